@@ -1,0 +1,251 @@
+"""A run is one YAML file plus `--section.field=value` overrides, parsed once into these frozen dataclasses.
+
+Nothing else configures a run: the DeepSpeed config is generated from it (llm/train/engines/deepspeed_config.py).
+Each class checks its own fields; `RunConfig` checks those that only make sense together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class InputError(Exception):
+    """The config, the input or the machine cannot be used as asked: the process exits with 2.
+
+    The message says what was found, what was expected and what to do.
+    """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError(message) unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: all that must agree between a checkpoint and the run that reads it."""
+
+    n_layer: int = 4
+    """Number of transformer blocks."""
+    n_head: int = 4
+    """Number of query heads."""
+    n_kv_head: int | None = None
+    """Number of key/value heads (grouped-query attention); null: as many as query heads."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    d_ff: int | None = None
+    """Width of the feed-forward layer; null: 4 d_model for gelu, 8/3 d_model (to a multiple of 32) for swiglu."""
+    vocab_size: int = 1024
+    """Number of token ids, the end-of-document token included."""
+    max_seq_len: int = 128
+    """Longest sequence: the size of the learned position table."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before each sublayer and at the end."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Nonlinearity of the feed-forward layer."""
+    position: Literal["learned", "rope"] = "learned"
+    """Position encoding: a learned table added to the embedding, or rotation of queries and keys."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output projection too."""
+    bias: bool = True
+    """Biases in the linear layers and in layer norm."""
+    dropout: float = 0.0
+    """Dropout on the embedding, the attention weights and each residual branch, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "d_model", "vocab_size", "max_seq_len"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name} is {value}; expected at least 1")
+        require(
+            self.d_model % self.n_head == 0,
+            f"model.d_model {self.d_model} is not a multiple of model.n_head {self.n_head}",
+        )
+        require(
+            self.n_head % self.kv_heads == 0,
+            f"model.n_head {self.n_head} is not a multiple of model.n_kv_head {self.kv_heads}",
+        )
+        require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            f"model.position rope needs an even head width; d_model / n_head is {self.head_dim}",
+        )
+        require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def ff_dim(self) -> int:
+        if self.d_ff is not None:
+            return self.d_ff
+        return 4 * self.d_model if self.activation == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is cut into samples."""
+
+    source: str = "stdlib"
+    """`stdlib` (the Python standard library's own source) or a .txt, .jsonl, .jsonl.gz, .jsonl.zst file or a folder."""
+    tokenizer: str = "train"
+    """`train` (a byte-level BPE of model.vocab_size is trained on the corpus) or the path of a tokenizer.json."""
+    path: str | None = None
+    """Folder of the token shards; null: data/<name of the source>-<vocab_size>."""
+    seq_len: int = 128
+    """Tokens per sample (T)."""
+    validation_fraction: float = 0.05
+    """Share of the documents, chosen by their hash, that is kept for validation."""
+    validation_samples: int | None = None
+    """Validate on this many samples; null: on all of the validation split."""
+    loader: Literal["native", "numpy"] = "native"
+    """The C++ loader or its NumPy twin; both give the same batches."""
+
+    def __post_init__(self) -> None:
+        require(self.seq_len >= 1, f"data.seq_len is {self.seq_len}; expected at least 1")
+        require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}; expected between 0 and 1",
+        )
+        require(
+            self.validation_samples is None or self.validation_samples >= 1,
+            f"data.validation_samples is {self.validation_samples}; expected at least 1, or null for all",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule."""
+
+    lr: float = 4e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate at the end of the schedule."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a half cosine, or stable then linear decay (warm-up-stable-decay)."""
+    decay_fraction: float = 0.2
+    """Share of train.max_steps that the decay of `wsd` takes."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moments."""
+    eps: float = 1e-8
+    """Adam's denominator term."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr is {self.lr}; expected above 0")
+        require(0 <= self.min_lr <= self.lr, f"optim.min_lr is {self.min_lr}; expected 0 <= min_lr <= lr ({self.lr})")
+        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; expected at least 0")
+        require(0 < self.decay_fraction <= 1, f"optim.decay_fraction is {self.decay_fraction}; expected in (0, 1]")
+        require(self.grad_clip >= 0, f"optim.grad_clip is {self.grad_clip}; expected at least 0 (0: no clipping)")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over processes. None of it changes the result."""
+
+    tensor_parallel: int = 1
+    """Ranks that share each layer (Megatron tensor parallelism); the rest of the world is data parallel."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    timeout_seconds: int = 600
+    """A collective that waits longer than this ends the process with an error."""
+
+    def __post_init__(self) -> None:
+        require(self.tensor_parallel >= 1, f"parallel.tensor_parallel is {self.tensor_parallel}; expected at least 1")
+        require(self.timeout_seconds >= 1, f"parallel.timeout_seconds is {self.timeout_seconds}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    """DeepSpeed, or a short plain PyTorch engine (one process or data parallel), the oracle of the tests."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of parameters and activations; bf16 and fp16 keep fp32 master weights, moments and accumulation."""
+    global_batch_size: int = 32
+    """Samples per step over all ranks."""
+    micro_batch_size: int = 16
+    """Samples per rank in one forward pass; the rest of the step's share is accumulated."""
+    max_steps: int = 1000
+    """Optimizer steps in the run."""
+    eval_interval: int = 100
+    """Steps between validations; there is always one after the last step."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full`: keep only each block's input and recompute the block in the backward pass."""
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """Kernel implementation; `auto`: Triton on a GPU, PyTorch's own operators on a CPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "micro_batch_size", "max_steps", "eval_interval"):
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name} is {value}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    interval: int = 100
+    """Steps between checkpoints; there is always one after the last step."""
+    keep_last: int = 2
+    """Complete checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, f"checkpoint.interval is {self.interval}; expected at least 1")
+        require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run reports."""
+
+    interval: int = 1
+    """Steps between metric lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events to runs/<name>/tensorboard."""
+    sample_prompt: str = "def "
+    """Text that the finished model continues."""
+    sample_tokens: int = 120
+    """Tokens of that sample; 0 prints none."""
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, f"logging.interval is {self.interval}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole."""
+
+    name: str = "run"
+    """The run's folder is runs/<name>."""
+    seed: int = 1234
+    """Of initial weights, sample order and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The architecture."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The corpus."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The layout over processes."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Reporting."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further keys for the DeepSpeed config; those that Ingot owns are refused."""

@@ -1,0 +1,46 @@
+"""Packages `kernels` and `llm`, and the C++ extension `llm.data._native`."""
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+
+native = Pybind11Extension(
+    "llm.data._native",
+    sorted(glob("csrc/core/*.cpp")) + ["csrc/bind.cpp"],
+    depends=sorted(glob("csrc/core/*.h")),
+    include_dirs=["csrc"],
+    cxx_std=17,
+    extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
+    extra_link_args=["-pthread"],
+)
+
+setup(
+    name="ingot",
+    version="0.1.0",
+    description="Distributed GPT pretraining: raw text in, trained weights out",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["kernels*", "llm*"]),
+    ext_modules=[native],
+    cmdclass={"build_ext": build_ext},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "deepspeed==0.19.8",
+        "numpy>=2.0",
+        "ninja>=1.11",
+        "jsonargparse[signatures]>=4.40",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "zstandard>=0.23",
+        "rich>=14.0",
+        "tensorboard>=2.19",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4.0"],
+        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "pyright[nodejs]>=1.1.390"],
+    },
+)
