@@ -1,0 +1,166 @@
+"""GPT, as in Radford et al. 2019 (GPT-2): a decoder-only transformer with pre-layer-norm.
+
+    x   = embedding[tokens] (+ position table)
+    x   = x + attention(norm(x))          for every block
+    x   = x + feed_forward(norm(x))
+    out = norm(x) @ head^T                head = embedding when tied
+
+- positions: a learned table, or rotary (Su et al. 2021)
+- feed-forward: GELU, or SwiGLU (Shazeer 2020) whose gate and up rows alternate, so that any even cut is a shard
+- grouped-query attention (Ainslie et al. 2023): rows of qkv are grouped by key/value head,
+  [q_1 ... q_R, k, v] for each, so that a cut between groups is a shard
+- no rank, no group, no device: the factory `layers` decides what a linear is (llm/model/layers.py)
+
+Shapes: B batch, T time (sequence), C model width, H query heads, K key/value heads, R = H / K, D head width,
+F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llm.config import ModelConfig
+from llm.model.layers import Layers, whole
+
+# Dropout sites: the embedding's, then three per block.
+EMBEDDING_SITE = 0
+SITES_PER_BLOCK = 3
+
+
+class KVCache:
+    """Keys and values [B, S, K, D] of the positions seen so far, for each block; grows as blocks append."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._blocks: dict[int, tuple[Tensor, Tensor, int]] = {}
+
+    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, T, K, D] after those of `block` and return all of them [B, S + T, K, D]."""
+        B, T, K, D = k.shape
+        keys, values, length = self._blocks.get(block, (None, None, 0))
+        if keys is None or values is None:
+            keys, values = k.new_empty(B, self.capacity, K, D), v.new_empty(B, self.capacity, K, D)
+        keys[:, length : length + T] = k
+        values[:, length : length + T] = v
+        self._blocks[block] = (keys, values, length + T)
+        return keys[:, : length + T], values[:, : length + T]
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary position encoding (Su et al. 2021, eq. 34), pairing channel i with i + D/2.
+
+    x [B, T, H, D], positions int64 [T] -> [B, T, H, D]; the rotation is computed in fp32.
+    """
+    D = x.shape[-1]
+    frequencies = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
+    angles = torch.outer(positions.float(), frequencies)[:, None, :]  # [T, 1, D/2]
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """One transformer block: attention and feed-forward, each on the normalised stream and added to it."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
+        super().__init__()
+        C, D, name, bias = config.d_model, config.head_dim, f"blocks.{index}", config.bias
+        site = EMBEDDING_SITE + 1 + SITES_PER_BLOCK * index
+        qkv_rows = (config.n_head + 2 * config.kv_heads) * D
+        gated = config.activation == "swiglu"
+        self.config = config
+        self.index = index
+        self.norm_1 = layers.norm(config.norm, f"{name}.norm_1", C, bias=bias)
+        self.qkv = layers.linear("qkv", f"{name}.qkv", C, qkv_rows, bias=bias)
+        self.attention = layers.attention(config.dropout, site, config.n_head, config.kv_heads)
+        self.attention_output = layers.linear(
+            "attention_output", f"{name}.attention_output", config.n_head * D, C, bias=bias
+        )
+        self.attention_dropout = layers.dropout(config.dropout, site + 1)
+        self.norm_2 = layers.norm(config.norm, f"{name}.norm_2", C, bias=bias)
+        self.up = layers.linear("up", f"{name}.up", C, config.ff_dim * (2 if gated else 1), bias=bias)
+        self.down = layers.linear("down", f"{name}.down", config.ff_dim, C, bias=bias)
+        self.down_dropout = layers.dropout(config.dropout, site + 2)
+
+    def forward(self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x [B, T, C], positions int64 [T], global sample numbers int64 [B] -> [B, T, C]."""
+        attended = self.attend(self.norm_1(x), positions, samples, cache)
+        x = x + self.attention_dropout(attended, samples, positions)
+        transformed = self.down(self.activate(self.up(self.norm_2(x))))
+        return x + self.down_dropout(transformed, samples, positions)
+
+    def attend(self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        R, D = self.config.n_head // self.config.kv_heads, self.config.head_dim
+        qkv = self.qkv(x).view(B, T, -1, R + 2, D)  # [B, T, K, R + 2, D]
+        q, k, v = qkv[:, :, :, :R].reshape(B, T, -1, D), qkv[:, :, :, R], qkv[:, :, :, R + 1]
+        if self.config.position == "rope":
+            q, k = (rotate(t, positions, self.config.rope_theta) for t in (q, k))
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)
+        return self.attention_output(self.attention(q, k, v, samples).reshape(B, T, -1))
+
+    def activate(self, x: Tensor) -> Tensor:
+        if self.config.activation == "gelu":
+            return F.gelu(x, approximate="tanh")
+        gate, up = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return F.silu(gate) * up
+
+
+class GPT(nn.Module):
+    """The model, or a range of its blocks.
+
+    blocks: the global numbers of the blocks that live here (all of them by default).
+    recompute: keep only each block's input and compute the block again in the backward pass
+    (full activation checkpointing, Chen et al. 2016).
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: Layers, blocks: range | None = None, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        C = config.d_model
+        self.config = config
+        self.recompute = recompute
+        self.embedding = layers.embedding("embedding", config.vocab_size, C)
+        if config.position == "learned":
+            self.position_table = whole(nn.Embedding(config.max_seq_len, C))
+        self.embedding_dropout = layers.dropout(config.dropout, EMBEDDING_SITE)
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(config, layers, i) for i in (blocks or range(config.n_layer))}
+        )
+        self.norm = layers.norm(config.norm, "norm", C, bias=config.bias)
+        tied = self.embedding if config.tie_embeddings else None
+        self.head = layers.lm_head("head", C, config.vocab_size, tied)
+
+    def embed(self, tokens: Tensor, positions: Tensor, samples: Tensor) -> Tensor:
+        """tokens int64 [B, T] -> [B, T, C]."""
+        x = self.embedding(tokens)
+        if self.config.position == "learned":
+            x = x + self.position_table(positions)
+        return self.embedding_dropout(x, samples, positions)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        samples: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits fp32 [B, T, V], or with `targets` the sum of their losses, fp32 [].
+
+        tokens int64 [B, T]; positions int64 [T]; samples int64 [B], global sample numbers, which key the dropout
+        masks; targets int64 [B, T], IGNORED_TARGET where not counted; cache: of the positions before these.
+        """
+        x = self.embed(tokens, positions, samples)
+        for block in self.blocks.values():
+            if self.recompute and self.training:
+                x = checkpoint(block, x, positions, samples, use_reentrant=False)
+            else:
+                x = block(x, positions, samples, cache)
+        x = self.norm(x)
+        return self.head.logits(x) if targets is None else self.head.loss(x, targets)

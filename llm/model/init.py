@@ -1,0 +1,59 @@
+"""Initial weights that depend on the seed and on nothing else: not on ranks, shards or the order of creation."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llm.config import ModelConfig
+
+STD = 0.02
+
+
+def initial_std(config: ModelConfig, name: str) -> float | None:
+    """Standard deviation of the normal distribution that parameter `name` is drawn from; None: it is not drawn.
+
+    Linears take GPT-2's 0.02, those that end a residual branch 0.02 / sqrt(2 n_layer) (Radford et al. 2019, 2.3).
+    The output projection, and the tables that share or feed it when tied, are small enough for the first loss to be
+    ln V: the logits' deviation sqrt(C) std stays under 0.2, and the logit that a tied table gives to its own
+    input, C std, under 5.
+    """
+    C = config.d_model
+    if "norm" in name or name.endswith("bias"):
+        return None
+    if name.endswith(("attention_output.weight", "down.weight")):
+        return STD / math.sqrt(2 * config.n_layer)
+    if name == "head.weight" or (config.tie_embeddings and name in TABLES):
+        return min(STD, 0.2 / math.sqrt(C), 5 / C)
+    return STD
+
+
+TABLES = ("embedding.weight", "position_table.weight")
+
+
+def initial_tensor(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The whole initial value of a parameter, fp32 on the CPU, from a generator keyed by (seed, name)."""
+    std = initial_std(config, name)
+    if std is None:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter with its slice of the initial tensor; padding rows become zero."""
+    for name, parameter in model.named_parameters():
+        fill(parameter, initial_tensor(config, seed, name, parameter.slice.global_shape))
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copy this rank's slice of the global tensor `whole` into `parameter`; padding rows become zero."""
+    held = parameter.slice
+    parameter.zero_()
+    parameter.narrow(held.dim, 0, held.stop - held.start).copy_(held.take(whole))

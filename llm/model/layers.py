@@ -1,0 +1,176 @@
+"""The layers a GPT is made of, behind one factory.
+
+`GPT` (llm/model/gpt.py) asks a `Layers` factory for every layer by its role and its full name. `DenseLayers` gives
+plain `torch.nn`; `llm.parallel.layers.TensorParallelLayers` gives Megatron's twins under the same parameter names.
+
+Shapes: B batch, T time (sequence), C model width, H query heads, K key/value heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.layer_norm import layer_norm
+from kernels.philox import DropoutKey, dropout
+from llm.slices import Slice
+
+LinearRole = Literal["qkv", "attention_output", "up", "down"]
+# A target of this value is not counted in the loss.
+IGNORED_TARGET = -100
+
+
+class Layers(Protocol):
+    """What `GPT` needs of its surroundings. `name` is the module's full name, such as "blocks.0.qkv"."""
+
+    def linear(
+        self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool
+    ) -> nn.Module:
+        """[..., in_features] -> [..., out_features]."""
+        ...
+
+    def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
+        """int [...] -> [..., width]; its table is `.weight`."""
+        ...
+
+    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
+        """`tied`: the embedding whose table is the projection too."""
+        ...
+
+    def norm(self, kind: str, name: str, width: int, *, bias: bool) -> nn.Module:
+        """[..., width] -> [..., width]."""
+        ...
+
+    def dropout(self, p: float, site: int) -> Dropout:
+        """Dropout at a numbered place in the network."""
+        ...
+
+    def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
+        """Causal attention, with dropout of probability p on its weights."""
+        ...
+
+
+def whole(module: nn.Module) -> nn.Module:
+    """Mark every parameter of `module` as holding its whole global tensor."""
+    for parameter in module.parameters():
+        parameter.slice = Slice.whole(tuple(parameter.shape))
+    return module
+
+
+class LanguageModelHead(nn.Module):
+    """Projection to the vocabulary and its loss; both go through `forward`, where ZeRO 3 gathers the weight."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., C] -> fp32 [..., V]."""
+        return self(x)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """[..., C], int64 [...] -> fp32 []: the sum of -log p(target) over targets that are not IGNORED_TARGET."""
+        return self(x, targets)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        logits = F.linear(x, self.weight).float()
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED_TARGET
+        )
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) with statistics in fp32."""
+
+    def __init__(self, width: int, *, bias: bool, impl: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, impl=self.impl)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang & Sennrich 2019), in fp32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-5).to(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is a function of (seed, site, sample, position, channel): no layout changes it."""
+
+    def __init__(self, key: DropoutKey) -> None:
+        super().__init__()
+        self.key = key
+
+    def forward(self, x: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
+        """x [B, T, C], global sample numbers int64 [B], positions int64 [T]."""
+        if not self.training or self.key.p == 0:
+            return x
+        return dropout(x, self.key, samples, positions)
+
+
+class CausalAttention(nn.Module):
+    """softmax(q k^T / sqrt(D) + causal mask) v over this rank's heads (Vaswani et al. 2017)."""
+
+    def __init__(self, key: DropoutKey, *, impl: str, head_offset: int = 0) -> None:
+        super().__init__()
+        self.key = key
+        self.impl = impl
+        self.head_offset = head_offset
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, samples: Tensor) -> Tensor:
+        """q [B, T, H, D]; k, v [B, S, K, D] with S >= T; samples int64 [B] -> [B, T, H, D]."""
+        key = self.key if self.training and self.key.p > 0 else None
+        return attention(
+            q, k, v, dropout=key, samples=samples, head_offset=self.head_offset, impl=self.impl
+        )
+
+
+class DenseLayers:
+    """Whole layers on one device.
+
+    seed: of the dropout masks. impl: kernel implementation (kernels/dispatch.py).
+    """
+
+    def __init__(self, *, seed: int, impl: str = "auto") -> None:
+        self.seed = seed
+        self.impl = impl
+
+    def linear(
+        self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool
+    ) -> nn.Module:
+        return whole(nn.Linear(in_features, out_features, bias=bias))
+
+    def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
+        return whole(nn.Embedding(vocab_size, width))
+
+    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
+        if tied is not None:
+            return LanguageModelHead(tied.weight)
+        head = LanguageModelHead(nn.Parameter(torch.empty(vocab_size, width)))
+        whole(head)
+        return head
+
+    def norm(self, kind: str, name: str, width: int, *, bias: bool) -> nn.Module:
+        norm = RMSNorm(width) if kind == "rmsnorm" else LayerNorm(width, bias=bias, impl=self.impl)
+        return whole(norm)
+
+    def dropout(self, p: float, site: int) -> Dropout:
+        return Dropout(DropoutKey(p, self.seed, site))
+
+    def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
+        return CausalAttention(DropoutKey(p, self.seed, site), impl=self.impl)

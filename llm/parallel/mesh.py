@@ -1,0 +1,68 @@
+"""Which process is which: the world as a grid of pipeline, data, context and tensor parallel ranks.
+
+Tensor parallelism varies fastest, so its ranks share a node. `pp` and `cp` have size 1 until they are built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from llm.config import ParallelConfig, require
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid seen from one process."""
+
+    devices: DeviceMesh
+
+    @staticmethod
+    def create(config: ParallelConfig, device_type: str) -> Mesh:
+        """Lay the grid over the initialised default process group; device_type "cpu" or "cuda".
+
+        Raises InputError if the world does not divide by the tensor-parallel degree. Collective.
+        """
+        world, tp = dist.get_world_size(), config.tensor_parallel
+        require(
+            world % tp == 0,
+            f"{world} processes cannot be split into groups of parallel.tensor_parallel={tp}; "
+            f"start a multiple of {tp} processes or choose a divisor of {world}",
+        )
+        shape = (1, world // tp, 1, tp)
+        return Mesh(init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp", "cp", "tp")))
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return self.devices.size()
+
+    @cached_property
+    def dp_group(self) -> dist.ProcessGroup:
+        return self.devices.get_group("dp")
+
+    @cached_property
+    def tp_group(self) -> dist.ProcessGroup:
+        return self.devices.get_group("tp")
+
+    @cached_property
+    def dp_rank(self) -> int:
+        return self.devices.get_local_rank("dp")
+
+    @cached_property
+    def tp_rank(self) -> int:
+        return self.devices.get_local_rank("tp")
+
+    @cached_property
+    def dp_size(self) -> int:
+        return self.devices.size(1)
+
+    @cached_property
+    def tp_size(self) -> int:
+        return self.devices.size(3)

@@ -1,0 +1,42 @@
+"""From a config to a model and an engine on this rank."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.dispatch import choose
+from llm.config import InputError, RunConfig, require
+from llm.model.gpt import GPT
+from llm.model.init import init_weights
+from llm.model.layers import DenseLayers, Layers
+from llm.parallel.layers import TensorParallel, TensorParallelLayers
+from llm.parallel.mesh import Mesh
+from llm.train.engines.base import Engine
+
+
+def choose_layers(config: RunConfig, mesh: Mesh | None) -> Layers:
+    """The dense factory on one tensor-parallel rank, Megatron's on several."""
+    if mesh is None or mesh.tp_size == 1:
+        return DenseLayers(seed=config.seed, impl=config.train.impl)
+    tp = TensorParallel.of(mesh.tp_group)
+    return TensorParallelLayers(tp, seed=config.seed, impl=config.train.impl)
+
+
+def build_model(config: RunConfig, mesh: Mesh | None) -> GPT:
+    """The model with its initial weights, fp32 on the CPU: this rank's slices of them."""
+    recompute = config.train.activation_checkpointing == "full"
+    model = GPT(config.model, choose_layers(config, mesh), recompute=recompute)
+    init_weights(model, config.model, config.seed)
+    return model
+
+
+def build_engine(config: RunConfig, model: GPT, mesh: Mesh, device: torch.device) -> Engine:
+    """Hand the model to the engine that the config names. Collective."""
+    if config.train.engine == "plain":
+        from llm.train.engines.plain import PlainEngine
+
+        return PlainEngine(config, model, mesh, device)
+    # Imported here so that only runs that use DeepSpeed pay for it, or need it installed.
+    from llm.train.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, model, mesh, device)

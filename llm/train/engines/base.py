@@ -1,0 +1,151 @@
+"""What the training loop needs of an engine, and the parts that engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm.checkpoint.manifest import Piece
+from llm.checkpoint.reader import CheckpointReader
+from llm.data.loader import Batch
+from llm.model.layers import IGNORED_TARGET
+from llm.parallel.collectives import all_gather
+from llm.parallel.mesh import Mesh
+from llm.slices import Slice
+
+# Adam's moments, by the names that checkpoints, torch and DeepSpeed use.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class MicroBatch(NamedTuple):
+    """The arguments of one forward pass, on the engine's device."""
+
+    tokens: Tensor
+    """int64 [B, T]"""
+    positions: Tensor
+    """int64 [T]"""
+    samples: Tensor
+    """int64 [B]: global sample numbers"""
+    targets: Tensor
+    """int64 [B, T]; IGNORED_TARGET where not counted"""
+
+
+def micro_batch(batch: Batch, device: torch.device, counted: int | None = None) -> MicroBatch:
+    """Widen a loader's batch on the device; only its first `counted` rows have targets (default: all)."""
+    tokens = batch.tokens.to(device, non_blocking=True).long()
+    targets = tokens[:, 1:]
+    if counted is not None and counted < len(tokens):
+        targets = targets.clone()
+        targets[counted:] = IGNORED_TARGET
+    positions = torch.arange(targets.shape[1], device=device)
+    samples = batch.sample_ids.to(device, non_blocking=True)
+    return MicroBatch(tokens[:, :-1], positions, samples, targets)
+
+
+class StepResult(NamedTuple):
+    grad_norm: float
+    """Global norm before clipping."""
+    skipped: bool
+    """The gradients overflowed: weights and Adam's step are as before."""
+
+
+class Engine(Protocol):
+    """Holds the model and the optimizer, spread over ranks in its own way. Every method but set_lr is collective."""
+
+    model: nn.Module
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
+        """Accumulate the gradient of (sum of losses over all ranks) / target_count and return that quotient."""
+        ...
+
+    def step(self) -> StepResult:
+        """Clip by the global norm and update the weights, unless the gradients overflowed."""
+        ...
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        """Sum of losses and count of targets over all ranks, without dropout; every rank passes as many batches."""
+        ...
+
+    def gradient(self, name: str) -> Tensor:
+        """The accumulated gradient of a parameter in its global shape, fp32; between forward_backward and step."""
+        ...
+
+    def set_lr(self, lr: float) -> None: ...
+
+    def state_pieces(self) -> Iterator[Piece]:
+        """What this rank writes: over all ranks, each element of master weights and moments exactly once."""
+        ...
+
+    def load_pieces(self, reader: CheckpointReader, optimizer_step: int) -> None:
+        """Fill master weights, and moments if optimizer_step > 0, from a checkpoint of any layout."""
+        ...
+
+    def scalar_state(self) -> dict[str, Any]:
+        """JSON-ready: `optimizer_step` (updates made) and `loss_scale` (None unless fp16)."""
+        ...
+
+    def load_scalar_state(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def evaluate_batches(
+    model: nn.Module, micro_batches: Iterable[MicroBatch], group: dist.ProcessGroup | None
+) -> tuple[float, int]:
+    """Engine.evaluate for a model that is called directly; `group`: the data-parallel ranks, None if alone."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in micro_batches:
+            total[0] += model(*batch).double().cpu()
+            total[1] += (batch.targets != IGNORED_TARGET).sum().cpu()
+    model.train()
+    sum_over(total, group, next(model.parameters()).device)
+    return float(total[0]), int(total[1])
+
+
+def sum_over(values: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """All-reduce a small CPU tensor in place through `device`, where the group's backend can see it."""
+    if group is None or group.size() == 1:
+        return
+    there = values.to(device)
+    dist.all_reduce(there, group=group)
+    values.copy_(there)
+
+
+def global_norm(parameters: Sequence[Tensor], mesh: Mesh | None) -> Tensor:
+    """2-norm of all gradients of the model, fp32: a tensor-parallel shard counts once, a replica once."""
+    grads = {True: [], False: []}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grads[getattr(parameter, "tensor_model_parallel", False)].append(parameter.grad)
+    squares = {split: sum_of_squares(tensors) for split, tensors in grads.items()}
+    if mesh is not None and mesh.tp_size > 1:
+        dist.all_reduce(squares[True], group=mesh.tp_group)
+    return (squares[True] + squares[False]).sqrt()
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.zeros(())
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
+
+
+def clip(parameters: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale all gradients by limit / norm if the norm is above the limit (Pascanu et al. 2013); 0: no limit."""
+    if limit > 0 and norm > limit:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_mul_(grads, limit / (norm + 1e-6))
+
+
+def gather_slices(local: Tensor, held: Slice, mesh: Mesh | None) -> Tensor:
+    """The global tensor of which every tensor-parallel rank holds the slice `held` (perhaps with padding rows)."""
+    if held.is_whole or mesh is None or mesh.tp_size == 1:
+        return local
+    parts = all_gather(local, mesh.tp_size, mesh.tp_group.group_name)
+    joined = torch.cat(list(parts), dim=held.dim)
+    return joined.narrow(held.dim, 0, held.global_shape[held.dim])

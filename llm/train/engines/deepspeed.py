@@ -1,0 +1,179 @@
+"""The DeepSpeed engine: ZeRO 0-3 over the data-parallel group. The only file that imports deepspeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+from llm.checkpoint.manifest import Piece
+from llm.checkpoint.reader import CheckpointReader
+from llm.config import RunConfig
+from llm.parallel.mesh import Mesh
+from llm.slices import Slice
+from llm.train.engines.base import (
+    MOMENTS,
+    MicroBatch,
+    StepResult,
+    clip,
+    evaluate_batches,
+    gather_slices,
+    global_norm,
+    sum_over,
+)
+from llm.train.engines.deepspeed_config import deepspeed_config
+from llm.train.engines.fragments import Fragment, fragment, publish
+from llm.train.optim import adamw, parameter_groups
+
+# DeepSpeed's dynamic loss scaler: what must survive a restart.
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Grid:
+    """Our mesh as the `mpu` object that DeepSpeed asks for groups."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tp_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.tp_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.dp_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.dp_group
+
+
+class DeepSpeedEngine:
+    """AdamW under ZeRO, with gradients, norms and checkpoints in terms of global tensors."""
+
+    def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device) -> None:
+        self.mesh = mesh
+        self.device = device
+        self.stage = config.parallel.zero_stage
+        self.grad_clip = config.optim.grad_clip
+        self.parameters = dict(model.named_parameters())
+        # Before ZeRO 3 partitions them the parameters still have their shapes.
+        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
+        optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=generated, mpu=Grid(mesh), dist_init_required=False
+        )
+        self.model = self.engine
+        self.updates = 0
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
+        total = torch.zeros(1, dtype=torch.float64)
+        for i, batch in enumerate(micro_batches):
+            loss = self.engine(*batch)
+            # DeepSpeed averages gradients over data-parallel ranks; the loss is a sum over them.
+            self.engine.backward(loss * (self.mesh.dp_size / target_count), scale_wrt_gas=False)
+            total += loss.detach().double().cpu()
+            if i + 1 < len(micro_batches):
+                self.engine.step()  # not at the accumulation boundary: only counts
+        sum_over(total, self.mesh.dp_group, self.device)
+        return float(total) / target_count
+
+    def step(self) -> StepResult:
+        if self.stage == 0:
+            # DeepSpeed does not report the norm here, so Ingot computes it once and clips by it.
+            parameters = list(self.parameters.values())
+            norm = global_norm(parameters, self.mesh)
+            clip(parameters, norm, self.grad_clip)
+            self.engine.step()
+        else:
+            self.engine.step()
+            norm = self.engine.get_global_grad_norm()
+        skipped = not self.engine.was_step_applied()
+        self.updates += not skipped
+        return StepResult(float("nan") if norm is None else float(norm), skipped)
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        return evaluate_batches(self.engine, micro_batches, self.mesh.dp_group)
+
+    def gradient(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        local = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
+        assert local is not None, f"no gradient of {name}: call forward_backward first"
+        return gather_slices(local.float().view(self.shapes[name]), self._slice(name), self.mesh)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _slice(self, name: str) -> Slice:
+        return self.parameters[name].slice  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _fragment(self, name: str) -> Fragment | None:
+        """This rank's fragment without the padding rows of a vocabulary, which come last in the flat order."""
+        held = fragment(self.stage, self.optimizer, self.parameters[name], self.mesh.dp_rank)
+        if held is None:
+            return None
+        numel = min(held.numel, self._slice(name).numel - held.start)
+        return held._replace(numel=numel) if numel > 0 else None
+
+    def state_pieces(self) -> Iterator[Piece]:
+        if self.stage == 0 and self.mesh.dp_rank != 0:
+            return
+        for name in self.parameters:
+            held, part = self._slice(name), self._fragment(name)
+            if part is None or (held.is_whole and self.mesh.tp_rank != 0):
+                continue
+            yield Piece(name, "master", held, part.start, part.master.float().cpu())
+            for kind in MOMENTS if self.updates else ():
+                moment = part.moment(self.engine.basic_optimizer, kind)
+                yield Piece(name, kind, held, part.start, moment.float().cpu())
+
+    @torch.no_grad()
+    def load_pieces(self, reader: CheckpointReader, optimizer_step: int) -> None:
+        optimizer = self.engine.basic_optimizer
+        for group in optimizer.param_groups if optimizer_step else ():
+            for flat in group["params"]:
+                moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+                optimizer.state[flat] = {"step": torch.tensor(float(optimizer_step)), **moments}
+        for name in self.parameters:
+            held, part = self._slice(name), self._fragment(name)
+            if part is None:
+                continue
+            targets = {"master": part.master}
+            for kind in MOMENTS if optimizer_step else ():
+                targets[kind] = part.moment(optimizer, kind)
+            for kind, target in targets.items():
+                local = reader.read_slice(name, kind, held).flatten()
+                target.copy_(local.narrow(0, part.start, part.numel))
+        publish(self.stage, self.optimizer)
+
+    def scalar_state(self) -> dict[str, Any]:
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        dynamic = scaler is not None and getattr(scaler, "dynamic", False)
+        scale = {key: getattr(scaler, key) for key in SCALER_STATE} if dynamic else None
+        return {"optimizer_step": self.updates, "loss_scale": scale}
+
+    def load_scalar_state(self, state: dict[str, Any]) -> None:
+        self.updates = state["optimizer_step"]
+        for key, value in (state["loss_scale"] or {}).items():
+            setattr(self.optimizer.loss_scaler, key, value)
+
+    def close(self) -> None:
+        self.engine.destroy()
