@@ -33,3 +33,33 @@ $(VENV)/.native: $(VENV)/.packages $(wildcard csrc/*.cpp csrc/core/*.cpp csrc/co
 	@echo "building the C++ extension"
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
+
+# One thread per rank on two cores; CI and users may override.
+TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
+
+pretrain: setup ## prepare the corpus, train, evaluate, save, and write text (ARGS="--name=x --a.b=c")
+	@$(BIN)/python launch/prepare_data.py --config $(CONFIG) $(ARGS)
+	@PATH=$(CURDIR)/$(BIN):$$PATH deepspeed --num_gpus $(RANKS) launch/pretrain.py --config $(CONFIG) $(ARGS)
+
+# The GPUs there are, else two ranks on the CPU.
+GPUS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | wc -l || echo 0)
+RANKS ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
+CONFIG ?= launch/configs/$(if $(filter 0,$(GPUS)),tiny-cpu,tiny-gpu).yaml
+
+test: setup ## every test that this machine can run, in under 15 minutes on 2 cores
+	@$(PYTEST) -m "not slow and not gpu and not cluster" tests
+
+test-all: setup ## the exhaustive lists too
+	@$(PYTEST) -m "not gpu and not cluster" tests
+
+test-gpu: setup ## the same ladder on an NVIDIA GPU
+	@$(BIN)/python -m pytest -m gpu tests
+
+check: setup ## lint, formatting, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+clean: ## remove what was built, never data/ or runs/
+	rm -rf build *.egg-info llm/data/_native*.so $(VENV)

@@ -1,0 +1,141 @@
+"""The house rules that can be read off the source: who may import whom, sizes, and what is never written."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 50
+
+# Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
+MAY_IMPORT: dict[str, set[str] | None] = {
+    "kernels": {"torch", "triton", "kernels"},
+    "llm/config.py": {"jsonargparse", "yaml"},
+    "llm/config_cli.py": {"jsonargparse", "yaml", "llm.config"},
+    "llm/slices.py": {"torch"},
+    "llm/model": {"torch", "kernels", "llm.config", "llm.slices", "llm.model"},
+    "llm/parallel": {
+        "torch", "kernels", "mpi4py", "llm.config", "llm.slices", "llm.model.layers", "llm.parallel",
+    },
+    "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.data"},
+    "llm/data/corpus": {"numpy", "zstandard", "llm.config", "llm.data"},
+    "llm/checkpoint": {
+        "torch", "safetensors", "llm.config", "llm.slices", "llm.parallel.mesh", "llm.checkpoint",
+    },
+    "llm/train": {
+        "torch", "numpy", "triton", "rich", "kernels", "llm.config", "llm.config_cli", "llm.slices", "llm.model",
+        "llm.parallel", "llm.data", "llm.checkpoint", "llm.train",
+    },
+    "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "llm"},
+    "llm/sampling.py": {"torch", "llm.config"},
+    "llm/generate.py": {
+        "torch", "llm.config", "llm.config_cli", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
+        "llm.sampling",
+    },
+    "launch": {"llm", "kernels", "torch", "matplotlib", "rich", "numpy", "deepspeed", "jsonargparse"},
+    "setup.py": None,
+    "tests": None,
+}  # fmt: skip
+
+
+def sources() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py", "*.cpp", "*.h"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    return [ROOT / name for name in listed if (ROOT / name).exists()]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            module = node.module or ""
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def violations(name: str, source: str) -> set[str]:
+    """Imports of `source`, standing at path `name`, that the table does not allow."""
+    import sys
+
+    rules = [prefix for prefix in MAY_IMPORT if name == prefix or name.startswith(prefix + "/")]
+    assert rules, f"{name} has no line in the import rules"
+    allowed = MAY_IMPORT[max(rules, key=len)]
+    if allowed is None:
+        return set()
+    return {
+        module
+        for module in imported(ast.parse(source))
+        if module.split(".")[0] not in sys.stdlib_module_names
+        and not any(module == a or module.startswith(a + ".") for a in allowed)
+    }
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if p.suffix == ".py"], ids=str)
+def test_imports_follow_the_rules(path: Path) -> None:
+    assert violations(str(path.relative_to(ROOT)), path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("llm/model/gpt.py", "import torch.distributed as dist\nimport llm.parallel.mesh"),
+        ("kernels/layer_norm.py", "from llm.config import InputError"),
+        ("llm/data/loader.py", "import zstandard"),
+        ("llm/train/loop.py", "import deepspeed"),
+        ("llm/generate.py", "from launch import plotting"),
+    ],
+)
+def test_a_forbidden_import_is_seen(name: str, source: str) -> None:
+    assert violations(name, source)
+
+
+def test_the_model_knows_nothing_of_ranks() -> None:
+    for path in (ROOT / "llm/model").glob("*.py"):
+        assert "distributed" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_files_and_functions_are_short(path: Path) -> None:
+    lines = path.read_text().count("\n")
+    assert lines <= MAX_FILE_LINES, f"{lines} lines"
+    if path.suffix != ".py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if p.parts[-2] == "launch"], ids=str)
+def test_launch_scripts_are_thin_and_put_the_checkout_first(path: Path) -> None:
+    text = path.read_text()
+    if "__main__" not in text:
+        return
+    assert text.count("\n") <= 80
+    assert PATH_BLOCK in text
+
+
+PATH_BLOCK = """\
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+"""
+
+
+def test_nothing_is_pickled_and_yaml_is_safe() -> None:
+    forbidden = ("import pickle", "torch.load(", "torch.save(", "yaml.load(", "allow_pickle=True", "_object(")
+    for path in sources():
+        if path.suffix == ".py" and "tests" not in path.parts:
+            found = [word for word in forbidden if word in path.read_text()]
+            assert not found, f"{path}: {found}"
