@@ -1,0 +1,42 @@
+// The order of samples: a keyed permutation of 0..n-1 per epoch, computed on the fly.
+//
+// A balanced Feistel network (Luby & Rackoff 1988) on the smallest even number of bits that holds
+// n, walked along its cycle until the value is below n (Black & Rogaway 2002). The round function
+// is splitmix64's finaliser (Steele et al. 2014). llm/data/order.py computes the same numbers.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace ingot {
+
+constexpr int kRounds = 8;
+
+uint64_t mix64(uint64_t x);
+
+// The permutation of one epoch.
+class Permutation {
+ public:
+  Permutation(uint64_t seed, uint64_t epoch, uint64_t n);  // n >= 1, else std::invalid_argument
+  uint64_t operator()(uint64_t i) const;                   // i < n, else std::out_of_range
+
+ private:
+  uint64_t n_;
+  int half_;       // bits in each half of the network
+  uint64_t mask_;  // the lowest half_ bits
+  std::array<uint64_t, kRounds> keys_;
+};
+
+// Global sample number -> position: epoch i / n, permuted place of i % n.
+class SampleOrder {
+ public:
+  SampleOrder(uint64_t seed, uint64_t n);
+  // Writes positions of samples first, first + 1, ... to out[0..count).
+  void positions(uint64_t first, int64_t count, int64_t* out) const;
+
+ private:
+  uint64_t seed_;
+  uint64_t n_;
+};
+
+}  // namespace ingot

@@ -1,0 +1,81 @@
+"""The order of samples: a keyed permutation of 0..N-1 per epoch, computed on the fly.
+
+A balanced Feistel network (Luby & Rackoff 1988) on the smallest even number of bits that holds N,
+walked along its cycle until the value is below N (Black & Rogaway 2002). The round function is
+splitmix64's finaliser (Steele et al. 2014). csrc/core/order.cpp computes the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.config import require
+
+ROUNDS = 8
+GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment, 2^64 / golden ratio
+MASK64 = 2**64 - 1
+
+
+def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser, elementwise, modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mix_integer(x: int) -> int:
+    return int(mix64(np.array([x & MASK64], dtype=np.uint64))[0])
+
+
+def _round_keys(seed: int, epoch: int) -> list[np.uint64]:
+    state = _mix_integer(_mix_integer(seed + GOLDEN) + epoch * GOLDEN)
+    return [np.uint64(_mix_integer(state + (i + 1) * GOLDEN)) for i in range(ROUNDS)]
+
+
+def permute(indices: NDArray[np.integer], seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """Places of `indices` (each in 0..n-1) in the permutation of 0..n-1 keyed by (seed, epoch)."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half), np.uint64(2**half - 1)
+    keys = _round_keys(seed, epoch)
+    out = indices.astype(np.uint64)
+    walking = np.arange(out.size)
+    while walking.size:
+        left, right = out[walking] >> shift, out[walking] & mask
+        for key in keys:
+            left, right = right, left ^ (mix64(right ^ key) & mask)
+        out[walking] = (left << shift) | right
+        walking = walking[out[walking] >= np.uint64(n)]
+    return out.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Global sample number -> position in the token file, in samples."""
+
+    seed: int
+    n_samples: int
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**64, f"seed is {self.seed}; expected 0 <= seed < 2^64")
+        require(
+            1 <= self.n_samples <= 2**62,
+            f"the data has {self.n_samples} samples; expected between 1 and 2^62",
+        )
+
+    def positions(self, first: int, count: int) -> NDArray[np.int64]:
+        """Positions [count] of the global samples first .. first + count - 1.
+
+        Sample i belongs to epoch i // N and sits at the permuted place of i % N.
+        """
+        require(first >= 0 and first + count < 2**63, "sample numbers must stay below 2^63")
+        out = np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:  # one turn per epoch that the range touches
+            epoch, i = divmod(first + done, self.n_samples)
+            n = min(self.n_samples - i, count - done)
+            out[done : done + n] = permute(np.arange(i, i + n), self.seed, epoch, self.n_samples)
+            done += n
+        return out
