@@ -6,6 +6,7 @@ Each class checks its own fields; `RunConfig` checks those that only make sense 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -249,3 +250,95 @@ class RunConfig:
     """Reporting."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for the DeepSpeed config; those that Ingot owns are refused."""
+
+    def __post_init__(self) -> None:
+        plain_name = self.name.strip() and self.name not in (".", "..") and self.name.isprintable()
+        require(
+            bool(plain_name) and "/" not in self.name,
+            f"name is {self.name!r}; expected the name of a folder, without '/'",
+        )
+        require(
+            self.data.seq_len <= self.model.max_seq_len,
+            f"data.seq_len {self.data.seq_len} is above model.max_seq_len {self.model.max_seq_len}",
+        )
+        _check_finite(self)
+        _check_engine(self.train, self.parallel)
+        _check_tensor_parallel(self.model, self.parallel.tensor_parallel)
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Check that `world_size` ranks can share this run's layers and batch.
+
+    The data-parallel size is world_size / tensor_parallel; each of those ranks takes
+    global_batch_size / dp samples of a step, in micro-batches of micro_batch_size.
+
+    Raises:
+        InputError: with the numbers and the nearest valid choice.
+    """
+    tp, train = config.parallel.tensor_parallel, config.train
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    require(
+        world_size % tp == 0,
+        f"the world of {world_size} ranks is not a multiple of parallel.tensor_parallel {tp}; "
+        f"use parallel.tensor_parallel={min(divisors, key=lambda n: abs(n - tp))}",
+    )
+    dp = world_size // tp
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    if batch % (dp * micro) == 0:
+        return
+    if batch % dp == 0:
+        fitting = [n for n in range(1, batch // dp + 1) if batch // dp % n == 0]
+        advice = f"train.micro_batch_size={min(fitting, key=lambda n: abs(n - micro))}"
+    else:
+        advice = f"train.global_batch_size={max(1, round(batch / (dp * micro))) * dp * micro}"
+    raise InputError(
+        f"train.global_batch_size {batch} is not a multiple of {dp} data-parallel ranks x "
+        f"train.micro_batch_size {micro} = {dp * micro}; use {advice}"
+    )
+
+
+def _check_finite(config: RunConfig) -> None:
+    """Refuse infinities and NaN, which pass many range checks."""
+    for section in (config.model, config.data, config.optim):
+        for name, value in vars(section).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                finite = not isinstance(number, float) or math.isfinite(number)
+                require(finite, f"{name} is {number}; expected a finite number")
+
+
+def _check_engine(train: TrainConfig, parallel: ParallelConfig) -> None:
+    """Refuse layouts that the engine does not have."""
+    if train.engine == "plain":
+        require(
+            parallel.zero_stage == 0,
+            f"train.engine plain has no ZeRO; found parallel.zero_stage {parallel.zero_stage}, "
+            "use parallel.zero_stage=0 or train.engine=deepspeed",
+        )
+        require(
+            parallel.tensor_parallel == 1,
+            "train.engine plain has no tensor parallelism; found parallel.tensor_parallel "
+            f"{parallel.tensor_parallel}, use parallel.tensor_parallel=1 or train.engine=deepspeed",
+        )
+    else:
+        require(
+            train.precision == "fp32" or parallel.zero_stage > 0,
+            f"train.precision {train.precision} with parallel.zero_stage 0: DeepSpeed would "
+            f"accumulate gradients in {train.precision}; use parallel.zero_stage=1",
+        )
+
+
+def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
+    """Refuse a degree that does not cut heads and feed-forward width into equal parts."""
+    require(
+        tp <= model.kv_heads,
+        f"TP degree above the key/value heads: parallel.tensor_parallel is {tp}, the model has "
+        f"{model.kv_heads} (model.n_kv_head); use parallel.tensor_parallel={model.kv_heads} or less",
+    )
+    widths = {"n_kv_head": model.kv_heads, "n_head": model.n_head, "d_ff": model.ff_dim}
+    valid = [n for n in range(1, tp + 1) if all(width % n == 0 for width in widths.values())]
+    for name, width in widths.items():
+        require(
+            width % tp == 0,
+            f"model.{name} {width} is not a multiple of parallel.tensor_parallel {tp}; "
+            f"use parallel.tensor_parallel={valid[-1]}",
+        )
