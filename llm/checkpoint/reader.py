@@ -1,0 +1,277 @@
+"""Finds the newest checkpoint that is whole and reads any part of it, whatever layout wrote it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llm.checkpoint import files
+from llm.checkpoint.files import CheckpointError
+from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
+from llm.checkpoint.writer import ExchangeErrors, checkpoints, step_of
+from llm.config import InputError
+from llm.slices import Slice
+
+HASHING_THREADS = 8
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are there with the right sizes; the hashes of the
+    tensors are not checked here. Raises CheckpointError."""
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(folder).st_mode)
+        found = {entry.name for entry in os.scandir(folder)} if is_folder else set()
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
+    if not is_folder:
+        raise CheckpointError(f"{folder} is not a folder")
+    try:
+        manifest = Manifest.from_json(files.read_regular(folder / "manifest.json"))
+        manifest.check_coverage()
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if manifest.step != step_of(folder):
+        raise CheckpointError(f"{folder} holds a checkpoint of step {manifest.step}")
+    for name, entry in manifest.files.items():
+        size = files.regular_size(folder / name)
+        if size != entry.size:
+            raise CheckpointError(f"{folder / name} has {size} bytes; expected {entry.size}")
+    # Hidden files are not ours: file systems and desktops leave some.
+    extra = {name for name in found if not name.startswith(".")}
+    extra -= manifest.files.keys() | {"manifest.json"}
+    if extra:
+        raise CheckpointError(f"{folder} holds {min(extra)}, which its manifest does not list")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """As load_manifest, and every byte is as it was written. Raises CheckpointError."""
+    manifest = load_manifest(folder)
+    names = list(manifest.files)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the GIL
+        digests = list(pool.map(lambda name: files.sha256_of(folder / name), names))
+    for name, digest in zip(names, digests, strict=True):
+        if digest != manifest.files[name].sha256:
+            raise CheckpointError(
+                f"{folder / name} is damaged: its sha256 is not that of the manifest"
+            )
+    return manifest
+
+
+def find_latest(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under `root` whose every byte is right, and warnings about newer ones.
+
+    Folders are scanned: the pointer `latest` is for people and may be stale. None: there is none.
+    Raises InputError if there are checkpoints but all of them are damaged.
+    """
+    warnings = []
+    for folder in checkpoints(root):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            warnings.append(f"checkpoint {folder.name} cannot be used: {error}")
+        else:
+            return folder, warnings
+    if warnings:
+        raise InputError(
+            f"no checkpoint in {root} can be used; repair one, or move the folder away to start "
+            f"from nothing\n  " + "\n  ".join(warnings)
+        )
+    return None, []
+
+
+def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader:
+    """Open a checkpoint that `find_latest` or `verify` found good: tensors are not hashed again.
+
+    sha256: of the manifest that must be found. Raises CheckpointError.
+    """
+    manifest = load_manifest(folder)
+    if sha256 not in (None, manifest.sha256):
+        raise CheckpointError(
+            f"{folder} is not the checkpoint that rank 0 sees; is the folder shared by all nodes?"
+        )
+    if "state.json" not in manifest.files:
+        raise CheckpointError(f"{folder} has no state.json")
+    if files.sha256_of(folder / "state.json") != manifest.files["state.json"].sha256:
+        raise CheckpointError(f"{folder / 'state.json'} is damaged")
+    state = files.parse_json(files.read_regular(folder / "state.json"), f"{folder / 'state.json'}")
+    return CheckpointReader(folder, manifest, state)
+
+
+def open_latest(
+    root: Path,
+    *,
+    rank: int,
+    broadcast_text: Callable[[str], str],
+    exchange_errors: ExchangeErrors,
+) -> tuple[CheckpointReader | None, list[str]]:
+    """Open, on every rank, the checkpoint that rank 0 finds newest. Collective.
+
+    broadcast_text: gives every rank the text of rank 0. Returns None where there is no checkpoint,
+    and rank 0's warnings, on every rank. Raises InputError on every rank if there are checkpoints
+    but none is good, or if a rank does not see the same one.
+    """
+    name, sha256, error, warnings = None, None, None, []
+    if rank == 0:
+        try:
+            folder, warnings = find_latest(root)
+            if folder is not None:
+                name, sha256 = folder.name, load_manifest(folder).sha256
+        except (InputError, CheckpointError, OSError) as failure:
+            error = str(failure)
+    told = broadcast_text(json.dumps([name, sha256, error, warnings]))
+    name, sha256, error, warnings = json.loads(told)
+    reader = None
+    if error is None and name is not None:
+        try:
+            reader = open_checkpoint(root / name, sha256)
+        except CheckpointError as failure:
+            error = f"rank {rank}: {failure}"
+    error = exchange_errors(error)
+    if error is not None:
+        raise InputError(error)
+    return reader, warnings
+
+
+def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise InputError, naming each field that differs, unless the `model` configs are equal."""
+    # Through JSON, as the saved one went: a tuple is a list.
+    current = json.loads(json.dumps(current))
+    missing = "no such field"
+    lines = [
+        f"model.{field}: the checkpoint has {saved.get(field, missing)}, "
+        f"the config has {current.get(field, missing)}"
+        for field in dict.fromkeys([*current, *saved])
+        if saved.get(field, missing) != current.get(field, missing)
+    ]
+    if lines:
+        raise InputError(
+            "the checkpoint is of another model; restore these settings or choose another --name"
+            + "".join(f"\n  {line}" for line in lines)
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """A rectangle of a stored flat range, in global rows and columns.
+
+    A tensor is seen as [rows, columns]: the product of the dimensions before the one that is cut,
+    and of that one and those after it. So a slice is the same columns of every row.
+    """
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+    offset: int
+    """In the stored flat range."""
+
+
+class CheckpointReader:
+    """An open checkpoint; tensors are read when asked for, and only the parts asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest, state: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.state = state
+        """What write_checkpoint was given as `state`."""
+        self._open: dict[str, Any] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names."""
+        return list(dict.fromkeys(name for name, _ in self.manifest.tensors))
+
+    def shape(self, name: str, kind: str = "master") -> tuple[int, ...]:
+        """Global shape; raises CheckpointError if there is no such tensor."""
+        return self._entry(name, kind).shape
+
+    def read(self, name: str, kind: str = "master") -> Tensor:
+        """The whole tensor, float32 on the CPU; raises CheckpointError."""
+        return self.read_slice(name, kind, Slice.whole(self.shape(name, kind)))
+
+    def read_slice(self, name: str, kind: str, part: Slice) -> Tensor:
+        """The slice of the tensor, float32 [part.shape] on the CPU; raises CheckpointError."""
+        entry = self._entry(name, kind)
+        if part.global_shape != entry.shape:
+            raise CheckpointError(
+                f"{name} ({kind}) has shape {entry.shape} in {self.folder}; "
+                f"the model has {part.global_shape}"
+            )
+        stored = entry.pieces[0]
+        if part.is_whole:
+            aligned = replace(part, dim=stored.dim, start=0, stop=(entry.shape or (1,))[stored.dim])
+        elif part.dim == stored.dim:
+            aligned = part
+        else:
+            # Stored cut along another dimension: no two layouts of a model do that, so be simple.
+            return part.take(self.read(name, kind)).clone()
+        target = torch.empty(part.shape, dtype=torch.float32)
+        for piece in entry.pieces:
+            self._copy(entry, piece, aligned, target)
+        return target
+
+    def _entry(self, name: str, kind: str) -> TensorEntry:
+        if (name, kind) not in self.manifest.tensors:
+            raise CheckpointError(f"{self.folder} has no tensor {name} ({kind})")
+        return self.manifest.tensors[name, kind]
+
+    def _copy(self, entry: TensorEntry, piece: Stored, part: Slice, target: Tensor) -> None:
+        """Copy what the piece holds of `part` into `target`; both are cut along one dimension."""
+        inner = prod(entry.shape[piece.dim + 1 :])
+        left, right = part.start * inner, part.stop * inner
+        grid = target.view(-1, right - left)
+        for span in _spans(piece, inner):
+            start, stop = max(left, span.column), min(right, span.column + span.columns)
+            if start >= stop:
+                continue
+            # One row: read just the columns. More: whole rows, as the columns do not lie together.
+            first = start - span.column if span.rows == 1 else 0
+            count = stop - start if span.rows == 1 else span.rows * span.columns
+            data = self._flat(piece, span.offset + first, count).view(span.rows, -1)
+            if span.rows > 1:
+                data = data[:, start - span.column : stop - span.column]
+            grid[span.row : span.row + span.rows, start - left : stop - left] = data
+
+    def _flat(self, piece: Stored, offset: int, count: int) -> Tensor:
+        """`count` elements of the stored range from `offset` on; raises CheckpointError."""
+        path = self.folder / piece.file
+        try:
+            if piece.file not in self._open:
+                self._open[piece.file] = safe_open(path, framework="pt", device="cpu")
+            stored = self._open[piece.file].get_slice(piece.key)
+            found = (stored.get_dtype(), list(stored.get_shape()))
+            if found != ("F32", [piece.length]):
+                raise CheckpointError(
+                    f"{path}: {piece.key} is {found}; expected {piece.length} F32"
+                )
+            return stored[offset : offset + count]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _spans(piece: Stored, inner: int) -> list[Span]:
+    """The piece as at most three rectangles: the end of a row, whole rows, the start of a row.
+
+    inner: number of elements of the dimensions after the piece's.
+    """
+    width, left = (piece.stop - piece.start) * inner, piece.start * inner
+    spans, position, end = [], piece.offset, piece.offset + piece.length
+    while position < end:
+        row, column = divmod(position, width)
+        rows = (end - position) // width if column == 0 else 0
+        columns = width if rows else min(width - column, end - position)
+        spans.append(Span(row, max(rows, 1), left + column, columns, position - piece.offset))
+        position += max(rows, 1) * columns
+    return spans

@@ -1,0 +1,243 @@
+"""Saves a checkpoint: it exists whole and verified, or it does not exist.
+
+    step-00001000.tmp/    every rank writes and fsyncs its files and a report of them
+    manifest.json         rank 0 merges the reports and checks that nothing is missing or doubled
+    step-00001000/        rank 0 renames: from here on the checkpoint exists
+    latest                rank 0 points to it, then deletes what `keep_last` does not keep
+
+After each of these the ranks tell one another whether they failed, so that all go on or all raise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.checkpoint import files
+from llm.checkpoint.files import CheckpointError
+from llm.checkpoint.manifest import (
+    KINDS,
+    FileEntry,
+    Manifest,
+    Piece,
+    Stored,
+    TensorEntry,
+    merge,
+)
+
+# Pieces are gathered up to this many bytes before they are written: the most that a rank holds.
+SHARD_BYTES = 1 << 29
+STEP_FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
+
+ExchangeErrors = Callable[[str | None], str | None]
+"""Takes this rank's error or None, waits for all ranks, and gives every rank the error of the
+lowest rank that has one, or None."""
+
+
+def write_checkpoint(
+    root: Path,
+    step: int,
+    pieces: Iterable[Piece],
+    state: dict[str, Any],
+    *,
+    rank: int,
+    world: int,
+    keep_last: int,
+    exchange_errors: ExchangeErrors,
+) -> Path:
+    """Save root/step-<step>/ and return its path. Collective over the `world` ranks.
+
+    pieces: what this rank writes, each element of the model on exactly one rank; they are taken one
+    by one, and taking them must not communicate. state: JSON, written as rank 0 gives it. An
+    existing checkpoint of the step is replaced. The newest `keep_last` checkpoints are kept.
+
+    Raises the same CheckpointError on every rank if any of them fails; then the previous checkpoint
+    is as it was and the partial folder is gone.
+    """
+    partial = root / f"{folder_name(step)}.tmp"
+    first = rank == 0
+    try:
+        _together(exchange_errors, lambda: _prepare(root, partial) if first else None)
+        _together(exchange_errors, lambda: _write_rank(partial, step, rank, pieces))
+        _together(exchange_errors, lambda: _seal(partial, world, state) if first else None)
+        _together(exchange_errors, lambda: _commit(root, step, keep_last) if first else None)
+    except CheckpointError:
+        # No rank writes any more: the exchange came after everybody's work.
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return root / folder_name(step)
+
+
+def folder_name(step: int) -> str:
+    """step-00001000"""
+    return f"step-{step:08d}"
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints, newest first; one that was being replaced comes after its heir."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix == ""), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def _together(exchange_errors: ExchangeErrors, action: Callable[[], None]) -> None:
+    """Do this rank's part, then learn of all failures; raises CheckpointError on every rank."""
+    error, cause = None, None
+    try:
+        action()
+    except CheckpointError as failure:
+        error, cause = str(failure), failure
+    except Exception as failure:  # noqa: BLE001 - the others must not wait for us
+        error, cause = f"saving failed: {type(failure).__name__}: {failure}", failure
+    first = exchange_errors(error)
+    if first is not None:
+        raise CheckpointError(first) from cause
+
+
+def _prepare(root: Path, partial: Path) -> None:
+    """Make the empty folder; what a crash left goes first, so that it does not take room."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _remove_leftovers(root)
+    partial.mkdir(mode=0o700)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Delete half-written and half-deleted folders, and replaced checkpoints whose heir exists."""
+    for path in list(root.iterdir()):
+        name = path.name
+        replaced = name.endswith(".old") and (root / name.removesuffix(".old")).is_dir()
+        if name.startswith("step-") and (name.endswith(".tmp") or replaced):
+            shutil.rmtree(path)
+
+
+def _write_rank(partial: Path, step: int, rank: int, pieces: Iterable[Piece]) -> None:
+    """Write this rank's pieces in files of about SHARD_BYTES, and its report."""
+    prefix = f"rank-{rank:05d}"
+    parts = [Manifest(step, {}, {})]
+    for number, shard in enumerate(_shards(pieces)):
+        parts.append(_write_shard(partial, f"{prefix}-{number:05d}.safetensors", step, shard))
+        shard.clear()  # before the next one is gathered
+    report = merge(parts).to_json().encode()
+    files.create(partial / f"{prefix}.json", [report], len(report))
+
+
+def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Group the pieces into files, without keeping more than one file's worth."""
+    shard: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        _check(piece)
+        if piece.data.numel() == 0:
+            continue
+        if shard and size + piece.data.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(piece)
+        size += piece.data.nbytes
+    if shard:
+        yield shard
+
+
+def _check(piece: Piece) -> None:
+    data, count = piece.data, piece.slice.numel
+    if piece.kind not in KINDS or data.dtype != torch.float32 or data.dim() != 1:
+        raise ValueError(f"{piece.name}: kind {piece.kind}, {data.dtype} {tuple(data.shape)}")
+    if piece.start < 0 or piece.start + len(data) > count:
+        raise ValueError(f"{piece.name}: {len(data)} from {piece.start} on exceed {count} elements")
+
+
+def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:
+    """Write one safetensors file: a JSON header's length and text, then the tensors' bytes."""
+    header: dict[str, Any] = {}
+    tensors: dict[tuple[str, str], TensorEntry] = {}
+    end = 0
+    for piece in shard:
+        part, name = piece.slice, (piece.name, piece.kind)
+        stored = Stored(
+            file=file,
+            key=f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}",
+            dim=part.dim,
+            start=part.start,
+            stop=part.stop,
+            offset=piece.start,
+            length=len(piece.data),
+        )
+        if stored.key in header:
+            raise ValueError(f"{stored.key} is given twice")
+        begin, end = end, end + piece.data.nbytes
+        header[stored.key] = {
+            "dtype": "F32",
+            "shape": [stored.length],
+            "data_offsets": [begin, end],
+        }
+        before = tensors.get(name, TensorEntry(part.global_shape, ()))
+        tensors[name] = TensorEntry(part.global_shape, (*before.pieces, stored))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format pads its header so that the tensors are aligned
+    size = 8 + len(text) + end
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        for piece in shard:
+            data = piece.data.detach().contiguous().numpy()
+            yield memoryview(data)  # pyright: ignore[reportArgumentType]
+
+    # Written here and not by safetensors.save_file: the hash is of what was meant to be written,
+    # and a full disk is an OSError.
+    digest = files.create(partial / file, parts(), size)
+    return Manifest(step, {file: FileEntry(size, digest)}, tensors)
+
+
+def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
+    """Merge the ranks' reports into the manifest; then all of the folder is on the disk."""
+    reports = [partial / f"rank-{rank:05d}.json" for rank in range(world)]
+    merged = merge(Manifest.from_json(files.read_regular(path)) for path in reports)
+    merged.check_coverage()
+    for name, entry in merged.files.items():
+        found = files.regular_size(partial / name)
+        if found != entry.size:
+            raise CheckpointError(f"{partial / name} has {found} bytes; {entry.size} were written")
+    text = json.dumps(state, indent=1).encode()
+    entry = FileEntry(len(text), files.create(partial / "state.json", [text], len(text)))
+    manifest = Manifest(merged.step, {**merged.files, "state.json": entry}, merged.tensors)
+    text = manifest.to_json().encode()
+    files.create(partial / "manifest.json", [text], len(text))
+    for path in reports:
+        path.unlink()
+    files.sync_folder(partial)
+
+
+def _commit(root: Path, step: int, keep_last: int) -> None:
+    """Rename, point to it, and delete what is not kept."""
+    final = root / folder_name(step)
+    if final.exists():
+        # Two renames cannot be one: in between, readers find the replaced one under this name.
+        os.rename(final, root / f"{final.name}.old")
+    os.rename(root / f"{final.name}.tmp", final)
+    files.sync_folder(root)
+    files.replace(root / "latest", f"{final.name}\n".encode())
+    _remove_leftovers(root)
+    # Later steps come from a history that was left: this run could not read them when it resumed.
+    later = [path for path in checkpoints(root) if step_of(path) > step]
+    earlier = [path for path in checkpoints(root) if step_of(path) < step]
+    for path in later + earlier[keep_last - 1 :]:
+        # Renamed first: a crash while deleting must not leave a broken checkpoint behind.
+        doomed = path.with_name(f"{path.name}.tmp")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    files.sync_folder(root)
