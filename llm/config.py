@@ -299,11 +299,11 @@ def check_world(config: RunConfig, world_size: int) -> None:
 
 def _check_finite(config: RunConfig) -> None:
     """Refuse infinities and NaN, which pass many range checks."""
-    for section in (config.model, config.data, config.optim):
-        for name, value in vars(section).items():
+    for section in ("model", "data", "optim"):
+        for name, value in vars(getattr(config, section)).items():
             for number in value if isinstance(value, tuple) else (value,):
                 finite = not isinstance(number, float) or math.isfinite(number)
-                require(finite, f"{name} is {number}; expected a finite number")
+                require(finite, f"{section}.{name} is {number}; expected a finite number")
 
 
 def _check_engine(train: TrainConfig, parallel: ParallelConfig) -> None:
@@ -331,8 +331,8 @@ def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
     """Refuse a degree that does not cut heads and feed-forward width into equal parts."""
     require(
         tp <= model.kv_heads,
-        f"TP degree above the key/value heads: parallel.tensor_parallel is {tp}, the model has "
-        f"{model.kv_heads} (model.n_kv_head); use parallel.tensor_parallel={model.kv_heads} or less",
+        f"TP degree above the key/value heads: parallel.tensor_parallel is {tp}, model.n_kv_head "
+        f"is {model.kv_heads}; use parallel.tensor_parallel={model.kv_heads} or less",
     )
     widths = {"n_kv_head": model.kv_heads, "n_head": model.n_head, "d_ff": model.ff_dim}
     valid = [n for n in range(1, tp + 1) if all(width % n == 0 for width in widths.values())]

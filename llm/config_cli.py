@@ -94,8 +94,9 @@ def from_dict(mapping: Mapping[str, Any], parser: ArgumentParser | None = None) 
     _check_keys(mapping)
     deepspeed = _json_section(mapping.get("deepspeed", {}))
     rest = {key: value for key, value in mapping.items() if key != "deepspeed"}
+    convert = (parser or _parser("ingot")).parse_object
     try:
-        parsed = (parser or _parser("ingot")).parse_object(rest).as_dict()
+        parsed = convert(rest).as_dict()
     except Exception as error:  # noqa: BLE001 - jsonargparse leaks what a conversion raises
         raise _explained(error, rest) from None
     sections: dict[str, Any] = {}
@@ -209,19 +210,14 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def _load_yaml(text: str) -> Any:
+    """yaml.safe_load with _Loader."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return _Loader(text).get_single_data()
     # PyYAML leaks these for scalars such as `!!bool x`, a 13th month or nesting without end.
-    except (
-        yaml.YAMLError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        ArithmeticError,
-        RecursionError,
-    ) as e:
-        raise InputError(f"not valid YAML: {e}") from e
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"not valid YAML: {error}") from error
+    except (ArithmeticError, RecursionError) as error:
+        raise InputError(f"not valid YAML: {error}") from error
 
 
 def _assign(mapping: dict[str, Any], key: str, value: str) -> None:

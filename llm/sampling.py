@@ -1,0 +1,105 @@
+"""Draws the next token from a model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm.config import require
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn. The cuts are applied in the order of the fields."""
+
+    repetition_penalty: float = 1.0
+    """Above 1: tokens seen before become less likely (Keskar et al. 2019, CTRL, section 4.1)."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Only the k likeliest tokens; null: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that reach this probability (Holtzman et al. 2020, nucleus)."""
+    seed: int = 1234
+    """Of the generator."""
+
+    def __post_init__(self) -> None:
+        penalty, temperature = self.repetition_penalty, self.temperature
+        require(
+            0 < penalty < float("inf"),
+            f"repetition_penalty is {penalty}; expected above 0 (1: none)",
+        )
+        require(
+            0 <= temperature < float("inf"),
+            f"temperature is {temperature}; expected at least 0 (0: the likeliest token)",
+        )
+        require(
+            self.top_k is None or self.top_k >= 1,
+            f"top_k is {self.top_k}; expected at least 1, or null for all",
+        )
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1: all)")
+
+
+def sample(
+    logits: Tensor,
+    config: SamplingConfig,
+    *,
+    history: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    never: Sequence[int] = (),
+) -> Tensor:
+    """One token for each row.
+
+    Args:
+        logits: fp32 [B, V]; -inf where a token cannot be.
+        config: how to draw.
+        history: int64 [B, S], the tokens so far, which the repetition penalty counts.
+        generator: of the random numbers, on the device of `logits`.
+        never: ids that are not drawn.
+
+    Returns:
+        int64 [B].
+    """
+    logits = logits.float()
+    if config.repetition_penalty != 1 and history is not None:
+        logits = penalise(logits, history, config.repetition_penalty)
+    if never:
+        logits = logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf)
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / config.temperature
+    if config.top_k is not None and config.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, config.top_k)
+    if config.top_p < 1:
+        logits = keep_top_p(logits, config.top_p)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def penalise(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
+    """Divide the positive and multiply the negative logits [B, V] of the ids in history [B, S].
+
+    The paper divides all of them, which would make a negative logit likelier.
+    """
+    seen = logits.gather(-1, history)
+    return logits.scatter(-1, history, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf for all but the k largest of each row; of equal ones, those that `topk` returns."""
+    values, ids = logits.topk(k, dim=-1)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """-inf for all but the smallest set of likeliest tokens whose probability is at least p."""
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens
+    kept = before < p
+    kept[..., 0] = True  # rounding must not leave a row empty
+    return torch.full_like(logits, -torch.inf).scatter(
+        -1, ids, values.masked_fill(~kept, -torch.inf)
+    )
