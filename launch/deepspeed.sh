@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Trains with DeepSpeed's launcher. Arguments go to launch/pretrain.py; paths are relative to the checkout.
+#
+#   launch/deepspeed.sh --config launch/configs/tiny-cpu.yaml             one host, RANKS processes on it
+#   HOSTFILE=hostfile launch/deepspeed.sh --config ...                    the hosts of a hostfile, over ssh
+#
+# RANKS        processes on this host: default one per GPU, or 2 without a GPU (a hostfile has its own)
+# HOSTFILE     lines `host slots=N` (hostfile.example); needs pdsh, ssh without a password, and the same
+#              checkout at the same path on every host
+# MASTER_ADDR  address of the first host, by default what `hostname -I` prints first there
+# MASTER_PORT  a port that is free on the first host, by default 29500
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+[[ -d .venv/bin ]] && PATH="$PWD/.venv/bin:$PATH"
+
+options=(--master_port "${MASTER_PORT:-29500}")
+if [[ -n "${HOSTFILE:-}" ]]; then
+  # DeepSpeed would hand anything in the hostfile, the exported variables and the arguments to a shell.
+  python launch/check_hostfile.py "$HOSTFILE" "$@"
+  options+=(--hostfile "$HOSTFILE")
+  [[ -n "${MASTER_ADDR:-}" ]] && options+=(--master_addr "$MASTER_ADDR")
+else
+  gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) || gpus=0
+  options+=(--hostfile /dev/null --num_gpus "${RANKS:-$((gpus > 0 ? gpus : 2))}")
+fi
+
+set -x
+exec deepspeed "${options[@]}" launch/pretrain.py "$@"

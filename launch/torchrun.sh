@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Trains with torchrun. Arguments go to launch/pretrain.py; paths are relative to the checkout.
+#
+#   launch/torchrun.sh --config launch/configs/tiny-cpu.yaml              one host, RANKS processes on it
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh ...      on the first of two hosts
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 launch/torchrun.sh ...      on the second, at the same time
+#
+# RANKS        processes on this host: default one per GPU, or 2 without a GPU
+# NNODES       hosts in the run, by default 1
+# NODE_RANK    number of this host, 0 to NNODES - 1
+# MASTER_ADDR  address of host 0
+# MASTER_PORT  a port that is free on host 0, by default 29500
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+[[ -d .venv/bin ]] && PATH="$PWD/.venv/bin:$PATH"
+
+gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) || gpus=0
+options=(--nproc_per_node "${RANKS:-$((gpus > 0 ? gpus : 2))}")
+if ((${NNODES:-1} > 1)); then
+  : "${NODE_RANK:?set NODE_RANK to the number of this host, 0 to NNODES - 1}"
+  : "${MASTER_ADDR:?set MASTER_ADDR to the address of host 0}"
+  options+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
+  options+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+else
+  options+=(--standalone)
+fi
+
+set -x
+exec torchrun "${options[@]}" launch/pretrain.py "$@"

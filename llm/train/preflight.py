@@ -1,0 +1,153 @@
+"""What must be true of the machine before a run allocates anything or talks to other ranks.
+
+Reads package metadata instead of importing torch, so a wrong machine is told so in a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm.config import InputError, require
+
+PYTHON = (3, 10)
+# Package -> the least version, the first one that is too new (None: no limit known).
+SUPPORTED = {
+    "torch": ((2, 11), None),
+    "triton": ((3, 6), None),
+    "numpy": ((2, 0), None),
+    "deepspeed": ((0, 19, 8), (0, 19, 9)),
+}
+KERNELS_VERSION = "0.0.0"  # why it must be this: docs/decisions, the import names
+INSTALL = "install the versions of constraints.txt (make setup)"
+
+
+def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> None:
+    """Raise InputError at the first thing that this run needs and this machine lacks.
+
+    `engine` is train.engine, `loader` is data.loader, `environ` supplies PATH and CXX.
+    """
+    packages = ["torch", "numpy"]
+    if sys.platform == "linux":
+        packages.append("triton")
+    if engine == "deepspeed":
+        packages.append("deepspeed")
+    check_versions(sys.version_info[:2], {name: installed_version(name) for name in packages})
+    check_import_names()
+    if engine == "deepspeed":
+        check_build_tools(environ)
+    if loader == "native":
+        check_native_loader()
+
+
+def installed_version(package: str) -> str | None:
+    """The version in the package's metadata, or None when it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None]) -> None:
+    """Raise InputError unless Python and every package of `installed` has a supported version."""
+    require(
+        python >= PYTHON,
+        f"Python is {_dotted(python)}; expected at least {_dotted(PYTHON)}: "
+        "make .venv with a newer one",
+    )
+    for name, version in installed.items():
+        least, too_new = SUPPORTED[name]
+        expected = f"at least {_dotted(least)}" + (f", below {_dotted(too_new)}" if too_new else "")
+        require(version is not None, f"{name} is not installed; expected {expected}: {INSTALL}")
+        found = _numbers(name, version or "")
+        require(
+            least <= found and (too_new is None or found < too_new),
+            f"{name} is {version}; expected {expected}: {INSTALL}",
+        )
+    triton, numpy = installed.get("triton"), installed.get("numpy")
+    if triton and numpy:
+        require(
+            _numbers("triton", triton) >= (3, 7, 1) or _numbers("numpy", numpy) < (2, 4),
+            f"triton is {triton} and numpy {numpy}; expected triton 3.7.1 or later beside "
+            f"numpy 2.4: {INSTALL}, or numpy below 2.4",
+        )
+
+
+def check_import_names() -> None:
+    """Raise InputError unless `kernels` and `llm` are Ingot's own, from one folder.
+
+    Both names are taken on PyPI; another package of that name may come first on the path.
+    """
+    folders: dict[str, Path] = {}
+    for name in ("llm", "kernels"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(
+                f"`import {name}` fails ({error}); expected Ingot's own package: run the script "
+                "from the checkout, or `pip install -e .` there"
+            ) from error
+        require(
+            module.__file__ is not None,
+            f"`{name}` is {module}, a folder without __init__.py; expected Ingot's own package: "
+            "remove that folder from the path (PYTHONPATH, the current folder)",
+        )
+        folders[name] = Path(str(module.__file__)).resolve().parents[1]
+    version = getattr(importlib.import_module("kernels"), "__version__", None)
+    require(
+        folders["kernels"] == folders["llm"] and version == KERNELS_VERSION,
+        f"`kernels` {version} comes from {folders['kernels']} and `llm` from {folders['llm']}; "
+        f"expected Ingot's own two ({KERNELS_VERSION}), side by side: another package of that name "
+        "comes first on the path; uninstall it or use a clean virtual environment",
+    )
+
+
+def check_build_tools(
+    environ: Mapping[str, str], scripts: Path = Path(sys.executable).parent
+) -> None:
+    """Raise InputError unless a C++ compiler and ninja are on PATH, or in `scripts`.
+
+    DeepSpeed compiles a small operator when it starts; without these it dies in init_distributed.
+    `scripts`, by default the folder of this Python, joins PATH in llm.parallel.launcher.export.
+    """
+    path = os.pathsep.join([environ.get("PATH", os.defpath), str(scripts)])
+    compiler = (environ.get("CXX") or "c++").split()[0]
+    require(
+        shutil.which(compiler, path=path) is not None,
+        f"no C++ compiler: {compiler!r} ({'CXX' if environ.get('CXX') else 'the default'}) is not "
+        "on PATH; DeepSpeed compiles an operator when it starts: install one (Debian: apt-get "
+        "install g++), set CXX, or use --train.engine=plain",
+    )
+    require(
+        shutil.which("ninja", path=path) is not None,
+        "ninja is not on PATH; DeepSpeed compiles an operator with it when it starts: `pip install "
+        "ninja` in this environment, or use --train.engine=plain",
+    )
+
+
+def check_native_loader() -> None:
+    """Raise InputError unless the C++ extension imports."""
+    try:
+        importlib.import_module("llm.data._native")
+    except ImportError as error:
+        raise InputError(
+            f"the C++ loader llm.data._native cannot be imported ({error}); build it with "
+            "`make setup`, or use --data.loader=numpy"
+        ) from error
+
+
+def _numbers(name: str, version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    if match is None:
+        raise InputError(f"{name} has the version {version!r}; expected numbers: {INSTALL}")
+    return tuple(int(part) for part in match.group().split("."))
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(str(number) for number in numbers)
