@@ -1,0 +1,85 @@
+"""Which form of an operation runs, and why one that was asked for cannot.
+
+triton     the kernels of this package: an NVIDIA GPU, or any device when the process was started under
+           TRITON_INTERPRET=1, which runs them in Triton's interpreter (slow; for tests)
+torch      the best stock operator of PyTorch
+reference  the same operation in a few lines of PyTorch, fp32 inside (kernels/reference.py)
+auto       triton on a GPU where it can run, else torch, else reference
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+IMPLS = ("auto", "triton", "torch", "reference")
+# Widest last dimension that one Triton tile holds: attention's head width, layer norm's row.
+MAX_WIDTH = {"attention": 256, "layer_norm": 16384}
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Triton fixes the mode when a kernel is decorated, that is on import: so does this constant, read on the same import.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+class KernelError(ValueError):
+    """What was asked for cannot run. The message says what was found, what was expected and what to do."""
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raise KernelError(message) unless `condition`."""
+    if not condition:
+        raise KernelError(message)
+
+
+def why_not_triton(op: str, *, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """The reason why `op` has no Triton form here, or None if it has."""
+    if device.type != "cuda" and not INTERPRETED:
+        return (
+            f"found tensors on {device.type!r}, expected 'cuda': use impl=auto, or to run the kernels in Triton's "
+            f"interpreter start the process with TRITON_INTERPRET=1"
+        )
+    if dtype not in TRITON_DTYPES:
+        return f"found {dtype}, expected float32, float16 or bfloat16: use impl=torch or impl=reference"
+    if width > MAX_WIDTH[op]:
+        return f"found width {width}, expected at most {MAX_WIDTH[op]}: use impl=torch or impl=reference"
+    return None
+
+
+def why_not_torch(op: str, dropout: float) -> str | None:
+    """The reason why `op` has no stock form, or None if it has."""
+    if op == "attention" and dropout > 0:
+        return (
+            f"found dropout {dropout}, expected 0: the stock operator draws masks that depend on the layout; "
+            f"use impl=auto, triton or reference"
+        )
+    return None
+
+
+def choose(
+    impl: str, op: str, *, device: torch.device, dtype: torch.dtype, width: int, dropout: float = 0.0
+) -> str:
+    """The form of `op` to run: "triton", "torch" or "reference". Pure: the caller logs what it chose.
+
+    op: "attention" or "layer_norm". width: of a head, or of the normalised row. dropout: of attention's weights.
+    Raises KernelError if `impl` is unknown, or names a form that cannot run.
+    """
+    expect(impl in IMPLS, f"impl: found {impl!r}, expected one of {', '.join(IMPLS)}")
+    no_triton = why_not_triton(op, device=device, dtype=dtype, width=width)
+    no_torch = why_not_torch(op, dropout)
+    if impl == "auto":
+        if device.type == "cuda" and no_triton is None:
+            return "triton"
+        return "torch" if no_torch is None else "reference"
+    reason = {"triton": no_triton, "torch": no_torch, "reference": None}[impl]
+    expect(reason is None, f"{op} with impl={impl}: {reason}")
+    return impl
+
+
+def interpretable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as the kernels may read them: unchanged, but bfloat16 as float32 in the interpreter.
+
+    The interpreter keeps bfloat16 as bit patterns, multiplies them as integers and truncates instead of rounding. So
+    there the kernels see float32 and the caller rounds their results.
+    """
+    if not INTERPRETED:
+        return tensors
+    return tuple(t.float() if t.dtype == torch.bfloat16 else t for t in tensors)
