@@ -26,7 +26,6 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
     and FileExistsError where there is such a file.
     """
     digest = hashlib.sha256()
-    free = free_bytes(path.parent)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "wb", buffering=0) as file:
@@ -40,7 +39,7 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CheckpointError(
-            f"the disk is full: {path} needs {size} bytes and {free} were free; "
+            f"the disk is full: {path} needs {size} bytes and {room_for(path)} are free; "
             "make room or save elsewhere, then start the run again"
         ) from error
     return digest.hexdigest()
@@ -52,10 +51,11 @@ def write_all(descriptor: int, view: memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write on the folder's file system."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+def room_for(path: Path) -> int:
+    """Bytes that the file may take: those free and those that it has."""
+    status = os.statvfs(path.parent)
+    taken = os.lstat(path).st_blocks * 512 if path.exists() else 0
+    return status.f_bavail * status.f_frsize + taken
 
 
 def sync_folder(folder: Path) -> None:

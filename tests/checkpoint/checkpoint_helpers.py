@@ -1,0 +1,132 @@
+"""A tiny model, cut as tensor parallelism and ZeRO cut it, and saved by threads as ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.checkpoint.manifest import KINDS, Piece
+from llm.checkpoint.reader import CheckpointReader
+from llm.checkpoint.writer import ExchangeErrors, write_checkpoint
+from llm.slices import Slice
+
+# Global shape, and the dimension that tensor parallelism cuts (None: every rank holds it whole).
+MODEL = {
+    "embedding.weight": ((11, 4), 0),  # 11 does not divide: the last rank's slice is short
+    "blocks.0.up.weight": ((12, 4), 0),
+    "blocks.0.up.bias": ((12,), 0),
+    "blocks.0.down.weight": ((4, 12), 1),
+    "blocks.0.cube": ((3, 8, 5), 1),
+    "norm.weight": ((4,), None),
+    "scale": ((), None),
+}
+Tensors = dict[tuple[str, str], Tensor]
+
+
+def make_tensors(seed: int) -> Tensors:
+    """Random master weights and moments of MODEL."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (name, kind): torch.randn(shape, generator=generator)
+        for name, (shape, _) in MODEL.items()
+        for kind in KINDS
+    }
+
+
+def slice_of(name: str, tp_rank: int, tp: int) -> Slice:
+    """What rank tp_rank of tp holds: equal parts rounded up, so the last may be short."""
+    shape, dim = MODEL[name]
+    if dim is None:
+        return Slice.whole(shape)
+    part = -(-shape[dim] // tp)
+    return Slice(shape, dim, tp_rank * part, min((tp_rank + 1) * part, shape[dim]))
+
+
+def pieces_of(tensors: Tensors, rank: int, tp: int, dp: int) -> Iterator[Piece]:
+    """As ZeRO does: a TP rank's slices lie one after the other and are cut in dp equal parts."""
+    dp_rank, tp_rank = divmod(rank, tp)
+    names = [name for name in MODEL if MODEL[name][1] is not None or tp_rank == 0]
+    slices = {name: slice_of(name, tp_rank, tp) for name in names}
+    part = -(-sum(piece.numel for piece in slices.values()) // dp)
+    low, high = dp_rank * part, (dp_rank + 1) * part
+    for kind in KINDS:
+        position = 0
+        for name, piece in slices.items():
+            start = max(low - position, 0)
+            stop = min(high - position, piece.numel)
+            position += piece.numel
+            if start < stop:
+                flat = piece.take(tensors[name, kind]).reshape(-1)
+                yield Piece(name, kind, piece, start, flat[start:stop])
+
+
+def exchanges(world: int) -> tuple[list[ExchangeErrors], threading.Barrier]:
+    """exchange_errors of each rank, for threads as ranks."""
+    barrier = threading.Barrier(world, timeout=30)
+    errors: list[str | None] = [None] * world
+
+    def of_rank(rank: int) -> ExchangeErrors:
+        def exchange(error: str | None) -> str | None:
+            errors[rank] = error
+            barrier.wait()
+            first = next((found for found in errors if found is not None), None)
+            barrier.wait()
+            return first
+
+        return exchange
+
+    return [of_rank(rank) for rank in range(world)], barrier
+
+
+def on_ranks(world: int, action: Callable[[int, ExchangeErrors], Any]) -> list[Any]:
+    """What action(rank, exchange_errors) returns, or the exception it raises, for each rank."""
+    each, barrier = exchanges(world)
+
+    def guarded(rank: int) -> Any:
+        try:
+            return action(rank, each[rank])
+        except Exception as error:  # noqa: BLE001 - the test looks at it
+            return error
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(guarded, range(world)))
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Tensors,
+    *,
+    tp: int = 1,
+    dp: int = 1,
+    keep_last: int = 2,
+    pieces: Callable[[Tensors, int, int, int], Iterator[Piece]] = pieces_of,
+) -> list[Any]:
+    """Save with tp * dp ranks; each rank's result or exception."""
+    return on_ranks(
+        tp * dp,
+        lambda rank, exchange: write_checkpoint(
+            root,
+            step,
+            pieces(tensors, rank, tp, dp),
+            {"step": step, "rank": rank},
+            rank=rank,
+            world=tp * dp,
+            keep_last=keep_last,
+            exchange_errors=exchange,
+        ),
+    )
+
+
+def same(reader: CheckpointReader, tensors: Tensors) -> bool:
+    """Whether the checkpoint holds these tensors, to the bit."""
+    return all(torch.equal(reader.read(*key), tensor) for key, tensor in tensors.items())

@@ -1,0 +1,316 @@
+"""Nothing damaged, foreign or hostile is taken for a checkpoint; the one before it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_helpers import make_tensors, on_ranks, same, save
+
+from llm.checkpoint.files import CheckpointError
+from llm.checkpoint.manifest import Manifest
+from llm.checkpoint.reader import (
+    CheckpointReader,
+    check_same_model,
+    find_latest,
+    open_checkpoint,
+    open_latest,
+    verify,
+)
+from llm.config import InputError
+from llm.slices import Slice
+
+OLD, NEW = make_tensors(1), make_tensors(2)
+SHARD = "rank-00001-00000.safetensors"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Checkpoints of steps 1 (OLD) and 2 (NEW), each by two ranks."""
+    save(tmp_path, 1, OLD, dp=2)
+    save(tmp_path, 2, NEW, dp=2)
+    return tmp_path
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / SHARD, (folder / SHARD).stat().st_size - 1)
+
+
+def flip_tensor_bit(folder: Path) -> None:
+    flip(folder / SHARD, -1)
+
+
+def flip_state_bit(folder: Path) -> None:
+    flip(folder / "state.json", 5)
+
+
+def lose_shard(folder: Path) -> None:
+    (folder / SHARD).unlink()
+
+
+def lose_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def add_file(folder: Path) -> None:
+    shutil.copy(folder / SHARD, folder / "rank-00002-00000.safetensors")
+
+
+def link_shard(folder: Path) -> None:
+    (folder / SHARD).rename(folder.parent / SHARD)
+    (folder / SHARD).symlink_to(folder.parent / SHARD)
+
+
+def link_manifest(folder: Path) -> None:
+    (folder / "manifest.json").rename(folder.parent / "manifest.json")
+    (folder / "manifest.json").symlink_to(folder.parent / "manifest.json")
+
+
+def link_folder(folder: Path) -> None:
+    folder.rename(folder.parent / "elsewhere")
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def pipe_shard(folder: Path) -> None:
+    (folder / SHARD).unlink()
+    os.mkfifo(folder / SHARD)
+
+
+def mix_steps(folder: Path) -> None:
+    shutil.copy(folder.parent / "step-00000001" / SHARD, folder / SHARD)
+
+
+def rename_step(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "step-00000001", folder)
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, "bytes; expected"),
+        (flip_tensor_bit, "is damaged"),
+        (flip_state_bit, "is damaged"),
+        (lose_shard, "No such file"),
+        (lose_manifest, "No such file"),
+        (add_file, "does not list"),
+        (link_shard, "not a regular file"),
+        (link_manifest, "not a regular file"),
+        (link_folder, "not a folder"),
+        (pipe_shard, "not a regular file"),
+        (mix_steps, "is damaged"),
+        (rename_step, "step 1"),
+    ],
+)
+def test_a_damaged_checkpoint_falls_back(
+    root: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    assert find_latest(root) == (root / "step-00000002", [])
+    damage(root / "step-00000002")
+    folder, warnings = find_latest(root)
+    assert folder is not None
+    assert folder.name == "step-00000001"
+    assert same(open_checkpoint(folder), OLD)
+    (warning,) = warnings
+    assert "step-00000002" in warning
+    assert words in warning
+    with pytest.raises(CheckpointError, match=words):
+        verify(root / "step-00000002")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match="move the folder away"):
+        find_latest(root)
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert find_latest(tmp_path) == (None, [])
+    assert find_latest(tmp_path / "nothing") == (None, [])
+
+
+def test_hidden_files_are_not_ours(root: Path) -> None:
+    (root / "step-00000002" / ".nfs0001").touch()
+    assert find_latest(root) == (root / "step-00000002", [])
+
+
+def test_any_flipped_bit_of_the_manifest_is_seen(root: Path) -> None:
+    folder = root / "step-00000002"
+    good = (folder / "manifest.json").read_bytes()
+    meaning = json.loads(good)
+    for position in range(0, len(good), 17):
+        text = bytearray(good)
+        text[position] ^= 1 << position % 8
+        try:
+            assert Manifest.from_json(bytes(text)) == Manifest.from_json(good)
+            assert json.loads(text) == meaning  # one kind of white space became another
+        except CheckpointError:
+            continue
+
+
+def resealed(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest as someone would who can compute its sha256."""
+    path = folder / "manifest.json"
+    body = json.loads(path.read_bytes())
+    change(body)
+    del body["sha256"]
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**body, "sha256": digest}))
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "-x", ".x", "a\nb", "é"]
+)
+def test_a_file_outside_is_never_opened(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "secret").write_bytes(b"secret")
+    folder = root / "step-00000002"
+
+    def change(body: dict[str, Any]) -> None:
+        body["files"][name] = body["files"].pop(SHARD)
+        for kinds in body["tensors"].values():
+            for entry in kinds.values():
+                for piece in entry["pieces"]:
+                    piece["file"] = name if piece["file"] == SHARD else piece["file"]
+
+    resealed(folder, change)
+    opened: list[str] = []
+    real = os.open
+
+    def recorded(path: Any, *rest: Any, **options: Any) -> int:
+        opened.append(str(path))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", recorded)
+    with pytest.raises(CheckpointError, match="a file named"):
+        verify(folder)
+    assert set(opened) == {str(folder / "manifest.json")}
+
+
+def test_a_pickle_is_not_executed(root: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(root / "exploded"),)
+
+    folder = root / "step-00000002"
+    for name in ("manifest.json", "state.json", SHARD):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(CheckpointError):
+            verify(folder)
+        with pytest.raises(CheckpointError):
+            open_checkpoint(folder)
+    assert not (root / "exploded").exists()
+
+
+@pytest.mark.parametrize(("field", "words"), [("key", "cannot be read"), ("length", "expected")])
+def test_a_manifest_that_misdescribes_its_shard(root: Path, field: str, words: str) -> None:
+    folder = root / "step-00000002"
+
+    def change(body: dict[str, Any]) -> None:
+        (first, second) = body["tensors"]["blocks.0.down.weight"]["master"]["pieces"]
+        if field == "key":
+            first["key"] = "nothing"
+        else:
+            first["length"] += 1
+            second["offset"] += 1
+            second["length"] -= 1
+
+    resealed(folder, change)
+    reader = open_checkpoint(folder)
+    assert torch.equal(reader.read("norm.weight"), NEW["norm.weight", "master"])
+    with pytest.raises(CheckpointError, match=words):
+        reader.read("blocks.0.down.weight")
+
+
+def test_what_is_not_there_is_refused(root: Path) -> None:
+    reader = open_checkpoint(root / "step-00000002")
+    with pytest.raises(CheckpointError, match="has no tensor head"):
+        reader.read("head")
+    with pytest.raises(CheckpointError, match="has no tensor norm"):
+        reader.read("norm.weight", "momentum")
+    with pytest.raises(CheckpointError, match=r"has shape \(4,\)"):
+        reader.read_slice("norm.weight", "master", Slice.whole((5,)))
+
+
+class Ranks:
+    """Two ranks that open what rank 0 finds; each may have its own view of the folder."""
+
+    def __init__(self, roots: list[Path]) -> None:
+        self.roots = roots
+        self.barrier = threading.Barrier(len(roots), timeout=30)
+        self.text = ""
+
+    def open(self) -> list[Any]:
+        def action(rank: int, exchange: Any) -> tuple[CheckpointReader | None, list[str]]:
+            def broadcast(text: str) -> str:
+                self.text = text if rank == 0 else self.text
+                self.barrier.wait()
+                return self.text
+
+            return open_latest(
+                self.roots[rank], rank=rank, broadcast_text=broadcast, exchange_errors=exchange
+            )
+
+        return on_ranks(len(self.roots), action)
+
+
+def test_all_ranks_open_what_rank_0_finds(root: Path) -> None:
+    truncate(root / "step-00000002")
+    for reader, warnings in Ranks([root, root]).open():
+        assert same(reader, OLD)
+        assert reader.state["step"] == 1
+        assert len(warnings) == 1
+
+
+def test_no_checkpoint_on_any_rank(tmp_path: Path) -> None:
+    assert Ranks([tmp_path, tmp_path]).open() == [(None, []), (None, [])]
+
+
+def test_ranks_with_other_views_all_refuse(root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save(other, 2, OLD, dp=2)
+    for roots, words in (
+        ([root, other], "rank 1: .* is not the checkpoint that rank 0 sees"),
+        ([root, tmp_path / "nothing"], "rank 1: .* cannot be read"),
+    ):
+        results = Ranks(roots).open()
+        assert [type(result) for result in results] == [InputError, InputError]
+        assert len({str(result) for result in results}) == 1
+        with pytest.raises(InputError, match=words):
+            raise results[0]
+
+
+def test_damage_everywhere_stops_all_ranks(root: Path) -> None:
+    lose_manifest(root / "step-00000001")
+    truncate(root / "step-00000002")
+    results = Ranks([root, root]).open()
+    assert [type(result) for result in results] == [InputError, InputError]
+    assert "step-00000001" in str(results[1])
+
+
+def test_another_model_is_named_field_by_field() -> None:
+    saved = {"n_layer": 4, "norm": "layernorm", "bias": True, "old": 1}
+    current = {"n_layer": 6, "norm": "layernorm", "bias": False, "sizes": (1, 2)}
+    with pytest.raises(InputError) as caught:
+        check_same_model(saved, current)
+    lines = str(caught.value).split("\n  ")[1:]
+    assert lines == [
+        "model.n_layer: the checkpoint has 4, the config has 6",
+        "model.bias: the checkpoint has True, the config has False",
+        "model.sizes: the checkpoint has no such field, the config has [1, 2]",
+        "model.old: the checkpoint has 1, the config has no such field",
+    ]
+    check_same_model({"sizes": [1, 2]}, {"sizes": (1, 2)})

@@ -1,0 +1,347 @@
+"""A save is whole or was never there, on whatever ranks, wherever it is killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_helpers import MODEL, Tensors, make_tensors, pieces_of, same, save, slice_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from llm.checkpoint import writer
+from llm.checkpoint.files import CheckpointError
+from llm.checkpoint.manifest import KINDS, Piece
+from llm.checkpoint.reader import find_latest, open_checkpoint, verify
+from llm.checkpoint.writer import checkpoints
+from llm.slices import Slice
+
+OLD, NEW = make_tensors(1), make_tensors(2)
+LAYOUTS = st.tuples(st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 3]))
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(layout=LAYOUTS, other=LAYOUTS, shard_bytes=st.sampled_from([1, 100, 1 << 20]))
+def test_any_layout_reads_any_other(
+    layout: tuple[int, int],
+    other: tuple[int, int],
+    shard_bytes: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    root = tmp_path_factory.mktemp("checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "SHARD_BYTES", shard_bytes)
+        assert set(save(root, 7, NEW, tp=layout[0], dp=layout[1])) == {root / "step-00000007"}
+    verify(root / "step-00000007")
+    reader = open_checkpoint(root / "step-00000007")
+    assert reader.state == {"step": 7, "rank": 0}
+    assert set(reader.names) == set(MODEL)
+    assert same(reader, NEW)
+    for name, (shape, _) in MODEL.items():
+        assert reader.shape(name) == shape
+        for tp_rank in range(other[0]):
+            part = slice_of(name, tp_rank, other[0])
+            for kind in KINDS:
+                found = reader.read_slice(name, kind, part)
+                assert torch.equal(found, part.take(NEW[name, kind])), (name, kind, part)
+
+
+def test_any_slice_of_any_dimension(tmp_path: Path) -> None:
+    save(tmp_path, 1, NEW, tp=2, dp=3)
+    reader = open_checkpoint(tmp_path / "step-00000001")
+    for name, (shape, _) in MODEL.items():
+        for dim, size in enumerate(shape):
+            for start in range(size):
+                for stop in range(start + 1, size + 1):
+                    part = Slice(shape, dim, start, stop)
+                    found = reader.read_slice(name, "master", part)
+                    assert torch.equal(found, part.take(NEW[name, "master"])), (name, part)
+
+
+def test_shards_are_plain_safetensors(tmp_path: Path) -> None:
+    save(tmp_path, 1, NEW)
+    tensors = load_file(tmp_path / "step-00000001" / "rank-00000-00000.safetensors")
+    assert torch.equal(tensors["master/norm.weight/0:4/0"], NEW["norm.weight", "master"])
+
+
+def test_only_the_owner_can_read(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    previous = os.umask(0)
+    try:
+        save(root, 1, NEW, tp=2)
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    for path in root.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_keeps_the_last_and_drops_an_abandoned_future(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, NEW)
+    assert names(tmp_path) == {"step-00000002", "step-00000003", "latest"}
+    assert (tmp_path / "latest").read_text() == "step-00000003\n"
+    (tmp_path / "step-99999999").mkdir()  # as a damaged one, from which the run could not resume
+    save(tmp_path, 100000001, NEW)  # one digit more than the others
+    save(tmp_path, 4, OLD, keep_last=1)
+    assert names(tmp_path) == {"step-00000004", "latest"}
+    assert same(open_checkpoint(tmp_path / "step-00000004"), OLD)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 5, OLD, tp=2)
+    assert save(tmp_path, 5, NEW) == [tmp_path / "step-00000005"]
+    assert names(tmp_path) == {"step-00000005", "latest"}
+    assert same(open_checkpoint(tmp_path / "step-00000005"), NEW)
+
+
+def refused(results: list[Any], *words: str) -> None:
+    """Every rank raised the same CheckpointError, which says these words."""
+    assert all(isinstance(result, CheckpointError) for result in results), results
+    assert len({str(result) for result in results}) == 1
+    for word in words:
+        assert word in str(results[0])
+
+
+def check_untouched(root: Path) -> None:
+    """Only the checkpoint of step 1 is there, whole."""
+    assert names(root) == {"step-00000001", "latest"}
+    folder, warnings = find_latest(root)
+    assert folder is not None
+    assert folder.name == "step-00000001"
+    assert not warnings
+    assert same(open_checkpoint(folder), OLD)
+
+
+def test_a_full_disk_on_one_rank_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, OLD, tp=2, dp=2)
+    write, fired = os.write, []
+
+    def full(descriptor: int, data: memoryview) -> int:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "rank-00002" in path:
+            fired.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
+    results = save(tmp_path, 2, NEW, tp=2, dp=2)
+    assert len(fired) == 1
+    refused(results, "disk is full", "rank-00002-00000.safetensors", "bytes", "are free")
+    check_untouched(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_truly_full_disk(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        save(tmp_path, 1, OLD, dp=2)
+        big = Slice.whole((100_000,))
+
+        def large(tensors: Tensors, rank: int, tp: int, dp: int) -> Iterator[Piece]:
+            yield Piece("big", "master", big, rank * 25_000, torch.ones(25_000))
+
+        for _ in range(2):  # what a failure left would take the room of the next
+            refused(save(tmp_path, 2, NEW, dp=4, pieces=large), "disk is full", "bytes")
+            check_untouched(tmp_path)
+        save(tmp_path, 2, NEW, dp=2)
+        assert find_latest(tmp_path) == (tmp_path / "step-00000002", [])
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "replace"])
+def test_an_io_error_stops_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    save(tmp_path, 1, OLD, tp=2)
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, broken)
+        refused(save(tmp_path, 2, NEW, tp=2), "Input/output error")
+    assert not [name for name in names(tmp_path) if name.startswith("step-") and "." in name]
+    folder, warnings = find_latest(tmp_path)
+    assert not warnings
+    assert folder == tmp_path / ("step-00000002" if call == "replace" else "step-00000001")
+    save(tmp_path, 2, NEW, tp=2)
+    assert same(open_checkpoint(tmp_path / "step-00000002"), NEW)
+
+
+def lose(pieces: list[Piece]) -> list[Piece]:
+    return pieces[1:]
+
+
+def double(pieces: list[Piece]) -> list[Piece]:
+    first = pieces[0]
+    return [*pieces, Piece(first.name, first.kind, Slice.whole((11, 4)), 0, torch.ones(44))]
+
+
+def overrun(pieces: list[Piece]) -> list[Piece]:
+    first = pieces[0]
+    extra = torch.ones(first.slice.numel - first.start + 1)
+    return [Piece(first.name, first.kind, first.slice, first.start, extra), *pieces[1:]]
+
+
+def wrong_dtype(pieces: list[Piece]) -> list[Piece]:
+    first = pieces[0]
+    return [Piece(first.name, first.kind, first.slice, first.start, first.data.half()), *pieces[1:]]
+
+
+def fail(pieces: list[Piece]) -> list[Piece]:
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lose, "make it up exactly"),
+        (double, "make it up exactly"),
+        (overrun, "exceed"),
+        (wrong_dtype, "float16"),
+        (fail, "out of memory"),
+    ],
+)
+def test_a_wrong_set_of_pieces_is_not_saved(
+    tmp_path: Path, break_it: Callable[[list[Piece]], list[Piece]], words: str
+) -> None:
+    save(tmp_path, 1, OLD, tp=2, dp=2)
+
+    def pieces(tensors: Tensors, rank: int, tp: int, dp: int) -> Iterator[Piece]:
+        found = list(pieces_of(tensors, rank, tp, dp))
+        yield from break_it(found) if rank == 1 else found
+
+    refused(save(tmp_path, 2, NEW, tp=2, dp=2, pieces=pieces), words)
+    check_untouched(tmp_path)
+
+
+def test_pieces_are_not_gathered_beyond_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SHARD_BYTES", 4000)
+    living: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def pieces(tensors: Tensors, rank: int, tp: int, dp: int) -> Iterator[Piece]:
+        nonlocal most
+        for number in range(20):
+            data = torch.ones(500)
+            living.add(data)
+            most = max(most, len(living))
+            yield Piece(f"p{number}", "master", Slice.whole((500,)), 0, data)
+            del data
+
+    assert save(tmp_path, 1, NEW, pieces=pieces) == [tmp_path / "step-00000001"]
+    assert most <= 4  # two in the shard, the one that does not fit, the one being made
+
+
+def test_all_is_on_the_disk_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def recorded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(first: Any, *rest: Any) -> Any:
+            path = os.readlink(f"/proc/self/fd/{first}") if name == "fsync" else str(first)
+            events.append((name, path))
+            if name == "rename":  # what is in the folder then is all there is to be
+                events.extend(("present", str(inside)) for inside in Path(path).iterdir())
+            return call(first, *rest)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "fsync", recorded("fsync", fsync))
+    monkeypatch.setattr(os, "rename", recorded("rename", rename))
+    monkeypatch.setattr(os, "replace", recorded("replace", replace))
+    save(tmp_path, 1, NEW, tp=2, dp=2)
+    partial = str(tmp_path / "step-00000001.tmp")
+    renamed = events.index(("rename", partial))
+    synced = {path for name, path in events[:renamed] if name == "fsync"}
+    present = {path for name, path in events if name == "present"}
+    assert len(present) == 4 + 2
+    assert present < synced
+    assert events[renamed - 1] == ("fsync", partial)
+    after = [event for event in events[renamed + 1 :] if event[0] != "present"]
+    pointer = str(tmp_path / "latest.tmp")
+    root = ("fsync", str(tmp_path))
+    assert after[:4] == [root, ("fsync", pointer), ("replace", pointer), root]
+
+
+CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
+
+
+def killed_at(root: Path, point: int, step: int) -> bool:
+    """Save NEW in a process that is killed at its point-th file operation; whether it was."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def deadly(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*arguments: Any, **options: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count > point:
+                    if name == "write":  # half of it gets through
+                        call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*arguments, **options)
+
+            return wrapper
+
+        for name in CALLS:
+            setattr(os, name, deadly(name, getattr(os, name)))
+        options = {"rank": 0, "world": 1, "keep_last": 2, "exchange_errors": lambda error: error}
+        writer.write_checkpoint(root, step, pieces_of(NEW, 0, 1, 1), {}, **options)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("step", [3, 2], ids=["next step", "same step again"])
+def test_killed_anywhere_the_old_or_the_new_one_is_found(tmp_path: Path, step: int) -> None:
+    start = tmp_path / "start"
+    save(start, 1, OLD)
+    save(start, 2, OLD)
+    seen, point = [], 0
+    while True:
+        root = tmp_path / f"killed-{point}"
+        shutil.copytree(start, root)
+        killed = killed_at(root, point, step)
+        folder, warnings = find_latest(root)
+        assert warnings == []
+        assert folder is not None
+        reader = open_checkpoint(folder)
+        seen.append(same(reader, NEW))
+        assert seen[-1] or same(reader, OLD)
+        assert len(checkpoints(root)) >= 2  # keep_last holds all the time
+        if not killed:
+            break
+        if point % 5 == 0:  # and the run goes on as if nothing had been
+            assert save(root, 4, NEW) == [root / "step-00000004"]
+            assert not [name for name in names(root) if name.endswith((".tmp", ".old"))]
+            assert find_latest(root) == (root / "step-00000004", [])
+        point += 1
+    assert seen == sorted(seen)
+    assert not seen[0]
+    assert seen[-1]
+    assert 15 < seen.count(False) < len(seen) - 5
