@@ -18,8 +18,8 @@ def initial_std(config: ModelConfig, name: str) -> float | None:
 
     Linears take GPT-2's 0.02, those that end a residual branch 0.02 / sqrt(2 n_layer) (Radford et al. 2019, 2.3).
     The output projection, and the tables that share or feed it when tied, are small enough for the first loss to be
-    ln V: the logits' deviation sqrt(C) std stays under 0.2, and the logit that a tied table gives to its own
-    input, C std, under 5.
+    ln V: the logits' deviation sqrt(C) std stays under 0.15, and the logit that a tied table gives to its own
+    input, C std, under 4.
     """
     C = config.d_model
     if "norm" in name or name.endswith("bias"):
@@ -27,7 +27,7 @@ def initial_std(config: ModelConfig, name: str) -> float | None:
     if name.endswith(("attention_output.weight", "down.weight")):
         return STD / math.sqrt(2 * config.n_layer)
     if name == "head.weight" or (config.tie_embeddings and name in TABLES):
-        return min(STD, 0.2 / math.sqrt(C), 5 / C)
+        return min(STD, 0.15 / math.sqrt(C), 4 / C)
     return STD
 
 

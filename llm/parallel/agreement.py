@@ -48,11 +48,11 @@ def exchange_errors(error: str | None) -> str | None:
     return next((text for text in exchange(error) if text is not None), None)
 
 
-def broadcast(text: str | None) -> str | None:
-    """Rank 0's text, on every rank."""
+def broadcast(text: str) -> str:
+    """Rank 0's text, on every rank; cut to 4096 bytes."""
     message = _pack(text)
     dist.broadcast(message, src=0)
-    return _unpack(message)
+    return _unpack(message) or ""
 
 
 def together(action: Callable[[], T]) -> T:

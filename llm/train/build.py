@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from kernels.dispatch import choose
-from llm.config import InputError, RunConfig, require
+from kernels.dispatch import KernelError, choose
+from llm.config import InputError, RunConfig
 from llm.model.gpt import GPT
 from llm.model.init import init_weights
 from llm.model.layers import DenseLayers, Layers
 from llm.parallel.layers import TensorParallel, TensorParallelLayers
 from llm.parallel.mesh import Mesh
-from llm.train.engines.base import Engine
+from llm.train.engines.base import DTYPES, Engine
 
 
 def choose_layers(config: RunConfig, mesh: Mesh | None) -> Layers:
@@ -20,6 +20,22 @@ def choose_layers(config: RunConfig, mesh: Mesh | None) -> Layers:
         return DenseLayers(seed=config.seed, impl=config.train.impl)
     tp = TensorParallel.of(mesh.tp_group)
     return TensorParallelLayers(tp, seed=config.seed, impl=config.train.impl)
+
+
+def check_kernels(config: RunConfig, device: torch.device) -> str:
+    """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
+    model, dtype = config.model, DTYPES[config.train.precision]
+    places = {"attention": (model.head_dim, model.dropout)}
+    if model.norm == "layernorm":
+        places["layer_norm"] = (model.d_model, 0.0)
+    try:
+        chosen = {
+            op: choose(config.train.impl, op, device=device, dtype=dtype, width=width, dropout=dropout)
+            for op, (width, dropout) in places.items()
+        }
+    except KernelError as error:
+        raise InputError(f"train.impl: {error}") from error
+    return ", ".join(f"{op}: {form}" for op, form in chosen.items())
 
 
 def build_model(config: RunConfig, mesh: Mesh | None) -> GPT:

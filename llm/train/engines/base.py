@@ -19,6 +19,8 @@ from llm.slices import Slice
 
 # Adam's moments, by the names that checkpoints, torch and DeepSpeed use.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Of the model's own weights and activations, by train.precision.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MicroBatch(NamedTuple):

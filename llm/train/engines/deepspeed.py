@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -76,6 +77,8 @@ class DeepSpeedEngine:
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
         optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim)
+        # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; each would warn once per call site.
+        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=generated, mpu=Grid(mesh), dist_init_required=False
@@ -148,17 +151,17 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load_pieces(self, reader: CheckpointReader, optimizer_step: int) -> None:
         optimizer = self.engine.basic_optimizer
-        for group in optimizer.param_groups if optimizer_step else ():
-            for flat in group["params"]:
-                moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-                optimizer.state[flat] = {"step": torch.tensor(float(optimizer_step)), **moments}
         for name in self.parameters:
             held, part = self._slice(name), self._fragment(name)
             if part is None:
                 continue
             targets = {"master": part.master}
-            for kind in MOMENTS if optimizer_step else ():
-                targets[kind] = part.moment(optimizer, kind)
+            if optimizer_step:
+                if part.flat not in optimizer.state:
+                    moments = {kind: torch.zeros_like(part.flat) for kind in MOMENTS}
+                    step = torch.tensor(float(optimizer_step), device=self.device)
+                    optimizer.state[part.flat] = {"step": step, **moments}
+                targets |= {kind: part.moment(optimizer, kind) for kind in MOMENTS}
             for kind, target in targets.items():
                 local = reader.read_slice(name, kind, held).flatten()
                 target.copy_(local.narrow(0, part.start, part.numel))

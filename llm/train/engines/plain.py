@@ -15,6 +15,7 @@ from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import (
+    DTYPES,
     MOMENTS,
     MicroBatch,
     StepResult,
@@ -25,9 +26,6 @@ from llm.train.engines.base import (
 )
 from llm.train.loss_scale import DynamicLossScale
 from llm.train.optim import adamw, parameter_groups
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class PlainEngine:
     """AdamW on fp32 master weights; in bf16 and fp16 the model is a copy of them in the lower precision."""
@@ -131,7 +129,7 @@ class PlainEngine:
             master.copy_(reader.read(name, "master"))
             if optimizer_step:
                 state = {moment: reader.read(name, moment).to(self.device) for moment in MOMENTS}
-                self.optimizer.state[master] = {"step": torch.tensor(float(optimizer_step)), **state}
+                self.optimizer.state[master] = {"step": torch.tensor(float(optimizer_step), device=self.device), **state}
         self._publish()
 
     def scalar_state(self) -> dict[str, Any]:
