@@ -153,7 +153,7 @@ def _write(
     tokens = _tokenise(config, folder, tokenizer, scan, progress)
     names = ["tokenizer.json", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))]
     entries = {name: manifests.file_entry(folder / name) for name in names}
-    progress("bigram baseline", 0, 0)
+    progress("counting bigrams", scan.total, scan.total)
     bigram = _bigram(config, folder, dtype, tokens)
     manifest = Manifest(
         format=manifests.FORMAT,

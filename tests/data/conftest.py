@@ -1,0 +1,83 @@
+"""Token shards made in a moment, for tests that need no text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from llm.data.formats import TokenWriter, token_dtype
+from llm.data.manifest import FORMAT, SPLITS, Manifest, Split, file_entry
+
+MakeData = Callable[..., tuple[RunConfig, Manifest]]
+
+
+def write_shards(folder: Path, tokens: dict[str, NDArray], vocab_size: int) -> Manifest:
+    """A folder as prepare() leaves it, each split one document of the given tokens."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text("{}")
+    dtype = token_dtype(vocab_size)
+    for split in SPLITS:
+        with TokenWriter(folder / split, dtype) as writer:
+            writer.add(tokens[split])
+    names = ["tokenizer.json", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))]
+    manifest = Manifest(
+        format=FORMAT,
+        source="test",
+        source_sha256="0",
+        validation_fraction=0.05,
+        tokenizer="train",
+        tokenizer_sha256="0",
+        vocab_size=vocab_size,
+        eod_id=0,
+        dtype=dtype,
+        splits={split: Split(tokens[split].size, 1, tokens[split].size) for split in SPLITS},
+        files={name: file_entry(folder / name) for name in names},
+        bigram_nats_per_token=None,
+        bigram_seq_len=None,
+    )
+    manifest.save(folder)
+    return manifest
+
+
+@pytest.fixture
+def make_data(tmp_path: Path) -> MakeData:
+    """make_data(train tokens, validation tokens, ...) -> (config, manifest) over random ids."""
+
+    def make(
+        n_train: int = 1001,
+        n_validation: int = 200,
+        *,
+        vocab_size: int = 500,
+        seq_len: int = 10,
+        seed: int = 3,
+        global_batch: int = 12,
+        micro_batch: int = 3,
+        loader: str = "numpy",
+        validation_samples: int | None = None,
+    ) -> tuple[RunConfig, Manifest]:
+        rng = np.random.default_rng(n_train)
+        tokens = {
+            "train": rng.integers(0, vocab_size, n_train),
+            "validation": rng.integers(0, vocab_size, n_validation),
+        }
+        folder = tmp_path / f"{n_train}-{n_validation}-{vocab_size}"
+        manifest = write_shards(folder, tokens, vocab_size)
+        config = RunConfig(
+            seed=seed,
+            model=ModelConfig(vocab_size=vocab_size, max_seq_len=2048),
+            data=DataConfig(
+                path=str(folder),
+                seq_len=seq_len,
+                loader=loader,  # pyright: ignore[reportArgumentType]
+                validation_samples=validation_samples,
+            ),
+            train=TrainConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
+        )
+        return config, manifest
+
+    return make

@@ -1,0 +1,178 @@
+"""Megatron's .bin/.idx: written as specified, read only when whole."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llm.config import InputError
+from llm.data import _native, formats
+from llm.data.formats import NumpyTokenStore, TokenWriter, read_index, token_dtype
+
+
+def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16") -> Path:
+    with TokenWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add(np.array(document))
+    return prefix
+
+
+def test_the_bytes_are_megatrons(tmp_path: Path):
+    prefix = write(tmp_path / "a", [[1, 2, 3], [65535], [7, 8]])
+    assert (tmp_path / "a.bin").read_bytes() == struct.pack("<6H", 1, 2, 3, 65535, 7, 8)
+    assert (tmp_path / "a.idx").read_bytes() == (
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, 8, 3, 4)
+        + struct.pack("<3i", 3, 1, 2)
+        + struct.pack("<3q", 0, 6, 8)
+        + struct.pack("<4q", 0, 1, 2, 3)
+    )
+    index = read_index(prefix)
+    assert (index.dtype, index.tokens, index.documents) == ("uint16", 6, 3)
+    assert index.lengths.tolist() == [3, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_int32_and_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(formats, "CHUNK", 4)
+    documents = [[i, 70_000][: 1 + i % 2] for i in range(23)]
+    index = read_index(write(tmp_path / "a", documents, "int32"))
+    assert (index.dtype, index.documents) == ("int32", 23)
+    flat = [token for document in documents for token in document]
+    assert np.fromfile(tmp_path / "a.bin", "<i4").tolist() == flat
+    offsets = np.frombuffer((tmp_path / "a.idx").read_bytes()[34 + 4 * 23 :], "<i8", 23)
+    assert offsets.tolist() == [4 * sum(map(len, documents[:i])) for i in range(23)]
+
+
+def test_the_dtype_holds_every_id():
+    assert [token_dtype(n) for n in (257, 65536, 65537)] == ["uint16", "uint16", "int32"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path):
+    with pytest.raises(ValueError, match="do not fit"):  # noqa: SIM117
+        with TokenWriter(tmp_path / "a", "uint16") as writer:
+            writer.add(np.array([65536]))
+    with pytest.raises(InputError, match="0 tokens"):  # noqa: SIM117
+        with TokenWriter(tmp_path / "a", "uint16") as writer:
+            writer.add(np.array([], dtype=np.int64))
+    assert list(tmp_path.iterdir()) == []
+
+
+def header(magic=formats.MAGIC, version=1, code=8, sequences=2, boundaries=3) -> bytes:
+    return formats.HEADER.pack(magic, version, code, sequences, boundaries)
+
+
+GOOD = struct.pack("<2i2q3q", 2, 1, 0, 4, 0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (b"", "truncated"),
+        (header()[:20], "truncated"),
+        (header() + GOOD[:-1], "truncated or damaged"),
+        (header() + GOOD + b"x", "truncated or damaged"),
+        (header(magic=b"PK\x03\x04     ") + GOOD, "begins with"),
+        (header(version=2) + GOOD, "version 2"),
+        (header(code=6) + GOOD, "dtype code 6"),
+        (header(sequences=2**63) + GOOD, "truncated or damaged"),
+        (header(boundaries=2**64 - 1) + GOOD, "truncated or damaged"),
+        (header(sequences=0, boundaries=0), "no document"),
+        (header() + struct.pack("<2i2q3q", 0, 3, 0, 0, 0, 1, 2), "no tokens"),
+        (header() + struct.pack("<2i2q3q", -1, 4, 0, -2, 0, 1, 2), "no tokens"),
+        (header() + struct.pack("<2i2q3q", 2, 1, 0, 2, 0, 1, 2), "offsets"),
+        (header() + struct.pack("<2i2q3q", 2, 1, 2, 6, 0, 1, 2), "offsets"),
+        (header() + struct.pack("<2i2q3q", 2, 1, 0, 4, 0, 2, 1), "boundaries"),
+        (header() + struct.pack("<2i2q3q", 2, 1, 0, 4, 0, 3, 2), "boundaries"),
+        (header() + struct.pack("<2i2q3q", 2, 1, 0, 4, 1, 1, 2), "boundaries"),
+        (header() + struct.pack("<2i2q3q", 2, 2, 0, 4, 0, 1, 2), "has 6 bytes"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, index: bytes, message: str):
+    write(tmp_path / "a", [[1, 2], [3]])
+    assert (tmp_path / "a.idx").read_bytes() == header() + GOOD
+    (tmp_path / "a.idx").write_bytes(index)
+    with pytest.raises(InputError, match=message):
+        read_index(tmp_path / "a")
+
+
+def test_missing_and_truncated_files_are_refused(tmp_path: Path):
+    prefix = write(tmp_path / "a", [[1, 2], [3]])
+    (tmp_path / "a.bin").write_bytes(b"12345")
+    with pytest.raises(InputError, match=r"a\.bin: has 5 bytes, its index says 6"):
+        read_index(prefix)
+    (tmp_path / "a.bin").unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        read_index(prefix)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_byte_sequence_confuses_the_reader(tmp_path: Path, data: st.DataObject):
+    """Whatever the .idx holds, it is refused with InputError or describes the .bin file exactly."""
+    write(tmp_path / "a", [[1, 2, 3], [4], [5, 6]])
+    raw = bytearray((tmp_path / "a.idx").read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    raw = raw[: data.draw(st.integers(0, len(raw)) | st.just(len(raw)))]
+    raw += data.draw(st.binary(max_size=16) | st.just(b""))
+    (tmp_path / "a.idx").write_bytes(raw)
+    try:
+        index = read_index(tmp_path / "a")
+    except InputError:
+        return
+    assert index.tokens * np.dtype(index.dtype).itemsize == 12
+    assert int(index.lengths.sum()) == index.tokens
+
+
+def open_store(kind: str, path: Path, dtype: str, n_tokens: int):
+    if kind == "numpy":
+        return NumpyTokenStore(str(path), dtype, n_tokens)
+    return _native.TokenStore(str(path), np.dtype(dtype).itemsize, n_tokens)
+
+
+@pytest.mark.parametrize("kind", ["native", "numpy"])
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_rows_come_from_inside_the_file(tmp_path: Path, kind: str, dtype: str):
+    tokens = np.arange(100) * 600
+    write(tmp_path / "a", [tokens.tolist()], dtype)
+    store = open_store(kind, tmp_path / "a.bin", dtype, 100)
+    rows = store.read_rows(np.array([0, 90, 5]), 10)
+    assert rows.dtype == dtype
+    assert np.array_equal(rows, tokens[np.array([[0], [90], [5]]) + np.arange(10)])
+    assert store.read_rows(np.array([], dtype=np.int64), 10).shape == (0, 10)
+    for start in (91, 100, -1, 2**62, -(2**63), 2**63 - 1):
+        with pytest.raises(IndexError, match="outside"):
+            store.read_rows(np.array([0, start]), 10)
+
+
+def test_the_native_store_refuses_what_it_cannot_map(tmp_path: Path):
+    path = write(tmp_path / "a", [[1, 2, 3]]).with_suffix(".bin")
+    for size, count, message in [
+        (2, 4, "has 6 bytes, expected 8"),
+        (4, 3, "expected 12"),
+        (3, 2, "item size"),
+        (2, 0, "impossible"),
+        (2, -1, "impossible"),
+        (2, 2**62 + 3, "impossible"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            _native.TokenStore(str(path), size, count)
+    with pytest.raises(RuntimeError, match="No such file"):
+        _native.TokenStore(str(tmp_path / "none"), 2, 3)
+    with pytest.raises(RuntimeError, match="not a regular file"):
+        _native.TokenStore(str(tmp_path), 2, 3)
+    store = _native.TokenStore(str(path), 2, 3)
+    for width in (-1, 4, 2**62):
+        with pytest.raises(IndexError):
+            store.read_rows(np.array([0]), width)
+    path.write_bytes(b"")  # would be SIGBUS
+    with pytest.raises(RuntimeError, match="was cut to 0 bytes"):
+        store.read_rows(np.array([0]), 1)
