@@ -1,0 +1,105 @@
+"""What a run says while it trains: a progress bar on a terminal, else a line every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class Console:
+    """Reports the steps of a run; silent on ranks that are not enabled.
+
+    Args:
+        max_steps: of the run.
+        first_step: steps done before this process.
+        enabled: whether this rank reports.
+        file: where to; None: the standard output.
+        seconds_between_lines: without a terminal.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        max_steps: int,
+        first_step: int = 0,
+        *,
+        enabled: bool = True,
+        file: TextIO | None = None,
+        seconds_between_lines: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_steps, self.first_step, self.enabled = max_steps, first_step, enabled
+        self.file = file or sys.stdout
+        self.seconds_between_lines = seconds_between_lines
+        self.clock = clock
+        self.began = self.last_line = clock()
+        self.progress: Progress | None = None
+        terminal = Terminal(file=self.file)
+        if enabled and terminal.is_terminal:
+            bar = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"))
+            self.progress = Progress(*bar, console=terminal)
+            self.task = self.progress.add_task("", total=max_steps, completed=first_step)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Report the metrics of a step (`metrics.step_record`)."""
+        if not self.enabled:
+            return
+        now, step = self.clock(), record["step"]
+        left = (now - self.began) / max(1, step - self.first_step) * (self.max_steps - step)
+        text = f"{step_text(record)}  {clock_text(left)} left"
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, description=text)
+            return
+        edge = step in (self.first_step + 1, self.max_steps)
+        if edge or now - self.last_line >= self.seconds_between_lines:
+            self.last_line = now
+            waiting, memory = record["data_wait_share"], record["memory_bytes"] / 2**30
+            more = f"waiting for data {waiting:.1%}  memory {memory:.2f} GiB"
+            self.say(f"step {step}/{self.max_steps}  {text}  {more}")
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if not self.enabled:
+            return
+        if self.progress is not None:
+            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.file, flush=True)
+
+    def __enter__(self) -> Console:
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def step_text(record: Mapping[str, Any]) -> str:
+    """Loss, learning rate, gradient norm and speed of a step; MFU with its formula's name."""
+    mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%} ({record['mfu_formula']})"
+    skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
+    return (
+        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {record['tflops']:.3g} TFLOP/s  "
+        f"MFU {mfu}{skipped}"
+    )
+
+
+def clock_text(seconds: float) -> str:
+    """59 -> "0:59", 3661 -> "1:01:01"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,82 @@
+"""Model FLOPs by named formulas, and the peak of the GPU they are compared with.
+
+Figures of different systems compare only under the same formula (they differ by 12 % and more at
+long sequences), so every utilisation is reported with its formula's name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from llm.config import ModelConfig
+
+Formula = Literal["causal", "palm"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+# Dense peaks in TFLOP/s from NVIDIA's data sheets, without structured sparsity, by the name that
+# torch.cuda.get_device_name gives. bf16 and fp16: tensor cores with fp32 accumulation; fp32: no
+# tensor cores (TF32 is off by default).
+PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
+    r"Tesla T4": {"fp16": 65, "fp32": 8.1},
+    r"Tesla V100-SXM2-(16|32)GB": {"fp16": 125, "fp32": 15.7},
+    r"NVIDIA A10": {"bf16": 125, "fp16": 125, "fp32": 31.2},
+    r"NVIDIA A30": {"bf16": 165, "fp16": 165, "fp32": 10.3},
+    r"NVIDIA A40": {"bf16": 149.7, "fp16": 149.7, "fp32": 37.4},
+    r"NVIDIA A100(-SXM4-(40|80)GB|-PCIE-40GB| 80GB PCIe)": {"bf16": 312, "fp16": 312, "fp32": 19.5},
+    r"NVIDIA L4": {"bf16": 121, "fp16": 121, "fp32": 30.3},
+    r"NVIDIA L40S": {"bf16": 362, "fp16": 362, "fp32": 91.6},
+    r"NVIDIA GeForce RTX 3090": {"bf16": 71, "fp16": 71, "fp32": 35.6},
+    r"NVIDIA GeForce RTX 4090": {"bf16": 165.2, "fp16": 165.2, "fp32": 82.6},
+    r"NVIDIA H100 PCIe": {"bf16": 756, "fp16": 756, "fp32": 51.2},
+    r"NVIDIA H(100|200) NVL": {"bf16": 835.5, "fp16": 835.5, "fp32": 60},
+    r"NVIDIA H100 80GB HBM3": {"bf16": 989.4, "fp16": 989.4, "fp32": 66.9},
+    r"NVIDIA H200": {"bf16": 989.4, "fp16": 989.4, "fp32": 66.9},
+    r"NVIDIA B200": {"bf16": 2250, "fp16": 2250, "fp32": 75},
+    r"NVIDIA GB200": {"bf16": 2500, "fp16": 2500, "fp32": 80},
+}
+
+
+def matmul_parameters(model: ModelConfig) -> int:
+    """N of the formulas: the parameters that every token is multiplied with.
+
+    All blocks (biases and norms included), the last norm and the output projection [V, C], which
+    counts once whether it is tied or not. Not counted: the embedding and position tables, which
+    are looked up.
+    """
+    C, F, bias = model.d_model, model.ff_dim, int(model.bias)
+    qkv = (model.n_head + 2 * model.kv_heads) * model.head_dim
+    up = 2 * F if model.activation == "swiglu" else F
+    norm = C if model.norm == "rmsnorm" else C * (1 + bias)
+    linears = ((C, qkv), (C, C), (C, up), (F, C))
+    block = 2 * norm + sum(wide * (narrow + bias) for narrow, wide in linears)
+    return model.n_layer * block + norm + model.vocab_size * C
+
+
+def flops_per_token(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> float:
+    """FLOPs of forward and backward for one token of a sequence of `seq_len`.
+
+    palm: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B): attention to all T positions.
+    causal: 6 N + 6 L C T: half of it, for a token attends to (T + 1) / 2 positions on average.
+    N as in `matmul_parameters`. Recomputed activations do not count (MFU, not HFU).
+    """
+    attention = {"causal": 6, "palm": 12}[formula] * model.n_layer * model.d_model * seq_len
+    return 6 * matmul_parameters(model) + attention
+
+
+def peak_tflops(device_name: str, precision: Precision) -> float | None:
+    """Dense peak of one GPU in TFLOP/s; None if not known (a CPU, a MIG slice, a new GPU)."""
+    for pattern, peaks in PEAK_TFLOPS.items():
+        if re.fullmatch(pattern, device_name):
+            return peaks.get(precision)
+    return None
+
+
+def achieved_tflops(tokens_per_second: float, flops_of_token: float, world_size: int) -> float:
+    """TFLOP/s of each of `world_size` devices that together process `tokens_per_second`."""
+    return tokens_per_second * flops_of_token / world_size / 1e12
+
+
+def mfu(tflops: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation in [0, 1]: achieved over peak TFLOP/s of a device; None: no peak."""
+    return None if peak is None else tflops / peak
