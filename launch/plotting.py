@@ -52,7 +52,7 @@ def series(records: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list
     return [step for step, _ in found], [value for _, value in found]
 
 
-def smoothed(values: list[float], horizon: int = 50) -> list[float]:
+def smoothed(values: list[float], horizon: int = 20) -> list[float]:
     """Exponential moving average over about `horizon` values, without bias at its start."""
     keep = 1 - 1 / min(horizon, max(1, len(values) // 10))
     average, weight, result = 0.0, 0.0, []

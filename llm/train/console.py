@@ -42,7 +42,7 @@ class Console:
         self.progress: Progress | None = None
         terminal = Terminal(file=self.file)
         if enabled and terminal.is_terminal:
-            bar = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"))
+            bar = (MofNCompleteColumn(), BarColumn(10), TextColumn("{task.description}"))
             self.progress = Progress(*bar, console=terminal)
             self.task = self.progress.add_task("", total=max_steps, completed=first_step)
 
@@ -52,7 +52,7 @@ class Console:
             return
         now, step = self.clock(), record["step"]
         left = (now - self.began) / max(1, step - self.first_step) * (self.max_steps - step)
-        text = f"{step_text(record)}  {clock_text(left)} left"
+        text = f"{clock_text(left)} left  {step_text(record)}"
         if self.progress is not None:
             self.progress.update(self.task, completed=step, description=text)
             return
@@ -88,13 +88,13 @@ class Console:
 
 
 def step_text(record: Mapping[str, Any]) -> str:
-    """Loss, learning rate, gradient norm and speed of a step; MFU with its formula's name."""
+    """The measures of a step; the first ones matter most, for a narrow terminal cuts the rest."""
     mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%} ({record['mfu_formula']})"
     skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
     return (
-        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s  {record['tflops']:.3g} TFLOP/s  "
-        f"MFU {mfu}{skipped}"
+        f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+        f"lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}{skipped}  "
+        f"{record['tflops']:.3g} TFLOP/s  MFU {mfu}"
     )
 
 
