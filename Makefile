@@ -56,6 +56,9 @@ test-all: setup ## the exhaustive lists too
 test-gpu: setup ## the same ladder on an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu tests
 
+test-cluster: setup ## train over two hosts made of network namespaces (root; iproute2, openssh-server, pdsh)
+	@$(PYTEST) tests/cluster --require-cluster
+
 check: setup ## lint, formatting, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .

@@ -14,15 +14,31 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [[ -d .venv/bin ]] && PATH="$PWD/.venv/bin:$PATH"
 
 options=(--master_port "${MASTER_PORT:-29500}")
-if [[ -n "${HOSTFILE:-}" ]]; then
-  # DeepSpeed would hand anything in the hostfile, the exported variables and the arguments to a shell.
-  python launch/check_hostfile.py "$HOSTFILE" "$@"
-  options+=(--hostfile "$HOSTFILE")
-  [[ -n "${MASTER_ADDR:-}" ]] && options+=(--master_addr "$MASTER_ADDR")
-else
+if [[ -z "${HOSTFILE:-}" ]]; then
   gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) || gpus=0
   options+=(--hostfile /dev/null --num_gpus "${RANKS:-$((gpus > 0 ? gpus : 2))}")
+  set -x
+  exec deepspeed "${options[@]}" launch/pretrain.py "$@"
 fi
 
+# DeepSpeed would hand anything in the hostfile, the exported variables and the arguments to a shell.
+python launch/check_hostfile.py "$HOSTFILE" "$@"
+options+=(--hostfile "$HOSTFILE")
+[[ -n "${MASTER_ADDR:-}" ]] && options+=(--master_addr "$MASTER_ADDR")
+
+# A runner that is killed leaves pdsh behind, and with it every host at work. So it gets a process
+# group (set -m); whatever is left of that when the runner has ended is ended too.
+set -m
 set -x
-exec deepspeed "${options[@]}" launch/pretrain.py "$@"
+deepspeed "${options[@]}" launch/pretrain.py "$@" </dev/null &
+{ set +x; } 2>/dev/null
+runner=$!
+trap 'kill -TERM "$runner"' HUP INT TERM
+code=0
+wait "$runner" || code=$?
+while ((code > 128)) && kill -0 "$runner" 2>/dev/null; do # a signal came: the runner is told, wait on
+  code=0
+  wait "$runner" || code=$?
+done
+kill -KILL -- "-$runner" 2>/dev/null || true
+exit "$code"
