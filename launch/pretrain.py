@@ -53,9 +53,11 @@ def pretrain(config: RunConfig, ranks: Ranks) -> None:
     if run.engine is not None:
         train(run)
         run.engine.close()
-    if run.lead:
-        report(run.folder.path, config, run.manifest, say)
+    else:
+        say(f"{run.folder.path} is complete: {run.step} steps; raise train.max_steps, or choose another --name")
     dist.destroy_process_group()
+    if ranks.rank == 0:
+        say(report(run.folder.path))
 
 
 if __name__ == "__main__":

@@ -4,40 +4,131 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 from llm.checkpoint.writer import write_checkpoint
-from llm.data.loader import Loader, open_loader, validation_batches
+from llm.data.loader import open_loader, validation_batches
 from llm.parallel.agreement import exchange_errors
 from llm.train.console import Console
-from llm.train.engines.base import StepResult, micro_batch
-from llm.train.metrics import MetricsWriter
+from llm.train.engines.base import MicroBatch, micro_batch
+from llm.train.metrics import MetricsWriter, peak_memory, step_record, validation_record, workload
 from llm.train.schedule import learning_rate
 from llm.train.start import Run, checkpoint_state
 
 
-def train(run: Run) -> None:
-    """Train from `run.step` to the end: validates, reports and saves as the config says. Collective.
+class Trainer:
+    """A run under way: what its steps share."""
 
-    Raises FloatingPointError when the loss is not finite (outside of fp16's skipped steps), CheckpointError when a
-    checkpoint cannot be written.
+    def __init__(self, run: Run) -> None:
+        assert run.engine is not None, "the run is complete"
+        config, mesh = run.config, run.mesh
+        self.run, self.engine = run, run.engine
+        self.work = workload(config, run.device, mesh.world_size)
+        self.loader = open_loader(
+            config,
+            run.manifest,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            consumed=run.step * self.work.samples,
+        )
+        tensorboard = run.folder.tensorboard if config.logging.tensorboard else None
+        self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)
+        self.console = Console(config.train.max_steps, run.step, enabled=run.lead)
+        self.skipped_steps = run.step - self.engine.scalar_state()["optimizer_step"]
+
+    def step(self) -> tuple[float, float, float]:
+        """One optimizer step; returns its loss, learning rate and gradient norm.
+
+        Raises FloatingPointError, on every rank, when the loss or the norm is not finite and nothing was skipped.
+        """
+        config, run = self.run.config, self.run
+        lr = learning_rate(config.optim, run.step, config.train.max_steps)
+        self.engine.set_lr(lr)
+        batches = [micro_batch(batch, run.device) for batch in self.loader.next_step()]
+        loss = self.engine.forward_backward(batches, self.work.tokens)
+        result = self.engine.step()
+        run.step += 1
+        self.skipped_steps += result.skipped
+        if not result.skipped and not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
+            raise FloatingPointError(
+                f"step {run.step}: loss {loss}, gradient norm {result.grad_norm}; the checkpoints from before are "
+                "whole: lower optim.lr or optim.grad_clip, or look at the data, and start again"
+            )
+        return loss, lr, result.grad_norm
+
+    def report(self, loss: float, lr: float, grad_norm: float, seconds: float, waited: float) -> None:
+        record = step_record(
+            self.work,
+            step=self.run.step,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            skipped_steps=self.skipped_steps,
+            seconds=seconds,
+            wait_seconds=waited,
+            memory_bytes=peak_memory(self.run.device),
+        )
+        self.metrics.write(record)
+        self.console.step(record)
+
+    def validate(self) -> None:
+        total, count = self.engine.evaluate(self._validation_batches())
+        record = validation_record(self.run.step, total / count, self.run.manifest.bytes_per_token)
+        self.metrics.write(record)
+        self.console.say(
+            f"step {self.run.step}: validation loss {record['val_loss']:.4f} nats per token, "
+            f"{record['val_bits_per_byte']:.4f} bits per byte"
+        )
+
+    def _validation_batches(self) -> Iterator[MicroBatch]:
+        mesh = self.run.mesh
+        batches = validation_batches(
+            self.run.config, self.run.manifest, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size
+        )
+        for batch, counted in batches:
+            yield micro_batch(batch, self.run.device, counted)
+
+    def save(self) -> None:
+        run = self.run
+        path = write_checkpoint(
+            run.folder.checkpoints,
+            run.step,
+            self.engine.state_pieces(),
+            checkpoint_state(run),
+            rank=run.mesh.rank,
+            world=run.mesh.world_size,
+            keep_last=run.config.checkpoint.keep_last,
+            exchange_errors=exchange_errors,
+        )
+        self.console.say(f"step {run.step}: saved {path}")
+
+    def close(self) -> None:
+        self.loader.close()
+        self.metrics.close()
+
+
+def train(run: Run) -> None:
+    """Train from `run.step` to the last step: report, validate and save as the config says. Collective.
+
+    Raises FloatingPointError (see Trainer.step), and CheckpointError when a checkpoint cannot be written.
     """
-    config, engine = run.config, run.engine
-    assert engine is not None, "the run is complete"
-    G, T = config.train.global_batch_size, config.data.seq_len
-    loader = open_loader(
-        config, run.manifest, dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size, consumed=run.step * G
-    )
-    with MetricsWriter(run) as metrics, Console(run) as console:
-        while run.step < config.train.max_steps:
-            began = time.perf_counter()
-            lr = learning_rate(config.optim, run.step, config.train.max_steps)
-            engine.set_lr(lr)
-            batches = loader.next_step()
-            loss = engine.forward_backward([micro_batch(b, run.device) for b in batches], G * T)
-            result = engine.step()
-            run.step += 1
-            check_finite(run.step, loss, result)
-            metrics.step(loss, lr, result, seconds=time.perf_counter() - began)
-            console.step(loss)
-            after_step(run, metrics, console)
-    loader.close()
+    trainer, config = Trainer(run), run.config
+    last = config.train.max_steps
+    began, waited, reported = time.perf_counter(), 0.0, run.step
+    with trainer.console:
+        while run.step < last:
+            loss, lr, norm = trainer.step()
+            if run.step % config.logging.interval == 0 or run.step == last:
+                steps, now = run.step - reported, time.perf_counter()
+                wait = trainer.loader.wait_seconds - waited
+                trainer.report(loss, lr, norm, (now - began) / steps, wait / steps)
+                began, waited, reported = now, trainer.loader.wait_seconds, run.step
+            validated = run.step % config.train.eval_interval == 0 or run.step == last
+            if validated:
+                trainer.validate()
+            if run.step % config.checkpoint.interval == 0 or run.step == last:
+                trainer.save()
+                validated = True
+            if validated:  # the next step's time is its own
+                began, waited, reported = time.perf_counter(), trainer.loader.wait_seconds, run.step
+    trainer.close()

@@ -134,5 +134,5 @@ def _check_resumable(config: RunConfig, manifest: Manifest, state: dict[str, Any
 
 def _write_folder(config: RunConfig, folder: RunFolder, step: int) -> None:
     folder.config.write_text(to_yaml(config))
-    shutil.copyfile(data_folder(config) / "tokenizer.json", folder.tokenizer)
+    shutil.copyfile(data_folder(config) / "tokenizer.json", folder.path / "tokenizer.json")
     truncate_metrics(folder.metrics, step)

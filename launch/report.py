@@ -1,0 +1,74 @@
+"""What came of a run: its loss curve, its validation loss beside a bigram model's, and text that it writes.
+
+usage: report.py runs/<name>      draws runs/<name>/loss.png; exit code 2: no such run
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import json
+
+import torch
+
+from launch.plotting import plot_loss
+from llm.config import InputError, require
+from llm.data.folder import load_manifest
+from llm.data.manifest import Manifest
+from llm.generate import Trained, generate, load_trained
+from llm.sampling import SamplingConfig
+
+
+def report(run: Path) -> str:
+    """Draw loss.png of a run with a checkpoint and describe the run in a few lines."""
+    require((run / "metrics.jsonl").is_file(), f"{run} is not a run's folder; expected runs/<name>")
+    trained = load_trained(run, torch.device("cpu"))
+    config, manifest = trained.config, load_manifest(trained.config)
+    bigram = manifest.bigram_nats_per_token
+    plot_loss(run / "metrics.jsonl", run / "loss.png", config.name, bigram)
+    lines = [f"run {config.name}: {trained.step} of {config.train.max_steps} steps, {run / 'loss.png'}"]
+    loss = validation_loss(run)
+    if loss is not None:
+        lines.append("  validation loss   " + units(loss, manifest))
+    if bigram is not None:
+        lines.append("  bigram model      " + units(bigram, manifest))
+    if bigram is not None and loss is not None:
+        side = "under" if loss < bigram else "above"
+        lines.append(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
+    if config.logging.sample_tokens > 0:
+        lines += ["", continuation(trained)]
+    return "\n".join(lines)
+
+
+def validation_loss(run: Path) -> float | None:
+    """The last one in metrics.jsonl."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return next((r["val_loss"] for r in reversed(list(records)) if "val_loss" in r), None)
+
+
+def units(loss: float, manifest: Manifest) -> str:
+    return f"{loss:.4f} nats per token, {manifest.bits_per_byte(loss):.4f} bits per byte"
+
+
+def continuation(trained: Trained) -> str:
+    """The configured prompt and what the model writes after it."""
+    settings, tokenizer = trained.config.logging, trained.tokenizer
+    prompt = tokenizer.encode(settings.sample_prompt)
+    steps = generate(
+        trained.model,
+        [prompt],
+        max_new_tokens=settings.sample_tokens,
+        end=tokenizer.eod_id,
+        sampling=SamplingConfig(temperature=0.7, top_p=0.95, seed=trained.config.seed),
+    )
+    return tokenizer.decode(prompt + [row[0] for row in steps if row[0] is not None])
+
+
+if __name__ == "__main__":
+    try:
+        require(len(sys.argv) == 2, "usage: report.py runs/<name>")
+        print(report(Path(sys.argv[1])))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
