@@ -55,7 +55,13 @@ def why_not_torch(op: str, dropout: float) -> str | None:
 
 
 def choose(
-    impl: str, op: str, *, device: torch.device, dtype: torch.dtype, width: int, dropout: float = 0.0
+    impl: str,
+    op: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    dropout: float = 0.0,
 ) -> str:
     """The form of `op` to run: "triton", "torch" or "reference". Pure: the caller logs what it chose.
 

@@ -104,7 +104,8 @@ def layer_norm_op(
         (bias,) = interpretable(bias.contiguous())
     M, C = rows.shape
     y = torch.empty((M, C), dtype=rows.dtype, device=x.device)
-    mean, rstd = torch.empty((2, M), dtype=torch.float32, device=x.device).unbind()
+    mean = torch.empty(M, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     ROWS, WIDTH, num_warps = tile_of(C)
     if M > 0:
         with torch.cuda.device_of(x):
@@ -112,7 +113,7 @@ def layer_norm_op(
                 rows, weight, bias, y, mean, rstd, rows.stride(0), M, eps,
                 C, ROWS, WIDTH, bias is not None, num_warps=num_warps,
             )  # fmt: skip
-    return y.to(x.dtype).view(x.shape), mean.clone(), rstd.clone()
+    return y.to(x.dtype).view(x.shape), mean, rstd
 
 
 @layer_norm_op.register_fake
@@ -157,7 +158,7 @@ def _(
     return dx, torch.empty_like(weight), weight.new_empty(weight.shape[0] if has_bias else 0)
 
 
-def _save(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save(ctx, inputs, output) -> None:
     x, weight, bias, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -166,7 +167,7 @@ def _save(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, dy, dmean, drstd):  # noqa: ANN001, ANN202
+def _backward(ctx, dy, dmean, drstd):
     if dy is None:
         return None, None, None, None
     x, weight, mean, rstd = ctx.saved_tensors

@@ -46,6 +46,7 @@ def attention(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016)."""
-    centred = wide(x) - wide(x).mean(-1, keepdim=True)
+    rows = wide(x)  # once: each cast would round its own part of the gradient
+    centred = rows - rows.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * wide(weight)
     return (y if bias is None else y + wide(bias)).to(x.dtype)

@@ -43,16 +43,17 @@ def attention_delta_kernel(
 
 @triton.jit
 def walk_queries(
-    dk, dv, k, v, cols, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, first, last, Tq, Tk, scale,
+    dk, dv, k, v, cols, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, first, Tq, Tk, scale,
     keep_scale, seed, site, threshold, sample, head,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Add what query rows first to last - 1 of one head give to dk and dv [BLOCK_N, WIDTH] (dk without its scale).
+    """Add what the query rows of one head from `first` on give to dk and dv [BLOCK_N, WIDTH] (both without their scale).
 
-    Everything is transposed, [keys, queries], so that P and dS are left operands.
+    Everything is transposed, [keys, queries], so that P and dS are left operands. Every tile is masked: a second loop for
+    those below the diagonal made the compiler spill.
     """
-    for start in range(first, last, BLOCK_M):
+    for start in range(first, Tq, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         positions = rows + (Tk - Tq)
         q = load_rows(q_ptr, stride_qt, start, Tq, D, BLOCK_M, WIDTH, True)
@@ -60,16 +61,17 @@ def walk_queries(
         # Rows past the end get P = 2^(0 - inf) = 0.
         lse = tl.load(lse_ptr + rows, rows < Tq, float("inf"))
         delta = tl.load(delta_ptr + rows, rows < Tq, 0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
-        if MASKED:
-            p = tl.where(cols[:, None] <= positions[None, :], p, 0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :]
+        p = tl.exp2(tl.where(cols[:, None] <= positions[None, :], scores, float("-inf")))
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         kept = p
         if DROPOUT:
-            keep = keep_tile(seed, site, threshold, sample, head, positions, tl.min(cols, 0), BLOCK_N)
-            factor = tl.trans(tl.where(keep, keep_scale, 0.0))
-            kept = p * factor
-            dp = dp * factor
+            keep = keep_tile(
+                seed, site, threshold, sample, head, positions, tl.min(cols, 0), BLOCK_N
+            )
+            keep = tl.trans(keep)
+            kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -102,11 +104,8 @@ def attention_dkdv_kernel(
     cols = first_col + tl.arange(0, BLOCK_N)
     dk = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     dv = tl.zeros((BLOCK_N, WIDTH), tl.float32)
-    # No row before `first` sees a key of this tile; every row from `unmasked` on sees them all.
-    offset = Tk - Tq
-    first = tl.maximum(first_col - offset, 0) // BLOCK_M * BLOCK_M
-    unmasked = tl.cdiv(tl.maximum(first_col + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
-    unmasked = tl.minimum(unmasked, tl.cdiv(Tq, BLOCK_M) * BLOCK_M)
+    # No row before `first` sees a key of this tile.
+    first = tl.maximum(first_col - (Tk - Tq), 0) // BLOCK_M * BLOCK_M
     for r in range(0, R):
         h = kv_head * R + r
         q_head = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh
@@ -114,19 +113,16 @@ def attention_dkdv_kernel(
         lse_head = lse_ptr + (b * H + h) * Tq
         delta_head = delta_ptr + (b * H + h) * Tq
         dk, dv = walk_queries(
-            dk, dv, k, v, cols, q_head, do_head, lse_head, delta_head, stride_qt, stride_dot, first, unmasked,
+            dk, dv, k, v, cols, q_head, do_head, lse_head, delta_head, stride_qt, stride_dot, first,
             Tq, Tk, scale, keep_scale, seed, site, threshold, sample, h + head_offset,
-            D, WIDTH, BLOCK_M, BLOCK_N, True, DROPOUT,
-        )  # fmt: skip
-        dk, dv = walk_queries(
-            dk, dv, k, v, cols, q_head, do_head, lse_head, delta_head, stride_qt, stride_dot, unmasked, Tq,
-            Tq, Tk, scale, keep_scale, seed, site, threshold, sample, h + head_offset,
-            D, WIDTH, BLOCK_M, BLOCK_N, False, DROPOUT,
+            D, WIDTH, BLOCK_M, BLOCK_N, DROPOUT,
         )  # fmt: skip
     out = (b * Tk * K + kv_head) * D
     # scale is log2(e) / sqrt(D); the gradient wants 1 / sqrt(D).
-    store_rows(dk_ptr + out, K * D, first_col, Tk, dk * (scale * 0.6931471805599453), D, BLOCK_N, WIDTH)
-    store_rows(dv_ptr + out, K * D, first_col, Tk, dv, D, BLOCK_N, WIDTH)
+    store_rows(
+        dk_ptr + out, K * D, first_col, Tk, dk * (scale * 0.6931471805599453), D, BLOCK_N, WIDTH
+    )
+    store_rows(dv_ptr + out, K * D, first_col, Tk, dv * keep_scale, D, BLOCK_N, WIDTH)
 
 
 @triton.jit
@@ -139,10 +135,11 @@ def walk_keys(
     for start in range(first, last, BLOCK_N):
         k = load_rows(k_ptr, stride_kt, start, Tk, D, BLOCK_N, WIDTH, MASKED)
         v = load_rows(v_ptr, stride_vt, start, Tk, D, BLOCK_N, WIDTH, MASKED)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None]
         if MASKED:
             cols = start + tl.arange(0, BLOCK_N)
-            p = tl.where(cols[None, :] <= positions[:, None], p, 0.0)
+            scores = tl.where(cols[None, :] <= positions[:, None], scores, float("-inf"))
+        p = tl.exp2(scores)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if DROPOUT:
             keep = keep_tile(seed, site, threshold, sample, head, positions, start, BLOCK_N)

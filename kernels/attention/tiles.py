@@ -68,7 +68,7 @@ ANY_32_BIT = {
     for kind in ("forward", "dkdv", "dq")
     for width in (16, 32, 64, 128, 256)
 }
-INTERPRETER = Tile(32, 32, 4, 1)
+INTERPRETER = Tile(64, 32, 4, 1)
 
 
 def tile_for(kind: str, width: int, itemsize: int, major: int) -> Tile:

@@ -1,0 +1,74 @@
+"""Which form runs, and what a refusal says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.dispatch import KernelError, choose
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "dropout", "expected"),
+    [
+        (CPU, torch.float32, 64, 0.0, "torch"),
+        (CPU, torch.float32, 64, 0.1, "reference"),
+        (GPU, torch.bfloat16, 64, 0.1, "triton"),
+        (GPU, torch.float64, 64, 0.0, "torch"),
+        (GPU, torch.float64, 64, 0.1, "reference"),
+        (GPU, torch.bfloat16, 512, 0.0, "torch"),
+    ],
+)
+def test_auto(
+    device: torch.device, dtype: torch.dtype, width: int, dropout: float, expected: str
+) -> None:
+    form = choose("auto", "attention", device=device, dtype=dtype, width=width, dropout=dropout)
+    assert form == expected
+
+
+def test_layer_norm_has_no_masks_to_refuse() -> None:
+    assert choose("auto", "layer_norm", device=CPU, dtype=torch.float32, width=64) == "torch"
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(KernelError, match="found 'cuda', expected one of auto, triton"):
+        choose("cuda", "attention", device=CPU, dtype=torch.float32, width=64)
+
+
+def test_stock_attention_refuses_dropout() -> None:
+    with pytest.raises(KernelError, match=r"found dropout 0\.1, expected 0.*use impl=auto"):
+        choose("torch", "attention", device=CPU, dtype=torch.float32, width=64, dropout=0.1)
+
+
+def test_triton_on_a_cpu_without_the_interpreter_is_refused() -> None:
+    code = """
+import torch
+from kernels.layer_norm import layer_norm
+layer_norm(torch.zeros(2, 4), torch.ones(4), None, impl="triton")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "found tensors on 'cpu', expected 'cuda': use impl=auto" in done.stderr
+
+
+def test_the_package_imports_neither_torch_nor_triton() -> None:
+    code = (
+        "import sys, kernels; assert not {'torch', 'triton'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
