@@ -110,6 +110,19 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert same(open_checkpoint(tmp_path / "step-00000005"), NEW)
 
 
+def test_what_a_crash_left_goes_first(tmp_path: Path) -> None:
+    for name in ("step-00000001.tmp", "step-00000007.tmp", "step-00000003.old.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-00000-00000.safetensors").touch()
+
+    def pieces(*arguments: Any) -> Iterator[Piece]:
+        assert names(tmp_path) == {"step-00000001.tmp"}
+        assert names(tmp_path / "step-00000001.tmp") == set()
+        return pieces_of(*arguments)
+
+    assert save(tmp_path, 1, NEW, pieces=pieces) == [tmp_path / "step-00000001"]
+
+
 def refused(results: list[Any], *words: str) -> None:
     """Every rank raised the same CheckpointError, which says these words."""
     assert all(isinstance(result, CheckpointError) for result in results), results
@@ -257,6 +270,7 @@ def test_pieces_are_not_gathered_beyond_a_shard(
 def test_all_is_on_the_disk_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    save(tmp_path, 0, OLD)
     events: list[tuple[str, str]] = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
 
@@ -273,18 +287,19 @@ def test_all_is_on_the_disk_before_the_rename(
     monkeypatch.setattr(os, "fsync", recorded("fsync", fsync))
     monkeypatch.setattr(os, "rename", recorded("rename", rename))
     monkeypatch.setattr(os, "replace", recorded("replace", replace))
-    save(tmp_path, 1, NEW, tp=2, dp=2)
+    save(tmp_path, 1, NEW, tp=2, dp=2, keep_last=1)
     partial = str(tmp_path / "step-00000001.tmp")
     renamed = events.index(("rename", partial))
     synced = {path for name, path in events[:renamed] if name == "fsync"}
-    present = {path for name, path in events if name == "present"}
+    present = {path for name, path in events if name == "present" and path.startswith(partial)}
     assert len(present) == 4 + 2
     assert present < synced
     assert events[renamed - 1] == ("fsync", partial)
     after = [event for event in events[renamed + 1 :] if event[0] != "present"]
     pointer = str(tmp_path / "latest.tmp")
     root = ("fsync", str(tmp_path))
-    assert after[:4] == [root, ("fsync", pointer), ("replace", pointer), root]
+    deleted = ("rename", str(tmp_path / "step-00000000"))
+    assert after == [root, ("fsync", pointer), ("replace", pointer), root, deleted, root]
 
 
 CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
