@@ -103,6 +103,16 @@ def test_the_split_goes_by_hash_alone():
     assert manifest.splits["validation"].documents == len(split_text("validation"))
 
 
+def test_the_tokenizer_learns_from_the_training_split_alone():
+    unseen = next(text for i in range(99) if split_of(text := f"{i}" + "zq" * 99, 0.2) != "train")
+    write_corpus(Path("text.jsonl"), [*DOCUMENTS, unseen])
+    prepare(make_config())
+    Tokenizer.train(iter(split_text("train")), 280).save(Path("expected.json"))
+    Tokenizer.train(iter([*DOCUMENTS, unseen]), 280).save(Path("of_all.json"))
+    found = Path("data/text-280/tokenizer.json").read_bytes()
+    assert found == Path("expected.json").read_bytes() != Path("of_all.json").read_bytes()
+
+
 def test_preparing_again_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     config = make_config()
     first = prepare(config)
