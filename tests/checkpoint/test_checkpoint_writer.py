@@ -118,7 +118,7 @@ def test_what_a_crash_left_goes_first(tmp_path: Path) -> None:
     def pieces(*arguments: Any) -> Iterator[Piece]:
         assert names(tmp_path) == {"step-00000001.tmp"}
         assert names(tmp_path / "step-00000001.tmp") == set()
-        return pieces_of(*arguments)
+        yield from pieces_of(*arguments)
 
     assert save(tmp_path, 1, NEW, pieces=pieces) == [tmp_path / "step-00000001"]
 
