@@ -1,7 +1,8 @@
-"""`python -m kernels.aot`: compile every kernel for every architecture without a GPU, and print what the compiler gave.
+"""`python -m kernels.aot`: compile every kernel for every architecture, without a GPU.
 
-One line per kernel: registers per thread, bytes spilled, shared memory, and which matrix instructions it uses. Exits 1 if
-a kernel spills or needs more shared memory than its architecture has.
+One line per kernel: registers per thread, bytes spilled, shared memory, and which matrix
+instructions it uses. Exits 1 if a kernel spills or needs more shared memory than its architecture
+has.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.attention import backward, forward
-from kernels.attention.tiles import Tile, padded, tile_for
+from kernels.attention.tiles import Tile, tile_for, tile_width
 from kernels.dispatch import INTERPRETED, expect
 from kernels.layer_norm import layer_norm_backward_kernel, layer_norm_forward_kernel, tile_of
 
-# Shared memory that one block may ask for, in bytes (CUDA programming guide, compute capabilities). 8.0 tiles also serve
-# 8.6, 8.9 and 12.0, which have the least.
+# Shared memory that one block may ask for, in bytes (CUDA programming guide, compute capabilities).
+# 8.0 tiles also serve 8.6, 8.9 and 12.0, which have the least.
 SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 HEAD_WIDTHS = (16, 32, 40, 64, 80, 96, 128, 192, 256)
 ROW_WIDTHS = (128, 768, 1600, 4096, 8192, 16384)
@@ -69,13 +71,19 @@ class Report:
 
     def __str__(self) -> str:
         return (
-            f"sm_{self.arch:<4} {self.case.name:<58} {self.registers:>4} registers {self.spill:>6} B spilled "
-            f"{self.shared:>7} B shared  {' '.join(self.matrix) or '-'}{'' if self.fits else '  DOES NOT FIT'}"
+            f"sm_{self.arch:<4} {self.case.name:<58} {self.registers:>4} registers "
+            f"{self.spill:>6} B spilled {self.shared:>7} B shared  "
+            f"{' '.join(self.matrix) or '-'}{'' if self.fits else '  DOES NOT FIT'}"
         )
 
 
 def attention_case(kind: str, kernel: Any, dtype: str, D: int, tile: Tile, dropout: bool) -> Case:
-    constants = {"D": D, "WIDTH": padded(D), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    constants: dict[str, Any] = {
+        "D": D,
+        "WIDTH": tile_width(D),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
     constants["DROPOUT"] = dropout
     if not dropout:
         constants["samples_ptr"] = None
@@ -96,9 +104,9 @@ def attention_cases(arch: int, widths: tuple[int, ...] = HEAD_WIDTHS) -> Iterato
         for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
             for kind, kernel in kernels.items():
                 for dropout in (False, True):
-                    tile = tile_for(kind, padded(D), itemsize, arch // 10)
+                    tile = tile_for(kind, tile_width(D), itemsize, arch // 10)
                     yield attention_case(kind, kernel, dtype, D, tile, dropout)
-            constants = {"D": D, "WIDTH": padded(D), "BLOCK_M": backward.DELTA_ROWS}
+            constants = {"D": D, "WIDTH": tile_width(D), "BLOCK_M": backward.DELTA_ROWS}
             kernel = backward.attention_delta_kernel
             yield Case(f"attention delta {dtype} D={D}", kernel, dtype, constants, 4, 1)
 
@@ -120,7 +128,9 @@ def layer_norm_cases() -> Iterator[Case]:
 
 
 def source_of(case: Case) -> ASTSource:
-    """The kernel with types for its arguments: aligned pointers, 32-bit numbers, as a contiguous call gives."""
+    """The kernel with types for its arguments: aligned pointers, 32-bit numbers, as a contiguous
+    call gives.
+    """
     signature, aligned = {}, {}
     for index, name in enumerate(inspect.signature(case.kernel.fn).parameters):
         if name in case.constants:
@@ -139,7 +149,7 @@ def compile_case(case: Case, arch: int) -> Report:
     options = {"num_warps": case.warps, "num_stages": case.stages}
     compiled = triton.compile(source_of(case), target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
-    tools = triton.knobs.nvidia
+    tools = knobs.nvidia
     ptxas = (tools.ptxas_blackwell if arch >= 100 else tools.ptxas).path
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target, "the PTX names its target"
@@ -152,7 +162,8 @@ def compile_case(case: Case, arch: int) -> Report:
         ).stderr  # fmt: skip
     registers = re.search(r"Used (\d+) registers", account)
     spill = re.findall(r"(\d+) bytes spill", account)
-    assert registers and spill, account
+    assert registers, account
+    assert spill, account
     return Report(
         case, arch, int(registers[1]), sum(map(int, spill)), compiled.metadata.shared,
         tuple(word for word in MATRIX_INSTRUCTIONS if word in ptx),

@@ -1,6 +1,7 @@
 """Which form of an operation runs, and why one that was asked for cannot.
 
-triton     the kernels of this package: an NVIDIA GPU, or any device when the process was started under
+triton     the kernels of this package: an NVIDIA GPU, or any device when the process was started
+under
            TRITON_INTERPRET=1, which runs them in Triton's interpreter (slow; for tests)
 torch      the best stock operator of PyTorch
 reference  the same operation in a few lines of PyTorch, fp32 inside (kernels/reference.py)
@@ -9,19 +10,24 @@ auto       triton on a GPU where it can run, else torch, else reference
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton
+from triton import knobs
 
 IMPLS = ("auto", "triton", "torch", "reference")
 # Widest last dimension that one Triton tile holds: attention's head width, layer norm's row.
 MAX_WIDTH = {"attention": 256, "layer_norm": 16384}
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Triton fixes the mode when a kernel is decorated, that is on import: so does this constant, read on the same import.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+# Triton fixes the mode when a kernel is decorated, that is on import: so does this constant, read
+# on the same import.
+INTERPRETED: bool = knobs.runtime.interpret
 
 
 class KernelError(ValueError):
-    """What was asked for cannot run. The message says what was found, what was expected and what to do."""
+    """What was asked for cannot run. The message says what was found, what was expected and what to
+    do.
+    """
 
 
 def expect(condition: bool, message: str) -> None:
@@ -34,13 +40,13 @@ def why_not_triton(op: str, *, device: torch.device, dtype: torch.dtype, width: 
     """The reason why `op` has no Triton form here, or None if it has."""
     if device.type != "cuda" and not INTERPRETED:
         return (
-            f"found tensors on {device.type!r}, expected 'cuda': use impl=auto, or to run the kernels in Triton's "
-            f"interpreter start the process with TRITON_INTERPRET=1"
+            f"found tensors on {device.type!r}, expected 'cuda': use impl=auto, or start the process "
+            f"with TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow)"
         )
     if dtype not in TRITON_DTYPES:
-        return f"found {dtype}, expected float32, float16 or bfloat16: use impl=torch or impl=reference"
+        return f"found {dtype}, expected float32, float16 or bfloat16: use impl=torch or reference"
     if width > MAX_WIDTH[op]:
-        return f"found width {width}, expected at most {MAX_WIDTH[op]}: use impl=torch or impl=reference"
+        return f"found width {width}, expected at most {MAX_WIDTH[op]}: use impl=torch or reference"
     return None
 
 
@@ -48,8 +54,8 @@ def why_not_torch(op: str, dropout: float) -> str | None:
     """The reason why `op` has no stock form, or None if it has."""
     if op == "attention" and dropout > 0:
         return (
-            f"found dropout {dropout}, expected 0: the stock operator draws masks that depend on the layout; "
-            f"use impl=auto, triton or reference"
+            f"found dropout {dropout}, expected 0: the stock operator draws masks that depend on the "
+            f"layout; use impl=auto, triton or reference"
         )
     return None
 
@@ -63,9 +69,10 @@ def choose(
     width: int,
     dropout: float = 0.0,
 ) -> str:
-    """The form of `op` to run: "triton", "torch" or "reference". Pure: the caller logs what it chose.
+    """The form of `op` to run: "triton", "torch" or "reference". Pure: the caller logs it.
 
-    op: "attention" or "layer_norm". width: of a head, or of the normalised row. dropout: of attention's weights.
+    op: "attention" or "layer_norm". width: of a head, or of the normalised row.
+    dropout: of attention's weights.
     Raises KernelError if `impl` is unknown, or names a form that cannot run.
     """
     expect(impl in IMPLS, f"impl: found {impl!r}, expected one of {', '.join(IMPLS)}")
@@ -80,11 +87,38 @@ def choose(
     return impl
 
 
-def interpretable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as the kernels may read them: unchanged, but bfloat16 as float32 in the interpreter.
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
 
-    The interpreter keeps bfloat16 as bit patterns, multiplies them as integers and truncates instead of rounding. So
-    there the kernels see float32 and the caller rounds their results.
+
+def padded(width: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `width` and `least`: Triton's tiles have such
+    sides.
+    """
+    return max(least, 1 << (width - 1).bit_length())
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    *arguments: Any,
+    warps: int = 4,
+    stages: int = 1,
+) -> None:
+    """Run `programs` programs of a Triton kernel on `device`, which need not be the current one."""
+    if programs == 0:
+        return
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
+
+
+def interpretable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as the kernels may read them: bfloat16 as float32 in the interpreter.
+
+    The interpreter keeps bfloat16 as bit patterns, multiplies them as integers and truncates
+    instead of rounding. So there the kernels see float32 and the caller rounds their results.
     """
     if not INTERPRETED:
         return tensors

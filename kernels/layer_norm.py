@@ -1,8 +1,11 @@
 """Layer normalisation (Ba et al. 2016), forward and backward, with statistics in fp32.
 
-M rows (all leading dimensions together), C width. The backward of a row, with xhat = (x - mean) * rstd and g = dy * weight:
-    dx = rstd * (g - mean(g) - xhat * mean(g * xhat));  dweight = sum over rows of dy * xhat;  dbias = sum of dy
-Each program of the backward owns a fixed range of rows and writes one partial row of dweight and dbias, which are then
+M rows (all leading dimensions together), C width. The backward of a row, with xhat = (x - mean) *
+rstd and g = dy * weight:
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat));  dweight = sum over rows of dy * xhat;  dbias
+    = sum of dy
+Each program of the backward owns a fixed range of rows and writes one partial row of dweight and
+dbias, which are then
 summed in a fixed order: no atomics, no locks, the same bits on every run and every GPU.
 """
 
@@ -15,17 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import choose, expect, interpretable
+from kernels.dispatch import cdiv, choose, expect, interpretable, launch, padded
 
-# Programs of the backward, and so partial rows. About two per SM of a large GPU; a constant, not the SM count, so that
-# the sums do not depend on the GPU.
+# Programs of the backward, and so partial rows. About two per SM of a large GPU; a constant, not
+# the SM count, so that the sums do not depend on the GPU.
 PARTIALS = 256
 TILE_ELEMENTS = 4096  # rows narrower than this share a tile
 
 
 def tile_of(C: int) -> tuple[int, int, int]:
     """(rows of a tile, its padded width, warps) for rows of width C."""
-    width = triton.next_power_of_2(C)
+    width = padded(C)
     rows = max(1, min(16, TILE_ELEMENTS // width))
     return rows, width, min(16, max(4, width // 1024))
 
@@ -35,7 +38,9 @@ def layer_norm_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, stride_x, M, eps,
     C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows: x [M, C] with row stride stride_x -> y [M, C] contiguous, mean and rstd fp32 [M]."""
+    """One tile of rows: x [M, C] with row stride stride_x -> y [M, C] contiguous, mean and rstd
+    fp32 [M].
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, WIDTH)
     inside = (rows < M)[:, None] & (cols < C)[None, :]
@@ -59,7 +64,9 @@ def layer_norm_backward_kernel(
     stride_dy, stride_x, M, rows_per_program,
     C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, C] contiguous of this program's rows, and its row of the partial sums dweight, dbias fp32 [programs, C]."""
+    """dx [M, C] contiguous of this program's rows, and its row of the partial sums dweight, dbias
+    fp32 [programs, C].
+    """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, M)
@@ -107,12 +114,11 @@ def layer_norm_op(
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     ROWS, WIDTH, num_warps = tile_of(C)
-    if M > 0:
-        with torch.cuda.device_of(x):
-            layer_norm_forward_kernel[(triton.cdiv(M, ROWS),)](
-                rows, weight, bias, y, mean, rstd, rows.stride(0), M, eps,
-                C, ROWS, WIDTH, bias is not None, num_warps=num_warps,
-            )  # fmt: skip
+    launch(
+        layer_norm_forward_kernel, cdiv(M, ROWS), x.device,
+        rows, weight, bias, y, mean, rstd, rows.stride(0), M, eps,
+        C, ROWS, WIDTH, bias is not None, warps=num_warps,
+    )  # fmt: skip
     return y.to(x.dtype).view(x.shape), mean, rstd
 
 
@@ -126,22 +132,22 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tenso
 def layer_norm_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [..., C], dweight [C], dbias [C], or [0] without a bias); dx in the dtype of x, the others in weight's."""
+    """(dx [..., C] in the dtype of x, dweight [C] and dbias [C], [0] without a bias, in weight's)."""
     dy_rows, rows = interpretable(as_rows(dy), as_rows(x))
     (wide_weight,) = interpretable(weight.contiguous())
     M, C = rows.shape
     ROWS, WIDTH, num_warps = tile_of(C)
-    programs = max(1, min(PARTIALS, triton.cdiv(M, ROWS)))
+    programs = max(1, min(PARTIALS, cdiv(M, ROWS)))
     dx = torch.empty((M, C), dtype=rows.dtype, device=x.device)
     dweight = torch.empty((programs, C), dtype=torch.float32, device=x.device)
     dbias = torch.empty((programs if has_bias else 0, C), dtype=torch.float32, device=x.device)
-    rows_per_program = triton.cdiv(triton.cdiv(M, ROWS), programs) * ROWS
-    with torch.cuda.device_of(x):
-        layer_norm_backward_kernel[(programs,)](
-            dy_rows, rows, wide_weight, mean, rstd, dx, dweight, dbias,
-            dy_rows.stride(0), rows.stride(0), M, rows_per_program,
-            C, ROWS, WIDTH, has_bias, num_warps=num_warps,
-        )  # fmt: skip
+    rows_per_program = cdiv(cdiv(M, ROWS), programs) * ROWS
+    launch(
+        layer_norm_backward_kernel, programs, x.device,
+        dy_rows, rows, wide_weight, mean, rstd, dx, dweight, dbias,
+        dy_rows.stride(0), rows.stride(0), M, rows_per_program,
+        C, ROWS, WIDTH, has_bias, warps=num_warps,
+    )  # fmt: skip
     bias_gradient = dbias.sum(0) if has_bias else dbias.new_empty(0)
     return (
         dx.to(x.dtype).view(x.shape),
@@ -182,16 +188,17 @@ layer_norm_op.register_autograd(_backward, setup_context=_save)
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, impl: str = "auto"
 ) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, statistics in fp32.
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in fp32.
 
-    x [..., C] with any strides; weight, bias [C]; bias may be None. Returns [..., C] in the dtype of x. Differentiable
-    once. impl: see kernels/dispatch.py. Raises KernelError on wrong shapes or a form that cannot run.
+    x [..., C] with any strides; weight, bias [C]; bias may be None. Returns [..., C] in the dtype
+    of x. Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on wrong shapes or
+    a form that cannot run.
     """
     C = x.shape[-1]
     shapes = [tuple(t.shape) for t in (weight, bias) if t is not None]
     expect(
         all(s == (C,) for s in shapes),
-        f"layer_norm: found weight and bias of shapes {shapes}, expected ({C},), the last dimension of x",
+        f"layer_norm: found weight and bias of shapes {shapes}, expected ({C},), the last of x",
     )
     form = choose(impl, "layer_norm", device=x.device, dtype=x.dtype, width=C)
     if form == "triton":

@@ -1,6 +1,7 @@
-"""The same operations in plain PyTorch, fp32 inside (float64 stays float64): their documentation and their oracle.
+"""The same operations in plain PyTorch, fp32 inside (float64 stays float64): the oracle.
 
-B batch, T time (Tq queries, Tk keys), H query heads, K key/value heads, R = H / K, D head width, C model width.
+B batch, T time (Tq queries, Tk keys), H query heads, K key/value heads, R = H / K, D head width, C
+model width.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def attention(
     samples: Tensor | None = None,
     head_offset: int = 0,
 ) -> Tensor:
-    """dropout(softmax(q k^T / sqrt(D) + causal mask)) v (Vaswani et al. 2017, eq. 1); see kernels.attention.attention."""
+    """dropout(softmax(q k^T / sqrt(D) + causal mask)) v; see kernels.attention.attention."""
     B, Tq, H, D = q.shape
     Tk, K = k.shape[1], k.shape[2]
     queries = wide(q).reshape(B, Tq, K, H // K, D)
@@ -45,7 +46,7 @@ def attention(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016)."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
     rows = wide(x)  # once: each cast would round its own part of the gradient
     centred = rows - rows.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * wide(weight)

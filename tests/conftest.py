@@ -1,4 +1,6 @@
-"""Fixes, before anything imports torch or triton, how the tests' kernels run: interpreted, but on a GPU run compiled."""
+"""Fixes, before anything imports torch or triton, how the tests' kernels run: interpreted, but on a
+GPU run compiled.
+"""
 
 from __future__ import annotations
 

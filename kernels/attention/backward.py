@@ -1,9 +1,10 @@
-"""The backward pass in two kernels, so that nothing is added atomically and every run gives the same bits.
+"""The backward pass, without atomic additions, so that every run gives the same bits.
 
-With P = 2^(score - lse), M the dropout mask over 1 - p (all ones without dropout) and delta = rowsum(dO * O):
-    dV = (P * M)^T dO;  dS = P * (M * (dO V^T) - delta);  dQ = dS K / sqrt(D);  dK = dS^T Q / sqrt(D)
-(Dao et al. 2022, algorithm 4; delta is right with dropout because O already holds M). One kernel walks down the queries
-for a tile of keys, one walks along the keys for a tile of queries; both recompute P.
+With P = 2^(score - lse), M the dropout mask over 1 - p (ones without dropout), delta = rowsum(dO * O):
+    dV = (P * M)^T dO,  dS = P * (M * (dO V^T) - delta),  dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D)
+(Dao et al. 2022, algorithm 4; delta is right with dropout because O already holds M).
+One kernel walks down the queries for a tile of keys, one along the keys for a tile of queries; both
+recompute P.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.forward import LOG2_E, dropout_arguments, last_contiguous
-from kernels.attention.tiles import Tile, load_rows, padded, store_rows, tile_here
-from kernels.dispatch import interpretable
+from kernels.attention.tiles import Tile, load_rows, store_rows, tile_here, tile_width
+from kernels.dispatch import cdiv, interpretable, launch
 from kernels.philox import DropoutKey, keep_tile
 
 DELTA_ROWS = 64
@@ -28,7 +29,7 @@ def attention_delta_kernel(
     o_ptr, do_ptr, delta_ptr, stride_dob, stride_dot, stride_doh, Tq, H,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta fp32 [B, H, Tq]: the dot product of each row of o [B, Tq, H, D] (contiguous) with that of its gradient."""
+    """delta fp32 [B, H, Tq]: each row of o [B, Tq, H, D], contiguous, times that of its gradient."""
     tiles = tl.cdiv(Tq, BLOCK_M)
     first_row = tl.program_id(0) % tiles * BLOCK_M
     b = (tl.program_id(0) // tiles // H).to(tl.int64)
@@ -43,15 +44,16 @@ def attention_delta_kernel(
 
 @triton.jit
 def walk_queries(
-    dk, dv, k, v, cols, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, first, Tq, Tk, scale,
+    dk, dv, k, v, cols, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, first, Tq, Tk,
+    scale,
     keep_scale, seed, site, threshold, sample, head,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Add what the query rows of one head from `first` on give to dk and dv [BLOCK_N, WIDTH] (both without their scale).
+    """Add what the query rows of one head from `first` on give to dk and dv, without their scale.
 
-    Everything is transposed, [keys, queries], so that P and dS are left operands. Every tile is masked: a second loop for
-    those below the diagonal made the compiler spill.
+    Everything is transposed, [keys, queries], so that P and dS are left operands. Every tile is
+    masked: a second loop for those below the diagonal made the compiler spill.
     """
     for start in range(first, Tq, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -81,15 +83,18 @@ def walk_queries(
 @triton.jit(do_not_specialize=["seed", "site", "threshold", "head_offset"])
 def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, samples_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
+    stride_vh,
     stride_dob, stride_dot, stride_doh,
     Tq, Tk, H, R, scale, keep_scale, seed, site, threshold, head_offset,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [B, Tk, K, D] contiguous of one tile of keys of one key/value head, over the R query heads that share it."""
+    """dk, dv [B, Tk, K, D] contiguous: one tile of keys of one head, over its R query heads."""
     tiles = tl.cdiv(Tk, BLOCK_N)
     K = H // R
-    # Keys early in the sequence are seen by the most queries: program order already starts the longest first.
+    # Keys early in the sequence are seen by the most queries: program order already starts the
+    # longest first.
     first_col = tl.program_id(0) % tiles * BLOCK_N
     b = (tl.program_id(0) // tiles // K).to(tl.int64)
     kv_head = tl.program_id(0) // tiles % K
@@ -106,7 +111,7 @@ def attention_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     # No row before `first` sees a key of this tile.
     first = tl.maximum(first_col - (Tk - Tq), 0) // BLOCK_M * BLOCK_M
-    for r in range(0, R):
+    for r in range(R):
         h = kv_head * R + r
         q_head = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh
         do_head = do_ptr + b * stride_dob + h.to(tl.int64) * stride_doh
@@ -129,7 +134,8 @@ def attention_dkdv_kernel(
 def walk_keys(
     dq, q, do, lse, delta, positions, k_ptr, v_ptr, stride_kt, stride_vt, first, last, Tk, scale,
     keep_scale, seed, site, threshold, sample, head,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Add what keys first to last - 1 give to dq [BLOCK_M, WIDTH] (without its scale)."""
     for start in range(first, last, BLOCK_N):
@@ -152,10 +158,12 @@ def walk_keys(
 @triton.jit(do_not_specialize=["seed", "site", "threshold", "head_offset"])
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, samples_ptr, dq_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
+    stride_vh,
     stride_dob, stride_dot, stride_doh,
     Tq, Tk, H, R, scale, keep_scale, seed, site, threshold, head_offset,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dq [B, Tq, H, D] contiguous of one tile of queries of one head."""
     tiles = tl.cdiv(Tq, BLOCK_M)
@@ -182,11 +190,13 @@ def attention_dq_kernel(
     last = tl.minimum(first_position + BLOCK_M, Tk)
     dq = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     dq = walk_keys(
-        dq, q, do, lse, delta, positions, k_ptr, v_ptr, stride_kt, stride_vt, 0, unmasked, Tk, scale,
+        dq, q, do, lse, delta, positions, k_ptr, v_ptr, stride_kt, stride_vt, 0, unmasked, Tk,
+        scale,
         keep_scale, seed, site, threshold, sample, head, D, WIDTH, BLOCK_N, False, DROPOUT,
     )  # fmt: skip
     dq = walk_keys(
-        dq, q, do, lse, delta, positions, k_ptr, v_ptr, stride_kt, stride_vt, unmasked, last, Tk, scale,
+        dq, q, do, lse, delta, positions, k_ptr, v_ptr, stride_kt, stride_vt, unmasked, last, Tk,
+        scale,
         keep_scale, seed, site, threshold, sample, head, D, WIDTH, BLOCK_N, True, DROPOUT,
     )  # fmt: skip
     dq_ptr += (b * Tq * H + h) * D
@@ -197,7 +207,7 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, key: DropoutKey | None,
     samples: Tensor | None, head_offset: int, tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv), contiguous, from do [B, Tq, H, D] with any strides and what the forward took and gave.
+    """(dq, dk, dv), contiguous, from do [B, Tq, H, D] and what the forward took and gave.
 
     tiles: of the dkdv and the dq kernel; by default those of kernels/attention/tiles.py.
     """
@@ -211,18 +221,20 @@ def backward(
     delta = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     scalars = (Tq, Tk, H, H // K, LOG2_E / math.sqrt(D), *dropout_arguments(key, head_offset))
-    with torch.cuda.device_of(q):
-        attention_delta_kernel[(triton.cdiv(Tq, DELTA_ROWS) * B * H,)](
-            o, do, delta, *do.stride()[:3], Tq, H, D, padded(D), DELTA_ROWS
-        )
-        attention_dkdv_kernel[(triton.cdiv(Tk, dkdv.block_n) * B * K,)](
-            q, k, v, do, lse, delta, samples, dk, dv, *strides, *scalars,
-            D, padded(D), dkdv.block_m, dkdv.block_n, key is not None,
-            num_warps=dkdv.warps, num_stages=dkdv.stages,
-        )  # fmt: skip
-        attention_dq_kernel[(triton.cdiv(Tq, dq_tile.block_m) * B * H,)](
-            q, k, v, do, lse, delta, samples, dq, *strides, *scalars,
-            D, padded(D), dq_tile.block_m, dq_tile.block_n, key is not None,
-            num_warps=dq_tile.warps, num_stages=dq_tile.stages,
-        )  # fmt: skip
+    launch(
+        attention_delta_kernel, cdiv(Tq, DELTA_ROWS) * B * H, q.device,
+        o, do, delta, *do.stride()[:3], Tq, H, D, tile_width(D), DELTA_ROWS,
+    )  # fmt: skip
+    launch(
+        attention_dkdv_kernel, cdiv(Tk, dkdv.block_n) * B * K, q.device,
+        q, k, v, do, lse, delta, samples, dk, dv, *strides, *scalars,
+        D, tile_width(D), dkdv.block_m, dkdv.block_n, key is not None,
+        warps=dkdv.warps, stages=dkdv.stages,
+    )  # fmt: skip
+    launch(
+        attention_dq_kernel, cdiv(Tq, dq_tile.block_m) * B * H, q.device,
+        q, k, v, do, lse, delta, samples, dq, *strides, *scalars,
+        D, tile_width(D), dq_tile.block_m, dq_tile.block_n, key is not None,
+        warps=dq_tile.warps, stages=dq_tile.stages,
+    )  # fmt: skip
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)

@@ -1,7 +1,7 @@
-"""The forward pass: one program computes one tile of queries of one head, over the keys that it may see.
+"""The forward pass: one program computes one tile of queries of one head.
 
-Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): scores are scaled by log2(e) / sqrt(D) in fp32, and
-lse = log2(sum of 2^score) is kept for the backward pass.
+Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): scores are scaled by log2(e)
+/ sqrt(D) in fp32, and lse = log2(sum of 2^score) is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.tiles import Tile, load_rows, padded, store_rows, tile_here
-from kernels.dispatch import interpretable
+from kernels.attention.tiles import Tile, load_rows, store_rows, tile_here, tile_width
+from kernels.dispatch import cdiv, interpretable, launch
 from kernels.philox import DropoutKey, keep_tile, signed
 
 LOG2_E = math.log2(math.e)
@@ -24,7 +24,8 @@ LOG2_E = math.log2(math.e)
 def attend(
     acc, high, total, q, positions, k_ptr, v_ptr, stride_kt, stride_vt, first, last, Tk, scale,
     seed, site, threshold, sample, head,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Fold keys first to last - 1 into (weighted sum, running maximum, running total)."""
     for start in range(first, last, BLOCK_N):
@@ -49,9 +50,11 @@ def attend(
 @triton.jit(do_not_specialize=["seed", "site", "threshold", "head_offset"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, samples_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
+    stride_vh,
     Tq, Tk, H, R, scale, keep_scale, seed, site, threshold, head_offset,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """o [B, Tq, H, D] contiguous and lse fp32 [B, H, Tq] of one tile of rows of one head."""
     tiles = tl.cdiv(Tq, BLOCK_M)
@@ -81,7 +84,8 @@ def attention_forward_kernel(
         seed, site, threshold, sample, head, D, WIDTH, BLOCK_N, False, DROPOUT,
     )  # fmt: skip
     acc, high, total = attend(
-        acc, high, total, q, positions, k_ptr, v_ptr, stride_kt, stride_vt, unmasked, last, Tk, scale,
+        acc, high, total, q, positions, k_ptr, v_ptr, stride_kt, stride_vt, unmasked, last, Tk,
+        scale,
         seed, site, threshold, sample, head, D, WIDTH, BLOCK_N, True, DROPOUT,
     )  # fmt: skip
     o_ptr += (b * Tq * H + h) * D
@@ -103,10 +107,11 @@ def last_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, key: DropoutKey | None, samples: Tensor | None, head_offset: int,
+    q: Tensor, k: Tensor, v: Tensor, key: DropoutKey | None, samples: Tensor | None,
+    head_offset: int,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o [B, Tq, H, D] in the dtype of q, lse in base 2, fp32 [B, H, Tq]); see kernels.attention.attention."""
+    """(o [B, Tq, H, D] in the dtype of q, lse in base 2, fp32 [B, H, Tq])."""
     dtype = q.dtype
     q, k, v = interpretable(*last_contiguous(q, k, v))
     B, Tq, H, D = q.shape
@@ -114,11 +119,11 @@ def forward(
     tile = tile or tile_here("forward", q)
     o = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    with torch.cuda.device_of(q):
-        attention_forward_kernel[(triton.cdiv(Tq, tile.block_m) * B * H,)](
-            q, k, v, o, lse, samples, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            Tq, Tk, H, H // K, LOG2_E / math.sqrt(D), *dropout_arguments(key, head_offset),
-            D, padded(D), tile.block_m, tile.block_n, key is not None,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    launch(
+        attention_forward_kernel, cdiv(Tq, tile.block_m) * B * H, q.device,
+        q, k, v, o, lse, samples, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        Tq, Tk, H, H // K, LOG2_E / math.sqrt(D), *dropout_arguments(key, head_offset),
+        D, tile_width(D), tile.block_m, tile.block_n, key is not None,
+        warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
     return o.to(dtype), lse

@@ -1,4 +1,4 @@
-"""`attention`, and its registration as PyTorch operators, so that torch.compile, autograd and checkpointing see through it.
+"""`attention`, and its registration as operators for torch.compile, autograd and checkpointing.
 
 B batch, Tq queries, Tk keys, H query heads, K key/value heads, D head width.
 """
@@ -101,7 +101,7 @@ def check(
     expect(1 <= q.shape[1] <= k.shape[1], f"{found}, expected 1 <= Tq <= Tk")
     expect(
         q.dtype == k.dtype == v.dtype,
-        f"attention: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype: cast q, k and v alike",
+        f"attention: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype: cast them alike",
     )
     if dropout is not None and dropout.p > 0:
         expect(
@@ -122,10 +122,12 @@ def attention(
 ) -> Tensor:
     """dropout(softmax(q k^T / sqrt(D) + causal mask)) v (Vaswani et al. 2017, eq. 1).
 
-    q [B, Tq, H, D]; k, v [B, Tk, K, D], any strides; H a multiple of K: query head h uses key/value head h // (H / K).
-    Query row i stands at position Tk - Tq + i and sees the keys up to it (decoding with a cache has Tq < Tk).
-    dropout: drops weights by the mask keyed (sample, head, query position, key position), where `samples` int64 [B] are
-    global sample numbers and head_offset is the global number of the first query head here.
+    q [B, Tq, H, D]; k, v [B, Tk, K, D], any strides; H a multiple of K: query head h uses key/value
+    head h // (H / K). Query row i stands at position Tk - Tq + i and sees the keys up to it
+    (decoding with a cache has Tq < Tk).
+    dropout: drops weights by the mask keyed (sample, head, query position, key position), where
+    `samples` int64 [B] are global sample numbers and head_offset is the global number of the first
+    query head here.
     Returns [B, Tq, H, D] in the dtype of q. Differentiable once. impl: see kernels/dispatch.py.
     Raises KernelError on arguments that do not fit together or a form that cannot run.
     """

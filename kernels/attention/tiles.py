@@ -8,12 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dispatch import INTERPRETED, expect
+from kernels.dispatch import INTERPRETED, expect, padded
 
 
 @dataclass(frozen=True)
 class Tile:
-    """block_m query rows by block_n key rows, computed by `warps` warps with `stages` loads in flight."""
+    """block_m query rows by block_n key rows, computed by `warps` warps with `stages` loads in
+    flight.
+    """
 
     block_m: int
     block_n: int
@@ -21,13 +23,16 @@ class Tile:
     stages: int
 
 
-def padded(head_width: int) -> int:
-    """The power of two, at least 16 (the least that a tensor core takes), that holds a head."""
-    return max(16, triton.next_power_of_2(head_width))
+def tile_width(D: int) -> int:
+    """The side of a tile that holds a head of width D; 16 is the least that a matrix instruction
+    takes.
+    """
+    return padded(D, 16)
 
 
-# By (kind of kernel, padded head width), chosen from the compiler's report (`python -m kernels.aot`): no spills, shared
-# memory within the architecture's. "ampere" fits 99 KiB and serves every GPU with mma but no wgmma (sm_80, 86, 89, 120).
+# By (kind of kernel, padded head width), chosen from the compiler's report (`python -m
+# kernels.aot`): no spills, shared memory within the architecture's. "ampere" fits 99 KiB and serves
+# every GPU with mma but no wgmma (sm_80, 86, 89, 120).
 HOPPER_16_BIT = {
     ("forward", 16): Tile(128, 64, 4, 3),
     ("forward", 32): Tile(128, 64, 4, 3),
@@ -72,7 +77,9 @@ INTERPRETER = Tile(64, 32, 4, 1)
 
 
 def tile_for(kind: str, width: int, itemsize: int, major: int) -> Tile:
-    """The tile of `kind` ("forward", "dkdv" or "dq") for heads padded to `width` on compute capability `major`."""
+    """The tile of `kind` ("forward", "dkdv" or "dq") for heads padded to `width` on compute
+    capability `major`.
+    """
     if itemsize == 4:
         return ANY_32_BIT[kind, width]
     return (HOPPER_16_BIT if major in (9, 10) else AMPERE_16_BIT)[kind, width]
@@ -85,14 +92,16 @@ def tile_here(kind: str, x: torch.Tensor) -> Tile:
     major, minor = torch.cuda.get_device_capability(x.device)
     expect(
         major >= 8,
-        f"attention: found a GPU of compute capability {major}.{minor}, expected 8.0 or later: use impl=torch",
+        f"attention: found a GPU of compute capability {major}.{minor}, expected 8.0 or later: "
+        f"use impl=torch",
     )
-    return tile_for(kind, padded(x.shape[-1]), x.element_size(), major)
+    return tile_for(kind, tile_width(x.shape[-1]), x.element_size(), major)
 
 
 @triton.jit
 def load_rows(
-    ptr, stride, first, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr
+    ptr, stride, first, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK:
+    tl.constexpr
 ):  # fmt: skip
     """Rows first to first + ROWS - 1 of a [limit, D] matrix, padded with zeros to [ROWS, WIDTH]."""
     rows = tl.arange(0, ROWS)
@@ -110,7 +119,9 @@ def load_rows(
 def store_rows(
     ptr, stride, first, limit, tile, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Store what of `tile` [ROWS, WIDTH] lies inside the [limit, D] matrix, from its row `first` on."""
+    """Store what of `tile` [ROWS, WIDTH] lies inside the [limit, D] matrix, from its row `first`
+    on.
+    """
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, WIDTH)
     ptrs = ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]

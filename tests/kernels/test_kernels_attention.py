@@ -1,4 +1,6 @@
-"""Attention: the Triton kernels and the stock operator against the reference in float64, forward and backward."""
+"""Attention: the Triton kernels and the stock operator against the reference in float64, forward
+and backward.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +144,9 @@ def test_samples_may_be_split_over_ranks() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit(dtype: torch.dtype) -> None:
-    """Within twice the error of the stock operator in the same dtype (the rule of FlashAttention's tests)."""
+    """Within twice the error of the stock operator in the same dtype (the rule of FlashAttention's
+    tests).
+    """
     tensors, do = inputs((1, 70, 70, 2, 1, 40), dtype)
     oracle = run(using("reference"), tensors, do, torch.float64)
     stock = run(using("torch"), tensors, do)

@@ -11,7 +11,8 @@ from kernels import reference
 from kernels.dispatch import KernelError
 from kernels.layer_norm import layer_norm, layer_norm_op
 
-# Rows: one, fewer than a tile, several partial sums with a ragged last one. Widths: odd, and powers of two.
+# Rows: one, fewer than a tile, several partial sums with a ragged last one. Widths: odd, and powers
+# of two.
 SHAPES = [(1, 2), (1, 16), (7, 40), (33, 64), (130, 33), (3, 5, 257), (2, 1, 4097)]
 
 

@@ -1,4 +1,6 @@
-"""Masks: the published generator, the same bits in Triton and PyTorch, and independent of every layout."""
+"""Masks: the published generator, the same bits in Triton and PyTorch, and independent of every
+layout.
+"""
 
 from __future__ import annotations
 
