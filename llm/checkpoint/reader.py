@@ -118,9 +118,9 @@ def open_latest(
 ) -> tuple[CheckpointReader | None, list[str]]:
     """Open, on every rank, the checkpoint that rank 0 finds newest. Collective.
 
-    broadcast_text: gives every rank the text of rank 0. Returns None where there is no checkpoint,
-    and rank 0's warnings, on every rank. Raises InputError on every rank if there are checkpoints
-    but none is good, or if a rank does not see the same one.
+    broadcast_text: gives every rank the text of rank 0, of 200 characters at most. Returns None where
+    there is no checkpoint; the warnings are rank 0's alone. Raises InputError on every rank if there
+    are checkpoints but none is good, or if a rank does not see the same one.
     """
     name, sha256, error, warnings = None, None, None, []
     if rank == 0:
@@ -130,8 +130,7 @@ def open_latest(
                 name, sha256 = folder.name, load_manifest(folder).sha256
         except (InputError, CheckpointError, OSError) as failure:
             error = str(failure)
-    told = broadcast_text(json.dumps([name, sha256, error, warnings]))
-    name, sha256, error, warnings = json.loads(told)
+    name, sha256 = json.loads(broadcast_text(json.dumps([name, sha256])))
     reader = None
     if error is None and name is not None:
         try:
