@@ -100,8 +100,9 @@ def from_dict(mapping: Mapping[str, Any], parser: ArgumentParser | None = None) 
     except Exception as error:  # noqa: BLE001 - jsonargparse leaks what a conversion raises
         raise _explained(error, rest) from None
     sections: dict[str, Any] = {}
+    _check_types("", RunConfig, {key: parsed[key] for key in rest.keys() - _sections().keys()})
     for key, section in _sections().items():
-        _check_literals(key, section, parsed[key])
+        _check_types(f"{key}.", section, parsed[key])
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in parsed[key].items()}
         sections[key] = section(**values)
     for key in rest.keys() - sections.keys():
@@ -261,14 +262,16 @@ def _json_section(section: Any) -> dict[str, Any]:
     return same
 
 
-def _check_literals(name: str, section: Any, values: Mapping[str, Any]) -> None:
-    """jsonargparse takes 2.0 and true for the choices 2 and 1: compare the types too."""
+def _check_types(owner: str, section: Any, values: Mapping[str, Any]) -> None:
+    """What jsonargparse lets through: null anywhere, and 2.0 and true for the choices 2 and 1."""
     for field, hint in get_type_hints(section).items():
+        found, choices = values.get(field), get_args(hint)
         if get_origin(hint) is Literal:
-            choices = get_args(hint)
-            found = values[field]
-            if not any(type(found) is type(c) and found == c for c in choices):
-                raise _wrong_type(f"{name}.{field}", found)
+            fits = any(type(found) is type(choice) and found == choice for choice in choices)
+        else:
+            fits = found is not None or type(None) in choices or field not in values
+        if not fits:
+            raise _wrong_type(f"{owner}{field}", found)
 
 
 def _explained(error: Exception, mapping: Mapping[str, Any]) -> InputError:
