@@ -121,8 +121,10 @@ def keep_tile(seed, site, threshold, sample, head, rows, first_col, COLS: tl.con
     groups = first_col // 4 + tl.arange(0, COLS // 4)
     sample_low = (sample & 0xFFFFFFFF).to(tl.uint32)
     head_word = (head.to(tl.uint32) << 16) | (sample >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(
-        (high << 32) | low, groups[None, :], rows[:, None], sample_low, head_word
+    seeds = (high << 32) | low
+    # Triton types a call from one kernel to another as if it were made from the host.
+    w0, w1, w2, w3 = tl.philox(  # pyright: ignore[reportGeneralTypeIssues]
+        seeds, groups[None, :], rows[:, None], sample_low, head_word
     )
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return words >= threshold.to(tl.uint32, bitcast=True)
