@@ -16,7 +16,7 @@ from launch.plotting import plot_loss
 from llm.config import InputError, require
 from llm.data.folder import load_manifest
 from llm.data.manifest import Manifest
-from llm.generate import Trained, generate, load_trained
+from llm.generate import Trained, load_trained, stream
 from llm.sampling import SamplingConfig
 
 
@@ -27,7 +27,9 @@ def report(run: Path) -> str:
     config, manifest = trained.config, load_manifest(trained.config)
     bigram = manifest.bigram_nats_per_token
     plot_loss(run / "metrics.jsonl", run / "loss.png", config.name, bigram)
-    lines = [f"run {config.name}: {trained.step} of {config.train.max_steps} steps, {run / 'loss.png'}"]
+    lines = [
+        f"run {config.name}: {trained.step} of {config.train.max_steps} steps, {run / 'loss.png'}"
+    ]
     loss = validation_loss(run)
     if loss is not None:
         lines.append("  validation loss   " + units(loss, manifest))
@@ -35,7 +37,9 @@ def report(run: Path) -> str:
         lines.append("  bigram model      " + units(bigram, manifest))
     if bigram is not None and loss is not None:
         side = "under" if loss < bigram else "above"
-        lines.append(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
+        lines.append(
+            f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model"
+        )
     if config.logging.sample_tokens > 0:
         lines += ["", continuation(trained)]
     return "\n".join(lines)
@@ -53,16 +57,9 @@ def units(loss: float, manifest: Manifest) -> str:
 
 def continuation(trained: Trained) -> str:
     """The configured prompt and what the model writes after it."""
-    settings, tokenizer = trained.config.logging, trained.tokenizer
-    prompt = tokenizer.encode(settings.sample_prompt)
-    steps = generate(
-        trained.model,
-        [prompt],
-        max_new_tokens=settings.sample_tokens,
-        end=tokenizer.eod_id,
-        sampling=SamplingConfig(temperature=0.7, top_p=0.95, seed=trained.config.seed),
-    )
-    return tokenizer.decode(prompt + [row[0] for row in steps if row[0] is not None])
+    settings = trained.config.logging
+    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=trained.config.seed)
+    return "".join(stream(trained, [settings.sample_prompt], settings.sample_tokens, sampling))
 
 
 if __name__ == "__main__":

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llm.checkpoint.reader import CheckpointReader, find_latest, open_checkpoint
-from llm.config import ModelConfig, RunConfig, require
+from llm.config import ModelConfig, ParallelConfig, RunConfig, require
 from llm.config_cli import from_dict
 from llm.data.tokenizer import Tokenizer
 from llm.model.gpt import GPT, KVCache
 from llm.model.init import fill
-from llm.model.layers import DenseLayers, Layers
+from llm.parallel.mesh import Mesh
+from llm.parallel.parallelize import choose_layers
 from llm.sampling import SamplingConfig, sample
 
 
@@ -31,21 +32,34 @@ class Trained:
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """The checkpoint folder and the run folder that `path` names: a run (its newest checkpoint) or one checkpoint."""
-    require(path.is_dir(), f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...")
+    require(
+        path.is_dir(),
+        f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...",
+    )
     if not (path / "checkpoints").is_dir():
         return path, path.parent.parent
     latest, _ = find_latest(path / "checkpoints")
-    require(latest is not None, f"{path} holds no complete checkpoint; train first, or choose another run")
+    require(
+        latest is not None,
+        f"{path} holds no complete checkpoint; train first, or choose another run",
+    )
     assert latest is not None
     return latest, path
 
 
-def load_trained(path: Path, device: torch.device, layers: Layers | None = None) -> Trained:
-    """Read a model written under any layout; `layers` chooses this rank's part of it (default: all of it)."""
+def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> Trained:
+    """Read a model written under any layout; with a mesh, this tensor-parallel rank's part of it.
+
+    Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's heads can be cut for.
+    """
     checkpoint, run = find_checkpoint(path)
     reader = open_checkpoint(checkpoint)
     config = from_dict(reader.state["config"])
-    model = GPT(config.model, layers or DenseLayers(seed=config.seed))
+    # The layout and kernels of the training run do not matter here.
+    parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
+    train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
+    config = replace(config, parallel=parallel, train=train)
+    model = GPT(config.model, choose_layers(config, mesh))
     load_weights(model, reader)
     tokenizer = Tokenizer.load(run / "tokenizer.json")
     return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])
@@ -106,7 +120,10 @@ def generate(
                 rows[i, position] = token
                 new[i] = token if open_rows[i] else None
         yield new
-        if not any(is_open and position + 1 < limit for is_open, limit in zip(open_rows, limits, strict=True)):
+        if not any(
+            is_open and position + 1 < limit
+            for is_open, limit in zip(open_rows, limits, strict=True)
+        ):
             return
 
 
@@ -115,3 +132,28 @@ def next_logits(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     return model(tokens, positions, samples, cache=cache)[:, -1]
+
+
+def stream(
+    trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampling: SamplingConfig
+) -> Iterator[str]:
+    """The prompts and what follows them, as text: one prompt piece by piece, several one after the other at the end."""
+    tokenizer = trained.tokenizer
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    steps = generate(
+        trained.model, ids, max_new_tokens=max_new_tokens, end=tokenizer.eod_id, sampling=sampling
+    )
+    if len(prompts) == 1:
+        pieces = tokenizer.stream()
+        yield prompts[0]
+        for row in steps:
+            if row[0] is not None:
+                yield pieces.push(row[0])
+        yield pieces.finish() + "\n"
+        return
+    for row in steps:
+        for tokens, new in zip(ids, row, strict=True):
+            if new is not None:
+                tokens.append(new)
+    for number, tokens in enumerate(ids, 1):
+        yield f"--- {number} of {len(ids)}\n{tokenizer.decode(tokens)}\n"

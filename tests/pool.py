@@ -65,7 +65,9 @@ class RankPool:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=serve, args=(rank, self.world_size, port, list(sys.path), theirs), daemon=True
+                target=serve,
+                args=(rank, self.world_size, port, list(sys.path), theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()

@@ -134,7 +134,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def test_nothing_is_pickled_and_yaml_is_safe() -> None:
-    forbidden = ("import pickle", "torch.load(", "torch.save(", "yaml.load(", "allow_pickle=True", "_object(")
+    forbidden = (
+        "import pickle",
+        "torch.load(",
+        "torch.save(",
+        "yaml.load(",
+        "allow_pickle=True",
+        "_object(",
+    )
     for path in sources():
         if path.suffix == ".py" and "tests" not in path.parts:
             found = [word for word in forbidden if word in path.read_text()]

@@ -37,7 +37,9 @@ class Layers(Protocol):
         """int [...] -> [..., width]; its table is `.weight`."""
         ...
 
-    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
+    def lm_head(
+        self, name: str, width: int, vocab_size: int, tied: nn.Module | None
+    ) -> LanguageModelHead:
         """`tied`: the embedding whose table is the projection too."""
         ...
 
@@ -158,7 +160,9 @@ class DenseLayers:
     def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
         return whole(nn.Embedding(vocab_size, width))
 
-    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
+    def lm_head(
+        self, name: str, width: int, vocab_size: int, tied: nn.Module | None
+    ) -> LanguageModelHead:
         if tied is not None:
             return LanguageModelHead(tied.weight)
         head = LanguageModelHead(nn.Parameter(torch.empty(vocab_size, width)))

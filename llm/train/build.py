@@ -8,18 +8,9 @@ from kernels.dispatch import KernelError, choose
 from llm.config import InputError, RunConfig
 from llm.model.gpt import GPT
 from llm.model.init import init_weights
-from llm.model.layers import DenseLayers, Layers
-from llm.parallel.layers import TensorParallel, TensorParallelLayers
 from llm.parallel.mesh import Mesh
+from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import DTYPES, Engine
-
-
-def choose_layers(config: RunConfig, mesh: Mesh | None) -> Layers:
-    """The dense factory on one tensor-parallel rank, Megatron's on several."""
-    if mesh is None or mesh.tp_size == 1:
-        return DenseLayers(seed=config.seed, impl=config.train.impl)
-    tp = TensorParallel.of(mesh.tp_group)
-    return TensorParallelLayers(tp, seed=config.seed, impl=config.train.impl)
 
 
 def check_kernels(config: RunConfig, device: torch.device) -> str:
@@ -30,7 +21,9 @@ def check_kernels(config: RunConfig, device: torch.device) -> str:
         places["layer_norm"] = (model.d_model, 0.0)
     try:
         chosen = {
-            op: choose(config.train.impl, op, device=device, dtype=dtype, width=width, dropout=dropout)
+            op: choose(
+                config.train.impl, op, device=device, dtype=dtype, width=width, dropout=dropout
+            )
             for op, (width, dropout) in places.items()
         }
     except KernelError as error:

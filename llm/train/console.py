@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 
 class Console:
@@ -42,8 +43,11 @@ class Console:
         self.progress: Progress | None = None
         terminal = Terminal(file=self.file)
         if enabled and terminal.is_terminal:
-            bar = (MofNCompleteColumn(), BarColumn(10), TextColumn("{task.description}"))
-            self.progress = Progress(*bar, console=terminal)
+            # The text takes what the counter and the bar leave, and is cut where it is too long.
+            text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
+            self.progress = Progress(
+                MofNCompleteColumn(), BarColumn(10), text, console=terminal, expand=True
+            )
             self.task = self.progress.add_task("", total=max_steps, completed=first_step)
 
     def step(self, record: Mapping[str, Any]) -> None:

@@ -32,7 +32,9 @@ class Trainer:
             consumed=run.step * self.work.samples,
         )
         tensorboard = run.folder.tensorboard if config.logging.tensorboard else None
-        self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)
+        self.metrics = MetricsWriter(
+            run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead
+        )
         self.console = Console(config.train.max_steps, run.step, enabled=run.lead)
         self.skipped_steps = run.step - self.engine.scalar_state()["optimizer_step"]
 
@@ -56,7 +58,9 @@ class Trainer:
             )
         return loss, lr, result.grad_norm
 
-    def report(self, loss: float, lr: float, grad_norm: float, seconds: float, waited: float) -> None:
+    def report(
+        self, loss: float, lr: float, grad_norm: float, seconds: float, waited: float
+    ) -> None:
         record = step_record(
             self.work,
             step=self.run.step,

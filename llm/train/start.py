@@ -54,14 +54,19 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     """Check, lock, resume. Raises InputError on every rank alike. Collective."""
     mesh = Mesh.create(config.parallel, device.type)
     check_world(config, mesh.world_size)
-    say(f"kernels on {device.type} (train.impl={config.train.impl}): {check_kernels(config, device)}")
+    say(
+        f"kernels on {device.type} (train.impl={config.train.impl}): {check_kernels(config, device)}"
+    )
     folder, lead = RunFolder(Path("runs"), config.name), mesh.rank == 0
     lock = together(lambda: _claim(folder) if lead else None)
     nonce = broadcast(folder.share_nonce() if lead else "")
     together(lambda: folder.check_nonce(nonce))
     manifest = together(lambda: load_manifest(config))
     reader, warnings = open_latest(
-        folder.checkpoints, rank=mesh.rank, broadcast_text=broadcast, exchange_errors=exchange_errors
+        folder.checkpoints,
+        rank=mesh.rank,
+        broadcast_text=broadcast,
+        exchange_errors=exchange_errors,
     )
     for warning in warnings:
         say(f"warning: {warning}")
@@ -89,7 +94,10 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "step": run.step,
         "consumed_samples": run.step * run.config.train.global_batch_size,
         "config": to_dict(run.config),
-        "data": {"source_sha256": run.manifest.source_sha256, "tokenizer_sha256": run.manifest.tokenizer_sha256},
+        "data": {
+            "source_sha256": run.manifest.source_sha256,
+            "tokenizer_sha256": run.manifest.tokenizer_sha256,
+        },
         "engine": run.engine.scalar_state(),
     }
 

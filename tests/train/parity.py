@@ -33,7 +33,9 @@ def case(**sections: Any) -> RunConfig:
     changed = {name: replace(getattr(BASE, name), **fields) for name, fields in sections.items()}
     config = replace(BASE, **changed)
     if config.parallel.zero_stage == 3:
-        config = replace(config, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+        config = replace(
+            config, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        )
     return config
 
 
@@ -47,7 +49,9 @@ def plain(config: RunConfig, **train: Any) -> RunConfig:
     )
 
 
-def batches(config: RunConfig, step: int, dp_rank: int, dp_size: int, ragged: bool) -> list[MicroBatch]:
+def batches(
+    config: RunConfig, step: int, dp_rank: int, dp_size: int, ragged: bool
+) -> list[MicroBatch]:
     """This rank's micro-batches of a step; ragged: ever fewer targets count towards the batch's end."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, V, (G, T + 1), generator=generator)

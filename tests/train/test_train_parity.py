@@ -66,7 +66,9 @@ def test_unequal_counts_of_targets(stage: int, two_ranks: RankPool) -> None:
 
 FOUR_RANKS = {
     "tp2-dp2-zero0": dict(parallel=dict(tensor_parallel=2)),
-    "tp2-dp2-zero1-dropout": dict(parallel=dict(tensor_parallel=2, zero_stage=1), model=dict(dropout=0.1)),
+    "tp2-dp2-zero1-dropout": dict(
+        parallel=dict(tensor_parallel=2, zero_stage=1), model=dict(dropout=0.1)
+    ),
     "tp2-dp2-zero2-untied": dict(
         parallel=dict(tensor_parallel=2, zero_stage=2), model=dict(tie_embeddings=False)
     ),

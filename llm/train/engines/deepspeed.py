@@ -67,7 +67,9 @@ class Grid:
 class DeepSpeedEngine:
     """AdamW under ZeRO, with gradients, norms and checkpoints in terms of global tensors."""
 
-    def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device
+    ) -> None:
         self.mesh = mesh
         self.device = device
         self.stage = config.parallel.zero_stage
@@ -78,10 +80,16 @@ class DeepSpeedEngine:
         generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
         optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim)
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; each would warn once per call site.
-        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning
+        )
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=generated, mpu=Grid(mesh), dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            config=generated,
+            mpu=Grid(mesh),
+            dist_init_required=False,
         )
         self.model = self.engine
         self.updates = 0

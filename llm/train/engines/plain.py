@@ -27,10 +27,13 @@ from llm.train.engines.base import (
 from llm.train.loss_scale import DynamicLossScale
 from llm.train.optim import adamw, parameter_groups
 
+
 class PlainEngine:
     """AdamW on fp32 master weights; in bf16 and fp16 the model is a copy of them in the lower precision."""
 
-    def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh | None, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, model: nn.Module, mesh: Mesh | None, device: torch.device
+    ) -> None:
         self.model = model.to(device=device, dtype=DTYPES[config.train.precision])
         self.group = mesh.dp_group if mesh is not None else None
         self.dp_rank = mesh.dp_rank if mesh is not None else 0
@@ -77,7 +80,9 @@ class PlainEngine:
         if self.group is not None and self.group.size() > 1:
             flat = torch.cat([m.grad.flatten() for m in masters if m.grad is not None])
             dist.all_reduce(flat, group=self.group)
-            for master, reduced in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
+            for master, reduced in zip(
+                masters, flat.split([m.numel() for m in masters]), strict=True
+            ):
                 master.grad = reduced.view_as(master)
         if self.scale:
             torch._foreach_div_([m.grad for m in masters], self.scale.scale)
@@ -121,7 +126,9 @@ class PlainEngine:
             held, master = parameter.slice, self.masters[name]  # pyright: ignore[reportAttributeAccessIssue]
             yield Piece(name, "master", held, 0, master.detach().flatten().cpu())
             for moment in MOMENTS if self.updates else ():
-                yield Piece(name, moment, held, 0, self.optimizer.state[master][moment].flatten().cpu())
+                yield Piece(
+                    name, moment, held, 0, self.optimizer.state[master][moment].flatten().cpu()
+                )
 
     @torch.no_grad()
     def load_pieces(self, reader: CheckpointReader, optimizer_step: int) -> None:
@@ -129,11 +136,17 @@ class PlainEngine:
             master.copy_(reader.read(name, "master"))
             if optimizer_step:
                 state = {moment: reader.read(name, moment).to(self.device) for moment in MOMENTS}
-                self.optimizer.state[master] = {"step": torch.tensor(float(optimizer_step), device=self.device), **state}
+                self.optimizer.state[master] = {
+                    "step": torch.tensor(float(optimizer_step), device=self.device),
+                    **state,
+                }
         self._publish()
 
     def scalar_state(self) -> dict[str, Any]:
-        return {"optimizer_step": self.updates, "loss_scale": asdict(self.scale) if self.scale else None}
+        return {
+            "optimizer_step": self.updates,
+            "loss_scale": asdict(self.scale) if self.scale else None,
+        }
 
     def load_scalar_state(self, state: dict[str, Any]) -> None:
         self.updates = state["optimizer_step"]

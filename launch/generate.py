@@ -1,0 +1,86 @@
+"""Continue text with a trained model: `python launch/generate.py --checkpoint runs/<name> --prompt "def "`.
+
+Several --prompt are continued together. Started by torchrun or deepspeed, all ranks share the model (tensor parallel).
+Exit codes: 0 finished, 2 wrong arguments or checkpoint, 1 anything else.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import os
+from argparse import ArgumentParser, Namespace
+
+from llm.config import InputError, ParallelConfig
+from llm.parallel.launcher import discover_ranks, export, initialize, strip_local_rank
+from llm.sampling import SamplingConfig
+
+
+def arguments(argv: list[str]) -> Namespace:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="runs/<name>, or one checkpoint of it"
+    )
+    parser.add_argument(
+        "--prompt", action="append", required=True, help="text to continue; may be repeated"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        help="0: the likeliest token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, help="draw from the k likeliest tokens only (default: all)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="draw from this much probability (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1: against (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="(default: %(default)s)")
+    return parser.parse_args(strip_local_rank(argv))
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    sampling = SamplingConfig(
+        args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed
+    )
+    ranks = discover_ranks(os.environ)
+    export(ranks, os.environ)
+    import torch
+
+    from llm.generate import load_trained, stream
+    from llm.parallel.mesh import Mesh
+
+    device = (
+        torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    mesh = None
+    if ranks.world_size > 1:
+        initialize(ranks, timeout_seconds=600, device=device)
+        mesh = Mesh.create(ParallelConfig(tensor_parallel=ranks.world_size), device.type)
+    trained = load_trained(args.checkpoint, device, mesh)
+    for text in stream(trained, args.prompt, args.max_new_tokens, sampling):
+        if ranks.rank == 0:
+            print(text, end="", flush=True)
+    if ranks.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,152 @@
+"""Real runs of launch/pretrain.py in a folder of their own, for tests that kill them or feed them nonsense."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+from pool import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+SETTINGS = {
+    "model.n_layer": 2,
+    "model.n_head": 4,
+    "model.n_kv_head": 2,
+    "model.d_model": 32,
+    "model.vocab_size": 300,
+    "model.max_seq_len": 32,
+    "data.seq_len": 32,
+    "data.validation_fraction": 0.3,
+    "data.validation_samples": 8,
+    "optim.warmup_steps": 4,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 2,
+    "train.max_steps": 40,
+    "train.eval_interval": 20,
+    "checkpoint.interval": 4,
+    "parallel.timeout_seconds": 30,
+    "logging.sample_tokens": 0,
+    "logging.tensorboard": "false",
+}
+
+
+class Workspace:
+    """A folder with a small corpus, where runs are started as a user starts them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        corpus = path / "corpus"
+        corpus.mkdir(parents=True)
+        stdlib = Path(sysconfig.get_path("stdlib"))
+        for name in (
+            "abc",
+            "bisect",
+            "calendar",
+            "cmd",
+            "colorsys",
+            "copy",
+            "fnmatch",
+            "glob",
+            "heapq",
+            "queue",
+        ):
+            (corpus / f"{name}.txt").write_text((stdlib / f"{name}.py").read_text())
+
+    def arguments(self, **overrides: Any) -> list[str]:
+        settings = {
+            "data.source": "corpus",
+            **SETTINGS,
+            **{k.replace("__", "."): v for k, v in overrides.items()},
+        }
+        return [f"--{key}={value}" for key, value in settings.items()]
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        ours = {
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+        inherited = {
+            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
+        return inherited | ours | changes
+
+    def prepare(self, **overrides: Any) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            str(ROOT / "launch/prepare_data.py"),
+            *self.arguments(**overrides),
+        ]
+        return self._run(command, self.environment())
+
+    def python(
+        self, env: dict[str, str] | None = None, **overrides: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """One process, without a launcher."""
+        command = [sys.executable, str(ROOT / "launch/pretrain.py"), *self.arguments(**overrides)]
+        return self._run(command, env or self.environment())
+
+    def deepspeed_command(self, ranks: int, **overrides: Any) -> list[str]:
+        launcher = [
+            str(BIN / "deepspeed"),
+            "--num_gpus",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
+        return [*launcher, str(ROOT / "launch/pretrain.py"), *self.arguments(**overrides)]
+
+    def torchrun_command(self, ranks: int, **overrides: Any) -> list[str]:
+        launcher = [
+            str(BIN / "torchrun"),
+            "--nproc_per_node",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
+        return [*launcher, str(ROOT / "launch/pretrain.py"), *self.arguments(**overrides)]
+
+    def deepspeed(self, ranks: int, **overrides: Any) -> subprocess.CompletedProcess[str]:
+        return self._run(self.deepspeed_command(ranks, **overrides), self.environment())
+
+    def torchrun(self, ranks: int, **overrides: Any) -> subprocess.CompletedProcess[str]:
+        return self._run(self.torchrun_command(ranks, **overrides), self.environment())
+
+    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        log = (self.path / "started.log").open("wb")
+        return subprocess.Popen(
+            command, cwd=self.path, env=self.environment(), stdout=log, stderr=log
+        )
+
+    def _run(self, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.path, env=env, capture_output=True, text=True, timeout=300
+        )
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / "runs" / name / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def losses(self, name: str) -> dict[int, float]:
+        """Training loss by step; every step exactly once."""
+        records = [r for r in self.metrics(name) if "loss" in r]
+        assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+        return {r["step"]: r["loss"] for r in records}
+
+    def wait_for_step(self, name: str, step: int, seconds: float = 120) -> None:
+        path = self.path / "runs" / name / "metrics.jsonl"
+        deadline = time.monotonic() + seconds
+        while not (path.exists() and path.read_bytes().count(b'"loss"') >= step):
+            assert time.monotonic() < deadline, (self.path / "started.log").read_text()[-3000:]
+            time.sleep(0.005)
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -1,0 +1,85 @@
+"""Killed runs: started again with the same command they end as if nothing had happened, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+from runs import Workspace, succeeded
+
+
+def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
+    children = launcher.children(recursive=True)
+    return [
+        c for c in children if "launch/pretrain.py" in " ".join(c.cmdline()) and not c.children()
+    ]
+
+
+def kill_one_rank(launcher: psutil.Process) -> None:
+    ranks_of(launcher)[-1].send_signal(signal.SIGKILL)
+
+
+def kill_all_ranks(launcher: psutil.Process) -> None:
+    for rank in ranks_of(launcher):
+        rank.send_signal(signal.SIGKILL)
+
+
+def kill_the_launcher(launcher: psutil.Process) -> None:
+    launcher.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(workspace: Workspace) -> Workspace:
+    succeeded(workspace.deepspeed(2, name="whole"))
+    return workspace
+
+
+@pytest.mark.parametrize("kill", [kill_one_rank, kill_all_ranks, kill_the_launcher])
+def test_a_killed_run_ends_as_the_whole_one(uninterrupted: Workspace, kill: Callable) -> None:
+    space, name = uninterrupted, kill.__name__
+    process = space.start(space.deepspeed_command(2, name=name))
+    space.wait_for_step(name, 10)
+    launcher = psutil.Process(process.pid)
+    family = launcher.children(recursive=True)
+    assert len(ranks_of(launcher)) == 2
+    kill(launcher)
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, "processes outlive their launcher"
+    assert len(space.losses(name)) < 40, "the run was over before the kill"
+    again = space.deepspeed(2, name=name)
+    succeeded(again)
+    assert "resumed from step" in again.stdout
+    assert space.losses(name) == space.losses("whole")
+    assert validation(space, name) == validation(space, "whole")
+
+
+def validation(space: Workspace, name: str) -> list[float]:
+    return [record["val_loss"] for record in space.metrics(name) if "val_loss" in record]
+
+
+def test_a_second_start_is_refused_and_the_first_goes_on(uninterrupted: Workspace) -> None:
+    process = uninterrupted.start(
+        uninterrupted.deepspeed_command(2, name="busy", train__max_steps=2000)
+    )
+    try:
+        uninterrupted.wait_for_step("busy", 2)
+        second = uninterrupted.python(name="busy", train__max_steps=2000)
+        assert second.returncode == 2
+        assert "is in use by process" in second.stderr
+        before = len(uninterrupted.metrics("busy"))
+        time.sleep(1)
+        assert process.poll() is None and len(uninterrupted.metrics("busy")) > before
+    finally:
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def test_a_complete_run_says_so(uninterrupted: Workspace) -> None:
+    again = uninterrupted.deepspeed(2, name="whole")
+    succeeded(again)
+    assert "is complete: 40 steps" in again.stdout
