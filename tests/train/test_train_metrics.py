@@ -1,0 +1,115 @@
+"""metrics.jsonl: exact numbers, one whole line per step, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llm.config import RunConfig
+from llm.train.flops import flops_per_token
+from llm.train.metrics import (
+    MetricsWriter,
+    peak_memory,
+    step_record,
+    validation_record,
+    workload,
+)
+
+CPU = torch.device("cpu")
+CONFIG = RunConfig()
+
+
+def record(step: int = 3, **changes) -> dict:
+    values = dict(
+        loss=1 / 3, lr=4e-3, grad_norm=0.7, skipped_steps=1, seconds=0.5, wait_seconds=0.125, memory_bytes=9
+    )  # fmt: skip
+    return step_record(workload(CONFIG, CPU, world_size=2), step=step, **{**values, **changes})
+
+
+def lines(path: Path) -> list[dict]:
+    def no_constant(name: str):
+        raise AssertionError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=no_constant) for line in path.read_text().splitlines()]
+
+
+def test_rates_follow_from_the_time_of_a_step() -> None:
+    found = record()
+    tokens = CONFIG.train.global_batch_size * CONFIG.data.seq_len
+    assert found["samples"] == 3 * CONFIG.train.global_batch_size
+    assert found["tokens"] == 3 * tokens
+    assert found["tokens_per_second"] == tokens / 0.5
+    per_token = flops_per_token(CONFIG.model, CONFIG.data.seq_len, "causal")
+    assert found["tflops"] == pytest.approx(tokens / 0.5 * per_token / 2 / 1e12)
+    assert found["data_wait_share"] == 0.25
+    assert (found["mfu"], found["mfu_formula"]) == (None, "causal")
+    expected = {"step", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "tflops",
+                "mfu", "mfu_formula", "data_wait_share", "memory_bytes", "skipped_steps",
+                "step_seconds"}  # fmt: skip
+    assert found.keys() == expected
+
+
+def test_bits_per_byte() -> None:
+    found = validation_record(7, math.log(2) * 6, bytes_per_token=3.0)
+    assert (found["step"], found["val_loss"]) == (7, math.log(2) * 6)
+    assert found["val_bits_per_byte"] == pytest.approx(2.0)
+
+
+def test_a_line_reads_back_to_the_last_bit_and_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, None) as writer:
+        for step in range(1, 4):
+            written = record(step, loss=math.pi / step)
+            writer.write(written)
+            assert lines(path)[-1] == written  # flushed, not only at the end
+
+
+def test_what_is_not_finite_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, None) as writer:
+        writer.write(record(grad_norm=math.inf, loss=math.nan, lr=-math.inf))
+    found = lines(path)[0]
+    assert (found["grad_norm"], found["loss"], found["lr"]) == ("inf", "nan", "-inf")
+    assert math.isnan(float(found["loss"]))
+
+
+def test_a_second_writer_goes_on_and_a_torn_line_stays_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        with MetricsWriter(path, None) as writer:
+            writer.write({"step": step})
+    path.write_text(path.read_text() + '{"step": 3, "lo')
+    with MetricsWriter(path, None) as writer:
+        writer.write({"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "lo\n{"step": 3}\n'
+
+
+def test_a_rank_that_is_not_enabled_makes_no_file(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "m.jsonl", tmp_path / "tb", enabled=False) as writer:
+        writer.write(record())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_shows_the_same_numbers_without_what_a_restart_redoes(tmp_path: Path) -> None:
+    for first, steps in ((0, (1, 2, 3)), (1, (2, 3))):
+        with MetricsWriter(tmp_path / "m.jsonl", tmp_path / "tb", first_step=first) as writer:
+            for step in steps:
+                writer.write(record(step, loss=step + first / 10))
+            writer.write(validation_record(3, 2.0, 3.0))
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    found = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert found == [(1, 1.0), (2, pytest.approx(2.1)), (3, pytest.approx(3.1))]
+    assert [e.value for e in events.Scalars("validation/val_loss")] == [2.0]
+    assert "train/mfu" not in events.Tags()["scalars"]
+
+
+def test_peak_memory_grows_with_what_was_held() -> None:
+    before = peak_memory(CPU)
+    held = bytearray(b"x" * (before + 2**26))
+    assert peak_memory(CPU) >= before + 2**25
+    del held
