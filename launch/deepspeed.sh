@@ -23,7 +23,7 @@ fi
 
 # DeepSpeed would hand anything in the hostfile, the exported variables and the arguments to a shell.
 python launch/check_hostfile.py "$HOSTFILE" "$@"
-options+=(--hostfile "$HOSTFILE")
+options+=(--hostfile "$HOSTFILE" --launcher_args=-b) # -b: an interrupt ends pdsh at once
 [[ -n "${MASTER_ADDR:-}" ]] && options+=(--master_addr "$MASTER_ADDR")
 
 # A runner that is killed leaves pdsh behind, and with it every host at work. So it gets a process
@@ -40,5 +40,5 @@ while ((code > 128)) && kill -0 "$runner" 2>/dev/null; do # a signal came: the r
   code=0
   wait "$runner" || code=$?
 done
-kill -KILL -- "-$runner" 2>/dev/null || true
+kill -INT -- "-$runner" 2>/dev/null || true
 exit "$code"

@@ -2,7 +2,7 @@
 
 Needs root, iproute2, openssh-server and pdsh. Without them the tests are skipped with the reason;
 with --require-cluster (`make test-cluster`) they fail instead. Nothing of the user's is touched:
-keys, configuration and `.deepspeed_env` live in a temporary folder.
+keys, configuration and what is else ~/.deepspeed_env live in a temporary folder.
 """
 
 import contextlib
@@ -41,7 +41,8 @@ class TwoHosts:
         self.names = [f"ingot-{number}-{end}" for end in "ab"]
         network = f"10.{200 + number // 250 % 50}.{number % 250}"
         self.addresses = [f"{network}.1", f"{network}.2"]
-        self.home = folder / "home"
+        self.bin = folder / "bin"
+        self.env_file = folder / "deepspeed_env"
         self.hostfile = folder / "hostfile"
         self.sshds: list[subprocess.Popen] = []
 
@@ -61,10 +62,10 @@ class TwoHosts:
 
     def _write_files(self) -> None:
         folder = self.folder
-        self.home.mkdir()
+        self.bin.mkdir()
         self.hostfile.write_text("".join(f"{address} slots=1\n" for address in self.addresses))
         lines = [f"{name}={value}\n" for name, value in SETTINGS.items()]
-        (self.home / ".deepspeed_env").write_text("".join(lines))
+        self.env_file.write_text("".join(lines))
         for key in ("host_key", "user_key"):
             command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key]
             subprocess.run(command, check=True)
@@ -76,8 +77,8 @@ class TwoHosts:
             f"IdentityFile {folder}/user_key\nIdentitiesOnly yes\nBatchMode yes\n"
             f"UserKnownHostsFile {folder}/known_hosts\nLogLevel ERROR\n"
         )
-        # ssh finds ~/.ssh through the password file, not HOME: this one on PATH is given its own.
-        shim = self.home / "ssh"
+        # DeepSpeed's runner takes no options for ssh: the one that it finds on PATH has them.
+        shim = self.bin / "ssh"
         shim.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
         shim.chmod(0o755)
 
@@ -105,8 +106,8 @@ class TwoHosts:
     def start(self, host: int, command: list, log: Path, **environ: str) -> subprocess.Popen:
         """Start `command` on host 0 or 1 in the checkout; its output goes to the file `log`."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))}
-        environ = {**inherited, **SETTINGS, "HOME": str(self.home), **environ}
-        environ["PATH"] = f"{self.home}{os.pathsep}{SEARCH}"
+        environ = {**inherited, **SETTINGS, "DS_ENV_FILE": str(self.env_file), **environ}
+        environ["PATH"] = f"{self.bin}{os.pathsep}{SEARCH}"
         with log.open("w") as stream:
             return subprocess.Popen(
                 [*self._on(host), *map(str, command)],
