@@ -110,6 +110,14 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert same(open_checkpoint(tmp_path / "step-00000005"), NEW)
 
 
+def test_writes_that_take_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:700]))
+        save(tmp_path, 1, NEW)
+    assert find_latest(tmp_path) == (tmp_path / "step-00000001", [])
+
+
 def test_what_a_crash_left_goes_first(tmp_path: Path) -> None:
     for name in ("step-00000001.tmp", "step-00000007.tmp", "step-00000003.old.tmp"):
         (tmp_path / name).mkdir()
