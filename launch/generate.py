@@ -17,37 +17,27 @@ from llm.parallel.launcher import discover_ranks, export, initialize, strip_loca
 from llm.sampling import SamplingConfig
 
 
+OPTIONS = {
+    "max_new_tokens": (int, 200, "tokens to add"),
+    "temperature": (float, 0.7, "0: the likeliest token"),
+    "top_k": (int, None, "draw from the k likeliest tokens only"),
+    "top_p": (float, 0.95, "draw from the likeliest tokens of this probability"),
+    "repetition_penalty": (float, 1.0, "above 1: tokens seen before become less likely"),
+    "seed": (int, 1234, "of the draws"),
+}
+
+
 def arguments(argv: list[str]) -> Namespace:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="runs/<name>, or one checkpoint of it"
+        "--checkpoint", type=Path, required=True, help="runs/<name>, or one of its checkpoints"
     )
     parser.add_argument(
-        "--prompt", action="append", required=True, help="text to continue; may be repeated"
+        "--prompt", action="append", required=True, help="text to continue; repeatable"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.7,
-        help="0: the likeliest token (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-k", type=int, help="draw from the k likeliest tokens only (default: all)"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.95,
-        help="draw from this much probability (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        help="above 1: against (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=1234, help="(default: %(default)s)")
+    for name, (kind, default, text) in OPTIONS.items():
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {default})")
     return parser.parse_args(strip_local_rank(argv))
 
 

@@ -1,0 +1,108 @@
+"""Wrong input: one clear message, exit code 2 (1 for a full disk), and no rank that hangs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from runs import Workspace, succeeded
+
+
+def refused(result: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
+    text = result.stdout + result.stderr
+    assert result.returncode == code, text[-3000:]
+    assert "Traceback" not in text, text[-3000:]
+    for word in words:
+        assert word in text, f"{word!r} not in:\n{text[-3000:]}"
+
+
+ALONE = {
+    "TP does not divide the world": (dict(parallel__tensor_parallel=2), ["1", "parallel.tensor_parallel"]),
+    "TP above the key/value heads": (dict(parallel__tensor_parallel=4), ["key/value heads", "n_kv_head"]),
+    "global batch": (dict(train__global_batch_size=9), ["train.global_batch_size 9", "multiple"]),
+    "unknown key": (dict(model__n_layrs=3), ["n_layrs", "n_layer"]),
+    "wrong type": (dict(train__max_steps="many"), ["max_steps", "many"]),
+    "no data": (dict(data__path="nowhere"), ["nowhere", "prepare_data.py"]),
+    "owned by Ingot": (dict(deepspeed__train_batch_size=9), ["train_batch_size", "train.global_batch_size"]),
+    "kernels": (dict(train__impl="triton"), ["triton", "impl"]),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_refused_by_one_process(name: str, workspace: Workspace) -> None:
+    overrides, words = ALONE[name]
+    environment = workspace.environment()
+    environment.pop("TRITON_INTERPRET", None)
+    refused(workspace.python(environment, name="refused", **overrides), *words)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_refused_by_all_ranks_alike(launcher: str, workspace: Workspace) -> None:
+    """`deepspeed` passes the code 2 on; `torchrun` returns 1 and names it."""
+    start = workspace.deepspeed if launcher == "deepspeed" else workspace.torchrun
+    result = start(2, name="refused", data__path="nowhere")
+    assert result.returncode == (2 if launcher == "deepspeed" else 1)
+    text = result.stdout + result.stderr
+    assert "nowhere holds no prepared data" in text
+    assert launcher == "deepspeed" or "exitcode  : 2" in text
+
+
+CORPORA = {
+    "missing": None,
+    "empty": b"",
+    "not UTF-8": b"\xff\xfe\x00bad",
+}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_unfit_corpus(name: str, workspace: Workspace) -> None:
+    path = workspace.path / f"{name.replace(' ', '-')}.txt"
+    content = CORPORA[name]
+    if content is not None:
+        path.write_bytes(content)
+    refused(workspace.prepare(data__source=str(path), data__path="unfit"), path.name)
+    assert not (workspace.path / "unfit").exists()
+
+
+def test_checkpoint_of_another_model(workspace: Workspace) -> None:
+    succeeded(workspace.python(name="model", train__max_steps=4))
+    result = workspace.python(name="model", train__max_steps=8, model__n_layer=3)
+    refused(result, "model.n_layer: the checkpoint has 2, the config has 3")
+    refused(workspace.python(name="model", train__max_steps=8, seed=5), "seed")
+    refused(workspace.python(name="model", train__max_steps=2), "max_steps")
+
+
+def test_missing_compiler(workspace: Workspace, tmp_path: Path) -> None:
+    """Everything of the usual PATH but compilers."""
+    for folder in ("/usr/bin", "/bin"):
+        for program in Path(folder).iterdir():
+            link = tmp_path / program.name
+            if not any(word in program.name for word in ("g++", "gcc", "c++", "clang")) and not link.exists():
+                link.symlink_to(program)
+    environment = workspace.environment(PATH=str(tmp_path))
+    environment.pop("CXX", None)
+    refused(workspace.python(environment, name="compiler"), "C++ compiler", "g++")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk(workspace: Workspace) -> None:
+    """The checkpoint does not fit: exit 1, the place named, every rank gone, the one before whole."""
+    folder = workspace.path / "runs" / "disk"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mount is not permitted here")
+    try:
+        result = workspace.deepspeed(2, name="disk", checkpoint__keep_last=9, train__max_steps=24)
+        text = result.stdout + result.stderr
+        assert result.returncode == 1, text[-3000:]
+        assert "No space left" in text or "free" in text
+        assert str(Path("runs/disk/checkpoints")) in text
+        whole = sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith("step-"))
+        assert whole and not any(name.endswith(".tmp") for name in whole)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        shutil.rmtree(folder)
