@@ -216,7 +216,7 @@ def backward(
     (o,) = interpretable(o.contiguous())
     B, Tq, H, D = q.shape
     Tk, K = k.shape[1], k.shape[2]
-    dkdv, dq_tile = tiles or (tile_here("dkdv", q), tile_here("dq", q))
+    dkdv, dq_tile = tiles or tuple(tile_here(kind, q, key is not None) for kind in ("dkdv", "dq"))
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     delta = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])

@@ -116,7 +116,7 @@ def forward(
     q, k, v = interpretable(*last_contiguous(q, k, v))
     B, Tq, H, D = q.shape
     Tk, K = k.shape[1], k.shape[2]
-    tile = tile or tile_here("forward", q)
+    tile = tile or tile_here("forward", q, key is not None)
     o = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     launch(

@@ -30,42 +30,64 @@ def tile_width(D: int) -> int:
     return padded(D, 16)
 
 
-# By (kind of kernel, padded head width), chosen from the compiler's report (`python -m
-# kernels.aot`): no spills, shared memory within the architecture's. "ampere" fits 99 KiB and serves
-# every GPU with mma but no wgmma (sm_80, 86, 89, 120).
-HOPPER_16_BIT = {
+# By (kind of kernel, padded head width), then the entries that differ with dropout, whose mask takes
+# registers. Chosen from the compiler's report (`python -m kernels.aot`): no spills, and shared memory
+# within the architecture's. Ampere's fit 99 KiB and serve all GPUs with mma but no wgmma (sm_8x, 12x).
+HOPPER = {
+    ("forward", 16): Tile(128, 64, 4, 3),
+    ("forward", 32): Tile(128, 64, 4, 3),
+    ("forward", 64): Tile(128, 64, 4, 3),
+    ("forward", 128): Tile(128, 128, 8, 2),
+    ("forward", 256): Tile(128, 64, 8, 2),
+    ("dkdv", 16): Tile(64, 128, 8, 2),
+    ("dkdv", 32): Tile(64, 128, 8, 2),
+    ("dkdv", 64): Tile(64, 128, 8, 2),
+    ("dkdv", 128): Tile(64, 64, 8, 2),
+    ("dkdv", 256): Tile(32, 32, 8, 1),
+    ("dq", 16): Tile(128, 64, 8, 2),
+    ("dq", 32): Tile(128, 64, 8, 2),
+    ("dq", 64): Tile(128, 64, 8, 2),
+    ("dq", 128): Tile(128, 64, 8, 2),
+    ("dq", 256): Tile(64, 32, 8, 2),
+}
+HOPPER_DROPOUT = HOPPER | {
+    ("forward", 64): Tile(128, 64, 8, 3),
+    ("forward", 128): Tile(128, 64, 8, 3),
+    ("forward", 256): Tile(64, 32, 8, 2),
+    ("dkdv", 64): Tile(64, 64, 8, 2),
+    ("dkdv", 128): Tile(32, 64, 8, 2),
+    ("dq", 256): Tile(32, 32, 8, 1),
+}
+AMPERE = {
     ("forward", 16): Tile(128, 64, 4, 3),
     ("forward", 32): Tile(128, 64, 4, 3),
     ("forward", 64): Tile(128, 64, 4, 3),
     ("forward", 128): Tile(128, 64, 8, 3),
-    ("forward", 256): Tile(64, 64, 8, 2),
-    ("dkdv", 16): Tile(64, 64, 4, 2),
-    ("dkdv", 32): Tile(64, 64, 4, 2),
-    ("dkdv", 64): Tile(64, 128, 8, 2),
-    ("dkdv", 128): Tile(64, 64, 8, 2),
-    ("dkdv", 256): Tile(32, 64, 8, 1),
-    ("dq", 16): Tile(64, 64, 4, 2),
-    ("dq", 32): Tile(64, 64, 4, 2),
+    ("forward", 256): Tile(64, 32, 8, 2),
+    ("dkdv", 16): Tile(64, 64, 8, 2),
+    ("dkdv", 32): Tile(64, 64, 8, 2),
+    ("dkdv", 64): Tile(32, 64, 4, 2),
+    ("dkdv", 128): Tile(64, 64, 8, 1),
+    ("dkdv", 256): Tile(16, 64, 8, 1),
+    ("dq", 16): Tile(128, 64, 8, 2),
+    ("dq", 32): Tile(128, 64, 8, 2),
     ("dq", 64): Tile(128, 64, 8, 2),
     ("dq", 128): Tile(64, 64, 8, 2),
     ("dq", 256): Tile(64, 32, 8, 1),
 }
-AMPERE_16_BIT = {
-    ("forward", 16): Tile(128, 64, 4, 3),
-    ("forward", 32): Tile(128, 64, 4, 3),
-    ("forward", 64): Tile(128, 64, 4, 3),
-    ("forward", 128): Tile(64, 64, 4, 2),
-    ("forward", 256): Tile(64, 32, 8, 1),
-    ("dkdv", 16): Tile(64, 64, 4, 2),
-    ("dkdv", 32): Tile(64, 64, 4, 2),
-    ("dkdv", 64): Tile(64, 64, 4, 2),
-    ("dkdv", 128): Tile(32, 64, 8, 1),
-    ("dkdv", 256): Tile(16, 32, 8, 1),
-    ("dq", 16): Tile(64, 64, 4, 2),
-    ("dq", 32): Tile(64, 64, 4, 2),
-    ("dq", 64): Tile(64, 64, 4, 2),
-    ("dq", 128): Tile(64, 32, 8, 1),
-    ("dq", 256): Tile(32, 16, 8, 1),
+AMPERE_DROPOUT = AMPERE | {
+    ("forward", 16): Tile(128, 64, 8, 3),
+    ("forward", 32): Tile(128, 64, 8, 3),
+    ("forward", 64): Tile(128, 64, 8, 3),
+    ("forward", 128): Tile(64, 64, 4, 3),
+    ("dkdv", 16): Tile(32, 64, 8, 2),
+    ("dkdv", 32): Tile(32, 64, 8, 2),
+    ("dkdv", 64): Tile(32, 64, 8, 2),
+    ("dkdv", 256): Tile(32, 32, 8, 1),
+    ("dq", 16): Tile(64, 64, 8, 2),
+    ("dq", 32): Tile(64, 64, 8, 2),
+    ("dq", 64): Tile(64, 64, 8, 2),
+    ("dq", 256): Tile(32, 32, 8, 1),
 }
 # fp32 products are exact fp32 (no TF32) and run without tensor cores: right, not fast.
 ANY_32_BIT = {
@@ -76,16 +98,19 @@ ANY_32_BIT = {
 INTERPRETER = Tile(64, 32, 4, 1)
 
 
-def tile_for(kind: str, width: int, itemsize: int, major: int) -> Tile:
-    """The tile of `kind` ("forward", "dkdv" or "dq") for heads padded to `width` on compute
-    capability `major`.
+def tile_for(kind: str, width: int, itemsize: int, major: int, dropout: bool) -> Tile:
+    """The tile of `kind` ("forward", "dkdv" or "dq").
+
+    width: of the padded head. itemsize: bytes per element. major: of the compute capability.
     """
     if itemsize == 4:
         return ANY_32_BIT[kind, width]
-    return (HOPPER_16_BIT if major in (9, 10) else AMPERE_16_BIT)[kind, width]
+    if major in (9, 10):
+        return (HOPPER_DROPOUT if dropout else HOPPER)[kind, width]
+    return (AMPERE_DROPOUT if dropout else AMPERE)[kind, width]
 
 
-def tile_here(kind: str, x: torch.Tensor) -> Tile:
+def tile_here(kind: str, x: torch.Tensor, dropout: bool) -> Tile:
     """The tile of `kind` for heads of x [..., D] on the device of x."""
     if INTERPRETED:
         return INTERPRETER
@@ -95,7 +120,7 @@ def tile_here(kind: str, x: torch.Tensor) -> Tile:
         f"attention: found a GPU of compute capability {major}.{minor}, expected 8.0 or later: "
         f"use impl=torch",
     )
-    return tile_for(kind, tile_width(x.shape[-1]), x.element_size(), major)
+    return tile_for(kind, tile_width(x.shape[-1]), x.element_size(), major, dropout)
 
 
 @triton.jit

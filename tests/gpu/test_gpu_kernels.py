@@ -112,7 +112,7 @@ def test_layer_norm(rows: int, C: int, bias: bool, dtype: torch.dtype) -> None:
         tensors.append(torch.randn(C, device="cuda").to(dtype))
 
     def form(impl: str):
-        return lambda *a: layer_norm(*a[:2], a[2] if bias else None, impl=impl)
+        return lambda *a: layer_norm(a[0], a[1], a[2] if bias else None, impl=impl)
 
     true = run(form("reference"), tensors, dy, torch.float64)
     plain = run(form("torch"), tensors, dy, dtype)
@@ -122,6 +122,6 @@ def test_layer_norm(rows: int, C: int, bias: bool, dtype: torch.dtype) -> None:
 def test_auto_compiles_whole_with_inductor() -> None:
     tensors, do = attention_inputs((64, 64), (4, 2), 64, torch.bfloat16)
     eager = run(lambda *a: attention(*a), tensors, do, torch.bfloat16)
-    compiled = torch.compile(lambda *a: attention(*a), fullgraph=True)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v), fullgraph=True)
     for mine, theirs in zip(run(compiled, tensors, do, torch.bfloat16), eager, strict=True):
         assert torch.equal(mine, theirs)
