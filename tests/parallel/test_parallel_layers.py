@@ -1,0 +1,176 @@
+"""Megatron's layers against their torch twins on the whole weight: outputs and every gradient."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pool import RankPool
+
+from llm.config import InputError, ParallelConfig
+from llm.model.layers import IGNORED_TARGET
+from llm.parallel import collectives
+from llm.parallel.agreement import broadcast, exchange, exchange_errors, together
+from llm.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorParallel,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    split,
+)
+from llm.parallel.mesh import Mesh
+
+
+def tensor_parallel(size: int) -> TensorParallel:
+    return TensorParallel.of(Mesh.create(ParallelConfig(tensor_parallel=size), "cpu").tp_group)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+
+
+def mlp_case(size: int) -> None:
+    """down(gelu(up(x))): f and g appear once each, forward and backward."""
+    tp = tensor_parallel(size)
+    torch.manual_seed(0)
+    x, w1, b1 = torch.randn(5, 8).double(), torch.randn(16, 8).double(), torch.randn(16).double()
+    w2, b2 = torch.randn(8, 16).double(), torch.randn(8).double()
+    whole = [t.clone().requires_grad_() for t in (x, w1, b1, w2, b2)]
+    expected = F.linear(F.gelu(F.linear(whole[0], whole[1], whole[2])), whole[3], whole[4])
+    expected.square().sum().backward()
+
+    up = ColumnParallelLinear(8, 16, bias=True, tp=tp).double()
+    down = RowParallelLinear(16, 8, bias=True, tp=tp).double()
+    assert up.bias is not None and down.bias is not None
+    held = {up.weight: w1, up.bias: b1, down.weight: w2, down.bias: b2}
+    with torch.no_grad():
+        for parameter, value in held.items():
+            parameter.copy_(parameter.slice.take(value))
+    mine = x.clone().requires_grad_()
+    y = down(F.gelu(up(mine)))
+    y.square().sum().backward()
+    close(y, expected)
+    close(mine.grad, whole[0].grad)
+    for parameter, reference in zip(held, whole[1:], strict=True):
+        close(parameter.grad, parameter.slice.take(reference.grad))
+    assert getattr(up.weight, "tensor_model_parallel", False)
+    assert not getattr(down.bias, "tensor_model_parallel", False)
+
+
+def test_mlp(two_ranks: RankPool, four_ranks: RankPool) -> None:
+    two_ranks.run(mlp_case, 2)
+    four_ranks.run(mlp_case, 4)
+
+
+def vocabulary_case(size: int, V: int) -> None:
+    """Embedding and head share a table of V rows, padded on the ranks; some targets are not counted."""
+    tp = tensor_parallel(size)
+    torch.manual_seed(0)
+    table = torch.randn(V, 6).double()
+    tokens, targets = torch.randint(0, V, (3, 7)), torch.randint(0, V, (3, 7))
+    targets[1, :4] = IGNORED_TARGET
+    whole = table.clone().requires_grad_()
+    logits = F.linear(F.embedding(tokens, whole).tanh(), whole)
+    expected = F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        targets.flatten(),
+        reduction="sum",
+        ignore_index=IGNORED_TARGET,
+    )
+    expected.backward()
+
+    embedding = VocabParallelEmbedding(V, 6, tp=tp)
+    rows = -(-V // size)
+    held = embedding.weight.slice
+    embedding.weight = split(torch.zeros(rows, 6).double(), held)
+    with torch.no_grad():
+        embedding.weight[: held.stop - held.start].copy_(held.take(table))
+    head = VocabParallelHead(embedding.weight, tp=tp)
+    x = embedding(tokens).tanh()
+    loss = head.loss(x, targets)
+    loss.backward()
+    grad = embedding.weight.grad
+    assert grad is not None
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(
+        grad[: held.stop - held.start], held.take(whole.grad), atol=1e-6, rtol=1e-5
+    )
+    assert not grad[held.stop - held.start :].any(), "padding rows must stay untouched"
+    with torch.no_grad():
+        gathered = head.logits(x)
+    assert gathered.shape == (3, 7, V)
+    torch.testing.assert_close(gathered, logits.float().detach())
+
+
+def test_vocabulary(two_ranks: RankPool, four_ranks: RankPool) -> None:
+    two_ranks.run(vocabulary_case, 2, 10)
+    two_ranks.run(vocabulary_case, 2, 11)
+    four_ranks.run(vocabulary_case, 4, 10)
+    four_ranks.run(vocabulary_case, 4, 5)  # the last rank holds padding alone
+
+
+def extreme_logits_case() -> None:
+    """exp would overflow without the maximum; a uniform row gives ln V."""
+    tp = tensor_parallel(2)
+    weight = split(torch.zeros(4, 1), tp.slice((8, 1), 0))
+    head = VocabParallelHead(weight, tp=tp)
+    with torch.no_grad():
+        weight.copy_(weight.slice.take(torch.tensor([[1000.0], *[[0.0]] * 7])))
+    x = torch.tensor([[1.0], [1.0], [0.0]])
+    losses = [float(head.loss(x[i : i + 1], torch.tensor([t]))) for i, t in enumerate((0, 3, 5))]
+    torch.testing.assert_close(losses, [0.0, 1000.0, 2.0794415])
+
+
+def test_extreme_logits(two_ranks: RankPool) -> None:
+    two_ranks.run(extreme_logits_case)
+
+
+def operators_case() -> None:
+    tp = tensor_parallel(2)
+    x = torch.randn(3, 4)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(collectives.all_reduce, (x, "sum", tp.name), test_utils=tests)
+    torch.library.opcheck(collectives.all_gather, (x, 2, tp.name), test_utils=tests)
+
+
+def test_operators_are_registered_rightly(two_ranks: RankPool) -> None:
+    two_ranks.run(operators_case)
+
+
+def agreement_case() -> list[object]:
+    rank = torch.distributed.get_rank()
+    texts = exchange(None if rank == 0 else "é" * 3)
+    seen = exchange_errors("only here" if rank == 1 else None)
+
+    def fail() -> None:
+        if rank == 1:
+            raise InputError("rank 1 cannot")
+
+    try:
+        together(fail)
+        raised = None
+    except InputError as error:
+        raised = str(error)
+    return [
+        texts,
+        exchange_errors(None),
+        seen,
+        raised,
+        together(lambda: rank),
+        broadcast(f"from {rank}"),
+    ]
+
+
+def test_agreement(two_ranks: RankPool) -> None:
+    for rank, found in enumerate(two_ranks.run(agreement_case)):
+        assert found == [[None, "ééé"], None, "only here", "rank 1 cannot", rank, "from 0"]
+
+
+def mesh_case(tp: int) -> tuple[int, int, int, int]:
+    mesh = Mesh.create(ParallelConfig(tensor_parallel=tp), "cpu")
+    return mesh.dp_rank, mesh.tp_rank, mesh.dp_size, mesh.tp_size
+
+
+def test_mesh(four_ranks: RankPool) -> None:
+    """Tensor parallelism varies fastest."""
+    assert four_ranks.run(mesh_case, 2) == [(0, 0, 2, 2), (0, 1, 2, 2), (1, 0, 2, 2), (1, 1, 2, 2)]
