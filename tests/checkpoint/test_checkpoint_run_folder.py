@@ -75,6 +75,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.2)
+    (folder.path / "lock").write_text("a longer record of an earlier run " * 9)
     process = hold(tmp_path, 60)
     try:
         words = f"in use by process {process.pid} on {socket.gethostname()} since 20"
