@@ -1,6 +1,7 @@
 """A machine that cannot run the job is refused with what was found, expected and to be done."""
 
 import os
+import subprocess
 import sys
 import types
 
@@ -77,6 +78,30 @@ def test_build_tools(tmp_path):
         preflight.check_build_tools({**environ, "CXX": "clang++"}, scripts)
     write_tool(tmp_path, "ccache")
     preflight.check_build_tools({**environ, "CXX": "ccache clang++"}, scripts)
+
+
+def test_lock_of_a_killed_build_is_removed_and_that_of_a_living_one_kept(tmp_path):
+    locks = [tmp_path / name / "lock" for name in ("living", "killed")]
+    for lock in locks:
+        lock.parent.mkdir()
+    # As torch does it: the holder keeps the file open.
+    take = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True)"
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{take}; sys.stdin.read()", lock],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for lock in locks
+    ]
+    for holder in holders:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+    holders[1].kill()
+    holders[1].wait()
+    preflight.remove_abandoned_locks(tmp_path)
+    assert [lock.exists() for lock in locks] == [True, False]
+    holders[0].communicate()
 
 
 def test_build_tools_matter_to_deepspeed_alone(tmp_path):

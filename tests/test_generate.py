@@ -1,0 +1,149 @@
+"""Generation: the cache, batches and tensor-parallel ranks change nothing about the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pool import RankPool
+
+from llm.checkpoint.writer import write_checkpoint
+from llm.config import DataConfig, InputError, ModelConfig, ParallelConfig, RunConfig
+from llm.config_cli import to_dict
+from llm.data.tokenizer import Tokenizer
+from llm.generate import generate, load_trained, stream
+from llm.model.gpt import GPT
+from llm.parallel.mesh import Mesh
+from llm.sampling import SamplingConfig
+from llm.train.build import build_model
+from llm.train.engines.plain import PlainEngine
+
+CPU = torch.device("cpu")
+GREEDY = SamplingConfig(temperature=0)
+TEXTS = ["def f(x):\n    return x\n", "import os\nprint(os.name)\n", "class A:\n    pass\n"]
+CONFIG = RunConfig(
+    data=DataConfig(seq_len=48),
+    model=ModelConfig(
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        d_model=32,
+        vocab_size=261,
+        max_seq_len=48,
+        position="rope",
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a checkpoint of random, but not tiny, weights."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    folder.mkdir()
+    Tokenizer.train(TEXTS * 50, 261).save(folder / "tokenizer.json")
+    model = build_model(CONFIG, None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    engine = PlainEngine(CONFIG, model, None, CPU)
+    write_checkpoint(
+        folder / "checkpoints",
+        5,
+        engine.state_pieces(),
+        {"step": 5, "config": to_dict(CONFIG)},
+        rank=0,
+        world=1,
+        keep_last=1,
+        exchange_errors=lambda error: error,
+    )
+    return folder
+
+
+def continuations(
+    model: GPT, prompts: list[list[int]], sampling=GREEDY, cache=True, n=20
+) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in prompts]
+    steps = generate(model, prompts, max_new_tokens=n, end=260, sampling=sampling, use_cache=cache)
+    for step in steps:
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+def test_the_cache_changes_nothing(run: Path) -> None:
+    model = load_trained(run, CPU).model
+    for sampling in (
+        GREEDY,
+        SamplingConfig(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2),
+    ):
+        cached = continuations(model, PROMPTS, sampling)
+        assert cached == continuations(model, PROMPTS, sampling, cache=False)
+    assert len({tuple(row) for row in cached}) == 3
+
+
+def test_a_batch_is_its_prompts_one_by_one(run: Path) -> None:
+    model = load_trained(run, CPU).model
+    together = continuations(model, PROMPTS)
+    assert together == [continuations(model, [prompt])[0] for prompt in PROMPTS]
+
+
+def test_greedy_is_the_argmax_of_the_whole_sequence(run: Path) -> None:
+    model = load_trained(run, CPU).model
+    tokens = list(PROMPTS[0])
+    for token in continuations(model, [tokens], n=6)[0]:
+        at = torch.arange(len(tokens))
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]), at, torch.zeros(1, dtype=torch.long))
+        assert token == int(logits[0, -1].argmax())
+        tokens.append(token)
+
+
+def test_limits(run: Path) -> None:
+    model = load_trained(run, CPU).model
+    long = continuations(model, [[1] * 40], n=100)[0]
+    assert len(long) <= 8, "stops at the model's longest sequence"
+    for prompt in ([], [1] * 48):
+        with pytest.raises(InputError):
+            continuations(model, [prompt])
+    with pytest.raises(InputError, match="not a folder"):
+        load_trained(run / "missing", CPU)
+
+
+def test_the_end_token_ends_a_row(run: Path) -> None:
+    model = load_trained(run, CPU).model
+    row = continuations(model, [PROMPTS[0]])[0]
+    steps = generate(model, [PROMPTS[0]], max_new_tokens=20, end=row[3], sampling=GREEDY)
+    assert [token for step in steps for token in step if token is not None] == row[
+        : row.index(row[3])
+    ]
+
+
+def on_ranks(run: Path) -> tuple[list[list[int]], str]:
+    world = torch.distributed.get_world_size()
+    mesh = Mesh.create(ParallelConfig(tensor_parallel=world), "cpu")
+    trained = load_trained(run, CPU, mesh)
+    sampled = SamplingConfig(temperature=0.8, seed=3)
+    return continuations(trained.model, PROMPTS), "".join(stream(trained, ["def f"], 20, sampled))
+
+
+def test_two_ranks_equal_one(run: Path, two_ranks: RankPool) -> None:
+    trained = load_trained(run, CPU)
+    alone = "".join(stream(trained, ["def f"], 20, SamplingConfig(temperature=0.8, seed=3)))
+    for tokens, text in two_ranks.run(on_ranks, run):
+        assert tokens == continuations(trained.model, PROMPTS)
+        assert text == alone and text.startswith("def f") and text.endswith("\n")
+
+
+def test_more_ranks_than_heads_are_refused(run: Path, four_ranks: RankPool) -> None:
+    with pytest.raises(AssertionError, match="key/value heads"):
+        four_ranks.run(on_ranks, run)
+
+
+def test_several_prompts_are_printed_one_after_the_other(run: Path) -> None:
+    text = "".join(stream(load_trained(run, CPU), ["def f", "import"], 5, GREEDY))
+    assert text.startswith("--- 1 of 2\ndef f") and "--- 2 of 2\nimport" in text

@@ -1,0 +1,83 @@
+"""What parity does not show: that ZeRO partitions, that fp16 skips and recovers, that groups decay as they should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity import BASE, batches, case, plain, target_count
+from pool import RankPool
+
+from llm.config import RunConfig
+from llm.parallel.mesh import Mesh
+from llm.train.build import build_engine, build_model, check_kernels
+from llm.train.engines.plain import PlainEngine
+
+CPU = torch.device("cpu")
+
+
+def resident_elements(config: RunConfig) -> tuple[int, int]:
+    """Elements of parameters and of optimizer state that this rank holds after a step."""
+    mesh = Mesh.create(config.parallel, "cpu")
+    engine = build_engine(config, build_model(config, mesh), mesh, CPU)
+    engine.forward_backward(
+        batches(config, 0, mesh.dp_rank, mesh.dp_size, False), target_count(False)
+    )
+    engine.step()
+    parameters = sum(p.numel() for p in engine.parameters.values())  # pyright: ignore
+    state = sum(piece.data.numel() for piece in engine.state_pieces() if piece.kind == "exp_avg")
+    engine.close()
+    return parameters, state
+
+
+def test_zero_partitions(two_ranks: RankPool) -> None:
+    total = sum(p.numel() for p in build_model(case(), None).parameters())
+    for stage in (1, 2):
+        found = two_ranks.run(resident_elements, case(parallel=dict(zero_stage=stage)))
+        assert [parameters for parameters, _ in found] == [total, total]
+        assert sum(state for _, state in found) == total
+        assert abs(found[0][1] - total / 2) < 0.02 * total
+    found = two_ranks.run(resident_elements, case(parallel=dict(zero_stage=3)))
+    assert [parameters for parameters, _ in found] == [0, 0], (
+        "parameters are gathered when used alone"
+    )
+    assert sum(state for _, state in found) == total
+
+
+def fp16_engine(**optim) -> tuple[PlainEngine, RunConfig]:
+    config = plain(case(train=dict(precision="fp16", engine="plain"), optim=optim), micro_batch_size=8)
+    return PlainEngine(config, build_model(config, None), None, CPU), config
+
+
+def test_fp16_skips_an_overflow_and_goes_on() -> None:
+    engine, config = fp16_engine()
+    assert engine.scale is not None
+    before = {name: master.detach().clone() for name, master in engine.masters.items()}
+    engine.scale = type(engine.scale)(scale=2.0**40)
+    skipped = 0
+    for step in range(60):
+        engine.forward_backward(batches(config, step, 0, 1, False), target_count(False))
+        if not engine.step().skipped:
+            break
+        skipped += 1
+        assert all(torch.equal(before[name], master) for name, master in engine.masters.items())
+    assert 1 < skipped < 59
+    assert engine.updates == 1 and engine.scalar_state()["loss_scale"]["scale"] < 2.0**40
+    assert not all(torch.equal(before[name], master) for name, master in engine.masters.items())
+
+
+def test_fp16_follows_fp32() -> None:
+    low, config = fp16_engine()
+    exact = PlainEngine(plain(BASE, micro_batch_size=8), build_model(BASE, None), None, CPU)
+    for step in range(4):
+        data = batches(config, step, 0, 1, False)
+        losses = [engine.forward_backward(data, target_count(False)) for engine in (low, exact)]
+        assert abs(losses[0] - losses[1]) < 5e-3
+        assert low.step().grad_norm == pytest.approx(exact.step().grad_norm, rel=2e-2)
+
+
+def test_kernels_are_named() -> None:
+    assert check_kernels(case(), CPU) == "attention: torch, layer_norm: torch"
+    assert (
+        check_kernels(case(model=dict(dropout=0.1)), CPU)
+        == "attention: reference, layer_norm: torch"
+    )
