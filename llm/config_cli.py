@@ -117,7 +117,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """The config as YAML, every field written out; parsing it gives an equal config back."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def _parser(prog: str) -> ArgumentParser:

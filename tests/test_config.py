@@ -64,6 +64,7 @@ def test_gpt2_preset_is_gpt2() -> None:
     [
         ("--model.n_layr=3", ["model.n_layr", "model.n_layer"]),
         ("--lr=3", ["'lr'", "optim.lr"]),
+        ("--model.lr=1", ["model.lr", "optim.lr"]),
         ("--zero_stage=1", ["parallel.zero_stage"]),
         ("--model=3", ["'model'"]),
         ("--model.n_layer=abc", ["model.n_layer", "'abc'", "int"]),
@@ -179,7 +180,9 @@ def test_the_launcher_s_local_rank_is_ignored() -> None:
     extra=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False) | st.text()),
 )
 @settings(deadline=None, max_examples=25)
-def test_a_written_config_reads_back_equal(name, prompt, path, kv, lr, betas, extra) -> None:
+def test_a_written_config_reads_back_equal(
+    tmp_path_factory, name, prompt, path, kv, lr, betas, extra
+) -> None:
     base = RunConfig()
     config = RunConfig(
         name=name,
@@ -190,7 +193,14 @@ def test_a_written_config_reads_back_equal(name, prompt, path, kv, lr, betas, ex
         deepspeed={"x": extra},
     )
     assert from_dict(to_dict(config)) == config
-    assert from_dict(yaml.safe_load(to_yaml(config))) == config
+    file = tmp_path_factory.getbasetemp() / "written.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert parse_config([f"--config={file}"]) == config
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+    config = RunConfig(name="1e3")
+    assert parse_config([f"--config={write(tmp_path, to_yaml(config))}"]) == config
 
 
 KEYS = st.sampled_from(["name", "seed", "model", "optim", "deepspeed", "n_layer", "lr", "betas"])
