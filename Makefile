@@ -53,6 +53,9 @@ test: setup ## every test that this machine can run, in under 15 minutes on 2 co
 test-all: setup ## the exhaustive lists too
 	@$(PYTEST) -m "not gpu and not cluster" tests
 
+bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
+	@$(BIN)/python launch/bench_step.py
+
 test-gpu: setup ## the same ladder on an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu tests
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm.checkpoint.reader import CheckpointReader, find_latest, open_checkpoint
-from llm.config import ModelConfig, ParallelConfig, RunConfig, require
+from llm.checkpoint.files import CheckpointError
+from llm.checkpoint.reader import CheckpointReader, find_latest, open_checkpoint, verify
+from llm.config import InputError, ModelConfig, ParallelConfig, RunConfig, require
 from llm.config_cli import from_dict
 from llm.data.tokenizer import Tokenizer
 from llm.model.gpt import GPT, KVCache
@@ -37,8 +39,14 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...",
     )
     if not (path / "checkpoints").is_dir():
+        try:
+            verify(path)
+        except CheckpointError as error:
+            raise InputError(f"{path} is not a whole checkpoint: {error}") from error
         return path, path.parent.parent
-    latest, _ = find_latest(path / "checkpoints")
+    latest, warnings = find_latest(path / "checkpoints")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     require(
         latest is not None,
         f"{path} holds no complete checkpoint; train first, or choose another run",

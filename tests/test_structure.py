@@ -123,7 +123,7 @@ def test_launch_scripts_are_thin_and_put_the_checkout_first(path: Path) -> None:
     if "__main__" not in text:
         return
     assert text.count("\n") <= 80
-    assert PATH_BLOCK in text
+    assert PATH_BLOCK in text or "from llm" not in text
 
 
 PATH_BLOCK = """\
