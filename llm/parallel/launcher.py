@@ -96,19 +96,30 @@ def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
 
     DeepSpeed looks for MPI unless all of these are set. The folder of the Python in use joins PATH,
     because DeepSpeed compiles an operator with the `ninja` that pip put there, and neither ssh nor
-    an environment that was not activated has it.
+    an environment that was not activated has it. LOCAL_SIZE goes: where it equals the world size,
+    DeepSpeed leaves 66 MB per rank in /dev/shm for an all-reduce that training does not use.
     """
     environ["RANK"] = str(ranks.rank)
     environ["LOCAL_RANK"] = str(ranks.local_rank)
     environ["WORLD_SIZE"] = str(ranks.world_size)
     environ["LOCAL_WORLD_SIZE"] = str(ranks.local_world_size)
-    environ["LOCAL_SIZE"] = str(ranks.local_world_size)
+    environ.pop("LOCAL_SIZE", None)
     environ["MASTER_ADDR"] = ranks.master_addr
     environ["MASTER_PORT"] = str(ranks.master_port)
+    environ.setdefault("TORCH_EXTENSIONS_DIR", str(operator_folder()))
     scripts = str(Path(sys.executable).parent)
     path = environ.get("PATH", os.defpath)
     if scripts not in path.split(os.pathsep):
         environ["PATH"] = path + os.pathsep + scripts
+
+
+def operator_folder() -> Path:
+    """Where the operator that DeepSpeed compiles lies, unless TORCH_EXTENSIONS_DIR is set.
+
+    Each host has its own, so that llm.train.preflight can tell the lock of a build that was killed.
+    """
+    name = f"ingot-{os.uname().nodename}-{sys.implementation.cache_tag}"
+    return Path.home() / ".cache" / "torch_extensions" / name
 
 
 def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) -> None:

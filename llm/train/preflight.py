@@ -5,16 +5,19 @@ Reads package metadata instead of importing torch, so a wrong machine is told so
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from llm.config import InputError, require
+from llm.parallel.launcher import operator_folder
 
 PYTHON = (3, 10)
 # Package -> the least version, the first one that is too new (None: no limit known).
@@ -42,6 +45,7 @@ def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> No
     check_import_names()
     if engine == "deepspeed":
         check_build_tools(environ)
+        remove_abandoned_locks(operator_folder())
     if loader == "native":
         check_native_loader()
 
@@ -129,6 +133,38 @@ def check_build_tools(
         "ninja is not on PATH; DeepSpeed compiles an operator with it when it starts: `pip install "
         "ninja` in this environment, or use --train.engine=plain",
     )
+
+
+def remove_abandoned_locks(folder: Path, proc: Path = Path("/proc")) -> None:
+    """Remove the build locks under `folder` that no process of this host holds any more.
+
+    torch guards the build of an operator with a file that its holder keeps open and removes at the
+    end. A holder that was killed leaves it, and every later start would wait for it for ever.
+    """
+    for lock in folder.glob("*/lock"):
+        before = _identity(lock)
+        # Looked at twice, because a holder that is done closes the file just before it removes it.
+        abandoned = proc.is_dir() and not _is_open(lock, proc)
+        if abandoned:
+            time.sleep(0.2)
+        if abandoned and _identity(lock) == before and not _is_open(lock, proc):
+            lock.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    with contextlib.suppress(FileNotFoundError):
+        found = path.stat()
+        return found.st_dev, found.st_ino, found.st_ctime_ns
+    return None
+
+
+def _is_open(path: Path, proc: Path) -> bool:
+    target = _identity(path)
+    for descriptor in proc.glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if target is not None and _identity(descriptor) == target:
+                return True
+    return False
 
 
 def check_native_loader() -> None:

@@ -100,7 +100,7 @@ def test_no_host_outlives_a_killed_runner(two_hosts, corpus, name, port, tmp_pat
     environ = {"HOSTFILE": str(two_hosts.hostfile), "MASTER_PORT": port}
     script = two_hosts.start(0, command, log, **environ)
     metrics = ROOT / "runs" / name / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert script.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
