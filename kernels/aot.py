@@ -106,7 +106,7 @@ def attention_cases(arch: int, widths: tuple[int, ...] = HEAD_WIDTHS) -> Iterato
         for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
             for kind, kernel in kernels.items():
                 for dropout in (False, True):
-                    tile = tile_for(kind, tile_width(D), itemsize, arch // 10, dropout)
+                    tile = tile_for(kind, D, itemsize, arch // 10, dropout)
                     yield attention_case(kind, kernel, dtype, D, tile, dropout)
             constants = {"D": D, "WIDTH": tile_width(D), "BLOCK_M": backward.DELTA_ROWS}
             kernel = backward.attention_delta_kernel

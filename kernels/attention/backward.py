@@ -63,8 +63,9 @@ def walk_queries(
         # Rows past the end get P = 2^(0 - inf) = 0.
         lse = tl.load(lse_ptr + rows, rows < Tq, float("inf"))
         delta = tl.load(delta_ptr + rows, rows < Tq, 0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :]
-        p = tl.exp2(tl.where(cols[:, None] <= positions[None, :], scores, float("-inf")))
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+        # A masked score may have overflowed: it is dropped here, not added to.
+        p = tl.where(cols[:, None] <= positions[None, :], p, 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         kept = p
         if DROPOUT:

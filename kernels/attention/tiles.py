@@ -30,9 +30,10 @@ def tile_width(D: int) -> int:
     return padded(D, 16)
 
 
-# By (kind of kernel, padded head width), then the entries that differ with dropout, whose mask takes
-# registers. Chosen from the compiler's report (`python -m kernels.aot`): no spills, and shared memory
-# within the architecture's. Ampere's fit 99 KiB and serve all GPUs with mma but no wgmma (sm_8x, 12x).
+# By (kind of kernel, padded head width), chosen from the compiler's report (`python -m kernels.aot`): no
+# spills, and shared memory within the architecture's. The tight ones are for kernels with dropout or
+# with padded heads, which take more registers. Ampere's fit 99 KiB and serve all GPUs with mma but no
+# wgmma (sm_8x, sm_12x).
 HOPPER = {
     ("forward", 16): Tile(128, 64, 4, 3),
     ("forward", 32): Tile(128, 64, 4, 3),
@@ -50,7 +51,7 @@ HOPPER = {
     ("dq", 128): Tile(128, 64, 8, 2),
     ("dq", 256): Tile(64, 32, 8, 2),
 }
-HOPPER_DROPOUT = HOPPER | {
+HOPPER_TIGHT = HOPPER | {
     ("forward", 64): Tile(128, 64, 8, 3),
     ("forward", 128): Tile(128, 64, 8, 3),
     ("forward", 256): Tile(64, 32, 8, 2),
@@ -75,7 +76,7 @@ AMPERE = {
     ("dq", 128): Tile(64, 64, 8, 2),
     ("dq", 256): Tile(64, 32, 8, 1),
 }
-AMPERE_DROPOUT = AMPERE | {
+AMPERE_TIGHT = AMPERE | {
     ("forward", 16): Tile(128, 64, 8, 3),
     ("forward", 32): Tile(128, 64, 8, 3),
     ("forward", 64): Tile(128, 64, 8, 3),
@@ -98,16 +99,18 @@ ANY_32_BIT = {
 INTERPRETER = Tile(64, 32, 4, 1)
 
 
-def tile_for(kind: str, width: int, itemsize: int, major: int, dropout: bool) -> Tile:
-    """The tile of `kind` ("forward", "dkdv" or "dq").
+def tile_for(kind: str, D: int, itemsize: int, major: int, dropout: bool) -> Tile:
+    """The tile of `kind` ("forward", "dkdv" or "dq") for heads of width D.
 
-    width: of the padded head. itemsize: bytes per element. major: of the compute capability.
+    itemsize: bytes per element. major: of the compute capability.
     """
+    width = tile_width(D)
     if itemsize == 4:
         return ANY_32_BIT[kind, width]
+    tight = dropout or width != D
     if major in (9, 10):
-        return (HOPPER_DROPOUT if dropout else HOPPER)[kind, width]
-    return (AMPERE_DROPOUT if dropout else AMPERE)[kind, width]
+        return (HOPPER_TIGHT if tight else HOPPER)[kind, width]
+    return (AMPERE_TIGHT if tight else AMPERE)[kind, width]
 
 
 def tile_here(kind: str, x: torch.Tensor, dropout: bool) -> Tile:
@@ -120,7 +123,7 @@ def tile_here(kind: str, x: torch.Tensor, dropout: bool) -> Tile:
         f"attention: found a GPU of compute capability {major}.{minor}, expected 8.0 or later: "
         f"use impl=torch",
     )
-    return tile_for(kind, tile_width(x.shape[-1]), x.element_size(), major, dropout)
+    return tile_for(kind, x.shape[-1], x.element_size(), major, dropout)
 
 
 @triton.jit
