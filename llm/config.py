@@ -58,9 +58,17 @@ class ModelConfig:
     """Dropout on the embedding, the attention weights and each residual branch, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "d_model", "vocab_size", "max_seq_len"):
+        for name in (
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "d_model",
+            "d_ff",
+            "vocab_size",
+            "max_seq_len",
+        ):
             value = getattr(self, name)
-            require(value >= 1, f"model.{name} is {value}; expected at least 1")
+            require(value is None or value >= 1, f"model.{name} is {value}; expected at least 1")
         require(
             self.d_model % self.n_head == 0,
             f"model.d_model {self.d_model} is not a multiple of model.n_head {self.n_head}",
@@ -73,7 +81,10 @@ class ModelConfig:
             self.position != "rope" or self.head_dim % 2 == 0,
             f"model.position rope needs an even head width; d_model / n_head is {self.head_dim}",
         )
-        require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
+        require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
+        require(
+            0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1"
+        )
 
     @property
     def kv_heads(self) -> int:
@@ -87,7 +98,9 @@ class ModelConfig:
     def ff_dim(self) -> int:
         if self.d_ff is not None:
             return self.d_ff
-        return 4 * self.d_model if self.activation == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
+        return (
+            4 * self.d_model if self.activation == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
+        )
 
 
 @dataclass(frozen=True)
@@ -146,10 +159,31 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr is {self.lr}; expected above 0")
-        require(0 <= self.min_lr <= self.lr, f"optim.min_lr is {self.min_lr}; expected 0 <= min_lr <= lr ({self.lr})")
-        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; expected at least 0")
-        require(0 < self.decay_fraction <= 1, f"optim.decay_fraction is {self.decay_fraction}; expected in (0, 1]")
-        require(self.grad_clip >= 0, f"optim.grad_clip is {self.grad_clip}; expected at least 0 (0: no clipping)")
+        require(
+            0 <= self.min_lr <= self.lr,
+            f"optim.min_lr is {self.min_lr}; expected 0 <= min_lr <= lr ({self.lr})",
+        )
+        require(
+            self.warmup_steps >= 0,
+            f"optim.warmup_steps is {self.warmup_steps}; expected at least 0",
+        )
+        require(
+            0 < self.decay_fraction <= 1,
+            f"optim.decay_fraction is {self.decay_fraction}; expected in (0, 1]",
+        )
+        require(
+            self.weight_decay >= 0,
+            f"optim.weight_decay is {self.weight_decay}; expected at least 0",
+        )
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas is {self.betas}; expected each in [0, 1)",
+        )
+        require(self.eps > 0, f"optim.eps is {self.eps}; expected above 0")
+        require(
+            self.grad_clip >= 0,
+            f"optim.grad_clip is {self.grad_clip}; expected at least 0 (0: no clipping)",
+        )
 
 
 @dataclass(frozen=True)
@@ -164,8 +198,14 @@ class ParallelConfig:
     """A collective that waits longer than this ends the process with an error."""
 
     def __post_init__(self) -> None:
-        require(self.tensor_parallel >= 1, f"parallel.tensor_parallel is {self.tensor_parallel}; expected at least 1")
-        require(self.timeout_seconds >= 1, f"parallel.timeout_seconds is {self.timeout_seconds}; expected at least 1")
+        require(
+            self.tensor_parallel >= 1,
+            f"parallel.tensor_parallel is {self.tensor_parallel}; expected at least 1",
+        )
+        require(
+            self.timeout_seconds >= 1,
+            f"parallel.timeout_seconds is {self.timeout_seconds}; expected at least 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -206,7 +246,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"checkpoint.interval is {self.interval}; expected at least 1")
-        require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; expected at least 1")
+        require(
+            self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; expected at least 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -224,6 +266,10 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"logging.interval is {self.interval}; expected at least 1")
+        require(
+            self.sample_tokens >= 0,
+            f"logging.sample_tokens is {self.sample_tokens}; expected at least 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -261,6 +307,7 @@ class RunConfig:
             self.data.seq_len <= self.model.max_seq_len,
             f"data.seq_len {self.data.seq_len} is above model.max_seq_len {self.model.max_seq_len}",
         )
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
         _check_finite(self)
         _check_engine(self.train, self.parallel)
         _check_tensor_parallel(self.model, self.parallel.tensor_parallel)

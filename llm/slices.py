@@ -52,3 +52,13 @@ class Slice:
         if not self.global_shape:
             return global_tensor
         return global_tensor.narrow(self.dim, self.start, self.stop - self.start)
+
+
+def mark(tensor: Tensor, held: Slice) -> None:
+    """Record on a parameter which slice of its global tensor it holds (`slice_of` reads it)."""
+    tensor.slice = held  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def slice_of(tensor: Tensor) -> Slice:
+    """The slice that `mark` recorded. Every parameter of a built model has one."""
+    return tensor.slice  # pyright: ignore[reportAttributeAccessIssue]

@@ -32,7 +32,7 @@ CONFIG = RunConfig(
         vocab_size=261,
         max_seq_len=48,
         position="rope",
-    )
+    ),
 )
 
 

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "torch", "numpy", "triton", "rich", "kernels", "llm.config", "llm.config_cli", "llm.slices", "llm.model",
         "llm.parallel", "llm.data", "llm.checkpoint", "llm.train",
     },
-    "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "llm"},
+    "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/sampling.py": {"torch", "llm.config"},
     "llm/generate.py": {
         "torch", "llm.config", "llm.config_cli", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
+from llm.slices import slice_of
 
 STD = 0.02
 
@@ -48,12 +49,12 @@ def initial_tensor(config: ModelConfig, seed: int, name: str, shape: tuple[int, 
 def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter with its slice of the initial tensor; padding rows become zero."""
     for name, parameter in model.named_parameters():
-        fill(parameter, initial_tensor(config, seed, name, parameter.slice.global_shape))
+        fill(parameter, initial_tensor(config, seed, name, slice_of(parameter).global_shape))
 
 
 @torch.no_grad()
 def fill(parameter: Tensor, whole: Tensor) -> None:
     """Copy this rank's slice of the global tensor `whole` into `parameter`; padding rows become zero."""
-    held = parameter.slice
+    held = slice_of(parameter)
     parameter.zero_()
     parameter.narrow(held.dim, 0, held.stop - held.start).copy_(held.take(whole))

@@ -8,7 +8,7 @@ Shapes: B batch, T time (sequence), C model width, H query heads, K key/value he
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from kernels.layer_norm import layer_norm
 from kernels.philox import DropoutKey, dropout
-from llm.slices import Slice
+from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
 # A target of this value is not counted in the loss.
@@ -59,7 +59,7 @@ class Layers(Protocol):
 def whole(module: nn.Module) -> nn.Module:
     """Mark every parameter of `module` as holding its whole global tensor."""
     for parameter in module.parameters():
-        parameter.slice = Slice.whole(tuple(parameter.shape))
+        mark(parameter, Slice.whole(tuple(parameter.shape)))
     return module
 
 
@@ -164,7 +164,7 @@ class DenseLayers:
         self, name: str, width: int, vocab_size: int, tied: nn.Module | None
     ) -> LanguageModelHead:
         if tied is not None:
-            return LanguageModelHead(tied.weight)
+            return LanguageModelHead(cast(nn.Parameter, tied.weight))
         head = LanguageModelHead(nn.Parameter(torch.empty(vocab_size, width)))
         whole(head)
         return head

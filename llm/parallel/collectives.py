@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -19,7 +19,7 @@ REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 def all_reduce(x: Tensor, reduction: str, group: str) -> Tensor:
     """x reduced ("sum" or "max") over the ranks of `group`; same shape and dtype."""
     y = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(y, REDUCTIONS[reduction], group=_resolve_process_group(group))
+    dist.all_reduce(y, REDUCTIONS[reduction], group=_resolve_process_group(GroupName(group)))
     return y
 
 
@@ -32,7 +32,9 @@ def _(x: Tensor, reduction: str, group: str) -> Tensor:
 def all_gather(x: Tensor, size: int, group: str) -> Tensor:
     """[...] on each of the `size` ranks of `group` -> [size, ...] in rank order."""
     y = x.new_empty((size, *x.shape))
-    dist.all_gather(list(y.unbind(0)), x.contiguous(), group=_resolve_process_group(group))
+    dist.all_gather(
+        list(y.unbind(0)), x.contiguous(), group=_resolve_process_group(GroupName(group))
+    )
     return y
 
 

@@ -7,7 +7,7 @@ Shapes: N tokens, I input width, O output width, C model width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from llm.model.layers import (
     whole,
 )
 from llm.parallel.collectives import all_gather, all_reduce, f, g
-from llm.slices import Slice
+from llm.slices import Slice, mark, slice_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TensorParallel:
 def split(tensor: Tensor, held: Slice) -> nn.Parameter:
     """A parameter that is one slice of a global tensor, marked as DeepSpeed needs it for the gradient norm."""
     parameter = nn.Parameter(tensor)
-    parameter.slice = held  # pyright: ignore[reportAttributeAccessIssue]
+    mark(parameter, held)
     parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
     return parameter
 
@@ -87,7 +87,7 @@ class RowParallelLinear(nn.Module):
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features))
-            self.bias.slice = Slice.whole((out_features,))  # pyright: ignore[reportAttributeAccessIssue]
+            mark(self.bias, Slice.whole((out_features,)))
 
     def forward(self, x_tp: Tensor) -> Tensor:
         y = g(F.linear(x_tp, self.weight), self.tp.name)
@@ -150,7 +150,7 @@ class VocabParallelHead(LanguageModelHead):
         self.tp = tp
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        held: Slice = self.weight.slice
+        held = slice_of(self.weight)
         logits_tp = F.linear(f(x, self.tp.name), self.weight).float()
         rows = held.stop - held.start
         if rows < logits_tp.shape[-1]:
@@ -185,7 +185,7 @@ class TensorParallelLayers:
         self, name: str, width: int, vocab_size: int, tied: nn.Module | None
     ) -> LanguageModelHead:
         source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp)
-        return VocabParallelHead(source.weight, tp=self.tp)
+        return VocabParallelHead(cast(nn.Parameter, source.weight), tp=self.tp)
 
     def norm(self, kind: str, name: str, width: int, *, bias: bool) -> nn.Module:
         norm = RMSNorm(width) if kind == "rmsnorm" else LayerNorm(width, bias=bias, impl=self.impl)

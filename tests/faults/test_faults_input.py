@@ -20,13 +20,22 @@ def refused(result: subprocess.CompletedProcess[str], *words: str, code: int = 2
 
 
 ALONE = {
-    "TP does not divide the world": (dict(parallel__tensor_parallel=2), ["1", "parallel.tensor_parallel"]),
-    "TP above the key/value heads": (dict(parallel__tensor_parallel=4), ["key/value heads", "n_kv_head"]),
+    "TP does not divide the world": (
+        dict(parallel__tensor_parallel=2),
+        ["1", "parallel.tensor_parallel"],
+    ),
+    "TP above the key/value heads": (
+        dict(parallel__tensor_parallel=4),
+        ["key/value heads", "n_kv_head"],
+    ),
     "global batch": (dict(train__global_batch_size=9), ["train.global_batch_size 9", "multiple"]),
     "unknown key": (dict(model__n_layrs=3), ["n_layrs", "n_layer"]),
     "wrong type": (dict(train__max_steps="many"), ["max_steps", "many"]),
     "no data": (dict(data__path="nowhere"), ["nowhere", "prepare_data.py"]),
-    "owned by Ingot": (dict(deepspeed__train_batch_size=9), ["train_batch_size", "train.global_batch_size"]),
+    "owned by Ingot": (
+        dict(deepspeed__train_batch_size=9),
+        ["train_batch_size", "train.global_batch_size"],
+    ),
     "kernels": (dict(train__impl="triton"), ["triton", "impl"]),
 }
 
@@ -80,7 +89,10 @@ def test_missing_compiler(workspace: Workspace, tmp_path: Path) -> None:
     for folder in ("/usr/bin", "/bin"):
         for program in Path(folder).iterdir():
             link = tmp_path / program.name
-            if not any(word in program.name for word in ("g++", "gcc", "c++", "clang")) and not link.exists():
+            if (
+                not any(word in program.name for word in ("g++", "gcc", "c++", "clang"))
+                and not link.exists()
+            ):
                 link.symlink_to(program)
     environment = workspace.environment(PATH=str(tmp_path))
     environment.pop("CXX", None)
@@ -101,7 +113,9 @@ def test_full_disk(workspace: Workspace) -> None:
         assert result.returncode == 1, text[-3000:]
         assert "No space left" in text or "free" in text
         assert str(Path("runs/disk/checkpoints")) in text
-        whole = sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith("step-"))
+        whole = sorted(
+            p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith("step-")
+        )
         assert whole and not any(name.endswith(".tmp") for name in whole)
     finally:
         subprocess.run(["umount", str(folder)], check=True)

@@ -44,7 +44,9 @@ def test_zero_partitions(two_ranks: RankPool) -> None:
 
 
 def fp16_engine(**optim) -> tuple[PlainEngine, RunConfig]:
-    config = plain(case(train=dict(precision="fp16", engine="plain"), optim=optim), micro_batch_size=8)
+    config = plain(
+        case(train=dict(precision="fp16", engine="plain"), optim=optim), micro_batch_size=8
+    )
     return PlainEngine(config, build_model(config, None), None, CPU), config
 
 

@@ -58,7 +58,10 @@ class StepResult(NamedTuple):
 class Engine(Protocol):
     """Holds the model and the optimizer, spread over ranks in its own way. Every method but set_lr is collective."""
 
-    model: nn.Module
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by name; under ZeRO 3 they are partitioned."""
+        ...
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
         """Accumulate the gradient of (sum of losses over all ranks) / target_count and return that quotient."""

@@ -10,13 +10,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from llm.checkpoint.manifest import Piece
 from llm.checkpoint.reader import CheckpointReader
-from llm.config import RunConfig
+from llm.config import InputError, RunConfig
 from llm.parallel.mesh import Mesh
-from llm.slices import Slice
+from llm.slices import Slice, slice_of
 from llm.train.engines.base import (
     MOMENTS,
     MicroBatch,
@@ -64,6 +65,17 @@ class Grid:
         return self.mesh.dp_group
 
 
+def _initialize(**arguments: Any) -> tuple[deepspeed.DeepSpeedEngine, Any]:
+    """deepspeed.initialize; a key of the `deepspeed` section that it refuses is the user's to mend."""
+    try:
+        engine, optimizer, _, _ = deepspeed.initialize(**arguments)
+    except ValidationError as error:
+        raise InputError(
+            f"DeepSpeed refuses its part of the config (deepspeed.*): {error}"
+        ) from error
+    return engine, optimizer
+
+
 class DeepSpeedEngine:
     """AdamW under ZeRO, with gradients, norms and checkpoints in terms of global tensors."""
 
@@ -84,14 +96,15 @@ class DeepSpeedEngine:
             "ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning
         )
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+        self.engine, self.optimizer = _initialize(
             model=model,
             optimizer=optimizer,
             config=generated,
             mpu=Grid(mesh),
             dist_init_required=False,
         )
-        self.model = self.engine
+        # The AdamW above, whose parameters ZeRO has replaced by its flat fp32 tensors.
+        self.adam: torch.optim.Optimizer = optimizer
         self.updates = 0
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
@@ -130,11 +143,11 @@ class DeepSpeedEngine:
         return gather_slices(local.float().view(self.shapes[name]), self._slice(name), self.mesh)
 
     def set_lr(self, lr: float) -> None:
-        for group in self.engine.optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def _slice(self, name: str) -> Slice:
-        return self.parameters[name].slice  # pyright: ignore[reportAttributeAccessIssue]
+        return slice_of(self.parameters[name])
 
     def _fragment(self, name: str) -> Fragment | None:
         """This rank's fragment without the padding rows of a vocabulary, which come last in the flat order."""
@@ -153,23 +166,22 @@ class DeepSpeedEngine:
                 continue
             yield Piece(name, "master", held, part.start, part.master.float().cpu())
             for kind in MOMENTS if self.updates else ():
-                moment = part.moment(self.engine.basic_optimizer, kind)
+                moment = part.moment(self.adam, kind)
                 yield Piece(name, kind, held, part.start, moment.float().cpu())
 
     @torch.no_grad()
     def load_pieces(self, reader: CheckpointReader, optimizer_step: int) -> None:
-        optimizer = self.engine.basic_optimizer
         for name in self.parameters:
             held, part = self._slice(name), self._fragment(name)
             if part is None:
                 continue
             targets = {"master": part.master}
             if optimizer_step:
-                if part.flat not in optimizer.state:
+                if part.flat not in self.adam.state:
                     moments = {kind: torch.zeros_like(part.flat) for kind in MOMENTS}
                     step = torch.tensor(float(optimizer_step), device=self.device)
-                    optimizer.state[part.flat] = {"step": step, **moments}
-                targets |= {kind: part.moment(optimizer, kind) for kind in MOMENTS}
+                    self.adam.state[part.flat] = {"step": step, **moments}
+                targets |= {kind: part.moment(self.adam, kind) for kind in MOMENTS}
             for kind, target in targets.items():
                 local = reader.read_slice(name, kind, held).flatten()
                 target.copy_(local.narrow(0, part.start, part.numel))

@@ -14,6 +14,7 @@ from llm.checkpoint.manifest import Piece
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
+from llm.slices import slice_of
 from llm.train.engines.base import (
     DTYPES,
     MOMENTS,
@@ -85,7 +86,7 @@ class PlainEngine:
             ):
                 master.grad = reduced.view_as(master)
         if self.scale:
-            torch._foreach_div_([m.grad for m in masters], self.scale.scale)
+            torch._foreach_div_([m.grad for m in masters if m.grad is not None], self.scale.scale)
 
     def step(self) -> StepResult:
         masters = list(self.masters.values())
@@ -123,7 +124,7 @@ class PlainEngine:
         if self.dp_rank != 0:
             return
         for name, parameter in self.parameters.items():
-            held, master = parameter.slice, self.masters[name]  # pyright: ignore[reportAttributeAccessIssue]
+            held, master = slice_of(parameter), self.masters[name]
             yield Piece(name, "master", held, 0, master.detach().flatten().cpu())
             for moment in MOMENTS if self.updates else ():
                 yield Piece(
