@@ -20,7 +20,7 @@ from llm.data.folder import data_folder
 CONFIG = "launch/configs/tiny-cpu.yaml"
 WARM_UP = 5
 PEER = "plain PyTorch, 1 process"
-QUIET = "--logging.tensorboard=false --logging.sample_tokens=0 --train.eval_interval=100000".split()
+QUIET = ["--logging.tensorboard=false", "--logging.sample_tokens=0", "--train.eval_interval=100000"]
 TWO_RANKS = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
 # Launcher and settings; the differences between rows say where the time goes.
 ROWS = {

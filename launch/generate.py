@@ -16,7 +16,6 @@ from llm.config import InputError, ParallelConfig
 from llm.parallel.launcher import discover_ranks, export, initialize, strip_local_rank
 from llm.sampling import SamplingConfig
 
-
 OPTIONS = {
     "max_new_tokens": (int, 200, "tokens to add"),
     "temperature": (float, 0.7, "0: the likeliest token"),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pool import RankPool
 
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, InputError, ModelConfig, ParallelConfig, RunConfig
@@ -18,6 +17,7 @@ from llm.parallel.mesh import Mesh
 from llm.sampling import SamplingConfig
 from llm.train.build import build_model
 from llm.train.engines.plain import PlainEngine
+from pool import RankPool
 
 CPU = torch.device("cpu")
 GREEDY = SamplingConfig(temperature=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pool import RankPool
 
 from llm.config import InputError, ParallelConfig
 from llm.model.layers import IGNORED_TARGET
@@ -19,6 +18,7 @@ from llm.parallel.layers import (
     split,
 )
 from llm.parallel.mesh import Mesh
+from pool import RankPool
 
 
 def tensor_parallel(size: int) -> TensorParallel:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import BASE, batches, case, plain, target_count
-from pool import RankPool
 
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model, check_kernels
 from llm.train.engines.plain import PlainEngine
+from parity import BASE, batches, case, plain, target_count
+from pool import RankPool
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import parity
 import pytest
+
+import parity
 from parity import case, on_ranks, oracle
 from pool import RankPool
 

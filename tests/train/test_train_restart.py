@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity import batches, case, plain, target_count
-from pool import RankPool
 
 from llm.checkpoint.reader import find_latest, open_checkpoint
 from llm.checkpoint.writer import write_checkpoint
@@ -17,6 +15,8 @@ from llm.config import RunConfig
 from llm.parallel.agreement import exchange_errors
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model
+from parity import batches, case, plain, target_count
+from pool import RankPool
 
 CPU = torch.device("cpu")
 

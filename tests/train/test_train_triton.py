@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from parity import case, on_ranks
 from pool import RankPool
 
