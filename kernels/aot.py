@@ -89,9 +89,7 @@ def attention_case(kind: str, kernel: Any, dtype: str, D: int, tile: Tile, dropo
     constants["DROPOUT"] = dropout
     if not dropout:
         constants["samples_ptr"] = None
-    name = (
-        f"attention {kind} {dtype} D={D} {tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
-    )
+    name = f"attention {kind} {dtype} D={D} {tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
     return Case(name + " dropout" * dropout, kernel, dtype, constants, tile.warps, tile.stages)
 
 
@@ -174,12 +172,8 @@ def compile_case(case: Case, arch: int) -> Report:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
-    parser.add_argument(
-        "--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY)
-    )
-    parser.add_argument(
-        "--only", default="", help="compile only the kernels whose name matches this expression"
-    )
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    parser.add_argument("--only", default="", help="compile only the kernels whose name matches this expression")
     options = parser.parse_args(arguments)
     expect(
         not INTERPRETED,

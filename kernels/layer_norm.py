@@ -101,9 +101,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("ingot::layer_norm", mutates_args=())
-def layer_norm_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_op(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y [..., C] in the dtype of x, mean fp32 [M], rstd fp32 [M])."""
     (rows,) = interpretable(as_rows(x))
     (weight,) = interpretable(weight.contiguous())
@@ -185,9 +183,7 @@ def _backward(ctx, dy, dmean, drstd):
 layer_norm_op.register_autograd(_backward, setup_context=_save)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, impl: str = "auto"
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, impl: str = "auto") -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in fp32.
 
     x [..., C] with any strides; weight, bias [C]; bias may be None. Returns [..., C] in the dtype

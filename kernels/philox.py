@@ -72,9 +72,7 @@ def philox(
     return c0, c1 & WORD, c2, c3 & WORD
 
 
-def keep_mask(
-    key: DropoutKey, samples: Tensor, rows: Tensor, n_cols: int, heads: Tensor | None = None
-) -> Tensor:
+def keep_mask(key: DropoutKey, samples: Tensor, rows: Tensor, n_cols: int, heads: Tensor | None = None) -> Tensor:
     """True where an element is kept: bool [B, R, n_cols], or with `heads` [B, H, R, n_cols].
 
     samples int64 [B], global sample numbers under 2^48; rows int64 [R] under 2^32; heads int64 [H],

@@ -18,7 +18,7 @@ from llm.config_cli import parse_config
 from llm.data.folder import data_folder
 
 CONFIG = "launch/configs/tiny-cpu.yaml"
-WARM_UP = 5
+WARM_UP, TOKENS = 5, 32 * 128  # steps not counted; tokens of a step
 PEER = "plain PyTorch, 1 process"
 QUIET = ["--logging.tensorboard=false", "--logging.sample_tokens=0", "--train.eval_interval=100000"]
 TWO_RANKS = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
@@ -31,12 +31,12 @@ ROWS = {
 }  # fmt: skip
 
 
-def plain(steps: int) -> float:
-    """Median seconds of a step of the plain PyTorch model on all cores."""
+def plain(steps: int) -> tuple[float, float]:
+    """Median seconds of a step of the plain PyTorch model on all cores; it has no start-up to speak of."""
     tokens = data_folder(parse_config(["--config", CONFIG])) / "train.bin"
     command = [sys.executable, "launch/plain_gpt.py", str(tokens), str(steps)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return statistics.median(json.loads(printed)[WARM_UP:])
+    return statistics.median(json.loads(printed)[WARM_UP:]), float("nan")
 
 
 def ingot(launcher: list[str], settings: str, steps: int) -> tuple[float, float]:
@@ -52,15 +52,12 @@ def ingot(launcher: list[str], settings: str, steps: int) -> tuple[float, float]
         *settings.split(),
     ]
     began = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, f"--train.max_steps={steps}", *QUIET], stdout=subprocess.DEVNULL
-    )
-    metrics, first = run / "metrics.jsonl", None
-    while process.poll() is None:
-        if first is None and metrics.exists() and metrics.stat().st_size:
-            first = time.perf_counter() - began
+    process = subprocess.Popen([*command, f"--train.max_steps={steps}", *QUIET], stdout=subprocess.DEVNULL)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.05)
-    assert process.returncode == 0 and first is not None, f"{command} failed"
+    first = time.perf_counter() - began
+    assert process.wait() == 0, f"{command} failed"
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     seconds = [record["step_seconds"] for record in records if "loss" in record]
     return statistics.median(seconds[WARM_UP:]), first
@@ -69,20 +66,14 @@ def ingot(launcher: list[str], settings: str, steps: int) -> tuple[float, float]
 def main(rounds: int, steps: int) -> None:
     measured: dict[str, list[tuple[float, float]]] = {PEER: [], **{name: [] for name in ROWS}}
     for _ in range(rounds):  # in turns, so that a slow minute of the machine hits every row
-        measured[PEER].append((plain(steps), float("nan")))
-        for name, row in ROWS.items():
-            measured[name].append(ingot(*row, steps))
-    config = parse_config(["--config", CONFIG])
-    tokens = config.train.global_batch_size * config.data.seq_len
+        measured[PEER].append(plain(steps))
+        for name in ROWS:
+            measured[name].append(ingot(*ROWS[name], steps))
     base = statistics.median(step for step, _ in measured[PEER])
-    print(
-        "| | ms per step | tokens/s | against plain | to the first step, s |\n|---|---|---|---|---|"
-    )
+    print("| | ms per step | tokens/s | against plain | to the first step, s |\n|---|---|---|---|---|")
     for name, pairs in measured.items():
-        step, first = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(
-            f"| {name} | {step * 1e3:.0f} | {tokens / step:,.0f} | {base / step:.2f} | {first:.1f} |"
-        )
+        step, first = map(statistics.median, zip(*pairs, strict=True))
+        print(f"| {name} | {step * 1e3:.0f} | {TOKENS / step:,.0f} | {base / step:.2f} | {first:.1f} |")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,8 @@ OPTIONS = {
 
 def arguments(argv: list[str]) -> Namespace:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="runs/<name>, or one of its checkpoints"
-    )
-    parser.add_argument(
-        "--prompt", action="append", required=True, help="text to continue; repeatable"
-    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="runs/<name>, or one of its checkpoints")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; repeatable")
     for name, (kind, default, text) in OPTIONS.items():
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {default})")
@@ -42,9 +38,7 @@ def arguments(argv: list[str]) -> Namespace:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    sampling = SamplingConfig(
-        args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed
-    )
+    sampling = SamplingConfig(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed)
     ranks = discover_ranks(os.environ)
     export(ranks, os.environ)
     import torch
@@ -52,9 +46,7 @@ def main(argv: list[str]) -> None:
     from llm.generate import load_trained, stream
     from llm.parallel.mesh import Mesh
 
-    device = (
-        torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     mesh = None
     if ranks.world_size > 1:
         initialize(ranks, timeout_seconds=600, device=device)

@@ -26,9 +26,7 @@ def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | No
     records = [json.loads(line) for line in metrics_path.read_text().splitlines() if line.strip()]
     steps, losses = series(records, "loss")
     val_steps, val_losses = series(records, "val_loss")
-    require(
-        bool(losses or val_losses), f"{metrics_path} holds no loss; expected a line per logged step"
-    )
+    require(bool(losses or val_losses), f"{metrics_path} holds no loss; expected a line per logged step")
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

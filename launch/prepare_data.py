@@ -30,9 +30,7 @@ class Bar:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage or abs(done - self._drawn) >= REDRAW_BYTES or done == total:
-            self._progress.update(
-                self._task, description=stage, completed=done, total=total or None
-            )
+            self._progress.update(self._task, description=stage, completed=done, total=total or None)
             self._stage, self._drawn = stage, done
 
 

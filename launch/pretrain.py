@@ -54,9 +54,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> None:
         train(run)
         run.engine.close()
     else:
-        say(
-            f"{run.folder.path} is complete: {run.step} steps; raise train.max_steps, or choose another --name"
-        )
+        say(f"{run.folder.path} is complete: {run.step} steps; raise train.max_steps, or choose another --name")
     dist.destroy_process_group()
     if ranks.rank == 0:
         say(report(run.folder.path))

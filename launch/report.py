@@ -27,9 +27,7 @@ def report(run: Path) -> str:
     config, manifest = trained.config, load_manifest(trained.config)
     bigram = manifest.bigram_nats_per_token
     plot_loss(run / "metrics.jsonl", run / "loss.png", config.name, bigram)
-    lines = [
-        f"run {config.name}: {trained.step} of {config.train.max_steps} steps, {run / 'loss.png'}"
-    ]
+    lines = [f"run {config.name}: {trained.step} of {config.train.max_steps} steps, {run / 'loss.png'}"]
     loss = validation_loss(run)
     if loss is not None:
         lines.append("  validation loss   " + units(loss, manifest))
@@ -37,9 +35,7 @@ def report(run: Path) -> str:
         lines.append("  bigram model      " + units(bigram, manifest))
     if bigram is not None and loss is not None:
         side = "under" if loss < bigram else "above"
-        lines.append(
-            f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model"
-        )
+        lines.append(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
     if config.logging.sample_tokens > 0:
         lines += ["", continuation(trained)]
     return "\n".join(lines)

@@ -82,9 +82,7 @@ class ModelConfig:
             f"model.position rope needs an even head width; d_model / n_head is {self.head_dim}",
         )
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
-        require(
-            0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1"
-        )
+        require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
 
     @property
     def kv_heads(self) -> int:
@@ -98,9 +96,7 @@ class ModelConfig:
     def ff_dim(self) -> int:
         if self.d_ff is not None:
             return self.d_ff
-        return (
-            4 * self.d_model if self.activation == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
-        )
+        return 4 * self.d_model if self.activation == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
 
 
 @dataclass(frozen=True)
@@ -246,9 +242,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"checkpoint.interval is {self.interval}; expected at least 1")
-        require(
-            self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; expected at least 1"
-        )
+        require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; expected at least 1")
 
 
 @dataclass(frozen=True)

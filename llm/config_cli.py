@@ -41,9 +41,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _yaml_class in (_Loader, _Dumper):
-    _yaml_class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", _EXPONENT_FLOAT, list("-+.0123456789")
-    )
+    _yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_FLOAT, list("-+.0123456789"))
 
 
 def parse_config(
@@ -71,9 +69,7 @@ def parse_config(
         raise SystemExit(0)
     pairs = _pairs([part for part in argv if part != "--print-config"], extra)
     files = [value for key, value in pairs if key == "config"]
-    require(
-        len(files) <= 1, f"--config is given {len(files)} times ({', '.join(files)}); give one file"
-    )
+    require(len(files) <= 1, f"--config is given {len(files)} times ({', '.join(files)}); give one file")
     mapping = _read_file(files[0]) if files else {}
     for key, value in pairs:
         if key != "config":
@@ -129,9 +125,7 @@ def _parser(prog: str) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below.")
-    parser.add_argument(
-        "--print-config", action="store_true", help="Print the resolved config and exit."
-    )
+    parser.add_argument("--print-config", action="store_true", help="Print the resolved config and exit.")
     parser.add_argument(
         "--deepspeed.KEY",
         metavar="VALUE",
@@ -153,9 +147,7 @@ def _sections() -> dict[str, Any]:
 
 def _leaf_keys() -> list[str]:
     """Every dotted key that takes a value."""
-    keys = [
-        f.name for f in dataclasses.fields(RunConfig) if f.name not in {*_sections(), "deepspeed"}
-    ]
+    keys = [f.name for f in dataclasses.fields(RunConfig) if f.name not in {*_sections(), "deepspeed"}]
     for name, section in _sections().items():
         keys += [f"{name}.{field.name}" for field in dataclasses.fields(section)]
     return keys
@@ -256,9 +248,7 @@ def _json_section(section: Any) -> dict[str, Any]:
         same = json.loads(json.dumps(section, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"deepspeed: found a value that JSON cannot hold: {error}") from error
-    require(
-        same == section, "deepspeed: expected text as keys; found a number, a truth value or null"
-    )
+    require(same == section, "deepspeed: expected text as keys; found a number, a truth value or null")
     return same
 
 
@@ -291,8 +281,6 @@ def _wrong_type(key: str, found: Any) -> InputError:
     if get_origin(hint) is Literal:
         choices = [str(choice) for choice in get_args(hint)]
         near = difflib.get_close_matches(str(found), choices, n=1, cutoff=0.0)
-        return InputError(
-            f"{key}: found {found!r}; expected one of {', '.join(choices)} (nearest: {near[0]})"
-        )
+        return InputError(f"{key}: found {found!r}; expected one of {', '.join(choices)} (nearest: {near[0]})")
     expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
     return InputError(f"{key}: found {found!r}; expected {expected.replace('None', 'null')}")

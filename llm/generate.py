@@ -128,10 +128,7 @@ def generate(
                 rows[i, position] = token
                 new[i] = token if open_rows[i] else None
         yield new
-        if not any(
-            is_open and position + 1 < limit
-            for is_open, limit in zip(open_rows, limits, strict=True)
-        ):
+        if not any(is_open and position + 1 < limit for is_open, limit in zip(open_rows, limits, strict=True)):
             return
 
 
@@ -142,15 +139,11 @@ def next_logits(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -
     return model(tokens, positions, samples, cache=cache)[:, -1]
 
 
-def stream(
-    trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampling: SamplingConfig
-) -> Iterator[str]:
+def stream(trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampling: SamplingConfig) -> Iterator[str]:
     """The prompts and what follows them, as text: one prompt piece by piece, several one after the other at the end."""
     tokenizer = trained.tokenizer
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    steps = generate(
-        trained.model, ids, max_new_tokens=max_new_tokens, end=tokenizer.eod_id, sampling=sampling
-    )
+    steps = generate(trained.model, ids, max_new_tokens=max_new_tokens, end=tokenizer.eod_id, sampling=sampling)
     if len(prompts) == 1:
         pieces = tokenizer.stream()
         yield prompts[0]

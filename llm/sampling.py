@@ -100,6 +100,4 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens
     kept = before < p
     kept[..., 0] = True  # rounding must not leave a row empty
-    return torch.full_like(logits, -torch.inf).scatter(
-        -1, ids, values.masked_fill(~kept, -torch.inf)
-    )
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values.masked_fill(~kept, -torch.inf))

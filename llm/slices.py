@@ -46,9 +46,7 @@ class Slice:
     def take(self, global_tensor: Tensor) -> Tensor:
         """The part of `global_tensor` [global_shape] as a view [shape]."""
         if tuple(global_tensor.shape) != self.global_shape:
-            raise ValueError(
-                f"a slice of {self.global_shape} taken of {tuple(global_tensor.shape)}"
-            )
+            raise ValueError(f"a slice of {self.global_shape} taken of {tuple(global_tensor.shape)}")
         if not self.global_shape:
             return global_tensor
         return global_tensor.narrow(self.dim, self.start, self.stop - self.start)

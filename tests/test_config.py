@@ -125,9 +125,7 @@ def test_one_config_file_only(tmp_path: Path) -> None:
 
 def test_deepspeed_keys_nest_and_keep_their_types(tmp_path: Path) -> None:
     path = write(tmp_path, "deepspeed: {zero_optimization: {reduce_bucket_size: 5e8}}")
-    config = parse_config(
-        [f"--config={path}", "--deepspeed.zero_optimization.overlap_comm=false", "--deepspeed.x=1"]
-    )
+    config = parse_config([f"--config={path}", "--deepspeed.zero_optimization.overlap_comm=false", "--deepspeed.x=1"])
     assert config.deepspeed == {
         "zero_optimization": {"reduce_bucket_size": 5e8, "overlap_comm": False},
         "x": 1,
@@ -156,9 +154,7 @@ def test_help_lists_every_field_with_its_docstring_and_default(
     assert "--deepspeed.KEY" in text
 
 
-def test_print_config_prints_what_parses_to_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_print_config_prints_what_parses_to_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_config(["--model.n_layer=7", "--print-config"])
     assert caught.value.code == 0
@@ -180,9 +176,7 @@ def test_the_launcher_s_local_rank_is_ignored() -> None:
     extra=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False) | st.text()),
 )
 @settings(deadline=None, max_examples=25)
-def test_a_written_config_reads_back_equal(
-    tmp_path_factory, name, prompt, path, kv, lr, betas, extra
-) -> None:
+def test_a_written_config_reads_back_equal(tmp_path_factory, name, prompt, path, kv, lr, betas, extra) -> None:
     base = RunConfig()
     config = RunConfig(
         name=name,
@@ -204,9 +198,7 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
 
 
 KEYS = st.sampled_from(["name", "seed", "model", "optim", "deepspeed", "n_layer", "lr", "betas"])
-SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates() | st.binary()
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates() | st.binary()
 TREES = st.recursive(
     SCALARS,
     lambda t: st.lists(t, max_size=3) | st.dictionaries(KEYS | st.text() | SCALARS, t, max_size=3),
@@ -291,9 +283,7 @@ def test_check_world_accepts_what_divides() -> None:
         (layout(batch=2, micro=1), 8, ["use train.global_batch_size=8"]),
     ],
 )
-def test_check_world_names_the_nearest_choice(
-    config: RunConfig, world: int, words: list[str]
-) -> None:
+def test_check_world_names_the_nearest_choice(config: RunConfig, world: int, words: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         check_world(config, world)
     assert all(word in str(caught.value) for word in words), caught.value

@@ -60,9 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def continuations(
-    model: GPT, prompts: list[list[int]], sampling=GREEDY, cache=True, n=20
-) -> list[list[int]]:
+def continuations(model: GPT, prompts: list[list[int]], sampling=GREEDY, cache=True, n=20) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in prompts]
     steps = generate(model, prompts, max_new_tokens=n, end=260, sampling=sampling, use_cache=cache)
     for step in steps:
@@ -118,9 +116,7 @@ def test_the_end_token_ends_a_row(run: Path) -> None:
     model = load_trained(run, CPU).model
     row = continuations(model, [PROMPTS[0]])[0]
     steps = generate(model, [PROMPTS[0]], max_new_tokens=20, end=row[3], sampling=GREEDY)
-    assert [token for step in steps for token in step if token is not None] == row[
-        : row.index(row[3])
-    ]
+    assert [token for step in steps for token in step if token is not None] == row[: row.index(row[3])]
 
 
 def on_ranks(run: Path) -> tuple[list[list[int]], str]:

@@ -55,9 +55,7 @@ def others(tmp_path_factory) -> Path:
         (folder / package / "__init__.py").write_text(f"__version__ = '{number}'\n")
         info = folder / f"{package}-{number}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n"
-        )
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n")
     return folder
 
 

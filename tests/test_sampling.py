@@ -55,9 +55,7 @@ def test_top_k_keeps_k() -> None:
     assert draw(SamplingConfig(top_k=99)) == draw(SamplingConfig())
 
 
-@pytest.mark.parametrize(
-    ("p", "kept"), [(0.01, 1), (0.49, 1), (0.51, 2), (0.69, 2), (0.71, 3), (0.89, 3), (0.91, 4)]
-)
+@pytest.mark.parametrize(("p", "kept"), [(0.01, 1), (0.49, 1), (0.51, 2), (0.69, 2), (0.71, 3), (0.89, 3), (0.91, 4)])
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, kept: int) -> None:
     assert keep_top_p(LOGITS, p).isfinite().tolist()[0] == [i < kept for i in range(4)]
 

@@ -69,9 +69,7 @@ def walk_queries(
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         kept = p
         if DROPOUT:
-            keep = keep_tile(
-                seed, site, threshold, sample, head, positions, tl.min(cols, 0), BLOCK_N
-            )
+            keep = keep_tile(seed, site, threshold, sample, head, positions, tl.min(cols, 0), BLOCK_N)
             keep = tl.trans(keep)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -125,9 +123,7 @@ def attention_dkdv_kernel(
         )  # fmt: skip
     out = (b * Tk * K + kv_head) * D
     # scale is log2(e) / sqrt(D); the gradient wants 1 / sqrt(D).
-    store_rows(
-        dk_ptr + out, K * D, first_col, Tk, dk * (scale * 0.6931471805599453), D, BLOCK_N, WIDTH
-    )
+    store_rows(dk_ptr + out, K * D, first_col, Tk, dk * (scale * 0.6931471805599453), D, BLOCK_N, WIDTH)
     store_rows(dv_ptr + out, K * D, first_col, Tk, dv * keep_scale, D, BLOCK_N, WIDTH)
 
 

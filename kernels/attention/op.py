@@ -86,18 +86,14 @@ def stock(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ).transpose(1, 2)  # fmt: skip
 
 
-def check(
-    q: Tensor, k: Tensor, v: Tensor, dropout: DropoutKey | None, samples: Tensor | None
-) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, dropout: DropoutKey | None, samples: Tensor | None) -> None:
     """Raise KernelError unless the arguments of `attention` fit together."""
     found = f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     expect(
         q.dim() == 4 and k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3],
         f"{found}, expected [B, Tq, H, D] and twice [B, Tk, K, D]",
     )
-    expect(
-        q.shape[2] % k.shape[2] == 0, f"{found}, expected H = {q.shape[2]} to be a multiple of K"
-    )
+    expect(q.shape[2] % k.shape[2] == 0, f"{found}, expected H = {q.shape[2]} to be a multiple of K")
     expect(1 <= q.shape[1] <= k.shape[1], f"{found}, expected 1 <= Tq <= Tk")
     expect(
         q.dtype == k.dtype == v.dtype,

@@ -120,8 +120,7 @@ def tile_here(kind: str, x: torch.Tensor, dropout: bool) -> Tile:
     major, minor = torch.cuda.get_device_capability(x.device)
     expect(
         major >= 8,
-        f"attention: found a GPU of compute capability {major}.{minor}, expected 8.0 or later: "
-        f"use impl=torch",
+        f"attention: found a GPU of compute capability {major}.{minor}, expected 8.0 or later: use impl=torch",
     )
     return tile_for(kind, x.shape[-1], x.element_size(), major, dropout)
 

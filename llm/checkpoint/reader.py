@@ -63,9 +63,7 @@ def verify(folder: Path) -> Manifest:
         digests = list(pool.map(lambda name: files.sha256_of(folder / name), names))
     for name, digest in zip(names, digests, strict=True):
         if digest != manifest.files[name].sha256:
-            raise CheckpointError(
-                f"{folder / name} is damaged: its sha256 is not that of the manifest"
-            )
+            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not that of the manifest")
     return manifest
 
 
@@ -98,9 +96,7 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
     """
     manifest = load_manifest(folder)
     if sha256 not in (None, manifest.sha256):
-        raise CheckpointError(
-            f"{folder} is not the checkpoint that rank 0 sees; is the folder shared by all nodes?"
-        )
+        raise CheckpointError(f"{folder} is not the checkpoint that rank 0 sees; is the folder shared by all nodes?")
     if "state.json" not in manifest.files:
         raise CheckpointError(f"{folder} has no state.json")
     if files.sha256_of(folder / "state.json") != manifest.files["state.json"].sha256:
@@ -149,8 +145,7 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
     current = json.loads(json.dumps(current))
     missing = "no such field"
     lines = [
-        f"model.{field}: the checkpoint has {saved.get(field, missing)}, "
-        f"the config has {current.get(field, missing)}"
+        f"model.{field}: the checkpoint has {saved.get(field, missing)}, the config has {current.get(field, missing)}"
         for field in dict.fromkeys([*current, *saved])
         if saved.get(field, missing) != current.get(field, missing)
     ]
@@ -205,8 +200,7 @@ class CheckpointReader:
         entry = self._entry(name, kind)
         if part.global_shape != entry.shape:
             raise CheckpointError(
-                f"{name} ({kind}) has shape {entry.shape} in {self.folder}; "
-                f"the model has {part.global_shape}"
+                f"{name} ({kind}) has shape {entry.shape} in {self.folder}; the model has {part.global_shape}"
             )
         stored = entry.pieces[0]
         if part.is_whole:
@@ -252,9 +246,7 @@ class CheckpointReader:
             stored = self._open[piece.file].get_slice(piece.key)
             found = (stored.get_dtype(), list(stored.get_shape()))
             if found != ("F32", [piece.length]):
-                raise CheckpointError(
-                    f"{path}: {piece.key} is {found}; expected {piece.length} F32"
-                )
+                raise CheckpointError(f"{path}: {piece.key} is {found}; expected {piece.length} F32")
             return stored[offset : offset + count]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -42,8 +42,7 @@ class RunFolder:
     def __post_init__(self) -> None:
         require(
             NAME.fullmatch(self.name) is not None,
-            f"name is {self.name!r}; expected letters, digits, '_', '.' and '-', "
-            "the first a letter or digit",
+            f"name is {self.name!r}; expected letters, digits, '_', '.' and '-', the first a letter or digit",
         )
 
     @property
@@ -95,8 +94,7 @@ class RunFolder:
                 holder = _holder(os.pread(descriptor, 4096, 0))
                 os.close(descriptor)
                 raise InputError(
-                    f"{self.path} is in use by {holder}; "
-                    "wait for that run to end, stop it, or choose another --name"
+                    f"{self.path} is in use by {holder}; wait for that run to end, stop it, or choose another --name"
                 )
             time.sleep(0.1)
         holder = {
@@ -112,9 +110,7 @@ class RunFolder:
         """Rank 0: write a new nonce into the folder and return it, to be sent to every rank."""
         nonce = secrets.token_hex(16)
         # In place, not by a rename: opening the same file anew is what NFS keeps consistent.
-        descriptor = os.open(
-            self.path / "nonce", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600
-        )
+        descriptor = os.open(self.path / "nonce", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "w") as file:
             file.write(nonce)
             file.flush()

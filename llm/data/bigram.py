@@ -21,9 +21,7 @@ class _Counts:
 
     def __init__(self, tokens: NDArray[np.int64], vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.pairs, self.pair_counts = np.unique(
-            tokens[:-1] * vocab_size + tokens[1:], return_counts=True
-        )
+        self.pairs, self.pair_counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
         self.contexts = np.bincount(tokens[:-1], minlength=vocab_size)
         self.unigrams = np.bincount(tokens, minlength=vocab_size)
 

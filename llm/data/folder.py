@@ -21,8 +21,7 @@ def load_manifest(config: RunConfig) -> Manifest:
     folder = data_folder(config)
     require(
         (folder / FILE_NAME).exists(),
-        f"{folder} holds no prepared data; "
-        "run python launch/prepare_data.py --config <the same config>",
+        f"{folder} holds no prepared data; run python launch/prepare_data.py --config <the same config>",
     )
     manifest = read_manifest(folder)
     check_vocabulary(config, manifest)

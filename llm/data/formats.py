@@ -41,10 +41,7 @@ class TokenWriter:
         self.prefix, self.dtype = prefix, np.dtype(dtype).newbyteorder("<")
         self.code = CODES[dtype]
         self.tokens = self.documents = 0
-        self._temporary = {
-            kind: prefix.with_name(f"{prefix.name}.{kind}.tmp")
-            for kind in ("bin", "idx", "lengths")
-        }
+        self._temporary = {kind: prefix.with_name(f"{prefix.name}.{kind}.tmp") for kind in ("bin", "idx", "lengths")}
         self._bin = self._temporary["bin"].open("wb")
         self._lengths = self._temporary["lengths"].open("wb")
 
@@ -52,9 +49,7 @@ class TokenWriter:
         """Append one document: ids [n], the end-of-document token included."""
         limits = np.iinfo(self.dtype)
         if not 1 <= tokens.size <= np.iinfo(np.int32).max:
-            raise InputError(
-                f"a document has {tokens.size} tokens; expected between 1 and 2^31 - 1"
-            )
+            raise InputError(f"a document has {tokens.size} tokens; expected between 1 and 2^31 - 1")
         if tokens.min() < 0 or tokens.max() > limits.max:
             raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
         self._bin.write(tokens.astype(self.dtype).tobytes())
@@ -65,18 +60,14 @@ class TokenWriter:
     def __enter__(self) -> TokenWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             self._lengths.close()
             if kind is None:
                 _sync(self._bin)
                 self._write_index()
                 for suffix in ("bin", "idx"):
-                    self._temporary[suffix].replace(
-                        self.prefix.with_name(f"{self.prefix.name}.{suffix}")
-                    )
+                    self._temporary[suffix].replace(self.prefix.with_name(f"{self.prefix.name}.{suffix}"))
         finally:
             self._bin.close()
             for path in self._temporary.values():
@@ -131,9 +122,7 @@ def read_index(prefix: Path) -> TokenIndex:
         bin_size = prefix.with_name(prefix.name + ".bin").stat().st_size
     except OSError as error:
         raise InputError(f"token files {prefix}.bin and .idx cannot be read: {error}") from error
-    require(
-        len(header) == HEADER.size, f"{path}: has {size} bytes, less than a header; it is truncated"
-    )
+    require(len(header) == HEADER.size, f"{path}: has {size} bytes, less than a header; it is truncated")
     magic, version, code, sequences, boundaries = HEADER.unpack(header)
     require(magic == MAGIC, f"{path}: begins with {magic!r}; expected Megatron's {MAGIC!r}")
     require(version == VERSION, f"{path}: version {version}; expected {VERSION}")
@@ -177,8 +166,7 @@ def _check_sequences(path: Path, lengths: NDArray, offsets: NDArray, item_size: 
 
 def _check_bounds(path: Path, bounds: NDArray, sequences: int) -> None:
     rising = all(
-        bool((np.diff(bounds[start : start + CHUNK + 1]) >= 0).all())
-        for start in range(0, bounds.size, CHUNK)
+        bool((np.diff(bounds[start : start + CHUNK + 1]) >= 0).all()) for start in range(0, bounds.size, CHUNK)
     )
     require(
         bounds[0] == 0 and bounds[-1] == sequences and rising,
@@ -190,9 +178,7 @@ class NumpyTokenStore:
     """The NumPy twin of `_native.TokenStore`: a mapped .bin file whose reads are checked."""
 
     def __init__(self, path: str, dtype: str, n_tokens: int) -> None:
-        self.tokens: NDArray = np.memmap(
-            path, np.dtype(dtype).newbyteorder("<"), "r", shape=(n_tokens,)
-        )
+        self.tokens: NDArray = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r", shape=(n_tokens,))
 
     def __len__(self) -> int:
         return self.tokens.size
@@ -200,9 +186,7 @@ class NumpyTokenStore:
     def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray:
         """Tokens [len(starts), width], row i from position starts[i] on; IndexError outside."""
         if starts.size and not (starts.min() >= 0 and starts.max() <= len(self) - width):
-            raise IndexError(
-                f"rows of {width} tokens lie outside the {len(self)} tokens of the file"
-            )
+            raise IndexError(f"rows of {width} tokens lie outside the {len(self)} tokens of the file")
         out = np.empty((starts.size, width), self.tokens.dtype)
         for row, start in zip(out, starts, strict=True):
             row[:] = self.tokens[start : start + width]

@@ -125,9 +125,7 @@ class NumpyLoader:
 class NativeLoader:
     """Batches assembled ahead by C++ threads; tensors share their memory."""
 
-    def __init__(
-        self, native: ModuleType, store, seq_len: int, order: Order, share: _Share, consumed: int
-    ):
+    def __init__(self, native: ModuleType, store, seq_len: int, order: Order, share: _Share, consumed: int):
         self._share = share
         self._ring = native.Prefetcher(
             store,
@@ -190,9 +188,7 @@ def _open_store(config: RunConfig, manifest: Manifest, split: str) -> tuple[Toke
         raise InputError(str(error)) from error
 
 
-def open_loader(
-    config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size: int, consumed: int = 0
-) -> Loader:
+def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size: int, consumed: int = 0) -> Loader:
     """The loader that config.data.loader names, `consumed` samples into the global order.
 
     The ranks of a tensor-parallel group pass the same dp_rank and read the same samples. Raises

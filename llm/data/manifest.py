@@ -81,9 +81,7 @@ class Manifest:
                 all(1 <= n < 2**62 for n in counts.values()),
                 f"split {name} has impossible counts {counts}",
             )
-        needed = {f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")} | {
-            "tokenizer.json"
-        }
+        needed = {f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")} | {"tokenizer.json"}
         require(needed <= set(self.files), f"files lack {sorted(needed - set(self.files))}")
         for name, entry in self.files.items():
             require(

@@ -140,9 +140,7 @@ def _check_prepared(config: RunConfig, folder: Path, scan: _Scan) -> Manifest:
     return manifest
 
 
-def _write(
-    config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _Scan, progress: Progress
-) -> Manifest:
+def _write(config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _Scan, progress: Progress) -> Manifest:
     """Everything that the folder holds."""
     if tokenizer is None:
         tokenizer = Tokenizer.train(_training_text(config, scan, progress), config.model.vocab_size)
@@ -165,9 +163,7 @@ def _write(
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
         dtype=dtype,
-        splits={
-            name: Split(tokens[name], scan.documents[name], scan.bytes[name]) for name in SPLITS
-        },
+        splits={name: Split(tokens[name], scan.documents[name], scan.bytes[name]) for name in SPLITS},
         files=entries,
         bigram_nats_per_token=bigram,
         bigram_seq_len=None if bigram is None else config.data.seq_len,
@@ -186,9 +182,7 @@ def _training_text(config: RunConfig, scan: _Scan, progress: Progress) -> Iterat
             yield document
 
 
-def _tokenise(
-    config: RunConfig, folder: Path, tokenizer: Tokenizer, scan: _Scan, progress: Progress
-) -> dict[str, int]:
+def _tokenise(config: RunConfig, folder: Path, tokenizer: Tokenizer, scan: _Scan, progress: Progress) -> dict[str, int]:
     """Write the .bin/.idx pairs; the number of tokens of each split."""
     dtype = token_dtype(tokenizer.vocab_size)
     done = 0
@@ -228,8 +222,5 @@ def _bigram(config: RunConfig, folder: Path, dtype: str, tokens: dict[str, int])
     """The baseline's loss; None when the corpus is too large for it or holds no whole sample."""
     if tokens["train"] > LARGEST_BIGRAM or tokens["validation"] <= config.data.seq_len:
         return None
-    train, validation = (
-        NumpyTokenStore(str(folder / f"{split}.bin"), dtype, tokens[split]).tokens
-        for split in SPLITS
-    )
+    train, validation = (NumpyTokenStore(str(folder / f"{split}.bin"), dtype, tokens[split]).tokens for split in SPLITS)
     return bigram_loss(train, validation, config.model.vocab_size, config.data.seq_len)

@@ -81,24 +81,18 @@ class Block(nn.Module):
         )
         self.attention_dropout = layers.dropout(config.dropout, site + 1)
         self.norm_2 = layers.norm(config.norm, f"{name}.norm_2", C, bias=bias)
-        self.up = layers.linear(
-            "up", f"{name}.up", C, config.ff_dim * (2 if gated else 1), bias=bias
-        )
+        self.up = layers.linear("up", f"{name}.up", C, config.ff_dim * (2 if gated else 1), bias=bias)
         self.down = layers.linear("down", f"{name}.down", config.ff_dim, C, bias=bias)
         self.down_dropout = layers.dropout(config.dropout, site + 2)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None = None) -> Tensor:
         """x [B, T, C], positions int64 [T], global sample numbers int64 [B] -> [B, T, C]."""
         attended = self.attend(self.norm_1(x), positions, samples, cache)
         x = x + self.attention_dropout(attended, samples, positions)
         transformed = self.down(self.activate(self.up(self.norm_2(x))))
         return x + self.down_dropout(transformed, samples, positions)
 
-    def attend(
-        self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None
-    ) -> Tensor:
+    def attend(self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         R, D = self.config.n_head // self.config.kv_heads, self.config.head_dim
         qkv = self.qkv(x).view(B, T, -1, R + 2, D)  # [B, T, K, R + 2, D]
@@ -140,9 +134,7 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.position_table = whole(nn.Embedding(config.max_seq_len, C))
         self.embedding_dropout = layers.dropout(config.dropout, EMBEDDING_SITE)
-        self.blocks = nn.ModuleDict(
-            {str(i): Block(config, layers, i) for i in (blocks or range(config.n_layer))}
-        )
+        self.blocks = nn.ModuleDict({str(i): Block(config, layers, i) for i in (blocks or range(config.n_layer))})
         self.norm = layers.norm(config.norm, "norm", C, bias=config.bias)
         tied = self.embedding if config.tie_embeddings else None
         self.head = layers.lm_head("head", C, config.vocab_size, tied)

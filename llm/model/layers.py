@@ -27,9 +27,7 @@ IGNORED_TARGET = -100
 class Layers(Protocol):
     """What `GPT` needs of its surroundings. `name` is the module's full name, such as "blocks.0.qkv"."""
 
-    def linear(
-        self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool
-    ) -> nn.Module:
+    def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         """[..., in_features] -> [..., out_features]."""
         ...
 
@@ -37,9 +35,7 @@ class Layers(Protocol):
         """int [...] -> [..., width]; its table is `.weight`."""
         ...
 
-    def lm_head(
-        self, name: str, width: int, vocab_size: int, tied: nn.Module | None
-    ) -> LanguageModelHead:
+    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         """`tied`: the embedding whose table is the projection too."""
         ...
 
@@ -82,9 +78,7 @@ class LanguageModelHead(nn.Module):
         logits = F.linear(x, self.weight).float()
         if targets is None:
             return logits
-        return F.cross_entropy(
-            logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED_TARGET
-        )
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED_TARGET)
 
 
 class LayerNorm(nn.Module):
@@ -137,9 +131,7 @@ class CausalAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, samples: Tensor) -> Tensor:
         """q [B, T, H, D]; k, v [B, S, K, D] with S >= T; samples int64 [B] -> [B, T, H, D]."""
         key = self.key if self.training and self.key.p > 0 else None
-        return attention(
-            q, k, v, dropout=key, samples=samples, head_offset=self.head_offset, impl=self.impl
-        )
+        return attention(q, k, v, dropout=key, samples=samples, head_offset=self.head_offset, impl=self.impl)
 
 
 class DenseLayers:
@@ -152,17 +144,13 @@ class DenseLayers:
         self.seed = seed
         self.impl = impl
 
-    def linear(
-        self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool
-    ) -> nn.Module:
+    def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         return whole(nn.Linear(in_features, out_features, bias=bias))
 
     def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
         return whole(nn.Embedding(vocab_size, width))
 
-    def lm_head(
-        self, name: str, width: int, vocab_size: int, tied: nn.Module | None
-    ) -> LanguageModelHead:
+    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         if tied is not None:
             return LanguageModelHead(cast(nn.Parameter, tied.weight))
         head = LanguageModelHead(nn.Parameter(torch.empty(vocab_size, width)))

@@ -25,9 +25,7 @@ def _pack(text: str | None) -> torch.Tensor:
     if text is not None:
         data = text.encode()[:MESSAGE_BYTES]
         message[:8] = torch.tensor([len(data) + 1]).view(torch.uint8)
-        message[8 : 8 + len(data)] = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else message[:0]
-        )
+        message[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else message[:0]
     return message.to(_device())
 
 

@@ -32,9 +32,7 @@ def _(x: Tensor, reduction: str, group: str) -> Tensor:
 def all_gather(x: Tensor, size: int, group: str) -> Tensor:
     """[...] on each of the `size` ranks of `group` -> [size, ...] in rank order."""
     y = x.new_empty((size, *x.shape))
-    dist.all_gather(
-        list(y.unbind(0)), x.contiguous(), group=_resolve_process_group(GroupName(group))
-    )
+    dist.all_gather(list(y.unbind(0)), x.contiguous(), group=_resolve_process_group(GroupName(group)))
     return y
 
 

@@ -47,9 +47,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def check_remote_words(
-    environ: Mapping[str, str], env_files: Sequence[Path], arguments: Sequence[str]
-) -> None:
+def check_remote_words(environ: Mapping[str, str], env_files: Sequence[Path], arguments: Sequence[str]) -> None:
     """Refuse what a remote shell would interpret in what DeepSpeed's runner hands to it.
 
     `environ` is the runner's environment, `env_files` the `.deepspeed_env` files that it reads,

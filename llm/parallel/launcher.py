@@ -225,9 +225,7 @@ def _from_mpi(environ: Mapping[str, str], launcher: str, names: Sequence[str]) -
     if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
         address, port = _master_addr(environ), _integer(environ, "MASTER_PORT")
     else:
-        address, port = _agree_through_mpi(
-            rank, world_size, one_host=local_world_size == world_size
-        )
+        address, port = _agree_through_mpi(rank, world_size, one_host=local_world_size == world_size)
     return Ranks(rank, local_rank, world_size, local_world_size, address, port, launcher)
 
 
@@ -297,9 +295,7 @@ def _in_srun_step(environ: Mapping[str, str]) -> bool:
 def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     world_size = _integer(environ, "SLURM_STEP_NUM_TASKS")
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-    per_node = _tasks_per_node(
-        environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")
-    )
+    per_node = _tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", ""))
     node = _integer(environ, "SLURM_NODEID")
     require(
         node < len(per_node) and sum(per_node) == world_size,
@@ -337,8 +333,6 @@ def _tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part)
         if match is None:
-            raise InputError(
-                f"SLURM_STEP_TASKS_PER_NODE is {text!r}; expected counts such as 2(x3),1"
-            )
+            raise InputError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}; expected counts such as 2(x3),1")
         tasks += [int(match[1])] * int(match[2] or 1)
     return tasks

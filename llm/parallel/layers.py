@@ -59,9 +59,7 @@ def split(tensor: Tensor, held: Slice) -> nn.Parameter:
 class ColumnParallelLinear(nn.Module):
     """y_tp = f(x) W_tp^T + b_tp, with W [O, I] cut by rows: [..., I] -> [..., O / tp]."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
         held = tp.slice((out_features, in_features), 0)
@@ -77,9 +75,7 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """y = g(x_tp W_tp^T) + b, with W [O, I] cut by columns: [..., I / tp] -> [..., O]."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
         held = tp.slice((out_features, in_features), 1)
@@ -172,18 +168,14 @@ class TensorParallelLayers:
         self.seed = seed
         self.impl = impl
 
-    def linear(
-        self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool
-    ) -> nn.Module:
+    def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         layer = ColumnParallelLinear if role in ("qkv", "up") else RowParallelLinear
         return layer(in_features, out_features, bias=bias, tp=self.tp)
 
     def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
         return VocabParallelEmbedding(vocab_size, width, tp=self.tp)
 
-    def lm_head(
-        self, name: str, width: int, vocab_size: int, tied: nn.Module | None
-    ) -> LanguageModelHead:
+    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp)
         return VocabParallelHead(cast(nn.Parameter, source.weight), tp=self.tp)
 
@@ -196,6 +188,4 @@ class TensorParallelLayers:
 
     def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
         head_offset = self.tp.rank * (n_head // self.tp.size)
-        return CausalAttention(
-            DropoutKey(p, self.seed, site), impl=self.impl, head_offset=head_offset
-        )
+        return CausalAttention(DropoutKey(p, self.seed, site), impl=self.impl, head_offset=head_offset)

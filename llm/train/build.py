@@ -21,9 +21,7 @@ def check_kernels(config: RunConfig, device: torch.device) -> str:
         places["layer_norm"] = (model.d_model, 0.0)
     try:
         chosen = {
-            op: choose(
-                config.train.impl, op, device=device, dtype=dtype, width=width, dropout=dropout
-            )
+            op: choose(config.train.impl, op, device=device, dtype=dtype, width=width, dropout=dropout)
             for op, (width, dropout) in places.items()
         }
     except KernelError as error:

@@ -45,9 +45,7 @@ class Console:
         if enabled and terminal.is_terminal:
             # The text takes what the counter and the bar leave, and is cut where it is too long.
             text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
-            self.progress = Progress(
-                MofNCompleteColumn(), BarColumn(10), text, console=terminal, expand=True
-            )
+            self.progress = Progress(MofNCompleteColumn(), BarColumn(10), text, console=terminal, expand=True)
             self.task = self.progress.add_task("", total=max_steps, completed=first_step)
 
     def step(self, record: Mapping[str, Any]) -> None:

@@ -32,9 +32,7 @@ class Trainer:
             consumed=run.step * self.work.samples,
         )
         tensorboard = run.folder.tensorboard if config.logging.tensorboard else None
-        self.metrics = MetricsWriter(
-            run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead
-        )
+        self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)
         self.console = Console(config.train.max_steps, run.step, enabled=run.lead)
         self.skipped_steps = run.step - self.engine.scalar_state()["optimizer_step"]
 
@@ -58,9 +56,7 @@ class Trainer:
             )
         return loss, lr, result.grad_norm
 
-    def report(
-        self, loss: float, lr: float, grad_norm: float, seconds: float, waited: float
-    ) -> None:
+    def report(self, loss: float, lr: float, grad_norm: float, seconds: float, waited: float) -> None:
         record = step_record(
             self.work,
             step=self.run.step,
@@ -86,9 +82,7 @@ class Trainer:
 
     def _validation_batches(self) -> Iterator[MicroBatch]:
         mesh = self.run.mesh
-        batches = validation_batches(
-            self.run.config, self.run.manifest, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size
-        )
+        batches = validation_batches(self.run.config, self.run.manifest, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
         for batch, counted in batches:
             yield micro_batch(batch, self.run.device, counted)
 

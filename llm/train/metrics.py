@@ -37,9 +37,7 @@ class Workload:
     world_size: int
 
 
-def workload(
-    config: RunConfig, device: torch.device, world_size: int, formula: flops.Formula = "causal"
-) -> Workload:
+def workload(config: RunConfig, device: torch.device, world_size: int, formula: flops.Formula = "causal") -> Workload:
     """The workload of a run on `world_size` devices like `device`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     samples, seq_len = config.train.global_batch_size, config.data.seq_len
@@ -125,9 +123,7 @@ class MetricsWriter:
         enabled: whether this rank writes.
     """
 
-    def __init__(
-        self, path: Path, tensorboard: Path | None, *, first_step: int = 0, enabled: bool = True
-    ) -> None:
+    def __init__(self, path: Path, tensorboard: Path | None, *, first_step: int = 0, enabled: bool = True) -> None:
         self._file = _open_lines(path) if enabled else None
         self._events = None
         if enabled and tensorboard is not None:

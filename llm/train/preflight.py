@@ -62,8 +62,7 @@ def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None])
     """Raise InputError unless Python and every package of `installed` has a supported version."""
     require(
         python >= PYTHON,
-        f"Python is {_dotted(python)}; expected at least {_dotted(PYTHON)}: "
-        "make .venv with a newer one",
+        f"Python is {_dotted(python)}; expected at least {_dotted(PYTHON)}: make .venv with a newer one",
     )
     for name, version in installed.items():
         least, too_new = SUPPORTED[name]
@@ -112,9 +111,7 @@ def check_import_names() -> None:
     )
 
 
-def check_build_tools(
-    environ: Mapping[str, str], scripts: Path = Path(sys.executable).parent
-) -> None:
+def check_build_tools(environ: Mapping[str, str], scripts: Path = Path(sys.executable).parent) -> None:
     """Raise InputError unless a C++ compiler and ninja are on PATH, or in `scripts`.
 
     DeepSpeed compiles a small operator when it starts; without these it dies in init_distributed.

@@ -54,9 +54,7 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     """Check, lock, resume. Raises InputError on every rank alike. Collective."""
     mesh = Mesh.create(config.parallel, device.type)
     check_world(config, mesh.world_size)
-    say(
-        f"kernels on {device.type} (train.impl={config.train.impl}): {check_kernels(config, device)}"
-    )
+    say(f"kernels on {device.type} (train.impl={config.train.impl}): {check_kernels(config, device)}")
     folder, lead = RunFolder(Path("runs"), config.name), mesh.rank == 0
     lock = together(lambda: _claim(folder) if lead else None)
     nonce = broadcast(folder.share_nonce() if lead else "")

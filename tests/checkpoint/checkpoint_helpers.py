@@ -33,9 +33,7 @@ def make_tensors(seed: int) -> Tensors:
     """Random master weights and moments of MODEL."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        (name, kind): torch.randn(shape, generator=generator)
-        for name, (shape, _) in MODEL.items()
-        for kind in KINDS
+        (name, kind): torch.randn(shape, generator=generator) for name, (shape, _) in MODEL.items() for kind in KINDS
     }
 
 

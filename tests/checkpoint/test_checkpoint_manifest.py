@@ -88,19 +88,13 @@ def test_other_texts_are_refused(text: bytes, words: str) -> None:
         Manifest.from_json(text)
 
 
-LEAVES = st.one_of(
-    st.integers(-2, 13), st.booleans(), st.none(), st.sampled_from([1.0, "", "x", [], {}, 10**30])
-)
+LEAVES = st.one_of(st.integers(-2, 13), st.booleans(), st.none(), st.sampled_from([1.0, "", "x", [], {}, 10**30]))
 
 
 def paths(value: Any) -> list[tuple[Any, ...]]:
     """Of every place in a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    below = [
-        (key, *path)
-        for key, item in items
-        for path in (paths(item) if isinstance(item, dict | list) else [])
-    ]
+    below = [(key, *path) for key, item in items for path in (paths(item) if isinstance(item, dict | list) else [])]
     return [(key,) for key in (value if isinstance(value, dict) else range(len(value)))] + below
 
 
@@ -132,9 +126,7 @@ JSON = st.recursive(
     LEAVES,
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["files", "tensors", "step", "shape", "pieces", "w", "master"]), inner
-        )
+        | st.dictionaries(st.sampled_from(["files", "tensors", "step", "shape", "pieces", "w", "master"]), inner)
     ),
 )
 

@@ -117,9 +117,7 @@ def flip(path: Path, position: int) -> None:
         (rename_step, "step 1"),
     ],
 )
-def test_a_damaged_checkpoint_falls_back(
-    root: Path, damage: Callable[[Path], None], words: str
-) -> None:
+def test_a_damaged_checkpoint_falls_back(root: Path, damage: Callable[[Path], None], words: str) -> None:
     assert find_latest(root) == (root / "step-00000002", [])
     damage(root / "step-00000002")
     folder, warnings = find_latest(root)
@@ -170,12 +168,8 @@ def resealed(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps({**body, "sha256": digest}))
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "-x", ".x", "a\nb", "é"]
-)
-def test_a_file_outside_is_never_opened(
-    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "-x", ".x", "a\nb", "é"])
+def test_a_file_outside_is_never_opened(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "secret").write_bytes(b"secret")
     folder = root / "step-00000002"
 
@@ -261,9 +255,7 @@ class Ranks:
                 self.barrier.wait()
                 return self.text
 
-            return open_latest(
-                self.roots[rank], rank=rank, broadcast_text=broadcast, exchange_errors=exchange
-            )
+            return open_latest(self.roots[rank], rank=rank, broadcast_text=broadcast, exchange_errors=exchange)
 
         return on_ranks(len(self.roots), action)
 

@@ -45,9 +45,7 @@ def hold(tmp_path: Path, seconds: float) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/b", "/a", "-x", ".x", "a b", "a\n", "é"]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/a", "-x", ".x", "a b", "a\n", "é"])
 def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="name is"):
         RunFolder(tmp_path, name)
@@ -148,9 +146,7 @@ def test_no_metrics_yet(tmp_path: Path) -> None:
     assert truncate_metrics(tmp_path / "metrics.jsonl", 5) == 0
 
 
-def test_a_crash_while_truncating_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_while_truncating_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     text = '{"step": 1}\n{"step": 2}\n'
     path.write_text(text)

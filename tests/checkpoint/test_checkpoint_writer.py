@@ -228,9 +228,7 @@ def test_a_truly_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "replace"])
-def test_an_io_error_stops_all_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_an_io_error_stops_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     save(tmp_path, 1, OLD, tp=2)
 
     def broken(*arguments: Any, **options: Any) -> None:
@@ -294,9 +292,7 @@ def test_a_wrong_set_of_pieces_is_not_saved(
     check_untouched(tmp_path)
 
 
-def test_pieces_are_not_gathered_beyond_a_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_are_not_gathered_beyond_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "SHARD_BYTES", 4000)
     living: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
@@ -314,9 +310,7 @@ def test_pieces_are_not_gathered_beyond_a_shard(
     assert most <= 4  # two in the shard, the one that does not fit, the one being made
 
 
-def test_all_is_on_the_disk_before_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 0, OLD)
     events: list[tuple[str, str]] = []
     fsync, rename, replace = os.fsync, os.rename, os.replace

@@ -26,9 +26,7 @@ SEARCH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--require-cluster", action="store_true", help="fail, not skip, where no hosts can be made"
-    )
+    parser.addoption("--require-cluster", action="store_true", help="fail, not skip, where no hosts can be made")
 
 
 class TwoHosts:
@@ -136,9 +134,7 @@ class TwoHosts:
         """End every process of the two namespaces, all of which were started here; remove them."""
         for name in self.names:
             for _ in range(50):
-                found = subprocess.run(
-                    ["ip", "netns", "pids", name], capture_output=True, text=True
-                )
+                found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
                 pids = [pid for pid in map(int, found.stdout.split()) if pid != os.getpid()]
                 for pid in pids:
                     with contextlib.suppress(ProcessLookupError):
@@ -173,9 +169,7 @@ def obstacle() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def two_hosts(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TwoHosts]:
+def two_hosts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
     """Two hosts that reach each other by address and by ssh without a password."""
     reason = obstacle()
     if reason is not None:

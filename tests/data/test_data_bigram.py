@@ -29,11 +29,7 @@ def brute_force(train: list[int], validation: list[int], vocab_size: int, seq_le
 
     cut = max(2, int(len(train) * 0.9))
     probability, contexts = model(train[:cut], 0.0)
-    held_out = [
-        probability(v, w)
-        for v, w in zip(train[cut - 1 :], train[cut:], strict=False)
-        if contexts[v]
-    ]
+    held_out = [probability(v, w) for v, w in zip(train[cut - 1 :], train[cut:], strict=False) if contexts[v]]
     weight = 0.5 if held_out else 0.0
     for _ in range(30 if held_out else 0):
         shares = [weight * b / (weight * b + (1 - weight) * u) for b, u, _ in held_out]
@@ -47,9 +43,7 @@ def brute_force(train: list[int], validation: list[int], vocab_size: int, seq_le
     return sum(losses) / targets
 
 
-@pytest.mark.parametrize(
-    ("n", "vocab_size", "seq_len"), [(3, 4, 1), (40, 5, 3), (500, 12, 7), (2000, 60, 64)]
-)
+@pytest.mark.parametrize(("n", "vocab_size", "seq_len"), [(3, 4, 1), (40, 5, 3), (500, 12, 7), (2000, 60, 64)])
 def test_against_brute_force(n: int, vocab_size: int, seq_len: int):
     rng = np.random.default_rng(n)
     steps = rng.choice(vocab_size - 1, p=rng.dirichlet(np.ones(vocab_size - 1) * 0.2), size=n)

@@ -112,9 +112,7 @@ def test_missing_and_truncated_files_are_refused(tmp_path: Path):
 
 
 @given(data=st.data())
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_byte_sequence_confuses_the_reader(tmp_path: Path, data: st.DataObject):
     """Whatever the .idx holds, it is refused with InputError or describes the .bin file exactly."""
     write(tmp_path / "a", [[1, 2, 3], [4], [5, 6]])

@@ -34,19 +34,14 @@ def take(loader, steps: int) -> tuple[list[np.ndarray], list[int]]:
 
 def global_stream(config, manifest, dp_size: int, steps: int, consumed: int = 0):
     """Each step's samples over all ranks, joined in rank order."""
-    loaders = [
-        open_loader(config, manifest, dp_rank=r, dp_size=dp_size, consumed=consumed)
-        for r in range(dp_size)
-    ]
+    loaders = [open_loader(config, manifest, dp_rank=r, dp_size=dp_size, consumed=consumed) for r in range(dp_size)]
     rows, ids = [], []
     for _ in range(steps):
         for loader in loaders:
             for batch in loader.next_step():
                 rows += [batch.tokens.numpy()]
                 ids += batch.sample_ids.tolist()
-    assert {loader.consumed for loader in loaders} == {
-        consumed + steps * config.train.global_batch_size
-    }
+    assert {loader.consumed for loader in loaders} == {consumed + steps * config.train.global_batch_size}
     for loader in loaders:
         loader.close()
     return np.concatenate(rows), ids
@@ -86,9 +81,7 @@ def test_no_layout_changes_the_stream(make_data: MakeData, kind: str, dp_size: i
 
 
 @given(data=st.data())
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_native_equals_numpy(make_data: MakeData, data: st.DataObject):
     dp_size, micro, accumulation = (data.draw(st.integers(1, 4)) for _ in range(3))
     config, manifest = make_data(
@@ -125,9 +118,7 @@ def test_resumed_equals_uninterrupted(make_data: MakeData, kind: str):
 def test_huge_sample_numbers(make_data: MakeData):
     config, manifest = make_data()
     for consumed in (2**32 - 6, 2**53 + 1, 2**63 - 100):
-        native = open_loader(
-            with_loader(config, "native"), manifest, dp_rank=0, dp_size=2, consumed=consumed
-        )
+        native = open_loader(with_loader(config, "native"), manifest, dp_rank=0, dp_size=2, consumed=consumed)
         twin = open_loader(config, manifest, dp_rank=0, dp_size=2, consumed=consumed)
         (rows, ids), (expected_rows, expected_ids) = take(native, 3), take(twin, 3)
         assert ids == expected_ids
@@ -227,9 +218,7 @@ def test_unfit_data_is_refused(make_data: MakeData, kind: str):
     refused(config, manifest, "-1 consumed", consumed=-1)
     with pytest.raises(InputError, match=r"validation_samples is 20; .* has 19 samples"):
         validation_batches(
-            dataclasses.replace(
-                config, data=dataclasses.replace(config.data, validation_samples=20)
-            ),
+            dataclasses.replace(config, data=dataclasses.replace(config.data, validation_samples=20)),
             manifest,
             dp_rank=0,
             dp_size=1,

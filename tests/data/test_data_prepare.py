@@ -85,9 +85,7 @@ def test_the_shards_hold_the_documents():
     assert manifest.bigram_nats_per_token == bigram_loss(train, validation, 280, 16)
     assert manifest.bigram_seq_len == 16
     total = sum(len(text.encode()) for text in DOCUMENTS)
-    assert [s for s in stages if s[1] == total and s[0] == "tokenising"] == [
-        ("tokenising", total, total)
-    ]
+    assert [s for s in stages if s[1] == total and s[0] == "tokenising"] == [("tokenising", total, total)]
 
 
 def test_the_split_goes_by_hash_alone():
@@ -95,9 +93,7 @@ def test_the_split_goes_by_hash_alone():
     share = sum(split_of(text, 0.1) == "validation" for text in texts) / len(texts)
     assert share == pytest.approx(0.1, abs=0.02)
     larger = [split_of(text, 0.2) == "validation" for text in texts]
-    assert all(
-        big for text, big in zip(texts, larger, strict=True) if split_of(text, 0.1) == "validation"
-    )
+    assert all(big for text, big in zip(texts, larger, strict=True) if split_of(text, 0.1) == "validation")
     write_corpus(Path("text.jsonl"), DOCUMENTS[::-1])
     manifest = prepare(make_config())
     assert manifest.splits["validation"].documents == len(split_text("validation"))
@@ -141,9 +137,7 @@ def test_another_folder_is_never_overwritten():
     config = make_config(path="shards")
     prepare(config)
     before = hashes(Path("shards"))
-    refused(
-        make_config(path="shards", validation_fraction=0.3), "data.validation_fraction: found 0.2"
-    )
+    refused(make_config(path="shards", validation_fraction=0.3), "data.validation_fraction: found 0.2")
     refused(make_config(270, path="shards"), "model.vocab_size: found 280, expected 270")
     given = make_config(path="shards", tokenizer="shards/tokenizer.json")
     refused(given, "another data.tokenizer: found train")

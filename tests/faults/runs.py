@@ -73,9 +73,7 @@ class Workspace:
             "DS_ACCELERATOR": "cpu",
             "PATH": f"{BIN}:{os.environ['PATH']}",
         }
-        inherited = {
-            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
+        inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         return inherited | ours | changes
 
     def prepare(self, **overrides: Any) -> subprocess.CompletedProcess[str]:
@@ -86,9 +84,7 @@ class Workspace:
         ]
         return self._run(command, self.environment())
 
-    def python(
-        self, env: dict[str, str] | None = None, **overrides: Any
-    ) -> subprocess.CompletedProcess[str]:
+    def python(self, env: dict[str, str] | None = None, **overrides: Any) -> subprocess.CompletedProcess[str]:
         """One process, without a launcher."""
         command = [sys.executable, str(ROOT / "launch/pretrain.py"), *self.arguments(**overrides)]
         return self._run(command, env or self.environment())
@@ -121,14 +117,10 @@ class Workspace:
 
     def start(self, command: list[str]) -> subprocess.Popen[bytes]:
         log = (self.path / "started.log").open("wb")
-        return subprocess.Popen(
-            command, cwd=self.path, env=self.environment(), stdout=log, stderr=log
-        )
+        return subprocess.Popen(command, cwd=self.path, env=self.environment(), stdout=log, stderr=log)
 
     def _run(self, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd=self.path, env=env, capture_output=True, text=True, timeout=300
-        )
+        return subprocess.run(command, cwd=self.path, env=env, capture_output=True, text=True, timeout=300)
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         path = self.path / "runs" / name / "metrics.jsonl"

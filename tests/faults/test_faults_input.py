@@ -90,10 +90,7 @@ def test_missing_compiler(workspace: Workspace, tmp_path: Path) -> None:
     for folder in ("/usr/bin", "/bin"):
         for program in Path(folder).iterdir():
             link = tmp_path / program.name
-            if (
-                not any(word in program.name for word in ("g++", "gcc", "c++", "clang"))
-                and not link.exists()
-            ):
+            if not any(word in program.name for word in ("g++", "gcc", "c++", "clang")) and not link.exists():
                 link.symlink_to(program)
     environment = workspace.environment(PATH=str(tmp_path))
     environment.pop("CXX", None)
@@ -114,9 +111,7 @@ def test_full_disk(workspace: Workspace) -> None:
         assert result.returncode == 1, text[-3000:]
         assert "No space left" in text or "free" in text
         assert str(Path("runs/disk/checkpoints")) in text
-        whole = sorted(
-            p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith("step-")
-        )
+        whole = sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith("step-"))
         assert whole and not any(name.endswith(".tmp") for name in whole)
     finally:
         subprocess.run(["umount", str(folder)], check=True)

@@ -15,9 +15,7 @@ from runs import Workspace, succeeded
 
 def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
     children = launcher.children(recursive=True)
-    return [
-        c for c in children if "launch/pretrain.py" in " ".join(c.cmdline()) and not c.children()
-    ]
+    return [c for c in children if "launch/pretrain.py" in " ".join(c.cmdline()) and not c.children()]
 
 
 def kill_one_rank(launcher: psutil.Process) -> None:
@@ -64,9 +62,7 @@ def validation(space: Workspace, name: str) -> list[float]:
 
 
 def test_a_second_start_is_refused_and_the_first_goes_on(uninterrupted: Workspace) -> None:
-    process = uninterrupted.start(
-        uninterrupted.deepspeed_command(2, name="busy", train__max_steps=2000)
-    )
+    process = uninterrupted.start(uninterrupted.deepspeed_command(2, name="busy", train__max_steps=2000))
     try:
         uninterrupted.wait_for_step("busy", 2)
         second = uninterrupted.python(name="busy", train__max_steps=2000)

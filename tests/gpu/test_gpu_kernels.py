@@ -46,9 +46,7 @@ def run(function, tensors: list[Tensor], do: Tensor, dtype: torch.dtype) -> list
     return [o, *torch.autograd.grad(o, copies, do.to(o.dtype))]
 
 
-def assert_within_rounding(
-    ours: list[Tensor], plain: list[Tensor], true: list[Tensor], dtype: torch.dtype
-) -> None:
+def assert_within_rounding(ours: list[Tensor], plain: list[Tensor], true: list[Tensor], dtype: torch.dtype) -> None:
     for mine, theirs, exact in zip(ours, plain, true, strict=True):
         allowed = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         assert (mine - exact).abs().max() <= allowed
@@ -68,9 +66,7 @@ def attention_inputs(
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
 @pytest.mark.parametrize("D", [16, 32, 40, 64, 96, 128, 256])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_attention(
-    lengths: tuple[int, int], D: int, heads: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_attention(lengths: tuple[int, int], D: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
     tensors, do = attention_inputs(lengths, heads, D, dtype)
     true = run(reference.attention, tensors, do, torch.float64)
     plain = run(plain_attention, tensors, do, dtype)

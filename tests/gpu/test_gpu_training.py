@@ -42,7 +42,4 @@ def test_precision_follows_fp32(space: Workspace, precision: str, stage: int) ->
     # fp16 skips steps until its loss scale fits; each one delays the curve.
     skipped = space.metrics(name)[-2]["skipped_steps"]
     assert precision == "fp16" or skipped == 0
-    assert (
-        max(abs(losses[s] - reference[s - skipped]) for s in range(skipped + 1, 41))
-        < BOUNDS[precision]
-    )
+    assert max(abs(losses[s] - reference[s - skipped]) for s in range(skipped + 1, 41)) < BOUNDS[precision]

@@ -39,21 +39,15 @@ def inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[list[Tenso
     return [q, k, v], do
 
 
-def run(
-    function, tensors: list[Tensor], do: Tensor, dtype: torch.dtype | None = None
-) -> list[Tensor]:
+def run(function, tensors: list[Tensor], do: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
     """The output and the gradients of q, k, v."""
     copies = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     o = function(*copies)
     return [o, *torch.autograd.grad(o, copies, do.to(o.dtype))]
 
 
-def using(
-    impl: str, key: DropoutKey | None = None, samples: Tensor | None = None, head_offset: int = 0
-):
-    return lambda q, k, v: attention(
-        q, k, v, dropout=key, samples=samples, head_offset=head_offset, impl=impl
-    )
+def using(impl: str, key: DropoutKey | None = None, samples: Tensor | None = None, head_offset: int = 0):
+    return lambda q, k, v: attention(q, k, v, dropout=key, samples=samples, head_offset=head_offset, impl=impl)
 
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -86,9 +80,7 @@ def test_pytorch_forms_against_float64(shape: Shape, impl: str) -> None:
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("D", [8, 16, 40, 64, 100, 256])
-@pytest.mark.parametrize(
-    "lengths", [(1, 1), (7, 7), (33, 33), (130, 130), (7, 130), (64, 65)], ids=str
-)
+@pytest.mark.parametrize("lengths", [(1, 1), (7, 7), (33, 33), (130, 130), (7, 130), (64, 65)], ids=str)
 def test_triton_against_float64_everywhere(
     lengths: tuple[int, int], D: int, heads: tuple[int, int], dropout: bool
 ) -> None:
@@ -118,21 +110,15 @@ def test_tiles_change_only_the_rounding(tile: Tile) -> None:
     samples = SAMPLES[:1]
     o, lse = forward.forward(q, k, v, KEY, samples, 2, tile)
     gradients = backward.backward(do, q, k, v, o, lse, KEY, samples, 2, (tile, tile))
-    assert_close(
-        [o, *gradients], run(using("reference", KEY, samples, 2), [q, k, v], do, torch.float64)
-    )
+    assert_close([o, *gradients], run(using("reference", KEY, samples, 2), [q, k, v], do, torch.float64))
 
 
 def test_a_shard_of_the_heads_draws_the_masks_of_the_whole() -> None:
     (q, k, v), do = inputs((2, 20, 20, 4, 2, 16))
     for impl in ("triton", "reference"):
         whole = run(using(impl, KEY, SAMPLES[:2]), [q, k, v], do)
-        shard = run(
-            using(impl, KEY, SAMPLES[:2], 2), [q[:, :, 2:], k[:, :, 1:], v[:, :, 1:]], do[:, :, 2:]
-        )
-        assert_close(
-            shard, [whole[0][:, :, 2:], whole[1][:, :, 2:], whole[2][:, :, 1:], whole[3][:, :, 1:]]
-        )
+        shard = run(using(impl, KEY, SAMPLES[:2], 2), [q[:, :, 2:], k[:, :, 1:], v[:, :, 1:]], do[:, :, 2:])
+        assert_close(shard, [whole[0][:, :, 2:], whole[1][:, :, 2:], whole[2][:, :, 1:], whole[3][:, :, 1:]])
 
 
 def test_samples_may_be_split_over_ranks() -> None:
@@ -184,9 +170,7 @@ def test_expanded_gradients() -> None:
 def test_large_scores_stay_finite() -> None:
     tensors, do = inputs((1, 40, 40, 1, 1, 16))
     tensors = [tensors[0] * 300, *tensors[1:]]
-    assert_close(
-        run(using("triton"), tensors, do), run(using("reference"), tensors, do, torch.float64), 1e-3
-    )
+    assert_close(run(using("triton"), tensors, do), run(using("reference"), tensors, do, torch.float64), 1e-3)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

@@ -27,9 +27,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         (GPU, torch.bfloat16, 512, 0.0, "torch"),
     ],
 )
-def test_auto(
-    device: torch.device, dtype: torch.dtype, width: int, dropout: float, expected: str
-) -> None:
+def test_auto(device: torch.device, dtype: torch.dtype, width: int, dropout: float, expected: str) -> None:
     form = choose("auto", "attention", device=device, dtype=dtype, width=width, dropout=dropout)
     assert form == expected
 
@@ -68,7 +66,5 @@ layer_norm(torch.zeros(2, 4), torch.ones(4), None, impl="triton")
 
 
 def test_the_package_imports_neither_torch_nor_triton() -> None:
-    code = (
-        "import sys, kernels; assert not {'torch', 'triton'} & set(sys.modules), sys.modules.keys()"
-    )
+    code = "import sys, kernels; assert not {'torch', 'triton'} & set(sys.modules), sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -28,9 +28,7 @@ def inputs(shape: tuple[int, ...], bias: bool, dtype: torch.dtype = torch.float3
 
 def run(function, tensors: list[Any], dy: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
     """The output and the gradient of each tensor."""
-    copies = [
-        None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors
-    ]
+    copies = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     y = function(*copies)
     given = [c for c in copies if c is not None]
     return [y, *torch.autograd.grad(y, given, dy.to(y.dtype))]
@@ -67,10 +65,7 @@ def test_16_bit_inputs_round_only_the_results(dtype: torch.dtype) -> None:
 
 def test_16_bit_rows_with_fp32_weights() -> None:
     (x, *_), (_, weight, bias) = inputs((4, 16), True, torch.bfloat16), inputs((4, 16), True)
-    outs = [
-        run(lambda *a, i=i: layer_norm(*a, impl=i), [x, weight, bias], x)
-        for i in ("triton", "reference")
-    ]
+    outs = [run(lambda *a, i=i: layer_norm(*a, impl=i), [x, weight, bias], x) for i in ("triton", "reference")]
     for mine, theirs in zip(*outs, strict=True):
         assert mine.dtype == theirs.dtype
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-5)
@@ -86,9 +81,7 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize(
-    "which", ["transposed", "last dimension strided", "rows of a wider tensor"]
-)
+@pytest.mark.parametrize("which", ["transposed", "last dimension strided", "rows of a wider tensor"])
 def test_strides_change_nothing(which: str) -> None:
     x, weight, bias = inputs((3, 5, 12), bias=True)
     dy = torch.randn(3, 5, 12)
@@ -103,9 +96,7 @@ def test_strides_change_nothing(which: str) -> None:
 def test_expanded_gradients() -> None:
     x, weight, bias = inputs((3, 5, 12), bias=True)
     for scale in (torch.tensor(0.5), torch.randn(12)):
-        ours = run(
-            lambda *a: layer_norm(*a, impl="triton"), [x, weight, bias], scale.expand(3, 5, 12)
-        )
+        ours = run(lambda *a: layer_norm(*a, impl="triton"), [x, weight, bias], scale.expand(3, 5, 12))
         dense = run(reference.layer_norm, [x, weight, bias], scale.expand(3, 5, 12).contiguous())
         for mine, theirs in zip(ours, dense, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

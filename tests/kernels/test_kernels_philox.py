@@ -67,9 +67,7 @@ def mask_kernel(
     first_col = tile % col_tiles * COLS
     cols = first_col + tl.arange(0, COLS)
     sample = tl.load(samples_ptr + b)
-    keep = keep_tile(
-        seed, site, threshold, sample, h + head_offset, rows + first_row, first_col, COLS
-    )
+    keep = keep_tile(seed, site, threshold, sample, h + head_offset, rows + first_row, first_col, COLS)
     ptrs = out_ptr + ((b * H + h) * T + rows[:, None]) * T + cols[None, :]
     tl.store(ptrs, keep.to(tl.int8), (rows < T)[:, None] & (cols < T)[None, :])
 
@@ -143,9 +141,7 @@ def test_dropout_and_its_gradient() -> None:
     assert dropout(half, key, samples, positions).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("p", "seed", "site"), [(1.0, 0, 0), (-0.1, 0, 0), (0.1, 2**32, 0), (0.1, 0, -1)]
-)
+@pytest.mark.parametrize(("p", "seed", "site"), [(1.0, 0, 0), (-0.1, 0, 0), (0.1, 2**32, 0), (0.1, 0, -1)])
 def test_a_key_out_of_range_is_refused(p: float, seed: int, site: int) -> None:
     with pytest.raises(KernelError, match="expected"):
         DropoutKey(p, seed, site)

@@ -21,9 +21,7 @@ VARIANTS = {
 
 
 def build(recompute: bool = False, **fields) -> GPT:
-    config = ModelConfig(
-        **{"n_layer": 2, "d_model": 64, "vocab_size": 512, "max_seq_len": 32, **fields}
-    )
+    config = ModelConfig(**{"n_layer": 2, "d_model": 64, "vocab_size": 512, "max_seq_len": 32, **fields})
     model = GPT(config, DenseLayers(seed=7), recompute=recompute)
     init_weights(model, config, 3)
     return model

@@ -92,9 +92,7 @@ def vocabulary_case(size: int, V: int) -> None:
     grad = embedding.weight.grad
     assert grad is not None
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(
-        grad[: held.stop - held.start], held.take(whole.grad), atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(grad[: held.stop - held.start], held.take(whole.grad), atol=1e-6, rtol=1e-5)
     assert not grad[held.stop - held.start :].any(), "padding rows must stay untouched"
     with torch.no_grad():
         gathered = head.logits(x)

@@ -16,9 +16,7 @@ from llm.train.engines.plain import PlainEngine
 G, T, V = 8, 16, 50  # V divides by neither 4 nor 3: the vocabulary is padded
 
 BASE = RunConfig(
-    model=ModelConfig(
-        n_layer=2, n_head=4, n_kv_head=2, d_model=32, vocab_size=V, max_seq_len=T, position="rope"
-    ),
+    model=ModelConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, vocab_size=V, max_seq_len=T, position="rope"),
     data=DataConfig(seq_len=T),
     optim=OptimConfig(lr=1e-3, min_lr=1e-3, warmup_steps=0, grad_clip=0.5),
     parallel=ParallelConfig(timeout_seconds=60),
@@ -33,9 +31,7 @@ def case(**sections: Any) -> RunConfig:
     changed = {name: replace(getattr(BASE, name), **fields) for name, fields in sections.items()}
     config = replace(BASE, **changed)
     if config.parallel.zero_stage == 3:
-        config = replace(
-            config, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-        )
+        config = replace(config, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
     return config
 
 
@@ -49,9 +45,7 @@ def plain(config: RunConfig, **train: Any) -> RunConfig:
     )
 
 
-def batches(
-    config: RunConfig, step: int, dp_rank: int, dp_size: int, ragged: bool
-) -> list[MicroBatch]:
+def batches(config: RunConfig, step: int, dp_rank: int, dp_size: int, ragged: bool) -> list[MicroBatch]:
     """This rank's micro-batches of a step; ragged: ever fewer targets count towards the batch's end."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, V, (G, T + 1), generator=generator)

@@ -19,9 +19,7 @@ def resident_elements(config: RunConfig) -> tuple[int, int]:
     """Elements of parameters and of optimizer state that this rank holds after a step."""
     mesh = Mesh.create(config.parallel, "cpu")
     engine = build_engine(config, build_model(config, mesh), mesh, CPU)
-    engine.forward_backward(
-        batches(config, 0, mesh.dp_rank, mesh.dp_size, False), target_count(False)
-    )
+    engine.forward_backward(batches(config, 0, mesh.dp_rank, mesh.dp_size, False), target_count(False))
     engine.step()
     parameters = sum(p.numel() for p in engine.parameters.values())  # pyright: ignore
     state = sum(piece.data.numel() for piece in engine.state_pieces() if piece.kind == "exp_avg")
@@ -37,16 +35,12 @@ def test_zero_partitions(two_ranks: RankPool) -> None:
         assert sum(state for _, state in found) == total
         assert abs(found[0][1] - total / 2) < 0.02 * total
     found = two_ranks.run(resident_elements, case(parallel=dict(zero_stage=3)))
-    assert [parameters for parameters, _ in found] == [0, 0], (
-        "parameters are gathered when used alone"
-    )
+    assert [parameters for parameters, _ in found] == [0, 0], "parameters are gathered when used alone"
     assert sum(state for _, state in found) == total
 
 
 def fp16_engine(**optim) -> tuple[PlainEngine, RunConfig]:
-    config = plain(
-        case(train=dict(precision="fp16", engine="plain"), optim=optim), micro_batch_size=8
-    )
+    config = plain(case(train=dict(precision="fp16", engine="plain"), optim=optim), micro_batch_size=8)
     return PlainEngine(config, build_model(config, None), None, CPU), config
 
 
@@ -79,7 +73,4 @@ def test_fp16_follows_fp32() -> None:
 
 def test_kernels_are_named() -> None:
     assert check_kernels(case(), CPU) == "attention: torch, layer_norm: torch"
-    assert (
-        check_kernels(case(model=dict(dropout=0.1)), CPU)
-        == "attention: reference, layer_norm: torch"
-    )
+    assert check_kernels(case(model=dict(dropout=0.1)), CPU) == "attention: reference, layer_norm: torch"

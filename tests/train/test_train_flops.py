@@ -27,9 +27,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
 def test_n_is_every_parameter_but_the_tables_that_are_looked_up(shape: dict) -> None:
     model = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, vocab_size=50, **shape)
-    sizes = {
-        name: p.numel() for name, p in build_model(RunConfig(model=model), None).named_parameters()
-    }
+    sizes = {name: p.numel() for name, p in build_model(RunConfig(model=model), None).named_parameters()}
     looked_up = sizes.get("position_table.weight", 0)
     if not model.tie_embeddings:
         looked_up += sizes["embedding.weight"]
@@ -60,9 +58,7 @@ def test_causal_is_half_the_attention_of_palm() -> None:
 
 
 def test_gpt2_small_by_hand() -> None:
-    model = ModelConfig(
-        n_layer=12, n_head=12, d_model=768, vocab_size=50257, max_seq_len=1024, bias=True
-    )
+    model = ModelConfig(n_layer=12, n_head=12, d_model=768, vocab_size=50257, max_seq_len=1024, bias=True)
     block = 4 * 768**2 + 4 * 768 + 2 * 4 * 768**2 + 5 * 768 + 4 * 768
     N = 12 * block + 2 * 768 + 50257 * 768
     assert matmul_parameters(model) == N == 124439808 - 1024 * 768

@@ -12,9 +12,7 @@ from llm.train.optim import adamw, decays, parameter_groups
 
 
 def small_model(**model) -> nn.Module:
-    return build_model(
-        RunConfig(model=ModelConfig(n_layer=2, d_model=32, vocab_size=50, **model)), None
-    )
+    return build_model(RunConfig(model=ModelConfig(n_layer=2, d_model=32, vocab_size=50, **model)), None)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -29,9 +29,7 @@ def check(config, results, ragged=False, loss=1e-5, gradient=1e-5) -> None:
 
 TWO_RANKS = {
     "tp2": dict(parallel=dict(tensor_parallel=2)),
-    "tp2-untied-dropout": dict(
-        parallel=dict(tensor_parallel=2), model=dict(tie_embeddings=False, dropout=0.1)
-    ),
+    "tp2-untied-dropout": dict(parallel=dict(tensor_parallel=2), model=dict(tie_embeddings=False, dropout=0.1)),
     "tp2-learned-rms-swiglu": dict(
         parallel=dict(tensor_parallel=2),
         model=dict(position="learned", norm="rmsnorm", activation="swiglu", bias=False),
@@ -67,12 +65,8 @@ def test_unequal_counts_of_targets(stage: int, two_ranks: RankPool) -> None:
 
 FOUR_RANKS = {
     "tp2-dp2-zero0": dict(parallel=dict(tensor_parallel=2)),
-    "tp2-dp2-zero1-dropout": dict(
-        parallel=dict(tensor_parallel=2, zero_stage=1), model=dict(dropout=0.1)
-    ),
-    "tp2-dp2-zero2-untied": dict(
-        parallel=dict(tensor_parallel=2, zero_stage=2), model=dict(tie_embeddings=False)
-    ),
+    "tp2-dp2-zero1-dropout": dict(parallel=dict(tensor_parallel=2, zero_stage=1), model=dict(dropout=0.1)),
+    "tp2-dp2-zero2-untied": dict(parallel=dict(tensor_parallel=2, zero_stage=2), model=dict(tie_embeddings=False)),
     "tp2-dp2-zero3": dict(parallel=dict(tensor_parallel=2, zero_stage=3)),
     "tp4-zero1": dict(parallel=dict(tensor_parallel=4, zero_stage=1), model=dict(n_kv_head=4)),
 }

@@ -75,17 +75,12 @@ def tensors(root: Path) -> dict[tuple[str, str], Any]:
     assert latest is not None and not warnings
     reader = open_checkpoint(latest)
     kinds = ("master", "exp_avg", "exp_avg_sq")
-    return {
-        (name, kind): reader.read(name, kind).numpy() for name in reader.names for kind in kinds
-    }
+    return {(name, kind): reader.read(name, kind).numpy() for name in reader.names for kind in kinds}
 
 
 SAME_LAYOUT = {
     **{f"zero{stage}": dict(parallel=dict(zero_stage=stage)) for stage in range(4)},
-    **{
-        f"zero{stage}-bf16": dict(parallel=dict(zero_stage=stage), train=dict(precision="bf16"))
-        for stage in (1, 2, 3)
-    },
+    **{f"zero{stage}-bf16": dict(parallel=dict(zero_stage=stage), train=dict(precision="bf16")) for stage in (1, 2, 3)},
     "tp2-dropout": dict(parallel=dict(tensor_parallel=2), model=dict(dropout=0.1)),
     "plain": dict(train=dict(engine="plain")),
     "plain-bf16": dict(train=dict(engine="plain", precision="bf16")),
@@ -100,9 +95,7 @@ def test_restart_is_exact(name: str, two_ranks: RankPool, tmp_path: Path) -> Non
     assert resumed == whole
     before, after = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert before.keys() == after.keys()
-    assert {key[0] for key in before} == {
-        n for n, _ in build_model(config, None).named_parameters()
-    }
+    assert {key[0] for key in before} == {n for n, _ in build_model(config, None).named_parameters()}
     for key, value in before.items():
         assert np.array_equal(value, after[key]), key
 
@@ -126,9 +119,7 @@ def test_another_layout_goes_on(name: str, two_ranks: RankPool, tmp_path: Path) 
 def test_four_ranks_to_one(four_ranks: RankPool, one_rank: RankPool, tmp_path: Path) -> None:
     wide = case(parallel=dict(tensor_parallel=2, zero_stage=1))
     whole = four_ranks.run(first_half, wide, tmp_path / "a")[0]
-    resumed = one_rank.run(
-        second_half, plain(wide, micro_batch_size=8), tmp_path / "a", tmp_path / "b"
-    )[0]
+    resumed = one_rank.run(second_half, plain(wide, micro_batch_size=8), tmp_path / "a", tmp_path / "b")[0]
     np.testing.assert_allclose(resumed, whole, atol=1e-5)
 
 

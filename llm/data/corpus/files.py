@@ -36,9 +36,7 @@ def list_files(source: Path) -> list[Path]:
     )
     files = sorted(_walk(source), key=lambda path: path.relative_to(source).as_posix())
     others = [str(path) for path in files if not (_is_text(path) and path.is_file())]
-    require(
-        not others, f"data.source {source} holds {others[:3]}; expected only files in {SUFFIXES}"
-    )
+    require(not others, f"data.source {source} holds {others[:3]}; expected only files in {SUFFIXES}")
     require(bool(files), f"data.source {source} is empty; expected files in {SUFFIXES}")
     return files
 
@@ -100,9 +98,7 @@ def _text_field(line: str, where: str) -> str:
         raise InputError(f"{where} is not JSON: {error}") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str) or not text:
-        raise InputError(
-            f"{where}: expected a JSON object whose `text` is a string that is not empty"
-        )
+        raise InputError(f"{where}: expected a JSON object whose `text` is a string that is not empty")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell

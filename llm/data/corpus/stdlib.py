@@ -14,11 +14,7 @@ def stdlib_files() -> list[Path]:
     """Every .py file of the standard library but its tests and installed packages, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
     found = sorted(
-        (
-            path
-            for path in root.rglob("*.py")
-            if path.is_file() and not LEFT_OUT & set(path.relative_to(root).parts)
-        ),
+        (path for path in root.rglob("*.py") if path.is_file() and not LEFT_OUT & set(path.relative_to(root).parts)),
         key=lambda path: path.relative_to(root).as_posix(),
     )
     if not found:

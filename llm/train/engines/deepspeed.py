@@ -70,18 +70,14 @@ def _initialize(**arguments: Any) -> tuple[deepspeed.DeepSpeedEngine, Any]:
     try:
         engine, optimizer, _, _ = deepspeed.initialize(**arguments)
     except ValidationError as error:
-        raise InputError(
-            f"DeepSpeed refuses its part of the config (deepspeed.*): {error}"
-        ) from error
+        raise InputError(f"DeepSpeed refuses its part of the config (deepspeed.*): {error}") from error
     return engine, optimizer
 
 
 class DeepSpeedEngine:
     """AdamW under ZeRO, with gradients, norms and checkpoints in terms of global tensors."""
 
-    def __init__(
-        self, config: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device
-    ) -> None:
+    def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device) -> None:
         self.mesh = mesh
         self.device = device
         self.stage = config.parallel.zero_stage
@@ -92,9 +88,7 @@ class DeepSpeedEngine:
         generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
         optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim)
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; each would warn once per call site.
-        warnings.filterwarnings(
-            "ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning
-        )
+        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.engine, self.optimizer = _initialize(
             model=model,

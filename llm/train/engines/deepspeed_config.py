@@ -62,9 +62,7 @@ PASSED_THROUGH = (
 )
 
 
-def deepspeed_config(
-    config: RunConfig, *, dp_size: int, device: Literal["cpu", "cuda"] | str
-) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", "cuda"] | str) -> dict[str, Any]:
     """The dict that `deepspeed.initialize(config=...)` takes. Pure: imports and changes nothing.
 
     Under ZeRO 0 DeepSpeed neither reports the gradient norm nor shares its clipping with Ingot's,
@@ -89,8 +87,7 @@ def deepspeed_config(
     generated = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size
-        // (dp_size * train.micro_batch_size),
+        "gradient_accumulation_steps": train.global_batch_size // (dp_size * train.micro_batch_size),
         "gradient_clipping": config.optim.grad_clip if stage > 0 else 0.0,
         "zero_optimization": {
             "stage": stage,
@@ -138,8 +135,7 @@ def _check_user_keys(section: dict[str, Any], prefix: str = "") -> None:
             near = difflib.get_close_matches(key, [*PASSED_THROUGH, *OWNED], n=1, cutoff=0.0)[0]
             instead = OWNED.get(near, f"deepspeed.{near}")
             raise InputError(
-                f"deepspeed.{key} is not a key that Ingot passes on; the nearest is {near!r}: "
-                f"use {instead}"
+                f"deepspeed.{key} is not a key that Ingot passes on; the nearest is {near!r}: use {instead}"
             )
         if path == "zero_optimization":
             require(

@@ -37,17 +37,11 @@ def fragment(zero_stage: int, optimizer: Any, parameter: Any, dp_rank: int) -> F
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = dp_rank * size
         numel = min(size, parameter.ds_numel - start)
-        return (
-            Fragment(optimizer.fp32_partitioned_groups_flat[group], offset, start, numel)
-            if numel > 0
-            else None
-        )
+        return Fragment(optimizer.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
-    flats = getattr(
-        optimizer, "fp32_groups_flat_partition", None
-    )  # BF16_Optimizer; else stages 1 and 2
+    flats = getattr(optimizer, "fp32_groups_flat_partition", None)  # BF16_Optimizer; else stages 1 and 2
     flats = flats if flats is not None else optimizer.single_partition_of_fp32_groups
     lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Fragment(flats[mapping.param_group_index], hp.start, lp.start, hp.numel)

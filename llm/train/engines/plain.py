@@ -32,9 +32,7 @@ from llm.train.optim import adamw, parameter_groups
 class PlainEngine:
     """AdamW on fp32 master weights; in bf16 and fp16 the model is a copy of them in the lower precision."""
 
-    def __init__(
-        self, config: RunConfig, model: nn.Module, mesh: Mesh | None, device: torch.device
-    ) -> None:
+    def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh | None, device: torch.device) -> None:
         self.model = model.to(device=device, dtype=DTYPES[config.train.precision])
         self.group = mesh.dp_group if mesh is not None else None
         self.dp_rank = mesh.dp_rank if mesh is not None else 0
@@ -81,9 +79,7 @@ class PlainEngine:
         if self.group is not None and self.group.size() > 1:
             flat = torch.cat([m.grad.flatten() for m in masters if m.grad is not None])
             dist.all_reduce(flat, group=self.group)
-            for master, reduced in zip(
-                masters, flat.split([m.numel() for m in masters]), strict=True
-            ):
+            for master, reduced in zip(masters, flat.split([m.numel() for m in masters]), strict=True):
                 master.grad = reduced.view_as(master)
         if self.scale:
             torch._foreach_div_([m.grad for m in masters if m.grad is not None], self.scale.scale)
@@ -127,9 +123,7 @@ class PlainEngine:
             held, master = slice_of(parameter), self.masters[name]
             yield Piece(name, "master", held, 0, master.detach().flatten().cpu())
             for moment in MOMENTS if self.updates else ():
-                yield Piece(
-                    name, moment, held, 0, self.optimizer.state[master][moment].flatten().cpu()
-                )
+                yield Piece(name, moment, held, 0, self.optimizer.state[master][moment].flatten().cpu())
 
     @torch.no_grad()
     def load_pieces(self, reader: CheckpointReader, optimizer_step: int) -> None:
