@@ -32,7 +32,7 @@ from kernels.layer_norm import layer_norm_backward_kernel, layer_norm_forward_ke
 # 8.0 tiles also serve 8.6, 8.9 and 12.0, which have the least.
 SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 HEAD_WIDTHS = (16, 32, 40, 64, 80, 96, 128, 192, 256)
-ROW_WIDTHS = (128, 768, 1600, 4096, 8192, 16384)
+ROW_WIDTHS = (128, 768, 1600, 4096, 8192)
 MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 # Pointers that are not of the tensors' own dtype.
 POINTERS = {

@@ -17,7 +17,7 @@ from triton import knobs
 
 IMPLS = ("auto", "triton", "torch", "reference")
 # Widest last dimension that one Triton tile holds: attention's head width, layer norm's row.
-MAX_WIDTH = {"attention": 256, "layer_norm": 16384}
+MAX_WIDTH = {"attention": 256, "layer_norm": 8192}
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton fixes the mode when a kernel is decorated, that is on import: so does this constant, read
 # on the same import.

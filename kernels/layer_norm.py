@@ -30,7 +30,7 @@ def tile_of(C: int) -> tuple[int, int, int]:
     """(rows of a tile, its padded width, warps) for rows of width C."""
     width = padded(C)
     rows = max(1, min(16, TILE_ELEMENTS // width))
-    return rows, width, min(16, max(4, width // 1024))
+    return rows, width, max(4, width // 1024)
 
 
 @triton.jit

@@ -59,6 +59,11 @@ HOPPER_TIGHT = HOPPER | {
     ("dkdv", 128): Tile(32, 64, 8, 2),
     ("dq", 256): Tile(32, 32, 8, 1),
 }
+BLACKWELL = HOPPER | {
+    ("forward", 256): Tile(64, 64, 8, 2),
+    ("dkdv", 128): Tile(32, 64, 8, 2),
+}
+BLACKWELL_TIGHT = HOPPER_TIGHT | {("dkdv", 128): Tile(32, 64, 8, 1)}
 AMPERE = {
     ("forward", 16): Tile(128, 64, 4, 3),
     ("forward", 32): Tile(128, 64, 4, 3),
@@ -108,9 +113,10 @@ def tile_for(kind: str, D: int, itemsize: int, major: int, dropout: bool) -> Til
     if itemsize == 4:
         return ANY_32_BIT[kind, width]
     tight = dropout or width != D
-    if major in (9, 10):
-        return (HOPPER_TIGHT if tight else HOPPER)[kind, width]
-    return (AMPERE_TIGHT if tight else AMPERE)[kind, width]
+    plain_table, tight_table = {9: (HOPPER, HOPPER_TIGHT), 10: (BLACKWELL, BLACKWELL_TIGHT)}.get(
+        major, (AMPERE, AMPERE_TIGHT)
+    )
+    return (tight_table if tight else plain_table)[kind, width]
 
 
 def tile_here(kind: str, x: torch.Tensor, dropout: bool) -> Tile:

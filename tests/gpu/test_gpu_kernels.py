@@ -98,7 +98,7 @@ def test_attention_gives_the_same_bits_every_time() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("C", [16, 192, 760, 1024, 4096, 16384])
+@pytest.mark.parametrize("C", [16, 192, 760, 1024, 4096, 8192])
 @pytest.mark.parametrize("rows", [1, 199, 8192])
 def test_layer_norm(rows: int, C: int, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
