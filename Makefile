@@ -21,6 +21,8 @@ setup: $(VENV)/.native ## make .venv, install the pinned packages, build the ext
 # A CPU-only machine must not fetch the CUDA build: try what pip already knows, then PyTorch's own index.
 $(VENV)/.packages: constraints.txt setup.py pyproject.toml
 	@command -v g++ >/dev/null || { echo "error: g++ was not found; install a C++17 compiler (Debian: apt-get install g++)" >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+	  || { echo "error: Python's C headers were not found; install them (Debian: apt-get install python3-dev)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages (a few minutes the first time)"
 	@if command -v nvidia-smi >/dev/null; then $(PIP) "$(TORCH)"; \

@@ -39,6 +39,9 @@ def serve(rank: int, world_size: int, port: int, path: list[str], connection: An
     import torch
     import torch.distributed as dist
 
+    from llm.parallel.launcher import operator_folder
+
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(operator_folder())
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)

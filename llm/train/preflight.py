@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,8 +112,12 @@ def check_import_names() -> None:
     )
 
 
-def check_build_tools(environ: Mapping[str, str], scripts: Path = Path(sys.executable).parent) -> None:
-    """Raise InputError unless a C++ compiler and ninja are on PATH, or in `scripts`.
+def check_build_tools(
+    environ: Mapping[str, str],
+    scripts: Path = Path(sys.executable).parent,
+    headers: Path = Path(sysconfig.get_path("include")),
+) -> None:
+    """Raise InputError unless a C++ compiler and ninja are on PATH, or in `scripts`, and Python's headers are there.
 
     DeepSpeed compiles a small operator when it starts; without these it dies in init_distributed.
     `scripts`, by default the folder of this Python, joins PATH in llm.parallel.launcher.export.
@@ -129,6 +134,11 @@ def check_build_tools(environ: Mapping[str, str], scripts: Path = Path(sys.execu
         shutil.which("ninja", path=path) is not None,
         "ninja is not on PATH; DeepSpeed compiles an operator with it when it starts: `pip install "
         "ninja` in this environment, or use --train.engine=plain",
+    )
+    require(
+        (headers / "Python.h").is_file(),
+        f"Python's C headers are missing: no {headers / 'Python.h'}; DeepSpeed compiles an operator against them when "
+        "it starts: install them (Debian: apt-get install python3-dev), or use --train.engine=plain",
     )
 
 

@@ -78,6 +78,8 @@ def test_build_tools(tmp_path):
         preflight.check_build_tools({**environ, "CXX": "clang++"}, scripts)
     write_tool(tmp_path, "ccache")
     preflight.check_build_tools({**environ, "CXX": "ccache clang++"}, scripts)
+    with pytest.raises(InputError, match="headers are missing.*python3-dev"):
+        preflight.check_build_tools(environ, scripts, headers=tmp_path)
 
 
 def test_lock_of_a_killed_build_is_removed_and_that_of_a_living_one_kept(tmp_path):
