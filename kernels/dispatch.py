@@ -18,6 +18,7 @@ from triton import knobs
 IMPLS = ("auto", "triton", "torch", "reference")
 # Widest last dimension that one Triton tile holds: attention's head width, layer norm's row.
 MAX_WIDTH = {"attention": 256, "layer_norm": 8192}
+LEAST_CAPABILITY = (8, 0)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton fixes the mode when a kernel is decorated, that is on import: so does this constant, read
 # on the same import.
@@ -43,6 +44,9 @@ def why_not_triton(op: str, *, device: torch.device, dtype: torch.dtype, width: 
             f"found tensors on {device.type!r}, expected 'cuda': use impl=auto, or start the process "
             f"with TRITON_INTERPRET=1 to run the kernels in Triton's interpreter (slow)"
         )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"found a GPU of compute capability {found}, expected at least 8.0: use impl=torch or impl=reference"
     if dtype not in TRITON_DTYPES:
         return f"found {dtype}, expected float32, float16 or bfloat16: use impl=torch or reference"
     if width > MAX_WIDTH[op]:

@@ -21,7 +21,7 @@ from kernels.attention.tiles import Tile, load_rows, store_rows, tile_here, tile
 from kernels.dispatch import cdiv, interpretable, launch
 from kernels.philox import DropoutKey, keep_tile
 
-DELTA_ROWS = 64
+DELTA_ROWS = 16
 
 
 @triton.jit

@@ -60,10 +60,17 @@ HOPPER_TIGHT = HOPPER | {
     ("dq", 256): Tile(32, 32, 8, 1),
 }
 BLACKWELL = HOPPER | {
+    ("forward", 16): Tile(128, 64, 8, 3),
     ("forward", 256): Tile(64, 64, 8, 2),
     ("dkdv", 128): Tile(32, 64, 8, 2),
 }
-BLACKWELL_TIGHT = HOPPER_TIGHT | {("dkdv", 128): Tile(32, 64, 8, 1)}
+BLACKWELL_TIGHT = HOPPER_TIGHT | {
+    ("forward", 16): Tile(128, 64, 8, 3),
+    ("forward", 32): Tile(128, 64, 8, 3),
+    ("forward", 64): Tile(64, 64, 4, 3),
+    ("dkdv", 32): Tile(64, 64, 8, 2),
+    ("dkdv", 128): Tile(32, 64, 8, 1),
+}
 AMPERE = {
     ("forward", 16): Tile(128, 64, 4, 3),
     ("forward", 32): Tile(128, 64, 4, 3),
