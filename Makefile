@@ -59,6 +59,8 @@ bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/be
 	@$(BIN)/python launch/bench_step.py
 
 test-gpu: setup ## the same ladder on an NVIDIA GPU
+	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
+	  || { echo "error: PyTorch sees no NVIDIA GPU here" >&2; exit 2; }
 	@$(BIN)/python -m pytest -m gpu tests
 
 test-cluster: setup ## train over two hosts made of network namespaces (root; iproute2, openssh-server, pdsh)

@@ -12,9 +12,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import os
 from argparse import ArgumentParser, Namespace
 
-from llm.config import InputError, ParallelConfig
-from llm.parallel.launcher import discover_ranks, export, initialize, strip_local_rank
+from llm.config import ParallelConfig
+from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.sampling import SamplingConfig
+from llm.train.script import run_script
 
 OPTIONS = {
     "max_new_tokens": (int, 200, "tokens to add"),
@@ -36,17 +37,16 @@ def arguments(argv: list[str]) -> Namespace:
     return parser.parse_args(strip_local_rank(argv))
 
 
-def main(argv: list[str]) -> None:
-    args = arguments(argv)
+def main(ranks: Ranks) -> None:
+    args = arguments(sys.argv[1:])
     sampling = SamplingConfig(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed)
-    ranks = discover_ranks(os.environ)
     export(ranks, os.environ)
     import torch
 
     from llm.generate import load_trained, stream
     from llm.parallel.mesh import Mesh
 
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = choose_device(ranks)
     mesh = None
     if ranks.world_size > 1:
         initialize(ranks, timeout_seconds=600, device=device)
@@ -60,8 +60,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run_script(main)

@@ -7,6 +7,7 @@ Each class checks its own fields; `RunConfig` checks those that only make sense 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,10 @@ class InputError(Exception):
 
     The message says what was found, what was expected and what to do.
     """
+
+
+class Agreed(InputError):
+    """An InputError that every rank raises alike, so that one of them may speak for all."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -292,10 +297,10 @@ class RunConfig:
     """Further keys for the DeepSpeed config; those that Ingot owns are refused."""
 
     def __post_init__(self) -> None:
-        plain_name = self.name.strip() and self.name not in (".", "..") and self.name.isprintable()
         require(
-            bool(plain_name) and "/" not in self.name,
-            f"name is {self.name!r}; expected the name of a folder, without '/'",
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) is not None,
+            f"name is {self.name!r}; expected letters, digits, '_', '.' and '-', not first '_', '.' or '-': it "
+            "names the run's folder",
         )
         require(
             self.data.seq_len <= self.model.max_seq_len,

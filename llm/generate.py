@@ -39,10 +39,6 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...",
     )
     if not (path / "checkpoints").is_dir():
-        try:
-            verify(path)
-        except CheckpointError as error:
-            raise InputError(f"{path} is not a whole checkpoint: {error}") from error
         return path, path.parent.parent
     latest, warnings = find_latest(path / "checkpoints")
     for warning in warnings:
@@ -61,7 +57,11 @@ def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> 
     Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's heads can be cut for.
     """
     checkpoint, run = find_checkpoint(path)
-    reader = open_checkpoint(checkpoint)
+    try:
+        verify(checkpoint)
+        reader = open_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
     config = from_dict(reader.state["config"])
     # The layout and kernels of the training run do not matter here.
     parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
@@ -106,6 +106,7 @@ def generate(
     inside its prompt takes its own next token, so that no padding enters the attention. A row ends at token `end`,
     after `max_new_tokens`, or at the model's longest sequence.
     """
+    require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; expected at least 1")
     check_prompts(prompts, model.config)
     device = next(model.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
@@ -136,7 +137,10 @@ def next_logits(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -
     """fp32 [B, V] after `tokens` int64 [B, T], the first of which stands at position `start`."""
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-    return model(tokens, positions, samples, cache=cache)[:, -1]
+    x = model.embed(tokens, positions, samples)
+    for block in model.blocks.values():
+        x = block(x, positions, samples, cache)
+    return model.head.logits(model.norm(x[:, -1]))
 
 
 def stream(trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampling: SamplingConfig) -> Iterator[str]:

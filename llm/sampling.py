@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +48,6 @@ def sample(
     *,
     history: Tensor | None = None,
     generator: torch.Generator | None = None,
-    never: Sequence[int] = (),
 ) -> Tensor:
     """One token for each row.
 
@@ -58,7 +56,6 @@ def sample(
         config: how to draw.
         history: int64 [B, S], the tokens so far, which the repetition penalty counts.
         generator: of the random numbers, on the device of `logits`.
-        never: ids that are not drawn.
 
     Returns:
         int64 [B].
@@ -66,8 +63,6 @@ def sample(
     logits = logits.float()
     if config.repetition_penalty != 1 and history is not None:
         logits = penalise(logits, history, config.repetition_penalty)
-    if never:
-        logits = logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf)
     if config.temperature == 0:
         return logits.argmax(-1)
     logits = logits / config.temperature

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from pool import RankPool
+from runs import Workspace, succeeded
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,3 +40,19 @@ def _pool(world_size: int) -> Iterator[RankPool]:
     pool = RankPool(world_size)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A folder with a prepared corpus, in which real runs are started."""
+    space = Workspace(tmp_path_factory.mktemp("workspace"))
+    succeeded(space.prepare())
+    return space
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Deselected tests are only counted by pytest: say what they are and how to run them."""
+    expression = config.option.markexpr
+    for marker, target in (("slow", "test-all"), ("gpu", "test-gpu"), ("cluster", "test-cluster")):
+        if f"not {marker}" in expression:
+            terminalreporter.write_line(f"not run here: tests marked `{marker}` (make {target})")

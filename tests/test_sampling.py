@@ -79,12 +79,6 @@ def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign() 
     assert sample(logits, config).tolist() == [0, 0]
 
 
-def test_ids_that_must_never_be_drawn_are_not() -> None:
-    assert close(draw(SamplingConfig(), never=[0, 3]), [0, 0.5, 0.5, 0])
-    assert sample(LOGITS, SamplingConfig(temperature=0), never=[0]).tolist() in ([1], [2])
-    assert close(draw(SamplingConfig(top_k=1), never=[0, 1, 2]), [0, 0, 0, 1])
-
-
 def test_the_same_seed_draws_the_same() -> None:
     assert draw(SamplingConfig(seed=5), 100) == draw(SamplingConfig(seed=5), 100)
     assert draw(SamplingConfig(seed=5), 100) != draw(SamplingConfig(seed=6), 100)
@@ -93,7 +87,7 @@ def test_the_same_seed_draws_the_same() -> None:
 def test_the_arguments_are_not_changed() -> None:
     logits, history = LOGITS.clone(), torch.tensor([[0]])
     config = SamplingConfig(top_k=2, top_p=0.9, repetition_penalty=1.3)
-    sample(logits, config, history=history, never=[1])
+    sample(logits, config, history=history)
     assert torch.equal(logits, LOGITS)
 
 

@@ -64,10 +64,6 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def plot(self) -> Path:
-        return self.path / "loss.png"
-
-    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from llm.config import InputError
+from llm.config import Agreed, InputError
 
 T = TypeVar("T")
 MESSAGE_BYTES = 4096
@@ -56,16 +56,20 @@ def broadcast(text: str) -> str:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Run `action` on every rank; if it raises InputError on any, every rank raises that InputError.
+    """Run `action` on every rank; if it fails on any, every rank raises.
 
-    So no rank waits for one that has gone, and all of them exit with the same code. Collective.
+    So no rank waits for one that has gone, and all of them exit with the same code. Collective; `action` must not
+    communicate. Raises Agreed with the first InputError's message, or RuntimeError with that of another failure.
     """
-    result, error = None, None
+    result, problem, error = None, None, None
     try:
         result = action()
-    except InputError as problem:
-        error = str(problem)
+    except InputError as failure:
+        error = f"input:{failure}"
+    except Exception as failure:  # noqa: BLE001 - whatever it was, the others must hear of it
+        problem, error = failure, f"other:rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
     first = exchange_errors(error)
-    if first is not None:
-        raise InputError(first)
-    return result  # pyright: ignore[reportReturnType]
+    if first is None:
+        return result  # pyright: ignore[reportReturnType]
+    kind, message = first.split(":", 1)
+    raise Agreed(message) if kind == "input" else RuntimeError(message) from problem

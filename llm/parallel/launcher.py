@@ -155,6 +155,26 @@ def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) ->
         ) from error
 
 
+def choose_device(ranks: Ranks) -> torch.device:
+    """This rank's GPU, or the CPU of a machine without one.
+
+    A rank takes the GPU of its local number, or the only one it sees if Slurm has given each task its own. Raises
+    InputError when there are fewer GPUs than ranks.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1 and ranks.launcher == "slurm":
+        return torch.device("cuda", 0)
+    require(
+        ranks.local_rank < count,
+        f"this host has {count} GPUs for {ranks.local_world_size} ranks; start at most {count} here",
+    )
+    return torch.device("cuda", ranks.local_rank)
+
+
 def strip_local_rank(argv: Sequence[str]) -> list[str]:
     """`argv` without the `--local_rank=N` or `--local-rank=N` that some launchers add."""
     return [word for word in argv if not re.fullmatch(r"--local[_-]rank=\d+", word)]

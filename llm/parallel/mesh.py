@@ -11,7 +11,7 @@ from functools import cached_property
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from llm.config import ParallelConfig, require
+from llm.config import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,10 @@ class Mesh:
     def create(config: ParallelConfig, device_type: str) -> Mesh:
         """Lay the grid over the initialised default process group; device_type "cpu" or "cuda".
 
-        Raises InputError if the world does not divide by the tensor-parallel degree. Collective.
+        The world must divide by the tensor-parallel degree (llm.config.check_world says so to users). Collective.
         """
         world, tp = dist.get_world_size(), config.tensor_parallel
-        require(
-            world % tp == 0,
-            f"{world} processes cannot be split into groups of parallel.tensor_parallel={tp}; "
-            f"start a multiple of {tp} processes or choose a divisor of {world}",
-        )
+        assert world % tp == 0, f"{world} ranks in groups of {tp}"
         shape = (1, world // tp, 1, tp)
         return Mesh(init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp", "cp", "tp")))
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 
 from llm.checkpoint.writer import write_checkpoint
-from llm.data.loader import open_loader, validation_batches
 from llm.parallel.agreement import exchange_errors
 from llm.train.console import Console
-from llm.train.engines.base import MicroBatch, micro_batch
+from llm.train.engines.base import micro_batch
 from llm.train.metrics import MetricsWriter, peak_memory, step_record, validation_record, workload
 from llm.train.schedule import learning_rate
 from llm.train.start import Run, checkpoint_state
@@ -21,16 +19,10 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         assert run.engine is not None, "the run is complete"
-        config, mesh = run.config, run.mesh
-        self.run, self.engine = run, run.engine
-        self.work = workload(config, run.device, mesh.world_size)
-        self.loader = open_loader(
-            config,
-            run.manifest,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            consumed=run.step * self.work.samples,
-        )
+        assert run.loader is not None
+        config = run.config
+        self.run, self.engine, self.loader = run, run.engine, run.loader
+        self.work = workload(config, run.device, run.mesh.world_size)
         tensorboard = run.folder.tensorboard if config.logging.tensorboard else None
         self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)
         self.console = Console(config.train.max_steps, run.step, enabled=run.lead)
@@ -72,19 +64,14 @@ class Trainer:
         self.console.step(record)
 
     def validate(self) -> None:
-        total, count = self.engine.evaluate(self._validation_batches())
+        batches = (micro_batch(batch, self.run.device, rows) for batch, rows in self.run.validation_batches())
+        total, count = self.engine.evaluate(batches)
         record = validation_record(self.run.step, total / count, self.run.manifest.bytes_per_token)
         self.metrics.write(record)
         self.console.say(
             f"step {self.run.step}: validation loss {record['val_loss']:.4f} nats per token, "
             f"{record['val_bits_per_byte']:.4f} bits per byte"
         )
-
-    def _validation_batches(self) -> Iterator[MicroBatch]:
-        mesh = self.run.mesh
-        batches = validation_batches(self.run.config, self.run.manifest, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
-        for batch, counted in batches:
-            yield micro_batch(batch, self.run.device, counted)
 
     def save(self) -> None:
         run = self.run

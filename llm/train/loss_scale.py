@@ -26,6 +26,10 @@ class DynamicLossScale:
     good_steps: int = 0
     """Steps without overflow since the last one with it."""
 
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it, JSON-ready; the other fields are settings."""
+        return {"scale": self.scale, "remaining": self.remaining, "good_steps": self.good_steps}
+
     def update(self, overflow: bool) -> DynamicLossScale:
         """The state after a step whose gradients did or did not overflow.
 

@@ -28,6 +28,7 @@ SUPPORTED = {
     "numpy": ((2, 0), None),
     "deepspeed": ((0, 19, 8), (0, 19, 9)),
 }
+HEADERS = Path(sysconfig.get_path("include"))
 KERNELS_VERSION = "0.0.0"  # why it must be this: docs/decisions, the import names
 INSTALL = "install the versions of constraints.txt (make setup)"
 
@@ -115,7 +116,7 @@ def check_import_names() -> None:
 def check_build_tools(
     environ: Mapping[str, str],
     scripts: Path = Path(sys.executable).parent,
-    headers: Path = Path(sysconfig.get_path("include")),
+    headers: Path = HEADERS,
 ) -> None:
     """Raise InputError unless a C++ compiler and ninja are on PATH, or in `scripts`, and Python's headers are there.
 

@@ -6,24 +6,27 @@ Everything that can be wrong with the request is found here, by every rank toget
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm.checkpoint.reader import check_same_model, open_latest
+from llm.checkpoint.reader import CheckpointReader, check_same_model, open_latest
 from llm.checkpoint.run_folder import RunFolder, RunLock, truncate_metrics
-from llm.config import RunConfig, check_world, require
+from llm.config import Agreed, InputError, RunConfig, require
 from llm.config_cli import to_dict, to_yaml
 from llm.data.folder import data_folder, load_manifest
+from llm.data.loader import Batch, Loader, open_loader, validation_batches
 from llm.data.manifest import Manifest
+from llm.data.tokenizer import Tokenizer
 from llm.parallel.agreement import broadcast, exchange_errors, together
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model, check_kernels
 from llm.train.engines.base import Engine
 
+RUNS = Path("runs")
 # What a restart may not change: beside the model, the order and content of the data.
 FIXED = (("seed",), ("data", "seq_len"))
 
@@ -39,50 +42,78 @@ class Run:
     device: torch.device
     step: int
     """Steps that are done."""
-    engine: Engine | None
-    """None when nothing is left to do."""
-    lock: RunLock | None
-    """Rank 0 holds it for as long as the process lives."""
+    loader: Loader | None = None
+    engine: Engine | None = None
+    """Both None when nothing is left to do."""
 
     @property
     def lead(self) -> bool:
         """Whether this is the rank that reports."""
         return self.mesh.rank == 0
 
+    def validation_batches(self) -> Iterator[tuple[Batch, int]]:
+        """This rank's share of the validation samples, and how many rows of each batch count."""
+        return validation_batches(self.config, self.manifest, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
+
+
+def claim(config: RunConfig) -> tuple[RunFolder, RunLock]:
+    """Rank 0, before the ranks meet: make the run's folder and lock it. InputError if another process holds it."""
+    folder = RunFolder(RUNS, config.name)
+    folder.create()
+    return folder, folder.lock()
+
 
 def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> Run:
-    """Check, lock, resume. Raises InputError on every rank alike. Collective."""
+    """Check, open the data, resume. Whatever is wrong with the request raises Agreed on every rank. Collective."""
     mesh = Mesh.create(config.parallel, device.type)
-    check_world(config, mesh.world_size)
-    say(f"kernels on {device.type} (train.impl={config.train.impl}): {check_kernels(config, device)}")
-    folder, lead = RunFolder(Path("runs"), config.name), mesh.rank == 0
-    lock = together(lambda: _claim(folder) if lead else None)
-    nonce = broadcast(folder.share_nonce() if lead else "")
+    folder, lead = RunFolder(RUNS, config.name), mesh.rank == 0
+    forms = together(lambda: check_kernels(config, device))
+    say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
+    nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
     together(lambda: folder.check_nonce(nonce))
     manifest = together(lambda: load_manifest(config))
-    reader, warnings = open_latest(
-        folder.checkpoints,
-        rank=mesh.rank,
-        broadcast_text=broadcast,
-        exchange_errors=exchange_errors,
-    )
-    for warning in warnings:
-        say(f"warning: {warning}")
-    step = 0
-    if reader is not None:
-        _check_resumable(config, manifest, reader.state)
-        step = reader.state["step"]
-    run = Run(config, folder, manifest, mesh, device, step, None, lock)
+    reader = _find_checkpoint(folder, mesh, say)
+    state = reader.state if reader is not None else None
+    if state is not None:
+        together(lambda: _check_resumable(config, manifest, state))
+    step = state["step"] if state is not None else 0
+    run = Run(config, folder, manifest, mesh, device, step)
     if step == config.train.max_steps:
         return run
-    if lead:
-        _write_folder(config, folder, step)
+    together(lambda: _open_data(run))
+    together(lambda: _write_folder(config, folder, step) if lead else None)
     run.engine = build_engine(config, build_model(config, mesh), mesh, device)
     if reader is not None:
         run.engine.load_scalar_state(reader.state["engine"])
         run.engine.load_pieces(reader, reader.state["engine"]["optimizer_step"])
         say(f"resumed from step {step} of {config.train.max_steps}")
     return run
+
+
+def _find_checkpoint(folder: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> CheckpointReader | None:
+    try:
+        reader, warnings = open_latest(
+            folder.checkpoints, rank=mesh.rank, broadcast_text=broadcast, exchange_errors=exchange_errors
+        )
+    except InputError as error:
+        raise Agreed(str(error)) from error
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return reader
+
+
+def _open_data(run: Run) -> None:
+    """Open both splits, and see that the closing sample can be drawn, before anything is allocated."""
+    config, mesh = run.config, run.mesh
+    run.validation_batches()
+    prompt = Tokenizer.load(data_folder(config) / "tokenizer.json").encode(config.logging.sample_prompt)
+    require(
+        config.logging.sample_tokens == 0 or 0 < len(prompt) < config.model.max_seq_len,
+        f"logging.sample_prompt has {len(prompt)} tokens; expected at least 1 and fewer than model.max_seq_len "
+        f"({config.model.max_seq_len}), or logging.sample_tokens=0",
+    )
+    consumed = run.step * config.train.global_batch_size
+    run.loader = open_loader(config, run.manifest, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, consumed=consumed)
 
 
 def checkpoint_state(run: Run) -> dict[str, Any]:
@@ -92,17 +123,14 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "step": run.step,
         "consumed_samples": run.step * run.config.train.global_batch_size,
         "config": to_dict(run.config),
-        "data": {
-            "source_sha256": run.manifest.source_sha256,
-            "tokenizer_sha256": run.manifest.tokenizer_sha256,
-        },
+        "data": data_sha256(run.manifest),
         "engine": run.engine.scalar_state(),
     }
 
 
-def _claim(folder: RunFolder) -> RunLock:
-    folder.create()
-    return folder.lock()
+def data_sha256(manifest: Manifest) -> dict[str, str]:
+    """What tells training data apart: the tokens, and the tokenizer that gives them meaning."""
+    return {name: manifest.files[name].sha256 for name in ("train.bin", "train.idx", "tokenizer.json")}
 
 
 def _check_resumable(config: RunConfig, manifest: Manifest, state: dict[str, Any]) -> None:
@@ -119,8 +147,7 @@ def _check_resumable(config: RunConfig, manifest: Manifest, state: dict[str, Any
             "restore it, or choose another --name",
         )
     require(
-        state["data"]["source_sha256"] == manifest.source_sha256
-        and state["data"]["tokenizer_sha256"] == manifest.tokenizer_sha256,
+        state["data"] == data_sha256(manifest),
         f"runs/{config.name} was trained on other data than {data_folder(config)} holds; "
         "restore the data, or choose another --name",
     )

@@ -58,7 +58,6 @@ def test_paths(folder: RunFolder, tmp_path: Path) -> None:
     assert folder.config == run / "config.yaml"
     assert folder.metrics == run / "metrics.jsonl"
     assert folder.checkpoints == run / "checkpoints"
-    assert folder.plot == run / "loss.png"
     assert folder.tensorboard == run / "tensorboard"
     folder.create()
 

@@ -82,12 +82,12 @@ class Workspace:
             str(ROOT / "launch/prepare_data.py"),
             *self.arguments(**overrides),
         ]
-        return self._run(command, self.environment())
+        return self.run(command)
 
     def python(self, env: dict[str, str] | None = None, **overrides: Any) -> subprocess.CompletedProcess[str]:
         """One process, without a launcher."""
         command = [sys.executable, str(ROOT / "launch/pretrain.py"), *self.arguments(**overrides)]
-        return self._run(command, env or self.environment())
+        return self.run(command, env or self.environment())
 
     def deepspeed_command(self, ranks: int, **overrides: Any) -> list[str]:
         launcher = [
@@ -110,17 +110,19 @@ class Workspace:
         return [*launcher, str(ROOT / "launch/pretrain.py"), *self.arguments(**overrides)]
 
     def deepspeed(self, ranks: int, **overrides: Any) -> subprocess.CompletedProcess[str]:
-        return self._run(self.deepspeed_command(ranks, **overrides), self.environment())
+        return self.run(self.deepspeed_command(ranks, **overrides))
 
     def torchrun(self, ranks: int, **overrides: Any) -> subprocess.CompletedProcess[str]:
-        return self._run(self.torchrun_command(ranks, **overrides), self.environment())
+        return self.run(self.torchrun_command(ranks, **overrides))
 
     def start(self, command: list[str]) -> subprocess.Popen[bytes]:
         log = (self.path / "started.log").open("wb")
         return subprocess.Popen(command, cwd=self.path, env=self.environment(), stdout=log, stderr=log)
 
-    def _run(self, command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=self.path, env=env, capture_output=True, text=True, timeout=300)
+    def run(self, command: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.path, env=env or self.environment(), capture_output=True, text=True, timeout=300
+        )
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         path = self.path / "runs" / name / "metrics.jsonl"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -74,3 +76,28 @@ def test_fp16_follows_fp32() -> None:
 def test_kernels_are_named() -> None:
     assert check_kernels(case(), CPU) == "attention: torch, layer_norm: torch"
     assert check_kernels(case(model=dict(dropout=0.1)), CPU) == "attention: reference, layer_norm: torch"
+
+
+def poisoned_step(config: RunConfig) -> tuple[float, bool]:
+    """A step whose loss is finite but one of whose gradients, on one rank, is not."""
+    mesh = Mesh.create(config.parallel, "cpu")
+    model = build_model(config, mesh)
+    if mesh.rank == 1:
+        model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    engine = build_engine(config, model, mesh, CPU)
+    loss = engine.forward_backward(batches(config, 0, mesh.dp_rank, mesh.dp_size, False), target_count(False))
+    assert math.isfinite(loss)
+    result = engine.step()
+    engine.close()
+    return result
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_lost_gradient_is_not_skipped_in_silence(stage: int, precision: str, two_ranks: RankPool) -> None:
+    if (stage, precision) == (0, "bf16"):
+        return  # refused by the config
+    config = case(parallel=dict(zero_stage=stage), train=dict(precision=precision))
+    for norm, skipped in two_ranks.run(poisoned_step, config):
+        assert not math.isfinite(norm)
+        assert not skipped

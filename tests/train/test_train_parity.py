@@ -47,6 +47,7 @@ TWO_RANKS = {
         train=dict(activation_checkpointing="full"),
     ),
     "zero0-one-micro-batch": dict(train=dict(micro_batch_size=4)),
+    "tp2-padded": dict(parallel=dict(tensor_parallel=2), model=dict(vocab_size=51)),
     "zero2-micro-1": dict(parallel=dict(zero_stage=2), train=dict(micro_batch_size=1)),
 }
 
@@ -78,9 +79,9 @@ def test_four_ranks(name: str, four_ranks: RankPool) -> None:
     check(config, four_ranks.run(on_ranks, config, STEPS))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_is_as_close_to_fp32_as_the_oracle(stage: int, two_ranks: RankPool) -> None:
-    config = case(parallel=dict(zero_stage=stage), train=dict(precision="bf16"))
+@pytest.mark.parametrize(("stage", "tp"), [(1, 1), (2, 1), (3, 1), (1, 2), (3, 2)])
+def test_bf16_is_as_close_to_fp32_as_the_oracle(stage: int, tp: int, two_ranks: RankPool) -> None:
+    config = case(parallel=dict(zero_stage=stage, tensor_parallel=tp), train=dict(precision="bf16"))
     got = two_ranks.run(on_ranks, config, STEPS)[0]
     low = oracle(config, STEPS)
     exact = oracle(case(), STEPS)

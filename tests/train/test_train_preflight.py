@@ -78,7 +78,7 @@ def test_build_tools(tmp_path):
         preflight.check_build_tools({**environ, "CXX": "clang++"}, scripts)
     write_tool(tmp_path, "ccache")
     preflight.check_build_tools({**environ, "CXX": "ccache clang++"}, scripts)
-    with pytest.raises(InputError, match="headers are missing.*python3-dev"):
+    with pytest.raises(InputError, match=r"headers are missing.*python3-dev"):
         preflight.check_build_tools(environ, scripts, headers=tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ SAME_LAYOUT = {
     **{f"zero{stage}": dict(parallel=dict(zero_stage=stage)) for stage in range(4)},
     **{f"zero{stage}-bf16": dict(parallel=dict(zero_stage=stage), train=dict(precision="bf16")) for stage in (1, 2, 3)},
     "tp2-dropout": dict(parallel=dict(tensor_parallel=2), model=dict(dropout=0.1)),
+    "tp2-padded-zero1": dict(parallel=dict(tensor_parallel=2, zero_stage=1), model=dict(vocab_size=51)),
+    "zero3-resident": dict(parallel=dict(zero_stage=3)),  # with DeepSpeed's own persistence threshold
+    "plain-fp16": dict(train=dict(engine="plain", precision="fp16")),
     "plain": dict(train=dict(engine="plain")),
     "plain-bf16": dict(train=dict(engine="plain", precision="bf16")),
 }
@@ -90,6 +94,8 @@ SAME_LAYOUT = {
 @pytest.mark.parametrize("name", SAME_LAYOUT)
 def test_restart_is_exact(name: str, two_ranks: RankPool, tmp_path: Path) -> None:
     config = case(**SAME_LAYOUT[name])
+    if name == "zero3-resident":
+        config = replace(config, deepspeed={})
     whole = two_ranks.run(first_half, config, tmp_path / "a")
     resumed = two_ranks.run(second_half, config, tmp_path / "a", tmp_path / "b")
     assert resumed == whole
@@ -116,9 +122,19 @@ def test_another_layout_goes_on(name: str, two_ranks: RankPool, tmp_path: Path) 
     np.testing.assert_allclose(resumed, whole, atol=1e-5)
 
 
-def test_four_ranks_to_one(four_ranks: RankPool, one_rank: RankPool, tmp_path: Path) -> None:
-    wide = case(parallel=dict(tensor_parallel=2, zero_stage=1))
+WIDE = {
+    "tp2-dp2-zero1": dict(parallel=dict(tensor_parallel=2, zero_stage=1)),
+    "tp2-dp2-zero3": dict(parallel=dict(tensor_parallel=2, zero_stage=3)),
+    "tp4-padded": dict(parallel=dict(tensor_parallel=4), model=dict(n_kv_head=4)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_four_ranks_to_one(name: str, four_ranks: RankPool, one_rank: RankPool, tmp_path: Path) -> None:
+    wide = case(**WIDE[name])
     whole = four_ranks.run(first_half, wide, tmp_path / "a")[0]
+    exact = four_ranks.run(second_half, wide, tmp_path / "a", tmp_path / "c")[0]
+    assert exact == whole
     resumed = one_rank.run(second_half, plain(wide, micro_batch_size=8), tmp_path / "a", tmp_path / "b")[0]
     np.testing.assert_allclose(resumed, whole, atol=1e-5)
 

@@ -30,10 +30,8 @@ from llm.train.engines.base import (
 )
 from llm.train.engines.deepspeed_config import deepspeed_config
 from llm.train.engines.fragments import Fragment, fragment, publish
+from llm.train.loss_scale import DynamicLossScale
 from llm.train.optim import adamw, parameter_groups
-
-# DeepSpeed's dynamic loss scaler: what must survive a restart.
-SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Grid:
@@ -81,6 +79,7 @@ class DeepSpeedEngine:
         self.mesh = mesh
         self.device = device
         self.stage = config.parallel.zero_stage
+        self.fp16 = config.train.precision == "fp16"
         self.grad_clip = config.optim.grad_clip
         self.parameters = dict(model.named_parameters())
         # Before ZeRO 3 partitions them the parameters still have their shapes.
@@ -123,9 +122,13 @@ class DeepSpeedEngine:
         else:
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
-        skipped = not self.engine.was_step_applied()
-        self.updates += not skipped
-        return StepResult(float("nan") if norm is None else float(norm), skipped)
+        applied = self.engine.was_step_applied()
+        self.updates += applied
+        # ZeRO leaves out a step whose gradients are not finite in every precision, which only fp16 can mend by its
+        # loss scale: elsewhere the norm says so, and the loop stops.
+        if norm is None or (not applied and not self.fp16):
+            norm = float("nan")
+        return StepResult(float(norm), skipped=self.fp16 and not applied)
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
         return evaluate_batches(self.engine, micro_batches, self.mesh.dp_group)
@@ -182,15 +185,19 @@ class DeepSpeedEngine:
         publish(self.stage, self.optimizer)
 
     def scalar_state(self) -> dict[str, Any]:
-        scaler = getattr(self.optimizer, "loss_scaler", None)
-        dynamic = scaler is not None and getattr(scaler, "dynamic", False)
-        scale = {key: getattr(scaler, key) for key in SCALER_STATE} if dynamic else None
+        scale = None
+        if self.fp16:
+            scaler = self.optimizer.loss_scaler
+            good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+            scale = DynamicLossScale(scaler.cur_scale, remaining=scaler.cur_hysteresis, good_steps=good_steps).state()
         return {"optimizer_step": self.updates, "loss_scale": scale}
 
     def load_scalar_state(self, state: dict[str, Any]) -> None:
         self.updates = state["optimizer_step"]
-        for key, value in (state["loss_scale"] or {}).items():
-            setattr(self.optimizer.loss_scaler, key, value)
+        if self.fp16 and state["loss_scale"]:
+            scaler, saved = self.optimizer.loss_scaler, state["loss_scale"]
+            scaler.cur_scale, scaler.cur_hysteresis = saved["scale"], saved["remaining"]
+            scaler.cur_iter, scaler.last_overflow_iter = saved["good_steps"], -1
 
     def close(self) -> None:
         self.engine.destroy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,13 +140,13 @@ class PlainEngine:
     def scalar_state(self) -> dict[str, Any]:
         return {
             "optimizer_step": self.updates,
-            "loss_scale": asdict(self.scale) if self.scale else None,
+            "loss_scale": self.scale.state() if self.scale else None,
         }
 
     def load_scalar_state(self, state: dict[str, Any]) -> None:
         self.updates = state["optimizer_step"]
         if self.scale and state["loss_scale"]:
-            self.scale = DynamicLossScale(**state["loss_scale"])
+            self.scale = replace(self.scale, **state["loss_scale"])
 
     def close(self) -> None:
         """Nothing is held beyond the process group, which its creator ends."""
