@@ -27,9 +27,20 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         (GPU, torch.bfloat16, 512, 0.0, "torch"),
     ],
 )
-def test_auto(device: torch.device, dtype: torch.dtype, width: int, dropout: float, expected: str) -> None:
+def test_auto(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, dtype: torch.dtype, width: int, dropout: float, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     form = choose("auto", "attention", device=device, dtype=dtype, width=width, dropout=dropout)
     assert form == expected
+
+
+def test_an_old_gpu_takes_the_stock_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    what = {"device": GPU, "dtype": torch.float16, "width": 64}
+    assert choose("auto", "attention", **what) == "torch"
+    with pytest.raises(KernelError, match=r"found a GPU of compute capability 7\.5, expected at least 8\.0"):
+        choose("triton", "attention", **what)
 
 
 def test_layer_norm_has_no_masks_to_refuse() -> None:
