@@ -167,12 +167,12 @@ def test_the_launcher_s_local_rank_is_ignored() -> None:
 
 
 @given(
-    name=st.text("abc-1e. ", min_size=1).filter(lambda s: s.strip(" .")),
+    name=st.from_regex(r"[a-c1e][a-c1e._-]{0,9}", fullmatch=True),
     prompt=st.text(),
     path=st.none() | st.text(min_size=1).filter(lambda s: s not in ("null", "Null", "NULL", "~")),
     kv=st.sampled_from([None, 1, 2, 4]),
     lr=st.floats(1e-300, 1e300),
-    betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
     extra=st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False) | st.text()),
 )
 @settings(deadline=None, max_examples=25)
