@@ -18,12 +18,9 @@ from kernels.philox import DropoutKey
 from llm.model.layers import (
     IGNORED_TARGET,
     CausalAttention,
-    Dropout,
+    DenseLayers,
     LanguageModelHead,
-    LayerNorm,
     LinearRole,
-    RMSNorm,
-    whole,
 )
 from llm.parallel.collectives import all_gather, all_reduce, f, g
 from llm.slices import Slice, mark, slice_of
@@ -160,13 +157,12 @@ class VocabParallelHead(LanguageModelHead):
         )
 
 
-class TensorParallelLayers:
+class TensorParallelLayers(DenseLayers):
     """The factory of the layers above; norms and dropout are replicated. Dimensions must divide by the group's size."""
 
     def __init__(self, tp: TensorParallel, *, seed: int, impl: str = "auto") -> None:
+        super().__init__(seed=seed, impl=impl)
         self.tp = tp
-        self.seed = seed
-        self.impl = impl
 
     def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         layer = ColumnParallelLinear if role in ("qkv", "up") else RowParallelLinear
@@ -178,13 +174,6 @@ class TensorParallelLayers:
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp)
         return VocabParallelHead(cast(nn.Parameter, source.weight), tp=self.tp)
-
-    def norm(self, kind: str, name: str, width: int, *, bias: bool) -> nn.Module:
-        norm = RMSNorm(width) if kind == "rmsnorm" else LayerNorm(width, bias=bias, impl=self.impl)
-        return whole(norm)
-
-    def dropout(self, p: float, site: int) -> Dropout:
-        return Dropout(DropoutKey(p, self.seed, site))
 
     def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
         head_offset = self.tp.rank * (n_head // self.tp.size)
