@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from llm.config import InputError
+from llm.errors import InputError
 from llm.parallel.hostfile import check_remote_words, read_hostfile
 
 

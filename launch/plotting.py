@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from llm.config import require
+from llm.errors import require
 
 
 def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | None = None) -> None:

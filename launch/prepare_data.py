@@ -11,11 +11,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llm.config import InputError
 from llm.config_cli import parse_config
 from llm.data.folder import data_folder
 from llm.data.manifest import Manifest
 from llm.data.prepare import prepare
+from llm.errors import InputError
 
 REDRAW_BYTES = 1 << 18  # text between updates of the bar, so that drawing costs nothing
 

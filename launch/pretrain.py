@@ -11,7 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
 
-from llm.config import check_world
+from llm.config_checks import check_world
 from llm.config_cli import parse_config
 from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.train.preflight import check_machine

@@ -13,9 +13,9 @@ import json
 import torch
 
 from launch.plotting import plot_loss
-from llm.config import InputError, require
 from llm.data.folder import load_manifest
 from llm.data.manifest import Manifest
+from llm.errors import InputError, require
 from llm.generate import Trained, load_trained, stream
 from llm.sampling import SamplingConfig
 

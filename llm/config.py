@@ -6,27 +6,12 @@ Each class checks its own fields; `RunConfig` checks those that only make sense 
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-class InputError(Exception):
-    """The config, the input or the machine cannot be used as asked: the process exits with 2.
-
-    The message says what was found, what was expected and what to do.
-    """
-
-
-class Agreed(InputError):
-    """An InputError that every rank raises alike, so that one of them may speak for all."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise InputError(message) unless `condition` holds."""
-    if not condition:
-        raise InputError(message)
+from llm.config_checks import check_engine, check_finite, check_sequence_parallel, check_tensor_parallel
+from llm.errors import require
 
 
 @dataclass(frozen=True)
@@ -193,8 +178,12 @@ class ParallelConfig:
 
     tensor_parallel: int = 1
     """Ranks that share each layer (Megatron tensor parallelism); the rest of the world is data parallel."""
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks also share the sequence between the layers they split (Megatron sequence parallelism)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    """ZeRO stage: 1 shards optimizer state over the data-parallel ranks, 2 gradients too, 3 parameters too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep in CPU memory: master weights and moments (`optimizer`, ZeRO 1-3), parameters too (`all`, ZeRO 3)."""
     timeout_seconds: int = 600
     """A collective that waits longer than this ends the process with an error."""
 
@@ -213,8 +202,8 @@ class ParallelConfig:
 class TrainConfig:
     """The training loop."""
 
-    engine: Literal["deepspeed", "plain"] = "deepspeed"
-    """DeepSpeed, or a short plain PyTorch engine (one process or data parallel), the oracle of the tests."""
+    engine: Literal["deepspeed", "fsdp", "plain"] = "deepspeed"
+    """DeepSpeed, PyTorch's FSDP2, or a short plain engine (one process or data parallel), the oracle of `verify`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of parameters and activations; bf16 and fp16 keep fp32 master weights, moments and accumulation."""
     global_batch_size: int = 32
@@ -225,15 +214,34 @@ class TrainConfig:
     """Optimizer steps in the run."""
     eval_interval: int = 100
     """Steps between validations; there is always one after the last step."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full`: keep only each block's input and recompute the block in the backward pass."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again: nothing, whole blocks (`full`), or attention between its products."""
+    checkpoint_every: int = 1
+    """Activation checkpointing applies to every n-th block."""
+    z_loss: float = 0.0
+    """Weight of the mean of log(Z)^2 added to the training loss, Z being the softmax's denominator; PaLM: 1e-4."""
+    guard_interval: int = 100
+    """Steps between comparisons of the replicas of each parameter over ranks; 0: never."""
+    guard_action: Literal["stop", "warn"] = "stop"
+    """What follows when replicas differ."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Kernel implementation; `auto`: Triton on a GPU, PyTorch's own operators on a CPU."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "micro_batch_size", "max_steps", "eval_interval"):
+        counts = ("global_batch_size", "micro_batch_size", "max_steps", "eval_interval", "checkpoint_every")
+        for name in counts:
             value = getattr(self, name)
             require(value >= 1, f"train.{name} is {value}; expected at least 1")
+        require(
+            self.checkpoint_every == 1 or self.activation_checkpointing != "none",
+            f"train.checkpoint_every is {self.checkpoint_every} and train.activation_checkpointing is none; "
+            "use train.activation_checkpointing=full",
+        )
+        require(self.z_loss >= 0, f"train.z_loss is {self.z_loss}; expected at least 0")
+        require(
+            self.guard_interval >= 0,
+            f"train.guard_interval is {self.guard_interval}; expected at least 0 (0: replicas are not compared)",
+        )
 
 
 @dataclass(frozen=True)
@@ -307,84 +315,7 @@ class RunConfig:
             f"data.seq_len {self.data.seq_len} is above model.max_seq_len {self.model.max_seq_len}",
         )
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
-        _check_finite(self)
-        _check_engine(self.train, self.parallel)
-        _check_tensor_parallel(self.model, self.parallel.tensor_parallel)
-
-
-def check_world(config: RunConfig, world_size: int) -> None:
-    """Check that `world_size` ranks can share this run's layers and batch.
-
-    The data-parallel size is world_size / tensor_parallel; each of those ranks takes
-    global_batch_size / dp samples of a step, in micro-batches of micro_batch_size.
-
-    Raises:
-        InputError: with the numbers and the nearest valid choice.
-    """
-    tp, train = config.parallel.tensor_parallel, config.train
-    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    require(
-        world_size % tp == 0,
-        f"the world of {world_size} ranks is not a multiple of parallel.tensor_parallel {tp}; "
-        f"use parallel.tensor_parallel={min(divisors, key=lambda n: abs(n - tp))}",
-    )
-    dp = world_size // tp
-    batch, micro = train.global_batch_size, train.micro_batch_size
-    if batch % (dp * micro) == 0:
-        return
-    if batch % dp == 0:
-        fitting = [n for n in range(1, batch // dp + 1) if batch // dp % n == 0]
-        advice = f"train.micro_batch_size={min(fitting, key=lambda n: abs(n - micro))}"
-    else:
-        advice = f"train.global_batch_size={max(1, round(batch / (dp * micro))) * dp * micro}"
-    raise InputError(
-        f"train.global_batch_size {batch} is not a multiple of {dp} data-parallel ranks x "
-        f"train.micro_batch_size {micro} = {dp * micro}; use {advice}"
-    )
-
-
-def _check_finite(config: RunConfig) -> None:
-    """Refuse infinities and NaN, which pass many range checks."""
-    for section in ("model", "data", "optim"):
-        for name, value in vars(getattr(config, section)).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                finite = not isinstance(number, float) or math.isfinite(number)
-                require(finite, f"{section}.{name} is {number}; expected a finite number")
-
-
-def _check_engine(train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Refuse layouts that the engine does not have."""
-    if train.engine == "plain":
-        require(
-            parallel.zero_stage == 0,
-            f"train.engine plain has no ZeRO; found parallel.zero_stage {parallel.zero_stage}, "
-            "use parallel.zero_stage=0 or train.engine=deepspeed",
-        )
-        require(
-            parallel.tensor_parallel == 1,
-            "train.engine plain has no tensor parallelism; found parallel.tensor_parallel "
-            f"{parallel.tensor_parallel}, use parallel.tensor_parallel=1 or train.engine=deepspeed",
-        )
-    else:
-        require(
-            train.precision == "fp32" or parallel.zero_stage > 0,
-            f"train.precision {train.precision} with parallel.zero_stage 0: DeepSpeed would "
-            f"accumulate gradients in {train.precision}; use parallel.zero_stage=1",
-        )
-
-
-def _check_tensor_parallel(model: ModelConfig, tp: int) -> None:
-    """Refuse a degree that does not cut heads and feed-forward width into equal parts."""
-    require(
-        tp <= model.kv_heads,
-        f"TP degree above the key/value heads: parallel.tensor_parallel is {tp}, model.n_kv_head "
-        f"is {model.kv_heads}; use parallel.tensor_parallel={model.kv_heads} or less",
-    )
-    widths = {"n_kv_head": model.kv_heads, "n_head": model.n_head, "d_ff": model.ff_dim}
-    valid = [n for n in range(1, tp + 1) if all(width % n == 0 for width in widths.values())]
-    for name, width in widths.items():
-        require(
-            width % tp == 0,
-            f"model.{name} {width} is not a multiple of parallel.tensor_parallel {tp}; "
-            f"use parallel.tensor_parallel={valid[-1]}",
-        )
+        check_finite(self)
+        check_engine(self)
+        check_tensor_parallel(self)
+        check_sequence_parallel(self)

@@ -20,7 +20,8 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from llm.config import InputError, RunConfig, require
+from llm.config import RunConfig
+from llm.errors import InputError, require
 
 # YAML 1.1 reads 4e-3 as text; this is YAML 1.2's form of a number with an exponent.
 _EXPONENT_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from llm.checkpoint.files import CheckpointError
 from llm.checkpoint.reader import CheckpointReader, find_latest, open_checkpoint, verify
-from llm.config import InputError, ModelConfig, ParallelConfig, RunConfig, require
+from llm.config import ModelConfig, ParallelConfig, RunConfig
 from llm.config_cli import from_dict
 from llm.data.tokenizer import Tokenizer
+from llm.errors import InputError, require
 from llm.model.gpt import GPT, KVCache
 from llm.model.init import fill
 from llm.parallel.mesh import Mesh

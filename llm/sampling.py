@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm.config import require
+from llm.errors import require
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.config import InputError, ModelConfig, ParallelConfig, RunConfig, TrainConfig, check_world
+from llm.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from llm.config_checks import check_world
 from llm.config_cli import from_dict, parse_config, to_dict, to_yaml
+from llm.errors import InputError
 
 PRESETS = sorted((Path(__file__).parents[1] / "launch" / "configs").glob("*.yaml"))
 

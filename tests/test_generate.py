@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from llm.checkpoint.writer import write_checkpoint
-from llm.config import DataConfig, InputError, ModelConfig, ParallelConfig, RunConfig
+from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from llm.config_cli import to_dict
 from llm.data.tokenizer import Tokenizer
+from llm.errors import InputError
 from llm.generate import generate, load_trained, stream
 from llm.model.gpt import GPT
 from llm.parallel.mesh import Mesh

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm.config import InputError
+from llm.errors import InputError
 from llm.sampling import SamplingConfig, keep_top_k, keep_top_p, penalise, sample
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()

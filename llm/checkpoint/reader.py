@@ -20,7 +20,7 @@ from llm.checkpoint import files
 from llm.checkpoint.files import CheckpointError
 from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
 from llm.checkpoint.writer import ExchangeErrors, checkpoints, step_of
-from llm.config import InputError
+from llm.errors import InputError
 from llm.slices import Slice
 
 HASHING_THREADS = 8

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from llm.checkpoint import files
-from llm.config import InputError, require
+from llm.errors import InputError, require
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # A run that was just killed may have ranks that are still ending.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.config import require
+from llm.errors import require
 
 HELD_OUT = 0.1
 EM_STEPS = 30

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm.config import RunConfig, require
+from llm.config import RunConfig
 from llm.data.corpus import source_name
 from llm.data.manifest import FILE_NAME, Manifest, read_manifest
+from llm.errors import require
 
 
 def data_folder(config: RunConfig) -> Path:

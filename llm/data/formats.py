@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.config import InputError, require
+from llm.errors import InputError, require
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm.config import InputError, RunConfig, require
+from llm.config import RunConfig
 from llm.data.folder import check_vocabulary, data_folder
 from llm.data.formats import NumpyTokenStore, read_index
 from llm.data.manifest import Manifest
 from llm.data.order import Order
+from llm.errors import InputError, require
 
 PREFETCHED_STEPS = 4  # steps that the native loader assembles ahead
 THREADS = 2  # that do it; they sleep while the ring is full

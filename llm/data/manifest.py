@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from llm.config import InputError, require
 from llm.data.formats import CODES
+from llm.errors import InputError, require
 
 FILE_NAME = "manifest.json"
 FORMAT = "ingot-tokens-1"

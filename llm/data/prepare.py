@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.config import RunConfig, require
+from llm.config import RunConfig
 from llm.data import manifest as manifests
 from llm.data.bigram import bigram_loss
 from llm.data.corpus import describe_source, read_corpus
@@ -20,6 +20,7 @@ from llm.data.folder import data_folder
 from llm.data.formats import NumpyTokenStore, TokenWriter, token_dtype
 from llm.data.manifest import SPLITS, Manifest, Split
 from llm.data.tokenizer import Tokenizer
+from llm.errors import require
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, bytes of text done, and bytes in all (0: not known yet)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
-from llm.slices import slice_of
+from llm.slices import Slice, slice_of
 
 STD = 0.02
 
@@ -43,6 +43,19 @@ def initial_tensor(config: ModelConfig, seed: int, name: str, shape: tuple[int, 
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+class InitialWeights:
+    """The initial weights as an engine reads them: like a checkpoint of step 0 (fp32, on the CPU)."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+
+    def read_slice(self, name: str, kind: str, part: Slice) -> Tensor:
+        """`part` of parameter `name`; `kind` is "master": there are no moments yet."""
+        assert kind == "master", f"a run that has not begun has no {kind}"
+        return part.take(initial_tensor(self.config, self.seed, name, part.global_shape))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from llm.config import Agreed, InputError
+from llm.errors import Agreed, InputError
 
 T = TypeVar("T")
 MESSAGE_BYTES = 4096

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llm.config import InputError, require
+from llm.errors import InputError, require
 
 MAX_SLOTS = 64
 # What DeepSpeed's runner exports from its own environment, on CPU and CUDA machines.

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.config import InputError, require
+from llm.errors import InputError, require
 
 if TYPE_CHECKING:
     import torch

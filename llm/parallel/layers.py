@@ -94,7 +94,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.tp = tp
         held = tp.slice((vocab_size, width), 0)
-        self.weight = split(torch.empty(-(-vocab_size // tp.size), width), held)
+        self.weight = split(torch.zeros(-(-vocab_size // tp.size), width), held)  # padding stays zero
         self.start, self.stop = held.start, held.stop
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Mesh:
     def create(config: ParallelConfig, device_type: str) -> Mesh:
         """Lay the grid over the initialised default process group; device_type "cpu" or "cuda".
 
-        The world must divide by the tensor-parallel degree (llm.config.check_world says so to users). Collective.
+        The world must divide by the tensor-parallel degree (check_world says so to users). Collective.
         """
         world, tp = dist.get_world_size(), config.tensor_parallel
         assert world % tp == 0, f"{world} ranks in groups of {tp}"

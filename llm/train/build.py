@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import KernelError, choose
-from llm.config import InputError, RunConfig
+from llm.checkpoint.reader import CheckpointReader
+from llm.config import RunConfig
+from llm.errors import InputError
 from llm.model.gpt import GPT
-from llm.model.init import init_weights
+from llm.model.init import InitialWeights, init_weights
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import DTYPES, Engine
@@ -30,15 +32,37 @@ def check_kernels(config: RunConfig, device: torch.device) -> str:
 
 
 def build_model(config: RunConfig, mesh: Mesh | None) -> GPT:
-    """The model with its initial weights, fp32 on the CPU: this rank's slices of them."""
-    recompute = config.train.activation_checkpointing == "full"
-    model = GPT(config.model, choose_layers(config, mesh), recompute=recompute)
+    """This rank's slices of the model, fp32 on the CPU, with their initial weights."""
+    model = _skeleton(config, mesh)
     init_weights(model, config.model, config.seed)
     return model
 
 
-def build_engine(config: RunConfig, model: GPT, mesh: Mesh, device: torch.device) -> Engine:
-    """Hand the model to the engine that the config names. Collective."""
+def _skeleton(config: RunConfig, mesh: Mesh | None) -> GPT:
+    """The model before its weights have values."""
+    recompute = config.train.activation_checkpointing == "full"
+    return GPT(config.model, choose_layers(config, mesh), recompute=recompute)
+
+
+def build_engine(
+    config: RunConfig, mesh: Mesh, device: torch.device, checkpoint: CheckpointReader | None = None
+) -> Engine:
+    """The engine that the config names, with the weights of `checkpoint` or else the initial ones. Collective."""
+    # Engines that give each rank a part of every weight take them without memory, so that the whole never exists.
+    parts = config.train.engine == "fsdp"
+    with torch.device("meta" if parts else "cpu"):
+        model = _skeleton(config, mesh)
+    engine = _engine(config, model, mesh, device)
+    if checkpoint is None:
+        engine.load_pieces(InitialWeights(config.model, config.seed), 0)
+    else:
+        state = checkpoint.state["engine"]
+        engine.load_scalar_state(state)
+        engine.load_pieces(checkpoint, state["optimizer_step"])
+    return engine
+
+
+def _engine(config: RunConfig, model: GPT, mesh: Mesh, device: torch.device) -> Engine:
     if config.train.engine == "plain":
         from llm.train.engines.plain import PlainEngine
 

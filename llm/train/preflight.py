@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from llm.config import InputError, require
+from llm.errors import InputError, require
 from llm.parallel.launcher import operator_folder
 
 PYTHON = (3, 10)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from llm.checkpoint.files import CheckpointError
-from llm.config import Agreed, InputError
+from llm.errors import Agreed, InputError
 from llm.parallel.launcher import Ranks, RendezvousError, discover_ranks
 from llm.train.watchdog import LauncherWatch
 

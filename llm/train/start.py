@@ -15,15 +15,16 @@ import torch
 
 from llm.checkpoint.reader import CheckpointReader, check_same_model, open_latest
 from llm.checkpoint.run_folder import RunFolder, RunLock, truncate_metrics
-from llm.config import Agreed, InputError, RunConfig, require
+from llm.config import RunConfig
 from llm.config_cli import to_dict, to_yaml
 from llm.data.folder import data_folder, load_manifest
 from llm.data.loader import Batch, Loader, open_loader, validation_batches
 from llm.data.manifest import Manifest
 from llm.data.tokenizer import Tokenizer
+from llm.errors import Agreed, InputError, require
 from llm.parallel.agreement import broadcast, exchange_errors, together
 from llm.parallel.mesh import Mesh
-from llm.train.build import build_engine, build_model, check_kernels
+from llm.train.build import build_engine, check_kernels
 from llm.train.engines.base import Engine
 
 RUNS = Path("runs")
@@ -82,10 +83,8 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
         return run
     together(lambda: _open_data(run))
     together(lambda: _write_folder(config, folder, step) if lead else None)
-    run.engine = build_engine(config, build_model(config, mesh), mesh, device)
+    run.engine = build_engine(config, mesh, device, reader)
     if reader is not None:
-        run.engine.load_scalar_state(reader.state["engine"])
-        run.engine.load_pieces(reader, reader.state["engine"]["optimizer_step"])
         say(f"resumed from step {step} of {config.train.max_steps}")
     return run
 

@@ -26,7 +26,7 @@ from llm.checkpoint.reader import (
     open_latest,
     verify,
 )
-from llm.config import InputError
+from llm.errors import InputError
 from llm.slices import Slice
 
 OLD, NEW = make_tensors(1), make_tensors(2)

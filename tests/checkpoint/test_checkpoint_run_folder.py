@@ -14,7 +14,7 @@ import pytest
 
 from llm.checkpoint import run_folder
 from llm.checkpoint.run_folder import RunFolder, truncate_metrics
-from llm.config import InputError
+from llm.errors import InputError
 
 HOLDER = """
 import sys, time

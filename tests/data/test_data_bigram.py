@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from llm.config import InputError
 from llm.data.bigram import bigram_loss
+from llm.errors import InputError
 
 
 def brute_force(train: list[int], validation: list[int], vocab_size: int, seq_len: int) -> float:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from llm.config import InputError
 from llm.data.corpus import describe_source, read_corpus, source_name
 from llm.data.corpus.stdlib import stdlib_files
+from llm.errors import InputError
 
 DOCUMENTS = [
     "first\nline",

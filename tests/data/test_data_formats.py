@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.config import InputError
 from llm.data import _native, formats
 from llm.data.formats import NumpyTokenStore, TokenWriter, read_index, token_dtype
+from llm.errors import InputError
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16") -> Path:

@@ -15,10 +15,10 @@ from conftest import MakeData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.config import InputError
 from llm.data.loader import open_loader, validation_batches
 from llm.data.manifest import Manifest
 from llm.data.order import Order
+from llm.errors import InputError
 
 
 def take(loader, steps: int) -> tuple[list[np.ndarray], list[int]]:

@@ -12,8 +12,8 @@ from conftest import MakeData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.config import InputError
 from llm.data.manifest import SPLITS, Manifest, read_manifest, verify_files
+from llm.errors import InputError
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm.config import DataConfig, InputError, ModelConfig, RunConfig, TrainConfig
+from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.data import prepare as preparing
 from llm.data.bigram import bigram_loss
 from llm.data.folder import data_folder, load_manifest
@@ -21,6 +21,7 @@ from llm.data.formats import read_index
 from llm.data.loader import open_loader, validation_batches
 from llm.data.prepare import prepare, split_of
 from llm.data.tokenizer import Tokenizer
+from llm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm.config import InputError
 from llm.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from llm.errors import InputError
 
 TEXT = [
     "def add(a, b):\n    return a + b\n" * 20,

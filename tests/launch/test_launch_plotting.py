@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from launch.plotting import plot_loss, series, smoothed
-from llm.config import InputError
+from llm.errors import InputError
 
 
 def write(path: Path, records: list[dict]) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.config import InputError
+from llm.errors import InputError
 from llm.parallel.hostfile import check_remote_words, read_hostfile
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.config import InputError
+from llm.errors import InputError
 from llm.parallel.launcher import (
     Ranks,
     RendezvousError,

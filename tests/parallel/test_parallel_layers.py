@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from llm.config import InputError, ParallelConfig
+from llm.config import ParallelConfig
+from llm.errors import InputError
 from llm.model.layers import IGNORED_TARGET
 from llm.parallel import collectives
 from llm.parallel.agreement import broadcast, exchange, exchange_errors, together

@@ -84,7 +84,7 @@ def trajectory(
 def on_ranks(config: RunConfig, steps: int, ragged: bool = False) -> dict[str, Any]:
     """Run on this rank of a pool. Collective."""
     mesh = Mesh.create(config.parallel, "cpu")
-    engine = build_engine(config, build_model(config, mesh), mesh, torch.device("cpu"))
+    engine = build_engine(config, mesh, torch.device("cpu"))
     result = trajectory(engine, config, mesh.dp_rank, mesh.dp_size, steps, ragged)
     engine.close()
     return result

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm.config import InputError, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from llm.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from llm.errors import InputError
 from llm.train.engines.deepspeed_config import OWNED, PASSED_THROUGH, deepspeed_config
 
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def resident_elements(config: RunConfig) -> tuple[int, int]:
     """Elements of parameters and of optimizer state that this rank holds after a step."""
     mesh = Mesh.create(config.parallel, "cpu")
-    engine = build_engine(config, build_model(config, mesh), mesh, CPU)
+    engine = build_engine(config, mesh, CPU)
     engine.forward_backward(batches(config, 0, mesh.dp_rank, mesh.dp_size, False), target_count(False))
     engine.step()
     parameters = sum(p.numel() for p in engine.parameters.values())  # pyright: ignore
@@ -81,10 +81,12 @@ def test_kernels_are_named() -> None:
 def poisoned_step(config: RunConfig) -> tuple[float, bool]:
     """A step whose loss is finite but one of whose gradients, on one rank, is not."""
     mesh = Mesh.create(config.parallel, "cpu")
-    model = build_model(config, mesh)
+    engine = build_engine(config, mesh, CPU)
     if mesh.rank == 1:
-        model.norm.weight.register_hook(lambda grad: grad * float("nan"))
-    engine = build_engine(config, model, mesh, CPU)
+        norm = engine.model.norm
+        norm.register_forward_hook(
+            lambda module, args, out: out.register_hook(lambda grad: grad * float("nan")) and None
+        )
     loss = engine.forward_backward(batches(config, 0, mesh.dp_rank, mesh.dp_size, False), target_count(False))
     assert math.isfinite(loss)
     result = engine.step()

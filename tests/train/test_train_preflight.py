@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from llm.config import InputError
+from llm.errors import InputError
 from llm.train import preflight
 
 GOOD = {"torch": "2.13.0+cpu", "triton": "3.7.1", "numpy": "2.4.6", "deepspeed": "0.19.8"}

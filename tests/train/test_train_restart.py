@@ -48,7 +48,7 @@ def save(engine: Any, mesh: Mesh, root: Path, step: int) -> None:
 def first_half(config: RunConfig, root: Path) -> list[float]:
     """Train 3 steps, save, train 3 more (returned), save again."""
     mesh = Mesh.create(config.parallel, "cpu")
-    engine = build_engine(config, build_model(config, mesh), mesh, CPU)
+    engine = build_engine(config, mesh, CPU)
     steps(engine, config, mesh, 0, 3)
     save(engine, mesh, root, 3)
     losses = steps(engine, config, mesh, 3, 3)
@@ -60,7 +60,7 @@ def first_half(config: RunConfig, root: Path) -> list[float]:
 def second_half(config: RunConfig, root: Path, other: Path) -> list[float]:
     """Read the first checkpoint under `config`, train 3 steps (returned), save under `other`."""
     mesh = Mesh.create(config.parallel, "cpu")
-    engine = build_engine(config, build_model(config, mesh), mesh, CPU)
+    engine = build_engine(config, mesh, CPU)
     reader = open_checkpoint(root / "step-00000003")
     scalars = reader.state["engine"]
     engine.load_scalar_state(scalars)
@@ -148,7 +148,7 @@ def test_a_lost_moment_is_noticed(two_ranks: RankPool, tmp_path: Path) -> None:
 
 def weights_only(config: RunConfig, root: Path) -> list[float]:
     mesh = Mesh.create(config.parallel, "cpu")
-    engine = build_engine(config, build_model(config, mesh), mesh, CPU)
+    engine = build_engine(config, mesh, CPU)
     engine.load_pieces(open_checkpoint(root / "step-00000003"), 0)
     losses = steps(engine, config, mesh, 3, 3)
     engine.close()

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from llm.config import InputError, require
+from llm.errors import InputError, require
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 CHUNK = 1 << 16

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.checkpoint.manifest import Piece
-from llm.checkpoint.reader import CheckpointReader
 from llm.data.loader import Batch
 from llm.model.layers import IGNORED_TARGET
 from llm.parallel.collectives import all_gather
@@ -55,12 +54,35 @@ class StepResult(NamedTuple):
     """The gradients overflowed: weights and Adam's step are as before."""
 
 
+class WeightSource(Protocol):
+    """Where an engine's weights come from: a CheckpointReader, or InitialWeights."""
+
+    def read_slice(self, name: str, kind: str, part: Slice) -> Tensor:
+        """`part` of "master", "exp_avg" or "exp_avg_sq" of a parameter, fp32 [part.shape]."""
+        ...
+
+
 class Engine(Protocol):
-    """Holds the model and the optimizer, spread over ranks in its own way. Every method but set_lr is collective."""
+    """Holds the model and the optimizer, spread over ranks in its own way.
+
+    Every method is collective but set_lr and those that say so.
+    """
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name; under ZeRO 3 they are partitioned."""
+        ...
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every data-parallel rank holds the same weights (`held`), rather than a part of them."""
+        ...
+
+    def held(self, name: str) -> Tensor:
+        """The weights of a parameter that this rank keeps between steps, as the forward pass uses them; not collective.
+
+        All of its tensor-parallel slice, or under ZeRO 3 and FSDP this rank's partition of it.
+        """
         ...
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
@@ -85,8 +107,8 @@ class Engine(Protocol):
         """What this rank writes: over all ranks, each element of master weights and moments exactly once."""
         ...
 
-    def load_pieces(self, reader: CheckpointReader, optimizer_step: int) -> None:
-        """Fill master weights, and moments if optimizer_step > 0, from a checkpoint of any layout."""
+    def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
+        """Fill master weights, and moments if optimizer_step > 0, from any layout's, and publish them."""
         ...
 
     def scalar_state(self) -> dict[str, Any]:

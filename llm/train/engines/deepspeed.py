@@ -14,14 +14,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from llm.checkpoint.manifest import Piece
-from llm.checkpoint.reader import CheckpointReader
-from llm.config import InputError, RunConfig
+from llm.config import RunConfig
+from llm.errors import InputError
 from llm.parallel.mesh import Mesh
 from llm.slices import Slice, slice_of
 from llm.train.engines.base import (
     MOMENTS,
     MicroBatch,
     StepResult,
+    WeightSource,
     clip,
     evaluate_batches,
     gather_slices,
@@ -76,6 +77,7 @@ class DeepSpeedEngine:
     """AdamW under ZeRO, with gradients, norms and checkpoints in terms of global tensors."""
 
     def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device) -> None:
+        self.model = model
         self.mesh = mesh
         self.device = device
         self.stage = config.parallel.zero_stage
@@ -139,6 +141,14 @@ class DeepSpeedEngine:
         assert local is not None, f"no gradient of {name}: call forward_backward first"
         return gather_slices(local.float().view(self.shapes[name]), self._slice(name), self.mesh)
 
+    @property
+    def replicated(self) -> bool:
+        return self.stage < 3
+
+    def held(self, name: str) -> Tensor:
+        parameter: Any = self.parameters[name]
+        return (parameter.ds_tensor if self.stage == 3 else parameter).detach()
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -167,7 +177,7 @@ class DeepSpeedEngine:
                 yield Piece(name, kind, held, part.start, moment.float().cpu())
 
     @torch.no_grad()
-    def load_pieces(self, reader: CheckpointReader, optimizer_step: int) -> None:
+    def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
         for name in self.parameters:
             held, part = self._slice(name), self._fragment(name)
             if part is None:
@@ -180,7 +190,7 @@ class DeepSpeedEngine:
                     self.adam.state[part.flat] = {"step": step, **moments}
                 targets |= {kind: part.moment(self.adam, kind) for kind in MOMENTS}
             for kind, target in targets.items():
-                local = reader.read_slice(name, kind, held).flatten()
+                local = source.read_slice(name, kind, held).flatten()
                 target.copy_(local.narrow(0, part.start, part.numel))
         publish(self.stage, self.optimizer)
 

@@ -6,7 +6,8 @@ import copy
 import difflib
 from typing import Any, Literal
 
-from llm.config import InputError, RunConfig, require
+from llm.config import RunConfig
+from llm.errors import InputError, require
 from llm.train.loss_scale import DynamicLossScale
 
 _PRECISION = "train.precision"

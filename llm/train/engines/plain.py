@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.checkpoint.manifest import Piece
-from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
 from llm.slices import slice_of
@@ -20,6 +19,7 @@ from llm.train.engines.base import (
     MOMENTS,
     MicroBatch,
     StepResult,
+    WeightSource,
     clip,
     evaluate_batches,
     global_norm,
@@ -112,6 +112,13 @@ class PlainEngine:
         assert grad is not None, f"no gradient of {name}: call forward_backward first"
         return grad
 
+    @property
+    def replicated(self) -> bool:
+        return True
+
+    def held(self, name: str) -> Tensor:
+        return self.parameters[name].detach()
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -126,11 +133,12 @@ class PlainEngine:
                 yield Piece(name, moment, held, 0, self.optimizer.state[master][moment].flatten().cpu())
 
     @torch.no_grad()
-    def load_pieces(self, reader: CheckpointReader, optimizer_step: int) -> None:
+    def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
         for name, master in self.masters.items():
-            master.copy_(reader.read(name, "master"))
+            held = slice_of(self.parameters[name])
+            master.copy_(source.read_slice(name, "master", held))
             if optimizer_step:
-                state = {moment: reader.read(name, moment).to(self.device) for moment in MOMENTS}
+                state = {kind: source.read_slice(name, kind, held).to(self.device) for kind in MOMENTS}
                 self.optimizer.state[master] = {
                     "step": torch.tensor(float(optimizer_step), device=self.device),
                     **state,

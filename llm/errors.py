@@ -1,0 +1,20 @@
+"""What is raised for a wrong request, so that every script ends alike: one line that says what to do, exit code 2."""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """The config, the input or the machine cannot be used as asked: the process exits with 2.
+
+    The message says what was found, what was expected and what to do.
+    """
+
+
+class Agreed(InputError):
+    """An InputError that every rank raises alike, so that one of them may speak for all."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError(message) unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
