@@ -78,15 +78,16 @@ def test_kernels_are_named() -> None:
     assert check_kernels(case(model=dict(dropout=0.1)), CPU) == "attention: reference, layer_norm: torch"
 
 
+def poison(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    output.register_hook(lambda grad: grad * float("nan"))
+
+
 def poisoned_step(config: RunConfig) -> tuple[float, bool]:
     """A step whose loss is finite but one of whose gradients, on one rank, is not."""
     mesh = Mesh.create(config.parallel, "cpu")
     engine = build_engine(config, mesh, CPU)
     if mesh.rank == 1:
-        norm = engine.model.norm
-        norm.register_forward_hook(
-            lambda module, args, out: out.register_hook(lambda grad: grad * float("nan")) and None
-        )
+        engine.model.norm.register_forward_hook(poison)
     loss = engine.forward_backward(batches(config, 0, mesh.dp_rank, mesh.dp_size, False), target_count(False))
     assert math.isfinite(loss)
     result = engine.step()
