@@ -17,14 +17,18 @@ F feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Literal, TypeAlias, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llm.config import ModelConfig
-from llm.model.layers import Layers, whole
+from llm.model.layers import Layers
 
+Recompute: TypeAlias = Literal["none", "full", "selective"]
 # Dropout sites: the embedding's, then three per block.
 EMBEDDING_SITE = 0
 SITES_PER_BLOCK = 3
@@ -62,10 +66,16 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which the backward pass computes the insides again from the inputs."""
+    # No generator's state is kept: dropout masks are functions of counters.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+
+
 class Block(nn.Module):
     """One transformer block: attention and feed-forward, each on the normalised stream and added to it."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, index: int, recompute: Recompute = "none") -> None:
         super().__init__()
         C, D, name, bias = config.d_model, config.head_dim, f"blocks.{index}", config.bias
         site = EMBEDDING_SITE + 1 + SITES_PER_BLOCK * index
@@ -73,6 +83,7 @@ class Block(nn.Module):
         gated = config.activation == "swiglu"
         self.config = config
         self.index = index
+        self.recompute = recompute
         self.norm_1 = layers.norm(config.norm, f"{name}.norm_1", C, bias=bias)
         self.qkv = layers.linear("qkv", f"{name}.qkv", C, qkv_rows, bias=bias)
         self.attention = layers.attention(config.dropout, site, config.n_head, config.kv_heads)
@@ -93,16 +104,25 @@ class Block(nn.Module):
         return x + self.down_dropout(transformed, samples, positions)
 
     def attend(self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None) -> Tensor:
-        B, T, _ = x.shape
+        qkv = self.qkv(x)
+        if self.recompute == "selective" and self.training:
+            mixed = recomputed(self.mix, qkv, positions, samples)
+        else:
+            mixed = self.mix(qkv, positions, samples, cache)
+        return self.attention_output(mixed)
+
+    def mix(self, qkv: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What lies between the two matrix products of attention: qkv [B, T, (R + 2) K D] -> [B, T, H D]."""
+        B, T, _ = qkv.shape
         R, D = self.config.n_head // self.config.kv_heads, self.config.head_dim
-        qkv = self.qkv(x).view(B, T, -1, R + 2, D)  # [B, T, K, R + 2, D]
+        qkv = qkv.view(B, T, -1, R + 2, D)
         qk, v = qkv[:, :, :, : R + 1], qkv[:, :, :, R + 1]
         if self.config.position == "rope":
             qk = rotate(qk, positions, self.config.rope_theta)
         q, k = qk[:, :, :, :R].reshape(B, T, -1, D), qk[:, :, :, R]
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        return self.attention_output(self.attention(q, k, v, samples).reshape(B, T, -1))
+        return self.attention(q, k, v, samples).reshape(B, T, -1)
 
     def activate(self, x: Tensor) -> Tensor:
         if self.config.activation == "gelu":
@@ -115,8 +135,9 @@ class GPT(nn.Module):
     """The model, or a range of its blocks.
 
     blocks: the global numbers of the blocks that live here (all of them by default).
-    recompute: keep only each block's input and compute the block again in the backward pass
-    (full activation checkpointing, Chen et al. 2016).
+    recompute: what the backward pass of every `recompute_every`-th block computes again (activation checkpointing): the
+    whole block, of which only the input is kept ("full", Chen et al. 2016), or attention between its two matrix
+    products ("selective", Korthikanti et al. 2022, section 5).
     """
 
     def __init__(
@@ -124,17 +145,22 @@ class GPT(nn.Module):
         config: ModelConfig,
         layers: Layers,
         blocks: range | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
+        recompute_every: int = 1,
     ) -> None:
         super().__init__()
         C = config.d_model
         self.config = config
-        self.recompute = recompute
         self.embedding = layers.embedding("embedding", config.vocab_size, C)
         if config.position == "learned":
-            self.position_table = whole(nn.Embedding(config.max_seq_len, C))
+            self.position_table = layers.position_table("position_table", config.max_seq_len, C)
         self.embedding_dropout = layers.dropout(config.dropout, EMBEDDING_SITE)
-        self.blocks = nn.ModuleDict({str(i): Block(config, layers, i) for i in (blocks or range(config.n_layer))})
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): Block(config, layers, i, "none" if i % recompute_every else recompute)
+                for i in (blocks or range(config.n_layer))
+            }
+        )
         self.norm = layers.norm(config.norm, "norm", C, bias=config.bias)
         tied = self.embedding if config.tie_embeddings else None
         self.head = layers.lm_head("head", C, config.vocab_size, tied)
@@ -160,9 +186,9 @@ class GPT(nn.Module):
         masks; targets int64 [B, T], IGNORED_TARGET where not counted; cache: of the positions before these.
         """
         x = self.embed(tokens, positions, samples)
-        for block in self.blocks.values():
-            if self.recompute and self.training:
-                x = checkpoint(block, x, positions, samples, use_reentrant=False)
+        for block in cast("Iterable[Block]", self.blocks.values()):
+            if block.recompute == "full" and self.training:
+                x = recomputed(block, x, positions, samples)
             else:
                 x = block(x, positions, samples, cache)
         x = self.norm(x)

@@ -8,7 +8,8 @@ Shapes: B batch, T time (sequence), C model width, H query heads, K key/value he
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, cast
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from kernels.layer_norm import layer_norm
 from kernels.philox import DropoutKey, dropout
+from llm.model.loss import WholeVocabulary, cross_entropy
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
-# A target of this value is not counted in the loss.
-IGNORED_TARGET = -100
+Use: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Layers(Protocol):
@@ -33,6 +34,10 @@ class Layers(Protocol):
 
     def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
         """int [...] -> [..., width]; its table is `.weight`."""
+        ...
+
+    def position_table(self, name: str, max_positions: int, width: int) -> nn.Module:
+        """int [T] -> [T, width], to be added to the token embeddings."""
         ...
 
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
@@ -62,47 +67,55 @@ def whole(module: nn.Module) -> nn.Module:
 class LanguageModelHead(nn.Module):
     """Projection to the vocabulary and its loss; both go through `forward`, where ZeRO 3 gathers the weight."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, *, z_loss: float) -> None:
         super().__init__()
         self.weight = weight
+        self.z_loss = z_loss
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., C] -> fp32 [..., V]."""
         return self(x)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """[..., C], int64 [...] -> fp32 []: the sum of -log p(target) over targets that are not IGNORED_TARGET."""
+        """[..., C], int64 [...] -> fp32 []: the sum of -log p(target) over targets that are not IGNORED_TARGET.
+
+        In training the z-loss is added to it (llm/model/loss.py).
+        """
         return self(x, targets)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        logits = F.linear(x, self.weight).float()
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED_TARGET)
+            return F.linear(x, self.weight).float()
+        z_loss = self.z_loss if self.training else 0.0
+        return cross_entropy(x, self.weight, targets, z_loss, WholeVocabulary(len(self.weight)))
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al. 2016) with statistics in fp32."""
+    """Layer normalisation (Ba et al. 2016) with statistics in fp32; `use` is applied to a weight before its use."""
 
-    def __init__(self, width: int, *, bias: bool, impl: str) -> None:
+    def __init__(self, width: int, *, bias: bool, impl: str, use: Use) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         self.impl = impl
+        self.use = use
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, impl=self.impl)
+        bias = None if self.bias is None else self.use(self.bias)
+        return layer_norm(x, self.use(self.weight), bias, impl=self.impl)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019), in fp32."""
+    """Root-mean-square normalisation (Zhang & Sennrich 2019), in fp32; `use` as in LayerNorm."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, use: Use) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.use = use
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-5).to(x.dtype)
+        weight = self.use(self.weight).float()
+        return F.rms_norm(x.float(), weight.shape, weight, 1e-5).to(x.dtype)
 
 
 class Dropout(nn.Module):
@@ -137,12 +150,17 @@ class CausalAttention(nn.Module):
 class DenseLayers:
     """Whole layers on one device.
 
-    seed: of the dropout masks. impl: kernel implementation (kernels/dispatch.py).
+    seed: of the dropout masks. impl: kernel implementation (kernels/dispatch.py). z_loss: its weight in the loss.
     """
 
-    def __init__(self, *, seed: int, impl: str = "auto") -> None:
+    def __init__(self, *, seed: int, impl: str = "auto", z_loss: float = 0.0) -> None:
         self.seed = seed
         self.impl = impl
+        self.z_loss = z_loss
+
+    def use(self, weight: Tensor) -> Tensor:
+        """A norm's weight or bias as its layer uses it: here, as it is."""
+        return weight
 
     def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         return whole(nn.Linear(in_features, out_features, bias=bias))
@@ -150,16 +168,20 @@ class DenseLayers:
     def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
         return whole(nn.Embedding(vocab_size, width))
 
+    def position_table(self, name: str, max_positions: int, width: int) -> nn.Module:
+        return whole(nn.Embedding(max_positions, width))
+
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         if tied is not None:
-            return LanguageModelHead(cast(nn.Parameter, tied.weight))
-        head = LanguageModelHead(nn.Parameter(torch.empty(vocab_size, width)))
+            return LanguageModelHead(cast(nn.Parameter, tied.weight), z_loss=self.z_loss)
+        head = LanguageModelHead(nn.Parameter(torch.empty(vocab_size, width)), z_loss=self.z_loss)
         whole(head)
         return head
 
     def norm(self, kind: str, name: str, width: int, *, bias: bool) -> nn.Module:
-        norm = RMSNorm(width) if kind == "rmsnorm" else LayerNorm(width, bias=bias, impl=self.impl)
-        return whole(norm)
+        if kind == "rmsnorm":
+            return whole(RMSNorm(width, use=self.use))
+        return whole(LayerNorm(width, bias=bias, impl=self.impl, use=self.use))
 
     def dropout(self, p: float, site: int) -> Dropout:
         return Dropout(DropoutKey(p, self.seed, site))

@@ -1,7 +1,15 @@
 """Megatron's parallel layers (Shoeybi et al. 2019): each rank of a tensor-parallel group holds a slice of the weight.
 
-Every layer computes what its `torch.nn` twin computes on the whole weight. A suffix `_tp` means this rank's part.
-Shapes: N tokens, I input width, O output width, C model width, V vocabulary.
+Every layer computes what its `torch.nn` twin computes on the whole weight. With sequence parallelism (Korthikanti et
+al. 2022) activations between the split layers, where norms, dropout and the residual sum act, are split by T:
+
+                     without                     with sequence parallelism
+    x between        [B, T, C] on every rank     [B, T / tp, C]
+    into a column    f: nothing / all-reduce     all-gather / reduce-scatter     (forward / backward)
+    out of a row     g: all-reduce / nothing     reduce-scatter / all-gather
+
+A suffix `_tp` means this rank's part. Shapes: B batch, T time (sequence), I input width, O output width, C model width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,13 +24,27 @@ from torch import Tensor, nn
 
 from kernels.philox import DropoutKey
 from llm.model.layers import (
-    IGNORED_TARGET,
     CausalAttention,
     DenseLayers,
+    Dropout,
     LanguageModelHead,
     LinearRole,
+    whole,
 )
-from llm.parallel.collectives import all_gather, all_reduce, f, g
+from llm.model.loss import cross_entropy
+from llm.parallel.collectives import (
+    all_gather,
+    batch_first,
+    f,
+    g,
+    gather_sequence,
+    scatter_sequence,
+    sequence_first,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter,
+    wait,
+)
 from llm.slices import Slice, mark, slice_of
 
 
@@ -33,16 +55,36 @@ class TensorParallel:
     rank: int
     size: int
     name: str
+    sequence_parallel: bool = False
 
     @staticmethod
-    def of(group: dist.ProcessGroup) -> TensorParallel:
-        return TensorParallel(group.rank(), group.size(), group.group_name)
+    def of(group: dist.ProcessGroup, sequence_parallel: bool = False) -> TensorParallel:
+        return TensorParallel(group.rank(), group.size(), group.group_name, sequence_parallel)
 
     def slice(self, shape: tuple[int, ...], dim: int) -> Slice:
         """This rank's slice along `dim`, in equal parts; the last ranks' are cut short where it does not divide."""
         part = -(-shape[dim] // self.size)
         start = min(self.rank * part, shape[dim])
         return Slice(shape, dim, start, min(start + part, shape[dim]))
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """Those of the T positions [T] that activations between split layers have on this rank."""
+        return positions.chunk(self.size)[self.rank] if self.sequence_parallel else positions
+
+    def enter(self, x: Tensor) -> Tensor:
+        """An activation from between the split layers, whole, as the ranks share its use."""
+        return gather_sequence(x, self.size, self.name) if self.sequence_parallel else f(x, self.name)
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """The sum over ranks of [B, T, C], as activations are held between the split layers."""
+        return scatter_sequence(partial, self.size, self.name) if self.sequence_parallel else g(partial, self.name)
+
+    def use(self, weight: Tensor) -> Tensor:
+        """A weight that every rank holds whole, as it meets activations between the split layers.
+
+        If these are a part of the sequence, then so is each rank's gradient of the weight: f sums it over ranks.
+        """
+        return f(weight, self.name) if self.sequence_parallel else weight
 
 
 def split(tensor: Tensor, held: Slice) -> nn.Parameter:
@@ -53,8 +95,44 @@ def split(tensor: Tensor, held: Slice) -> nn.Parameter:
     return parameter
 
 
+class ColumnLinear(torch.autograd.Function):
+    """y_tp = x W_tp^T + b_tp for x as it is held between the split layers.
+
+    Backward computes the input's gradient first and sends it to the other ranks while it computes the weight's. With
+    sequence parallelism only this rank's part of x is kept; the whole is gathered again, while the input's gradient is
+    computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp = tp
+        if tp.sequence_parallel:
+            x = batch_first(wait(start_all_gather(x, tp.size, tp.name)), tp.size)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        tp, (needs_x, needs_weight, needs_bias, _) = ctx.tp, ctx.needs_input_grad
+        gathered = start_all_gather(x, tp.size, tp.name) if tp.sequence_parallel and needs_weight else None
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            partial = grad @ weight
+            if tp.sequence_parallel:
+                grad_x = start_reduce_scatter(sequence_first(partial, tp.size), tp.size, tp.name)
+            else:
+                grad_x = start_all_reduce_(partial, tp.name)
+        if needs_weight:
+            whole_x = x if gathered is None else batch_first(wait(gathered), tp.size)
+            grad_weight = grad.flatten(0, -2).t() @ whole_x.flatten(0, -2)
+        if needs_bias:
+            grad_bias = grad.flatten(0, -2).sum(dim=0)
+        return None if grad_x is None else wait(grad_x), grad_weight, grad_bias, None
+
+
 class ColumnParallelLinear(nn.Module):
-    """y_tp = f(x) W_tp^T + b_tp, with W [O, I] cut by rows: [..., I] -> [..., O / tp]."""
+    """y_tp = x W_tp^T + b_tp, with W [O, I] cut by rows: [B, T, I] ([B, T / tp, I]) -> [B, T, O / tp]."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
@@ -66,11 +144,11 @@ class ColumnParallelLinear(nn.Module):
             self.bias = split(torch.zeros(out_features // tp.size), tp.slice((out_features,), 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(f(x, self.tp.name), self.weight, self.bias)
+        return ColumnLinear.apply(x, self.weight, self.bias, self.tp)  # pyright: ignore[reportReturnType]
 
 
 class RowParallelLinear(nn.Module):
-    """y = g(x_tp W_tp^T) + b, with W [O, I] cut by columns: [..., I / tp] -> [..., O]."""
+    """y = (sum over ranks of x_tp W_tp^T) + b; W [O, I] cut by columns: [B, T, I/tp] -> [B, T, O] ([B, T/tp, O])."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
@@ -83,8 +161,8 @@ class RowParallelLinear(nn.Module):
             mark(self.bias, Slice.whole((out_features,)))
 
     def forward(self, x_tp: Tensor) -> Tensor:
-        y = g(F.linear(x_tp, self.weight), self.tp.name)
-        return y if self.bias is None else y + self.bias
+        y = self.tp.leave(F.linear(x_tp, self.weight))
+        return y if self.bias is None else y + self.tp.use(self.bias)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -98,71 +176,74 @@ class VocabParallelEmbedding(nn.Module):
         self.start, self.stop = held.start, held.stop
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [...] -> [..., C]."""
+        """int64 [B, T] -> [B, T, C] ([B, T / tp, C])."""
         elsewhere = (tokens < self.start) | (tokens >= self.stop)
         rows = F.embedding((tokens - self.start).masked_fill(elsewhere, 0), self.weight)
-        return g(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.tp.name)
+        return self.tp.leave(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
 
-class VocabParallelCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(logits)[target] over tokens, from logits that stay spread over ranks.
+class PositionTable(nn.Module):
+    """A learned table of positions that every rank holds whole."""
 
-    Per token each rank contributes a maximum, a sum of exponentials and perhaps the target's logit: three numbers
-    travel, never a row of logits. Backward is softmax - onehot, on this rank's columns.
-    """
+    def __init__(self, max_positions: int, width: int, *, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(max_positions, width))
 
-    @staticmethod
-    def forward(ctx: Any, logits_tp: Tensor, targets: Tensor, start: int, group: str) -> Tensor:
-        """logits_tp fp32 [N, V / tp] (padding -inf), targets int64 [N] -> fp32 []."""
-        counted = targets != IGNORED_TARGET
-        maximum = all_reduce(logits_tp.amax(dim=-1), "max", group)
-        exponentials = (logits_tp - maximum.unsqueeze(-1)).exp()
-        local = targets - start
-        here = counted & (local >= 0) & (local < logits_tp.shape[-1])
-        column = local.masked_fill(~here, 0).unsqueeze(-1)
-        target_logit = logits_tp.gather(-1, column).squeeze(-1).masked_fill(~here, 0.0)
-        sums = all_reduce(torch.stack([exponentials.sum(dim=-1), target_logit]), "sum", group)
-        losses = sums[0].log() + maximum - sums[1]
-        probabilities = exponentials.div_(sums[0].unsqueeze(-1))
-        ctx.save_for_backward(probabilities, column, here, counted)
-        return losses.masked_fill(~counted, 0.0).sum()
+    def forward(self, positions: Tensor) -> Tensor:
+        """int64 [T] -> [T, C] ([T / tp, C])."""
+        return F.embedding(self.tp.positions(positions), self.tp.use(self.weight))
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, column, here, counted = ctx.saved_tensors
-        grad_logits = probabilities.clone()
-        grad_logits.scatter_add_(-1, column, -here.to(grad_logits.dtype).unsqueeze(-1))
-        return grad_logits.mul_((grad * counted).unsqueeze(-1)), None, None, None
+
+class SequenceDropout(Dropout):
+    """Dropout between the split layers: the mask of the positions that are here."""
+
+    def __init__(self, key: DropoutKey, *, tp: TensorParallel) -> None:
+        super().__init__(key)
+        self.tp = tp
+
+    def forward(self, x: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
+        return super().forward(x, samples, self.tp.positions(positions))
+
+
+class VocabularyPart:
+    """The columns of the logits that a rank's slice of the head gives; ranks are joined by two numbers per token."""
+
+    def __init__(self, held: Slice, tp: TensorParallel) -> None:
+        self.start = held.start
+        self.rows = held.stop - held.start
+        self.tp = tp
+
+    def join(self, log_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+        parts = all_gather(torch.stack([log_sum, target_logit]), self.tp.size, self.tp.name)  # [tp, 2, n]
+        return parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
 
 
 class VocabParallelHead(LanguageModelHead):
     """The output projection with its rows spread over ranks; the loss never gathers the logits."""
 
-    def __init__(self, weight: nn.Parameter, *, tp: TensorParallel) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: nn.Parameter, *, z_loss: float, tp: TensorParallel) -> None:
+        super().__init__(weight, z_loss=z_loss)
         self.tp = tp
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        held = slice_of(self.weight)
-        logits_tp = F.linear(f(x, self.tp.name), self.weight).float()
-        rows = held.stop - held.start
-        if rows < logits_tp.shape[-1]:
-            padding = torch.arange(logits_tp.shape[-1], device=x.device) >= rows
-            logits_tp = logits_tp.masked_fill(padding, float("-inf"))
+        held, x = slice_of(self.weight), self.tp.enter(x)
         if targets is None:
-            gathered = all_gather(logits_tp, self.tp.size, self.tp.name)  # [tp, ..., V / tp]
-            return gathered.movedim(0, -2).flatten(-2)[..., : held.global_shape[0]]
-        return VocabParallelCrossEntropy.apply(  # pyright: ignore[reportReturnType]
-            logits_tp.flatten(0, -2), targets.flatten(), held.start, self.tp.name
-        )
+            parts = all_gather(F.linear(x, self.weight).float(), self.tp.size, self.tp.name)  # [tp, ..., V / tp]
+            return parts.movedim(0, -2).flatten(-2)[..., : held.global_shape[0]]
+        z_loss = self.z_loss if self.training else 0.0
+        return cross_entropy(x, self.weight, targets, z_loss, VocabularyPart(held, self.tp))
 
 
 class TensorParallelLayers(DenseLayers):
-    """The factory of the layers above; norms and dropout are replicated. Dimensions must divide by the group's size."""
+    """The factory of the layers above. Widths must divide by the group's size, and T if sequence-parallel."""
 
-    def __init__(self, tp: TensorParallel, *, seed: int, impl: str = "auto") -> None:
-        super().__init__(seed=seed, impl=impl)
+    def __init__(self, tp: TensorParallel, *, seed: int, impl: str = "auto", z_loss: float = 0.0) -> None:
+        super().__init__(seed=seed, impl=impl, z_loss=z_loss)
         self.tp = tp
+
+    def use(self, weight: Tensor) -> Tensor:
+        return self.tp.use(weight)
 
     def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         layer = ColumnParallelLinear if role in ("qkv", "up") else RowParallelLinear
@@ -171,9 +252,15 @@ class TensorParallelLayers(DenseLayers):
     def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
         return VocabParallelEmbedding(vocab_size, width, tp=self.tp)
 
+    def position_table(self, name: str, max_positions: int, width: int) -> nn.Module:
+        return whole(PositionTable(max_positions, width, tp=self.tp))
+
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp)
-        return VocabParallelHead(cast(nn.Parameter, source.weight), tp=self.tp)
+        return VocabParallelHead(cast(nn.Parameter, source.weight), z_loss=self.z_loss, tp=self.tp)
+
+    def dropout(self, p: float, site: int) -> Dropout:
+        return SequenceDropout(DropoutKey(p, self.seed, site), tp=self.tp)
 
     def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
         head_offset = self.tp.rank * (n_head // self.tp.size)

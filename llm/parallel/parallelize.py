@@ -11,6 +11,6 @@ from llm.parallel.mesh import Mesh
 def choose_layers(config: RunConfig, mesh: Mesh | None) -> Layers:
     """The dense factory on one tensor-parallel rank (or without a mesh), Megatron's on several."""
     if mesh is None or mesh.tp_size == 1:
-        return DenseLayers(seed=config.seed, impl=config.train.impl)
-    tp = TensorParallel.of(mesh.tp_group)
-    return TensorParallelLayers(tp, seed=config.seed, impl=config.train.impl)
+        return DenseLayers(seed=config.seed, impl=config.train.impl, z_loss=config.train.z_loss)
+    tp = TensorParallel.of(mesh.tp_group, config.parallel.sequence_parallel)
+    return TensorParallelLayers(tp, seed=config.seed, impl=config.train.impl, z_loss=config.train.z_loss)

@@ -40,8 +40,13 @@ def build_model(config: RunConfig, mesh: Mesh | None) -> GPT:
 
 def _skeleton(config: RunConfig, mesh: Mesh | None) -> GPT:
     """The model before its weights have values."""
-    recompute = config.train.activation_checkpointing == "full"
-    return GPT(config.model, choose_layers(config, mesh), recompute=recompute)
+    train = config.train
+    return GPT(
+        config.model,
+        choose_layers(config, mesh),
+        recompute=train.activation_checkpointing,
+        recompute_every=train.checkpoint_every,
+    )
 
 
 def build_engine(
@@ -49,7 +54,7 @@ def build_engine(
 ) -> Engine:
     """The engine that the config names, with the weights of `checkpoint` or else the initial ones. Collective."""
     # Engines that give each rank a part of every weight take them without memory, so that the whole never exists.
-    parts = config.train.engine == "fsdp"
+    parts = config.train.engine == "fsdp" or (config.train.engine == "deepspeed" and config.parallel.zero_stage == 3)
     with torch.device("meta" if parts else "cpu"):
         model = _skeleton(config, mesh)
     engine = _engine(config, model, mesh, device)
@@ -67,6 +72,10 @@ def _engine(config: RunConfig, model: GPT, mesh: Mesh, device: torch.device) -> 
         from llm.train.engines.plain import PlainEngine
 
         return PlainEngine(config, model, mesh, device)
+    if config.train.engine == "fsdp":
+        from llm.train.engines.fsdp import FSDPEngine
+
+        return FSDPEngine(config, model, mesh, device)
     # Imported here so that only runs that use DeepSpeed pay for it, or need it installed.
     from llm.train.engines.deepspeed import DeepSpeedEngine
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm.config import ModelConfig
-from llm.model.gpt import GPT, KVCache, rotate
+from llm.model.gpt import GPT, KVCache, Recompute, rotate
 from llm.model.init import init_weights
 from llm.model.layers import DenseLayers
 
@@ -20,9 +20,9 @@ VARIANTS = {
 }
 
 
-def build(recompute: bool = False, **fields) -> GPT:
+def build(recompute: Recompute = "none", every: int = 1, **fields) -> GPT:
     config = ModelConfig(**{"n_layer": 2, "d_model": 64, "vocab_size": 512, "max_seq_len": 32, **fields})
-    model = GPT(config, DenseLayers(seed=7), recompute=recompute)
+    model = GPT(config, DenseLayers(seed=7), recompute=recompute, recompute_every=every)
     init_weights(model, config, 3)
     return model
 
@@ -97,12 +97,33 @@ def gradients(model: GPT, samples: torch.Tensor | None = None) -> dict[str, torc
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_recomputation_changes_nothing() -> None:
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputation_changes_nothing(recompute: Recompute, every: int) -> None:
     kept = gradients(build(dropout=0.2))
-    again = gradients(build(dropout=0.2, recompute=True))
+    again = gradients(build(dropout=0.2, recompute=recompute, every=every))
     assert kept.keys() == again.keys()
     for name, grad in kept.items():
         assert torch.equal(grad, again[name]), name
+
+
+def calls(recompute: Recompute, every: int, part: str) -> list[int]:
+    """How often each of 4 blocks runs one of its parts in a forward and a backward pass."""
+    model = build(recompute, every, n_layer=4)
+    counts = [0] * 4
+    for i, block in enumerate(model.blocks.values()):
+        getattr(block, part).register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+    gradients(model)
+    return counts
+
+
+def test_what_is_computed_again() -> None:
+    assert calls("none", 1, "attention") == calls("none", 1, "qkv") == [1, 1, 1, 1]
+    assert calls("full", 1, "attention") == calls("full", 1, "up") == [2, 2, 2, 2]
+    assert calls("full", 2, "qkv") == [2, 1, 2, 1]
+    assert calls("selective", 1, "attention") == [2, 2, 2, 2]
+    assert calls("selective", 1, "qkv") == calls("selective", 1, "attention_output") == [1, 1, 1, 1]
+    assert calls("selective", 2, "attention") == [2, 1, 2, 1]
 
 
 def test_dropout_is_keyed_by_the_global_sample() -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 import torch.nn.functional as F
 
 from llm.config import ParallelConfig
 from llm.errors import InputError
-from llm.model.layers import IGNORED_TARGET
+from llm.model.loss import IGNORED_TARGET
 from llm.parallel import collectives
 from llm.parallel.agreement import broadcast, exchange, exchange_errors, together
 from llm.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     TensorParallel,
+    TensorParallelLayers,
     VocabParallelEmbedding,
     VocabParallelHead,
     split,
 )
 from llm.parallel.mesh import Mesh
+from llm.slices import slice_of
 from pool import RankPool
 
 
@@ -34,7 +39,7 @@ def mlp_case(size: int) -> None:
     """down(gelu(up(x))): f and g appear once each, forward and backward."""
     tp = tensor_parallel(size)
     torch.manual_seed(0)
-    x, w1, b1 = torch.randn(5, 8).double(), torch.randn(16, 8).double(), torch.randn(16).double()
+    x, w1, b1 = torch.randn(2, 5, 8).double(), torch.randn(16, 8).double(), torch.randn(16).double()
     w2, b2 = torch.randn(8, 16).double(), torch.randn(8).double()
     whole = [t.clone().requires_grad_() for t in (x, w1, b1, w2, b2)]
     expected = F.linear(F.gelu(F.linear(whole[0], whole[1], whole[2])), whole[3], whole[4])
@@ -56,6 +61,64 @@ def mlp_case(size: int) -> None:
         close(parameter.grad, parameter.slice.take(reference.grad))
     assert getattr(up.weight, "tensor_model_parallel", False)
     assert not getattr(down.bias, "tensor_model_parallel", False)
+
+
+def sequence_case(size: int) -> None:
+    """x + row(gelu(column(norm(x)))) with x split by T: the sequence-parallel block in small, its every gradient."""
+    tp = replace(tensor_parallel(size), sequence_parallel=True)
+    torch.manual_seed(0)
+    B, T, C, O = 2, 8, 6, 12  # noqa: E741
+    layers = TensorParallelLayers(tp, seed=0)
+    up = layers.linear("up", "up", C, O, bias=True).double()
+    down = layers.linear("down", "down", O, C, bias=True).double()
+    norm, table = layers.norm("layernorm", "norm", C, bias=True).double(), layers.position_table("table", T, C).double()
+    whole = {}
+    for module in (norm, up, down, table):
+        for parameter in module.parameters():
+            value = torch.randn(slice_of(parameter).global_shape).double()
+            whole[parameter] = value.requires_grad_()
+            parameter.data = slice_of(parameter).take(value).detach().clone()
+    x, direction = torch.randn(B, T, C).double(), torch.randn(B, T, C).double()
+    mine = x.chunk(size, dim=1)[tp.rank].clone().requires_grad_()
+    stream = mine + table(torch.arange(T))
+    y = stream + down(F.gelu(up(norm(stream))))
+    (y * direction.chunk(size, dim=1)[tp.rank]).sum().backward()
+
+    x.requires_grad_()
+    w = [whole[p] for module in (norm, up, down, table) for p in module.parameters()]
+    stream = x + w[6]
+    normed = F.layer_norm(stream, (C,), w[0], w[1])
+    expected = stream + F.linear(F.gelu(F.linear(normed, w[2], w[3])), w[4], w[5])
+    (expected * direction).sum().backward()
+    torch.testing.assert_close(y, expected.chunk(size, dim=1)[tp.rank], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mine.grad, x.grad.chunk(size, dim=1)[tp.rank], atol=1e-5, rtol=1e-5)
+    for parameter, reference in whole.items():
+        held = slice_of(parameter).take(reference.grad)
+        torch.testing.assert_close(parameter.grad, held, atol=1e-5, rtol=1e-5)
+
+
+def test_sequence_parallel_block(two_ranks: RankPool, four_ranks: RankPool) -> None:
+    two_ranks.run(sequence_case, 2)
+    four_ranks.run(sequence_case, 4)
+
+
+def frozen_case(sequence_parallel: bool) -> None:
+    """Gradients that nobody asked for are not computed: a frozen weight, and an input without gradient."""
+    tp = replace(tensor_parallel(2), sequence_parallel=sequence_parallel)
+    up = ColumnParallelLinear(4, 6, bias=False, tp=tp)
+    torch.nn.init.ones_(up.weight)
+    x = torch.ones(1, 4, 4, requires_grad=True)
+    up.weight.requires_grad_(False)
+    up(x).sum().backward()
+    assert up.weight.grad is None and x.grad is not None and float(x.grad[0, 0, 0]) == 6.0
+    up.weight.requires_grad_(True)
+    up(torch.ones(1, 4, 4)).sum().backward()
+    assert up.weight.grad is not None and float(up.weight.grad[0, 0]) == (8.0 if sequence_parallel else 4.0)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_frozen(sequence_parallel: bool, two_ranks: RankPool) -> None:
+    two_ranks.run(frozen_case, sequence_parallel)
 
 
 def test_mlp(two_ranks: RankPool, four_ranks: RankPool) -> None:
@@ -86,7 +149,7 @@ def vocabulary_case(size: int, V: int) -> None:
     embedding.weight = split(torch.zeros(rows, 6).double(), held)
     with torch.no_grad():
         embedding.weight[: held.stop - held.start].copy_(held.take(table))
-    head = VocabParallelHead(embedding.weight, tp=tp)
+    head = VocabParallelHead(embedding.weight, z_loss=0.0, tp=tp)
     x = embedding(tokens).tanh()
     loss = head.loss(x, targets)
     loss.backward()
@@ -112,7 +175,7 @@ def extreme_logits_case() -> None:
     """exp would overflow without the maximum; a uniform row gives ln V."""
     tp = tensor_parallel(2)
     weight = split(torch.zeros(4, 1), tp.slice((8, 1), 0))
-    head = VocabParallelHead(weight, tp=tp)
+    head = VocabParallelHead(weight, z_loss=0.0, tp=tp)
     with torch.no_grad():
         weight.copy_(weight.slice.take(torch.tensor([[1000.0], *[[0.0]] * 7])))
     x = torch.tensor([[1.0], [1.0], [0.0]])
@@ -124,16 +187,21 @@ def test_extreme_logits(two_ranks: RankPool) -> None:
     two_ranks.run(extreme_logits_case)
 
 
-def operators_case() -> None:
+def traced_case() -> None:
+    """The collectives can be traced: a function of them gives the same when torch.compile's front end captures it."""
     tp = tensor_parallel(2)
-    x = torch.randn(3, 4)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(collectives.all_reduce, (x, "sum", tp.name), test_utils=tests)
-    torch.library.opcheck(collectives.all_gather, (x, 2, tp.name), test_utils=tests)
+    x = torch.randn(2, 4, 3) + tp.rank
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        gathered = collectives.gather_sequence(x, 2, tp.name)
+        return collectives.scatter_sequence(collectives.g(gathered, tp.name), 2, tp.name)
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), function(x))
 
 
-def test_operators_are_registered_rightly(two_ranks: RankPool) -> None:
-    two_ranks.run(operators_case)
+def test_collectives_can_be_traced(two_ranks: RankPool) -> None:
+    two_ranks.run(traced_case)
 
 
 def agreement_case() -> list[object]:
