@@ -108,11 +108,11 @@ def test_recomputation_changes_nothing(recompute: Recompute, every: int) -> None
 
 
 def calls(recompute: Recompute, every: int, part: str) -> list[int]:
-    """How often each of 4 blocks runs one of its parts in a forward and a backward pass."""
+    """How often each of 4 blocks begins one of its parts in a forward and a backward pass."""
     model = build(recompute, every, n_layer=4)
     counts = [0] * 4
     for i, block in enumerate(model.blocks.values()):
-        getattr(block, part).register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+        getattr(block, part).register_forward_pre_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
     gradients(model)
     return counts
 
