@@ -251,6 +251,23 @@ def test_any_value_gives_a_config_or_an_input_error(key: str, value: str) -> Non
             ["n_kv_head 4", "tensor_parallel=2"],
         ),
         (["--model.d_ff=6", "--parallel.tensor_parallel=4"], ["d_ff 6", "tensor_parallel=2"]),
+        (["--parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "tensor_parallel of 2 or more", "1"]),
+        (
+            ["--parallel.sequence_parallel=true", "--parallel.tensor_parallel=4", "--data.seq_len=30"],
+            ["data.seq_len 30", "tensor_parallel 4", "use data.seq_len=28"],
+        ),
+        (["--train.engine=fsdp"], ["fsdp", "found parallel.zero_stage 0", "use parallel.zero_stage=3"]),
+        (["--train.engine=fsdp", "--parallel.zero_stage=1"], ["found parallel.zero_stage 1"]),
+        (["--parallel.offload=optimizer"], ["offload optimizer", "zero_stage 1 or more", "found 0"]),
+        (["--parallel.offload=all", "--parallel.zero_stage=2"], ["offload all", "zero_stage 3", "found 2"]),
+        (
+            ["--train.engine=fsdp", "--parallel.zero_stage=3", "--parallel.offload=optimizer"],
+            ["use parallel.offload=all"],
+        ),
+        (["--train.checkpoint_every=2"], ["checkpoint_every is 2", "use train.activation_checkpointing=full"]),
+        (["--train.z_loss=-1"], ["train.z_loss is -1", "at least 0"]),
+        (["--train.z_loss=.inf"], ["train.z_loss", "finite"]),
+        (["--train.guard_interval=-1"], ["train.guard_interval is -1", "0: replicas are not compared"]),
     ],
 )
 def test_impossible_combinations_name_the_nearest_choice(argv: list[str], words: list[str]) -> None:
@@ -261,6 +278,14 @@ def test_impossible_combinations_name_the_nearest_choice(argv: list[str], words:
 def test_bf16_is_allowed_with_zero_1_and_with_the_plain_engine() -> None:
     parse_config(["--train.precision=bf16", "--parallel.zero_stage=1"])
     parse_config(["--train.precision=bf16", "--train.engine=plain"])
+
+
+def test_layouts_that_are_allowed() -> None:
+    parse_config(["--parallel.sequence_parallel=true", "--parallel.tensor_parallel=4", "--parallel.zero_stage=3"])
+    for stage in (2, 3):
+        parse_config(["--train.engine=fsdp", f"--parallel.zero_stage={stage}", "--train.precision=bf16"])
+    parse_config(["--parallel.offload=all", "--parallel.zero_stage=3"])
+    parse_config(["--train.activation_checkpointing=selective", "--train.checkpoint_every=3", "--train.z_loss=1e-4"])
 
 
 def layout(tp: int = 1, batch: int = 32, micro: int = 16) -> RunConfig:
