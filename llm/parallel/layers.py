@@ -224,10 +224,11 @@ class VocabParallelHead(LanguageModelHead):
 
     def __init__(self, weight: nn.Parameter, *, z_loss: float, tp: TensorParallel) -> None:
         super().__init__(weight, z_loss=z_loss)
+        self.held = slice_of(weight)  # FSDP puts a gathered tensor without marks in the weight's place
         self.tp = tp
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        held, x = slice_of(self.weight), self.tp.enter(x)
+        held, x = self.held, self.tp.enter(x)
         if targets is None:
             parts = all_gather(F.linear(x, self.weight).float(), self.tp.size, self.tp.name)  # [tp, ..., V / tp]
             return parts.movedim(0, -2).flatten(-2)[..., : held.global_shape[0]]

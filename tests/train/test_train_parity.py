@@ -79,18 +79,21 @@ def test_four_ranks(name: str, four_ranks: RankPool) -> None:
     check(config, four_ranks.run(on_ranks, config, STEPS))
 
 
-@pytest.mark.parametrize(("stage", "tp"), [(1, 1), (2, 1), (3, 1), (1, 2), (3, 2)])
-def test_bf16_is_as_close_to_fp32_as_the_oracle(stage: int, tp: int, two_ranks: RankPool) -> None:
-    config = case(parallel=dict(zero_stage=stage, tensor_parallel=tp), train=dict(precision="bf16"))
-    got = two_ranks.run(on_ranks, config, STEPS)[0]
-    low = oracle(config, STEPS)
-    exact = oracle(case(), STEPS)
+def check_low_precision(config, results) -> None:
+    """The layout is at most four times as far from fp32 as the oracle in the same precision."""
+    got, low, exact = results[0], oracle(config, STEPS), oracle(case(), STEPS)
     for name, reference in exact["gradients"].items():
         own = np.linalg.norm(low["gradients"][name] - reference)
         error = np.linalg.norm(got["gradients"][name] - reference)
         assert error <= 4 * own + 1e-7, f"{name}: {error:.2e} against the oracle's {own:.2e}"
     own = np.abs(np.subtract(low["losses"], exact["losses"])).max()
     assert np.abs(np.subtract(got["losses"], exact["losses"])).max() <= 4 * own
+
+
+@pytest.mark.parametrize(("stage", "tp"), [(1, 1), (2, 1), (3, 1), (1, 2), (3, 2)])
+def test_bf16_is_as_close_to_fp32_as_the_oracle(stage: int, tp: int, two_ranks: RankPool) -> None:
+    config = case(parallel=dict(zero_stage=stage, tensor_parallel=tp), train=dict(precision="bf16"))
+    check_low_precision(config, two_ranks.run(on_ranks, config, STEPS))
 
 
 def test_the_comparison_can_fail(two_ranks: RankPool) -> None:
