@@ -1,0 +1,138 @@
+"""How far two results may lie apart, and whether they do.
+
+The bounds are those of two correct programs that add the same numbers in another order. |.| is the 2-norm of a whole
+tensor or of a scalar, g_all all gradients together; o is the oracle's result in the layout's precision, e in fp32:
+
+                                fp32                           bf16 and fp16
+    gradient        |g - e| <=  1e-5 |e| + 1e-7 |g_all|        4 |o - e| + 1e-7 |g_all|
+    loss                        1e-6 |e|                       4 |o - e|, the largest over the steps (scalar_checks)
+    gradient norm               1e-5 |e|                       4 |o - e|, the largest over the steps (scalar_checks)
+    gradient norm, with e that of the layout's own gradients:  1e-5 |e| in every precision
+    weight, moment, made from equal gradients:                 1e-6 |e| in every precision, for all of them are fp32
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GRADIENT, NORM_SHARE = 1e-5, 1e-7
+UPDATE = 1e-6
+SCALARS = {"loss": 1e-6, "gradient norm": 1e-5, "validation loss": 1e-6}
+LOW_PRECISION = 4.0
+# Half the distance from 1 to the next number.
+UNIT_ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: of a parameter's gradient, say, in one step."""
+
+    quantity: str
+    """gradient, weight, exp_avg, exp_avg_sq; loss, gradient norm, validation loss."""
+    name: str
+    """Of the parameter; empty for a scalar."""
+    step: int
+    error: float
+    bound: float
+    size: float
+    """2-norm of what was expected."""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # never true of a NaN
+
+    @property
+    def share(self) -> float:
+        """The error as a share of its bound: above 1 fails."""
+        return _ratio(self.error, self.bound)
+
+    @property
+    def relative(self) -> float:
+        """The error as a share of what was expected."""
+        return _ratio(self.error, self.size)
+
+    def __str__(self) -> str:
+        where = f"{self.name} {self.quantity}".strip()
+        return f"{where}, step {self.step}: error {self.error:.2e}, bound {self.bound:.2e}"
+
+
+def _ratio(error: float, unit: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / unit if unit > 0 and not math.isnan(error) else math.inf
+
+
+def worst(checks: Iterable[Check]) -> Check | None:
+    """The check with the largest share of its bound; None of none."""
+    return max(checks, key=lambda check: check.share, default=None)
+
+
+def size(tensor: Tensor) -> float:
+    """2-norm, summed in float64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """2-norm of the difference; infinite where shapes differ."""
+    if found.shape != expected.shape:
+        return math.inf
+    return size(found.to(expected.device).double() - expected.double())
+
+
+def joint_size(tensors: Iterable[Tensor]) -> float:
+    """2-norm of all of them as one vector."""
+    return math.sqrt(sum(size(tensor) ** 2 for tensor in tensors))
+
+
+def gradient_check(name: str, step: int, found: Tensor, own: Tensor, exact: Tensor, whole: float) -> Check:
+    """`own`: the oracle's in the layout's precision; `exact`: in fp32, the same tensor where that is the precision."""
+    expected = size(exact)
+    bound = GRADIENT * expected if own is exact else LOW_PRECISION * distance(own, exact)
+    return Check("gradient", name, step, distance(found, exact), bound + NORM_SHARE * whole, expected)
+
+
+def norm_check(step: int, found: float, gradients: Iterable[Tensor]) -> Check:
+    """The layout's norm against that of the very gradients it reports: exact in every precision."""
+    expected = joint_size(gradients)
+    return Check("gradient norm", "", step, abs(found - expected), SCALARS["gradient norm"] * expected, expected)
+
+
+def state_check(kind: str, name: str, step: int, found: Tensor, expected: Tensor, *, same: bool) -> Check:
+    """A weight (`kind` "master") or moment after an update; `same`: there was none, so that no bit may change."""
+    quantity, whole = {"master": "weight"}.get(kind, kind), size(expected)
+    return Check(quantity, name, step, distance(found, expected), 0.0 if same else UPDATE * whole, whole)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A loss or norm of one step from the layout, the oracle in its precision, and the oracle in fp32."""
+
+    quantity: str
+    step: int
+    found: float
+    own: float
+    exact: float
+
+
+def scalar_checks(scalars: Sequence[Scalar], precision: str, targets: int) -> list[Check]:
+    """Compare scalars; all those of one quantity have one bound in bf16 and fp16.
+
+    The oracle's own error is a single number that may be near zero by luck, so the largest over the steps counts, and
+    no less than the deviation that rounding alone gives: of a mean of n = `targets` losses, each rounded on its own,
+    (unit roundoff) x (loss) / sqrt(n).
+    """
+    checks = []
+    for scalar in scalars:
+        bound = SCALARS[scalar.quantity] * abs(scalar.exact)
+        if precision != "fp32":
+            alike = [s for s in scalars if s.quantity == scalar.quantity]
+            floor = UNIT_ROUNDOFF[precision] * abs(scalar.exact) / math.sqrt(targets)
+            bound = LOW_PRECISION * max(floor, *(abs(s.own - s.exact) for s in alike))
+        error = abs(scalar.found - scalar.exact)
+        checks.append(Check(scalar.quantity, "", scalar.step, error, bound, abs(scalar.exact)))
+    return checks
