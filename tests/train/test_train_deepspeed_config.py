@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,32 @@ def test_every_key_is_one_that_deepspeed_reads() -> None:
 def test_a_key_that_deepspeed_would_ignore_is_refused(key: str, nearest: str) -> None:
     with pytest.raises(InputError, match=f"deepspeed.{key} .*{nearest}"):
         deepspeed_config(run(section={key: {}}), dp_size=1, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("offload", "stage", "parts"),
+    [
+        ("none", 3, set()),
+        ("optimizer", 1, {"offload_optimizer"}),
+        ("optimizer", 3, {"offload_optimizer"}),
+        ("all", 3, {"offload_optimizer", "offload_param"}),
+    ],
+)
+def test_offload_names_the_cpu(offload: Any, stage: int, parts: set[str], parse) -> None:
+    section = {"zero_optimization": {part: {"pin_memory": False} for part in parts}}
+    config = replace(run(stage=stage, section=section), parallel=ParallelConfig(zero_stage=stage, offload=offload))
+    found = parse(deepspeed_config(config, dp_size=4, device="cuda"))
+    for part in ("offload_optimizer", "offload_param"):
+        there = getattr(found.zero_config, part)
+        assert (there is not None) == (part in parts)
+        if there is not None:
+            assert (there.device, there.pin_memory) == ("cpu", False)
+
+
+@pytest.mark.parametrize(("part", "use"), [("offload_optimizer", "optimizer"), ("offload_param", "all")])
+def test_keys_of_an_offload_that_is_not_asked_for_are_refused(part: str, use: str) -> None:
+    with pytest.raises(InputError, match=rf"zero_optimization\.{part} .* none; use parallel\.offload={use}"):
+        deepspeed_config(run(section={"zero_optimization": {part: {"pin_memory": True}}}), dp_size=1, device="cpu")
 
 
 def test_zero_optimization_must_hold_keys() -> None:

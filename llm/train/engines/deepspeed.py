@@ -19,6 +19,7 @@ from llm.errors import InputError
 from llm.parallel.mesh import Mesh
 from llm.slices import Slice, slice_of
 from llm.train.engines.base import (
+    DTYPES,
     MOMENTS,
     MicroBatch,
     StepResult,
@@ -73,6 +74,28 @@ def _initialize(**arguments: Any) -> tuple[deepspeed.DeepSpeedEngine, Any]:
     return engine, optimizer
 
 
+@torch.no_grad()
+def partition(
+    model: nn.Module, generated: dict[str, Any], mesh: Mesh, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a model on the "meta" device its memory, filled with zeros, of which every data-parallel rank keeps a part.
+
+    One parameter is whole at a time. Each stays the same object, so that ties and marks (llm/slices.py) hold.
+    DeepSpeed's own group would be the world, which would spread one tensor-parallel rank's slice over its peers.
+    `generated`: the DeepSpeed config. Collective.
+    """
+    for parameter in model.parameters():
+        real = nn.Parameter(torch.zeros_like(parameter, dtype=dtype, device=device), parameter.requires_grad)
+        vars(real).update(vars(parameter))
+        torch.utils.swap_tensors(parameter, real)
+        deepspeed.zero.Init(
+            nn.ParameterList([parameter]),
+            data_parallel_group=mesh.dp_group,
+            config_dict_or_path=generated,
+            mpu=Grid(mesh),
+        )
+
+
 class DeepSpeedEngine:
     """AdamW under ZeRO, with gradients, norms and checkpoints in terms of global tensors."""
 
@@ -87,10 +110,12 @@ class DeepSpeedEngine:
         # Before ZeRO 3 partitions them the parameters still have their shapes.
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
-        optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim)
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; each would warn once per call site.
         warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        if self.stage == 3:
+            partition(model, generated, mesh, device, DTYPES[config.train.precision])
+        optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim)
         self.engine, self.optimizer = _initialize(
             model=model,
             optimizer=optimizer,
@@ -147,7 +172,10 @@ class DeepSpeedEngine:
 
     def held(self, name: str) -> Tensor:
         parameter: Any = self.parameters[name]
-        return (parameter.ds_tensor if self.stage == 3 else parameter).detach()
+        if self.stage < 3:
+            return parameter.detach()
+        part = parameter.ds_tensor  # the last ranks' end in padding that DeepSpeed leaves as it found it
+        return part.detach()[: max(0, parameter.ds_numel - self.mesh.dp_rank * part.numel())]
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -186,7 +214,7 @@ class DeepSpeedEngine:
             if optimizer_step:
                 if part.flat not in self.adam.state:
                     moments = {kind: torch.zeros_like(part.flat) for kind in MOMENTS}
-                    step = torch.tensor(float(optimizer_step), device=self.device)
+                    step = torch.tensor(float(optimizer_step), device=part.flat.device)
                     self.adam.state[part.flat] = {"step": step, **moments}
                 targets |= {kind: part.moment(self.adam, kind) for kind in MOMENTS}
             for kind, target in targets.items():

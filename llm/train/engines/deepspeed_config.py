@@ -12,6 +12,8 @@ from llm.train.loss_scale import DynamicLossScale
 
 _PRECISION = "train.precision"
 _NOT_SET_HERE = "nothing: results must not depend on it"
+_OFFLOAD = "parallel.offload"
+_OTHER_ADAM = "nothing: it needs DeepSpeed's own Adam, and Ingot's is torch's in every layout"
 
 # Keys that Ingot sets or whose default the engine relies on -> what to use instead.
 OWNED = {
@@ -26,6 +28,19 @@ OWNED = {
     "zero_optimization.memory_efficient_linear": _NOT_SET_HERE,
     "zero_optimization.compute_grad_norm": _NOT_SET_HERE,
     "zero_optimization.elastic_checkpoint": "nothing: any layout reads a checkpoint",
+    "zero_optimization.cpu_offload": _OFFLOAD,
+    "zero_optimization.cpu_offload_param": _OFFLOAD,
+    "zero_optimization.offload_optimizer.device": _OFFLOAD,
+    "zero_optimization.offload_optimizer.nvme_path": _OFFLOAD,
+    "zero_optimization.offload_optimizer.ratio": _OTHER_ADAM,
+    "zero_optimization.offload_optimizer.super_offload": _OTHER_ADAM,
+    "zero_optimization.offload_param.device": _OFFLOAD,
+    "zero_optimization.offload_param.nvme_path": _OFFLOAD,
+    "zero_optimization.zenflow": _NOT_SET_HERE,
+    "zero_optimization.zero_quantized_weights": _NOT_SET_HERE,
+    "zero_optimization.zero_quantized_nontrainable_weights": _NOT_SET_HERE,
+    "zero_optimization.zero_quantized_gradients": _NOT_SET_HERE,
+    "zero_optimization.zero_hpz_partition_size": "nothing: its groups would mix tensor-parallel ranks",
     "zero_allow_untested_optimizer": _NOT_SET_HERE,
     "zero_force_ds_cpu_optimizer": _NOT_SET_HERE,
     "fp16": _PRECISION,
@@ -76,7 +91,7 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", 
 
     Raises:
         InputError: fp16 on a CPU, or a key of the `deepspeed` section that Ingot owns or that
-            DeepSpeed would ignore.
+            DeepSpeed would ignore, or that is for an offload which parallel.offload does not name.
     """
     train, stage = config.train, config.parallel.zero_stage
     require(
@@ -85,6 +100,7 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", 
         "use train.precision=bf16 with parallel.zero_stage=1, or fp32",
     )
     _check_user_keys(config.deepspeed)
+    offloaded = _offloaded(config)
     generated = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -95,6 +111,7 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", 
             # The default replaces torch.nn.functional.linear in the whole process (ZeRO 3), with
             # gradients in bf16 that are 1e-2 off.
             "memory_efficient_linear": False,
+            **{part: {"device": "cpu"} for part in offloaded},
         },
         # Each alone leaves gradients 2e-3 to 4e-3 off in bf16, both together 4e-8.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -106,6 +123,19 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", 
         **_precision(train.precision),
     }
     return _merged(generated, config.deepspeed)
+
+
+def _offloaded(config: RunConfig) -> tuple[str, ...]:
+    """The keys of zero_optimization for what lives in the CPU's memory; the user's section may add to no others."""
+    parts = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
+    chosen = parts[config.parallel.offload]
+    for part in parts["all"]:
+        require(
+            part in chosen or part not in config.deepspeed.get("zero_optimization", {}),
+            f"deepspeed.zero_optimization.{part} has no effect with parallel.offload {config.parallel.offload}; "
+            f"use parallel.offload={'optimizer' if part == 'offload_optimizer' else 'all'}",
+        )
+    return chosen
 
 
 def _precision(precision: str) -> dict[str, Any]:
