@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+from llm.checkpoint.files import replace
 from llm.config import ModelConfig, RunConfig
+from llm.errors import InputError, require
 from llm.train.verify.compare import SCALARS, Check, worst
 
 GROUPS = ("embedding", "position table", "norms", "qkv", "attention output", "up", "down", "head")
+# Lines of failures on the console.
+SHOWN = 20
 TENSORS = ("gradient", "weight", "exp_avg", "exp_avg_sq")
 
 
@@ -143,3 +151,30 @@ def _numbers(checks: Sequence[Check]) -> dict[str, Any] | None:
     ready = {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
     named = {"parameter": most.name} if most.name else {}
     return {**named, "step": most.step, **ready, "passed": all(check.passed for check in checks)}
+
+
+def show(report: Report, terminal: Console) -> None:
+    """Print the report for people; the verdict is the last line."""
+    terminal.print(headline(report), markup=False, highlight=False)
+    terminal.print(table(report))
+    failures = report.failures
+    for failure in failures[:SHOWN]:
+        terminal.print(f"  {failure}", markup=False, highlight=False)
+    if len(failures) > SHOWN:
+        terminal.print(f"  and {len(failures) - SHOWN} more failures: see the JSON")
+    terminal.print("PASS" if report.passed else "FAIL")
+
+
+def write(report: Report, path: Path) -> None:
+    """Write the JSON whole, or leave what was there."""
+    replace(path, (json.dumps(to_json(report), indent=1, allow_nan=False) + "\n").encode())
+
+
+def claim(path: Path) -> None:
+    """Make the folder that the JSON will lie in; InputError if it cannot be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--json {path}: the folder cannot be made ({error}); choose another path") from error
+    writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+    require(writable, f"--json {path} is a folder or lies in one that cannot be written; choose another path")

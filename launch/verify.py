@@ -1,0 +1,77 @@
+"""Prove a layout: `deepspeed --num_gpus 2 launch/verify.py --config C --parallel.tensor_parallel=2`.
+
+Trains a few steps on made-up data under the config's layout and beside it with plain PyTorch in one process, compares
+losses, gradients, weights and Adam's moments by name, prints a table and writes it as JSON.
+Also under `torchrun`, `mpirun`, `srun` and plain `python`. Exit codes: 0 the layout gives the same training, 1 it does
+not (or anything else went wrong), 2 wrong config or input.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import dataclasses
+import os
+
+from llm.config_checks import check_world
+from llm.config_cli import parse_config
+from llm.errors import InputError, require
+from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.train.preflight import check_machine
+from llm.train.script import run_script
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Verify's own options, and the rest, which is the config's."""
+    parser = argparse.ArgumentParser("verify.py", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="Updates to compare (default: 3).")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="The report (default: runs/<name>/verify.json).")
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
+    try:
+        own, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}; --help lists the options") from error
+    require(own.steps >= 1, f"--steps is {own.steps}; expected at least 1")
+    return own, rest
+
+
+def verify_layout(ranks: Ranks) -> None:
+    """Compare on this rank; rank 0 reports."""
+    own, rest = parse(strip_local_rank(sys.argv[1:]))
+    config = parse_config(rest, prog="verify.py")
+    check_world(config, ranks.world_size)
+    check_machine(engine=config.train.engine, loader="numpy", environ=os.environ)  # no corpus is read
+    export(ranks, os.environ)
+
+    import torch
+    from rich.console import Console
+
+    from llm.parallel.agreement import broadcast, together
+    from llm.parallel.mesh import Mesh
+    from llm.train.build import check_kernels
+    from llm.train.start import RUNS
+    from llm.train.verify import report, run, shrink
+
+    device = choose_device(ranks)
+    path = own.json or RUNS / config.name / "verify.json"
+    initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
+    mesh = Mesh.create(config.parallel, device.type)
+    together(lambda: check_kernels(config, device))
+    together(lambda: report.claim(path) if ranks.rank == 0 else None)
+    available = broadcast(str(shrink.available_bytes(device, ranks.local_world_size)))
+    fitted = shrink.shrink(config, int(available), ranks.world_size)
+    result = run.verify(fitted, mesh, device, own.steps)
+    torch.distributed.destroy_process_group()
+    if ranks.rank == 0:
+        result = dataclasses.replace(result, requested=None if fitted is config else config.model)
+        report.show(result, Console(width=None if sys.stdout.isatty() else 160))
+        report.write(result, path)
+    if not result.passed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(verify_layout)
