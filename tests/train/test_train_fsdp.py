@@ -31,9 +31,9 @@ CPU = torch.device("cpu")
 UNEVEN = dict(n_head=1, n_kv_head=1, d_model=9, d_ff=5, vocab_size=53, max_seq_len=17, position="learned")
 
 
-def sharded(stage: int = 3, tensor_parallel: int = 1, model: Any = None, **train: Any) -> RunConfig:
+def sharded(stage: int = 3, tp: int = 1, sp: bool = False, model: Any = None, **train: Any) -> RunConfig:
     return case(
-        parallel=dict(zero_stage=stage, tensor_parallel=tensor_parallel),
+        parallel=dict(zero_stage=stage, tensor_parallel=tp, sequence_parallel=sp),
         model=model or {},
         train=dict(engine="fsdp", **train),
     )
@@ -86,6 +86,7 @@ WIDE = {
     "tp2-fsdp2-untied-dropout-recompute": sharded(
         2, 2, model=dict(tie_embeddings=False, dropout=0.1), activation_checkpointing="full"
     ),
+    "tp2-sp-fsdp3": sharded(3, 2, sp=True, model=dict(dropout=0.1, position="learned"), z_loss=1e-3),
     "tp2-fsdp3-padded-ragged": sharded(3, 2, model=dict(vocab_size=51), micro_batch_size=1),
     "fsdp3-uneven": sharded(3, model=UNEVEN, micro_batch_size=1),
     "fsdp2-uneven-untied": sharded(2, model=dict(UNEVEN, tie_embeddings=False)),

@@ -126,12 +126,14 @@ def evaluate_batches(
     """Engine.evaluate for a model that is called directly; `group`: the data-parallel ranks, None if alone."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
+    device = torch.device("cpu")
     with torch.no_grad():
         for batch in micro_batches:
+            device = batch.targets.device  # not the parameters', which may be offloaded
             total[0] += model(*batch).double().cpu()
             total[1] += (batch.targets != IGNORED_TARGET).sum().cpu()
     model.train()
-    sum_over(total, group, next(model.parameters()).device)
+    sum_over(total, group, device)
     return float(total[0]), int(total[1])
 
 

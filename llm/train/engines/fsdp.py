@@ -79,6 +79,8 @@ class FSDPEngine:
             (loss * (self.scale.scale if self.scale else 1.0)).backward()
             total += loss.detach().double().cpu()
         for name, master in self.masters.items():
+            local = self.parameters[name].to_local()
+            assert local.data_ptr() == master.data_ptr(), f"FSDP moved the shard of {name}: AdamW would not reach it"
             master.grad = self._reduced(name).to_local()
         if self.scale:
             torch._foreach_div_([m.grad for m in self.masters.values()], self.scale.scale)
