@@ -1,0 +1,76 @@
+"""No layout changes the result: a pairwise sample of all layouts passes `verify` (`make test-all`: every triple)."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from llm.errors import InputError
+from matrix import (
+    DEEPSPEED,
+    FSDP,
+    IMPOSSIBLE,
+    Case,
+    config_of,
+    met,
+    name_of,
+    possible,
+    sample,
+    verified,
+    world_size,
+)
+
+POOLS = {1: "one_rank", 2: "two_ranks", 4: "four_ranks"}
+ZERO_0_BF16 = frozenset({("zero", 0), ("precision", "bf16")})
+
+
+def by_world(cases: list[Case]) -> list[Case]:
+    return sorted(cases, key=world_size)
+
+
+PAIRS = by_world(sample(DEEPSPEED, 2) + sample(FSDP, 2))
+TRIPLES = by_world([c for c in sample(DEEPSPEED, 3) + sample(FSDP, 3) if c not in PAIRS])
+
+
+def check(chosen: Case, request: pytest.FixtureRequest) -> None:
+    reports = request.getfixturevalue(POOLS[world_size(chosen)]).run(verified, config_of(chosen))
+    assert reports[0].failures == []
+    assert all(report.passed for report in reports)
+
+
+@pytest.mark.parametrize("chosen", PAIRS, ids=name_of)
+def test_pairs(chosen: Case, request: pytest.FixtureRequest) -> None:
+    check(chosen, request)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", TRIPLES, ids=name_of)
+def test_triples(chosen: Case, request: pytest.FixtureRequest) -> None:
+    check(chosen, request)
+
+
+def every(axes: dict, strength: int) -> set[frozenset]:
+    """All sets of `strength` options of different axes, possible or not, the slow way."""
+    options = [(name, option) for name in axes for option in axes[name]]
+    return {frozenset(some) for some in combinations(options, strength) if len({name for name, _ in some}) == strength}
+
+
+@pytest.mark.parametrize("axes", [DEEPSPEED, FSDP], ids=["deepspeed", "fsdp"])
+def test_every_pair_meets(axes: dict) -> None:
+    seen = set().union(*(met(chosen, 2) for chosen in PAIRS if chosen["engine"] in axes["engine"]))
+    assert every(axes, 2) - seen == ({ZERO_0_BF16} if axes is DEEPSPEED else set())
+
+
+@pytest.mark.parametrize("axes", [DEEPSPEED, FSDP], ids=["deepspeed", "fsdp"])
+def test_every_triple_meets(axes: dict) -> None:
+    seen = set().union(*(met(chosen, 3) for chosen in PAIRS + TRIPLES if chosen["engine"] in axes["engine"]))
+    assert {options for options in every(axes, 3) - seen if not options >= ZERO_0_BF16} == set()
+
+
+@pytest.mark.parametrize("impossible", IMPOSSIBLE.items(), ids=lambda item: item[1])
+def test_what_cannot_be_is_refused(impossible: tuple[frozenset, str]) -> None:
+    chosen = {name: options[0] for name, options in DEEPSPEED.items()} | dict(impossible[0])
+    assert not possible(frozenset(chosen.items()))
+    with pytest.raises(InputError, match="would accumulate gradients"):
+        config_of(chosen)
