@@ -221,7 +221,7 @@ class TrainConfig:
     z_loss: float = 0.0
     """Weight of the mean of log(Z)^2 added to the training loss, Z being the softmax's denominator; PaLM: 1e-4."""
     guard_interval: int = 100
-    """Steps between comparisons of the replicas of each parameter over ranks; 0: never."""
+    """Steps between comparisons of each parameter's replicas over ranks, also made before saving; 0: never."""
     guard_action: Literal["stop", "warn"] = "stop"
     """What follows when replicas differ."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"

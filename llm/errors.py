@@ -1,4 +1,4 @@
-"""What is raised for a wrong request, so that every script ends alike: one line that says what to do, exit code 2."""
+"""What is raised for what a user can mend, so that every script ends alike: one line that says what to do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class InputError(Exception):
 
 class Agreed(InputError):
     """An InputError that every rank raises alike, so that one of them may speak for all."""
+
+
+class ReplicaError(Exception):
+    """Ranks that should hold the same weights do not (llm/train/guard.py): raised by every rank; exit code 1."""
 
 
 def require(condition: bool, message: str) -> None:

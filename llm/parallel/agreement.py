@@ -14,7 +14,7 @@ T = TypeVar("T")
 MESSAGE_BYTES = 4096
 
 
-def _device() -> torch.device:
+def backend_device() -> torch.device:
     """Where the default group's backend can see a tensor."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
@@ -26,7 +26,7 @@ def _pack(text: str | None) -> torch.Tensor:
         data = text.encode()[:MESSAGE_BYTES]
         message[:8] = torch.tensor([len(data) + 1]).view(torch.uint8)
         message[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else message[:0]
-    return message.to(_device())
+    return message.to(backend_device())
 
 
 def _unpack(message: torch.Tensor) -> str | None:

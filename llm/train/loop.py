@@ -6,9 +6,11 @@ import math
 import time
 
 from llm.checkpoint.writer import write_checkpoint
+from llm.errors import ReplicaError
 from llm.parallel.agreement import exchange_errors
 from llm.train.console import Console
 from llm.train.engines.base import micro_batch
+from llm.train.guard import compare_replicas, replica_message
 from llm.train.metrics import MetricsWriter, peak_memory, step_record, validation_record, workload
 from llm.train.schedule import learning_rate
 from llm.train.start import Run, checkpoint_state
@@ -63,6 +65,14 @@ class Trainer:
         self.metrics.write(record)
         self.console.step(record)
 
+    def guard(self) -> None:
+        """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""
+        findings = compare_replicas(self.engine, self.run.mesh)
+        if findings and self.run.config.train.guard_action == "stop":
+            raise ReplicaError(replica_message(self.run.step, findings))
+        for finding in findings:
+            self.console.say(f"warning: step {self.run.step}: {finding}")
+
     def validate(self) -> None:
         batches = (micro_batch(batch, self.run.device, rows) for batch, rows in self.run.validation_batches())
         total, count = self.engine.evaluate(batches)
@@ -93,27 +103,34 @@ class Trainer:
 
 
 def train(run: Run) -> None:
-    """Train from `run.step` to the last step: report, validate and save as the config says. Collective.
+    """Train from `run.step` to the last step: report, guard, validate and save as the config says. Collective.
 
-    Raises FloatingPointError (see Trainer.step), and CheckpointError when a checkpoint cannot be written.
+    Raises FloatingPointError (see Trainer.step), ReplicaError (see Trainer.guard), and CheckpointError when a
+    checkpoint cannot be written.
     """
     trainer, config = Trainer(run), run.config
-    last = config.train.max_steps
+
+    def due(interval: int) -> bool:
+        return run.step % interval == 0 or run.step == config.train.max_steps
+
     began, waited, reported = time.perf_counter(), 0.0, run.step
     with trainer.console:
-        while run.step < last:
+        while run.step < config.train.max_steps:
             loss, lr, norm = trainer.step()
-            if run.step % config.logging.interval == 0 or run.step == last:
+            if due(config.logging.interval):
                 steps, now = run.step - reported, time.perf_counter()
                 wait = trainer.loader.wait_seconds - waited
                 trainer.report(loss, lr, norm, (now - began) / steps, wait / steps)
                 began, waited, reported = now, trainer.loader.wait_seconds, run.step
-            validated = run.step % config.train.eval_interval == 0 or run.step == last
-            if validated:
+            validating, saving = due(config.train.eval_interval), due(config.checkpoint.interval)
+            # What is saved was compared: else a checkpoint could keep what a failing rank wrote.
+            guarding = config.train.guard_interval > 0 and (saving or due(config.train.guard_interval))
+            if guarding:
+                trainer.guard()
+            if validating:
                 trainer.validate()
-            if run.step % config.checkpoint.interval == 0 or run.step == last:
+            if saving:
                 trainer.save()
-                validated = True
-            if validated:  # the next step's time is its own
+            if guarding or validating or saving:  # the next step's time is its own
                 began, waited, reported = time.perf_counter(), trainer.loader.wait_seconds, run.step
     trainer.close()

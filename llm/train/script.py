@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from llm.checkpoint.files import CheckpointError
-from llm.errors import Agreed, InputError
+from llm.errors import Agreed, InputError, ReplicaError
 from llm.parallel.launcher import Ranks, RendezvousError, discover_ranks
 from llm.train.watchdog import LauncherWatch
 
@@ -35,9 +35,9 @@ def run_script(action: Callable[[Ranks], None]) -> None:
 
 def explain(error: Exception, ranks: Ranks | None) -> None:
     """Print one line for what a user can mend or must know, a traceback for the rest."""
-    if not isinstance(error, (InputError, CheckpointError, FloatingPointError, RendezvousError)):
+    shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReplicaError))
+    if not shared and not isinstance(error, (InputError, RendezvousError)):
         traceback.print_exception(error)
         return
-    shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError))
     if ranks is None or ranks.rank == 0 or not (shared or ranks.local_rank):
         print(f"error: {error}", file=sys.stderr)

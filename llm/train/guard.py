@@ -1,0 +1,95 @@
+"""A guard against replicas that drift apart in silence: a failing GPU, a flipped bit, a nondeterministic kernel.
+
+Which ranks hold the same bits of a parameter, by what it is and how the engine spreads it:
+
+                                replicated over DP (ZeRO 0-2)      partitioned over DP (ZeRO 3, FSDP)
+    whole on every TP rank      all ranks                          those of one data-parallel rank
+    split over TP               those of one tensor-parallel rank  none
+
+Bits are compared, not values: NaN equals the same NaN, 0.0 differs from -0.0. What forward passes use is compared;
+partitioned state, such as fp32 masters and moments under ZeRO, has no replica to be compared with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm.parallel.agreement import backend_device
+from llm.parallel.mesh import Mesh
+from llm.train.engines.base import Engine
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits, read as int64 words, modulo 2^64: int64 [] on its device.
+
+    Any one flipped bit changes it, and so does any change within one word. Two changes are missed if they cancel: with
+    probability 2^-64 if they are random, always if two words are exchanged.
+    """
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()  # words begin at multiples of 8 bytes
+    words, rest = data.split([len(data) // 8 * 8, len(data) % 8])
+    total = words.view(torch.int64).sum()
+    if len(rest):
+        total = total + F.pad(rest, (0, 8 - len(rest))).view(torch.int64).squeeze(0)
+    return total
+
+
+def compare_replicas(engine: Engine, mesh: Mesh) -> list[str]:
+    """Each parameter whose replicas differ and the ranks that do, one line each, the same on every rank. Collective.
+
+    The majority is right; of equally many, those of the lowest rank.
+    """
+    grid = mesh.devices.mesh[0, :, 0, :]  # ranks [dp, tp]
+    expected: dict[str, list[list[int]]] = {}
+    for name, parameter in engine.parameters.items():
+        groups = equal_ranks(grid, getattr(parameter, "tensor_model_parallel", False), engine.replicated)
+        if groups:
+            expected[name] = groups
+    if not expected:
+        return []
+    device = backend_device()
+    mine = torch.stack([checksum(engine.held(name)).to(device) for name in expected])
+    everyone = [torch.empty_like(mine) for _ in range(mesh.world_size)]
+    dist.all_gather(everyone, mine)
+    sums = torch.stack(everyone).t().tolist()  # [parameter][rank]
+    return [
+        f"{name} differs: ranks {wrong} from ranks {right}"
+        for (name, groups), by_rank in zip(expected.items(), sums, strict=True)
+        for ranks in groups
+        for right, wrong in [majority(ranks, by_rank)]
+        if wrong
+    ]
+
+
+def equal_ranks(grid: Tensor, split: bool, replicated: bool) -> list[list[int]]:
+    """The groups of two ranks or more that hold the same bits of a parameter; grid: ranks [dp, tp]."""
+    same = {
+        (False, True): grid.reshape(1, -1),
+        (False, False): grid,
+        (True, True): grid.t(),
+        (True, False): grid.reshape(-1, 1),
+    }
+    groups = same[split, replicated]
+    return groups.tolist() if groups.shape[1] > 1 else []
+
+
+def majority(ranks: list[int], sums: list[int]) -> tuple[list[int], list[int]]:
+    """The ranks that have the most common sum, and the others; sums: by rank."""
+    (reference, _), *_ = Counter(sums[rank] for rank in ranks).most_common()
+    return [r for r in ranks if sums[r] == reference], [r for r in ranks if sums[r] != reference]
+
+
+def replica_message(step: int, findings: list[str]) -> str:
+    """What a run that stops says: the first finding, and what to do."""
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    return (
+        f"step {step}: weights that ranks should share are no longer equal: {findings[0]}{more}; the checkpoints from "
+        "before are whole: start again from the last, and if it comes back on the same rank suspect its GPU or memory, "
+        "if on others a kernel that is not deterministic (train.guard_action=warn goes on)"
+    )
