@@ -28,20 +28,12 @@ def free_port() -> int:
 def serve(rank: int, world_size: int, port: int, path: list[str], connection: Any) -> None:
     """A rank's main loop: receive (function, args), send ("ok", result) or ("error", traceback)."""
     sys.path[:] = path
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    from llm.parallel.launcher import Ranks, export
+
+    export(Ranks(rank, rank, world_size, world_size, "127.0.0.1", port, "pool"), os.environ)
     import torch
     import torch.distributed as dist
 
-    from llm.parallel.launcher import operator_folder
-
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(operator_folder())
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)

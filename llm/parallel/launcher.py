@@ -94,9 +94,9 @@ def discover_ranks(environ: Mapping[str, str]) -> Ranks:
 def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
     """Set in `environ` (os.environ) what torch and DeepSpeed read: once, by the launch script.
 
-    DeepSpeed looks for MPI unless all of these are set. The folder of the Python in use joins PATH,
-    because DeepSpeed compiles an operator with the `ninja` that pip put there, and neither ssh nor
-    an environment that was not activated has it. LOCAL_SIZE goes: where it equals the world size,
+    DeepSpeed looks for MPI unless all of these are set. The folder of the Python in use comes first in
+    PATH, because DeepSpeed compiles an operator with the `ninja` that pip put there, and neither ssh nor
+    an environment that was not activated has it; another version of ninja would compile it anew. LOCAL_SIZE goes: where it equals the world size,
     DeepSpeed leaves 66 MB per rank in /dev/shm for an all-reduce that training does not use.
     """
     environ["RANK"] = str(ranks.rank)
@@ -108,9 +108,8 @@ def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
     environ["MASTER_PORT"] = str(ranks.master_port)
     environ.setdefault("TORCH_EXTENSIONS_DIR", str(operator_folder()))
     scripts = str(Path(sys.executable).parent)
-    path = environ.get("PATH", os.defpath)
-    if scripts not in path.split(os.pathsep):
-        environ["PATH"] = path + os.pathsep + scripts
+    others = [folder for folder in environ.get("PATH", os.defpath).split(os.pathsep) if folder != scripts]
+    environ["PATH"] = os.pathsep.join([scripts, *others])
 
 
 def operator_folder() -> Path:

@@ -170,9 +170,9 @@ def test_export_is_what_discovery_reads():
     export(ranks, environ)
     assert "LOCAL_SIZE" not in environ  # DeepSpeed would leave 66 MB per rank in /dev/shm
     assert place(discover_ranks(environ)) == place(ranks)
-    assert environ["PATH"].split(":") == ["/bin", str(BIN)]
+    assert environ["PATH"].split(":") == [str(BIN), "/bin"]
     export(ranks, environ)
-    assert environ["PATH"].split(":") == ["/bin", str(BIN)]
+    assert environ["PATH"].split(":") == [str(BIN), "/bin"]
 
 
 def test_strip_local_rank():
