@@ -283,6 +283,8 @@ def same_again(config: RunConfig, pool: RankPool, folder: Path) -> None:
     resumed = pool.run(second_half, config, folder / "a", folder / "b")
     assert resumed == whole
     same(tensors(folder / "a"), tensors(folder / "b"))
+    scalars = [open_checkpoint(folder / run / "step-00000006").state["engine"] for run in "ab"]
+    assert scalars[0] == scalars[1]
     assert {name for name, _ in tensors(folder / "a")} == {n for n, _ in build_model(config, None).named_parameters()}
 
 
