@@ -18,6 +18,7 @@ from llm.parallel.mesh import Mesh
 from llm.slices import slice_of
 from llm.train.build import build_engine
 from llm.train.engines.base import MOMENTS, StepResult
+from llm.train.guard import compare_replicas
 from llm.train.verify.batches import micro_batches, target_count
 from llm.train.verify.gather import Shapes, State, gather_gradients, gather_state, shared_names
 
@@ -71,6 +72,7 @@ class Layout:
         gradients = gather_gradients(self.engine, self.names)
         result = self.engine.step()
         self._agree(number, loss=loss, grad_norm=result.grad_norm, skipped=result.skipped)
+        self.note([f"step {number}: {finding}" for finding in compare_replicas(self.engine, self.mesh)])
         self.updates += not result.skipped
         self.state = self._gather()
         return StepRecord(number, before, scalars, loss, gradients, result, self.state)
