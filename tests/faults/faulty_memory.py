@@ -17,7 +17,6 @@ from llm.train.script import run_script  # noqa: E402
 healthy_step = Trainer.step
 
 
-@torch.no_grad()
 def step(self: Trainer) -> Any:
     result = healthy_step(self)
     if self.run.step == 6 and self.run.mesh.rank == 1:
