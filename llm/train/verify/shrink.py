@@ -47,13 +47,14 @@ def needed_bytes(config: RunConfig, world_size: int) -> int:
     """Memory that `verify` needs on rank 0: its part of the layout, the oracle, and what is gathered.
 
     Activations of a micro-batch are B T (34 C + 5 H T) bytes per block in 16 bits (Korthikanti et al. 2022, eq. 1) and
-    twice that in fp32.
+    twice that in fp32; the second term, the attention weights, exists only where dropout acts on them.
     """
     model, parallel = config.model, config.parallel
     parameters = sum(prod(shape) for shape in global_shapes(config).values())
     ranks = world_size if parallel.zero_stage == 3 or config.train.engine == "fsdp" else parallel.tensor_parallel
     tokens, T = config.train.micro_batch_size * config.data.seq_len, config.data.seq_len
-    activations = 2 * model.n_layer * tokens * (34 * model.d_model + 5 * model.n_head * T)
+    weights = 5 * model.n_head * T if model.dropout > 0 else 0
+    activations = 2 * model.n_layer * tokens * (34 * model.d_model + weights)
     logits = 3 * 4 * min(tokens, CHUNK_TOKENS) * model.vocab_size
     states = parameters * (ORACLE[config.train.precision] + GATHERED + LAYOUT // ranks)
     return states + activations + logits
