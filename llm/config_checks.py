@@ -78,6 +78,10 @@ def check_engine(config: RunConfig) -> None:
             f"train.precision {precision} with parallel.zero_stage 0: DeepSpeed would "
             f"accumulate gradients in {precision}; use parallel.zero_stage=1",
         )
+    require(
+        engine == "deepspeed" or not config.deepspeed,
+        f"train.engine {engine} reads nothing of the deepspeed section; found {', '.join(config.deepspeed)}: remove it",
+    )
     needed = {"none": 0, "optimizer": 1, "all": 3}[offload]
     require(
         stage >= needed,

@@ -16,6 +16,9 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
+from llm.parallel.launcher import Ranks, export, operator_folder
+from llm.train.preflight import remove_abandoned_locks
+
 TIMEOUT_SECONDS = 120
 
 
@@ -28,8 +31,6 @@ def free_port() -> int:
 def serve(rank: int, world_size: int, port: int, path: list[str], connection: Any) -> None:
     """A rank's main loop: receive (function, args), send ("ok", result) or ("error", traceback)."""
     sys.path[:] = path
-    from llm.parallel.launcher import Ranks, export
-
     export(Ranks(rank, rank, world_size, world_size, "127.0.0.1", port, "pool"), os.environ)
     import torch
     import torch.distributed as dist
@@ -55,6 +56,8 @@ class RankPool:
         self.connections: list[Any] = []
 
     def start(self) -> None:
+        # A rank that was killed while DeepSpeed's operator was built leaves a lock that the next would wait for.
+        remove_abandoned_locks(operator_folder())
         context = mp.get_context("spawn")
         port = free_port()
         for rank in range(self.world_size):

@@ -264,6 +264,7 @@ def test_any_value_gives_a_config_or_an_input_error(key: str, value: str) -> Non
             ["--train.engine=fsdp", "--parallel.zero_stage=3", "--parallel.offload=optimizer"],
             ["use parallel.offload=all"],
         ),
+        (["--train.engine=plain", "--deepspeed.steps_per_print=1"], ["plain", "steps_per_print"]),
         (["--train.checkpoint_every=2"], ["checkpoint_every is 2", "use train.activation_checkpointing=full"]),
         (["--train.z_loss=-1"], ["train.z_loss is -1", "at least 0"]),
         (["--train.z_loss=.inf"], ["train.z_loss", "finite"]),

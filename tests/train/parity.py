@@ -30,7 +30,7 @@ def case(**sections: Any) -> RunConfig:
     """BASE with fields replaced by section: case(model=dict(bias=False), train=dict(precision="bf16"))."""
     changed = {name: replace(getattr(BASE, name), **fields) for name, fields in sections.items()}
     config = replace(BASE, **changed)
-    if config.parallel.zero_stage == 3:
+    if config.parallel.zero_stage == 3 and config.train.engine == "deepspeed":
         config = replace(config, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
     return config
 
