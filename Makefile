@@ -11,7 +11,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help setup pretrain test test-all test-gpu test-cluster check bench clean
+.PHONY: help setup pretrain test test-all test-gpu test-cluster check bench bench-parallel clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,10 @@ test-all: setup ## the exhaustive lists too
 
 bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
 	@$(BIN)/python launch/bench_step.py
+
+bench-parallel: setup ## what parallel layers, ZeRO stages and recomputation cost (results: docs/parallelism.md)
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) launch/bench_parallel.py \
+	  --config $(CONFIG) --train.micro_batch_size=4 $(ARGS)
 
 test-gpu: setup ## the same ladder on an NVIDIA GPU
 	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
