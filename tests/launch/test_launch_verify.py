@@ -13,20 +13,6 @@ from pool import free_port
 from runs import BIN, ROOT, Workspace
 
 SCRIPT = ROOT / "launch/verify.py"
-# A layout that is wrong: gradients of norm weights stay partial under sequence parallelism.
-BROKEN = f"""\
-import runpy
-import sys
-from unittest.mock import patch
-
-sys.path.insert(0, {str(ROOT)!r})
-
-from llm.parallel.layers import TensorParallel
-
-sys.argv[0] = {str(SCRIPT)!r}
-with patch.object(TensorParallel, "use", lambda self, weight: weight):
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +46,7 @@ def test_deepspeed_passes(space: Workspace) -> None:
 
 
 def test_torchrun_fails_on_a_wrong_layout(space: Workspace) -> None:
-    broken = space.path / "broken.py"
-    broken.write_text(BROKEN)
+    broken = ROOT / "tests/faults/faulty_layout.py"
     layout = dict(parallel__tensor_parallel=2, parallel__sequence_parallel="true", train__precision="bf16")
     result = verify(
         space, torchrun(2), "--steps=1", "--json=broken.json", script=broken, parallel__zero_stage=2, **layout

@@ -42,6 +42,7 @@ def test_only_an_error_within_its_bound_passes() -> None:
     assert check(1.0).passed and not check(1.01).passed
     assert check(0.0, 0.0).passed and not check(1e-30, 0.0).passed
     assert not check(math.nan).passed and not check(1.0, math.nan).passed and not check(math.inf).passed
+    assert not check(1.0, math.inf).passed
 
 
 def test_nan_is_the_worst() -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.checkpoint.manifest import Piece
-from llm.parallel.agreement import exchange
+from llm.parallel.agreement import backend_device, exchange
 from llm.slices import Slice
 from llm.train.engines.base import Engine
 
@@ -100,7 +100,7 @@ def _uncovered(counts: Tensor) -> list[str]:
 
 def _everywhere(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """A CPU tensor reduced over all ranks, through the device that their backend can see."""
-    there = tensor.to(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
+    there = tensor.to(backend_device())
     dist.all_reduce(there, operation)
     return there.cpu()
 
