@@ -1,4 +1,4 @@
-"""`launch/verify.py` on the GPUs that there are: engines, stages, precisions, offloading, and TP where two can share."""
+"""`launch/verify.py` on the GPUs that there are: engines, stages, precisions, offloading, and TP if two can share."""
 
 from __future__ import annotations
 
