@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from llm.config import ParallelConfig, RunConfig
@@ -45,7 +45,8 @@ def calls(name: str) -> dict[Collective, Volume]:
         "backward of f": lambda: f(x.requires_grad_(), group.group_name).sum().backward(),
         "g": lambda: g(x.requires_grad_(), group.group_name).sum().backward(),
         "sequence": lambda: gather_sequence(x.view(1, 10, 1).requires_grad_(), 2, group.group_name).sum().backward(),
-        "dtensor": lambda: DTensor.from_local(x, mesh.devices["tp"], [Shard(0)]).redistribute(placements=[Replicate()]),
+        # Sent from within an operator of DTensor.
+        "dtensor": lambda: DTensor.from_local(x, mesh.devices["tp"], [Shard(0)]).softmax(dim=0),
         "alone": lambda: dist.all_reduce(x, group=mesh.dp_group),
     }
     with Traffic() as traffic:
