@@ -30,12 +30,18 @@ LAYOUTS = {
     "tp2-dp2": (2, 2, False),
     "tp2-sp-dp2": (2, 2, True),
 }
+FAMILIES = {
+    "gpt2": dict(norm="layernorm", activation="gelu", position="learned", bias=True),
+    "llama": dict(norm="rmsnorm", activation="swiglu", position="rope", bias=False),
+}
 COMMON = {
     "precision": ("fp32", "bf16"),
     "embeddings": ("tied", "untied"),
     "accumulation": (1, 4),
     "checkpointing": ("none", "full", "selective"),
     "dropout": (0.0, 0.1),
+    "family": tuple(FAMILIES),
+    "z_loss": (0.0, 1e-3),
 }
 DEEPSPEED = {"engine": ("deepspeed",), "layout": tuple(LAYOUTS), "zero": (0, 1, 2, 3), **COMMON}
 FSDP = {"engine": ("fsdp",), "layout": ("dp2", "dp4", "tp2-dp2", "tp2-sp-dp2"), "zero": (2, 3), **COMMON}
@@ -109,6 +115,7 @@ def config_of(chosen: Case) -> RunConfig:
             n_kv_head=4 if tp == 4 else 2,
             tie_embeddings=chosen["embeddings"] == "tied",
             dropout=chosen["dropout"],
+            **FAMILIES[chosen["family"]],
         ),
         parallel=dict(tensor_parallel=tp, sequence_parallel=sequence_parallel, zero_stage=chosen["zero"]),
         train=dict(
@@ -117,6 +124,7 @@ def config_of(chosen: Case) -> RunConfig:
             global_batch_size=BATCH,
             micro_batch_size=BATCH // (dp * chosen["accumulation"]),
             activation_checkpointing=chosen["checkpointing"],
+            z_loss=chosen["z_loss"],
         ),
     )
 
