@@ -22,7 +22,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/slices.py": {"torch"},
     "llm/model": {"torch", "kernels", "llm.config", "llm.errors", "llm.slices", "llm.model"},
     "llm/parallel": {
-        "torch", "kernels", "mpi4py", "llm.config", "llm.errors", "llm.slices", "llm.model.layers", "llm.model.loss", "llm.parallel",
+        "torch", "kernels", "mpi4py", "llm.config", "llm.errors", "llm.slices", "llm.model.layers", "llm.model.loss",
+        "llm.parallel",
     },
     "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.data"},
     "llm/data/corpus": {"numpy", "zstandard", "llm.config", "llm.errors", "llm.data"},

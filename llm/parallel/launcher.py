@@ -96,8 +96,9 @@ def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
 
     DeepSpeed looks for MPI unless all of these are set. The folder of the Python in use comes first in
     PATH, because DeepSpeed compiles an operator with the `ninja` that pip put there, and neither ssh nor
-    an environment that was not activated has it; another version of ninja would compile it anew. LOCAL_SIZE goes: where it equals the world size,
-    DeepSpeed leaves 66 MB per rank in /dev/shm for an all-reduce that training does not use.
+    an environment that was not activated has it; another version of ninja would compile it anew.
+    LOCAL_SIZE goes: where it equals the world size, DeepSpeed leaves 66 MB per rank in /dev/shm for an
+    all-reduce that training does not use.
     """
     environ["RANK"] = str(ranks.rank)
     environ["LOCAL_RANK"] = str(ranks.local_rank)
