@@ -38,6 +38,7 @@ def serve(rank: int, world_size: int, port: int, path: list[str], connection: An
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+    remember_meshes()
     while (task := connection.recv()) is not None:
         function, args = task
         try:
@@ -45,6 +46,21 @@ def serve(rank: int, world_size: int, port: int, path: list[str], connection: An
         except BaseException:  # noqa: BLE001 - whatever it was, the test must hear of it
             connection.send(("error", traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def remember_meshes() -> None:
+    """Give cases with the same layout the same mesh: each makes three process groups, whose threads never end."""
+    from llm.parallel.mesh import Mesh
+
+    create, known = Mesh.create, {}
+
+    def remembered(config: Any, device_type: str) -> Mesh:
+        key = config.tensor_parallel, device_type
+        if key not in known:
+            known[key] = create(config, device_type)
+        return known[key]
+
+    Mesh.create = staticmethod(remembered)
 
 
 class RankPool:
