@@ -27,28 +27,21 @@ def check(config, results, ragged=False, loss=1e-5, gradient=1e-5) -> None:
         assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
 
 
+# Beside the matrix of layouts (test_train_verify_matrix.py), where every step starts from equal weights: whole
+# trajectories, and what is not one of its axes.
 TWO_RANKS = {
-    "tp2": dict(parallel=dict(tensor_parallel=2)),
-    "tp2-untied-dropout": dict(parallel=dict(tensor_parallel=2), model=dict(tie_embeddings=False, dropout=0.1)),
     "tp2-learned-rms-swiglu": dict(
         parallel=dict(tensor_parallel=2),
         model=dict(position="learned", norm="rmsnorm", activation="swiglu", bias=False),
     ),
-    **{f"zero{stage}": dict(parallel=dict(zero_stage=stage)) for stage in range(4)},
-    **{
-        f"zero{stage}-untied-dropout": dict(
-            parallel=dict(zero_stage=stage), model=dict(tie_embeddings=False, dropout=0.1)
-        )
-        for stage in range(4)
-    },
+    "tp2-padded": dict(parallel=dict(tensor_parallel=2), model=dict(vocab_size=51)),
+    "zero0-one-micro-batch": dict(train=dict(micro_batch_size=4)),
+    "zero2-micro-1": dict(parallel=dict(zero_stage=2), train=dict(micro_batch_size=1)),
     "zero3-recompute-dropout": dict(
         parallel=dict(zero_stage=3),
         model=dict(dropout=0.1),
         train=dict(activation_checkpointing="full"),
     ),
-    "zero0-one-micro-batch": dict(train=dict(micro_batch_size=4)),
-    "tp2-padded": dict(parallel=dict(tensor_parallel=2), model=dict(vocab_size=51)),
-    "zero2-micro-1": dict(parallel=dict(zero_stage=2), train=dict(micro_batch_size=1)),
 }
 
 
@@ -64,18 +57,8 @@ def test_unequal_counts_of_targets(stage: int, two_ranks: RankPool) -> None:
     check(config, two_ranks.run(on_ranks, config, STEPS, True), ragged=True)
 
 
-FOUR_RANKS = {
-    "tp2-dp2-zero0": dict(parallel=dict(tensor_parallel=2)),
-    "tp2-dp2-zero1-dropout": dict(parallel=dict(tensor_parallel=2, zero_stage=1), model=dict(dropout=0.1)),
-    "tp2-dp2-zero2-untied": dict(parallel=dict(tensor_parallel=2, zero_stage=2), model=dict(tie_embeddings=False)),
-    "tp2-dp2-zero3": dict(parallel=dict(tensor_parallel=2, zero_stage=3)),
-    "tp4-zero1": dict(parallel=dict(tensor_parallel=4, zero_stage=1), model=dict(n_kv_head=4)),
-}
-
-
-@pytest.mark.parametrize("name", FOUR_RANKS)
-def test_four_ranks(name: str, four_ranks: RankPool) -> None:
-    config = case(**FOUR_RANKS[name])
+def test_four_ranks(four_ranks: RankPool) -> None:
+    config = case(parallel=dict(tensor_parallel=2, zero_stage=1), model=dict(dropout=0.1))
     check(config, four_ranks.run(on_ranks, config, STEPS))
 
 
@@ -90,7 +73,7 @@ def check_low_precision(config, results) -> None:
     assert np.abs(np.subtract(got["losses"], exact["losses"])).max() <= 4 * own
 
 
-@pytest.mark.parametrize(("stage", "tp"), [(1, 1), (2, 1), (3, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "tp"), [(1, 1), (3, 2)])
 def test_bf16_is_as_close_to_fp32_as_the_oracle(stage: int, tp: int, two_ranks: RankPool) -> None:
     config = case(parallel=dict(zero_stage=stage, tensor_parallel=tp), train=dict(precision="bf16"))
     check_low_precision(config, two_ranks.run(on_ranks, config, STEPS))
