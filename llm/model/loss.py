@@ -103,7 +103,7 @@ def _chunk(
 def _add_product(total: Tensor, grad_logits: Tensor, x: Tensor) -> None:
     """total fp32 [V_tp, C] += grad_logits^T x."""
     if total.dtype == x.dtype:
-        total.addmm_(grad_logits.t(), x)
+        torch.addmm(total, grad_logits.t(), x, out=total)  # torch's FLOP counter does not know addmm_
     else:
         total += grad_logits.t() @ x
 
