@@ -58,7 +58,7 @@ test-all: setup ## the exhaustive lists too
 bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
 	@$(BIN)/python launch/bench_step.py
 
-bench-parallel: setup ## what parallel layers, ZeRO stages and recomputation cost (results: docs/parallelism.md)
+bench-parallel: setup ## what parallel layers, ZeRO stages and recomputation cost (results: docs/benchmarks.md)
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) launch/bench_parallel.py \
 	  --config $(CONFIG) --train.micro_batch_size=4 $(ARGS)
 
