@@ -1,10 +1,9 @@
 """Which form of an operation runs, and why one that was asked for cannot.
 
-triton     the kernels of this package: an NVIDIA GPU, or any device when the process was started
-under
+triton     the kernels of this package: an NVIDIA GPU, or any device when the process was started under
            TRITON_INTERPRET=1, which runs them in Triton's interpreter (slow; for tests)
 torch      the best stock operator of PyTorch
-reference  the same operation in a few lines of PyTorch, fp32 inside (kernels/reference.py)
+reference  the same operation in a few lines of PyTorch, fp32 inside (kernels/reference)
 auto       triton on a GPU where it can run, else torch, else reference
 """
 
@@ -16,8 +15,6 @@ import torch
 from triton import knobs
 
 IMPLS = ("auto", "triton", "torch", "reference")
-# Widest last dimension that one Triton tile holds: attention's head width, layer norm's row.
-MAX_WIDTH = {"attention": 256, "layer_norm": 8192}
 LEAST_CAPABILITY = (8, 0)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton fixes the mode when a kernel is decorated, that is on import: so does this constant, read
@@ -37,8 +34,8 @@ def expect(condition: bool, message: str) -> None:
         raise KernelError(message)
 
 
-def why_not_triton(op: str, *, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """The reason why `op` has no Triton form here, or None if it has."""
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why no kernel of this package runs there, or None if they do."""
     if device.type != "cuda" and not INTERPRETED:
         return (
             f"found tensors on {device.type!r}, expected 'cuda': use impl=auto, or start the process "
@@ -49,18 +46,6 @@ def why_not_triton(op: str, *, device: torch.device, dtype: torch.dtype, width: 
         return f"found a GPU of compute capability {found}, expected at least 8.0: use impl=torch or impl=reference"
     if dtype not in TRITON_DTYPES:
         return f"found {dtype}, expected float32, float16 or bfloat16: use impl=torch or reference"
-    if width > MAX_WIDTH[op]:
-        return f"found width {width}, expected at most {MAX_WIDTH[op]}: use impl=torch or reference"
-    return None
-
-
-def why_not_torch(op: str, dropout: float) -> str | None:
-    """The reason why `op` has no stock form, or None if it has."""
-    if op == "attention" and dropout > 0:
-        return (
-            f"found dropout {dropout}, expected 0: the stock operator draws masks that depend on the "
-            f"layout; use impl=auto, triton or reference"
-        )
     return None
 
 
@@ -70,18 +55,16 @@ def choose(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    width: int,
-    dropout: float = 0.0,
+    no_triton: str | None = None,
+    no_torch: str | None = None,
 ) -> str:
     """The form of `op` to run: "triton", "torch" or "reference". Pure: the caller logs it.
 
-    op: "attention" or "layer_norm". width: of a head, or of the normalised row.
-    dropout: of attention's weights.
-    Raises KernelError if `impl` is unknown, or names a form that cannot run.
+    no_triton, no_torch: why the arguments of this call, beyond device and dtype, rule that form out; None if they
+    do not. Raises KernelError if `impl` is unknown, or names a form that cannot run.
     """
     expect(impl in IMPLS, f"impl: found {impl!r}, expected one of {', '.join(IMPLS)}")
-    no_triton = why_not_triton(op, device=device, dtype=dtype, width=width)
-    no_torch = why_not_torch(op, dropout)
+    no_triton = why_not_triton(device, dtype) or no_triton
     if impl == "auto":
         if device.type == "cuda" and no_triton is None:
             return "triton"

@@ -23,6 +23,7 @@ from kernels.dispatch import cdiv, choose, expect, interpretable, launch, padded
 # Programs of the backward, and so partial rows. About two per SM of a large GPU; a constant, not
 # the SM count, so that the sums do not depend on the GPU.
 PARTIALS = 256
+MAX_WIDTH = 8192  # one tile holds a row
 TILE_ELEMENTS = 4096  # rows narrower than this share a tile
 
 
@@ -183,6 +184,13 @@ def _backward(ctx, dy, dmean, drstd):
 layer_norm_op.register_autograd(_backward, setup_context=_save)
 
 
+def too_wide(C: int) -> str | None:
+    """Why rows of width C have no Triton form, or None if they have."""
+    if C <= MAX_WIDTH:
+        return None
+    return f"found width {C}, expected at most {MAX_WIDTH}: use impl=torch or reference"
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, impl: str = "auto") -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in fp32.
 
@@ -196,7 +204,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
         all(s == (C,) for s in shapes),
         f"layer_norm: found weight and bias of shapes {shapes}, expected ({C},), the last of x",
     )
-    form = choose(impl, "layer_norm", device=x.device, dtype=x.dtype, width=C)
+    form = choose(impl, "layer_norm", device=x.device, dtype=x.dtype, no_triton=too_wide(C))
     if form == "triton":
         return layer_norm_op(x, weight, bias, eps)[0]
     if form == "reference":

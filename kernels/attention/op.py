@@ -15,6 +15,8 @@ from kernels.attention import forward as forward_pass
 from kernels.dispatch import choose, expect
 from kernels.philox import DropoutKey
 
+MAX_HEAD_WIDTH = 256  # one tile holds a head
+
 
 def key_of(p: float, seed: int, site: int) -> DropoutKey | None:
     return DropoutKey(p, seed, site) if p > 0 else None
@@ -86,6 +88,19 @@ def stock(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ).transpose(1, 2)  # fmt: skip
 
 
+def limits(head_width: int, dropout: float) -> tuple[str | None, str | None]:
+    """Why attention with such heads and such dropout has no Triton form, and why no stock form; None where it has."""
+    no_triton = no_torch = None
+    if head_width > MAX_HEAD_WIDTH:
+        no_triton = f"found heads of width {head_width}, expected at most {MAX_HEAD_WIDTH}: use impl=torch or reference"
+    if dropout > 0:
+        no_torch = (
+            f"found dropout {dropout}, expected 0: the stock operator draws masks that depend on the "
+            f"layout; use impl=auto, triton or reference"
+        )
+    return no_triton, no_torch
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, dropout: DropoutKey | None, samples: Tensor | None) -> None:
     """Raise KernelError unless the arguments of `attention` fit together."""
     found = f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -129,8 +144,8 @@ def attention(
     """
     check(q, k, v, dropout, samples)
     key = dropout if dropout is not None and dropout.p > 0 else None
-    p = 0.0 if key is None else key.p
-    form = choose(impl, "attention", device=q.device, dtype=q.dtype, width=q.shape[-1], dropout=p)
+    no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p)
+    form = choose(impl, "attention", device=q.device, dtype=q.dtype, no_triton=no_triton, no_torch=no_torch)
     if form == "torch":
         return stock(q, k, v)
     if form == "reference":

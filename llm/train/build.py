@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from kernels.attention.op import limits as attention_limits
 from kernels.dispatch import KernelError, choose
+from kernels.layer_norm import too_wide
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.errors import InputError
@@ -18,13 +20,13 @@ from llm.train.engines.base import DTYPES, Engine
 def check_kernels(config: RunConfig, device: torch.device) -> str:
     """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
     model, dtype = config.model, DTYPES[config.train.precision]
-    places = {"attention": (model.head_dim, model.dropout)}
+    limits = {"attention": attention_limits(model.head_dim, model.dropout)}
     if model.norm == "layernorm":
-        places["layer_norm"] = (model.d_model, 0.0)
+        limits["layer_norm"] = (too_wide(model.d_model), None)
     try:
         chosen = {
-            op: choose(config.train.impl, op, device=device, dtype=dtype, width=width, dropout=dropout)
-            for op, (width, dropout) in places.items()
+            op: choose(config.train.impl, op, device=device, dtype=dtype, no_triton=no_triton, no_torch=no_torch)
+            for op, (no_triton, no_torch) in limits.items()
         }
     except KernelError as error:
         raise InputError(f"train.impl: {error}") from error

@@ -1,7 +1,6 @@
-"""The same operations in plain PyTorch, fp32 inside (float64 stays float64): the oracle.
+"""Causal attention in plain PyTorch.
 
-B batch, T time (Tq queries, Tk keys), H query heads, K key/value heads, R = H / K, D head width, C
-model width.
+B batch, Tq queries, Tk keys, H query heads, K key/value heads, R = H / K, D head width.
 """
 
 from __future__ import annotations
@@ -12,11 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.philox import DropoutKey, keep_mask
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
+from kernels.reference.wide import wide
 
 
 def attention(
@@ -43,11 +38,3 @@ def attention(
         weights = torch.where(keep, weights, 0.0) * (1 / (1 - dropout.p))
     out = torch.einsum("bkrts,bskd->btkrd", weights, wide(v))
     return out.reshape(B, Tq, H, D).to(q.dtype)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
-    rows = wide(x)  # once: each cast would round its own part of the gradient
-    centred = rows - rows.mean(-1, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * wide(weight)
-    return (y if bias is None else y + wide(bias)).to(x.dtype)

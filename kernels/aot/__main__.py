@@ -1,0 +1,46 @@
+"""`python -m kernels.aot`: compile every kernel for every architecture, without a GPU.
+
+One line per kernel: registers per thread, bytes spilled, shared memory, and which matrix and bulk-copy
+instructions it uses. Exits 1 if a kernel spills or needs more shared memory than its architecture has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+
+from kernels.aot import attention, norm
+from kernels.aot.compile import SHARED_MEMORY, Case, compile_case
+from kernels.dispatch import INTERPRETED, expect
+
+FAMILIES = (attention, norm)
+
+
+def cases(arch: int) -> Iterator[Case]:
+    for family in FAMILIES:
+        yield from family.cases(arch)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
+    parser.add_argument("--only", default="", help="compile only the kernels whose name matches this expression")
+    options = parser.parse_args(arguments)
+    expect(
+        not INTERPRETED,
+        "found TRITON_INTERPRET=1, expected compiled kernels: unset it and run again",
+    )
+    failed = 0
+    for arch in options.arch:
+        for case in cases(arch):
+            if re.search(options.only, case.name):
+                report = compile_case(case, arch)
+                print(report, flush=True)
+                failed += not report.fits
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

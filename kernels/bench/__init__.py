@@ -1,0 +1,1 @@
+"""What `launch/bench_kernels.py` times: every kernel beside every other implementation that is installed."""

@@ -1,0 +1,30 @@
+"""What is timed: one operation at one shape, by several implementations on the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+# Makes the tensors of a case and returns what is timed. It raises where its implementation cannot run.
+Setup = Callable[[], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One operation at one shape.
+
+    kernel: its family ("attention"), a plot each. part: "forward", "backward" or "step". shape: for people.
+    width: the number on the plot's axis (sequence length, row width). axis: what that number is.
+    flops, bytes: the least that the operation must compute and move (docs/kernels.md); what bounds it decides which
+    of the two the report gives a rate of. rivals: by name; "ingot" is ours, "reference" the plain PyTorch twin.
+    """
+
+    kernel: str
+    part: str
+    shape: str
+    axis: str
+    width: int
+    dtype: str
+    flops: float
+    bytes: float
+    rivals: Mapping[str, Setup]
