@@ -1,8 +1,4 @@
-"""The compiled kernels on a GPU (`make test-gpu`), forward and backward.
-
-The rule is FlashAttention's: the error against fp32 is at most twice that of the reference computed in
-the kernel's own dtype, plus one rounding of the largest value.
-"""
+"""Compiled attention on a GPU (`make test-gpu`), forward and backward."""
 
 from __future__ import annotations
 
@@ -12,17 +8,11 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention import attention
-from kernels.dispatch import INTERPRETED
-from kernels.layer_norm import layer_norm
 from kernels.philox import DropoutKey
+from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted: run `make test-gpu`"),
-]
+pytestmark = GPU_ONLY
 KEY = DropoutKey(0.2, 2**32 - 5, 7)
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (Tq, Tk), after FlashAttention's own list where Tq <= Tk
 LENGTHS = [
     (1, 1), (64, 128), (128, 192), (239, 239), (113, 203), (108, 256), (1, 300), (1023, 1024),
@@ -38,18 +28,6 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(Tk - Tq + 1)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("bhts,bshd->bthd", weights, v)
-
-
-def run(function, tensors: list[Tensor], do: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
-    o = function(*copies)
-    return [o, *torch.autograd.grad(o, copies, do.to(o.dtype))]
-
-
-def assert_within_rounding(ours: list[Tensor], plain: list[Tensor], true: list[Tensor], dtype: torch.dtype) -> None:
-    for mine, theirs, exact in zip(ours, plain, true, strict=True):
-        allowed = 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-        assert (mine - exact).abs().max() <= allowed
 
 
 def attention_inputs(
@@ -90,29 +68,7 @@ def test_attention_with_dropout(lengths: tuple[int, int], D: int, dtype: torch.d
 
 def test_attention_gives_the_same_bits_every_time() -> None:
     tensors, do = attention_inputs((500, 500), (8, 2), 64, torch.bfloat16)
-    first = run(lambda *a: attention(*a, impl="triton"), tensors, do, torch.bfloat16)
-    for _ in range(20):
-        again = run(lambda *a: attention(*a, impl="triton"), tensors, do, torch.bfloat16)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("C", [16, 192, 760, 1024, 4096, 8192])
-@pytest.mark.parametrize("rows", [1, 199, 8192])
-def test_layer_norm(rows: int, C: int, bias: bool, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, dy = (torch.randn(rows, C, device="cuda").to(dtype) for _ in range(2))
-    tensors = [x, (torch.rand(C, device="cuda") + 0.5).to(dtype)]
-    if bias:
-        tensors.append(torch.randn(C, device="cuda").to(dtype))
-
-    def form(impl: str):
-        return lambda *a: layer_norm(a[0], a[1], a[2] if bias else None, impl=impl)
-
-    true = run(form("reference"), tensors, dy, torch.float64)
-    plain = run(form("torch"), tensors, dy, dtype)
-    assert_within_rounding(run(form("triton"), tensors, dy, dtype), plain, true, dtype)
+    assert_repeats(lambda: run(lambda *a: attention(*a, impl="triton"), tensors, do, torch.bfloat16))
 
 
 def test_auto_compiles_whole_with_inductor() -> None:
