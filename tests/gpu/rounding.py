@@ -1,5 +1,5 @@
-"""The rule that GPU tests judge by, FlashAttention's: the error against fp32 is at most twice that of plain PyTorch in the
-kernel's own dtype, plus one rounding of the largest value.
+"""The rule that GPU tests judge by, FlashAttention's: the error against fp32 is at most twice that of plain PyTorch in
+the kernel's own dtype, plus one rounding of the largest value.
 """
 
 from __future__ import annotations
