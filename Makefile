@@ -49,11 +49,17 @@ GPUS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | 
 RANKS ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
 CONFIG ?= launch/configs/$(if $(filter 0,$(GPUS)),tiny-cpu,tiny-gpu).yaml
 
+# Tests of one process run side by side, then those that start several ranks alone.
+define run_tests
+@$(PYTEST) -m "$(1) and not ranks" -n auto --dist worksteal tests
+@$(PYTEST) -m "$(1) and ranks" tests
+endef
+
 test: setup ## every test that this machine can run, in under 15 minutes on 2 cores
-	@$(PYTEST) -m "not slow and not gpu and not cluster" tests
+	$(call run_tests,not slow and not gpu and not cluster)
 
 test-all: setup ## the exhaustive lists too
-	@$(PYTEST) -m "not gpu and not cluster" tests
+	$(call run_tests,not gpu and not cluster)
 
 bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
 	@$(BIN)/python launch/bench_step.py

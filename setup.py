@@ -41,6 +41,6 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4.0"],
-        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "pyright[nodejs]>=1.1.390"],
+        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "pyright[nodejs]>=1.1.390"],
     },
 )

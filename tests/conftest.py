@@ -21,6 +21,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+RANK_FIXTURES = {"one_rank", "two_ranks", "four_ranks", "workspace"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start several ranks: `make test` runs the others side by side, these one at a time."""
+    for item in items:
+        if RANK_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ranks")
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[RankPool]:
     yield from _pool(1)

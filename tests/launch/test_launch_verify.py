@@ -12,6 +12,8 @@ import pytest
 from pool import free_port
 from runs import BIN, ROOT, Workspace
 
+pytestmark = pytest.mark.ranks
+
 SCRIPT = ROOT / "launch/verify.py"
 
 

@@ -21,6 +21,8 @@ from llm.parallel.launcher import (
     strip_local_rank,
 )
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 PLACE = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29511"}

@@ -21,6 +21,8 @@ from llm.train.build import build_engine, build_model
 from parity import batches, case, target_count
 from pool import RankPool
 
+pytestmark = pytest.mark.ranks
+
 GATHER, SCATTER = Collective("all_gather", 2), Collective("reduce_scatter", 2)
 REDUCE = Collective("all_reduce", 2)
 

@@ -21,6 +21,8 @@ from matrix import (
     world_size,
 )
 
+pytestmark = pytest.mark.ranks
+
 POOLS = {1: "one_rank", 2: "two_ranks", 4: "four_ranks"}
 ZERO_0_BF16 = frozenset({("zero", 0), ("precision", "bf16")})
 

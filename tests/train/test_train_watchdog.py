@@ -13,6 +13,8 @@ import pytest
 from llm.parallel.launcher import free_port
 from llm.train.watchdog import is_launcher, launcher_chain, lost, orphaned, read_process
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 RUNNER = ["/v/bin/python", "/v/bin/deepspeed", "--num_gpus", "2", "launch/pretrain.py"]
