@@ -10,6 +10,8 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 from kernels.aot import attention, norm
 from kernels.aot.compile import SHARED_MEMORY, Case, compile_case
@@ -23,6 +25,12 @@ def cases(arch: int) -> Iterator[Case]:
         yield from family.cases(arch)
 
 
+def report_of(arch: int, name: str) -> tuple[str, bool]:
+    """The report's line on the case of that name, and whether it fits."""
+    report = compile_case(next(case for case in cases(arch) if case.name == name), arch)
+    return str(report), report.fits
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
@@ -32,14 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
         not INTERPRETED,
         "found TRITON_INTERPRET=1, expected compiled kernels: unset it and run again",
     )
-    failed = 0
-    for arch in options.arch:
-        for case in cases(arch):
-            if re.search(options.only, case.name):
-                report = compile_case(case, arch)
-                print(report, flush=True)
-                failed += not report.fits
-    return 1 if failed else 0
+    jobs = [(arch, case.name) for arch in options.arch for case in cases(arch) if re.search(options.only, case.name)]
+    expect(bool(jobs), f"--only: found no kernel whose name matches {options.only!r}")
+    all_fit = True
+    # Fresh processes: Triton's compiler must not be forked, and a kernel cannot be sent to another process.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+        for line, fits in workers.map(report_of, *zip(*jobs, strict=True)):
+            print(line, flush=True)
+            all_fit &= fits
+    return 0 if all_fit else 1
 
 
 if __name__ == "__main__":
