@@ -9,26 +9,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from kernels.aot import attention, norm
-from kernels.aot.compile import SHARED_MEMORY, Case, compile_case
+from kernels.aot.compile import SHARED_MEMORY
+from kernels.aot.report import cases, report_of
 from kernels.dispatch import INTERPRETED, expect
-
-FAMILIES = (attention, norm)
-
-
-def cases(arch: int) -> Iterator[Case]:
-    for family in FAMILIES:
-        yield from family.cases(arch)
-
-
-def report_of(arch: int, name: str) -> tuple[str, bool]:
-    """The report's line on the case of that name, and whether it fits."""
-    report = compile_case(next(case for case in cases(arch) if case.name == name), arch)
-    return str(report), report.fits
 
 
 def main(arguments: list[str] | None = None) -> int:
