@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels.aot import attention, norm
+from kernels.aot import attention, dropout, norm
 from kernels.aot.compile import Case, compile_case
 
-FAMILIES = (attention, norm)
+FAMILIES = (attention, norm, dropout)
 
 
 def cases(arch: int) -> Iterator[Case]:

@@ -1,0 +1,112 @@
+"""Dropout by counters (kernels/philox.py) in one pass, added to a residual stream if there is one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import philox
+from kernels.dispatch import cdiv, choose, expect, interpretable, launch
+from kernels.philox import DropoutKey, keep_tile, signed
+
+ROWS, COLS = 4, 512
+
+
+@triton.jit(do_not_specialize=["seed", "site", "threshold", "T"])
+def dropout_kernel(
+    x_ptr, residual_ptr, samples_ptr, positions_ptr, out_ptr, stride_xb, stride_xt, stride_rb, stride_rt,
+    T, keep_scale, seed, site, threshold,
+    C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """One tile of out [B, T, C] contiguous = x where kept, over 1 - p, (+ residual)."""
+    col_tiles = tl.cdiv(C, COLS)
+    row_tiles = tl.cdiv(T, ROWS)
+    first_col = tl.program_id(0) % col_tiles * COLS
+    rows = tl.program_id(0) // col_tiles % row_tiles * ROWS + tl.arange(0, ROWS)
+    b = (tl.program_id(0) // col_tiles // row_tiles).to(tl.int64)
+    cols = first_col + tl.arange(0, COLS)
+    inside = (rows < T)[:, None] & (cols < C)[None, :]
+    positions = tl.load(positions_ptr + rows, rows < T, 0).to(tl.int32)
+    sample = tl.load(samples_ptr + b)
+    rows = rows.to(tl.int64)
+    x = tl.load(x_ptr + b * stride_xb + rows[:, None] * stride_xt + cols[None, :], inside, 0.0).to(tl.float32)
+    keep = keep_tile(seed, site, threshold, sample, tl.zeros((), tl.int32), positions, first_col, COLS)
+    out = tl.where(keep, x, 0.0) * keep_scale
+    if HAS_RESIDUAL:
+        at = residual_ptr + b * stride_rb + rows[:, None] * stride_rt + cols[None, :]
+        out += tl.load(at, inside, 0.0).to(tl.float32)
+    tl.store(out_ptr + (b * T + rows[:, None]) * C + cols[None, :], out.to(out_ptr.dtype.element_ty), inside)
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("ingot::dropout", mutates_args=())
+def dropout_op(
+    x: Tensor, residual: Tensor | None, samples: Tensor, positions: Tensor, p: float, seed: int, site: int
+) -> Tensor:
+    """[B, T, C] in the dtype of x."""
+    (rows,) = interpretable(last_contiguous(x))
+    added = None if residual is None else interpretable(last_contiguous(residual))[0]
+    B, T, C = x.shape
+    key = DropoutKey(p, seed, site)
+    out = torch.empty((B, T, C), dtype=rows.dtype, device=x.device)
+    strides = (*rows.stride()[:2], *((0, 0) if added is None else added.stride()[:2]))
+    launch(
+        dropout_kernel, cdiv(C, COLS) * cdiv(T, ROWS) * B, x.device,
+        rows, added, samples, positions.contiguous(), out, *strides, T,
+        1 / (1 - p), signed(seed), signed(site), signed(key.threshold), C, ROWS, COLS, added is not None,
+    )  # fmt: skip
+    return out.to(x.dtype)
+
+
+@dropout_op.register_fake
+def _(x: Tensor, residual: Tensor | None, samples: Tensor, positions: Tensor, p: float, seed: int, site: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, residual, samples, positions, *ctx.key = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(samples, positions)
+
+
+def _backward(ctx, grad):
+    samples, positions = ctx.saved_tensors
+    # The mask is symmetric: the gradient passes through the same operation.
+    grad_x = torch.ops.ingot.dropout(grad, None, samples, positions, *ctx.key)
+    return grad_x, grad if ctx.has_residual else None, None, None, None, None, None
+
+
+dropout_op.register_autograd(_backward, setup_context=_save)
+
+
+def dropout(
+    x: Tensor,
+    key: DropoutKey,
+    samples: Tensor,
+    positions: Tensor,
+    *,
+    residual: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """residual + (x / (1 - p) where kept, else 0) (Srivastava et al. 2014).
+
+    x [B, T, C]; residual the same shape and dtype, or None; samples int64 [B], global sample numbers; positions int64
+    [T]. The mask is that of `kernels.philox.keep_mask` with rows = positions, columns = channels. Returns [B, T, C];
+    with p = 0 the sum, or x itself. The triton form rounds once, torch and reference (which are the same) after each
+    operation. impl: see kernels/dispatch.py. Raises KernelError on arguments that do not fit together or a form that
+    cannot run.
+    """
+    expect(
+        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+        f"dropout: found a residual that is not {tuple(x.shape)} of {x.dtype}, as x is: cast or reshape it",
+    )
+    form = choose(impl, "dropout", device=x.device, dtype=x.dtype)
+    if form == "triton" and key.p > 0:
+        return dropout_op(x, residual, samples, positions, key.p, key.seed, key.site)
+    dropped = philox.dropout(x, key, samples, positions)
+    return dropped if residual is None else residual + dropped
