@@ -99,9 +99,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None = None) -> Tensor:
         """x [B, T, C], positions int64 [T], global sample numbers int64 [B] -> [B, T, C]."""
         attended = self.attend(self.norm_1(x), positions, samples, cache)
-        x = x + self.attention_dropout(attended, samples, positions)
+        x = self.attention_dropout(attended, samples, positions, residual=x)
         transformed = self.down(self.activate(self.up(self.norm_2(x))))
-        return x + self.down_dropout(transformed, samples, positions)
+        return self.down_dropout(transformed, samples, positions, residual=x)
 
     def attend(self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None) -> Tensor:
         qkv = self.qkv(x)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention
+from kernels.dropout import dropout
 from kernels.layer_norm import layer_norm
-from kernels.philox import DropoutKey, dropout
+from kernels.philox import DropoutKey
 from llm.model.loss import WholeVocabulary, cross_entropy
 from llm.slices import Slice, mark
 
@@ -119,17 +120,22 @@ class RMSNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is a function of (seed, site, sample, position, channel): no layout changes it."""
+    """Dropout whose mask is a function of (seed, site, sample, position, channel): no layout changes it.
 
-    def __init__(self, key: DropoutKey) -> None:
+    here: gives, of the positions of a whole sequence, those that the stream has on this rank.
+    """
+
+    def __init__(self, key: DropoutKey, *, impl: str, here: Use) -> None:
         super().__init__()
         self.key = key
+        self.impl = impl
+        self.here = here
 
-    def forward(self, x: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
-        """x [B, T, C], global sample numbers int64 [B], positions int64 [T]."""
+    def forward(self, x: Tensor, samples: Tensor, positions: Tensor, residual: Tensor | None = None) -> Tensor:
+        """dropout(x) (+ residual): x, residual [B, T, C], global sample numbers int64 [B], positions int64 [T]."""
         if not self.training or self.key.p == 0:
-            return x
-        return dropout(x, self.key, samples, positions)
+            return x if residual is None else residual + x
+        return dropout(x, self.key, samples, self.here(positions), residual=residual, impl=self.impl)
 
 
 class CausalAttention(nn.Module):
@@ -162,6 +168,10 @@ class DenseLayers:
         """A norm's weight or bias as its layer uses it: here, as it is."""
         return weight
 
+    def here(self, positions: Tensor) -> Tensor:
+        """Of the positions of a whole sequence, those that the stream has on this rank: here, all."""
+        return positions
+
     def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         return whole(nn.Linear(in_features, out_features, bias=bias))
 
@@ -184,7 +194,7 @@ class DenseLayers:
         return whole(LayerNorm(width, bias=bias, impl=self.impl, use=self.use))
 
     def dropout(self, p: float, site: int) -> Dropout:
-        return Dropout(DropoutKey(p, self.seed, site))
+        return Dropout(DropoutKey(p, self.seed, site), impl=self.impl, here=self.here)
 
     def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
         return CausalAttention(DropoutKey(p, self.seed, site), impl=self.impl)

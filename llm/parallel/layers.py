@@ -26,7 +26,6 @@ from kernels.philox import DropoutKey
 from llm.model.layers import (
     CausalAttention,
     DenseLayers,
-    Dropout,
     LanguageModelHead,
     LinearRole,
     whole,
@@ -195,17 +194,6 @@ class PositionTable(nn.Module):
         return F.embedding(self.tp.positions(positions), self.tp.use(self.weight))
 
 
-class SequenceDropout(Dropout):
-    """Dropout between the split layers: the mask of the positions that are here."""
-
-    def __init__(self, key: DropoutKey, *, tp: TensorParallel) -> None:
-        super().__init__(key)
-        self.tp = tp
-
-    def forward(self, x: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
-        return super().forward(x, samples, self.tp.positions(positions))
-
-
 class VocabularyPart:
     """The columns of the logits that a rank's slice of the head gives; ranks are joined by two numbers per token."""
 
@@ -246,6 +234,9 @@ class TensorParallelLayers(DenseLayers):
     def use(self, weight: Tensor) -> Tensor:
         return self.tp.use(weight)
 
+    def here(self, positions: Tensor) -> Tensor:
+        return self.tp.positions(positions)
+
     def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         layer = ColumnParallelLinear if role in ("qkv", "up") else RowParallelLinear
         return layer(in_features, out_features, bias=bias, tp=self.tp)
@@ -259,9 +250,6 @@ class TensorParallelLayers(DenseLayers):
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp)
         return VocabParallelHead(cast(nn.Parameter, source.weight), z_loss=self.z_loss, tp=self.tp)
-
-    def dropout(self, p: float, site: int) -> Dropout:
-        return SequenceDropout(DropoutKey(p, self.seed, site), tp=self.tp)
 
     def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
         head_offset = self.tp.rank * (n_head // self.tp.size)
