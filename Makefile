@@ -11,10 +11,10 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help setup pretrain test test-all test-gpu test-cluster check bench bench-parallel clean
+.PHONY: help setup pretrain test test-all test-gpu test-cluster test-triton-3.6 check bench bench-parallel clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.native ## make .venv, install the pinned packages, build the extension
 
@@ -76,10 +76,20 @@ test-gpu: setup ## the same ladder on an NVIDIA GPU
 test-cluster: setup ## train over two hosts made of network namespaces (root; iproute2, openssh-server, pdsh)
 	@$(PYTEST) tests/cluster --require-cluster
 
+# GPU machines still run Triton 3.6, which needs an older numpy: an environment of its own.
+OLD_TRITON := .venv-triton-3.6
+OLD_PIP := $(OLD_TRITON)/bin/python -m pip install -q --disable-pip-version-check
+test-triton-3.6: ## the kernels under Triton 3.6 too: interpreted, and compiled for every GPU
+	@test -x $(OLD_TRITON)/bin/python || $(PYTHON) -m venv $(OLD_TRITON)
+	@$(OLD_PIP) "$(TORCH)+cpu" 2>/dev/null || $(OLD_PIP) "$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
+	@$(OLD_PIP) triton==3.6.0 'numpy<2.4' pytest pytest-xdist hypothesis
+	@$(TEST_ENV) $(OLD_TRITON)/bin/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" tests/kernels
+	@$(OLD_TRITON)/bin/python -m kernels.aot
+
 check: setup ## lint, formatting, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
 clean: ## remove what was built, never data/ or runs/
-	rm -rf build *.egg-info llm/data/_native*.so $(VENV)
+	rm -rf build *.egg-info llm/data/_native*.so $(VENV) $(OLD_TRITON)
