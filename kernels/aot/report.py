@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels.aot import attention, dropout, norm
+from kernels.aot import attention, cross_entropy, dropout, norm
 from kernels.aot.compile import Case, compile_case
 
-FAMILIES = (attention, norm, dropout)
+FAMILIES = (attention, norm, dropout, cross_entropy)
 
 
 def cases(arch: int) -> Iterator[Case]:
