@@ -1,0 +1,271 @@
+"""AdamW (Loshchilov & Hutter 2019, algorithm 2) in one pass over flat tensors.
+
+With g the gradient times grad_scale, t the number of this update, and every step in fp32:
+    m = m + (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
+    p = (1 - lr weight_decay) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+The pass reads p, m, v, g and writes p, m, v, and where asked for a 16-bit copy of p.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import reference
+from kernels.dispatch import TRITON_DTYPES, cdiv, choose, expect, interpretable, launch
+from kernels.philox import WORD, signed
+
+# Four elements per thread: then 16-bit and fp32 tensors have one layout, and nothing crosses threads.
+BLOCK = 1024
+WARPS = 8
+# Lowest bits of an fp32 number that rounding it to a 16-bit type drops.
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+
+
+@triton.jit
+def bias_correction(log_beta, t):
+    """1 - beta^t = -expm1(t log beta), fp32 scalars; near 0 by its series, where 1 - exp would cancel."""
+    x = t * log_beta
+    near = tl.maximum(x, -0.5)
+    series = 1.0
+    for k in tl.static_range(0, 8):  # pyright: ignore[reportGeneralTypeIssues]
+        series = 1.0 + series * near * (1.0 / (9 - k))
+    return tl.where(x > -0.5, -near * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def random_words(seeds, first, BLOCK: tl.constexpr):
+    """32 random bits for each of the elements from number `first` on; kernels/reference/adamw.py says which."""
+    groups = first // 4 + tl.arange(0, BLOCK // 4)
+    low = (groups & 0xFFFFFFFF).to(tl.uint32)
+    high = (groups >> 32).to(tl.uint32)
+    # Triton types a call from one kernel to another as if it were made from the host.
+    w0, w1, w2, w3 = tl.philox(seeds, low, high, 0, 0xFFFFFFFF)  # pyright: ignore[reportGeneralTypeIssues]
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def round_stochastically(x, words, DROPPED: tl.constexpr):
+    """fp32 x to one of its two neighbours in the 16-bit type, the nearer the likelier; still fp32."""
+    mask: tl.constexpr = 2**DROPPED - 1  # pyright: ignore[reportOperatorIssue]
+    noise = words & mask
+    bits = x.to(tl.uint32, bitcast=True) + noise
+    rounded = (bits & (0xFFFFFFFF - mask)).to(tl.float32, bitcast=True)
+    if DROPPED == 13:  # fp16's subnormal numbers are multiples of 2^-24
+        steps = tl.floor(tl.abs(x) * 16777216.0 + noise.to(tl.float32) * (1.0 / 8192))
+        small = steps * (1.0 / 16777216.0)
+        rounded = tl.where(tl.abs(x) < 6.103515625e-05, tl.where(x < 0, -small, small), rounded)
+    return tl.where(x == x, rounded, x)  # the bits of a NaN would carry into its sign
+
+
+@triton.jit
+def adamw_block(
+    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, places, inside,
+    scale, step_size, decay, rest1, beta2, rest2, eps, root, words, DROPPED: tl.constexpr,
+):  # fmt: skip
+    """The update of the elements `places`, of which those `inside` exist (all if None)."""
+    p = tl.load(parameter_ptr + places, inside).to(tl.float32)
+    g = tl.load(gradient_ptr + places, inside).to(tl.float32) * scale
+    m = tl.load(exp_avg_ptr + places, inside).to(tl.float32)
+    v = tl.load(exp_avg_sq_ptr + places, inside).to(tl.float32)
+    m += rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
+    p = decay * p - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+    tl.store(exp_avg_ptr + places, m.to(exp_avg_ptr.dtype.element_ty), inside)
+    tl.store(exp_avg_sq_ptr + places, v.to(exp_avg_sq_ptr.dtype.element_ty), inside)
+    low = p
+    if DROPPED > 0:
+        low = round_stochastically(p, words, DROPPED)
+    if low_ptr is None:
+        tl.store(parameter_ptr + places, low.to(parameter_ptr.dtype.element_ty), inside)
+    else:
+        tl.store(parameter_ptr + places, p.to(parameter_ptr.dtype.element_ty), inside)
+        tl.store(low_ptr + places, low.to(low_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["N", "seed"])
+def adamw_kernel(
+    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, scale_ptr, step_ptr, N, seed,
+    step, lr, decay, rest1, beta2, rest2, eps, log_beta1, log_beta2,
+    BLOCK: tl.constexpr, DROPPED: tl.constexpr,
+):  # fmt: skip
+    """One block of N elements. low_ptr, scale_ptr and step_ptr may be None; `step` counts without step_ptr."""
+    t = step
+    if step_ptr is not None:
+        t = tl.load(step_ptr).to(tl.float32)
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    step_size = lr / bias_correction(log_beta1, t)
+    root = tl.sqrt_rn(bias_correction(log_beta2, t))
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    places = first + tl.arange(0, BLOCK)
+    words = None
+    if DROPPED > 0:
+        key = seed.to(tl.uint32, bitcast=True).to(tl.uint64)
+        words = random_words((t.to(tl.uint64) << 32) | key, first, BLOCK)
+    # Without a mask whole blocks are read 16 bytes at a time whatever divides N.
+    if first + BLOCK <= N:
+        adamw_block(
+            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, places, None,
+            scale, step_size, decay, rest1, beta2, rest2, eps, root, words, DROPPED,
+        )  # fmt: skip
+    else:
+        adamw_block(
+            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, places, places < N,
+            scale, step_size, decay, rest1, beta2, rest2, eps, root, words, DROPPED,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("ingot::adamw_", mutates_args=("parameter", "exp_avg", "exp_avg_sq", "low_precision"))
+def adamw_op(
+    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low_precision: Tensor | None,
+    grad_scale: Tensor | None, step_tensor: Tensor | None, step: float, lr: float, beta1: float, beta2: float,
+    eps: float, weight_decay: float, seed: int | None,
+) -> None:  # fmt: skip
+    """Update in place. `step` counts where step_tensor is None. See `adamw_`."""
+    targets = [t for t in (parameter, exp_avg, exp_avg_sq, low_precision) if t is not None]
+    seen = interpretable(*targets)
+    low = seen[3] if low_precision is not None else None
+    rounded = parameter if low_precision is None else low_precision
+    N = parameter.numel()
+    launch(
+        adamw_kernel, cdiv(N, BLOCK), parameter.device,
+        seen[0], *interpretable(gradient.contiguous()), seen[1], seen[2], low, grad_scale, step_tensor,
+        N, signed(seed or 0), step, lr, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps,
+        log(beta1), log(beta2), BLOCK, 0 if seed is None else DROPPED_BITS[rounded.dtype], warps=WARPS,
+    )  # fmt: skip
+    for target, written in zip(targets, seen, strict=True):
+        if written is not target:
+            target.copy_(written)
+
+
+@adamw_op.register_fake
+def _(
+    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low_precision: Tensor | None,
+    grad_scale: Tensor | None, step_tensor: Tensor | None, step: float, lr: float, beta1: float, beta2: float,
+    eps: float, weight_decay: float, seed: int | None,
+) -> None:  # fmt: skip
+    return None
+
+
+def log(beta: float) -> float:
+    """Natural logarithm, also of 0."""
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def check(
+    parameter: Tensor, others: dict[str, Tensor], scalars: dict[str, Tensor], low: Tensor | None, seed: int | None
+) -> None:
+    """Raise KernelError unless shapes, devices and what is to be rounded fit `adamw_`."""
+    for name, tensor in others.items():
+        expect(
+            tensor.shape == parameter.shape and tensor.device == parameter.device,
+            f"adamw_: found {name} of shape {tuple(tensor.shape)} on {tensor.device}, expected "
+            f"{tuple(parameter.shape)} on {parameter.device}, as the parameter",
+        )
+    for name, tensor in scalars.items():
+        expect(
+            tensor.ndim == 0 and tensor.device == parameter.device,
+            f"adamw_: found {name} of shape {tuple(tensor.shape)} on {tensor.device}, expected one number (shape ()) "
+            f"on {parameter.device}, as the parameter",
+        )
+    rounded = parameter.dtype if low is None else low.dtype
+    expect(
+        low is None or (parameter.dtype not in DROPPED_BITS and rounded in DROPPED_BITS),
+        f"adamw_: found parameter {parameter.dtype} with low_precision {rounded}, expected a wider parameter and a "
+        "16-bit copy: 16-bit parameters need no copy",
+    )
+    if seed is not None:
+        expect(
+            rounded in DROPPED_BITS,
+            f"adamw_: found seed={seed} with {rounded}, expected a 16-bit parameter or low_precision to round "
+            "stochastically: leave out the seed",
+        )
+        expect(0 <= seed <= WORD, f"adamw_: found seed {seed}, expected 0 to 2^32 - 1")
+
+
+def no_kernel(parameter: Tensor, others: dict[str, Tensor]) -> str | None:
+    """Why the Triton form cannot update these tensors, beyond the parameter's device and dtype; or None."""
+    for name, tensor in {"parameter": parameter, **others}.items():
+        if tensor.dtype not in TRITON_DTYPES:
+            return f"found {name} {tensor.dtype}, expected float32, float16 or bfloat16: use impl=torch or reference"
+        if name != "gradient" and not tensor.is_contiguous():
+            return f"found {name} with strides {tensor.stride()}, expected it contiguous: use impl=torch or reference"
+    return None
+
+
+def no_stock(parameter: Tensor, others: dict[str, Tensor], seed: int | None) -> str | None:
+    """Why PyTorch's fused AdamW cannot do this update, or None."""
+    if seed is not None:
+        return "found a seed, which asks for stochastic rounding: use impl=triton or reference"
+    found = {parameter.dtype, others["exp_avg"].dtype, others["exp_avg_sq"].dtype}
+    if len(found) > 1:
+        return f"found {sorted(map(str, found))}, expected one dtype of parameter and moments: use impl=reference"
+    return None
+
+
+@torch.no_grad()
+def adamw_(
+    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int | Tensor,
+    grad_scale: Tensor | None = None, low_precision: Tensor | None = None, seed: int | None = None,
+    impl: str = "auto",
+) -> None:  # fmt: skip
+    """Update `parameter`, `exp_avg` and `exp_avg_sq` in place as torch.optim.AdamW does (Loshchilov & Hutter 2019).
+
+    All tensors have one shape; parameter and moments are contiguous; dtypes fp32, fp16 or bf16, mixed as wanted, and
+    the arithmetic is fp32. step: the number of this update, from 1; an int, or a tensor [] on the device, which is
+    not synchronised with. grad_scale: fp32 [] on the device, multiplies the gradient (clipping, unscaling).
+    low_precision: 16-bit, receives the updated parameter rounded. What is 16-bit is rounded to the nearest, or with
+    a seed (32-bit) the 16-bit parameter or copy stochastically, by bits that are a function of (seed, step, index of
+    the element); give each tensor its own seed. impl: see kernels/dispatch.py; "torch" is PyTorch's fused AdamW.
+    Raises KernelError on tensors that do not fit or a form that cannot run.
+    """
+    others = {"gradient": gradient, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    if low_precision is not None:
+        others["low_precision"] = low_precision
+    scalars = {"step": step} if isinstance(step, Tensor) else {}
+    check(parameter, others, scalars | ({} if grad_scale is None else {"grad_scale": grad_scale}), low_precision, seed)
+    form = choose(
+        impl, "adamw_", device=parameter.device, dtype=parameter.dtype,
+        no_triton=no_kernel(parameter, others), no_torch=no_stock(parameter, others, seed),
+    )  # fmt: skip
+    if form == "triton":
+        number, tensor = (0.0, step) if isinstance(step, Tensor) else (float(step), None)
+        adamw_op(
+            parameter, gradient, exp_avg, exp_avg_sq, low_precision, grad_scale, tensor, number,
+            lr, *betas, eps, weight_decay, seed,
+        )  # fmt: skip
+        return
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step}
+    if form == "torch":
+        stock_adamw_(parameter, gradient, exp_avg, exp_avg_sq, grad_scale=grad_scale, **options)
+        if low_precision is not None:
+            low_precision.copy_(parameter)
+    else:
+        reference.adamw_(
+            parameter, gradient, exp_avg, exp_avg_sq,
+            grad_scale=grad_scale, low_precision=low_precision, seed=seed, **options,
+        )  # fmt: skip
+
+
+def stock_adamw_(
+    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int | Tensor,
+    grad_scale: Tensor | None,
+) -> None:  # fmt: skip
+    """What torch.optim.AdamW(fused=True) does with one parameter."""
+    gradient = gradient.to(parameter.dtype)
+    if grad_scale is not None:
+        gradient = gradient * grad_scale
+    if not isinstance(step, Tensor):
+        step = torch.full((), float(step), dtype=torch.float32, device=parameter.device)
+    torch._fused_adamw_(
+        [parameter], [gradient], [exp_avg], [exp_avg_sq], [], [step.float()],
+        lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
