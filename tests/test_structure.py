@@ -15,6 +15,12 @@ MAX_FUNCTION_LINES = 50
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
     "kernels": {"torch", "triton", "kernels"},
+    "kernels/bench": {
+        "torch", "triton", "kernels",
+        # Rivals, each imported by the function that sets it up: none has to be there.
+        "apex", "cut_cross_entropy", "deepspeed", "flash_attn", "flash_attn_interface", "liger_kernel", "quack",
+        "transformer_engine",
+    },
     "llm/errors.py": set(),
     "llm/config.py": {"llm.config_checks", "llm.errors"},
     "llm/config_checks.py": {"llm.config", "llm.errors"},
