@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from kernels.adamw import adamw_
+from kernels.dispatch import why_not_triton
 from llm.config import OptimConfig
 
 
@@ -34,9 +36,46 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+class KernelAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW with the same state, updated by kernels/adamw.py: one launch per parameter.
+
+    What the kernel cannot update, such as float64 or what is offloaded to the CPU's memory, PyTorch's fused AdamW
+    does. Of AdamW's options it knows those that `adamw` sets.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        assert closure is None, "a closure would need the loss again: call step()"
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            states = [self._state_of(p) for p in parameters]
+            torch._foreach_add_([state["step"] for state in states], 1)
+            for parameter, state in zip(parameters, states, strict=True):
+                runs = why_not_triton(parameter.device, parameter.dtype) is None and parameter.is_contiguous()
+                adamw_(
+                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], step=state["step"],
+                    lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                    impl="triton" if runs else "torch",
+                )  # fmt: skip
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Its state, made as the fused AdamW makes it."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimConfig, impl: str = "auto") -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) over `parameter_groups`.
 
-    The fused implementation makes one pass over parameters, gradients and moments.
+    impl: of the kernels (kernels/dispatch.py). "triton" takes Ingot's kernel; every other, "auto" too, PyTorch's
+    fused implementation, which moves as many bytes and needs one launch for all parameters. State and results are
+    the same up to rounding, so a run may change from one to the other.
     """
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    kind = KernelAdamW if impl == "triton" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from llm.config import ModelConfig, OptimConfig, RunConfig
 from llm.train.build import build_model
-from llm.train.optim import adamw, decays, parameter_groups
+from llm.train.optim import KernelAdamW, adamw, decays, parameter_groups
 
 
 def small_model(**model) -> nn.Module:
@@ -62,3 +65,74 @@ def test_adamw_is_the_paper_s_algorithm_2() -> None:
         step = m / (1 - 0.8**t) / ((v / (1 - 0.9**t)).sqrt() + 1e-3)
         x = x - 0.1 * (step + 0.5 * x)
     torch.testing.assert_close(parameter.detach(), x, rtol=1e-12, atol=0)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Updates `first` to `last` with made-up gradients and a rate that warms up and decays."""
+    for t in range(first, last):
+        generator = torch.Generator().manual_seed(t)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter) / (t + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(t + 1, 5) / 5 * (1 - t / 30)
+        optimizer.step()
+
+
+def two_optimizers() -> dict[str, tuple[nn.Module, torch.optim.AdamW]]:
+    """One model twice, with groups that decay and that do not, and the optimizer of either form."""
+    config = OptimConfig(lr=1e-2, min_lr=0.0, betas=(0.9, 0.95))
+    model = small_model()
+    made = {}
+    for impl in ("triton", "auto"):
+        twin = copy.deepcopy(model)
+        made[impl] = (twin, adamw(parameter_groups(twin, 0.1), config, impl))
+    return made
+
+
+def assert_equal_up_to_rounding(a: nn.Module, b: nn.Module) -> None:
+    for mine, theirs in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=2e-7)
+
+
+def test_the_kernel_s_updates_are_torch_s() -> None:
+    (model, kernel), (twin, stock) = two_optimizers().values()
+    assert type(kernel) is KernelAdamW
+    assert type(stock) is torch.optim.AdamW
+    start = [p.detach().clone() for p in model.parameters()]
+    for which in (0, 1):
+        steps((model, twin)[which], (kernel, stock)[which], 0, 20)
+    assert_equal_up_to_rounding(model, twin)
+    assert all((p - s).abs().max() > 0.01 for p, s in zip(model.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize(("first", "second"), [("triton", "auto"), ("auto", "triton")])
+def test_either_form_goes_on_from_the_other_s_state(first: str, second: str) -> None:
+    made = two_optimizers()
+    (model, optimizer), (other, successor) = made[first], made[second]
+    steps(model, optimizer, 0, 5)
+    state = copy.deepcopy(optimizer.state_dict())
+    names: set[Any] = {kind for values in state["state"].values() for kind in values}
+    assert names == {"step", "exp_avg", "exp_avg_sq"}
+    other.load_state_dict(model.state_dict())
+    successor.load_state_dict(state)
+    steps(model, optimizer, 5, 10)
+    steps(other, successor, 5, 10)
+    assert_equal_up_to_rounding(model, other)
+    ours, theirs = optimizer.state_dict(), successor.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    torch.testing.assert_close(ours["state"], theirs["state"], rtol=2e-6, atol=2e-7)
+
+
+def test_the_kernel_s_optimizer_leaves_to_torch_what_it_cannot_update() -> None:
+    config = OptimConfig(lr=0.1, min_lr=0.0)
+    given = [torch.randn(5, dtype=torch.float64), torch.randn(5), torch.randn(5)]
+    pairs = [[nn.Parameter(t.clone()) for t in given] for _ in range(2)]
+    for impl, parameters in zip(("triton", "auto"), pairs, strict=True):
+        optimizer = adamw([{"params": parameters, "weight_decay": 0.1}], config, impl)
+        for parameter in parameters[:2]:  # the last has no gradient
+            parameter.grad = parameter.detach().sin()
+        optimizer.step()
+        assert len(optimizer.state) == 2
+    assert torch.equal(pairs[0][0], pairs[1][0])
+    torch.testing.assert_close(pairs[0][1], pairs[1][1])
+    assert torch.equal(pairs[0][2], given[2])

@@ -115,7 +115,8 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         if self.stage == 3:
             partition(model, generated, mesh, device, DTYPES[config.train.precision])
-        optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim)
+        groups = parameter_groups(model, config.optim.weight_decay)
+        optimizer = adamw(groups, config.optim, config.train.impl)
         self.engine, self.optimizer = _initialize(
             model=model,
             optimizer=optimizer,

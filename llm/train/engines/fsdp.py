@@ -65,7 +65,7 @@ class FSDPEngine:
         groups = parameter_groups(model, config.optim.weight_decay)
         for group in groups:
             group["params"] = [master_of[id(p)] for p in group["params"]]
-        self.optimizer = adamw(groups, config.optim)
+        self.optimizer = adamw(groups, config.optim, config.train.impl)
         self.updates = 0
         self.scale = DynamicLossScale() if config.train.precision == "fp16" else None
 
