@@ -71,6 +71,8 @@ def prepare(case: BenchCase, device: torch.device, found: Mapping[str, Found]) -
     """
     thunks: dict[str, Thunk] = {}
     standard: list[Tensor] = []
+    ours: list[Tensor] = []
+    tolerance = TOLERANCE[case.dtype]
     # Ours first: if memory runs out, it is a rival that goes without.
     for name in sorted(case.rivals, key=lambda name: (name != OURS, name != STANDARD)):
         if device.type == "cpu" and name.startswith(COMPILED):
@@ -82,8 +84,12 @@ def prepare(case: BenchCase, device: torch.device, found: Mapping[str, Found]) -
         thunks[name], outputs = result
         if name not in case.unlike:
             judged = found[OURS if name == STANDARD else name]
-            judged |= comparison(outputs, standard, TOLERANCE[case.dtype])
+            judged |= comparison(outputs, standard, tolerance)
             standard = outputs if name in (OURS, STANDARD) else standard
+        if OURS in thunks and "wrong" not in found[OURS]:
+            before, ours = ours, floats(thunks[OURS]())
+            if "wrong" in comparison(ours, before, tolerance):
+                found[name]["wrong"] = "it changes the tensors that the rivals share"
     return thunks
 
 
@@ -95,8 +101,13 @@ def first_call(setup: Setup, device: torch.device) -> tuple[Thunk, list[Tensor]]
         thunk()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return thunk, floats(result)
+
+
+def floats(result: object) -> list[Tensor]:
+    """The floating-point tensors of a thunk's result."""
     results = result if isinstance(result, tuple | list) else [result]
-    return thunk, [t.detach() for t in results if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t.detach() for t in results if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def comparison(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> Found:

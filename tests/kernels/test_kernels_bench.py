@@ -42,8 +42,9 @@ class FakeClock:
 
     def turn(self, thunk: Thunk) -> list[Sample]:
         thunk()
-        self.turns.append(thunk.seconds)
-        return [Sample(thunk.seconds, thunk.seconds / 10)]
+        seconds = getattr(thunk, "seconds", 1.0)
+        self.turns.append(seconds)
+        return [Sample(seconds, seconds / 10)]
 
 
 def rival(seconds: float, result: torch.Tensor | None = ONES) -> Setup:
@@ -130,6 +131,18 @@ def test_unlike_and_silent_rivals_are_not_compared() -> None:
     rivals = {"ingot": rival(1.0), "silent": rival(1.0, None), "random": rival(1.0, torch.zeros(4))}
     result = judged(rivals, unlike=frozenset({"random"}))
     assert not any("wrong" in record for record in result["rivals"].values())
+
+
+def test_a_rival_that_changes_the_shared_tensors_is_found() -> None:
+    shared = torch.ones(4)
+
+    def doubles() -> Thunk:
+        return lambda: shared.mul_(2)
+
+    result = judged({"ingot": lambda: Rival(1.0, shared * 1), "a": rival(1.0), "b": rival(1.0)})
+    assert not any("wrong" in record for record in result["rivals"].values())
+    result = judged({"ingot": lambda: lambda: shared * 1, "a": rival(1.0), "b": doubles, "c": rival(1.0)})
+    assert [name for name, record in result["rivals"].items() if "changes" in record.get("wrong", "")] == ["b"]
 
 
 def test_compiling_is_left_out_on_a_cpu() -> None:
