@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels.aot import attention, cross_entropy, dropout, norm
+from kernels.aot import attention, cross_entropy, dropout, gelu, norm, rope, swiglu
 from kernels.aot.compile import Case, compile_case
 
-FAMILIES = (attention, norm, dropout, cross_entropy)
+FAMILIES = (attention, norm, dropout, cross_entropy, gelu, rope, swiglu)
 
 
 def cases(arch: int) -> Iterator[Case]:

@@ -2,6 +2,18 @@
 
 from kernels.reference.attention import attention
 from kernels.reference.cross_entropy import cross_entropy, linear_cross_entropy
+from kernels.reference.gelu import bias_gelu
 from kernels.reference.norm import layer_norm
+from kernels.reference.rope import rope, rope_qkv
+from kernels.reference.swiglu import swiglu
 
-__all__ = ["attention", "cross_entropy", "layer_norm", "linear_cross_entropy"]
+__all__ = [
+    "attention",
+    "bias_gelu",
+    "cross_entropy",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rope",
+    "rope_qkv",
+    "swiglu",
+]
