@@ -15,7 +15,7 @@ import kernels.bench
 from kernels.bench import runner
 from kernels.bench.case import BenchCase, Setup, Thunk
 from kernels.bench.measure import CpuClock, Sample, clock_of, machine_limits, quantile, summary
-from kernels.bench.runner import FAMILIES, benchmark, ours_failed, run_case
+from kernels.bench.runner import FAMILIES, benchmark, comparison, ours_failed, run_case
 
 CPU = torch.device("cpu")
 ONES = torch.ones(4)
@@ -119,6 +119,14 @@ def test_ours_is_judged_by_the_reference(bad: torch.Tensor) -> None:
     assert "wrong" in result["rivals"]["ingot"]
     assert "wrong" not in result["rivals"]["other"]
     assert ours_failed(result)
+
+
+def test_each_tensor_of_a_result_counts() -> None:
+    assert comparison([ONES, ONES * 1.001], [ONES, ONES], 1e-2) == {"difference": pytest.approx(1e-3, rel=1e-3)}
+    for bad in (ONES * 1.1, ONES * torch.nan):
+        assert "wrong" in comparison([ONES, bad], [ONES, ONES], 1e-2)
+        assert "wrong" in comparison([bad, ONES], [ONES, ONES], 1e-2)
+    assert "wrong" in comparison([ONES], [ONES, ONES], 1e-2)
 
 
 def test_a_result_of_other_shapes_is_wrong() -> None:
