@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, launch, padded
+from kernels.dispatch import KernelError, cdiv, choose, interpretable, launch, padded
 from kernels.vocabulary import Vocabulary, WholeVocabulary, check
 
 IGNORED = -100  # torch's default for a target that is not counted
@@ -377,7 +377,8 @@ def cross_entropy(
     a form that cannot run.
     """
     vocabulary = vocabulary or WholeVocabulary(logits.shape[-1])
-    expect(logits.ndim == 2, f"cross_entropy: found logits of shape {tuple(logits.shape)}, expected two dimensions")
+    if logits.ndim != 2:
+        raise KernelError(f"cross_entropy: found logits of shape {tuple(logits.shape)}, expected two dimensions")
     check("cross_entropy", (logits.shape[0], logits.shape[1]), targets, vocabulary)
     form = choose(impl, "cross_entropy", device=logits.device, dtype=logits.dtype)
     if form == "reference":

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.cross_entropy import IGNORED, Terms, stock, triton_forward
-from kernels.dispatch import cdiv, choose, expect
+from kernels.dispatch import KernelError, cdiv, choose
 from kernels.vocabulary import Vocabulary, WholeVocabulary, check
 
 CPU_CHUNK = 1024
@@ -140,10 +140,13 @@ def _(x_shape, weight_shape, *arguments: Any, **_: Any) -> int:
 
 
 def scaled(grad_x: Tensor, grad_weight: Tensor, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both times grad [], in place unless grad_weight must be rounded to `dtype`."""
+    """Both times grad [], the weight's rounded once to `dtype`.
+
+    Not in place: the memory that this takes is less than that of a chunk's logits, which are gone by now.
+    """
     if grad_weight.dtype == dtype:
-        return grad_x.mul_(grad), grad_weight.mul_(grad)
-    return grad_x.mul_(grad), torch.mul(grad_weight, grad, out=torch.empty_like(grad_weight, dtype=dtype))
+        return grad_x * grad, grad_weight * grad
+    return grad_x * grad, torch.mul(grad_weight, grad, out=torch.empty_like(grad_weight, dtype=dtype))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -173,14 +176,14 @@ class DividedLinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary,
         chunk: int | None, form: str, differentiate: bool,
     ) -> Tensor:  # fmt: skip
-        loss, *ctx.gradients = loss_and_gradients(x, weight, targets, terms, vocabulary, chunk, form, differentiate)
+        loss, *gradients = loss_and_gradients(x, weight, targets, terms, vocabulary, chunk, form, differentiate)
+        ctx.save_for_backward(*gradients)
         ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.gradients
-        del ctx.gradients  # scaled in place: they serve one backward pass
+        grad_x, grad_weight = ctx.saved_tensors
         return *scaled(grad_x, grad_weight, grad, ctx.dtype), *(None,) * 6
 
 
@@ -202,18 +205,17 @@ def linear_cross_entropy(
     `ignore_index` counts nothing. vocabulary: the columns that are here, all of them if None; with others, x's gradient
     is this rank's summand. chunk: tokens whose logits exist at once; 4096 on a GPU and 1024 on a CPU unless given.
 
-    Differentiable once, with one backward pass, with respect to x and weight. impl: see kernels/dispatch.py; triton
+    Differentiable once, with respect to x and weight. impl: see kernels/dispatch.py; triton
     keeps logits in x's dtype, torch in fp32, and reference makes all logits at once. Raises KernelError on wrong
     shapes or a form that cannot run.
     """
     rows, flat = x.reshape(-1, x.shape[-1]), targets.flatten()
     vocabulary = vocabulary or WholeVocabulary(len(weight))
-    expect(
-        weight.ndim == 2 and weight.shape[1] == x.shape[-1] and weight.dtype == x.dtype,
-        f"linear_cross_entropy: found weight {weight.dtype} {tuple(weight.shape)}, expected {x.dtype} (V, "
-        f"{x.shape[-1]}), as x has it",
-    )
-    expect(chunk is None or chunk > 0, f"linear_cross_entropy: found chunk = {chunk}, expected at least 1")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+        found = f"weight {weight.dtype} {tuple(weight.shape)}"
+        raise KernelError(f"linear_cross_entropy: found {found}, expected {x.dtype} (V, {x.shape[-1]}), as x has it")
+    if chunk is not None and chunk < 1:
+        raise KernelError(f"linear_cross_entropy: found chunk = {chunk}, expected at least 1")
     check("linear_cross_entropy", (rows.shape[0], weight.shape[0]), flat, vocabulary)
     form = choose(impl, "linear_cross_entropy", device=x.device, dtype=x.dtype)
     if form == "reference":

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.dispatch import expect
+from kernels.dispatch import KernelError
 
 
 class Vocabulary(Protocol):
@@ -37,11 +37,9 @@ class WholeVocabulary:
 def check(op: str, shape: tuple[int, int], targets: Tensor, vocabulary: Vocabulary) -> None:
     """KernelError unless targets and vocabulary fit logits of `shape` [N, V]."""
     N, V = shape
-    expect(
-        targets.shape == (N,) and targets.dtype == torch.int64,
-        f"{op}: found targets {targets.dtype} of shape {tuple(targets.shape)}, expected torch.int64 of ({N},)",
-    )
-    expect(
-        vocabulary.rows <= V,
-        f"{op}: found {V} columns of logits, expected at least the vocabulary's {vocabulary.rows}",
-    )
+    # Not by `expect`: torch.compile cannot make a message of sizes that it does not know.
+    if targets.shape != (N,) or targets.dtype != torch.int64:
+        found = f"targets {targets.dtype} of shape {tuple(targets.shape)}"
+        raise KernelError(f"{op}: found {found}, expected torch.int64 of ({N},)")
+    if vocabulary.rows > V:
+        raise KernelError(f"{op}: found {V} columns of logits, expected at least the vocabulary's {vocabulary.rows}")

@@ -1,4 +1,4 @@
-"""The chunked loss against torch's cross entropy on whole logits: value, gradients, z-loss, ignored targets, memory."""
+"""The model's loss against torch's cross entropy on whole logits: value, gradients, z-loss, ignored targets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import linear_cross_entropy
 from llm.config import ModelConfig
-from llm.model import loss as loss_module
 from llm.model.gpt import GPT
 from llm.model.init import init_weights
 from llm.model.layers import DenseLayers
-from llm.model.loss import IGNORED_TARGET, WholeVocabulary, cross_entropy
+from llm.model.loss import IGNORED_TARGET, cross_entropy
 
 C, V = 12, 37
 
@@ -37,9 +36,9 @@ def reference(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tens
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("N", [1, 16, 17, 50])
 def test_value_and_gradients(N: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(linear_cross_entropy, "CPU_CHUNK", 16)
     x, weight, targets = example(N)
-    value = cross_entropy(x, weight, targets, z_loss, WholeVocabulary(V))
+    value = cross_entropy(x, weight, targets, z_loss)
     (value * 3).backward()
     a, b = (t.detach().double().requires_grad_() for t in (x, weight))
     expected = reference(a, b, targets, z_loss)
@@ -55,15 +54,15 @@ def test_low_precision_sums_the_weight_gradient_in_fp32(monkeypatch: pytest.Monk
     exact = torch.autograd.grad(reference(x.double(), weight.double(), targets, 0.0), weight)[0].float()
     errors = []
     for tokens in (1024, 16):
-        monkeypatch.setattr(loss_module, "CHUNK_TOKENS", tokens)
-        grad = torch.autograd.grad(cross_entropy(x, weight, targets, 0.0, WholeVocabulary(V)), weight)[0]
+        monkeypatch.setattr(linear_cross_entropy, "CPU_CHUNK", tokens)
+        grad = torch.autograd.grad(cross_entropy(x, weight, targets, 0.0), weight)[0]
         errors.append(float((grad.float() - exact).norm() / exact.norm()))
     assert errors[1] < 2 * errors[0] < 0.01
 
 
 def test_nothing_is_counted() -> None:
     x, weight, targets = example(8)
-    value = cross_entropy(x, weight, torch.full_like(targets, IGNORED_TARGET), 1e-4, WholeVocabulary(V))
+    value = cross_entropy(x, weight, torch.full_like(targets, IGNORED_TARGET), 1e-4)
     value.backward()
     assert value.item() == 0.0 and not x.grad.any() and not weight.grad.any()
 
@@ -71,38 +70,9 @@ def test_nothing_is_counted() -> None:
 def test_extreme_logits() -> None:
     x = torch.tensor([[1.0], [1.0], [0.0]])
     weight = torch.tensor([[1000.0], *[[0.0]] * 7])
-    losses = [float(cross_entropy(x[i : i + 1], weight, torch.tensor([t]), 0.0, WholeVocabulary(8))) for i, t in
+    losses = [float(cross_entropy(x[i : i + 1], weight, torch.tensor([t]), 0.0)) for i, t in
               enumerate((0, 3, 5))]  # fmt: skip
     assert losses == [0.0, 1000.0, pytest.approx(math.log(8))]
-
-
-class Largest(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operator makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
-@pytest.mark.parametrize("differentiate", [True, False])
-def test_the_logits_of_the_batch_never_exist(differentiate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 16)
-    x, weight, targets = example(160)
-    with Largest() as largest, torch.set_grad_enabled(differentiate):
-        value = cross_entropy(x, weight, targets, 0.0, WholeVocabulary(V))
-        if differentiate:
-            value.backward()
-    assert largest.numel < 160 * V / 2
-    with Largest() as largest:
-        reference(x, weight, targets, 0.0)
-    assert largest.numel >= 160 * V, "the measure sees whole logits"
 
 
 def test_z_loss_is_of_training_alone() -> None:

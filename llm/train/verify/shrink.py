@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from kernels.linear_cross_entropy import GPU_CHUNK
 from llm.config import ModelConfig, RunConfig
 from llm.errors import InputError
-from llm.model.loss import CHUNK_TOKENS
 from llm.train.verify.layout import global_shapes
 
 # Bytes per parameter. Of the oracle: weights, gradients and moments; in bf16 and fp16 their masters and low-precision
@@ -55,7 +55,7 @@ def needed_bytes(config: RunConfig, world_size: int) -> int:
     tokens, T = config.train.micro_batch_size * config.data.seq_len, config.data.seq_len
     weights = 5 * model.n_head * T if model.dropout > 0 else 0
     activations = 2 * model.n_layer * tokens * (34 * model.d_model + weights)
-    logits = 3 * 4 * min(tokens, CHUNK_TOKENS) * model.vocab_size
+    logits = 3 * 4 * min(tokens, GPU_CHUNK) * model.vocab_size
     states = parameters * (ORACLE[config.train.precision] + GATHERED + LAYOUT // ranks)
     return states + activations + logits
 
