@@ -19,7 +19,7 @@ from kernels.attention import attention
 from kernels.dropout import dropout
 from kernels.layer_norm import layer_norm
 from kernels.philox import DropoutKey
-from llm.model.loss import WholeVocabulary, cross_entropy
+from llm.model.loss import cross_entropy
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
@@ -68,10 +68,11 @@ def whole(module: nn.Module) -> nn.Module:
 class LanguageModelHead(nn.Module):
     """Projection to the vocabulary and its loss; both go through `forward`, where ZeRO 3 gathers the weight."""
 
-    def __init__(self, weight: nn.Parameter, *, z_loss: float) -> None:
+    def __init__(self, weight: nn.Parameter, *, z_loss: float, impl: str = "auto") -> None:
         super().__init__()
         self.weight = weight
         self.z_loss = z_loss
+        self.impl = impl
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., C] -> fp32 [..., V]."""
@@ -80,7 +81,7 @@ class LanguageModelHead(nn.Module):
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """[..., C], int64 [...] -> fp32 []: the sum of -log p(target) over targets that are not IGNORED_TARGET.
 
-        In training the z-loss is added to it (llm/model/loss.py).
+        In training the z-loss is added to it (kernels/linear_cross_entropy.py).
         """
         return self(x, targets)
 
@@ -88,7 +89,7 @@ class LanguageModelHead(nn.Module):
         if targets is None:
             return F.linear(x, self.weight).float()
         z_loss = self.z_loss if self.training else 0.0
-        return cross_entropy(x, self.weight, targets, z_loss, WholeVocabulary(len(self.weight)))
+        return cross_entropy(x, self.weight, targets, z_loss, impl=self.impl)
 
 
 class LayerNorm(nn.Module):
@@ -183,8 +184,9 @@ class DenseLayers:
 
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         if tied is not None:
-            return LanguageModelHead(cast(nn.Parameter, tied.weight), z_loss=self.z_loss)
-        head = LanguageModelHead(nn.Parameter(torch.empty(vocab_size, width)), z_loss=self.z_loss)
+            return LanguageModelHead(cast(nn.Parameter, tied.weight), z_loss=self.z_loss, impl=self.impl)
+        weight = nn.Parameter(torch.empty(vocab_size, width))
+        head = LanguageModelHead(weight, z_loss=self.z_loss, impl=self.impl)
         whole(head)
         return head
 

@@ -210,8 +210,8 @@ class VocabularyPart:
 class VocabParallelHead(LanguageModelHead):
     """The output projection with its rows spread over ranks; the loss never gathers the logits."""
 
-    def __init__(self, weight: nn.Parameter, *, z_loss: float, tp: TensorParallel) -> None:
-        super().__init__(weight, z_loss=z_loss)
+    def __init__(self, weight: nn.Parameter, *, z_loss: float, tp: TensorParallel, impl: str = "auto") -> None:
+        super().__init__(weight, z_loss=z_loss, impl=impl)
         self.held = slice_of(weight)  # FSDP puts a gathered tensor without marks in the weight's place
         self.tp = tp
 
@@ -221,7 +221,7 @@ class VocabParallelHead(LanguageModelHead):
             parts = all_gather(F.linear(x, self.weight).float(), self.tp.size, self.tp.name)  # [tp, ..., V / tp]
             return parts.movedim(0, -2).flatten(-2)[..., : held.global_shape[0]]
         z_loss = self.z_loss if self.training else 0.0
-        return cross_entropy(x, self.weight, targets, z_loss, VocabularyPart(held, self.tp))
+        return cross_entropy(x, self.weight, targets, z_loss, VocabularyPart(held, self.tp), self.impl)
 
 
 class TensorParallelLayers(DenseLayers):
@@ -249,7 +249,7 @@ class TensorParallelLayers(DenseLayers):
 
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp)
-        return VocabParallelHead(cast(nn.Parameter, source.weight), z_loss=self.z_loss, tp=self.tp)
+        return VocabParallelHead(cast(nn.Parameter, source.weight), z_loss=self.z_loss, tp=self.tp, impl=self.impl)
 
     def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
         head_offset = self.tp.rank * (n_head // self.tp.size)
