@@ -16,6 +16,7 @@ import argparse
 import datetime
 import json
 import shlex
+import time
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-kernels"), help="folder of the results")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = clock_of(device)
+    began, clock = time.perf_counter(), clock_of(device)
     results: dict[str, Any] = {
         "command": shlex.join(["launch/bench_kernels.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -43,7 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for case in benchmark(device, clock, options.only):
         results["cases"].append(case)
-        print(f"{case['kernel']} {case['part']} {case['shape']}: {case['ratio'] or float('nan'):.2f}", flush=True)
+        ratio = f"{case['ratio']:.2f} ({case['best_other']})" if case["ratio"] else "-"
+        seconds = time.perf_counter() - began
+        print(f"{seconds:4.0f} s  {case['kernel']} {case['part']} {case['shape']}: {ratio}", flush=True)
         # After each case, so that a run that is stopped keeps what it measured.
         (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (options.out / "results.md").write_text(table(results))
