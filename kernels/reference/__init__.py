@@ -3,16 +3,19 @@
 from kernels.reference.attention import attention
 from kernels.reference.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.reference.gelu import bias_gelu
-from kernels.reference.norm import layer_norm
+from kernels.reference.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.reference.rope import rope, rope_qkv
 from kernels.reference.swiglu import swiglu
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "bias_gelu",
     "cross_entropy",
     "layer_norm",
     "linear_cross_entropy",
+    "rms_norm",
     "rope",
     "rope_qkv",
     "swiglu",

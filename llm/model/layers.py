@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.dropout import dropout
-from kernels.layer_norm import layer_norm
+from kernels.norm import layer_norm
 from kernels.philox import DropoutKey
 from llm.model.loss import cross_entropy
 from llm.slices import Slice, mark

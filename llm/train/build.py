@@ -6,7 +6,6 @@ import torch
 
 from kernels.attention.op import limits as attention_limits
 from kernels.dispatch import KernelError, choose
-from kernels.layer_norm import too_wide
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.errors import InputError
@@ -22,7 +21,7 @@ def check_kernels(config: RunConfig, device: torch.device) -> str:
     model, dtype = config.model, DTYPES[config.train.precision]
     limits = {"attention": attention_limits(model.head_dim, model.dropout)}
     if model.norm == "layernorm":
-        limits["layer_norm"] = (too_wide(model.d_model), None)
+        limits["layer_norm"] = (None, None)
     try:
         chosen = {
             op: choose(config.train.impl, op, device=device, dtype=dtype, no_triton=no_triton, no_torch=no_torch)

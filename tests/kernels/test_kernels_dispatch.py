@@ -64,7 +64,7 @@ def test_stock_attention_refuses_dropout() -> None:
 def test_triton_on_a_cpu_without_the_interpreter_is_refused() -> None:
     code = """
 import torch
-from kernels.layer_norm import layer_norm
+from kernels.norm import layer_norm
 layer_norm(torch.zeros(2, 4), torch.ones(4), None, impl="triton")
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

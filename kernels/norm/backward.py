@@ -1,0 +1,246 @@
+"""The normalisation backward.
+
+With xhat = (x - mean) * rstd and g = dy * weight, for each row
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for RMS norm
+    dweight = sum over rows of dy * xhat;  dbias = sum of dy
+where x is the stream if there is one: its own gradient dstream is added to dx, which makes dresidual, and the gradient
+of what was dropped is dropout(dresidual) by the same mask.
+
+Each program owns a fixed range of rows and writes one partial row of dweight and dbias; the partial rows are summed in
+a fixed order. No atomics, no locks: the same bits on every run and every GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dispatch import cdiv, interpretable, launch
+from kernels.norm.forward import Drop, drop_arguments
+from kernels.norm.tiles import BACKWARD_WIDTH, WIDE_BACKWARD_COLS, WIDE_FORWARD_COLS, Tile, backward_tile, rows_of
+from kernels.philox import keep_tile
+
+# Programs. About two per SM of a large GPU; a constant, not the SM count, so that the sums do not depend on the GPU.
+PROGRAMS = 256
+SUM_ROWS, SUM_COLS = 64, 32
+
+
+@triton.jit
+def load_gradient(dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weight, here, cols, C: tl.constexpr):
+    """(dy, xhat, g), fp32 tiles [rows, cols]; dy and g are zero outside."""
+    inside = here[:, None] & (cols < C)[None, :]
+    x = tl.load(x_ptr + x_at[:, None] + cols[None, :], inside, 0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + dy_at[:, None] + cols[None, :], inside, 0.0).to(tl.float32)
+    return dy, (x - mean[:, None]) * rstd[:, None], dy * weight[None, :]
+
+
+@triton.jit(do_not_specialize=["M", "T"])
+def wide_projections_kernel(
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, projections_ptr, stride_yb, stride_yt, stride_xb, stride_xt, M, T,
+    C: tl.constexpr, COLS: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
+    """mean(g) and mean(g * xhat) of one row -> fp32 [2, M]."""
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    here = rows < M
+    b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
+    rstd = tl.load(rstd_ptr + rows)
+    mean = tl.zeros((1,), tl.float32) if RMS else tl.load(mean_ptr + rows)
+    sums = tl.zeros((1, COLS), tl.float32)
+    products = tl.zeros((1, COLS), tl.float32)
+    for start in tl.range(0, C, COLS):
+        cols = start + tl.arange(0, COLS)
+        weight = tl.load(weight_ptr + cols, cols < C, 0.0).to(tl.float32)
+        _, xhat, g = load_gradient(
+            dy_ptr, x_ptr, b * stride_yb + t * stride_yt, b * stride_xb + t * stride_xt, mean, rstd, weight, here,
+            cols, C,
+        )  # fmt: skip
+        sums += g
+        products += g * xhat
+    mean_g = tl.zeros((1,), tl.float32) if RMS else tl.sum(sums, 1) / C
+    tl.store(projections_ptr + rows, mean_g)
+    tl.store(projections_ptr + M + rows, tl.sum(products, 1) / C)
+
+
+@triton.jit
+def load_weights(
+    weight_ptr, cols, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """(weights, zeros to sum dweight in, zeros for dbias), by chunk."""
+    weights = ()
+    dweights = ()
+    dbiases = ()
+    for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+        at = cols + c * COLS
+        weights += (tl.load(weight_ptr + at, at < C, 0.0).to(tl.float32),)
+        dweights += (tl.zeros((ROWS, COLS), tl.float32),)
+        if HAS_BIAS:
+            dbiases += (tl.zeros((ROWS, COLS), tl.float32),)
+    return weights, dweights, dbiases
+
+
+@triton.jit
+def load_gradients(
+    dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weights, here, cols, dweights, dbiases,
+    C: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """(xhat, g, dweight so far, dbias so far), by chunk."""
+    xhats = ()
+    gs = ()
+    new_dweights = ()
+    new_dbiases = ()
+    for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+        at = cols + c * COLS
+        dy, xhat, g = load_gradient(  # pyright: ignore[reportGeneralTypeIssues]
+            dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weights[c], here, at, C
+        )
+        xhats += (xhat,)
+        gs += (g,)
+        new_dweights += (dweights[c] + dy * xhat,)
+        if HAS_BIAS:
+            new_dbiases += (dbiases[c] + dy,)
+    return xhats, gs, new_dweights, new_dbiases
+
+
+@triton.jit
+def projections_of(xhats, gs, C: tl.constexpr, CHUNKS: tl.constexpr, RMS: tl.constexpr):
+    """(mean(g), 0 for RMS norm; mean(g * xhat)) of whole rows held by chunk."""
+    products = gs[0] * xhats[0]
+    sums = gs[0]
+    for c in tl.static_range(1, CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+        products += gs[c] * xhats[c]
+        sums += gs[c]
+    projection = tl.sum(products, 1) / C
+    mean_g = tl.zeros_like(projection) if RMS else tl.sum(sums, 1) / C
+    return mean_g, projection
+
+
+@triton.jit
+def store_gradient(
+    dx, dstream_ptr, dresidual_ptr, dx_ptr, samples_ptr, positions_ptr, dstream_at, row_at, b, t, here, first_col,
+    keep_scale, seed, site, threshold,
+    C: tl.constexpr, COLS: tl.constexpr, HAS_DSTREAM: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One tile of dresidual = dx + dstream, and of its dropout."""
+    cols = first_col + tl.arange(0, COLS)
+    inside = here[:, None] & (cols < C)[None, :]
+    if HAS_DSTREAM:
+        dx += tl.load(dstream_ptr + dstream_at[:, None] + cols[None, :], inside, 0.0).to(tl.float32)
+    tl.store(dresidual_ptr + row_at[:, None] + cols[None, :], dx.to(dresidual_ptr.dtype.element_ty), inside)
+    if DROPOUT:
+        sample = tl.load(samples_ptr + b, here, 0)[:, None]
+        position = tl.load(positions_ptr + t, here, 0).to(tl.int32)
+        keep = keep_tile(seed, site, threshold, sample, tl.zeros((), tl.int32), position, first_col, COLS)
+        dx = tl.where(keep, dx * keep_scale, 0.0)
+        tl.store(dx_ptr + row_at[:, None] + cols[None, :], dx.to(dx_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["M", "T", "rows_per_program", "row_programs", "seed", "site", "threshold"])
+def norm_backward_kernel(
+    dy_ptr, dstream_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, projections_ptr, samples_ptr, positions_ptr,
+    dresidual_ptr, dx_ptr, partials_ptr, stride_yb, stride_yt, stride_sb, stride_st, stride_xb, stride_xt,
+    M, T, rows_per_program, row_programs, keep_scale, seed, site, threshold,
+    C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr, RMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DSTREAM: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """dresidual and dx [M, C] contiguous of this program's rows, and its row of the partial sums dweight (, dbias),
+    fp32 [row_programs, 1 or 2, C]. WIDE: of a block of columns only, with the projections given.
+    """
+    program = tl.program_id(0) % row_programs
+    block = tl.program_id(0) // row_programs * (COLS * CHUNKS)
+    cols = block + tl.arange(0, COLS)
+    weights, dweights, dbiases = load_weights(  # pyright: ignore[reportGeneralTypeIssues]
+        weight_ptr, cols, C, ROWS, COLS, CHUNKS, HAS_BIAS
+    )
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, M)
+    for start in tl.range(first, last, ROWS, num_stages=2):
+        rows = start + tl.arange(0, ROWS)
+        here = rows < last
+        b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
+        rstd = tl.load(rstd_ptr + rows, here, 0.0)
+        mean = tl.zeros((ROWS,), tl.float32) if RMS else tl.load(mean_ptr + rows, here, 0.0)
+        xhats, gs, dweights, dbiases = load_gradients(
+            dy_ptr, x_ptr, b * stride_yb + t * stride_yt, b * stride_xb + t * stride_xt, mean, rstd, weights, here,
+            cols, dweights, dbiases, C, COLS, CHUNKS, HAS_BIAS,
+        )  # fmt: skip
+        if WIDE:
+            mean_g = tl.load(projections_ptr + rows, here, 0.0)
+            projection = tl.load(projections_ptr + M + rows, here, 0.0)
+        else:
+            mean_g, projection = projections_of(  # pyright: ignore[reportGeneralTypeIssues]
+                xhats, gs, C, CHUNKS, RMS
+            )
+        for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+            dx = (gs[c] - mean_g[:, None] - xhats[c] * projection[:, None]) * rstd[:, None]
+            store_gradient(
+                dx, dstream_ptr, dresidual_ptr, dx_ptr, samples_ptr, positions_ptr, b * stride_sb + t * stride_st,
+                rows.to(tl.int64) * C, b, t, here, block + c * COLS, keep_scale, seed, site, threshold,
+                C, COLS, HAS_DSTREAM, DROPOUT,
+            )  # fmt: skip
+    at = partials_ptr + program.to(tl.int64) * (C * (1 + HAS_BIAS)) + cols
+    for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+        tl.store(at + c * COLS, tl.sum(dweights[c], 0), cols + c * COLS < C)
+        if HAS_BIAS:
+            tl.store(at + C + c * COLS, tl.sum(dbiases[c], 0), cols + c * COLS < C)
+
+
+@triton.jit(do_not_specialize=["P"])
+def sum_partials_kernel(partials_ptr, out_ptr, P, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """partials fp32 [P, N] -> out [N], COLS columns of it: their sums over P, in a fixed order."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in tl.range(0, P, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < P)[:, None] & (cols < N)[None, :]
+        total += tl.load(partials_ptr + rows[:, None].to(tl.int64) * N + cols[None, :], inside, 0.0)
+    tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), cols < N)
+
+
+def column_blocks(C: int) -> tuple[Tile, int]:
+    """(tile, blocks of columns that rows are cut into)."""
+    if C <= BACKWARD_WIDTH:
+        return backward_tile(C), 1
+    return backward_tile(WIDE_BACKWARD_COLS), cdiv(C, WIDE_BACKWARD_COLS)
+
+
+def backward(
+    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    has_bias: bool, rms: bool, drop: Drop | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dresidual in the dtype of x, dx the same or [0] without dropout, [dweight] or [dweight, dbias] in weight's).
+
+    x: what was normalised. dstream: the gradient of x beside this, or None.
+    """
+    dy_rows, rows = interpretable(rows_of(dy), rows_of(x))
+    added = None if dstream is None else interpretable(rows_of(dstream))[0]
+    (wide_weight,) = interpretable(weight.contiguous())
+    B, T, C = rows.shape
+    M = B * T
+    (ROWS, COLS, CHUNKS, warps), blocks = column_blocks(C)
+    tiles = cdiv(M, ROWS)
+    row_programs = max(1, min(PROGRAMS // blocks, tiles))
+    dresidual = torch.empty(x.shape, dtype=rows.dtype, device=x.device)
+    dx = torch.empty(0 if drop is None else x.shape, dtype=rows.dtype, device=x.device)
+    partials = torch.empty((row_programs, 1 + has_bias, C), dtype=torch.float32, device=x.device)
+    sums = torch.empty((1 + has_bias, C), dtype=wide_weight.dtype, device=x.device)
+    strides = (*dy_rows.stride()[:2], *((0, 0) if added is None else added.stride()[:2]), *rows.stride()[:2])
+    projections = None
+    if blocks > 1:
+        projections = torch.empty((2, M), dtype=torch.float32, device=x.device)
+        launch(
+            wide_projections_kernel, M, x.device, dy_rows, rows, wide_weight, mean, rstd, projections,
+            *strides[:2], *strides[4:], M, T, C, WIDE_FORWARD_COLS, rms, warps=16,
+        )  # fmt: skip
+    tensors, numbers = drop_arguments(drop)
+    launch(
+        norm_backward_kernel, row_programs * blocks, x.device,
+        dy_rows, added, rows, wide_weight, mean, rstd, projections, *tensors, dresidual, dx, partials, *strides,
+        M, T, cdiv(tiles, row_programs) * ROWS, row_programs, *numbers,
+        C, ROWS, COLS, CHUNKS, rms, has_bias, added is not None, drop is not None, blocks > 1, warps=warps,
+    )  # fmt: skip
+    N = C * (1 + has_bias)
+    launch(sum_partials_kernel, cdiv(N, SUM_COLS), x.device, partials, sums, row_programs, N, SUM_ROWS, SUM_COLS)
+    return dresidual.to(x.dtype), dx.to(x.dtype), sums.to(weight.dtype)

@@ -1,0 +1,193 @@
+"""The normalisation forward: y = norm(x), or of the stream residual + dropout(x), which it writes too.
+
+M rows (all leading dimensions together, numbered b T + t), C width. Layer norm (Ba et al. 2016): y = (x - mean) * rstd
+* weight + bias with rstd = 1 / sqrt(variance + eps); RMS norm (Zhang & Sennrich 2019): the same with mean 0 and no
+bias. Statistics are fp32, and kept for the backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dispatch import cdiv, interpretable, launch
+from kernels.norm.tiles import FORWARD_WIDTH, WIDE_FORWARD_COLS, forward_tile, rows_of
+from kernels.philox import DropoutKey, keep_tile, signed
+
+RUNTIME = ["M", "T", "seed", "site", "threshold"]
+
+
+class Drop(NamedTuple):
+    """A dropout mask's key, and the numbers of the samples and positions that it is drawn for."""
+
+    key: DropoutKey
+    samples: Tensor
+    positions: Tensor
+
+
+def drop_arguments(drop: Drop | None) -> tuple[tuple[Tensor | None, ...], tuple[float, int, int, int]]:
+    """((samples, positions), (1 / (1 - p), seed, site, threshold)) as the kernels take them."""
+    if drop is None:
+        return (None, None), (1.0, 0, 0, 0)
+    key = drop.key
+    numbers = (1 / (1 - key.p), signed(key.seed), signed(key.site), signed(key.threshold))
+    return (drop.samples.contiguous(), drop.positions.contiguous()), numbers
+
+
+@triton.jit
+def load_stream(
+    x_ptr, residual_ptr, stream_ptr, samples_ptr, positions_ptr, x_at, residual_at, row_at, b, t, here, first_col,
+    keep_scale, seed, site, threshold, C: tl.constexpr, COLS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """The tile of what is normalised, fp32 [rows, COLS]: x, or the stream, which is stored and read as stored.
+
+    x_at, residual_at, row_at: offsets of the rows in x, residual and contiguous tensors. b, t: their batch and time.
+    """
+    cols = first_col + tl.arange(0, COLS)
+    inside = here[:, None] & (cols < C)[None, :]
+    x = tl.load(x_ptr + x_at[:, None] + cols[None, :], inside, 0.0).to(tl.float32)
+    if ADD:
+        if DROPOUT:
+            sample = tl.load(samples_ptr + b, here, 0)[:, None]
+            position = tl.load(positions_ptr + t, here, 0).to(tl.int32)
+            keep = keep_tile(seed, site, threshold, sample, tl.zeros((), tl.int32), position, first_col, COLS)
+            # Scaled before the choice, which keeps product and sum apart: PyTorch rounds both, an FMA would round once.
+            x = tl.where(keep, x * keep_scale, 0.0)
+        x += tl.load(residual_ptr + residual_at[:, None] + cols[None, :], inside, 0.0).to(tl.float32)
+        stream = x.to(stream_ptr.dtype.element_ty)
+        tl.store(stream_ptr + row_at[:, None] + cols[None, :], stream, inside)
+        x = stream.to(tl.float32)
+    return x
+
+
+@triton.jit
+def store_normalised(centred, rstd, weight_ptr, bias_ptr, y_ptr, row_at, here, first_col,
+                     C: tl.constexpr, COLS: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """One tile of y."""
+    cols = first_col + tl.arange(0, COLS)
+    y = centred * rstd[:, None] * tl.load(weight_ptr + cols, cols < C, 0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, cols < C, 0.0).to(tl.float32)[None, :]
+    inside = here[:, None] & (cols < C)[None, :]
+    tl.store(y_ptr + row_at[:, None] + cols[None, :], y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, samples_ptr, positions_ptr, y_ptr, stream_ptr, mean_ptr, rstd_ptr,
+    stride_xb, stride_xt, stride_rb, stride_rt, M, T, eps, keep_scale, seed, site, threshold,
+    C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
+    RMS: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, held in registers as CHUNKS chunks: y and the stream [M, C] contiguous, mean and rstd fp32 [M]."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = rows < M
+    b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
+    row_at = rows.to(tl.int64) * C
+    chunks = ()
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+        x = load_stream(
+            x_ptr, residual_ptr, stream_ptr, samples_ptr, positions_ptr,
+            b * stride_xb + t * stride_xt, b * stride_rb + t * stride_rt, row_at, b, t, here, c * COLS,
+            keep_scale, seed, site, threshold, C, COLS, ADD, DROPOUT,
+        )  # fmt: skip
+        chunks += (x,)
+        total += x if not RMS else x * x
+    if RMS:
+        centred = chunks
+        squares = total
+    else:
+        mean = tl.sum(total, 1) / C
+        tl.store(mean_ptr + rows, mean, here)
+        centred = ()
+        squares = tl.zeros((ROWS, COLS), tl.float32)
+        for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+            # The padding must not count as (0 - mean)^2.
+            x = tl.where((c * COLS + tl.arange(0, COLS) < C)[None, :], chunks[c] - mean[:, None], 0.0)
+            centred += (x,)
+            squares += x * x
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / C + eps)
+    tl.store(rstd_ptr + rows, rstd, here)
+    for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
+        store_normalised(centred[c], rstd, weight_ptr, bias_ptr, y_ptr, row_at, here, c * COLS, C, COLS, HAS_BIAS)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def wide_norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, samples_ptr, positions_ptr, y_ptr, stream_ptr, mean_ptr, rstd_ptr,
+    stride_xb, stride_xt, stride_rb, stride_rt, M, T, eps, keep_scale, seed, site, threshold,
+    C: tl.constexpr, COLS: tl.constexpr,
+    RMS: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One row of any width, read twice: its statistics, then y. Arguments as above."""
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    here = rows < M
+    b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
+    row_at = rows.to(tl.int64) * C
+    x_at = b * stride_xb + t * stride_xt
+    mean = tl.zeros((1,), tl.float32)
+    squares = tl.zeros((1,), tl.float32)  # of the distances to the mean, as far as read
+    for start in tl.range(0, C, COLS):
+        x = load_stream(
+            x_ptr, residual_ptr, stream_ptr, samples_ptr, positions_ptr,
+            x_at, b * stride_rb + t * stride_rt, row_at, b, t, here, start,
+            keep_scale, seed, site, threshold, C, COLS, ADD, DROPOUT,
+        )  # fmt: skip
+        if RMS:
+            squares += tl.sum(x * x, 1)
+        else:  # the chunk's mean and squares, merged into the row's (Chan et al. 1979)
+            count = tl.minimum(COLS, C - start)
+            chunk_mean = tl.sum(x, 1) / count
+            distance = tl.where((start + tl.arange(0, COLS) < C)[None, :], x - chunk_mean[:, None], 0.0)
+            shift = chunk_mean - mean
+            weight = count / (start + count)
+            squares += tl.sum(distance * distance, 1) + shift * shift * weight * start
+            mean += shift * weight
+    rstd = 1.0 / tl.sqrt_rn(squares / C + eps)
+    tl.store(rstd_ptr + rows, rstd, here)
+    if not RMS:
+        tl.store(mean_ptr + rows, mean, here)
+    if ADD:  # threads need not read what they wrote themselves
+        tl.debug_barrier()
+    for start in tl.range(0, C, COLS):
+        cols = start + tl.arange(0, COLS)
+        from_ptr = stream_ptr + row_at if ADD else x_ptr + x_at
+        x = tl.load(from_ptr[:, None] + cols[None, :], (cols < C)[None, :], 0.0).to(tl.float32)
+        store_normalised(
+            x - mean[:, None], rstd, weight_ptr, bias_ptr, y_ptr, row_at, here, start, C, COLS, HAS_BIAS
+        )  # fmt: skip
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, drop: Drop | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, the stream or [0] without a residual, both in the dtype of what is normalised; mean, [0] for RMS, and rstd,
+    fp32 [M]).
+    """
+    (rows,) = interpretable(rows_of(x))
+    (weight,) = interpretable(weight.contiguous())
+    bias = None if bias is None else interpretable(bias.contiguous())[0]
+    added = None if residual is None else interpretable(rows_of(residual))[0]
+    B, T, C = rows.shape
+    M = B * T
+    like = rows if added is None else added
+    y = torch.empty(x.shape, dtype=like.dtype, device=x.device)
+    stream = torch.empty(0 if added is None else x.shape, dtype=like.dtype, device=x.device)
+    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    mean = torch.empty(0 if rms else M, dtype=torch.float32, device=x.device)
+    tensors, numbers = drop_arguments(drop)
+    strides = (*rows.stride()[:2], *((0, 0) if added is None else added.stride()[:2]))
+    arguments = (rows, added, weight, bias, *tensors, y, stream, mean, rstd, *strides, M, T, eps, *numbers)
+    flags = (rms, bias is not None, added is not None, drop is not None)
+    if C > FORWARD_WIDTH:
+        launch(wide_norm_forward_kernel, M, x.device, *arguments, C, WIDE_FORWARD_COLS, *flags, warps=16)
+    else:
+        ROWS, COLS, CHUNKS, warps = forward_tile(C)
+        launch(norm_forward_kernel, cdiv(M, ROWS), x.device, *arguments, C, ROWS, COLS, CHUNKS, *flags, warps=warps)
+    dtype = x.dtype if residual is None else residual.dtype
+    return y.to(dtype), stream.to(dtype), mean, rstd

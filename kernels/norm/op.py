@@ -1,0 +1,195 @@
+"""The public functions, and their registration as operators for torch.compile, autograd and checkpointing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import philox, reference
+from kernels.dispatch import choose, expect
+from kernels.norm.backward import backward
+from kernels.norm.forward import Drop, forward
+from kernels.philox import DropoutKey
+
+
+def drop_of(samples: Tensor | None, positions: Tensor | None, p: float, seed: int, site: int) -> Drop | None:
+    if samples is None or positions is None:
+        return None
+    return Drop(DropoutKey(p, seed, site), samples, positions)
+
+
+@torch.library.custom_op("ingot::norm", mutates_args=())
+def norm_op(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
+    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, stream, mean, rstd), see kernels/norm/forward.py; dropout if there are samples and positions."""
+    return forward(x, residual, weight, bias, eps, rms, drop_of(samples, positions, p, seed, site))
+
+
+@norm_op.register_fake
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
+    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like = x if residual is None else residual
+    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    stream = like.new_empty(0 if residual is None else x.shape)
+    return like.new_empty(x.shape), stream, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
+
+
+@torch.library.custom_op("ingot::norm_backward", mutates_args=())
+def norm_backward_op(
+    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    samples: Tensor | None, positions: Tensor | None,
+    has_bias: bool, rms: bool, p: float, seed: int, site: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dresidual, dx or [0] without dropout, [dweight] or [dweight, dbias]), see kernels/norm/backward.py."""
+    drop = drop_of(samples, positions, p, seed, site)
+    return backward(dy, dstream, x, weight, mean, rstd, has_bias, rms, drop)
+
+
+@norm_backward_op.register_fake
+def _(
+    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    samples: Tensor | None, positions: Tensor | None,
+    has_bias: bool, rms: bool, p: float, seed: int, site: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = x.new_empty(0 if samples is None else x.shape)
+    return x.new_empty(x.shape), dx, weight.new_empty((1 + has_bias, weight.shape[0]))
+
+
+def _save(ctx, inputs, output) -> None:
+    x, residual, weight, bias, samples, positions, _, *ctx.rms_and_key = inputs
+    _, stream, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd, *([stream] if residual is None else []))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if residual is None else stream, weight, mean, rstd, samples, positions)
+    ctx.x_dtype, ctx.has_residual = x.dtype, residual is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy, dstream, dmean, drstd):
+    x, weight, mean, rstd, samples, positions = ctx.saved_tensors
+    dweight = dbias = None
+    if dy is not None:
+        dresidual, dx, sums = torch.ops.ingot.norm_backward(
+            dy, dstream, x, weight, mean, rstd, samples, positions, ctx.bias_dtype is not None, *ctx.rms_and_key
+        )
+        dweight = sums[0]
+        dbias = None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
+        dx = dresidual if samples is None else dx
+    else:
+        drop = drop_of(samples, positions, *ctx.rms_and_key[1:])
+        dresidual = dx = dstream
+        if dstream is not None and drop is not None:
+            dx = philox.dropout(dstream, *drop)
+    dx = None if dx is None else dx.to(ctx.x_dtype)
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias, *[None] * 7
+
+
+norm_op.register_autograd(_backward, setup_context=_save)
+
+
+def stock(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """PyTorch's own operator."""
+    if rms:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, eps)
+
+
+def expect_weights(op: str, x: Tensor, *weights: Tensor | None) -> None:
+    C = x.shape[-1]
+    shapes = [tuple(t.shape) for t in weights if t is not None]
+    expect(
+        all(s == (C,) for s in shapes),
+        f"{op}: found weight and bias of shapes {shapes}, expected ({C},), the last of x",
+    )
+
+
+def norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: str) -> Tensor:
+    expect_weights(op, x, weight, bias)
+    rms = op == "rms_norm"
+    form = choose(impl, op, device=x.device, dtype=x.dtype)
+    if form == "triton":
+        return norm_op(x, None, weight, bias, None, None, eps, rms, 0.0, 0, 0)[0]
+    if form == "torch":
+        return stock(x, weight, bias, eps, rms)
+    return reference.rms_norm(x, weight, eps) if rms else reference.layer_norm(x, weight, bias, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, impl: str = "auto") -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in fp32 (Ba et al. 2016).
+
+    x [..., C] with any strides; weight, bias [C], of any dtype; bias may be None. Returns [..., C] in the dtype of x.
+    Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on wrong shapes or a form that cannot run.
+    """
+    return norm("layer_norm", x, weight, bias, eps, impl)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, impl: str = "auto") -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (Zhang & Sennrich 2019).
+
+    Arguments, result and errors as layer_norm's.
+    """
+    return norm("rms_norm", x, weight, None, eps, impl)
+
+
+def add_norm(
+    op: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
+    dropout: DropoutKey | None, samples: Tensor | None, positions: Tensor | None, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    expect_weights(op, x, weight, bias)
+    expect(
+        x.shape == residual.shape,
+        f"{op}: found x {tuple(x.shape)} and residual {tuple(residual.shape)}, expected the same",
+    )
+    key = dropout if dropout is not None and dropout.p > 0 else None
+    if key is not None:
+        found = [None if t is None else tuple(t.shape) for t in (samples, positions)]
+        expect(
+            x.ndim == 3 and found == [(x.shape[0],), (x.shape[1],)],
+            f"{op}: found x {tuple(x.shape)} with samples and positions {found}, expected [B, T, C], [B], [T]: "
+            f"dropout masks are drawn from their numbers",
+        )
+    rms = op == "add_rms_norm"
+    form = choose(impl, op, device=x.device, dtype=torch.promote_types(x.dtype, residual.dtype))
+    if form == "triton":
+        drop = (samples, positions) if key else (None, None)
+        numbers = (key.p, key.seed, key.site) if key else (0.0, 0, 0)
+        return norm_op(x, residual, weight, bias, *drop, eps, rms, *numbers)[:2]
+    if form == "reference":
+        if rms:
+            return reference.add_rms_norm(x, residual, weight, eps, key, samples, positions)
+        return reference.add_layer_norm(x, residual, weight, bias, eps, key, samples, positions)
+    if key is not None and samples is not None and positions is not None:
+        x = philox.dropout(x, key, samples, positions)
+    stream = (residual + x).to(residual.dtype)
+    return stock(stream, weight, bias, eps, rms), stream
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *,
+    dropout: DropoutKey | None = None, samples: Tensor | None = None, positions: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, stream): stream = residual + dropout(x), rounded to residual's dtype; y = layer_norm(stream).
+
+    x, residual [..., C] with any strides, [B, T, C] with dropout, which also takes samples int64 [B], global sample
+    numbers, and positions int64 [T]; its mask is that of kernels.philox.dropout. weight, bias [C], of any dtype; bias
+    may be None. Both results are [..., C] in the dtype of residual, and differentiable once; where only one is used,
+    the backward costs nothing for the other. In 16 bits triton and reference round once, torch after each operation.
+    impl: see kernels/dispatch.py. Raises KernelError on wrong shapes or a form that cannot run.
+    """
+    return add_norm("add_layer_norm", x, residual, weight, bias, eps, dropout, samples, positions, impl)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, *,
+    dropout: DropoutKey | None = None, samples: Tensor | None = None, positions: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As add_layer_norm, with y = rms_norm(stream)."""
+    return add_norm("add_rms_norm", x, residual, weight, None, eps, dropout, samples, positions, impl)
