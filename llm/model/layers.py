@@ -9,7 +9,7 @@ Shapes: B batch, T time (sequence), C model width, H query heads, K key/value he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeAlias, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,22 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.dropout import dropout
-from kernels.norm import layer_norm
+from kernels.embedding import embedding
+from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.philox import DropoutKey
 from llm.model.loss import cross_entropy
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
 Use: TypeAlias = Callable[[Tensor], Tensor]
+Positions: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Layers(Protocol):
     """What `GPT` needs of its surroundings. `name` is the module's full name, such as "blocks.0.qkv"."""
+
+    impl: str
+    """Which form the kernels take (kernels/dispatch.py)."""
 
     def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         """[..., in_features] -> [..., out_features]."""
@@ -49,6 +54,10 @@ class Layers(Protocol):
         """[..., width] -> [..., width]."""
         ...
 
+    def add_norm(self, kind: str, name: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
+        """branch, stream -> (stream + dropout(branch), its norm); the dropout is that of place `site`."""
+        ...
+
     def dropout(self, p: float, site: int) -> Dropout:
         """Dropout at a numbered place in the network."""
         ...
@@ -63,6 +72,18 @@ def whole(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         mark(parameter, Slice.whole(tuple(parameter.shape)))
     return module
+
+
+class Embedding(nn.Module):
+    """A table of vectors: int64 [...] -> [..., width]."""
+
+    def __init__(self, rows: int, width: int, *, impl: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.impl = impl
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return embedding(numbers, self.weight, impl=self.impl)
 
 
 class LanguageModelHead(nn.Module):
@@ -92,32 +113,47 @@ class LanguageModelHead(nn.Module):
         return cross_entropy(x, self.weight, targets, z_loss, impl=self.impl)
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al. 2016) with statistics in fp32; `use` is applied to a weight before its use."""
+class Norm(nn.Module):
+    """Layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019); `use` is applied to a weight before its use."""
 
-    def __init__(self, width: int, *, bias: bool, impl: str, use: Use) -> None:
+    def __init__(self, kind: str, width: int, *, bias: bool, impl: str, use: Use) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(width)) if bias and kind == "layernorm" else None
+        self.kind = kind
         self.impl = impl
         self.use = use
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.use(self.bias)
-        return layer_norm(x, self.use(self.weight), bias, impl=self.impl)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019), in fp32; `use` as in LayerNorm."""
-
-    def __init__(self, width: int, *, use: Use) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.use = use
+    def used(self) -> tuple[Tensor, Tensor | None]:
+        return self.use(self.weight), None if self.bias is None else self.use(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.use(self.weight).float()
-        return F.rms_norm(x.float(), weight.shape, weight, 1e-5).to(x.dtype)
+        weight, bias = self.used()
+        if self.kind == "rmsnorm":
+            return rms_norm(x, weight, impl=self.impl)
+        return layer_norm(x, weight, bias, impl=self.impl)
+
+
+class AddNorm(Norm):
+    """Adds a branch, with dropout, to the stream and normalises the sum: one pass instead of three."""
+
+    def __init__(
+        self, kind: str, width: int, *, bias: bool, impl: str, use: Use, key: DropoutKey, here: Positions
+    ) -> None:
+        super().__init__(kind, width, bias=bias, impl=impl, use=use)
+        self.key = key
+        self.here = here
+
+    def forward(self, branch: Tensor, stream: Tensor, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(stream + dropout(branch), its norm), all [B, T, C]; samples int64 [B], positions int64 [T] as in Dropout."""
+        weight, bias = self.used()
+        key = self.key if self.training and self.key.p > 0 else None
+        options: dict[str, Any] = dict(dropout=key, samples=samples, positions=self.here(positions), impl=self.impl)
+        if self.kind == "rmsnorm":
+            normed, stream = add_rms_norm(branch, stream, weight, **options)
+        else:
+            normed, stream = add_layer_norm(branch, stream, weight, bias, **options)
+        return stream, normed
 
 
 class Dropout(nn.Module):
@@ -126,7 +162,7 @@ class Dropout(nn.Module):
     here: gives, of the positions of a whole sequence, those that the stream has on this rank.
     """
 
-    def __init__(self, key: DropoutKey, *, impl: str, here: Use) -> None:
+    def __init__(self, key: DropoutKey, *, impl: str, here: Positions) -> None:
         super().__init__()
         self.key = key
         self.impl = impl
@@ -177,10 +213,10 @@ class DenseLayers:
         return whole(nn.Linear(in_features, out_features, bias=bias))
 
     def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
-        return whole(nn.Embedding(vocab_size, width))
+        return whole(Embedding(vocab_size, width, impl=self.impl))
 
     def position_table(self, name: str, max_positions: int, width: int) -> nn.Module:
-        return whole(nn.Embedding(max_positions, width))
+        return whole(Embedding(max_positions, width, impl=self.impl))
 
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         if tied is not None:
@@ -191,9 +227,11 @@ class DenseLayers:
         return head
 
     def norm(self, kind: str, name: str, width: int, *, bias: bool) -> nn.Module:
-        if kind == "rmsnorm":
-            return whole(RMSNorm(width, use=self.use))
-        return whole(LayerNorm(width, bias=bias, impl=self.impl, use=self.use))
+        return whole(Norm(kind, width, bias=bias, impl=self.impl, use=self.use))
+
+    def add_norm(self, kind: str, name: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
+        key = DropoutKey(p, self.seed, site)
+        return whole(AddNorm(kind, width, bias=bias, impl=self.impl, use=self.use, key=key, here=self.here))
 
     def dropout(self, p: float, site: int) -> Dropout:
         return Dropout(DropoutKey(p, self.seed, site), impl=self.impl, here=self.here)

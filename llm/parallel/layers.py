@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.embedding import embedding
 from kernels.philox import DropoutKey
 from llm.model.layers import (
     CausalAttention,
@@ -167,31 +168,32 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """Rows of the table are spread over ranks; V is padded to a multiple of tp with rows that no token reaches."""
 
-    def __init__(self, vocab_size: int, width: int, *, tp: TensorParallel) -> None:
+    def __init__(self, vocab_size: int, width: int, *, tp: TensorParallel, impl: str = "auto") -> None:
         super().__init__()
         self.tp = tp
+        self.impl = impl
         held = tp.slice((vocab_size, width), 0)
         self.weight = split(torch.zeros(-(-vocab_size // tp.size), width), held)  # padding stays zero
-        self.start, self.stop = held.start, held.stop
+        self.start = held.start
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [B, T] -> [B, T, C] ([B, T / tp, C])."""
-        elsewhere = (tokens < self.start) | (tokens >= self.stop)
-        rows = F.embedding((tokens - self.start).masked_fill(elsewhere, 0), self.weight)
-        return self.tp.leave(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+        rows = embedding(tokens - self.start, self.weight, zero_outside=True, impl=self.impl)
+        return self.tp.leave(rows)
 
 
 class PositionTable(nn.Module):
     """A learned table of positions that every rank holds whole."""
 
-    def __init__(self, max_positions: int, width: int, *, tp: TensorParallel) -> None:
+    def __init__(self, max_positions: int, width: int, *, tp: TensorParallel, impl: str = "auto") -> None:
         super().__init__()
         self.tp = tp
+        self.impl = impl
         self.weight = nn.Parameter(torch.empty(max_positions, width))
 
     def forward(self, positions: Tensor) -> Tensor:
         """int64 [T] -> [T, C] ([T / tp, C])."""
-        return F.embedding(self.tp.positions(positions), self.tp.use(self.weight))
+        return embedding(self.tp.positions(positions), self.tp.use(self.weight), impl=self.impl)
 
 
 class VocabularyPart:
@@ -242,13 +244,13 @@ class TensorParallelLayers(DenseLayers):
         return layer(in_features, out_features, bias=bias, tp=self.tp)
 
     def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
-        return VocabParallelEmbedding(vocab_size, width, tp=self.tp)
+        return VocabParallelEmbedding(vocab_size, width, tp=self.tp, impl=self.impl)
 
     def position_table(self, name: str, max_positions: int, width: int) -> nn.Module:
-        return whole(PositionTable(max_positions, width, tp=self.tp))
+        return whole(PositionTable(max_positions, width, tp=self.tp, impl=self.impl))
 
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
-        source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp)
+        source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp, impl=self.impl)
         return VocabParallelHead(cast(nn.Parameter, source.weight), z_loss=self.z_loss, tp=self.tp, impl=self.impl)
 
     def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:

@@ -19,17 +19,27 @@ from llm.train.engines.base import DTYPES, Engine
 def check_kernels(config: RunConfig, device: torch.device) -> str:
     """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
     model, dtype = config.model, DTYPES[config.train.precision]
-    limits = {"attention": attention_limits(model.head_dim, model.dropout)}
-    if model.norm == "layernorm":
-        limits["layer_norm"] = (None, None)
+    no_triton, no_torch = attention_limits(model.head_dim, model.dropout)
+    limits = {"attention": {"no_triton": no_triton, "no_torch": no_torch}}
+    others = {
+        "embedding": True,
+        "rope": model.position == "rope",
+        "layer_norm": model.norm == "layernorm",
+        "rms_norm": model.norm == "rmsnorm",
+        "dropout": model.dropout > 0,
+        "gelu": model.activation == "gelu",
+        "swiglu": model.activation == "swiglu",
+        "cross_entropy": True,
+    }
+    limits |= {op: {} for op, used in others.items() if used}
+    chosen: dict[str, list[str]] = {}
     try:
-        chosen = {
-            op: choose(config.train.impl, op, device=device, dtype=dtype, no_triton=no_triton, no_torch=no_torch)
-            for op, (no_triton, no_torch) in limits.items()
-        }
+        for op, limit in limits.items():
+            form = choose(config.train.impl, op, device=device, dtype=dtype, **limit)
+            chosen.setdefault(form, []).append(op)
     except KernelError as error:
         raise InputError(f"train.impl: {error}") from error
-    return ", ".join(f"{op}: {form}" for op, form in chosen.items())
+    return "; ".join(f"{form}: {', '.join(ops)}" for form, ops in chosen.items())
 
 
 def build_model(config: RunConfig, mesh: Mesh | None) -> GPT:

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from kernels.rope import rope
 from llm.config import ModelConfig
-from llm.model.gpt import GPT, KVCache, Recompute, rotate
+from llm.model.gpt import GPT, KVCache, Recompute
 from llm.model.init import init_weights
 from llm.model.layers import DenseLayers
 
@@ -81,14 +82,14 @@ def test_a_cache_gives_the_same_logits(name: str) -> None:
 
 
 def test_rotation_depends_on_distance_alone() -> None:
-    q, k = torch.randn(2, 1, 1, 1, 1, 32).unbind(0)
+    q, k = torch.randn(2, 1, 1, 1, 32).unbind(0)
 
     def product(i: int, j: int) -> torch.Tensor:
-        at = lambda x, p: rotate(x, torch.tensor([p]), 10000.0)  # noqa: E731
+        at = lambda x, p: rope(x, torch.tensor([p]))  # noqa: E731
         return (at(q, i) * at(k, j)).sum()
 
     torch.testing.assert_close(product(3, 1), product(103, 101), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(rotate(q, torch.tensor([0]), 10000.0), q)
+    torch.testing.assert_close(rope(q, torch.tensor([0])), q)
 
 
 def gradients(model: GPT, samples: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

@@ -74,8 +74,12 @@ def test_fp16_follows_fp32() -> None:
 
 
 def test_kernels_are_named() -> None:
-    assert check_kernels(case(), CPU) == "attention: torch, layer_norm: torch"
-    assert check_kernels(case(model=dict(dropout=0.1)), CPU) == "attention: reference, layer_norm: torch"
+    llama = case(model=dict(norm="rmsnorm", activation="swiglu", position="rope"))
+    assert check_kernels(llama, CPU) == "torch: attention, embedding, rope, rms_norm, swiglu, cross_entropy"
+    gpt2 = case(model=dict(norm="layernorm", activation="gelu", position="learned", dropout=0.1))
+    assert check_kernels(gpt2, CPU) == (
+        "reference: attention; torch: embedding, layer_norm, dropout, gelu, cross_entropy"
+    )
 
 
 def poison(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:

@@ -9,9 +9,9 @@ from parity import case, on_ranks
 from pool import RankPool
 
 LAYOUTS = {
-    "zero0": dict(),
+    "gpt2": dict(model=dict(norm="layernorm", activation="gelu", position="learned")),
+    "llama": dict(model=dict(norm="rmsnorm", activation="swiglu", position="rope")),
     "zero3": dict(parallel=dict(zero_stage=3)),
-    "recompute": dict(train=dict(activation_checkpointing="full")),
     "zero3-recompute-dropout": dict(
         parallel=dict(zero_stage=3),
         model=dict(dropout=0.1),
