@@ -72,24 +72,29 @@ def prepare(case: BenchCase, device: torch.device, found: Mapping[str, Found]) -
     thunks: dict[str, Thunk] = {}
     standard: list[Tensor] = []
     ours: list[Tensor] = []
-    tolerance = TOLERANCE[case.dtype]
-    # Ours first: if memory runs out, it is a rival that goes without.
-    for name in sorted(case.rivals, key=lambda name: (name != OURS, name != STANDARD)):
-        if device.type == "cpu" and name.startswith(COMPILED):
-            found[name]["error"] = "not timed on a CPU"
-            continue
-        result = attempt(found[name], partial(first_call, case.rivals[name], device))
-        if result is None:
-            continue
-        thunks[name], outputs = result
+
+    def admit(name: str) -> None:
+        nonlocal standard, ours
+        thunk, outputs = first_call(case.rivals[name], device)
+        tolerance = TOLERANCE[case.dtype]
         if name not in case.unlike:
             judged = found[OURS if name == STANDARD else name]
             judged |= comparison(outputs, standard, tolerance)
             standard = outputs if name in (OURS, STANDARD) else standard
-        if OURS in thunks and "wrong" not in found[OURS]:
+        if name == OURS:
+            ours = outputs
+        elif OURS in thunks and "wrong" not in found[OURS]:
             before, ours = ours, floats(thunks[OURS]())
             if "wrong" in comparison(ours, before, tolerance):
                 found[name]["wrong"] = "it changes the tensors that the rivals share"
+        thunks[name] = thunk
+
+    # Ours first: if memory runs out, it is a rival that goes without.
+    for name in sorted(case.rivals, key=lambda name: (name != OURS, name != STANDARD)):
+        if device.type == "cpu" and name.startswith(COMPILED):
+            found[name]["error"] = "not timed on a CPU"
+        else:
+            attempt(found[name], partial(admit, name))
     return thunks
 
 
