@@ -50,6 +50,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     for panel in panels(results["cases"]):
         lines += ["", *panel_lines(panel, limits)]
+    absent = {name for case in results["cases"] for name, record in case["rivals"].items() if missing(record)}
+    if absent:
+        lines += ["", f"Not installed: {', '.join(sorted(absent))} (results.json says what each needs)."]
     return "\n".join(lines) + "\n"
 
 
@@ -83,12 +86,17 @@ def rate(record: dict[str, Any], key: str) -> str:
     return f"({record[key]:.4g})" if "wrong" in record else f"{record[key]:.4g}"
 
 
+def missing(record: dict[str, Any]) -> bool:
+    """Whether a rival did not run because a package is not there."""
+    return record.get("error", "").startswith("not installed")
+
+
 def notes(panel: list[Case]) -> list[str]:
-    """Why rivals did not run, or do not count, and in how many of the cases."""
+    """Why installed rivals did not run, or do not count, and in how many of the cases."""
     reasons: dict[str, int] = {}
     for case in panel:
         for rival, record in case["rivals"].items():
-            for reason in (record[key] for key in ("error", "wrong") if key in record):
+            for reason in (record[key] for key in ("error", "wrong") if key in record and not missing(record)):
                 note = f"{rival}: {reason}"
                 reasons[note] = reasons.get(note, 0) + 1
     some = [f"- {note}" + f" ({n} of {len(panel)} shapes)" * (n < len(panel)) for note, n in reasons.items()]

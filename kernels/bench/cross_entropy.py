@@ -158,16 +158,16 @@ def _libraries(targets: Tensor) -> dict[str, Callable[[], Layer]]:
 
         return lambda a, w: module.chunked_linear_cross_entropy(a, w, targets, chunk_size=4096, reduction="sum")
 
-    def apple(impl: str) -> Layer:
+    def apple(**options: Any) -> Layer:
         from cut_cross_entropy import linear_cross_entropy as function  # pyright: ignore[reportMissingImports]
 
-        return lambda a, w: function(a, w, targets, reduction="sum", impl=impl)
+        return lambda a, w: function(a, w, targets, reduction="sum", **options)
 
     return {
         "Liger": liger,
         "QuACK": quack,
-        "CCE": lambda: apple("cce"),
-        "CCE, exact": lambda: apple("cce_kahan_full_c"),
+        "CCE": apple,
+        "CCE, unfiltered": lambda: apple(filter_eps=None),
     }
 
 

@@ -66,14 +66,15 @@ def test_figures_table_and_plots_are_written(bench, tmp_path: Path, capsys: pyte
     text = (tmp_path / "results.md").read_text()
     assert text in capsys.readouterr().out
     assert text.count("### soft max") == 2
-    assert text.count("- Liger: not installed: No module named 'liger_kernel'\n") == 2
+    assert text.count("Liger") == text.count("\nNot installed: Liger (results.json says what each needs).\n") == 1
+    assert first["rivals"]["Liger"] == {"error": "not installed: No module named 'liger_kernel'"}
     assert "| shape | ms | host ms | of copy | ingot | reference | torch | best other | ratio |" in text
     assert imread(tmp_path / "soft_max.png").shape[:2] == (450, 1400)  # two panels side by side
     assert [path.name for path in tmp_path.glob("*.png")] == ["soft_max.png"]
 
 
 @pytest.mark.parametrize(
-    ("ours", "found"), [(missing, "- ingot: not installed"), (softmax(16, 0), "- ingot: the result")]
+    ("ours", "found"), [(missing, "Not installed: Liger, ingot"), (softmax(16, 0), "- ingot: the result")]
 )
 def test_ours_failing_or_wrong_exits_1(bench, tmp_path: Path, ours: Setup, found: str) -> None:
     code, results = bench([softmax_case("forward", 8, softmax(8)), softmax_case("backward", 16, ours)])
