@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels.aot import attention, cross_entropy, dropout, gelu, norm, rope, swiglu
+from kernels.aot import adamw, attention, cross_entropy, dropout, embedding, gelu, norm, rope, swiglu
 from kernels.aot.compile import Case, compile_case
 
-FAMILIES = (attention, norm, dropout, cross_entropy, gelu, rope, swiglu)
+FAMILIES = (attention, norm, dropout, adamw, gelu, swiglu, embedding, rope, cross_entropy)
 
 
 def cases(arch: int) -> Iterator[Case]:
