@@ -111,10 +111,12 @@ def test_stochastic_rounding_has_the_bits_of_the_reference(seed: int, low: torch
     # Subnormal in fp16, zeros, and what must survive the addition of random bits.
     given[0][:64] = torch.linspace(-7e-5, 7e-5, 64)
     given[0][64:68] = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
+    given[0].view(torch.int32)[68] = 2**31 - 1  # the NaN that GPUs make
     copies = [torch.empty(len(given[0]), dtype=low) for _ in range(2)]
     for copy, impl in zip(copies, ("triton", "reference"), strict=True):
         # lr = 0: both round the same fp32 numbers.
-        updated(given, impl, lr=0.0, step=torch.tensor(9.0), low_precision=copy, seed=seed)
+        parameter = updated(given, impl, lr=0.0, step=torch.tensor(9.0), low_precision=copy, seed=seed)[0]
+        torch.testing.assert_close(parameter, given[0], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(*copies, rtol=0, atol=0, equal_nan=True)
     nearest = given[0].to(low)
     assert not torch.equal(copies[0].nan_to_num(), nearest.nan_to_num())

@@ -125,14 +125,15 @@ def test_either_form_goes_on_from_the_other_s_state(first: str, second: str) -> 
 
 def test_the_kernel_s_optimizer_leaves_to_torch_what_it_cannot_update() -> None:
     config = OptimConfig(lr=0.1, min_lr=0.0)
-    given = [torch.randn(5, dtype=torch.float64), torch.randn(5), torch.randn(5)]
+    given = [torch.randn(5, dtype=torch.float64), torch.randn(3, 4).t(), torch.randn(5), torch.randn(5)]
     pairs = [[nn.Parameter(t.clone()) for t in given] for _ in range(2)]
     for impl, parameters in zip(("triton", "auto"), pairs, strict=True):
         optimizer = adamw([{"params": parameters, "weight_decay": 0.1}], config, impl)
-        for parameter in parameters[:2]:  # the last has no gradient
+        for parameter in parameters[:3]:  # the last has no gradient
             parameter.grad = parameter.detach().sin()
         optimizer.step()
-        assert len(optimizer.state) == 2
-    assert torch.equal(pairs[0][0], pairs[1][0])
-    torch.testing.assert_close(pairs[0][1], pairs[1][1])
-    assert torch.equal(pairs[0][2], given[2])
+        assert len(optimizer.state) == 3
+    for i in (0, 1):
+        assert torch.equal(pairs[0][i], pairs[1][i])
+    torch.testing.assert_close(pairs[0][2], pairs[1][2])
+    assert torch.equal(pairs[0][3], given[3])
