@@ -17,7 +17,7 @@ from kernels.bench.case import BenchCase, Setup, Thunk
 from kernels.bench.measure import Clock, Sample, summary
 
 # Modules of this package with `cases(device, small)`.
-FAMILIES = ("attention", "cross_entropy", "dropout", "gelu", "rope", "swiglu")
+FAMILIES = ("attention", "cross_entropy", "dropout", "adamw", "embedding", "gelu", "rope", "swiglu", "norm")
 OURS, STANDARD = "ingot", "reference"
 COMPILED = "torch.compile"  # on a CPU compiling takes longer than everything else together
 # Largest norm of the difference over norm of the standard's; fp32's leaves room for TF32.
