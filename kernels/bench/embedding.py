@@ -36,9 +36,7 @@ def cases(device: torch.device, small: bool) -> Iterator[BenchCase]:
         for part, least in moved.items():
             rivals = rivals_of(part, tokens, weight, dy)
             name = f"B={B} T={T} C={C} V={V}"
-            yield BenchCase(
-                "embedding", part, name, "tokens", N, str(dtype)[6:], float(N * C), least, rivals, group=f"C={C} V={V}"
-            )
+            yield BenchCase("embedding", part, name, "tokens", N, str(dtype)[6:], float(N * C), least, rivals)
 
 
 def rivals_of(part: str, tokens: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Setup]:
