@@ -106,8 +106,10 @@ def test_strides_change_nothing(inplace: bool) -> None:
 def test_expanded_and_missing_gradients(inplace: bool, impl: str) -> None:
     logits, targets, _ = example(6, 40, 40)
     for scale in (1.0, 0.25):
-        leaf = logits.detach().requires_grad_()
-        (cross_entropy(leaf * 1, targets, inplace=inplace, impl=impl)[0].sum() * scale).backward()
+        leaf = logits.detach().clone().requires_grad_()
+        given = leaf * 1
+        (cross_entropy(given, targets, inplace=inplace, impl=impl)[0].sum() * scale).backward()
+        assert torch.equal(given, leaf) != inplace
         exact = run(reference.cross_entropy, logits, targets, torch.full((6,), scale), torch.float64)[2]
         close([leaf.grad], [exact])
     _, log_sum = cross_entropy(logits, targets, impl=impl)
