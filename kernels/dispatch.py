@@ -101,6 +101,11 @@ def launch(
         kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
 
 
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it if its last dimension is not contiguous, as every kernel wants it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def interpretable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as the kernels may read them: bfloat16 as float32 in the interpreter.
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import philox
-from kernels.dispatch import cdiv, choose, expect, interpretable, launch
+from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch
 from kernels.philox import DropoutKey, keep_tile, signed
 
 ROWS, COLS = 4, 512
@@ -38,10 +38,6 @@ def dropout_kernel(
         at = residual_ptr + b * stride_rb + rows[:, None] * stride_rt + cols[None, :]
         out += tl.load(at, inside, 0.0).to(tl.float32)
     tl.store(out_ptr + (b * T + rows[:, None]) * C + cols[None, :], out.to(out_ptr.dtype.element_ty), inside)
-
-
-def last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("ingot::dropout", mutates_args=())

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, launch, padded
+from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded
 
 LAYOUTS = ("half", "interleaved")
 TILE_PAIRS = 1024
@@ -146,17 +146,12 @@ def run(
     )  # fmt: skip
 
 
-def dense(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("ingot::rope_qkv", mutates_args=())
 def rope_qkv_op(
     qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [B, T, (R + 2) K D], frequencies fp32 [D/2] -> q [B, T, H, D], k and v [B, T, K, D], contiguous."""
-    (packed,) = interpretable(dense(qkv))
+    (packed,) = interpretable(last_contiguous(qkv))
     heads = qkv.shape[-1] // head_dim
     sizes = heads - 2 * n_kv_head, n_kv_head, n_kv_head
     q, k, v = (packed.new_empty(*qkv.shape[:2], size, head_dim) for size in sizes)
@@ -181,7 +176,7 @@ def rope_qkv_backward_op(
     dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool
 ) -> Tensor:
     """dq [B, T, H, D], dk and dv [B, T, K, D] with any strides -> dqkv [B, T, (R + 2) K D]."""
-    q, k, v = interpretable(dense(dq), dense(dk), dense(dv))
+    q, k, v = interpretable(last_contiguous(dq), last_contiguous(dk), last_contiguous(dv))
     B, T, H, D = q.shape
     K = k.shape[2]
     packed = q.new_empty(B, T, (H + 2 * K) * D)
@@ -201,7 +196,7 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, frequencies: Tensor
 @torch.library.custom_op("ingot::rope", mutates_args=())
 def rope_op(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     """x [B, T, heads, D] -> the same shape, contiguous."""
-    (source,) = interpretable(dense(x))
+    (source,) = interpretable(last_contiguous(x))
     B, T, heads, D = x.shape
     packed = source.new_empty(B, T, heads * D)
     # A tensor of query heads alone: no k, no v.

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, launch, padded
+from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded
 
 LAYOUTS = ("alternating", "halves")
 TILE_ELEMENTS = 2048  # of the result
@@ -112,8 +112,7 @@ def as_matrices(flatten: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if flatten and all(t.is_contiguous() for t in tensors):
         return interpretable(*(t.view(1, -1) for t in tensors))
-    matrices = (t.reshape(-1, t.shape[-1]) for t in tensors)
-    return interpretable(*(m if m.stride(1) == 1 else m.contiguous() for m in matrices))
+    return interpretable(*(last_contiguous(t.reshape(-1, t.shape[-1])) for t in tensors))
 
 
 def vector_of(x: Tensor, alternating: bool) -> int:
