@@ -20,14 +20,14 @@ from kernels.norm.tiles import FORWARD_WIDTH, WIDE_FORWARD_COLS, forward_tile
 WIDTHS = (128, 768, 1600, 2048, 4096, 5120, 8192, 16384, 65536)
 # (operation, RMS, HAS_BIAS)
 LAYER, PLAIN_LAYER, RMS = ("layer_norm", False, True), ("layer_norm", False, False), ("rms_norm", True, False)
-# (its name, adds to a stream, DROPOUT)
+# (its name, adds to a stream, DROPOUT). With dropout a few bytes may spill: random words come on top of all that a
+# row holds.
 ALONE, ADD, DROPOUT = ("", False, False), (" add", True, False), (" add dropout", True, True)
 FP32 = ("mean_ptr", "rstd_ptr", "partials_ptr", "projections_ptr")
 TYPES = dict.fromkeys(FP32, "*fp32") | {
     "samples_ptr": "*i64", "positions_ptr": "*i64", "eps": "fp32", "keep_scale": "fp32",
 }  # fmt: skip
 OWN_WEIGHTS = {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*fp32"}
-
 
 Flags = dict[str, Any]
 
@@ -75,11 +75,11 @@ def _forward(name: str, dtype: str, C: int, flags: Flags, add: bool, types: dict
         return Case(name, wide_norm_forward_kernel, dtype, flags | {"COLS": WIDE_FORWARD_COLS}, types, 16)
     tile = forward_tile(C)
     sides = {"ROWS": tile.rows, "COLS": tile.cols, "CHUNKS": tile.chunks}
-    return Case(name, norm_forward_kernel, dtype, flags | sides, types, tile.warps)
+    return Case(name, norm_forward_kernel, dtype, flags | sides, types, tile.warps, may_spill=bool(flags["DROPOUT"]))
 
 
 def _backward(name: str, dtype: str, C: int, flags: Flags, add: bool, types: dict[str, str]) -> Case:
     tile, blocks = column_blocks(C)
     flags = flags | {"HAS_DSTREAM": add, "WIDE": blocks > 1} | absent(dstream=add, projections=blocks > 1)
     sides = {"ROWS": tile.rows, "COLS": tile.cols, "CHUNKS": tile.chunks}
-    return Case(name, norm_backward_kernel, dtype, flags | sides, types, tile.warps)
+    return Case(name, norm_backward_kernel, dtype, flags | sides, types, tile.warps, may_spill=bool(flags["DROPOUT"]))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kernels.dispatch import padded
 
-MAX_CHUNKS = 8
 LEAST_COLS = 128
 # Wider rows are not held in registers but read twice.
 FORWARD_WIDTH, BACKWARD_WIDTH = 16384, 8192
@@ -25,13 +24,14 @@ class Tile(NamedTuple):
 
 
 def chunks_of(C: int) -> tuple[int, int]:
-    """(cols, chunks) with cols * chunks >= C as close to C as powers of two allow: Triton's tiles have such sides.
+    """(cols, chunks): C rounded up to a power of two in one chunk, or to three quarters of it in three.
 
-    So 768 is 3 x 256 and 5120 is 5 x 1024, where one tile would be idle on 25 and 38 % of its columns.
+    Triton's tiles have powers of two as sides: so 768 is 3 x 256 without padding, and 5120 3 x 2048. Smaller chunks
+    would pad less, but leave a thread too few neighbouring elements for wide loads.
     """
     whole = padded(C, 16)
-    cuts = [(whole // n, -(-C // (whole // n))) for n in (1, 2, 4, 8) if n == 1 or whole // n >= LEAST_COLS]
-    return min(cuts, key=lambda cut: (cut[0] * cut[1], cut[1]))
+    quarter = whole // 4
+    return (quarter, 3) if quarter >= LEAST_COLS and 3 * quarter >= C else (whole, 1)
 
 
 def forward_tile(C: int) -> Tile:
@@ -41,7 +41,7 @@ def forward_tile(C: int) -> Tile:
 
 
 def backward_tile(C: int) -> Tile:
-    """For rows of at most BACKWARD_WIDTH, or a block of a wider one: 8 to 28 elements a thread, each held five times
+    """For rows of at most BACKWARD_WIDTH, or a block of a wider one: 8 to 24 elements a thread, each held five times
     (normalised x, its gradient, the weight and two sums). Of 8 warps, 8 at once: a mask's random words are held too.
     """
     cols, chunks = chunks_of(C)
