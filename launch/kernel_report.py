@@ -32,8 +32,9 @@ def unit(panel: list[Case], limits: dict[str, float]) -> tuple[str, str, str, fl
 
 
 def timed(panel: list[Case]) -> list[str]:
-    """The rivals with a time in any of the panel's cases, in order of appearance."""
-    return list(dict.fromkeys(name for case in panel for name, record in case["rivals"].items() if "ms" in record))
+    """The rivals with a time in any of the panel's cases, ours first, else in order of appearance."""
+    names = dict.fromkeys(name for case in panel for name, record in case["rivals"].items() if "ms" in record)
+    return sorted(names, key=lambda name: not name.startswith("ingot"))
 
 
 def table(results: dict[str, Any]) -> str:
