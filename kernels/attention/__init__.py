@@ -1,5 +1,6 @@
-"""Fused causal attention: `attention` is the public function."""
+"""Fused causal attention: `attention` and `attention_with_lse` are the public functions."""
 
-from kernels.attention.op import attention
+from kernels.attention.op import attention, attention_with_lse
+from kernels.attention.pattern import Strided
 
-__all__ = ["attention"]
+__all__ = ["Strided", "attention", "attention_with_lse"]

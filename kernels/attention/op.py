@@ -1,91 +1,26 @@
-"""`attention`, and its registration as operators for torch.compile, autograd and checkpointing.
+"""`attention` and `attention_with_lse`: which form runs, and what is refused.
 
 B batch, Tq queries, Tk keys, H query heads, K key/value heads, D head width.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
-from kernels.attention import backward as backward_pass
-from kernels.attention import forward as forward_pass
+from kernels.attention.host import wrong_documents
+from kernels.attention.pattern import Strided
+from kernels.attention.registration import attention_op
 from kernels.dispatch import choose, expect
 from kernels.philox import DropoutKey
+from kernels.reference import attention as reference_attention
+from kernels.reference.attention import attention_with_lse as reference_with_lse
+from kernels.reference.attention import visible
 
 MAX_HEAD_WIDTH = 256  # one tile holds a head
-
-
-def key_of(p: float, seed: int, site: int) -> DropoutKey | None:
-    return DropoutKey(p, seed, site) if p > 0 else None
-
-
-@torch.library.custom_op("ingot::attention", mutates_args=())
-def attention_op(
-    q: Tensor, k: Tensor, v: Tensor, samples: Tensor | None,
-    p: float, seed: int, site: int, head_offset: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o [B, Tq, H, D], lse in base 2, fp32 [B, H, Tq])."""
-    return forward_pass.forward(q, k, v, key_of(p, seed, site), samples, head_offset)
-
-
-@attention_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, samples: Tensor | None,
-    p: float, seed: int, site: int, head_offset: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    B, Tq, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
-
-
-@torch.library.custom_op("ingot::attention_backward", mutates_args=())
-def attention_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, samples: Tensor | None,
-    p: float, seed: int, site: int, head_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv)."""
-    return backward_pass.backward(do, q, k, v, o, lse, key_of(p, seed, site), samples, head_offset)
-
-
-@attention_backward_op.register_fake
-def _(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, samples: Tensor | None,
-    p: float, seed: int, site: int, head_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx, inputs, output) -> None:
-    q, k, v, samples, *ctx.scalars = inputs
-    o, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, o, lse, samples)
-
-
-def _backward(ctx, do, dlse):
-    if do is None:
-        return (None,) * 8
-    q, k, v, o, lse, samples = ctx.saved_tensors
-    gradients = torch.ops.ingot.attention_backward(do, q, k, v, o, lse, samples, *ctx.scalars)
-    return *gradients, *(None,) * 5
-
-
-attention_op.register_autograd(_backward, setup_context=_save)
-
-
-def stock(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, which takes [B, H, T, D]."""
-    Tq, Tk = q.shape[1], k.shape[1]
-    mask = None
-    if 1 < Tq < Tk:
-        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
-    return F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=1 < Tq == Tk, enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)  # fmt: skip
 
 
 def limits(head_width: int, dropout: float) -> tuple[str | None, str | None]:
@@ -101,8 +36,20 @@ def limits(head_width: int, dropout: float) -> tuple[str | None, str | None]:
     return no_triton, no_torch
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, dropout: DropoutKey | None, samples: Tensor | None) -> None:
-    """Raise KernelError unless the arguments of `attention` fit together."""
+def stock(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """PyTorch's scaled_dot_product_attention, which takes [B, H, T, D]."""
+    B, Tq, Tk = q.shape[0], q.shape[1], k.shape[1]
+    causal = Tq == Tk and window is None and cu_seqlens is None
+    mask = None if causal else visible(B, Tq, Tk, window, None, cu_seqlens, q.device)[:, None]
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=mask, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)  # fmt: skip
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     found = f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     expect(
         q.dim() == 4 and k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3],
@@ -114,11 +61,71 @@ def check(q: Tensor, k: Tensor, v: Tensor, dropout: DropoutKey | None, samples: 
         q.dtype == k.dtype == v.dtype,
         f"attention: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype: cast them alike",
     )
-    if dropout is not None and dropout.p > 0:
-        expect(
-            samples is not None and samples.shape == q.shape[:1] and samples.dtype == torch.int64,
-            f"attention: dropout expects samples, the {q.shape[0]} global sample numbers as int64",
-        )
+
+
+def wrong_options(
+    q: Tensor, k: Tensor, window: int | None, sparse: Strided | None, cu_seqlens: Tensor | None, softcap: float,
+    dropout: DropoutKey | None, samples: Tensor | None,
+) -> str | None:  # fmt: skip
+    """What is wrong with the arguments beyond q, k and v, or None. It is put in words only where it is wrong:
+    torch.compile cannot trace numbers that change from call to call into a message.
+    """
+    (B, Tq), Tk = q.shape[:2], k.shape[1]
+    if window is not None and window < 1:
+        return f"found window = {window}, expected at least 1 key"
+    if window is not None and sparse is not None:
+        return f"found window = {window} and {sparse}, expected one of the two"
+    if not 0 <= softcap < math.inf:
+        return f"found softcap = {softcap}, expected a finite number, at least 0 (0: none)"
+    fitting = samples is not None and samples.shape == q.shape[:1] and samples.dtype == torch.int64
+    if dropout is not None and dropout.p > 0 and not fitting:
+        return f"dropout expects samples, the {B} global sample numbers as int64"
+    if cu_seqlens is None:
+        return None
+    if Tq != Tk:
+        return f"found cu_seqlens with Tq = {Tq} and Tk = {Tk}, expected as many queries as keys"
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype != torch.int32:
+        return f"found cu_seqlens {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}, expected int32 [documents + 1]"
+    if cu_seqlens.device != q.device:
+        return f"found cu_seqlens on {cu_seqlens.device}, expected it on {q.device}, where q is"
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        return wrong_documents(cu_seqlens, B * Tk)
+    return None
+
+
+def _no_stock(sparse: Strided | None, softcap: float, lse: bool) -> str | None:
+    """Why the stock operator cannot do this, beyond dropout."""
+    asked = "a block-sparse pattern" if sparse is not None else "softcap" if softcap > 0 else "lse" if lse else None
+    if asked is None:
+        return None
+    return f"found that {asked} is asked for, which the stock operator has not: use impl=auto, triton or reference"
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, sparse: Strided | None, cu_seqlens: Tensor | None,
+    softcap: float, dropout: DropoutKey | None, samples: Tensor | None, head_offset: int, deterministic: bool,
+    impl: str, lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(o, lse in natural logarithm; None if not asked for)."""
+    check_shapes(q, k, v)
+    wrong = wrong_options(q, k, window, sparse, cu_seqlens, softcap, dropout, samples)
+    expect(wrong is None, f"attention: {wrong}")
+    key = dropout if dropout is not None and dropout.p > 0 else None
+    no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p)
+    no_torch = no_torch or _no_stock(sparse, softcap, lse)
+    form = choose(impl, "attention", device=q.device, dtype=q.dtype, no_triton=no_triton, no_torch=no_torch)
+    if form == "torch":
+        return stock(q, k, v, window=window, cu_seqlens=cu_seqlens), None
+    if form == "reference":
+        options = {"window": window, "sparse": sparse, "cu_seqlens": cu_seqlens, "softcap": softcap}
+        options |= {"dropout": key, "samples": samples, "head_offset": head_offset}
+        return reference_with_lse(q, k, v, **options) if lse else (reference_attention(q, k, v, **options), None)
+    pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
+    drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
+    o, base_2 = attention_op(
+        q, k, v, None if key is None else samples, cu_seqlens, window or 0, pattern, softcap, *drop, deterministic
+    )
+    return o, base_2 * math.log(2) if lse else None
 
 
 def attention(
@@ -126,30 +133,60 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    window: int | None = None,
+    sparse: Strided | None = None,
+    cu_seqlens: Tensor | None = None,
+    softcap: float = 0.0,
     dropout: DropoutKey | None = None,
     samples: Tensor | None = None,
     head_offset: int = 0,
+    deterministic: bool = True,
     impl: str = "auto",
 ) -> Tensor:
-    """dropout(softmax(q k^T / sqrt(D) + causal mask)) v (Vaswani et al. 2017, eq. 1).
+    """dropout(softmax(cap(q k^T / sqrt(D)) + mask)) v (Vaswani et al. 2017, eq. 1).
 
     q [B, Tq, H, D]; k, v [B, Tk, K, D], any strides; H a multiple of K: query head h uses key/value
     head h // (H / K). Query row i stands at position Tk - Tq + i and sees the keys up to it
-    (decoding with a cache has Tq < Tk).
+    (decoding with a cache has Tq < Tk), of those:
+    window: the last `window` ones, its own among them (Beltagy et al. 2020).
+    sparse: those of a block-sparse pattern; not together with window.
+    cu_seqlens: int32 [documents + 1] on the device of q, ascending from 0 to B * T: where documents begin in the B * T
+    tokens, for Tq = Tk = T. A query sees its own document; rows end documents too. Documents may be empty. The numbers
+    are checked on a CPU only: on a GPU that would wait for it.
+    softcap: cap(s) = softcap * tanh(s / softcap), 0 for none (Gemma 2, 2024).
     dropout: drops weights by the mask keyed (sample, head, query position, key position), where
     `samples` int64 [B] are global sample numbers and head_offset is the global number of the first
     query head here.
-    Returns [B, Tq, H, D] in the dtype of q. Differentiable once. impl: see kernels/dispatch.py.
-    Raises KernelError on arguments that do not fit together or a form that cannot run.
+    deterministic: gradients have the same bits on every run; False allows dq to be summed in any order, with fewer
+    operations.
+    Returns [B, Tq, H, D] in the dtype of q. Differentiable once. impl: see kernels/dispatch.py; the stock operator has
+    no sparse, softcap or dropout. Raises KernelError on arguments that do not fit together or a form that cannot run.
     """
-    check(q, k, v, dropout, samples)
-    key = dropout if dropout is not None and dropout.p > 0 else None
-    no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p)
-    form = choose(impl, "attention", device=q.device, dtype=q.dtype, no_triton=no_triton, no_torch=no_torch)
-    if form == "torch":
-        return stock(q, k, v)
-    if form == "reference":
-        return reference.attention(q, k, v, dropout=key, samples=samples, head_offset=head_offset)
-    if key is None:
-        return attention_op(q, k, v, None, 0.0, 0, 0, 0)[0]
-    return attention_op(q, k, v, samples, key.p, key.seed, key.site, head_offset)[0]
+    return _attention(
+        q, k, v, window, sparse, cu_seqlens, softcap, dropout, samples, head_offset, deterministic, impl, False
+    )[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    sparse: Strided | None = None,
+    cu_seqlens: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout: DropoutKey | None = None,
+    samples: Tensor | None = None,
+    head_offset: int = 0,
+    deterministic: bool = True,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(attention(...), lse): lse fp32 [B, H, Tq] is the natural logarithm of each query's sum of exp(score) over the
+    keys that it sees, before dropout. Both are differentiable. The stock operator does not give it.
+    """
+    o, lse = _attention(
+        q, k, v, window, sparse, cu_seqlens, softcap, dropout, samples, head_offset, deterministic, impl, True
+    )
+    assert lse is not None
+    return o, lse

@@ -1,26 +1,27 @@
-"""How attention is cut into tiles on each architecture, and the loads that the kernels share."""
+"""How attention is cut into tiles on each architecture."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
+from torch import Tensor
 
 from kernels.dispatch import INTERPRETED, padded
 
 
 @dataclass(frozen=True)
 class Tile:
-    """block_m query rows by block_n key rows, computed by `warps` warps with `stages` loads in
-    flight.
+    """block_m query rows by block_n key rows, computed by `warps` warps with `stages` loads in flight, which are bulk
+    copies (TMA) if `tma` and the tensors lie so that a descriptor can stand for them.
     """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 def tile_width(D: int) -> int:
@@ -30,136 +31,185 @@ def tile_width(D: int) -> int:
     return padded(D, 16)
 
 
-# By (kind of kernel, padded head width), chosen from the compiler's report (`python -m kernels.aot`): no
-# spills, and shared memory within the architecture's. The tight ones are for kernels with dropout or
-# with padded heads, which take more registers. Ampere's fit 99 KiB and serve all GPUs with mma but no
-# wgmma (sm_8x, sm_12x).
-HOPPER = {
-    ("forward", 16): Tile(128, 64, 4, 3),
-    ("forward", 32): Tile(128, 64, 4, 3),
-    ("forward", 64): Tile(128, 64, 4, 3),
-    ("forward", 128): Tile(128, 128, 8, 2),
-    ("forward", 256): Tile(128, 64, 8, 2),
-    ("dkdv", 16): Tile(64, 128, 8, 2),
-    ("dkdv", 32): Tile(64, 128, 8, 2),
-    ("dkdv", 64): Tile(64, 128, 8, 2),
-    ("dkdv", 128): Tile(64, 64, 8, 2),
-    ("dkdv", 256): Tile(32, 32, 8, 1),
-    ("dq", 16): Tile(128, 64, 8, 2),
-    ("dq", 32): Tile(128, 64, 8, 2),
-    ("dq", 64): Tile(128, 64, 8, 2),
-    ("dq", 128): Tile(128, 64, 8, 2),
-    ("dq", 256): Tile(64, 32, 8, 2),
-}
-HOPPER_TIGHT = HOPPER | {
-    ("forward", 64): Tile(128, 64, 8, 3),
-    ("forward", 128): Tile(128, 64, 8, 3),
-    ("forward", 256): Tile(64, 32, 8, 2),
-    ("dkdv", 64): Tile(64, 64, 8, 2),
-    ("dkdv", 128): Tile(32, 64, 8, 2),
-    ("dq", 256): Tile(32, 32, 8, 1),
-}
-BLACKWELL = HOPPER | {
-    ("forward", 16): Tile(128, 64, 8, 3),
-    ("forward", 256): Tile(64, 64, 8, 2),
-    ("dkdv", 128): Tile(32, 64, 8, 2),
-}
-BLACKWELL_TIGHT = HOPPER_TIGHT | {
-    ("forward", 16): Tile(128, 64, 8, 3),
-    ("forward", 32): Tile(128, 64, 8, 3),
-    ("forward", 64): Tile(64, 64, 4, 3),
-    ("dkdv", 32): Tile(64, 64, 8, 2),
-    ("dkdv", 128): Tile(32, 64, 8, 1),
-}
-AMPERE = {
-    ("forward", 16): Tile(128, 64, 4, 3),
-    ("forward", 32): Tile(128, 64, 4, 3),
-    ("forward", 64): Tile(128, 64, 4, 3),
-    ("forward", 128): Tile(128, 64, 8, 3),
-    ("forward", 256): Tile(64, 32, 8, 2),
-    ("dkdv", 16): Tile(64, 64, 8, 2),
-    ("dkdv", 32): Tile(64, 64, 8, 2),
-    ("dkdv", 64): Tile(32, 64, 4, 2),
-    ("dkdv", 128): Tile(64, 64, 8, 1),
-    ("dkdv", 256): Tile(16, 64, 8, 1),
-    ("dq", 16): Tile(128, 64, 8, 2),
-    ("dq", 32): Tile(128, 64, 8, 2),
-    ("dq", 64): Tile(128, 64, 8, 2),
-    ("dq", 128): Tile(64, 64, 8, 2),
-    ("dq", 256): Tile(64, 32, 8, 1),
-}
-AMPERE_TIGHT = AMPERE | {
-    ("forward", 16): Tile(128, 64, 8, 3),
-    ("forward", 32): Tile(128, 64, 8, 3),
-    ("forward", 64): Tile(128, 64, 8, 3),
-    ("forward", 128): Tile(64, 64, 4, 3),
-    ("dkdv", 16): Tile(32, 64, 8, 2),
-    ("dkdv", 32): Tile(32, 64, 8, 2),
-    ("dkdv", 64): Tile(32, 64, 8, 2),
-    ("dkdv", 256): Tile(32, 32, 8, 1),
-    ("dq", 16): Tile(64, 64, 8, 2),
-    ("dq", 32): Tile(64, 64, 8, 2),
-    ("dq", 64): Tile(64, 64, 8, 2),
-    ("dq", 256): Tile(32, 32, 8, 1),
-}
+KINDS = ("forward", "dkdv", "dq", "fused")
+WIDTHS = (16, 32, 64, 128, 256)  # padded
+Table = dict[tuple[str, int], Tile]
+
+
+def table(tma: bool, **lines: str) -> Table:
+    """A table from one line per kind: for each of WIDTHS, block_m x block_n x warps x stages."""
+    tiles = {}
+    for kind, line in lines.items():
+        for width, cell in zip(WIDTHS, line.split(), strict=True):
+            block_m, block_n, warps, stages = map(int, cell.split("x"))
+            tiles[kind, width] = Tile(block_m, block_n, warps, stages, tma)
+    return tiles
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tiles of one architecture, chosen from the compiler's report (`python -m kernels.aot`): no spills, and shared
+    memory within the architecture's.
+
+    plain: causal attention. crowded: with dropout, softcap, a window or documents, which take registers. pointers: any
+    of these, for tensors that no TMA descriptor stands for (padded heads among them), whose addresses take registers.
+    small: any of these, for short sequences, which want many tiles, and block-sparse patterns, which want them inside
+    their blocks: at most 64 by 64. l2: bytes of the least GPU's cache, for the order of the programs.
+    """
+
+    plain: Table
+    crowded: Table
+    pointers: Table
+    small: Table
+    l2: int
+
+
+HOPPER = Tables(
+    plain=table(
+        True,
+        forward="64x64x8x2 128x64x4x3 128x64x4x3 128x128x8x2 128x64x8x2",
+        dkdv="32x64x8x2 64x128x8x2 64x128x8x2 64x64x8x2 32x32x8x1",
+        dq="64x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2",
+        fused="32x64x8x1 64x128x8x2 64x128x8x2 32x64x8x2 32x32x8x1",
+    ),
+    crowded=table(
+        True,
+        forward="64x64x8x2 128x64x8x3 128x64x8x3 128x64x8x3 64x64x8x2",
+        dkdv="32x64x8x2 64x128x8x2 32x64x8x2 32x64x8x2 32x32x8x1",
+        dq="64x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x32x8x2",
+        fused="32x64x8x1 64x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1",
+    ),
+    pointers=table(
+        False,
+        forward="64x64x8x2 128x64x8x3 128x64x8x3 128x64x8x3 64x32x8x2",
+        dkdv="32x64x8x2 64x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x2 32x64x8x2 32x32x8x1 32x32x8x1",
+    ),
+    small=table(
+        True,
+        forward="64x64x8x2 64x64x4x2 64x64x4x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x4x2 64x64x8x2 64x32x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x2 32x64x8x2 32x32x8x1 16x32x8x1",
+    ),
+    l2=50 << 20,
+)
+
+BLACKWELL = Tables(
+    plain=table(
+        True,
+        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+    ),
+    crowded=table(
+        True,
+        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+    ),
+    pointers=table(
+        False,
+        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+    ),
+    small=table(
+        True,
+        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+    ),
+    l2=100 << 20,
+)
+
+AMPERE = Tables(
+    plain=table(
+        False,
+        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+    ),
+    crowded=table(
+        False,
+        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+    ),
+    pointers=table(
+        False,
+        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+    ),
+    small=table(
+        False,
+        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
+        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+    ),
+    l2=40 << 20,
+)
+
+
 # fp32 products are exact fp32 (no TF32) and run without tensor cores: right, not fast.
 ANY_32_BIT = {
-    (kind, width): Tile(16, 16, 4, 1) if width == 256 else Tile(32, 32, 4, 1)
-    for kind in ("forward", "dkdv", "dq")
-    for width in (16, 32, 64, 128, 256)
+    (kind, width): Tile(16, 16, 4, 1) if width == 256 else Tile(32, 32, 4, 1) for kind in KINDS for width in WIDTHS
 }
 INTERPRETER = Tile(64, 32, 4, 1)
+INTERPRETER_L2 = 1 << 14  # so that tests see several sections of heads
+SHORT = 512  # queries: up to here tiles are small
 
 
-def tile_for(kind: str, D: int, itemsize: int, major: int, dropout: bool) -> Tile:
-    """The tile of `kind` ("forward", "dkdv" or "dq") for heads of width D.
+def tables_for(major: int) -> Tables:
+    """Ampere's serve all GPUs with mma but neither wgmma nor tcgen05 (sm_8x, sm_12x): they fit 99 KiB."""
+    return {9: HOPPER, 10: BLACKWELL}.get(major, AMPERE)
 
-    itemsize: bytes per element. major: of the compute capability.
+
+def tile_for(
+    kind: str, D: int, itemsize: int, major: int, *, crowded: bool = False, small: bool = False, described: bool = True
+) -> Tile:
+    """The tile of `kind` ("forward", "dkdv", "dq", or "fused": the backward pass in one kernel) for heads of width D.
+
+    itemsize: bytes per element. major: of the compute capability. crowded, small: see Tables. described: whether TMA
+    descriptors can stand for the inputs.
     """
-    width = tile_width(D)
+    key = kind, tile_width(D)
     if itemsize == 4:
-        return ANY_32_BIT[kind, width]
-    tight = dropout or width != D
-    plain_table, tight_table = {9: (HOPPER, HOPPER_TIGHT), 10: (BLACKWELL, BLACKWELL_TIGHT)}.get(
-        major, (AMPERE, AMPERE_TIGHT)
-    )
-    return (tight_table if tight else plain_table)[kind, width]
+        return ANY_32_BIT[key]
+    tables = tables_for(major)
+    if not described and tables.plain[key].tma:
+        return replace((tables.small if small else tables.pointers)[key], tma=False)
+    if small:
+        return tables.small[key]
+    return (tables.crowded if crowded or tile_width(D) != D else tables.plain)[key]
 
 
-def tile_here(kind: str, x: torch.Tensor, dropout: bool) -> Tile:
-    """The tile of `kind` for heads of x [..., D] on the device of x."""
+@functools.cache
+def capability(device: torch.device) -> int:
+    """The major compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def tile_here(kind: str, q: Tensor, switched: tuple[bool, bool, bool, int, int, int], described: bool) -> Tile:
+    """The tile of `kind` for q [B, Tq, H, D] on its device. switched: as kernels/attention/host.py's flags gives it."""
     if INTERPRETED:
         return INTERPRETER
-    major, _ = torch.cuda.get_device_capability(x.device)
-    return tile_for(kind, x.shape[-1], x.element_size(), major, dropout)
+    *crowded, sparse, _, _ = switched
+    return tile_for(
+        kind, q.shape[3], q.element_size(), capability(q.device),
+        crowded=any(crowded), small=sparse > 0 or q.shape[1] <= SHORT, described=described,
+    )  # fmt: skip
 
 
-@triton.jit
-def load_rows(
-    ptr, stride, first, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK:
-    tl.constexpr
-):  # fmt: skip
-    """Rows first to first + ROWS - 1 of a [limit, D] matrix, padded with zeros to [ROWS, WIDTH]."""
-    rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, WIDTH)
-    # The 64-bit product is one scalar; the offsets inside the tile fit 32 bits.
-    ptrs = ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
-    if CHECK:
-        return tl.load(ptrs, (rows[:, None] < limit - first) & (cols[None, :] < D), 0.0)
-    if WIDTH != D:
-        return tl.load(ptrs, cols[None, :] < D, 0.0)
-    return tl.load(ptrs)
-
-
-@triton.jit
-def store_rows(
-    ptr, stride, first, limit, tile, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """Store what of `tile` [ROWS, WIDTH] lies inside the [limit, D] matrix, from its row `first`
-    on.
-    """
-    rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, WIDTH)
-    ptrs = ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
-    inside = (rows[:, None] < limit - first) & (cols[None, :] < D)
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), inside)
+def l2_bytes(device: torch.device) -> int:
+    return INTERPRETER_L2 if INTERPRETED else tables_for(capability(device)).l2

@@ -4,15 +4,19 @@ and backward.
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import reference
-from kernels.attention import attention, backward, forward
-from kernels.attention.op import attention_op
-from kernels.attention.tiles import Tile
+from kernels.attention import Strided, attention, attention_with_lse, backward, forward
+from kernels.attention.host import Options, describable
+from kernels.attention.registration import attention_op
+from kernels.attention.tiles import KINDS, Tile, tile_for
 from kernels.dispatch import KernelError
 from kernels.philox import DropoutKey, keep_mask
 
@@ -104,13 +108,68 @@ def test_the_reference_by_hand() -> None:
     torch.testing.assert_close(ours, out)
 
 
-@pytest.mark.parametrize("tile", [Tile(16, 64, 4, 1), Tile(64, 16, 4, 1)], ids=str)
-def test_tiles_change_only_the_rounding(tile: Tile) -> None:
-    (q, k, v), do = inputs((1, 50, 77, 2, 1, 16))
-    samples = SAMPLES[:1]
-    o, lse = forward.forward(q, k, v, KEY, samples, 2, tile)
-    gradients = backward.backward(do, q, k, v, o, lse, KEY, samples, 2, (tile, tile))
-    assert_close([o, *gradients], run(using("reference", KEY, samples, 2), [q, k, v], do, torch.float64))
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("size", [(16, 64), (64, 16)], ids=str)
+def test_tiles_change_only_the_rounding(size: tuple[int, int], fused: bool, tma: bool) -> None:
+    """Also with the inputs behind TMA descriptors, one of them a slice of a projection."""
+    (q, k, v), do = inputs((1, 50, 77, 4, 2, 16))
+    k, v = torch.stack([k, v], 2).unbind(2)
+    assert describable(q, k, v, do)
+    tile, samples = Tile(*size, 4, 1, tma), SAMPLES[:1]
+    options = Options(softcap=3.0, window=40, key=KEY, head_offset=2, deterministic=not fused)
+    o, lse = forward.forward(q, k, v, options, samples, tile=tile)
+    gradients = backward.backward(do, None, q, k, v, o, lse, options, samples, tiles=(tile, tile))
+
+    def true(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        key = {"dropout": KEY, "samples": samples, "head_offset": 2}
+        return attention(q, k, v, window=40, softcap=3.0, **key, impl="reference")
+
+    assert_close([o, *gradients], run(true, [q, k, v], do, torch.float64))
+
+
+@pytest.mark.parametrize("size", [(16, 64), (64, 16)], ids=str)
+def test_tiles_of_a_cached_pattern_begin_before_the_queries(size: tuple[int, int]) -> None:
+    """With a pattern and a cache the first tile has rows before row 0; no descriptor or pointer may read them."""
+    (q, k, v), do = inputs((1, 90, 203, 2, 1, 16))
+    sparse = Strided(64, 1, 2)
+    true = run(lambda *a: attention(*a, sparse=sparse, impl="reference"), [q, k, v], do, torch.float64)
+    for tma in (False, True):
+        tile, options = Tile(*size, 4, 1, tma), Options(sparse=sparse)
+        o, lse = forward.forward(q, k, v, options, tile=tile)
+        gradients = backward.backward(do, None, q, k, v, o, lse, options, tiles=(tile, tile))
+        assert_close([o, *gradients], true)
+
+
+def test_descriptors_stand_only_for_what_bulk_copies_can_read() -> None:
+    x = torch.zeros(2, 8, 3, 64, dtype=torch.bfloat16)
+    fused = torch.zeros(2, 8, 3, 3, 64, dtype=torch.bfloat16).unbind(2)[1]
+    assert describable(x, fused, x.transpose(1, 2))
+    unaligned = torch.zeros(2 * 8 * 3 * 64 + 1, dtype=torch.bfloat16)[1:].view(x.shape)
+    odd_rows = torch.zeros(2, 8, 3, 65, dtype=torch.bfloat16)[..., :64]
+    expanded = x[:, :1].expand(x.shape)
+    last_strided = torch.zeros(2, 8, 3, 128, dtype=torch.bfloat16)[..., ::2]
+    for bad in (unaligned, odd_rows, expanded, last_strided, x[:0], x[..., :40], x[..., :8]):
+        assert not describable(x, bad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_every_head_has_a_tile(major: int, kind: str) -> None:
+    for D in (1, 16, 40, 64, 128, 256):
+        for itemsize in (2, 4):
+            for crowded, small, described in itertools.product((False, True), repeat=3):
+                tile = tile_for(kind, D, itemsize, major, crowded=crowded, small=small, described=described)
+                assert not (tile.tma and (not described or itemsize == 4 or major not in (9, 10)))
+                assert not small or max(tile.block_m, tile.block_n) <= 64
+
+
+def test_only_the_sum_of_dq_has_no_order() -> None:
+    tensors, do = inputs((2, 70, 70, 4, 2, 16))
+    plain = run(using("triton"), tensors, do)
+    fused = run(lambda *a: attention(*a, deterministic=False, impl="triton"), tensors, do)
+    assert_equal(fused[:1] + fused[2:], plain[:1] + plain[2:])
+    assert_close(fused, run(using("reference"), tensors, do, torch.float64))
 
 
 def test_a_shard_of_the_heads_draws_the_masks_of_the_whole() -> None:
@@ -183,8 +242,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_opcheck(dropout: bool) -> None:
     (q, k, v), _ = inputs((1, 5, 6, 2, 1, 16))
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    key = (SAMPLES[:1], KEY.p, KEY.seed, KEY.site, 2) if dropout else (None, 0.0, 0, 0, 0)
-    torch.library.opcheck(attention_op, (*leaves, *key))
+    key = (KEY.p, KEY.seed, KEY.site, 2) if dropout else (0.0, 0, 0, 0)
+    samples = SAMPLES[:1] if dropout else None
+    torch.library.opcheck(attention_op, (*leaves, samples, None, 0, [], 0.0, *key, True))
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -207,12 +267,48 @@ def test_compiles_whole_and_recomputes(impl: str) -> None:
         ((1, 4, 2, 8), (1, 3, 2, 8), "1 <= Tq <= Tk"),
         ((1, 4, 2, 8), (1, 4, 2, 16), "expected .B, Tq, H, D."),
         ((4, 2, 8), (4, 2, 8), "expected .B, Tq, H, D."),
-        ((1, 4, 2, 264), (1, 4, 2, 264), "found width 264, expected at most 256"),
+        ((1, 4, 2, 264), (1, 4, 2, 264), "found heads of width 264, expected at most 256"),
     ],
 )
 def test_wrong_shapes_are_named(q: tuple[int, ...], k: tuple[int, ...], message: str) -> None:
     with pytest.raises(KernelError, match=message):
         attention(torch.zeros(q), torch.zeros(k), torch.zeros(k), impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "found window = 0, expected at least 1"),
+        ({"window": 3, "sparse": Strided(64, 1, 1)}, "expected one of the two"),
+        ({"softcap": -1.0}, "found softcap = -1.0"),
+        ({"softcap": math.inf}, "found softcap = inf"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, "of torch.int64, expected int32"),
+        ({"cu_seqlens": torch.tensor([0], dtype=torch.int32)}, "found cu_seqlens .1,."),
+        ({"cu_seqlens": torch.tensor([0, 5, 4, 8], dtype=torch.int32)}, "ascend from 0 to B . T = 8"),
+        ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "found cu_seqlens .0, 4., expected"),
+        ({"cu_seqlens": torch.tensor([1, 8], dtype=torch.int32)}, "found cu_seqlens .1, 8., expected"),
+    ],
+)
+def test_wrong_options_are_named(options: dict, message: str) -> None:
+    q = torch.zeros(2, 4, 2, 8)
+    with pytest.raises(KernelError, match=message):
+        attention(q, q, q, **options)
+
+
+def test_documents_need_all_queries() -> None:
+    q = torch.zeros(1, 3, 2, 8)
+    with pytest.raises(KernelError, match="found cu_seqlens with Tq = 3 and Tk = 4"):
+        attention(q, *torch.zeros(2, 1, 4, 2, 8), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
+
+
+def test_what_the_stock_operator_has_not_is_refused() -> None:
+    q = torch.zeros(1, 4, 2, 8)
+    for options in ({"sparse": Strided(64, 1, 1)}, {"softcap": 1.0}):
+        with pytest.raises(KernelError, match="stock operator has not"):
+            attention(q, q, q, **options, impl="torch")
+        attention(q, q, q, **options)  # the reference
+    with pytest.raises(KernelError, match="stock operator has not"):
+        attention_with_lse(q, q, q, impl="torch")
 
 
 def test_wrong_samples_and_dtypes_are_named() -> None:

@@ -1,0 +1,141 @@
+"""The gradients of keys and values: one program computes them for one tile of keys of one key/value head.
+
+With FUSED it also adds what this tile gives to dQ to an fp32 buffer, by atomic additions: two matrix products fewer
+than a kernel of its own for dQ, which has to compute P and dP again, for sums whose order changes from run to run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.attention.parts import (
+    MAY_BEGIN,
+    MAY_END,
+    head_of,
+    inside,
+    last_query,
+    load_tile,
+    place,
+    queries_seeing,
+    query_of,
+    rows_inside,
+    store_tile,
+    tanh_of_half,
+)  # fmt: skip
+from kernels.philox import keep_tile
+
+
+@triton.jit
+def add_tile(
+    ptr, stride, first, limit, tile, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Add `tile` to fp32 rows `first` on, in any order with other programs."""
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, WIDTH)
+    ptrs = ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    tl.atomic_add(ptrs, tile, inside(first, limit, D, ROWS, WIDTH, CHECK), sem="relaxed")
+
+
+@triton.jit
+def walk_queries(
+    dk, dv, k, v, first_col, highs, q_head, do_head, lse_ptr, delta_ptr, dq_ptr, stride_dq, walk, Tq, Tk, scale, cap,
+    keep_scale, dropout,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
+    FUSED: tl.constexpr,
+):  # fmt: skip
+    """Add what the query rows of one head give to dk and dv (and dq), without their scale.
+
+    Everything is transposed, [keys, queries], so that P and dS are left operands.
+    """
+    begin, far, end, full, block = walk
+    cols = first_col + tl.arange(0, BLOCK_N)
+    CHECK: tl.constexpr = MAY_BEGIN if SPARSE else MAY_END
+    for step in range(begin, end, BLOCK_M):
+        position = query_of(step, far, block, SPARSE, STRIDE)
+        positions = position + tl.arange(0, BLOCK_M)
+        row = position - (Tk - Tq)
+        rows, within = rows_inside(row, Tq, BLOCK_M, CHECK)
+        q = load_tile(q_head, row, Tq, D, BLOCK_M, WIDTH, CHECK, TMA)
+        do = load_tile(do_head, row, Tq, D, BLOCK_M, WIDTH, CHECK, TMA)
+        # Rows past the end get P = 2^(0 - inf) = 0.
+        lse = tl.load(lse_ptr + rows, within, float("inf"))
+        delta = tl.load(delta_ptr + rows, within, 0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        slope = 1.0
+        if SOFTCAP:
+            tanh = tanh_of_half(scores)
+            slope = 1.0 - tanh * tanh
+            scores = tanh * cap
+        # A masked score may have overflowed: its P is dropped here, not added to.
+        p = tl.exp2(scores - lse[None, :])
+        if (position < first_col + BLOCK_N - 1) | (position + BLOCK_M > full):
+            seen = cols[:, None] <= positions[None, :]
+            if BOUNDED:
+                seen &= positions[None, :] <= highs[:, None]
+            p = tl.where(seen, p, 0.0)
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        kept = p
+        if DROPOUT:
+            seed, site, threshold, sample, head = dropout
+            keep = tl.trans(keep_tile(seed, site, threshold, sample, head, positions, first_col, BLOCK_N))
+            kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+        ds = (p * (dp - delta[None, :]) * slope).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        if FUSED:
+            part = tl.dot(tl.trans(ds), k, input_precision="ieee")
+            add_tile(dq_ptr, stride_dq, row, Tq, part, D, BLOCK_M, WIDTH, CHECK)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=[
+    "Tq", "Tk", "origin", "section", "window", "seed", "site", "threshold", "head_offset",
+])  # fmt: skip
+def attention_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, samples_ptr, ends_ptr, dq_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_dob, stride_dot, stride_doh,
+    Tq, Tk, H, R, origin, section, grad_scale, window, scale, cap, keep_scale, seed, site, threshold, head_offset,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr,
+    TMA: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """dk, dv [B, Tk, K, D] contiguous: one tile of keys of one head, over its R query heads; with FUSED also its part
+    of dq fp32 [B, Tq, H, D], without its scale.
+    """
+    K = H // R
+    # Keys early in the sequence are seen by the most queries: the longest start first.
+    tiles = tl.cdiv(Tk, BLOCK_N)
+    tile, head = place(tiles, section)
+    b, kv_head = head // K, head % K
+    first_col = tile * BLOCK_N
+    sample = b
+    if DROPOUT:
+        sample = tl.load(samples_ptr + b)
+
+    k_head = head_of(k_ptr, stride_kb, stride_kt, stride_kh, b, kv_head, TMA)
+    v_head = head_of(v_ptr, stride_vb, stride_vt, stride_vh, b, kv_head, TMA)
+    k = load_tile(k_head, first_col, Tk, D, BLOCK_N, WIDTH, MAY_END, TMA)
+    v = load_tile(v_head, first_col, Tk, D, BLOCK_N, WIDTH, MAY_END, TMA)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    highs = last_query(ends_ptr, window, b, Tk, cols) if BOUNDED else cols
+    walk = queries_seeing(ends_ptr, window, b, first_col, origin, Tk, BLOCK_M, BLOCK_N, BOUNDED, SPARSE, LOCAL, STRIDE)
+    dk = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+    dv = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+    for r in range(R):
+        h = kv_head * R + r
+        q_head = head_of(q_ptr, stride_qb, stride_qt, stride_qh, b, h, TMA)
+        do_head = head_of(do_ptr, stride_dob, stride_dot, stride_doh, b, h, TMA)
+        lse_head = tl.cast(b * H + h, tl.int64) * Tq
+        dq_head = dq_ptr + (tl.cast(b, tl.int64) * Tq * H + h) * D if FUSED else dq_ptr
+        dk, dv = walk_queries(
+            dk, dv, k, v, first_col, highs, q_head, do_head, lse_ptr + lse_head, delta_ptr + lse_head, dq_head, H * D,
+            walk, Tq, Tk, scale, cap, keep_scale, (seed, site, threshold, sample, h + head_offset),
+            D, WIDTH, BLOCK_M, BLOCK_N, DROPOUT, SOFTCAP, BOUNDED, SPARSE, STRIDE, TMA, FUSED,
+        )  # fmt: skip
+    out = (tl.cast(b, tl.int64) * Tk * K + kv_head) * D
+    store_tile(dk_ptr + out, K * D, first_col, Tk, dk * grad_scale, D, BLOCK_N, WIDTH, MAY_END)
+    store_tile(dv_ptr + out, K * D, first_col, Tk, dv * keep_scale, D, BLOCK_N, WIDTH, MAY_END)
