@@ -45,9 +45,8 @@ def walk_queries(
     SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
     FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the query rows of one head give to dk and dv (and dq), without their scale.
-
-    Everything is transposed, [keys, queries], so that P and dS are left operands.
+    """Add what the query rows of one head give to dk and dv (and dq), without their scale. Everything is transposed,
+    [keys, queries], so that P and dS are left operands.
     """
     begin, far, end, full, block = walk
     cols = first_col + tl.arange(0, BLOCK_N)
