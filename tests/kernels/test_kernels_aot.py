@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,15 +26,31 @@ def compile_for(arch: int, only: str, cache: Path) -> list[str]:
 
 
 def matrix_kernels(lines: list[str]) -> list[str]:
-    return [line for line in lines if "attention" in line and " delta " not in line]
+    return [line for line in lines if re.search(r"attention (forward|dkdv|dq|fused)", line)]
 
 
-@pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma")])
-def test_the_common_kernels_fit(arch: int, instruction: str, tmp_path: Path) -> None:
-    names = r"attention (forward|dkdv|dq) bf16 D=64 (?!.*dropout)|layer_norm .* bf16 C=768 bias"
-    lines = compile_for(arch, names, tmp_path)
-    assert len(lines) == 5
-    assert all(instruction in line for line in matrix_kernels(lines))
+# At the commonest head width: plain, in both ways to load; and everything at once, in the smallest tiles.
+COMMON = r"attention \w+ bf16 D=64 \S+ w\d s\d( tma)?$|attention forward bf16 D=64 .* sparse documents softcap dropout$"
+
+
+@pytest.mark.parametrize(
+    ("arch", "names", "count", "instruction"),
+    [
+        (80, COMMON, 5, "mma.sync"),
+        (90, COMMON, 10, "wgmma"),
+        (100, r"attention forward bf16 D=64 \S+ w\d s\d( tma)?$", 2, "tcgen05"),
+    ],
+)
+def test_the_common_kernels_fit(arch: int, names: str, count: int, instruction: str, tmp_path: Path) -> None:
+    """No spills, the matrix instructions of the architecture, and bulk copies where the tiles ask for them."""
+    lines = compile_for(arch, f"{names}|attention bounds|layer_norm .* bf16 C=768 bias$", tmp_path)
+    attention = matrix_kernels(lines)
+    assert len(attention) == count
+    assert len(lines) > count + 1
+    for line in attention:
+        assert instruction in line
+        assert (" tma " in line) == ("cp.async.bulk" in line)
+    assert any(" tma " in line for line in attention) == (arch >= 90)
 
 
 @pytest.mark.slow
