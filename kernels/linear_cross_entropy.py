@@ -89,6 +89,7 @@ def loss_and_gradients(
         grad_weight.zero_()
     chunk = chunk or max(N, 1)
     space = x.new_empty(min(N, chunk) if form == "triton" else 0, cdiv(V, ALIGNMENT) * ALIGNMENT)
+    space[:, V:].zero_()  # a CPU's bf16 product reads past the end of a row, and there memory may hold NaN
     for start in range(0, N, chunk):
         part = slice(start, start + chunk)
         logits = space[: min(chunk, N - start), :V]

@@ -239,6 +239,19 @@ def test_chunks_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [16, 16, 8]
 
 
+def test_memory_that_nothing_wrote_is_not_read() -> None:
+    """Rows of logits end in unused memory, here NaN, which a CPU's product of bf16 matrices reads."""
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 32).bfloat16().requires_grad_() for n in (128, 50))
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        loss = linear_cross_entropy(x, weight, torch.arange(128) % 50, impl="triton")
+        gradients = torch.autograd.grad(loss, (x, weight))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(g.isfinite().all() for g in gradients)
+
+
 def test_wrong_arguments_are_named() -> None:
     x, weight, targets = example(4)
     with pytest.raises(KernelError, match=r"found weight torch.float32 \(37, 11\), expected torch.float32 \(V, 12\)"):
