@@ -34,7 +34,7 @@ LENGTHS = [
 LONG = [(4096, 4096), (4224, 4224)]
 # Options of `attention`; documents as the places where they begin, among 2 * 700 tokens.
 MASKS: dict[str, dict[str, Any]] = {
-    "window 1": {"window": 1},
+    "window 2": {"window": 2},
     "window": {"window": 200},
     "documents": {"documents": (1, 1, 2, 130, 600, 800, 1399)},
     "window, documents": {"window": 100, "documents": (150, 650, 1100)},
@@ -115,10 +115,22 @@ def test_masks(mask: str, D: int, dtype: torch.dtype, deterministic: bool) -> No
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("lengths", [(1, 700), (130, 700)], ids=str)
-@pytest.mark.parametrize("mask", ["window 1", "window", "strided", "softcap"])
+@pytest.mark.parametrize("mask", ["window 2", "window", "strided", "softcap"])
 def test_masks_while_decoding(mask: str, lengths: tuple[int, int], deterministic: bool) -> None:
     tensors, do = attention_inputs(lengths, (4, 1), 64, BF16)
     check(tensors, do, BF16, deterministic, **on_gpu(MASKS[mask]))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("D", "dtype"), MASKED, ids=str)
+def test_a_window_of_one_key(D: int, dtype: torch.dtype, deterministic: bool) -> None:
+    """Every query copies its own value: scores have no gradient, which the rule would ask for to the bit."""
+    tensors, do = attention_inputs((700, 700), (4, 2), D, dtype)
+    o, dq, dk, dv = run(kernel(window=1, deterministic=deterministic), tensors, do, dtype)
+    assert torch.equal(o, tensors[2].repeat_interleave(2, 2))
+    summed = do.double().unflatten(2, (2, 2)).sum(3)
+    assert (dv - summed).abs().max() <= torch.finfo(dtype).eps * summed.abs().max()
+    assert max(dq.abs().max(), dk.abs().max()) <= 1e-3
 
 
 @pytest.mark.parametrize(("D", "dtype"), MASKED, ids=str)
