@@ -33,7 +33,8 @@ def dropout_kernel(
     rows = rows.to(tl.int64)
     x = tl.load(x_ptr + b * stride_xb + rows[:, None] * stride_xt + cols[None, :], inside, 0.0).to(tl.float32)
     keep = keep_tile(seed, site, threshold, sample, tl.zeros((), tl.int32), positions, first_col, COLS)
-    out = tl.where(keep, x, 0.0) * keep_scale
+    # Scaled before the choice, which keeps product and sum apart: an FMA would round once where PyTorch rounds twice.
+    out = tl.where(keep, x * keep_scale, 0.0)
     if HAS_RESIDUAL:
         at = residual_ptr + b * stride_rb + rows[:, None] * stride_rt + cols[None, :]
         out += tl.load(at, inside, 0.0).to(tl.float32)

@@ -30,7 +30,7 @@ class Case:
     dtype: Triton's name of the tensors' dtype ("bf16"). constants: the kernel's constexpr arguments, and arguments
     that are None. types: of the arguments that are neither a constant, nor a pointer (`*_ptr`) to `dtype`, nor a
     32-bit integer: for instance {"eps": "fp32", "mean_ptr": "*fp32"}. may_spill: whether a few spilled bytes are
-    accepted (fp32 attention, which runs without tensor cores).
+    accepted (in fp32, to have more blocks on a multiprocessor).
     """
 
     name: str

@@ -9,19 +9,17 @@ from kernels.aot.compile import Case
 from kernels.norm.backward import (
     SUM_COLS,
     SUM_ROWS,
-    column_blocks,
     norm_backward_kernel,
     sum_partials_kernel,
     wide_projections_kernel,
 )
 from kernels.norm.forward import norm_forward_kernel, wide_norm_forward_kernel
-from kernels.norm.tiles import FORWARD_WIDTH, WIDE_FORWARD_COLS, forward_tile
+from kernels.norm.tiles import FORWARD_WIDTH, WIDE_FORWARD_COLS, column_blocks, forward_tile
 
 WIDTHS = (128, 768, 1600, 2048, 4096, 5120, 8192, 16384, 65536)
 # (operation, RMS, HAS_BIAS)
 LAYER, PLAIN_LAYER, RMS = ("layer_norm", False, True), ("layer_norm", False, False), ("rms_norm", True, False)
-# (its name, adds to a stream, DROPOUT). With dropout a few bytes may spill: random words come on top of all that a
-# row holds.
+# (its name, adds to a stream, DROPOUT)
 ALONE, ADD, DROPOUT = ("", False, False), (" add", True, False), (" add dropout", True, True)
 FP32 = ("mean_ptr", "rstd_ptr", "partials_ptr", "projections_ptr")
 TYPES = dict.fromkeys(FP32, "*fp32") | {
@@ -47,7 +45,7 @@ def cases(arch: int) -> Iterator[Case]:
             yield from _both(dtype, C, RMS, ALONE)
         for kind in (PLAIN_LAYER, LAYER, RMS) if C == 768 else ():
             yield from _both("bf16", C, kind, ADD, OWN_WEIGHTS, " fp32 weights")
-        for rms in (False, True) if column_blocks(C)[1] > 1 else ():
+        for rms in (False, True) if column_blocks(C, False)[1] > 1 else ():
             constants = {"C": C, "COLS": WIDE_FORWARD_COLS, "RMS": rms} | absent(mean=not rms)
             which = f"{'rms' if rms else 'layer'}_norm projections bf16 C={C}"
             yield Case(which, wide_projections_kernel, "bf16", constants, TYPES, 16)
@@ -73,13 +71,13 @@ def _forward(name: str, dtype: str, C: int, flags: Flags, add: bool, types: dict
     flags = flags | {"ADD": add} | absent(bias=bool(flags["HAS_BIAS"]), residual=add)
     if C > FORWARD_WIDTH:
         return Case(name, wide_norm_forward_kernel, dtype, flags | {"COLS": WIDE_FORWARD_COLS}, types, 16)
-    tile = forward_tile(C)
+    tile = forward_tile(C, bool(flags["DROPOUT"]))
     sides = {"ROWS": tile.rows, "COLS": tile.cols, "CHUNKS": tile.chunks}
-    return Case(name, norm_forward_kernel, dtype, flags | sides, types, tile.warps, may_spill=bool(flags["DROPOUT"]))
+    return Case(name, norm_forward_kernel, dtype, flags | sides, types, tile.warps, may_spill=dtype == "fp32")
 
 
 def _backward(name: str, dtype: str, C: int, flags: Flags, add: bool, types: dict[str, str]) -> Case:
-    tile, blocks = column_blocks(C)
+    tile, blocks = column_blocks(C, bool(flags["DROPOUT"]))
     flags = flags | {"HAS_DSTREAM": add, "WIDE": blocks > 1} | absent(dstream=add, projections=blocks > 1)
     sides = {"ROWS": tile.rows, "COLS": tile.cols, "CHUNKS": tile.chunks}
-    return Case(name, norm_backward_kernel, dtype, flags | sides, types, tile.warps, may_spill=bool(flags["DROPOUT"]))
+    return Case(name, norm_backward_kernel, dtype, flags | sides, types, tile.warps, may_spill=dtype == "fp32")

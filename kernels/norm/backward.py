@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.dispatch import cdiv, interpretable, launch
 from kernels.norm.forward import Drop, drop_arguments
-from kernels.norm.tiles import BACKWARD_WIDTH, WIDE_BACKWARD_COLS, WIDE_FORWARD_COLS, Tile, backward_tile, rows_of
+from kernels.norm.tiles import WIDE_FORWARD_COLS, column_blocks, rows_of
 from kernels.philox import keep_tile
 
 # Programs. About two per SM of a large GPU; a constant, not the SM count, so that the sums do not depend on the GPU.
@@ -199,13 +199,6 @@ def sum_partials_kernel(partials_ptr, out_ptr, P, N: tl.constexpr, ROWS: tl.cons
     tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), cols < N)
 
 
-def column_blocks(C: int) -> tuple[Tile, int]:
-    """(tile, blocks of columns that rows are cut into)."""
-    if C <= BACKWARD_WIDTH:
-        return backward_tile(C), 1
-    return backward_tile(WIDE_BACKWARD_COLS), cdiv(C, WIDE_BACKWARD_COLS)
-
-
 def backward(
     dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     has_bias: bool, rms: bool, drop: Drop | None,
@@ -219,7 +212,7 @@ def backward(
     (wide_weight,) = interpretable(weight.contiguous())
     B, T, C = rows.shape
     M = B * T
-    (ROWS, COLS, CHUNKS, warps), blocks = column_blocks(C)
+    (ROWS, COLS, CHUNKS, warps), blocks = column_blocks(C, drop is not None)
     tiles = cdiv(M, ROWS)
     row_programs = max(1, min(PROGRAMS // blocks, tiles))
     dresidual = torch.empty(x.shape, dtype=rows.dtype, device=x.device)

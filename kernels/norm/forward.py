@@ -187,7 +187,7 @@ def forward(
     if C > FORWARD_WIDTH:
         launch(wide_norm_forward_kernel, M, x.device, *arguments, C, WIDE_FORWARD_COLS, *flags, warps=16)
     else:
-        ROWS, COLS, CHUNKS, warps = forward_tile(C)
+        ROWS, COLS, CHUNKS, warps = forward_tile(C, drop is not None)
         launch(norm_forward_kernel, cdiv(M, ROWS), x.device, *arguments, C, ROWS, COLS, CHUNKS, *flags, warps=warps)
     dtype = x.dtype if residual is None else residual.dtype
     return y.to(dtype), stream.to(dtype), mean, rstd

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels.dispatch import padded
+from kernels.dispatch import cdiv, padded
 
 LEAST_COLS = 128
 # Wider rows are not held in registers but read twice.
-FORWARD_WIDTH, BACKWARD_WIDTH = 16384, 8192
+FORWARD_WIDTH, BACKWARD_WIDTH, DROPOUT_BACKWARD_WIDTH = 16384, 8192, 6144
 WIDE_FORWARD_COLS, WIDE_BACKWARD_COLS = 8192, 4096
 
 
@@ -34,21 +34,31 @@ def chunks_of(C: int) -> tuple[int, int]:
     return (quarter, 3) if quarter >= LEAST_COLS and 3 * quarter >= C else (whole, 1)
 
 
-def forward_tile(C: int) -> Tile:
-    """For rows of at most FORWARD_WIDTH: 16 to 48 elements a thread."""
+def forward_tile(C: int, dropout: bool) -> Tile:
+    """For rows of at most FORWARD_WIDTH: 16 to 48 elements a thread, half of that where random words come on top."""
     cols, chunks = chunks_of(C)
-    return Tile(rows_to_tile(C), cols, chunks, min(16, max(4, padded(cols * chunks // 1024 + 1) // 2)))
+    warps = min(16, max(4, padded(cols * chunks // 1024 + 1) // 2))
+    return Tile(rows_to_tile(C), cols, chunks, min(16, warps * 2) if dropout else warps)
 
 
-def backward_tile(C: int) -> Tile:
+def backward_tile(C: int, dropout: bool) -> Tile:
     """For rows of at most BACKWARD_WIDTH, or a block of a wider one: 8 to 24 elements a thread, each held five times
-    (normalised x, its gradient, the weight and two sums). Of 8 warps, 8 at once: a mask's random words are held too.
+    (normalised x, its gradient, the weight and two sums); half of the rows where random words come on top.
     """
     cols, chunks = chunks_of(C)
     rows, warps = rows_to_tile(C), 16 if cols > 4096 else 8
+    rows = max(1, rows // 2) if dropout else rows
     while warps == 8 and rows * cols > 2048:
         cols, chunks = cols // 2, chunks * 2
     return Tile(rows, cols, chunks, warps)
+
+
+def column_blocks(C: int, dropout: bool) -> tuple[Tile, int]:
+    """(tile of the backward, blocks of columns that rows are cut into)."""
+    widest = DROPOUT_BACKWARD_WIDTH if dropout else BACKWARD_WIDTH
+    if widest >= C:
+        return backward_tile(C, dropout), 1
+    return backward_tile(WIDE_BACKWARD_COLS, dropout), cdiv(C, WIDE_BACKWARD_COLS)
 
 
 def rows_to_tile(C: int) -> int:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import philox, reference
 from kernels.dispatch import KernelError
-from kernels.norm import add_layer_norm, add_rms_norm, backward, forward, layer_norm, rms_norm
+from kernels.norm import add_layer_norm, add_rms_norm, backward, forward, layer_norm, rms_norm, tiles
 from kernels.norm.op import norm_op
 from kernels.norm.tiles import backward_tile, chunks_of, forward_tile
 from kernels.philox import DropoutKey
@@ -109,10 +109,11 @@ def test_added_against_float64(shape: tuple[int, ...], dropped: bool, op: str, i
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more than 64 columns count as wide: they are read twice, in the backward by blocks."""
-    for module, names in ((forward, ("FORWARD_WIDTH",)), (backward, ("BACKWARD_WIDTH",))):
-        for name in (*names, "WIDE_FORWARD_COLS"):
-            monkeypatch.setattr(module, name, 64)
-    monkeypatch.setattr(backward, "WIDE_BACKWARD_COLS", 64)
+    for module, name in (
+        (forward, "FORWARD_WIDTH"), (forward, "WIDE_FORWARD_COLS"), (backward, "WIDE_FORWARD_COLS"),
+        (tiles, "BACKWARD_WIDTH"), (tiles, "DROPOUT_BACKWARD_WIDTH"), (tiles, "WIDE_BACKWARD_COLS"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, 64)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -151,8 +152,9 @@ def test_many_rows_in_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiles_cover_rows_with_little_padding(C: int) -> None:
     cols, chunks = chunks_of(C)
     assert C <= cols * chunks <= max(16, 1.5 * C if C > 256 else 2 * C)
-    for tile in (forward_tile(C), backward_tile(C)):
-        assert C <= tile.cols * tile.chunks == cols * chunks
+    for dropout in (False, True):
+        for tile in (forward_tile(C, dropout), backward_tile(C, dropout)):
+            assert C <= tile.cols * tile.chunks == cols * chunks
 
 
 @pytest.mark.parametrize("C", [768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288])
