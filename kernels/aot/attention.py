@@ -82,7 +82,7 @@ def cases(arch: int) -> Iterator[Case]:
         for kind in KERNELS:
             for described in {tile_width(D) == D, False}:
                 tile = tile_for(
-                    kind, D, ITEMSIZE[dtype], arch // 10, crowded=any(switched[:3]), small=small, described=described
+                    kind, D, ITEMSIZE[dtype], arch // 10, crowded=any(switched[:2]), small=small, described=described
                 )
                 if tile.tma == described:
                     yield attention_case(kind, dtype, D, tile, form)

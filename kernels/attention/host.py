@@ -104,9 +104,8 @@ def sources(tile: Tile, *inputs: tuple[Tensor, int]) -> tuple[list[Tensor | Tens
 def document_bounds_kernel(
     cu_seqlens_ptr, starts_ptr, ends_ptr, documents, steps, T, tokens, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """starts, ends int32 [B, T]: where each token's document begins and ends (its last token) in the token's row.
-
-    A binary search of cu_seqlens [documents + 1] in `steps` steps.
+    """starts, ends int32 [B, T]: the first and the last token of each token's document, counted from where the token's
+    row begins; outside of the row if the document goes on there. A binary search of cu_seqlens [documents + 1].
     """
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros((BLOCK,), tl.int32)
@@ -117,14 +116,12 @@ def document_bounds_kernel(
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle)
     row = token // T * T
-    first = tl.load(cu_seqlens_ptr + low) - row
-    last = tl.load(cu_seqlens_ptr + low + 1) - row - 1
-    tl.store(starts_ptr + token, tl.maximum(first, 0), token < tokens)
-    tl.store(ends_ptr + token, tl.minimum(last, T - 1), token < tokens)
+    tl.store(starts_ptr + token, tl.load(cu_seqlens_ptr + low) - row, token < tokens)
+    tl.store(ends_ptr + token, tl.load(cu_seqlens_ptr + low + 1) - row - 1, token < tokens)
 
 
 def document_bounds(cu_seqlens: Tensor | None, B: int, T: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """(starts, ends) int32 [B, T]: the first and last token of each token's document, as numbers in its row."""
+    """(starts, ends) int32 [B, T] as document_bounds_kernel gives them."""
     if cu_seqlens is None:
         return None, None
     cu_seqlens = cu_seqlens.contiguous()

@@ -51,10 +51,10 @@ class Tables:
     """The tiles of one architecture, chosen from the compiler's report (`python -m kernels.aot`): no spills, and shared
     memory within the architecture's.
 
-    plain: causal attention. crowded: with dropout, softcap, a window or documents, which take registers. pointers: any
-    of these, for tensors that no TMA descriptor stands for (padded heads among them), whose addresses take registers.
-    small: any of these, for short sequences, which want many tiles, and block-sparse patterns, which want them inside
-    their blocks: at most 64 by 64. l2: bytes of the least GPU's cache, for the order of the programs.
+    plain: causal attention, also with a window or documents. crowded: with dropout or softcap, which take registers.
+    pointers: any of these, for tensors that no TMA descriptor stands for (padded heads among them), whose addresses
+    take registers. small: any of these, for short sequences, which want many tiles, and block-sparse patterns, which
+    want them inside their blocks: at most 64 by 64. l2: bytes of the least GPU's cache, for the order of the programs.
     """
 
     plain: Table
@@ -99,31 +99,31 @@ HOPPER = Tables(
 BLACKWELL = Tables(
     plain=table(
         True,
-        forward="64x64x8x2 64x64x8x2 128x64x4x3 128x128x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 64x128x8x2 64x64x8x2 32x32x8x1",
-        dq="64x64x8x2 64x64x8x2 128x64x8x2 128x64x8x2 32x32x8x1",
-        fused="32x64x8x1 32x64x8x1 64x64x8x2 64x128x8x2 16x32x8x1",
+        forward="128x64x4x3 128x64x4x3 128x64x4x3 128x128x8x2 128x64x8x2",
+        dkdv="64x128x8x2 64x128x8x2 64x128x8x2 64x64x8x2 32x32x8x1",
+        dq="128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2",
+        fused="64x64x8x2 64x64x8x2 64x64x8x2 32x64x8x2 32x32x8x1",
     ),
     crowded=table(
         True,
-        forward="64x64x8x2 64x64x8x2 128x64x4x3 128x64x8x3 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 64x64x8x2 32x64x8x2 32x32x8x1",
-        dq="64x64x8x2 64x64x8x2 128x64x8x2 128x64x8x2 32x32x8x1",
-        fused="32x64x8x1 32x64x8x1 32x64x8x2 64x128x8x2 16x32x8x1",
+        forward="128x64x4x3 128x64x4x3 128x64x4x3 128x64x8x3 64x64x8x2",
+        dkdv="64x64x8x2 64x64x8x2 64x64x8x2 32x64x8x2 32x32x8x1",
+        dq="128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x32x8x1",
+        fused="64x64x8x2 64x64x8x2 32x64x8x2 64x128x8x2 32x32x8x1",
     ),
     pointers=table(
         False,
-        forward="64x64x8x2 64x64x8x2 128x64x8x3 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 64x64x8x2 32x64x8x1 32x32x8x1",
-        dq="64x64x8x2 64x64x8x2 128x64x8x2 128x64x8x2 32x32x8x1",
-        fused="32x64x8x1 32x64x8x1 32x64x8x2 32x32x8x1 16x32x8x1",
+        forward="128x64x8x3 128x64x8x3 128x64x8x3 128x64x8x3 64x32x8x2",
+        dkdv="64x64x8x2 64x64x8x2 64x64x8x2 32x64x8x1 32x32x8x1",
+        dq="128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 32x32x8x1",
+        fused="32x64x8x2 32x64x8x2 32x64x8x2 64x128x8x2 32x32x8x1",
     ),
     small=table(
         True,
-        forward="64x64x8x2 64x64x8x2 64x64x4x2 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 64x64x8x2 32x64x8x1 32x32x8x1",
-        dq="64x64x8x2 64x64x8x2 64x64x4x2 64x32x8x2 32x32x8x1",
-        fused="32x64x8x1 32x64x8x1 32x64x8x2 32x32x8x1 16x32x8x1",
+        forward="64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 32x32x8x1",
+        dkdv="32x64x8x1 32x64x8x1 64x64x8x2 32x32x8x1 32x32x8x1",
+        dq="64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 16x32x8x1",
+        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x2 16x16x8x1",
     ),
     l2=100 << 20,
 )
@@ -131,31 +131,25 @@ BLACKWELL = Tables(
 AMPERE = Tables(
     plain=table(
         False,
-        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
-        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
-        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+        forward="128x64x4x3 128x64x4x3 128x64x8x3 128x64x8x2 64x32x8x2",
+        dkdv="64x64x8x2 64x64x8x2 32x64x8x1 64x64x8x1 16x64x8x1",
+        dq="128x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2 64x32x8x1",
+        fused="32x64x8x2 32x64x8x2 32x64x4x2 64x64x8x1 16x32x8x1",
     ),
     crowded=table(
         False,
-        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
-        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
-        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+        forward="128x64x8x3 128x64x8x3 128x64x8x3 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 32x64x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x32x8x2 64x64x8x2 32x32x8x1",
+        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x16x8x1",
     ),
-    pointers=table(
-        False,
-        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
-        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
-        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
-    ),
+    pointers={},  # crowded serves: no TMA
     small=table(
         False,
-        forward="64x64x8x2 64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
-        dq="64x64x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x1",
-        fused="32x64x8x1 32x64x8x1 32x64x8x1 32x32x8x1 16x32x8x1",
+        forward="64x64x4x2 64x64x4x2 64x64x4x2 64x64x8x2 64x32x8x2",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1 32x32x8x1",
+        dq="64x64x8x2 64x64x8x2 64x32x8x2 64x32x8x2 16x32x8x1",
+        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x32x8x1",
     ),
     l2=40 << 20,
 )
@@ -204,10 +198,10 @@ def tile_here(kind: str, q: Tensor, switched: tuple[bool, bool, bool, int, int, 
     """The tile of `kind` for q [B, Tq, H, D] on its device. switched: as kernels/attention/host.py's flags gives it."""
     if INTERPRETED:
         return INTERPRETER
-    *crowded, sparse, _, _ = switched
+    dropout, softcap, _, sparse, _, _ = switched
     return tile_for(
         kind, q.shape[3], q.element_size(), capability(q.device),
-        crowded=any(crowded), small=sparse > 0 or q.shape[1] <= SHORT, described=described,
+        crowded=dropout or softcap, small=sparse > 0 or q.shape[1] <= SHORT, described=described,
     )  # fmt: skip
 
 
