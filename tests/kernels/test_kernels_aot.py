@@ -53,6 +53,18 @@ def test_the_common_kernels_fit(arch: int, names: str, count: int, instruction: 
     assert any(" tma " in line for line in attention) == (arch >= 90)
 
 
+OTHERS = (
+    r"norm .* bf16 C=768( add dropout)?( bias)?$|dropout bf16 C=768|embedding .* bf16 C=768|adamw fp32 gradient bf16$"
+    r"|(gelu|swiglu) .* bf16 (alternating )?1x2048|rope qkv .* bf16 half D=64|cross_entropy fused bf16 V=2048$"
+)
+
+
+def test_the_common_others_fit(tmp_path: Path) -> None:
+    families = {line.split()[1] for line in compile_for(90, OTHERS, tmp_path)}
+    expected = {"layer_norm", "rms_norm", "dropout", "embedding", "adamw", "bias_gelu", "swiglu", "rope"}
+    assert families == expected | {"cross_entropy"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_kernel_fits(arch: int, tmp_path: Path) -> None:
