@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,11 +44,12 @@ def inputs(B: int, Tq: int, Tk: int, H: int, K: int, D: int) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64) for shape in ((B, Tq, H, D), (B, Tk, K, D), (B, Tk, K, D))]
 
 
-class Pattern:
+class Pattern(NamedTuple):
     """Smaller blocks than the kernels take, so that loops stay short."""
 
-    def __init__(self, block: int, local: int, stride: int) -> None:
-        self.block, self.local, self.stride = block, local, stride
+    block: int
+    local: int
+    stride: int
 
 
 # name: (lengths, options of the reference)
