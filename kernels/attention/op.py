@@ -38,13 +38,13 @@ def limits(head_width: int, dropout: float) -> tuple[str | None, str | None]:
     return no_triton, no_torch
 
 
-def stock(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def stock(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """PyTorch's scaled_dot_product_attention, which takes [B, H, T, D]."""
     B, Tq, Tk = q.shape[0], q.shape[1], k.shape[1]
-    causal = Tq == Tk and window is None and cu_seqlens is None
-    mask = None if causal else visible(B, Tq, Tk, window, None, cu_seqlens, q.device)[:, None]
+    bounded = window is not None or cu_seqlens is not None
+    causal = 1 < Tq == Tk and not bounded
+    unmasked = causal or (Tq == 1 and not bounded)  # one query sees every key; a mask would cost the fastest backends
+    mask = None if unmasked else visible(B, Tq, Tk, window, None, cu_seqlens, q.device)[:, None]
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2],
