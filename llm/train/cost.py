@@ -162,8 +162,13 @@ def state_memory(config: RunConfig, mesh: Mesh, device: torch.device) -> State:
 
 
 def _settled(memory: LiveStorages) -> int:
-    gc.collect()
-    return memory.live()
+    """Bytes that live once nothing more is freed: a backward pass's threads may let go of its last tensors after it."""
+    before, now = -1, memory.live()
+    while before != now:
+        gc.collect()
+        time.sleep(0.02)
+        before, now = now, memory.live()
+    return now
 
 
 def state_theory(config: RunConfig, world_size: int) -> State:
