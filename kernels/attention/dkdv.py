@@ -60,7 +60,6 @@ def walk_queries(
         do = load_tile(do_head, row, Tq, D, BLOCK_M, WIDTH, CHECK, TMA)
         # Rows past the end get P = 2^(0 - inf) = 0.
         lse = tl.load(lse_ptr + rows, within, float("inf"))
-        delta = tl.load(delta_ptr + rows, within, 0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
         slope = 1.0
         if SOFTCAP:
@@ -82,6 +81,7 @@ def walk_queries(
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+        delta = tl.load(delta_ptr + rows, within, 0.0)
         ds = (p * (dp - delta[None, :]) * slope).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         if FUSED:
