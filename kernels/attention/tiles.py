@@ -84,7 +84,7 @@ HOPPER = Tables(
         forward="128x64x4x3 128x64x8x3 128x64x8x3 128x64x8x3 64x32x8x2",
         dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
         dq="128x64x8x2 128x64x8x2 128x64x8x2 128x32x8x2 32x32x8x2",
-        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x16x8x1",
+        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x16x8x2",
     ),
     small=table(
         True,
