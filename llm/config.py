@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llm.config_checks import check_engine, check_finite, check_sequence_parallel, check_tensor_parallel
+from llm.config_checks import check_engine, check_finite, check_phases, check_sequence_parallel, check_tensor_parallel
+from llm.config_data import DataConfig
 from llm.errors import require
 
 
@@ -87,37 +88,6 @@ class ModelConfig:
         if self.d_ff is not None:
             return self.d_ff
         return 4 * self.d_model if self.activation == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the text comes from and how it is cut into samples."""
-
-    source: str = "stdlib"
-    """`stdlib` (the Python standard library's own source) or a .txt, .jsonl, .jsonl.gz, .jsonl.zst file or a folder."""
-    tokenizer: str = "train"
-    """`train` (a byte-level BPE of model.vocab_size is trained on the corpus) or the path of a tokenizer.json."""
-    path: str | None = None
-    """Folder of the token shards; null: data/<name of the source>-<vocab_size>."""
-    seq_len: int = 128
-    """Tokens per sample (T)."""
-    validation_fraction: float = 0.05
-    """Share of the documents, chosen by their hash, that is kept for validation."""
-    validation_samples: int | None = None
-    """Validate on this many samples; null: on all of the validation split."""
-    loader: Literal["native", "numpy"] = "native"
-    """The C++ loader or its NumPy twin; both give the same batches."""
-
-    def __post_init__(self) -> None:
-        require(self.seq_len >= 1, f"data.seq_len is {self.seq_len}; expected at least 1")
-        require(
-            0 < self.validation_fraction < 1,
-            f"data.validation_fraction is {self.validation_fraction}; expected between 0 and 1",
-        )
-        require(
-            self.validation_samples is None or self.validation_samples >= 1,
-            f"data.validation_samples is {self.validation_samples}; expected at least 1, or null for all",
-        )
 
 
 @dataclass(frozen=True)
@@ -310,12 +280,9 @@ class RunConfig:
             f"name is {self.name!r}; expected letters, digits, '_', '.' and '-', not first '_', '.' or '-': it "
             "names the run's folder",
         )
-        require(
-            self.data.seq_len <= self.model.max_seq_len,
-            f"data.seq_len {self.data.seq_len} is above model.max_seq_len {self.model.max_seq_len}",
-        )
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
         check_finite(self)
+        check_phases(self)
         check_engine(self)
         check_tensor_parallel(self)
         check_sequence_parallel(self)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from llm.errors import InputError, require
+from llm.phases import phases
 
 if TYPE_CHECKING:
     from llm.config import RunConfig
@@ -28,7 +29,11 @@ def check_world(config: RunConfig, world_size: int) -> None:
         f"use parallel.tensor_parallel={min(divisors, key=lambda n: abs(n - tp))}",
     )
     dp = world_size // tp
-    batch, micro = train.global_batch_size, train.micro_batch_size
+    for phase in phases(config):
+        _check_batch(phase.global_batch_size, train.micro_batch_size, dp)
+
+
+def _check_batch(batch: int, micro: int, dp: int) -> None:
     if batch % (dp * micro) == 0:
         return
     if batch % dp == 0:
@@ -93,17 +98,27 @@ def check_engine(config: RunConfig) -> None:
     )
 
 
+def check_phases(config: RunConfig) -> None:
+    """Refuse phases that begin within a step, and sequences that the model has no positions for."""
+    for phase in phases(config):
+        require(
+            phase.seq_len <= config.model.max_seq_len,
+            f"data.seq_len {phase.seq_len} is above model.max_seq_len {config.model.max_seq_len}",
+        )
+
+
 def check_sequence_parallel(config: RunConfig) -> None:
     """Refuse sequences that tensor-parallel ranks cannot share evenly."""
-    tp, seq_len = config.parallel.tensor_parallel, config.data.seq_len
+    tp = config.parallel.tensor_parallel
     if not config.parallel.sequence_parallel:
         return
     require(tp > 1, "parallel.sequence_parallel needs parallel.tensor_parallel of 2 or more; found 1")
-    require(
-        seq_len % tp == 0,
-        f"data.seq_len {seq_len} is not a multiple of parallel.tensor_parallel {tp}, which "
-        f"parallel.sequence_parallel needs; use data.seq_len={max(tp, seq_len // tp * tp)}",
-    )
+    for seq_len in (phase.seq_len for phase in phases(config)):
+        require(
+            seq_len % tp == 0,
+            f"data.seq_len {seq_len} is not a multiple of parallel.tensor_parallel {tp}, which "
+            f"parallel.sequence_parallel needs; use data.seq_len={max(tp, seq_len // tp * tp)}",
+        )
 
 
 def check_tensor_parallel(config: RunConfig) -> None:

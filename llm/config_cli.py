@@ -21,6 +21,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from llm.config import RunConfig
+from llm.config_data import PhaseChange
 from llm.errors import InputError, require
 
 # YAML 1.1 reads 4e-3 as text; this is YAML 1.2's form of a number with an exponent.
@@ -101,6 +102,8 @@ def from_dict(mapping: Mapping[str, Any], parser: ArgumentParser | None = None) 
     for key, section in _sections().items():
         _check_types(f"{key}.", section, parsed[key])
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in parsed[key].items()}
+        if key == "data":
+            values["phases"] = tuple(PhaseChange(**change.as_dict()) for change in values["phases"])
         sections[key] = section(**values)
     for key in rest.keys() - sections.keys():
         sections[key] = parsed[key]
@@ -279,6 +282,9 @@ def _explained(error: Exception, mapping: Mapping[str, Any]) -> InputError:
 def _wrong_type(key: str, found: Any) -> InputError:
     owner, _, field = key.rpartition(".")
     hint = get_type_hints(_sections()[owner] if owner else RunConfig)[field]
+    if key == "data.phases":
+        keys = ", ".join(field.name for field in dataclasses.fields(PhaseChange))
+        return InputError(f"{key}: found {found!r}; expected a list of mappings with keys of {keys} (samples always)")
     if get_origin(hint) is Literal:
         choices = [str(choice) for choice in get_args(hint)]
         near = difflib.get_close_matches(str(found), choices, n=1, cutoff=0.0)

@@ -1,0 +1,32 @@
+"""What passes from the loader to training: the micro-batches of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the CPU (pinned when there is a GPU): B samples of T tokens and the one after."""
+
+    tokens: Tensor
+    """[B, T + 1] as in the file: uint8, uint16, int32 or uint32. Inputs are [:, :-1], targets [:, 1:]."""
+    sample_ids: Tensor
+    """[B] int64, the global numbers of the samples."""
+    position_ids: Tensor | None = None
+    """[B, T] int32, counted from 0 in every document; None unless data.document_masks."""
+    cu_seqlens: Tensor | None = None
+    """[documents + 1] int32, where the documents begin in the B * T inputs, from 0 to B * T; None likewise."""
+    counted: Tensor | None = None
+    """[B, T] uint8, 0 where a target is not to be learnt (padding, the token after a packed piece); None: all are."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one data-parallel rank computes in one optimizer step. Valid until the next one is asked for."""
+
+    batches: list[Batch]
+    target_count: int
+    """Targets that count, over all ranks."""
