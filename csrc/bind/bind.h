@@ -1,0 +1,6 @@
+// One function for each area of the Python module llm.data._native.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void bind_corpus(pybind11::module_& module);
