@@ -64,7 +64,7 @@ class BlendTable:
             self._ordinals[places] = np.arange(places.size)
 
     def entries(self, first: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """(source, how many samples of it come before) of the blend's samples first .. first + count - 1, each [count]."""
+        """(source, ordinal among its samples) of the blend's samples first .. first + count - 1, each [count]."""
         period, place = np.divmod(np.arange(first, first + count), PERIOD)
         source = self._sources[place]
         return source, period * self._shares[source] + self._ordinals[place]
