@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "bind/bind.h"
 #include "core/order.h"
 #include "core/prefetcher.h"
 #include "core/token_store.h"
@@ -109,4 +110,5 @@ PYBIND11_MODULE(_native, module) {
            py::arg("stride"), py::arg("rows"), py::arg("depth"), py::arg("threads"))
       .def("next", &PyPrefetcher::next)
       .def("close", &PyPrefetcher::close);
+  bind_packing(module);
 }
