@@ -106,7 +106,7 @@ void bind_loader(py::module_& module) {
              return make_sampler(corpora, schedule, Share{dp_rank, dp_size, micro_batch}, packed,
                                  document_masks, skip_damaged);
            }),
-           py::arg("corpora"), py::arg("schedule"), py::arg("dp_rank"), py::arg("dp_size"),
+           py::kw_only(), py::arg("corpora"), py::arg("schedule"), py::arg("dp_rank"), py::arg("dp_size"),
            py::arg("micro_batch"), py::arg("packed"), py::arg("document_masks"),
            py::arg("skip_damaged"));
   py::class_<PyPrefetcher>(module, "Prefetcher")
