@@ -2,7 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include "core/order.h"
+#include "bind/bind.h"
 #include "core/prefetcher.h"
 #include "core/token_store.h"
 
@@ -43,16 +43,6 @@ py::array read_rows(const TokenStore& store, const Indices& starts, int64_t widt
   void* to = out.mutable_data();
   const py::gil_scoped_release without_gil;
   ingot::gather_rows(store, from, rows, width, to);
-  return out;
-}
-
-py::array_t<int64_t> positions(uint64_t seed, uint64_t n_samples, uint64_t first, int64_t count) {
-  if (count < 0) throw std::invalid_argument("count must not be negative");
-  const ingot::SampleOrder order(seed, n_samples);
-  py::array_t<int64_t> out(static_cast<py::ssize_t>(count));
-  int64_t* to = out.mutable_data();
-  const py::gil_scoped_release without_gil;
-  order.positions(first, count, to);
   return out;
 }
 
@@ -100,8 +90,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("n_tokens"))
       .def("__len__", &TokenStore::size)
       .def("read_rows", &read_rows, py::arg("starts"), py::arg("width"));
-  module.def("positions", &positions, py::arg("seed"), py::arg("n_samples"), py::arg("first"),
-             py::arg("count"));
+  bind_order(module);
   py::class_<PyPrefetcher>(module, "Prefetcher")
       .def(py::init<std::shared_ptr<TokenStore>, int64_t, uint64_t, int64_t, int64_t, int64_t, int,
                     int>(),

@@ -1,0 +1,6 @@
+// The parts of the Python module llm.data._native, one file each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void bind_order(pybind11::module_& module);
