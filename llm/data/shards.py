@@ -22,3 +22,8 @@ class ShardList:
     @property
     def n_tokens(self) -> int:
         return sum(self.tokens)
+
+
+def inspect_files(name: str, pattern: str, *, vocab_size: int, eod_id: int, raw_dtype: str | None = None) -> ShardList:
+    """Interim, until the branch of the formats is merged."""
+    raise NotImplementedError(f"{name}: token files without a manifest")
