@@ -29,6 +29,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "deepspeed==0.19.8",
         "numpy>=2.0",
+        "fsspec>=2024.6",
         "ninja>=1.11",
         "jsonargparse[signatures]>=4.40",
         "pyyaml>=6.0",

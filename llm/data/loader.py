@@ -169,7 +169,7 @@ def _open_store(config: RunConfig, manifest: Manifest, split: str) -> tuple[Toke
     prefix = data_folder(config) / split
     counts, index = manifest.splits[split], read_index(prefix)
     found = (index.dtype, index.tokens, index.documents)
-    expected = (manifest.dtype, counts.tokens, counts.documents)
+    expected = (counts.shards.dtype, counts.tokens, counts.documents)
     require(
         found == expected,
         f"{prefix}.idx holds (dtype, tokens, documents) {found}; the manifest says {expected}",

@@ -101,7 +101,7 @@ def test_native_equals_numpy(make_data: MakeData, data: st.DataObject):
     expected_rows, expected_ids = take(open_loader(config, manifest, **where), 4)
     assert ids == expected_ids
     assert np.array_equal(rows, expected_rows)
-    assert rows[0].dtype == expected_rows[0].dtype == manifest.dtype
+    assert rows[0].dtype == expected_rows[0].dtype == manifest.splits["train"].shards.dtype
 
 
 @pytest.mark.parametrize("kind", ["native", "numpy"])
@@ -223,9 +223,9 @@ def test_unfit_data_is_refused(make_data: MakeData, kind: str):
             dp_rank=0,
             dp_size=1,
         )
-    splits = manifest.splits | {"train": dataclasses.replace(manifest.splits["train"], tokens=1000)}
+    splits = manifest.splits | {"train": dataclasses.replace(manifest.splits["train"], documents=2)}
     lying: Manifest = dataclasses.replace(manifest, splits=splits)
-    refused(config, lying, "1001, 1\\); the manifest says .*1000, 1")
+    refused(config, lying, "1001, 1\\); the manifest says .*1001, 2")
     path = Path(config.data.path or "") / "train.bin"
     path.write_bytes(path.read_bytes()[:-2])
     refused(config, manifest, "has 2000 bytes, its index says 2002")
