@@ -32,7 +32,9 @@ class BackgroundVerifier:
     def check(self) -> None:
         """Raise InputError, naming the file and both hashes, if a file read so far is not as its manifest says."""
         if self._damage is not None:
-            raise InputError(f"{self._damage}: restore it, or run python launch/prepare_data.py again") from self._damage
+            raise InputError(
+                f"{self._damage}: restore it, or run python launch/prepare_data.py again"
+            ) from self._damage
 
     def wait(self) -> None:
         """Return when every file has been read, or one was found damaged."""
