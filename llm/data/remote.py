@@ -190,7 +190,7 @@ def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: 
     if digest.hexdigest() != entry.sha256:
         part.unlink()
         raise InputError(
-            f"{remote.url}/{name}: sha256 {digest.hexdigest()} of what came, its manifest says {entry.sha256}; run again "
-            "to copy it anew; if that does not help, the file is damaged there"
+            f"{remote.url}/{name}: sha256 {digest.hexdigest()} of what came, its manifest says {entry.sha256}; "
+            "run again to copy it anew; if that does not help, the file is damaged there"
         )
     part.rename(path)

@@ -100,7 +100,7 @@ def test_an_interrupted_transfer_goes_on(origin: Path, tmp_path: Path, n: int):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote, "STREAMS", 1)
         Requests(patch, fail_at(n))
-        with pytest.raises(InputError, match="cannot be read: ConnectionResetError.*run again to go on from there"):
+        with pytest.raises(InputError, match=r"cannot be read: ConnectionResetError.*run again to go on from there"):
             fetch(URL, folder)
     assert not (folder / "manifest.json").exists()
     kept = sum(path.stat().st_size for path in folder.iterdir())
