@@ -98,4 +98,5 @@ PYBIND11_MODULE(_native, module) {
            py::arg("stride"), py::arg("rows"), py::arg("depth"), py::arg("threads"))
       .def("next", &PyPrefetcher::next)
       .def("close", &PyPrefetcher::close);
+  bind_packing(module);
 }

@@ -4,3 +4,4 @@
 #include <pybind11/pybind11.h>
 
 void bind_order(pybind11::module_& module);
+void bind_packing(pybind11::module_& module);
