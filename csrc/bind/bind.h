@@ -1,7 +1,8 @@
-// The parts of the Python module llm.data._native, one file each.
+// One function for each area of the Python module llm.data._native.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 void bind_order(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
+void bind_corpus(pybind11::module_& module);

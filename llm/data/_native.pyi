@@ -6,6 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.schedule import SchedulePhase
+class DamagedFile(RuntimeError): ...
+
+class FileCache:
+    opened: int
+    held: int
+    def __init__(self, capacity: int = ...) -> None: ...
+
+class Corpus:
+    def __init__(
+        self, *, format: str, item_size: int, paths: list[str], tokens: list[int], vocab_size: int, cache: FileCache
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray: ...
 
 class TokenStore:
     def __init__(self, path: str, item_size: int, n_tokens: int) -> None: ...
