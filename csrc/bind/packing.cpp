@@ -43,7 +43,8 @@ py::array_t<T> to_array(const std::vector<T>& values) {
 
 py::tuple scan_documents(const py::array& tokens, uint32_t eod, bool eod_first) {
   const py::array rows = py::array::ensure(tokens, py::array::c_style);
-  if (!rows || rows.ndim() != 2 || rows.shape(1) < 2 || rows.dtype().kind() == 'f')
+  if (!rows || rows.ndim() != 2 || rows.shape(1) < 2 ||
+      (rows.dtype().kind() != 'u' && rows.dtype().kind() != 'i'))
     throw std::invalid_argument("expected token ids [B, T + 1], T >= 1");
   const int64_t B = rows.shape(0), T = rows.shape(1) - 1;
   if (B > 0 && T > std::numeric_limits<int32_t>::max() / B)

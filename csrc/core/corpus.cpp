@@ -9,9 +9,9 @@
 #include <utility>
 
 // Wider vectors where the processor has them, chosen at load time; sanitizers cannot run that choice.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define INGOT_VECTOR_CLONES __attribute__((target_clones("default", "avx2")))
+#define INGOT_VECTOR_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
 #else
 #define INGOT_VECTOR_CLONES
 #endif

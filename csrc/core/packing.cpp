@@ -82,6 +82,12 @@ void PackPlan::read_header() {
     fail(path_, "has " + std::to_string(n_bytes_) + " bytes, which cannot be " +
                     std::to_string(header.rows) + " rows of " + std::to_string(header.pieces) +
                     " pieces; it is truncated or damaged");
+  uint64_t slots = 0;
+  if (__builtin_mul_overflow(header.rows, header.seq_len + 1, &slots) ||
+      header.piece_tokens < header.corpus_tokens || header.piece_tokens > slots)
+    fail(path_, std::to_string(header.piece_tokens) + " tokens in " + std::to_string(header.rows) +
+                    " rows cannot be a corpus of " + std::to_string(header.corpus_tokens) +
+                    "; it is damaged");
   rows_ = static_cast<int64_t>(header.rows);
   n_pieces_ = static_cast<int64_t>(header.pieces);
   pieces_ = reinterpret_cast<const Piece*>(map_ + sizeof(Header));

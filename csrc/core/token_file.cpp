@@ -63,7 +63,6 @@ void check_megatron(const std::string& path, int item_size, int64_t n_tokens) {
   if (std::memcmp(magic, kMegatronMagic, sizeof magic) != 0)
     fail(file, "does not begin with MMIDIDX as an index of Megatron does");
   expect<uint64_t>(file, 9, "the version", 1);
-  expect<uint8_t>(file, 17, "the dtype code", item_size == 1 ? 1 : item_size == 2 ? 8 : 4);
   int64_t counts[2], lengths, boundaries, size;
   file.read(18, counts, sizeof counts);
   const int64_t sequences = counts[0];
@@ -77,6 +76,7 @@ void check_megatron(const std::string& path, int item_size, int64_t n_tokens) {
     fail(file, "has " + std::to_string(file.size()) + " bytes, which is not what its " +
                    std::to_string(sequences) + " sequences and " + std::to_string(counts[1]) +
                    " boundaries take");
+  expect<uint8_t>(file, 17, "the dtype code", item_size == 1 ? 1 : item_size == 2 ? 8 : 4);
   const int64_t offsets_at = kMegatronHeader + 4 * sequences, bounds_at = offsets_at + 8 * sequences;
   int32_t last;
   file.read(offsets_at - 4, &last, sizeof last);
@@ -162,10 +162,10 @@ TokenFile::TokenFile(const std::string& path, Format format, int item_size, int6
       n_tokens_(n_tokens),
       header_(format == Format::llmc ? kLlmcHeader : 0),
       n_bytes_(header_ + n_tokens * item_size) {
+  expect_size(file_, header_, item_size, n_tokens);
   if (format == Format::llmc) check_llmc(file_, item_size, n_tokens);
   if (format == Format::megatron) check_megatron(path, item_size, n_tokens);
   if (format == Format::datatrove) check_datatrove(path, n_tokens);
-  expect_size(file_, header_, item_size, n_tokens);
   void* map = mmap(nullptr, static_cast<size_t>(n_bytes_), PROT_READ, MAP_SHARED,
                    file_.descriptor(), 0);
   if (map == MAP_FAILED)

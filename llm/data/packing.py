@@ -17,7 +17,7 @@ import shutil
 import struct
 import tempfile
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,8 +31,8 @@ from llm.errors import InputError, require
 MAGIC = b"INGOTPLN"
 VERSION = 1
 HEADER = struct.Struct("<8sQQQQQQ")
-WINDOW = 1 << 22  # pieces that are packed together
-BLOCK = 1 << 22  # tokens searched for the ends of documents at a time
+WINDOW = 1 << 20  # pieces that are packed together
+BLOCK = 1 << 20  # tokens searched for the ends of documents at a time
 
 
 class Tokens(Protocol):
@@ -42,23 +42,24 @@ class Tokens(Protocol):
     def read(self, start: int, count: int) -> NDArray[np.integer]: ...
 
 
-def documents(corpus: Tokens, eod_id: int, eod_first: bool, seq_len: int, block: int = BLOCK) -> Iterator[NDArray]:
-    """Ranges int64[n, 2] (first token, tokens) of the corpus's documents, in order, by blocks of its tokens.
+def document_ranges(
+    corpus: Tokens, eod_id: int, eod_first: bool, seq_len: int, block: int
+) -> Iterator[NDArray[np.int64]]:
+    """Documents of the corpus in order, as ranges [n, 2] (first token, tokens), for each `block` tokens read.
 
-    Of a document that goes on beyond a block, its whole pieces so far come as a range of their own,
-    and the next range begins with the last token of it: so no range depends on how long a document is.
+    A document that goes on beyond a block is handed over as far as its whole pieces go; what follows
+    of it begins with the last token of those. So memory does not grow with the longest document.
     """
     total, begin = len(corpus), 0
     for start in range(0, total, block):
         stop = min(start + block, total)
-        found = np.flatnonzero(corpus.read(start, stop - start) == eod_id)
-        ends = found + (start if eod_first else start + 1)
+        ends = np.flatnonzero(corpus.read(start, stop - start) == eod_id) + (start if eod_first else start + 1)
         if stop == total:
             ends = np.append(ends[ends < total], total)
-        bounds = np.concatenate(([begin], ends[ends > 0])).astype(np.int64)
+        bounds = np.concatenate(([begin], ends[ends > 0]))
         ranges = np.stack([bounds[:-1], np.diff(bounds)], axis=1)
         begin = int(bounds[-1])
-        # The token before `stop` may be its document's last, so it is left for what follows.
+        # The last token read may be the document's last, which only what follows it can tell.
         pieces = (stop - 2 - begin) // seq_len
         if stop < total and pieces > 0:
             ranges = np.concatenate((ranges, [[begin, pieces * seq_len + 1]]))
@@ -66,18 +67,13 @@ def documents(corpus: Tokens, eod_id: int, eod_first: bool, seq_len: int, block:
         yield ranges
 
 
-def windows(
-    corpus: Tokens, eod_id: int, eod_first: bool, seq_len: int, progress: Callable[[int], None], window: int = WINDOW
-) -> Iterator[NDArray]:
-    """The documents, gathered until they make about `window` pieces; progress(tokens read)."""
-    gathered: list[NDArray] = []
-    pieces = read = 0
-    for ranges in documents(corpus, eod_id, eod_first, seq_len):
-        gathered.append(ranges)
-        tokens = int(ranges[:, 1].sum())
-        pieces += len(ranges) + tokens // seq_len
-        read = min(read + BLOCK, len(corpus))
-        progress(read)
+def windows(ranges: Iterable[NDArray[np.int64]], seq_len: int, window: int) -> Iterator[NDArray[np.int64]]:
+    """The ranges, gathered until they make about `window` pieces."""
+    gathered: list[NDArray[np.int64]] = []
+    pieces = 0
+    for some in ranges:
+        gathered.append(some)
+        pieces += len(some) + int(some[:, 1].sum()) // seq_len
         if pieces >= window:
             yield np.concatenate(gathered)
             gathered, pieces = [], 0
@@ -152,6 +148,11 @@ def read_header(path: Path) -> PlanHeader:
         f"packing plan {path}: has {size} bytes, which cannot be {rows} rows of {pieces} pieces; "
         "it is truncated or damaged: prepare the data again",
     )
+    require(
+        found.corpus_tokens <= found.piece_tokens <= rows * (found.seq_len + 1),
+        f"packing plan {path}: {found.piece_tokens} tokens in {rows} rows cannot be a corpus of {found.corpus_tokens}; "
+        "it is damaged: prepare the data again",
+    )
     return found
 
 
@@ -217,24 +218,31 @@ def write_plan(
     """
     total = len(corpus)
     require(total >= 1, "a corpus without tokens cannot be packed")
+
+    def ranges() -> Iterator[NDArray[np.int64]]:
+        for i, found in enumerate(document_ranges(corpus, eod_id, eod_first, seq_len, BLOCK), 1):
+            yield found
+            progress(f"packing samples of {seq_len} tokens", min(i * BLOCK, total), total)
+
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    rows = pieces = tokens = 0
+    rows = pieces = piece_tokens = 0
     try:
         with temporary.open("wb") as file, tempfile.TemporaryFile(dir=path.parent) as ends:
             file.write(bytes(HEADER.size))
-            report = lambda done: progress(f"packing for seq_len {seq_len}", done, total)  # noqa: E731
-            for window in windows(corpus, eod_id, eod_first, seq_len, report):
+            for window in windows(ranges(), seq_len, WINDOW):
                 packed, row_ends = _native.plan_window(window, seq_len)
                 file.write(packed.astype("<i8", copy=False).data)
                 ends.write((row_ends + pieces).astype("<i8", copy=False).data)
-                rows, pieces, tokens = rows + len(row_ends), pieces + len(packed), tokens + int(packed[:, 1].sum())
+                rows += len(row_ends)
+                pieces += len(packed)
+                piece_tokens += int(packed[:, 1].sum())
             ends.seek(0)
             shutil.copyfileobj(ends, file, BLOCK)
             file.seek(0)
-            file.write(HEADER.pack(MAGIC, VERSION, seq_len, total, rows, pieces, tokens))
+            file.write(HEADER.pack(MAGIC, VERSION, seq_len, total, rows, pieces, piece_tokens))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return PlanHeader(seq_len, total, rows, pieces, tokens)
+    return PlanHeader(seq_len, total, rows, pieces, piece_tokens)
