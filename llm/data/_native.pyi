@@ -65,7 +65,9 @@ class Prefetcher:
         self,
         sampler: Sampler,
         consumed: int,
-        slots: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]],
+        slots: Sequence[
+            tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]
+        ],
         threads: int,
     ) -> None: ...
     def next(self) -> tuple[int, int, int, int, list[int]]: ...

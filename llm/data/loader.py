@@ -148,9 +148,7 @@ def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size:
         for shards in ordered
     ]
     schedule = Schedule(config.seed, curriculum.phases)
-    sampler = NumpySampler(
-        ordered, plans, schedule, curriculum.phases, share, document_masks=masks, skip_damaged=skip
-    )
+    sampler = NumpySampler(ordered, plans, schedule, curriculum.phases, share, document_masks=masks, skip_damaged=skip)
     return NumpyLoader(sampler, curriculum, consumed)
 
 

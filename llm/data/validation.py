@@ -53,5 +53,7 @@ def _batches(
         first = start + dp_rank * rows
         sample_ids = np.minimum(np.arange(first, first + rows), wanted - 1)
         tokens = read_rows(config, shards, sample_ids * seq_len, seq_len + 1)
-        documents = scan_documents(tokens, shards.eod_id, shards.eod_first) if config.data.document_masks else (None,) * 2
+        documents = (
+            scan_documents(tokens, shards.eod_id, shards.eod_first) if config.data.document_masks else (None,) * 2
+        )
         yield to_batch(Rows(tokens, sample_ids, *documents, None)), min(max(wanted - first, 0), rows)

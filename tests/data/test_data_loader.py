@@ -32,7 +32,9 @@ def take(loader, steps: int) -> list[list[dict[str, np.ndarray]]]:
     taken = []
     for _ in range(steps):
         batches = loader.next_step().batches
-        taken.append([{name: value.numpy().copy() for name, value in vars(b).items() if value is not None} for b in batches])
+        taken.append(
+            [{name: value.numpy().copy() for name, value in vars(b).items() if value is not None} for b in batches]
+        )
     loader.close()
     return taken
 
