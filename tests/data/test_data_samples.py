@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import MakeData
-from test_data_loader import KINDS, equal, file_tokens, take, with_batch, with_data
 
 from llm.data.loader import open_loader
 from llm.data.manifest import Manifest, file_entry, plan_name
 from llm.data.packing import write_plan
 from llm.data.shards import DamagedFile, NumpyCorpus
+from test_data_loader import KINDS, equal, file_tokens, take, with_batch, with_data
 
 
 def planned(config, manifest: Manifest) -> Manifest:
