@@ -31,10 +31,8 @@ def take(loader, steps: int) -> list[list[dict[str, np.ndarray]]]:
     """Copies of the micro-batches of the next steps; closes the loader."""
     taken = []
     for _ in range(steps):
-        batches = loader.next_step().batches
-        taken.append(
-            [{name: value.numpy().copy() for name, value in vars(b).items() if value is not None} for b in batches]
-        )
+        fields = [vars(batch).items() for batch in loader.next_step().batches]
+        taken.append([{name: value.numpy().copy() for name, value in f if value is not None} for f in fields])
     loader.close()
     return taken
 

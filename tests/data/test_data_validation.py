@@ -64,5 +64,5 @@ def test_unfit_validation_data_is_refused(make_data: MakeData, kind: str):
     with pytest.raises(InputError, match="rank 1 of 1"):
         validation_batches(config, manifest, dp_rank=1, dp_size=1)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=501))
-    with pytest.raises(InputError, match="model.vocab_size is 501"):
+    with pytest.raises(InputError, match=r"model\.vocab_size is 501"):
         validation_batches(other, manifest, dp_rank=0, dp_size=1)
