@@ -152,12 +152,12 @@ def test_thousands_of_files_are_read_under_a_low_limit(tmp_path: Path):
     expected = content(corpus)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * in_use + 20, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * in_use + 200, hard))
     try:
         native = NativeCorpus(corpus, _native.FileCache())
         for reader in (native, NumpyCorpus(corpus)):
             assert np.array_equal(reader.read(0, 6000), expected)
-        assert native.cache.held == in_use + 10
+        assert native.cache.held == in_use + 100
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
