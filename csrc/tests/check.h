@@ -1,4 +1,4 @@
-// What the tests of csrc/core share: checks that end the program with a line that says which failed.
+// Checks that end the program with a line that says which one failed.
 #pragma once
 
 #include <cstdlib>
