@@ -96,6 +96,7 @@ class PyPrefetcher {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Token store, sample order and prefetching loader in C++ (csrc/).";
+  bind_corpus(module);
   py::class_<TokenStore, std::shared_ptr<TokenStore>>(module, "TokenStore")
       .def(py::init<const std::string&, int, int64_t>(), py::arg("path"), py::arg("item_size"),
            py::arg("n_tokens"))

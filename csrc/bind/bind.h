@@ -3,4 +3,5 @@
 
 #include <pybind11/pybind11.h>
 
+void bind_corpus(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
