@@ -58,7 +58,8 @@ int64_t scan_documents(const void* row, int item_size, int64_t T, uint32_t eod, 
                        int32_t base, int32_t* position_ids, int32_t* starts) {
   check_row(T, base);
   if (item_size != 1 && item_size != 2 && item_size != 4)
-    throw std::invalid_argument("item size is " + std::to_string(item_size) + ", expected 1, 2 or 4");
+    throw std::invalid_argument("item size is " + std::to_string(item_size) +
+                                ", expected 1, 2 or 4");
   // Input t begins a document if input t - 1 ends one, or if it is itself what begins one.
   const unsigned char* tokens =
       static_cast<const unsigned char*>(row) + (eod_first ? item_size : 0);

@@ -49,3 +49,4 @@ std::string write_tokens(const std::string& path, int64_t count, int64_t first =
 void test_corpus(const std::string& folder);
 void test_order();
 void test_loader(const std::string& folder);
+void test_packing(const std::string& folder);

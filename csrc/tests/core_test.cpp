@@ -7,5 +7,6 @@ int main(int argc, char** argv) {
   test_corpus(argv[1]);
   test_order();
   test_loader(argv[1]);
+  test_packing(argv[1]);
   std::cout << "core_test: passed" << std::endl;
 }

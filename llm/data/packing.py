@@ -61,7 +61,7 @@ def document_ranges(
         begin = int(bounds[-1])
         # The last token read may be the document's last, which only what follows it can tell.
         pieces = (stop - 2 - begin) // seq_len
-        if stop < total and pieces > 0:
+        if pieces > 0:
             ranges = np.concatenate((ranges, [[begin, pieces * seq_len + 1]]))
             begin += pieces * seq_len
         yield ranges
@@ -188,8 +188,7 @@ class NumpyPackPlan:
         )
         pieces = np.array(self._pieces[first:last], np.int64)
         starts, tokens = pieces.T
-        room = np.minimum(self.header.seq_len + 1, self.header.corpus_tokens)
-        fits = (tokens >= 1) & (tokens <= room) & (starts >= 0) & (starts <= self.header.corpus_tokens - tokens)
+        fits = (tokens >= 1) & (starts >= 0) & (starts <= self.header.corpus_tokens - tokens)
         require(
             bool(fits.all()) and sum(tokens.tolist()) <= self.header.seq_len + 1,
             f"packing plan {self.path}: row {row} has pieces {pieces.tolist()}, which do not fit a sample of "
