@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 
 native = Pybind11Extension(
     "llm.data._native",
-    [*sorted(glob("csrc/core/*.cpp")), "csrc/bind.cpp"],
-    depends=sorted(glob("csrc/core/*.h")),
+    [*sorted(glob("csrc/core/*.cpp")), *sorted(glob("csrc/bind/*.cpp")), "csrc/bind.cpp"],
+    depends=sorted(glob("csrc/*/*.h")),
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
@@ -29,6 +29,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "deepspeed==0.19.8",
         "numpy>=2.0",
+        "fsspec>=2024.6",
         "ninja>=1.11",
         "jsonargparse[signatures]>=4.40",
         "pyyaml>=6.0",

@@ -36,11 +36,11 @@ class Bar:
 
 def summary(folder: Path, manifest: Manifest) -> str:
     """What was prepared, in a few lines."""
-    lines = [f"{folder}: {manifest.source}, vocabulary {manifest.vocab_size}, {manifest.dtype}"]
+    lines = [f"{folder}: {manifest.source}, vocabulary {manifest.vocab_size}"]
     for name, split in manifest.splits.items():
         lines.append(
-            f"  {name:10}  {split.tokens:,} tokens  {split.documents:,} documents  "
-            f"{split.bytes:,} bytes  {split.bytes / split.tokens:.3f} bytes per token"
+            f"  {name:10}  {split.tokens:,} tokens ({split.shards.dtype})  {split.documents:,} documents"
+            + (f"  {split.bytes:,} bytes  {split.bytes / split.tokens:.3f} bytes per token" if split.bytes else "")
         )
     loss = manifest.bigram_nats_per_token
     if loss is not None:

@@ -48,7 +48,8 @@ def validation_loss(run: Path) -> float | None:
 
 
 def units(loss: float, manifest: Manifest) -> str:
-    return f"{loss:.4f} nats per token, {manifest.bits_per_byte(loss):.4f} bits per byte"
+    bits = manifest.bits_per_byte(loss)
+    return f"{loss:.4f} nats per token" + ("" if bits is None else f", {bits:.4f} bits per byte")
 
 
 def continuation(trained: Trained) -> str:

@@ -1,9 +1,17 @@
 #include "core/order.h"
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 
 namespace ingot {
+
+uint64_t mix64(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
 namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;  // splitmix64's increment, 2^64 / golden ratio
@@ -14,13 +22,30 @@ int half_bits(uint64_t n) {
   return bits < 2 ? 1 : (bits + 1) / 2;
 }
 
-}  // namespace
+// Samples are permuted side by side: one alone spends its time waiting for its own multiplications.
+constexpr size_t kLanes = 8;
+constexpr size_t kBlock = 32;
+constexpr size_t kFew = 2;  // so many are done sooner one after another
 
-uint64_t mix64(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-  return x ^ (x >> 31);
+// One pass of `Lanes` values through the Feistel network.
+template <size_t Lanes>
+void network(uint64_t* value, int half, uint64_t mask, const std::array<uint64_t, kRounds>& keys) {
+  uint64_t left[Lanes], right[Lanes];
+  for (size_t i = 0; i < Lanes; ++i) {
+    left[i] = value[i] >> half;
+    right[i] = value[i] & mask;
+  }
+  for (const uint64_t key : keys) {
+    for (size_t i = 0; i < Lanes; ++i) {
+      const uint64_t next = left[i] ^ (mix64(right[i] ^ key) & mask);
+      left[i] = right[i];
+      right[i] = next;
+    }
+  }
+  for (size_t i = 0; i < Lanes; ++i) value[i] = (left[i] << half) | right[i];
 }
+
+}  // namespace
 
 Permutation::Permutation(uint64_t seed, uint64_t epoch, uint64_t n) : n_(n), half_(1), mask_(1) {
   if (n == 0) throw std::invalid_argument("a sample order needs at least one sample");
@@ -32,17 +57,36 @@ Permutation::Permutation(uint64_t seed, uint64_t epoch, uint64_t n) : n_(n), hal
 }
 
 uint64_t Permutation::operator()(uint64_t i) const {
-  if (i >= n_) throw std::out_of_range("sample number is outside the epoch");
-  do {
-    uint64_t left = i >> half_, right = i & mask_;
-    for (const uint64_t key : keys_) {
-      const uint64_t next = left ^ (mix64(right ^ key) & mask_);
-      left = right;
-      right = next;
+  int64_t place = 0;
+  range(i, 1, &place);
+  return static_cast<uint64_t>(place);
+}
+
+void Permutation::range(uint64_t first, int64_t count, int64_t* out) const {
+  if (first >= n_ || count < 0 || static_cast<uint64_t>(count) > n_ - first)
+    throw std::out_of_range("sample number is outside the epoch");
+  // What still walks, and where in `out` it belongs. Whole lanes are computed, the rest for nothing.
+  std::array<uint64_t, kBlock> value{};
+  std::array<int64_t, kBlock> target{};
+  size_t walking = 0;
+  for (int64_t next = 0;;) {
+    for (; walking < kBlock && next < count; ++walking, ++next) {
+      value[walking] = first + static_cast<uint64_t>(next);
+      target[walking] = next;
     }
-    i = (left << half_) | right;
-  } while (i >= n_);
-  return i;
+    if (walking == 0) return;
+    size_t done = 0;
+    for (; done + kFew < walking; done += kLanes) network<kLanes>(&value[done], half_, mask_, keys_);
+    for (; done < walking; ++done) network<1>(&value[done], half_, mask_, keys_);
+    size_t kept = 0;
+    for (size_t i = 0; i < walking; ++i) {  // without branches, which nothing could predict
+      out[target[i]] = static_cast<int64_t>(value[i]);
+      value[kept] = value[i];
+      target[kept] = target[i];
+      kept += value[i] >= n_ ? 1 : 0;
+    }
+    walking = kept;
+  }
 }
 
 SampleOrder::SampleOrder(uint64_t seed, uint64_t n) : seed_(seed), n_(n) {
@@ -56,9 +100,10 @@ void SampleOrder::positions(uint64_t first, int64_t count, int64_t* out) const {
     throw std::out_of_range("sample numbers must stay below 2^63");
   for (int64_t done = 0; done < count;) {  // one turn per epoch that the range touches
     const uint64_t sample = first + static_cast<uint64_t>(done);
-    const Permutation permute(seed_, sample / n_, n_);
-    for (uint64_t i = sample % n_; i < n_ && done < count; ++i)
-      out[done++] = static_cast<int64_t>(permute(i));
+    const uint64_t i = sample % n_;
+    const int64_t n = std::min(static_cast<int64_t>(n_ - i), count - done);
+    Permutation(seed_, sample / n_, n_).range(i, n, out + done);
+    done += n;
   }
 }
 

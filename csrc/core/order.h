@@ -19,6 +19,8 @@ class Permutation {
  public:
   Permutation(uint64_t seed, uint64_t epoch, uint64_t n);  // n >= 1, else std::invalid_argument
   uint64_t operator()(uint64_t i) const;                   // i < n, else std::out_of_range
+  // Writes the places of first, first + 1, ... to out[0..count); all below n, else out_of_range.
+  void range(uint64_t first, int64_t count, int64_t* out) const;
 
  private:
   uint64_t n_;
@@ -27,11 +29,11 @@ class Permutation {
   std::array<uint64_t, kRounds> keys_;
 };
 
-// Global sample number -> position: epoch i / n, permuted place of i % n.
+// Ordinal of a sample in its corpus -> position: epoch i / n, permuted place of i % n.
 class SampleOrder {
  public:
-  SampleOrder(uint64_t seed, uint64_t n);
-  // Writes positions of samples first, first + 1, ... to out[0..count).
+  SampleOrder(uint64_t seed, uint64_t n);  // 1 <= n <= 2^62, else std::invalid_argument
+  // Writes positions of samples first, first + 1, ... to out[0..count). std::out_of_range from 2^63.
   void positions(uint64_t first, int64_t count, int64_t* out) const;
 
  private:

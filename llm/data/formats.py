@@ -1,6 +1,6 @@
 """Megatron's token files: `<name>.bin` holds the ids, `<name>.idx` where each document lies.
 
-The .idx file, little-endian: magic (9 bytes), version u64 = 1, dtype code u8 (8: uint16, 4: int32),
+The .idx file, little-endian: magic (9 bytes), version u64 = 1, dtype code u8 (1: uint8, 8: uint16, 4: int32),
 sequence count S u64, document boundary count u64 = documents + 1, then the sequence lengths
 int32[S] in tokens, their byte offsets int64[S] in the .bin file, and the document boundaries int64
 in sequences. Here one sequence is one document, ended by the end-of-document token.
@@ -17,12 +17,18 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.errors import InputError, require
+from llm.data.format_headers import (
+    CODES,
+    HEADER,
+    MAGIC,
+    VERSION,
+    DamagedFile,
+    check_header,
+    describe_megatron,
+    index_path,
+)
+from llm.errors import InputError
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-CODES = {"uint16": 8, "int32": 4}  # Megatron's dtype codes
 CHUNK = 1 << 18  # entries of an index handled at a time, so that memory does not grow with it
 
 
@@ -105,73 +111,66 @@ class TokenIndex:
     dtype: str
     lengths: NDArray[np.int32]
     """Tokens of each sequence [S]."""
+    offsets: NDArray[np.int64]
+    """The byte of the .bin file at which each sequence begins [S]."""
+    bounds: NDArray[np.int64]
+    """Sequences before each document, and all of them [documents + 1]."""
     tokens: int
-    documents: int
+
+    @property
+    def documents(self) -> int:
+        return self.bounds.size - 1
 
 
 def read_index(prefix: Path) -> TokenIndex:
-    """Open and check `<prefix>.idx`, and the size of `<prefix>.bin` against it.
+    """Open and check the whole of `<prefix>.idx`, and the size of `<prefix>.bin` against it.
 
-    Raises InputError when a file is unreadable, truncated, of another format or inconsistent.
+    Raises DamagedFile when a file is unreadable, truncated, of another format or inconsistent.
     """
-    path = prefix.with_name(prefix.name + ".idx")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = file.read(HEADER.size)
-        bin_size = prefix.with_name(prefix.name + ".bin").stat().st_size
-    except OSError as error:
-        raise InputError(f"token files {prefix}.bin and .idx cannot be read: {error}") from error
-    require(len(header) == HEADER.size, f"{path}: has {size} bytes, less than a header; it is truncated")
-    magic, version, code, sequences, boundaries = HEADER.unpack(header)
-    require(magic == MAGIC, f"{path}: begins with {magic!r}; expected Megatron's {MAGIC!r}")
-    require(version == VERSION, f"{path}: version {version}; expected {VERSION}")
-    dtype = next((name for name, known in CODES.items() if known == code), None)
-    if dtype is None:
-        raise InputError(f"{path}: dtype code {code}; expected 8 (uint16) or 4 (int32)")
-    expected = HEADER.size + 12 * sequences + 8 * boundaries
-    require(
-        size == expected,
-        f"{path}: has {size} bytes, its header says {expected}; it is truncated or damaged",
-    )
-    require(sequences >= 1 and boundaries >= 2, f"{path}: holds no document")
+    name = f"{prefix}.bin"
+    path = index_path(name, "megatron")
+    assert path is not None
+    header = describe_megatron(name)
+    check_header(name, "megatron", header.dtype, header.tokens)
+    sequences, boundaries = (int(n) for n in np.memmap(path, "<i8", "r", 18, (2,)))
     lengths = np.memmap(path, "<i4", "r", HEADER.size, (sequences,))
     offsets = np.memmap(path, "<i8", "r", HEADER.size + 4 * sequences, (sequences,))
     bounds = np.memmap(path, "<i8", "r", HEADER.size + 12 * sequences, (boundaries,))
-    tokens = _check_sequences(path, lengths, offsets, np.dtype(dtype).itemsize)
-    _check_bounds(path, bounds, sequences)
-    expected = tokens * np.dtype(dtype).itemsize
-    require(
-        bin_size == expected,
-        f"{prefix}.bin: has {bin_size} bytes, its index says {expected}; it is damaged",
-    )
-    return TokenIndex(dtype, lengths, tokens, boundaries - 1)
+    _check_sequences(path, lengths, offsets, np.dtype(header.dtype).itemsize)
+    check_rising(path, bounds, HEADER.size + 12 * sequences)
+    return TokenIndex(header.dtype, lengths, offsets, bounds, header.tokens)
 
 
-def _check_sequences(path: Path, lengths: NDArray, offsets: NDArray, item_size: int) -> int:
-    """The sum of the lengths, after checking that sequences follow one another without gaps."""
+def _check_sequences(path: str, lengths: NDArray, offsets: NDArray, item_size: int) -> None:
+    """Sequences must follow one another without a gap or an overlap."""
     tokens = 0
     for start in range(0, lengths.size, CHUNK):
         part = lengths[start : start + CHUNK].astype(np.int64)
-        require(int(part.min()) >= 1, f"{path}: a sequence near number {start} has no tokens")
+        if (empty := np.flatnonzero(part < 1)).size:
+            at = start + int(empty[0])
+            raise DamagedFile(f"{path}: sequence {at}, at byte {HEADER.size + 4 * at}, has {part[empty[0]]} tokens")
         ends = tokens + part.cumsum()
+        expected = (ends - part) * item_size
         found = offsets[start : start + CHUNK]
-        require(
-            bool(np.array_equal(found, (ends - part) * item_size)),
-            f"{path}: the offsets from sequence {start} on do not fit the lengths; it is damaged",
-        )
+        if (wrong := np.flatnonzero(found != expected)).size:
+            at = start + int(wrong[0])
+            raise DamagedFile(
+                f"{path}: the offset of sequence {at}, at byte {HEADER.size + 4 * lengths.size + 8 * at}, is "
+                f"{found[wrong[0]]}, expected {expected[wrong[0]]}: the sequences overlap or leave gaps"
+            )
         tokens = int(ends[-1])
-    return tokens
 
 
-def _check_bounds(path: Path, bounds: NDArray, sequences: int) -> None:
-    rising = all(
-        bool((np.diff(bounds[start : start + CHUNK + 1]) >= 0).all()) for start in range(0, bounds.size, CHUNK)
-    )
-    require(
-        bounds[0] == 0 and bounds[-1] == sequences and rising,
-        f"{path}: the document boundaries do not rise from 0 to {sequences}; it is damaged",
-    )
+def check_rising(path: str, numbers: NDArray, offset: int) -> None:
+    """Numbers of an index file, from byte `offset` on, must not fall; DamagedFile names the byte where they do."""
+    for start in range(0, numbers.size, CHUNK):
+        part = numbers[start : start + CHUNK + 1]
+        if (falling := np.flatnonzero(part[1:] < part[:-1])).size:
+            at = start + int(falling[0]) + 1
+            raise DamagedFile(
+                f"{path}: the document boundary at byte {offset + 8 * at} is {numbers[at]}, "
+                f"expected at least {numbers[at - 1]}, the one before it"
+            )
 
 
 class NumpyTokenStore:

@@ -30,6 +30,11 @@ def _mix_integer(x: int) -> int:
     return int(mix64(np.array([x & MASK64], dtype=np.uint64))[0])
 
 
+def corpus_seed(seed: int, corpus: int) -> int:
+    """The seed of the order of corpus number `corpus`; that of corpus 0 is the run's own."""
+    return seed ^ _mix_integer(corpus)
+
+
 def _round_keys(seed: int, epoch: int) -> list[np.uint64]:
     state = _mix_integer(_mix_integer(seed + GOLDEN) + epoch * GOLDEN)
     return [np.uint64(_mix_integer(state + (i + 1) * GOLDEN)) for i in range(ROUNDS)]
@@ -53,7 +58,7 @@ def permute(indices: NDArray[np.integer], seed: int, epoch: int, n: int) -> NDAr
 
 @dataclass(frozen=True)
 class Order:
-    """Global sample number -> position in the token file, in samples."""
+    """Number of a sample in its corpus's order -> position in the corpus, in samples."""
 
     seed: int
     n_samples: int
@@ -66,7 +71,7 @@ class Order:
         )
 
     def positions(self, first: int, count: int) -> NDArray[np.int64]:
-        """Positions [count] of the global samples first .. first + count - 1.
+        """Positions [count] of the samples first .. first + count - 1.
 
         Sample i belongs to epoch i // N and sits at the permuted place of i % N.
         """

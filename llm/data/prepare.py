@@ -16,9 +16,9 @@ from llm.config import RunConfig
 from llm.data import manifest as manifests
 from llm.data.bigram import bigram_loss
 from llm.data.corpus import describe_source, read_corpus
-from llm.data.folder import data_folder
+from llm.data.folder import data_folder, is_registered, is_url, load_manifest
 from llm.data.formats import NumpyTokenStore, TokenWriter, token_dtype
-from llm.data.manifest import SPLITS, Manifest, Split
+from llm.data.manifest import SPLITS, Manifest, Shards, Split
 from llm.data.tokenizer import Tokenizer
 from llm.errors import require
 
@@ -74,10 +74,13 @@ def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: N
     """Tokenise the corpus into data_folder(config), whole or not at all; return its manifest.
 
     Does nothing but check the files' hashes when the folder holds the same corpus prepared the same
-    way. Raises InputError on a corpus or tokenizer that cannot be used, and on a folder that holds
-    anything else: it is never overwritten.
+    way, and nothing at all when it is a copy of a remote corpus or holds files that were registered: there is
+    no text to compare with. Raises InputError on a corpus or tokenizer that cannot be used, and on a folder that
+    holds anything else: it is never overwritten.
     """
     folder = data_folder(config)
+    if is_url(config.data.path or "") or is_registered(folder):
+        return load_manifest(config)
     tokenizer = _given_tokenizer(config)
     scan = _scan(config, progress)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -150,7 +153,11 @@ def _write(config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _
         shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
     dtype = token_dtype(tokenizer.vocab_size)
     tokens = _tokenise(config, folder, tokenizer, scan, progress)
-    names = ["tokenizer.json", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))]
+    shards = {}
+    for name in SPLITS:
+        entry = manifests.file_entry(folder / f"{name}.bin")
+        shards[name] = Shards("megatron", dtype, (f"{name}.bin",), (tokens[name],), (entry.bytes,), (entry.sha256,))
+    names = ["tokenizer.json", *(f"{split}.idx" for split in SPLITS)]
     entries = {name: manifests.file_entry(folder / name) for name in names}
     progress("counting bigrams", scan.total, scan.total)
     bigram = _bigram(config, folder, dtype, tokens)
@@ -163,8 +170,7 @@ def _write(config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _
         tokenizer_sha256=entries["tokenizer.json"].sha256,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
-        dtype=dtype,
-        splits={name: Split(tokens[name], scan.documents[name], scan.bytes[name]) for name in SPLITS},
+        splits={name: Split(tokens[name], scan.documents[name], scan.bytes[name], shards[name]) for name in SPLITS},
         files=entries,
         bigram_nats_per_token=bigram,
         bigram_seq_len=None if bigram is None else config.data.seq_len,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.data.formats import TokenWriter, token_dtype
-from llm.data.manifest import FORMAT, SPLITS, Manifest, Split, file_entry
+from llm.data.manifest import FORMAT, SPLITS, Manifest, Shards, Split, file_entry
 
 MakeData = Callable[..., tuple[RunConfig, Manifest]]
 
@@ -24,19 +25,22 @@ def write_shards(folder: Path, tokens: dict[str, NDArray], vocab_size: int) -> M
     for split in SPLITS:
         with TokenWriter(folder / split, dtype) as writer:
             writer.add(tokens[split])
-    names = ["tokenizer.json", *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx"))]
+    splits = {}
+    for split in SPLITS:
+        size, entry = tokens[split].size, file_entry(folder / f"{split}.bin")
+        shards = Shards("megatron", dtype, (f"{split}.bin",), (size,), (entry.bytes,), (entry.sha256,))
+        splits[split] = Split(size, 1, size, shards)
     manifest = Manifest(
         format=FORMAT,
         source="test",
         source_sha256="0",
         validation_fraction=0.05,
         tokenizer="train",
-        tokenizer_sha256="0",
+        tokenizer_sha256=file_entry(folder / "tokenizer.json").sha256,
         vocab_size=vocab_size,
         eod_id=0,
-        dtype=dtype,
-        splits={split: Split(tokens[split].size, 1, tokens[split].size) for split in SPLITS},
-        files={name: file_entry(folder / name) for name in names},
+        splits=splits,
+        files={name: file_entry(folder / name) for name in ("tokenizer.json", "train.idx", "validation.idx")},
         bigram_nats_per_token=None,
         bigram_seq_len=None,
     )
@@ -46,7 +50,7 @@ def write_shards(folder: Path, tokens: dict[str, NDArray], vocab_size: int) -> M
 
 @pytest.fixture
 def make_data(tmp_path: Path) -> MakeData:
-    """make_data(train tokens, validation tokens, ...) -> (config, manifest) over random ids."""
+    """make_data(train tokens, validation tokens, ..., further keys of data) -> (config, manifest) over random ids."""
 
     def make(
         n_train: int = 1001,
@@ -59,6 +63,7 @@ def make_data(tmp_path: Path) -> MakeData:
         micro_batch: int = 3,
         loader: str = "numpy",
         validation_samples: int | None = None,
+        **data: Any,
     ) -> tuple[RunConfig, Manifest]:
         rng = np.random.default_rng(n_train)
         tokens = {
@@ -75,6 +80,7 @@ def make_data(tmp_path: Path) -> MakeData:
                 seq_len=seq_len,
                 loader=loader,  # pyright: ignore[reportArgumentType]
                 validation_samples=validation_samples,
+                **data,
             ),
             train=TrainConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
         )

@@ -1,0 +1,204 @@
+#include "core/corpus.h"
+
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+// Wider vectors where the processor has them, chosen at load time; sanitizers cannot run that choice.
+#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define INGOT_VECTOR_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
+#else
+#define INGOT_VECTOR_CLONES
+#endif
+
+namespace ingot {
+namespace {
+
+// Copies and returns the largest id, all in one pass over memory. A negative int32 is a large one.
+template <typename Id>
+__attribute__((always_inline)) inline uint32_t copy_ids(const Id* __restrict from, int64_t count,
+                                                        Id* __restrict to) {
+  Id largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Id id = from[i];
+    to[i] = id;
+    largest = id > largest ? id : largest;
+  }
+  return largest;
+}
+
+INGOT_VECTOR_CLONES uint32_t copy8(const uint8_t* from, int64_t count, uint8_t* to) {
+  return copy_ids(from, count, to);
+}
+INGOT_VECTOR_CLONES uint32_t copy16(const uint16_t* from, int64_t count, uint16_t* to) {
+  return copy_ids(from, count, to);
+}
+INGOT_VECTOR_CLONES uint32_t copy32(const uint32_t* from, int64_t count, uint32_t* to) {
+  return copy_ids(from, count, to);
+}
+
+uint32_t copy_ids(const void* from, int64_t count, void* to, int item_size) {
+  if (item_size == 1)
+    return copy8(static_cast<const uint8_t*>(from), count, static_cast<uint8_t*>(to));
+  if (item_size == 2)
+    return copy16(static_cast<const uint16_t*>(from), count, static_cast<uint16_t*>(to));
+  return copy32(static_cast<const uint32_t*>(from), count, static_cast<uint32_t*>(to));
+}
+
+uint32_t id_at(const void* ids, int64_t i, int item_size) {
+  uint32_t id = 0;
+  std::memcpy(&id, static_cast<const unsigned char*>(ids) + i * item_size,
+              static_cast<size_t>(item_size));
+  return id;
+}
+
+}  // namespace
+
+size_t FileCache::default_capacity() {
+  constexpr rlim_t kLeast = 8, kMost = 16384;
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return kLeast;
+  return static_cast<size_t>(std::clamp(limit.rlim_cur / 2, kLeast, kMost));
+}
+
+FileCache::FileCache(size_t capacity) : capacity_(capacity) {
+  if (capacity < 1) throw std::invalid_argument("a file cache holds at least 1 file");
+}
+
+uint64_t FileCache::reserve(size_t files) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::exchange(reserved_, reserved_ + files);
+}
+
+std::shared_ptr<const TokenFile> FileCache::get(
+    uint64_t number, const std::function<std::shared_ptr<const TokenFile>()>& open) {
+  const auto find = [&]() -> std::shared_ptr<const TokenFile> {
+    const auto place = places_.find(number);
+    if (place == places_.end()) return nullptr;
+    recent_.splice(recent_.begin(), recent_, place->second);
+    return place->second->file;
+  };
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (auto file = find()) return file;
+  }
+  auto file = open();
+  std::list<Entry> closing;  // destroyed, and so unmapped, after the lock was released
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ++opened_;
+  if (auto other = find()) return other;  // another thread was faster
+  recent_.push_front({number, file});
+  places_[number] = recent_.begin();
+  if (recent_.size() > capacity_) {
+    places_.erase(recent_.back().number);
+    closing.splice(closing.begin(), recent_, std::prev(recent_.end()));
+  }
+  return file;
+}
+
+size_t FileCache::opened() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return opened_;
+}
+
+size_t FileCache::held() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return recent_.size();
+}
+
+Corpus::Corpus(CorpusSpec spec, std::shared_ptr<FileCache> cache)
+    : spec_(std::move(spec)), cache_(std::move(cache)) {
+  if (spec_.paths.empty() || spec_.paths.size() != spec_.tokens.size())
+    throw std::invalid_argument("a corpus needs files and the token count of each; found " +
+                                std::to_string(spec_.paths.size()) + " files and " +
+                                std::to_string(spec_.tokens.size()) + " counts");
+  if (spec_.vocab_size < 1 || spec_.vocab_size > int64_t{1} << 31)
+    throw std::invalid_argument("vocab_size " + std::to_string(spec_.vocab_size) +
+                                "; expected 1 to 2^31");
+  ends_.reserve(spec_.tokens.size());
+  int64_t end = 0, bytes = 0;
+  for (size_t i = 0; i < spec_.tokens.size(); ++i) {
+    check_token_file(spec_.paths[i], spec_.format, spec_.item_size, spec_.tokens[i]);
+    if (__builtin_add_overflow(end, spec_.tokens[i], &end) ||
+        __builtin_mul_overflow(end, spec_.item_size, &bytes))
+      throw std::invalid_argument(spec_.paths[i] + ": the corpus is too large");
+    ends_.push_back(end);
+  }
+  first_number_ = cache_->reserve(spec_.paths.size());
+}
+
+size_t Corpus::shard_of(int64_t token) const {
+  return static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), token) - ends_.begin());
+}
+
+std::shared_ptr<const TokenFile> Corpus::open(size_t shard) const {
+  return cache_->get(first_number_ + shard, [this, shard] {
+    return std::make_shared<const TokenFile>(spec_.paths[shard], spec_.format, spec_.item_size,
+                                             spec_.tokens[shard]);
+  });
+}
+
+void Corpus::Reader::take(size_t shard) {
+  auto file = corpus_->open(shard);
+  file->check_not_truncated();
+  file_ = std::move(file);
+  begin_ = shard == 0 ? 0 : corpus_->ends_[shard - 1];
+  end_ = corpus_->ends_[shard];
+  first_ = file_->tokens();
+}
+
+void Corpus::Reader::read(int64_t start, int64_t count, void* out) {
+  // Written so that no sum can overflow.
+  if (start < 0 || count < 0 || start > corpus_->size() || count > corpus_->size() - start)
+    throw std::out_of_range(std::to_string(count) + " tokens from " + std::to_string(start) +
+                            " lie outside the " + std::to_string(corpus_->size()) +
+                            " tokens of the corpus");
+  const int size = corpus_->spec_.item_size;
+  const int64_t vocab = corpus_->spec_.vocab_size;
+  const bool any_id_fits = vocab >= int64_t{1} << 8 * size;
+  auto* to = static_cast<unsigned char*>(out);
+  while (count > 0) {
+    if (start < begin_ || start >= end_) take(corpus_->shard_of(start));
+    const int64_t part = std::min(count, end_ - start);
+    const unsigned char* from = first_ + (start - begin_) * size;
+    if (any_id_fits)
+      std::memcpy(to, from, static_cast<size_t>(part * size));
+    else if (copy_ids(from, part, to, size) >= vocab)
+      report(start, part, to);
+    start += part;
+    count -= part;
+    to += part * size;
+  }
+}
+
+void Corpus::Reader::report(int64_t start, int64_t count, const void* ids) const {
+  const int size = corpus_->spec_.item_size;
+  int64_t i = 0;
+  while (i + 1 < count && id_at(ids, i, size) < corpus_->spec_.vocab_size) ++i;
+  throw DamagedFile(file_->path() + ": the id at byte " +
+                    std::to_string(file_->byte_of(start + i - begin_)) + " is " +
+                    std::to_string(id_at(ids, i, size)) + ", expected ids below " +
+                    std::to_string(corpus_->spec_.vocab_size));
+}
+
+void Corpus::Reader::will_need(int64_t start, int64_t count) noexcept {
+  if (start < 0 || count < 0 || start > corpus_->size() || count > corpus_->size() - start) return;
+  try {
+    while (count > 0) {
+      const size_t shard = corpus_->shard_of(start);
+      const int64_t begin = shard == 0 ? 0 : corpus_->ends_[shard - 1];
+      const int64_t part = std::min(count, corpus_->ends_[shard] - start);
+      corpus_->open(shard)->will_need(start - begin, part);
+      start += part;
+      count -= part;
+    }
+  } catch (...) {  // the read itself will say what is wrong
+  }
+}
+
+}  // namespace ingot

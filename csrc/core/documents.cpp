@@ -1,0 +1,109 @@
+#include "core/documents.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace ingot {
+namespace {
+
+constexpr int64_t kBlock = 64;  // tokens compared at once, a multiple of 8
+
+void check_row(int64_t T, int32_t base) {
+  if (T < 1 || base < 0 || T > std::numeric_limits<int32_t>::max() - base)
+    throw std::invalid_argument("a row of " + std::to_string(T) + " tokens from " +
+                                std::to_string(base) + " on does not fit 32-bit positions");
+}
+
+void number_positions(int64_t from, int64_t to, int32_t* position_ids) {
+  int32_t* out = position_ids + from;
+  const auto count = static_cast<int32_t>(to - from);
+  for (int32_t t = 0; t < count; ++t) out[t] = t;
+}
+
+// Appends base + 1 + (index of each `eod`) to starts; returns their number.
+template <typename Token>
+int64_t find_documents(const unsigned char* bytes, int64_t count, uint32_t eod, int32_t base,
+                       int32_t* starts) {
+  if (eod > std::numeric_limits<Token>::max()) return 0;
+  const auto wanted = static_cast<Token>(eod);
+  int64_t found = 0;
+  for (int64_t from = 0; from < count; from += kBlock) {
+    const unsigned char* at = bytes + static_cast<size_t>(from) * sizeof(Token);
+    Token block[kBlock];
+    if (count - from >= kBlock) {
+      std::memcpy(block, at, sizeof(block));
+    } else {
+      std::fill(block, block + kBlock, static_cast<Token>(wanted ^ 1));
+      std::memcpy(block, at, static_cast<size_t>(count - from) * sizeof(Token));
+    }
+    uint8_t equal[kBlock];  // filled without a branch: the compiler makes vector code of it
+    for (int64_t i = 0; i < kBlock; ++i) equal[i] = block[i] == wanted;
+    uint64_t words[kBlock / 8], any = 0;
+    std::memcpy(words, equal, sizeof(words));
+    for (const uint64_t word : words) any |= word;
+    if (any == 0) continue;
+    for (int64_t i = 0; i < kBlock / 8; ++i)
+      for (uint64_t word = words[i]; word != 0; word &= word - 1)  // byte 0 lowest: little-endian
+        starts[found++] = base + 1 + static_cast<int32_t>(from + i * 8 + __builtin_ctzll(word) / 8);
+  }
+  return found;
+}
+
+}  // namespace
+
+int64_t scan_documents(const void* row, int item_size, int64_t T, uint32_t eod, bool eod_first,
+                       int32_t base, int32_t* position_ids, int32_t* starts) {
+  check_row(T, base);
+  if (item_size != 1 && item_size != 2 && item_size != 4)
+    throw std::invalid_argument("item size is " + std::to_string(item_size) + ", expected 1, 2 or 4");
+  // Input t begins a document if input t - 1 ends one, or if it is itself what begins one.
+  const unsigned char* tokens =
+      static_cast<const unsigned char*>(row) + (eod_first ? item_size : 0);
+  const auto find = item_size == 1   ? find_documents<uint8_t>
+                    : item_size == 2 ? find_documents<uint16_t>
+                                     : find_documents<uint32_t>;
+  starts[0] = base;
+  const int64_t count = 1 + find(tokens, T - 1, eod, base, starts + 1);
+  for (int64_t i = 0; i < count; ++i)
+    number_positions(starts[i] - base, i + 1 < count ? starts[i + 1] - base : T, position_ids);
+  return count;
+}
+
+int64_t lay_out_pieces(const Piece* pieces, int64_t n, int64_t T, int32_t base,
+                       int32_t* position_ids, int32_t* starts, unsigned char* counted) {
+  check_row(T, base);
+  std::memset(counted, 1, static_cast<size_t>(T));
+  int64_t count = 0, slot = 0;
+  const auto begin_document = [&] {
+    if (slot > 0) counted[slot - 1] = 0;
+    if (slot < T) starts[count++] = base + static_cast<int32_t>(slot);
+  };
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t tokens = pieces[i].tokens;
+    if (tokens < 1 || tokens > T + 1 - slot)
+      throw std::invalid_argument("a piece of " + std::to_string(tokens) + " tokens does not fit " +
+                                  std::to_string(T + 1 - slot) + " free slots");
+    begin_document();
+    number_positions(slot, std::min(slot + tokens, T), position_ids);
+    slot += tokens;
+  }
+  if (slot == 0) throw std::invalid_argument("a packed sample without a piece");
+  if (slot <= T) {
+    begin_document();
+    number_positions(slot, T, position_ids);
+    std::memset(counted + slot - 1, 0, static_cast<size_t>(T + 1 - slot));
+  }
+  return count;
+}
+
+void pad_row(void* row, int item_size, int64_t used, int64_t width, uint32_t eod) {
+  auto* bytes = static_cast<unsigned char*>(row);
+  const auto size = static_cast<size_t>(item_size);
+  // Little-endian, as the files: the low bytes of the id are the id of any width.
+  for (int64_t t = used; t < width; ++t) std::memcpy(bytes + static_cast<size_t>(t) * size, &eod, size);
+}
+
+}  // namespace ingot
