@@ -25,22 +25,24 @@ int half_bits(uint64_t n) {
 // Samples are permuted side by side: one alone spends its time waiting for its own multiplications.
 constexpr size_t kLanes = 8;
 constexpr size_t kBlock = 32;
+constexpr size_t kFew = 2;  // so many are done sooner one after another
 
-// One pass of kLanes values through the Feistel network.
+// One pass of `Lanes` values through the Feistel network.
+template <size_t Lanes>
 void network(uint64_t* value, int half, uint64_t mask, const std::array<uint64_t, kRounds>& keys) {
-  uint64_t left[kLanes], right[kLanes];
-  for (size_t i = 0; i < kLanes; ++i) {
+  uint64_t left[Lanes], right[Lanes];
+  for (size_t i = 0; i < Lanes; ++i) {
     left[i] = value[i] >> half;
     right[i] = value[i] & mask;
   }
   for (const uint64_t key : keys) {
-    for (size_t i = 0; i < kLanes; ++i) {
+    for (size_t i = 0; i < Lanes; ++i) {
       const uint64_t next = left[i] ^ (mix64(right[i] ^ key) & mask);
       left[i] = right[i];
       right[i] = next;
     }
   }
-  for (size_t i = 0; i < kLanes; ++i) value[i] = (left[i] << half) | right[i];
+  for (size_t i = 0; i < Lanes; ++i) value[i] = (left[i] << half) | right[i];
 }
 
 }  // namespace
@@ -63,8 +65,9 @@ uint64_t Permutation::operator()(uint64_t i) const {
 void Permutation::range(uint64_t first, int64_t count, int64_t* out) const {
   if (first >= n_ || count < 0 || static_cast<uint64_t>(count) > n_ - first)
     throw std::out_of_range("sample number is outside the epoch");
-  std::array<uint64_t, kBlock> value{};   // that still walk, and what stood in place of those that ended
-  std::array<int64_t, kBlock> target{};  // where each belongs in `out`
+  // What still walks, and where in `out` it belongs. Whole lanes are computed, the rest for nothing.
+  std::array<uint64_t, kBlock> value{};
+  std::array<int64_t, kBlock> target{};
   size_t walking = 0;
   for (int64_t next = 0;;) {
     for (; walking < kBlock && next < count; ++walking, ++next) {
@@ -72,7 +75,9 @@ void Permutation::range(uint64_t first, int64_t count, int64_t* out) const {
       target[walking] = next;
     }
     if (walking == 0) return;
-    for (size_t i = 0; i < walking; i += kLanes) network(&value[i], half_, mask_, keys_);
+    size_t done = 0;
+    for (; done + kFew < walking; done += kLanes) network<kLanes>(&value[done], half_, mask_, keys_);
+    for (; done < walking; ++done) network<1>(&value[done], half_, mask_, keys_);
     size_t kept = 0;
     for (size_t i = 0; i < walking; ++i) {  // without branches, which nothing could predict
       out[target[i]] = static_cast<int64_t>(value[i]);

@@ -17,6 +17,7 @@
 #include "core/order.h"
 #include "core/prefetcher.h"
 #include "core/token_store.h"
+#include "tests/check.h"
 
 using namespace ingot;
 
@@ -24,27 +25,6 @@ namespace {
 
 constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
 constexpr std::chrono::seconds kPatience{60};
-
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      std::cerr << __FILE__ << ":" << __LINE__ << ": " << #condition << std::endl; \
-      std::exit(1);                                                               \
-    }                                                                             \
-  } while (false)
-
-template <typename Error>
-void check_throws(const std::function<void()>& call, const std::string& expected) {
-  try {
-    call();
-  } catch (const Error& error) {
-    if (std::string(error.what()).find(expected) != std::string::npos) return;
-    std::cerr << "found \"" << error.what() << "\", expected \"" << expected << "\"" << std::endl;
-    std::exit(1);
-  }
-  std::cerr << "nothing was thrown, expected \"" << expected << "\"" << std::endl;
-  std::exit(1);
-}
 
 template <typename Token>
 std::string write_tokens(const std::string& path, int64_t count) {
@@ -178,5 +158,6 @@ int main(int argc, char** argv) {
   for (const int depth : {1, 2, 5})
     for (const int threads : {1, 3}) test_prefetcher(store, depth, threads);
   test_prefetcher_ends(folder, store);
+  test_packing(folder);
   std::cout << "core_test: passed" << std::endl;
 }

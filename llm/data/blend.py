@@ -53,8 +53,8 @@ class BlendTable:
     """The twin of `_native.BlendTable`: in each period, source s has shares[s] samples."""
 
     def __init__(self, shares: Sequence[int]):
-        require(min(shares) >= 1, "a share of the blend is 0; expected at least 1")
         require(sum(shares) == PERIOD, f"the shares of the blend sum to {sum(shares)}; expected {PERIOD}")
+        require(min(shares) >= 1, "a share of the blend is 0; expected at least 1")
         self._shares = np.asarray(shares, dtype=np.int64)
         self._sources = _sources_of_period(shares)
         order = np.argsort(self._sources, kind="stable")

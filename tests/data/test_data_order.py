@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data import _native
-from llm.data.order import Order, mix64, permute
+from llm.data.order import Order, corpus_seed, mix64, permute
 from llm.errors import InputError
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 4095, 4096, 4097, 65537]
@@ -24,6 +24,13 @@ def test_mix64_is_splitmix64():
         4593380528125082431,
         16408922859458223821,
     ]
+
+
+def test_the_order_of_a_seed_is_for_ever():
+    """A run that is resumed with a later version must go on in the order it began in."""
+    assert Order(1234, 10).positions(0, 20).tolist() == [5, 8, 3, 7, 4, 9, 2, 0, 1, 6, 1, 3, 4, 5, 0, 9, 8, 6, 7, 2]
+    assert Order(1234, 10**6).positions(999_998, 4).tolist() == [347911, 407100, 665702, 595107]
+    assert Order(2**64 - 1, 2**62).positions(2**62, 2).tolist() == [502648295972854655, 4398783239886934442]
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -55,6 +62,21 @@ def test_a_range_over_epochs_is_the_epochs_joined(n: int):
     assert np.array_equal(_native.positions(5, n, n - 1, n + 2), expected[n - 1 : 2 * n + 1])
 
 
+@pytest.mark.parametrize("n", [1, 3, 33, 70, 257, 4097])
+def test_native_gives_the_same_however_a_range_is_cut(n: int):
+    """The native order permutes samples in blocks, whose edges must not show."""
+    whole = Order(7, n).positions(0, 3 * n)
+    for count in (1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 65, 3 * n):
+        cuts = [_native.positions(7, n, at, min(count, 3 * n - at)) for at in range(0, 3 * n, count)]
+        assert np.array_equal(np.concatenate(cuts), whole), count
+
+
+def test_each_corpus_has_its_own_order():
+    assert corpus_seed(99, 0) == 99
+    seeds = [corpus_seed(99, corpus) for corpus in range(1000)]
+    assert len(set(seeds)) == 1000 and all(0 <= seed < 2**64 for seed in seeds)
+
+
 def test_epochs_and_seeds_differ():
     n = 1000
     orders = [permute(np.arange(n), seed, epoch, n) for seed in (1, 2) for epoch in (0, 1)]
@@ -73,11 +95,6 @@ def test_places_are_uniform_over_seeds(n: int):
     chi2 = ((counts - expected) ** 2 / expected).sum()
     freedom = (n - 1) ** 2
     assert abs(chi2 - freedom) < 5 * np.sqrt(2 * freedom)
-
-
-def test_neighbours_are_spread():
-    places = permute(np.arange(10_000), 9, 0, 10_000)
-    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.05
 
 
 def test_impossible_orders_are_refused():
