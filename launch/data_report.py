@@ -1,4 +1,4 @@
-"""What prepare_data.py prints: a progress bar, what was prepared, and the statistics of corpora."""
+"""What prepare_data.py prints: a progress bar, what a folder holds, and the statistics of corpora."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from llm.data.inspect import Lengths, Statistics
 from llm.data.manifest import Manifest
@@ -58,20 +57,17 @@ def summary(folder: Path, manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def print_statistics(corpora: list[Statistics], console: Console) -> None:
-    """Two tables: all corpora, a row each, and for each its documents by length."""
-    table = Table("corpus", "files", "tokens", "documents", "min", "median", "mean", "p95", "max", "padding", "epochs")
-    for found in corpora:
-        lengths, shards = found.lengths, found.shards
-        padding = ", ".join(f"{share:.2%} at {seq_len}" for seq_len, share in found.padding.items())
-        quantiles = [f"{lengths.quantile(share):,}" for share in (0, 0.5, 0.95, 1)]
-        quantiles.insert(2, f"{lengths.mean:,.1f}")
-        counts = [f"{len(shards.paths):,}", f"{shards.n_tokens:,}", f"{lengths.documents:,}"]
-        table.add_row(shards.name, *counts, *quantiles, padding or "-", f"{found.epochs:.3f}")
-    console.print(table)
-    for found in corpora:
-        console.print(f"documents of {found.shards.name} by their tokens", markup=False)
-        console.print(histogram(found.lengths), markup=False)
+def describe(found: Statistics) -> str:
+    """The statistics of a corpus, in a few lines, and its documents by length."""
+    shards, lengths = found.shards, found.lengths
+    low, median, p95, high = (f"{lengths.quantile(share):,}" for share in (0, 0.5, 0.95, 1))
+    lines = [
+        f"{shards.name}: {shards.n_tokens:,} tokens  {lengths.documents:,} documents  "
+        f"({len(shards.paths):,} x {shards.format} {shards.dtype})  {found.epochs:.3f} epochs in this run",
+        f"  tokens of a document: min {low}  median {median}  mean {lengths.mean:,.1f}  p95 {p95}  max {high}",
+    ]
+    lines += [f"  padding of samples of {seq_len}: {share:.3%}" for seq_len, share in found.padding.items()]
+    return "\n".join([*lines, histogram(lengths)])
 
 
 def histogram(lengths: Lengths) -> str:

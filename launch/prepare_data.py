@@ -16,9 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from rich.console import Console
-
-from launch.data_report import print_statistics, progress_bar, summary
+from launch.data_report import describe, progress_bar, summary
 from llm.config import RunConfig
 from llm.config_cli import parse_config
 from llm.data.check import find_damage
@@ -56,7 +54,7 @@ def run(command: str, options: dict[str, str], config: RunConfig) -> None:
         require(options.get("sample", "").isdecimal(), "show needs --sample=N, the number of a sample from 0 on")
         print(show(config, load_manifest(config), int(options["sample"])))
     else:
-        print_statistics(statistics(config, load_manifest(config)), Console())
+        print("\n\n".join(map(describe, statistics(config, load_manifest(config)))))
 
 
 def main(argv: list[str]) -> int:
