@@ -7,7 +7,6 @@ it and find the work done.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import threading
@@ -21,7 +20,7 @@ from typing import Any
 import fsspec
 
 from llm.config import RunConfig
-from llm.data.folder import copy_folder, is_url
+from llm.data.folder import copy_folder, is_url, lock
 from llm.data.manifest import BLOCK, FILE_NAME, FileEntry, Manifest, check_file_entry, parse_manifest, read_manifest
 from llm.data.schedule import corpus_names
 from llm.errors import InputError, require
@@ -47,8 +46,8 @@ def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total
     """
     remote = _open_remote(url)
     wanted = remote.manifest()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(folder.name + ".lock")):
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
         if (folder / FILE_NAME).exists():
             found = read_manifest(folder)
             require(
@@ -105,14 +104,6 @@ def _open_remote(url: str) -> _Remote:
     return _Remote(url.rstrip("/"), system, root.rstrip("/"))
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds the lock file; the kernel lets go of it when the process ends, however it does."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _without_plans(manifest: Manifest) -> Manifest:
     """The manifest but for packing plans, which prepare_data.py adds to a copy."""
     return replace(
@@ -134,12 +125,12 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 def _copy(remote: _Remote, manifest: Manifest, folder: Path, progress: Progress) -> None:
     files = manifest.all_files()
     total, done = sum(entry.bytes for entry in files.values()), 0
-    lock, given_up = threading.Lock(), threading.Event()
+    counting, given_up = threading.Lock(), threading.Event()
 
     def count(n: int) -> None:
         nonlocal done
         require(not given_up.is_set(), f"copying {remote.url} was given up")
-        with lock:
+        with counting:
             done += n
             progress(f"copying {remote.url}", done, total)
 

@@ -49,6 +49,7 @@ def bucket(origin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFile
 
 def is_whole(folder: Path, origin: Path) -> bool:
     verify_files(folder, read_manifest(folder))
+    (folder / ".lock").unlink(missing_ok=True)
     return {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in origin.iterdir()}
 
 
