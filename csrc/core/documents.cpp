@@ -104,7 +104,8 @@ void pad_row(void* row, int item_size, int64_t used, int64_t width, uint32_t eod
   auto* bytes = static_cast<unsigned char*>(row);
   const auto size = static_cast<size_t>(item_size);
   // Little-endian, as the files: the low bytes of the id are the id of any width.
-  for (int64_t t = used; t < width; ++t) std::memcpy(bytes + static_cast<size_t>(t) * size, &eod, size);
+  for (int64_t t = used; t < width; ++t)
+    std::memcpy(bytes + static_cast<size_t>(t) * size, &eod, size);
 }
 
 }  // namespace ingot
