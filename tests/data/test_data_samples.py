@@ -14,7 +14,7 @@ from conftest import MakeData
 from llm.data.loader import open_loader
 from llm.data.manifest import Manifest, file_entry, plan_name
 from llm.data.packing import write_plan
-from llm.data.shards import DamagedFile, NumpyCorpus
+from llm.data.shards import DamagedFile
 from test_data_loader import KINDS, equal, file_tokens, take, with_batch, with_data
 
 
@@ -23,7 +23,7 @@ def planned(config, manifest: Manifest) -> Manifest:
     folder = Path(config.data.path)
     shards = manifest.shard_list(folder, "train")
     name = plan_name("train", config.data.seq_len)
-    write_plan(NumpyCorpus(shards), shards.eod_id, shards.eod_first, config.data.seq_len, folder / name)
+    write_plan(shards, config.data.seq_len, folder / name)
     manifest = dataclasses.replace(manifest, files=manifest.files | {name: file_entry(folder / name)})
     manifest.save(folder)
     return manifest
