@@ -287,3 +287,23 @@ def test_a_missing_extension_is_explained(make_data: MakeData, monkeypatch: pyte
 
     monkeypatch.setattr(builtins, "__import__", without_native)
     refused(config, manifest, "no extension here.*run make setup")
+
+
+@KINDS
+def test_hashes_are_compared_while_training(make_data: MakeData, kind: str):
+    config, manifest = make_data(loader=kind, verify="background")
+    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    loader._verifier.wait()
+    loader.next_step()
+    assert (loader.consumed, loader.skipped) == (12, 0)
+    assert loader.epochs()[config.data.path] == 0.12
+    loader.close()
+    path = Path(config.data.path) / "train.bin"
+    tokens = np.fromfile(path, "<u2")
+    tokens[5] ^= 1  # still an id of the vocabulary, in a sample that may come much later
+    tokens.tofile(path)
+    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    loader._verifier.wait()
+    with pytest.raises(InputError, match=r"train\.bin: sha256 \w+, the manifest says"):
+        loader.next_step()
+    loader.close()
