@@ -197,6 +197,7 @@ Bytes mutate(Bytes input, const std::vector<Bytes>& pool, std::mt19937_64& rando
     const size_t at = below(input.size());
     const size_t width = std::min(size_t{1} << below(4), input.size() - at);
     const auto here = input.begin() + static_cast<Distance>(at);
+    const auto after = here + static_cast<Distance>(width);
     switch (below(7)) {
       case 0: input[at] ^= static_cast<uint8_t>(1u << below(8)); break;
       case 1: std::memcpy(input.data() + at, &kNumbers[below(std::size(kNumbers))], width); break;
@@ -207,7 +208,7 @@ Bytes mutate(Bytes input, const std::vector<Bytes>& pool, std::mt19937_64& rando
         std::memcpy(input.data() + at, &number, width);
         break;
       }
-      case 3: input.erase(here, below(2) ? input.end() : here + static_cast<Distance>(width)); break;
+      case 3: input.erase(here, below(2) ? input.end() : after); break;
       case 4: input.insert(here, below(40), static_cast<uint8_t>(random())); break;
       case 5: {  // the end of another input
         const Bytes& other = pool[below(pool.size())];
