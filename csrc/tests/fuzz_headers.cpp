@@ -1,6 +1,6 @@
 // A fuzz target over the headers and indexes of token files, run under the sanitizers by
 // tests/data/test_data_fuzz.py. With clang it is a libFuzzer target:
-//   clang++ -fsanitize=fuzzer,address,undefined -Icsrc csrc/core/{token_file,corpus}.cpp <this file>
+//   clang++ -fsanitize=fuzzer,address,undefined -Icsrc csrc/core/{token_file,corpus}.cpp <this>
 // g++ has no libFuzzer: with -DINGOT_FUZZ_DRIVER and -fsanitize-coverage=trace-pc a small driver
 // stands in for it. It mutates seeds and keeps what reached new code.
 // Usage: fuzz_headers <folder of seeds> <seconds> <file for an input that fails>
@@ -23,6 +23,7 @@
 
 using namespace ingot;
 using Bytes = std::vector<uint8_t>;
+using Distance = Bytes::difference_type;
 
 namespace {
 
@@ -82,7 +83,8 @@ struct Case {
 
 void write(const std::string& path, const Bytes& bytes) {
   std::ofstream(path, std::ios::binary)
-      .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+      .write(reinterpret_cast<const char*>(bytes.data()),
+             static_cast<std::streamsize>(bytes.size()));
 }
 
 // What an accepted file must be like, whatever its bytes.
@@ -97,12 +99,13 @@ void check_accepted(const Case& c) {
     MUST(c.in_index<uint64_t>(c.index.size() - 8) == sequences);
   }
   if (c.format == Format::datatrove)
-    MUST(c.in_index<int64_t>(c.index.size() - 8) == c.n_tokens);
+    MUST(c.index.size() % 8 == 0 && c.in_index<int64_t>(c.index.size() - 8) == c.n_tokens);
 }
 
 // Reads the file, twice over as one corpus: each id as it is, or a refusal where one is too large.
 void check_reads(const Case& c, const std::string& path) {
-  const CorpusSpec spec{c.format, c.item_size, {path, path}, {c.n_tokens, c.n_tokens}, c.vocab_size};
+  const CorpusSpec spec{
+      c.format, c.item_size, {path, path}, {c.n_tokens, c.n_tokens}, c.vocab_size};
   const Corpus corpus(spec, std::make_shared<FileCache>(1));
   Corpus::Reader reader(corpus);
   const int64_t starts[] = {0, c.n_tokens - 1, c.n_tokens / 2}, size = corpus.size();
@@ -186,12 +189,15 @@ void save_failure() { write(progress->failure_path, progress->input); }
 // Changes a few bytes in ways that headers are sensitive to.
 Bytes mutate(Bytes input, const std::vector<Bytes>& pool, std::mt19937_64& random) {
   const auto below = [&](size_t n) { return n == 0 ? 0 : static_cast<size_t>(random() % n); };
-  constexpr int64_t kNumbers[] = {0, 1, 2, 3, 8, 255, 1 << 16, -1, -8, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN,
-                                  int64_t{1} << 32, int64_t{1} << 61, INT64_MAX / 12, INT64_MAX / 8};
+  constexpr int64_t kNumbers[] = {0, 1, 2, 3, 8, 255, 1 << 16, -1, -8, INT32_MAX, INT32_MIN,
+                                  INT64_MAX, INT64_MIN, int64_t{1} << 32, int64_t{1} << 61,
+                                  INT64_MAX / 12, INT64_MAX / 8};
   for (size_t change = below(4); change < 4; ++change) {
     if (input.empty()) input.push_back(0);
     const size_t at = below(input.size());
     const size_t width = std::min(size_t{1} << below(4), input.size() - at);
+    const auto here = input.begin() + static_cast<Distance>(at);
+    const auto after = here + static_cast<Distance>(width);
     switch (below(7)) {
       case 0: input[at] ^= static_cast<uint8_t>(1u << below(8)); break;
       case 1: std::memcpy(input.data() + at, &kNumbers[below(std::size(kNumbers))], width); break;
@@ -202,13 +208,13 @@ Bytes mutate(Bytes input, const std::vector<Bytes>& pool, std::mt19937_64& rando
         std::memcpy(input.data() + at, &number, width);
         break;
       }
-      case 3: input.resize(at); break;
-      case 4: input.insert(input.end(), below(40), static_cast<uint8_t>(random())); break;
+      case 3: input.erase(here, below(2) ? input.end() : after); break;
+      case 4: input.insert(here, below(40), static_cast<uint8_t>(random())); break;
       case 5: {  // the end of another input
         const Bytes& other = pool[below(pool.size())];
         const size_t from = std::min(at, other.size());
         input.resize(at);
-        input.insert(input.end(), other.begin() + static_cast<std::ptrdiff_t>(from), other.end());
+        input.insert(input.end(), other.begin() + static_cast<Distance>(from), other.end());
         break;
       }
       default: input[below(std::min<size_t>(input.size(), 13))] = static_cast<uint8_t>(random());
@@ -223,7 +229,8 @@ Bytes mutate(Bytes input, const std::vector<Bytes>& pool, std::mt19937_64& rando
 extern "C" __attribute__((no_sanitize("address", "undefined"), no_sanitize_coverage)) void
 __sanitizer_cov_trace_pc() {
   if (progress == nullptr) return;
-  const auto at = reinterpret_cast<uintptr_t>(__builtin_return_address(0)) * 0x9E3779B97F4A7C15u >> (64 - kSeenBits);
+  const auto position = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
+  const auto at = position * 0x9E3779B97F4A7C15u >> (64 - kSeenBits);
   if (progress->seen[at] != 0) return;
   progress->seen[at] = 1;
   progress->new_code = true;
@@ -254,6 +261,7 @@ int main(int argc, char** argv) {
     ++runs;
   }
   progress = nullptr;
-  std::cout << "fuzz_headers: " << runs << " inputs, " << pool.size() - seeds << " reached new code" << std::endl;
+  std::cout << "fuzz_headers: " << runs << " inputs, " << pool.size() - seeds
+            << " reached new code" << std::endl;
 }
 #endif

@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +58,15 @@ def test_headers_and_indexes_under_the_sanitizers(tmp_path: Path):
     fuzz = build(tmp_path)
     write_seeds(tmp_path / "seeds")
     failed = tmp_path / "failed"
-    result = subprocess.run(
-        [str(fuzz), "seeds", str(SECONDS), str(failed)],
-        cwd=tmp_path,
-        env={**os.environ, "ASAN_OPTIONS": "handle_abort=1", "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=10 * SECONDS,
-    )
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:  # no disk
+        result = subprocess.run(
+            [str(fuzz), "seeds", str(SECONDS), str(failed)],
+            cwd=tmp_path,
+            env={**os.environ, "ASAN_OPTIONS": "handle_abort=1", "TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=10 * SECONDS,
+        )
     found = failed.read_bytes().hex() if failed.exists() else ""
     assert result.returncode == 0, f"{result.stderr[-4000:]}\ninput: {found}"
     runs, new = (int(word) for word in result.stdout.split() if word.isdigit())

@@ -78,7 +78,7 @@ def test_documents_are_packed_by_hand():
     ]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 40), first=st.sampled_from([0, 2**40]))
 def test_every_target_lies_in_exactly_one_row(lengths: list[int], seq_len: int, first: int):
     documents = documents_of(lengths, first)
@@ -91,7 +91,7 @@ def test_every_target_lies_in_exactly_one_row(lengths: list[int], seq_len: int, 
     assert all(1 <= row[:, 1].sum() <= seq_len + 1 for row in np.split(pieces, row_ends[:-1]))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 200))
 def test_both_forms_plan_alike(lengths: list[int], seq_len: int):
     for found, twin in zip(
@@ -127,7 +127,7 @@ def test_impossible_documents_are_refused(documents: list, seq_len: int, message
         _native.plan_window(np.array(documents, np.int64), seq_len)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     lengths=LENGTHS,
     seq_len=st.integers(1, 30),
@@ -312,7 +312,7 @@ def test_a_lying_row_is_refused_when_it_is_asked_for(plan: Path, row: int, offse
             assert str(plan) in str(raised.value)
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_damage_is_never_read_past_the_corpus(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     """Any bytes over any others: both forms refuse the same plans and rows, and what they give lies in the corpus."""
