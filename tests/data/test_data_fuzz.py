@@ -37,25 +37,35 @@ def write_seeds(folder: Path) -> None:
         (folder / f"{i}").write_bytes(head + raw + (Path(index).read_bytes() if index else b""))
 
 
-def build(tmp_path: Path, *changes: str) -> Path:
+def build(tmp_path: Path, driver: str, sanitizers: str, *more_flags: str) -> Path:
+    """csrc/tests/<driver>.cpp with what it tests, as a program under the sanitizers."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ was not found")
-    flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-I{ROOT / 'csrc'}", "-DINGOT_FUZZ_DRIVER", *changes]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS"]
+    flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-I{ROOT / 'csrc'}", "-D_GLIBCXX_ASSERTIONS"]
+    flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     (tmp_path / "empty.cpp").write_text("int main() {}\n")
     for command in ([compiler, *flags, "empty.cpp", "-o", "empty"], ["./empty"]):
         probe = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         if probe.returncode != 0:  # no libraries, or a kernel that they cannot run on
             pytest.skip(f"the sanitizers do not work here: {probe.stderr.strip()[-200:]}")
-    sources = [ROOT / "csrc" / name for name in ("core/token_file.cpp", "core/corpus.cpp", "tests/fuzz_headers.cpp")]
-    coverage = "-fsanitize-coverage=trace-pc"
-    subprocess.run([compiler, *flags, coverage, *map(str, sources), "-o", "fuzz"], check=True, cwd=tmp_path)
-    return tmp_path / "fuzz"
+    sources = [str(ROOT / "csrc" / f"{name}.cpp") for name in ("core/token_file", "core/corpus", f"tests/{driver}")]
+    subprocess.run([compiler, *flags, *more_flags, *sources, "-o", driver], check=True, cwd=tmp_path)
+    return tmp_path / driver
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_threads_share_open_files(tmp_path: Path, sanitizers: str):
+    driver = build(tmp_path, "corpus_test", sanitizers)
+    (tmp_path / "files").mkdir()
+    result = subprocess.run([str(driver), "files"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "passed" in result.stdout
 
 
 def test_headers_and_indexes_under_the_sanitizers(tmp_path: Path):
-    fuzz = build(tmp_path)
+    coverage = ("-DINGOT_FUZZ_DRIVER", "-fsanitize-coverage=trace-pc")
+    fuzz = build(tmp_path, "fuzz_headers", "address,undefined", *coverage)
     write_seeds(tmp_path / "seeds")
     failed = tmp_path / "failed"
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:  # no disk
