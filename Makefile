@@ -31,7 +31,7 @@ $(VENV)/.packages: constraints.txt setup.py pyproject.toml
 	@$(PIP) --no-build-isolation -e '.[dev,mpi]'
 	@touch $@
 
-$(VENV)/.native: $(VENV)/.packages $(wildcard csrc/*.cpp csrc/core/*.cpp csrc/core/*.h)
+$(VENV)/.native: $(VENV)/.packages $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 	@echo "building the C++ extension"
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@

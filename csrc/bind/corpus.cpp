@@ -40,7 +40,9 @@ py::array read_rows(const Corpus& corpus, const Starts& starts, int64_t width) {
   auto* to = static_cast<unsigned char*>(out.mutable_data());
   const py::gil_scoped_release without_gil;
   Corpus::Reader reader(corpus);
-  for (int64_t i = 0; i < rows; ++i) reader.read(from[i], width, to + i * width * corpus.item_size());
+  for (int64_t i = 0; i < rows; ++i) reader.will_need(from[i], width);
+  for (int64_t i = 0; i < rows; ++i, to += width * corpus.item_size())
+    reader.read(from[i], width, to);
   return out;
 }
 

@@ -1,42 +1,33 @@
 #include "core/prefetcher.h"
 
-#include <limits>
+#include <sys/resource.h>
+
 #include <stdexcept>
 #include <utility>
 
 namespace ingot {
 namespace {
 
-uint64_t sample_count(const TokenStore& store, int64_t seq_len) {
-  if (seq_len < 1) throw std::invalid_argument("seq_len must be at least 1");
-  const int64_t samples = (store.size() - 1) / seq_len;
-  if (samples < 1)
-    throw std::invalid_argument("a sample needs " + std::to_string(seq_len) +
-                                " + 1 tokens, the file has " + std::to_string(store.size()));
-  return static_cast<uint64_t>(samples);
+constexpr int kColdSteps = 64;  // steps read ahead after one that had to wait for the disk
+
+// Pages that this thread has waited for since it began.
+int64_t major_faults() {
+  rusage usage{};
+  getrusage(RUSAGE_THREAD, &usage);
+  return usage.ru_majflt;
 }
 
 }  // namespace
 
-void gather_rows(const TokenStore& store, const int64_t* starts, int64_t rows, int64_t width,
-                 void* out) {
-  store.check_not_truncated();
-  auto* row = static_cast<unsigned char*>(out);
-  for (int64_t i = 0; i < rows; ++i, row += width * store.item_size())
-    store.read(starts[i], width, row);
-}
-
-Prefetcher::Prefetcher(std::shared_ptr<const TokenStore> store, const Plan& plan, int depth,
-                       int threads)
-    : store_(std::move(store)), plan_(plan), order_(plan.seed, sample_count(*store_, plan.seq_len)) {
-  if (plan.first < 0 || plan.rows < 1 || plan.stride < plan.rows)
-    throw std::invalid_argument("expected first >= 0 and 1 <= rows <= stride");
-  // seq_len < store size < 2^62 / item size, so only the product with rows can overflow.
-  const int64_t row_bytes = (plan.seq_len + 1) * store_->item_size();
-  if (plan.rows > std::numeric_limits<int64_t>::max() / row_bytes)
-    throw std::invalid_argument("a batch of " + std::to_string(plan.rows) + " rows is too large");
-  if (depth < 1 || threads < 1) throw std::invalid_argument("expected depth >= 1 and threads >= 1");
-  ring_.resize(static_cast<size_t>(depth));
+Prefetcher::Prefetcher(std::shared_ptr<const Sampler> sampler, int64_t consumed,
+                       std::vector<Buffers> slots, int threads)
+    : sampler_(std::move(sampler)),
+      buffers_(std::move(slots)),
+      slots_(buffers_.size()),
+      consumed_(consumed) {
+  if (consumed < 0) throw std::invalid_argument("expected consumed >= 0");
+  if (buffers_.size() < 2 || threads < 1)
+    throw std::invalid_argument("expected at least 2 slots and 1 thread");
   try {
     for (int i = 0; i < threads; ++i) threads_.emplace_back(&Prefetcher::work, this);
   } catch (...) {  // no more threads to be had: those that started must not outlive this object
@@ -45,57 +36,55 @@ Prefetcher::Prefetcher(std::shared_ptr<const TokenStore> store, const Plan& plan
   }
 }
 
-Prefetcher::Slot Prefetcher::assemble(int64_t step) const noexcept {
-  Slot slot;
-  try {
-    int64_t first = 0;
-    if (__builtin_mul_overflow(step, plan_.stride, &first) ||
-        __builtin_add_overflow(first, plan_.first, &first))
-      throw std::out_of_range("sample numbers must stay below 2^63");
-    const auto rows = static_cast<size_t>(plan_.rows);
-    const auto row_bytes = static_cast<size_t>((plan_.seq_len + 1) * store_->item_size());
-    Batch batch{std::unique_ptr<unsigned char[]>(new unsigned char[rows * row_bytes]),
-                std::unique_ptr<int64_t[]>(new int64_t[rows])};
-    std::vector<int64_t> starts(rows);
-    order_.positions(static_cast<uint64_t>(first), plan_.rows, starts.data());
-    for (size_t i = 0; i < rows; ++i) {
-      starts[i] *= plan_.seq_len;
-      batch.sample_ids[i] = first + static_cast<int64_t>(i);
-    }
-    gather_rows(*store_, starts.data(), plan_.rows, plan_.seq_len + 1, batch.tokens.get());
-    slot.batch = std::move(batch);
-  } catch (...) {
-    slot.error = std::current_exception();
-  }
-  return slot;
-}
-
 void Prefetcher::work() {
+  const auto depth = static_cast<int64_t>(slots_.size());
+  // The first step is always read ahead: nothing is known of the page cache yet.
+  int cold_steps = 1;
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto depth = static_cast<int64_t>(ring_.size());
   while (true) {
-    freed_.wait(lock, [&] { return closing_ || started_ < taken_ + depth; });
+    freed_.wait(lock, [&] { return closing_ || started_ < released_ + depth; });
     if (closing_) return;
     const int64_t step = started_++;
-    lock.unlock();
-    Slot slot = assemble(step);
-    lock.lock();
-    ring_[static_cast<size_t>(step % depth)] = std::move(slot);
-    filled_.notify_all();
+    const int64_t consumed = consumed_;
+    Slot& slot = slots_[static_cast<size_t>(step % depth)];
+    try {
+      consumed_ = sampler_->next(consumed);
+    } catch (...) {  // out of numbers: this step says so, and so do those after it
+      slot.error = std::current_exception();
+    }
+    if (!slot.error) {
+      lock.unlock();
+      const int64_t before = major_faults();
+      try {
+        const Buffers& buffers = buffers_[static_cast<size_t>(step % depth)];
+        slot.info = sampler_->fill(consumed, buffers, cold_steps > 0);
+      } catch (...) {
+        slot.error = std::current_exception();
+      }
+      cold_steps = major_faults() > before ? kColdSteps : cold_steps - (cold_steps > 0);
+      lock.lock();
+    }
+    slot.ready = true;
+    if (step == taken_) filled_.notify_all();
   }
 }
 
-std::optional<Batch> Prefetcher::next(std::chrono::milliseconds patience) {
+std::optional<Prefetcher::Ready> Prefetcher::next(std::chrono::milliseconds patience) {
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto current = [&]() -> Slot& { return ring_[static_cast<size_t>(taken_) % ring_.size()]; };
-  if (!filled_.wait_for(lock, patience, [&] { return closing_ || current().ready(); })) return {};
+  const auto depth = static_cast<int64_t>(slots_.size());
+  if (released_ < taken_) {  // the step handed out before is done with
+    released_ = taken_;
+    // Threads are woken for half a ring at a time: waking costs more than assembling a small step.
+    if (2 * (started_ - released_) <= depth) freed_.notify_all();
+  }
+  const auto at = static_cast<size_t>(taken_ % depth);
+  Slot& slot = slots_[at];
+  if (!filled_.wait_for(lock, patience, [&] { return closing_ || slot.ready; })) return {};
   if (closing_) throw std::runtime_error("the loader is closed");
-  Slot& slot = current();
   if (slot.error) std::rethrow_exception(slot.error);
-  std::optional<Batch> batch = std::exchange(slot.batch, std::nullopt);
+  slot.ready = false;
   ++taken_;
-  freed_.notify_all();
-  return batch;
+  return Ready{at, std::move(slot.info)};
 }
 
 void Prefetcher::close() {

@@ -1,4 +1,4 @@
-// Assembles the batches of the coming steps in threads and hands them out in order.
+// Fills a ring of buffers with the coming steps, in threads, and hands them out in order.
 #pragma once
 
 #include <chrono>
@@ -11,64 +11,51 @@
 #include <thread>
 #include <vector>
 
-#include "core/order.h"
-#include "core/token_store.h"
+#include "core/sampler.h"
 
 namespace ingot {
 
-// Copies `width` tokens from each start into the rows of `out` [starts.size(), width].
-void gather_rows(const TokenStore& store, const int64_t* starts, int64_t rows, int64_t width,
-                 void* out);
-
-struct Batch {
-  std::unique_ptr<unsigned char[]> tokens;  // [rows, seq_len + 1] in the store's item size
-  std::unique_ptr<int64_t[]> sample_ids;    // [rows]
-};
-
-// What this rank reads: step s takes samples first + s * stride .. + rows of the global order.
-struct Plan {
-  int64_t seq_len;
-  uint64_t seed;
-  int64_t first;
-  int64_t stride;
-  int64_t rows;
-};
-
 class Prefetcher {
  public:
-  // `depth` batches are assembled ahead by `threads` threads. std::invalid_argument on a bad plan.
-  Prefetcher(std::shared_ptr<const TokenStore> store, const Plan& plan, int depth, int threads);
+  struct Ready {
+    size_t slot;  // whose buffers hold the step, until next() is called again
+    StepInfo info;
+  };
+
+  // Steps from `consumed` on, `slots.size()` >= 2 of them at a time, by `threads` >= 1 threads.
+  Prefetcher(std::shared_ptr<const Sampler> sampler, int64_t consumed, std::vector<Buffers> slots,
+             int threads);
   ~Prefetcher() { close(); }
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
 
-  // The next batch, or nothing when none was ready within `patience`. Rethrows what went wrong in
+  // The next step, or nothing when none was ready within `patience`. Rethrows what went wrong in
   // a thread (again at every later call) and throws std::runtime_error after close().
-  std::optional<Batch> next(std::chrono::milliseconds patience);
+  std::optional<Ready> next(std::chrono::milliseconds patience);
   void close();  // ends and joins the threads; may be called again
 
  private:
   struct Slot {
-    std::optional<Batch> batch;
+    bool ready = false;
+    StepInfo info;
     std::exception_ptr error;
-    bool ready() const { return batch.has_value() || error != nullptr; }
   };
 
-  Slot assemble(int64_t step) const noexcept;
   void work();
 
-  std::shared_ptr<const TokenStore> store_;
-  Plan plan_;
-  SampleOrder order_;
+  std::shared_ptr<const Sampler> sampler_;
+  std::vector<Buffers> buffers_;
 
-  std::mutex mutex_;                  // guards what follows
-  std::condition_variable freed_;     // a slot became free, or closing
-  std::condition_variable filled_;    // a slot became ready, or closing
-  std::vector<Slot> ring_;            // step s lies in ring_[s % depth]
-  int64_t started_ = 0;               // steps given to threads
-  int64_t taken_ = 0;                 // steps handed out
+  std::mutex mutex_;                // guards what follows
+  std::condition_variable freed_;   // enough slots became free, or closing
+  std::condition_variable filled_;  // a slot became ready, or closing
+  std::vector<Slot> slots_;         // step s lies in slots_[s % size]
+  int64_t consumed_;                // where the next step to be given to a thread begins
+  int64_t started_ = 0;             // steps given to threads
+  int64_t taken_ = 0;               // steps handed out
+  int64_t released_ = 0;            // steps whose buffers may be overwritten
   bool closing_ = false;
-  std::mutex join_mutex_;             // one close() at a time joins
+  std::mutex join_mutex_;  // one close() at a time joins
   std::vector<std::thread> threads_;
 };
 

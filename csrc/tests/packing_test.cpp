@@ -17,8 +17,6 @@ using namespace ingot;
 
 namespace {
 
-constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
-
 // Position ids and starts of T inputs, every `period`-th of which is the token 5.
 template <typename Token>
 void test_scan(int64_t T, int64_t period, bool eod_first) {
@@ -130,8 +128,8 @@ void test_plan(const std::string& folder) {
   const auto open = [&](int64_t seq_len, int64_t tokens) {
     return [=] { PackPlan(folder + "/plan", seq_len, tokens); };
   };
-  check_throws<std::runtime_error>(open(5, 12), "sequence length 4, expected 5");
-  check_throws<std::runtime_error>(open(4, 13), "tokens 12, expected 13");
+  check_throws<std::runtime_error>(open(5, 12), "seq_len 4; expected 5");
+  check_throws<std::runtime_error>(open(4, 13), "tokens 12; expected 13");
   check_throws<std::invalid_argument>(open(kLargest, 12), "seq_len");
   check_throws<std::runtime_error>([&] { PackPlan(folder, 4, 12); }, "not a regular file");
   check_throws<std::runtime_error>([&] { PackPlan(folder + "/none", 4, 12); }, "cannot be opened");

@@ -1,11 +1,12 @@
 """The C++ extension (csrc/bind.cpp). All of it works without the GIL and checks every index."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.schedule import SchedulePhase
+
 class DamagedFile(RuntimeError): ...
 
 class FileCache:
@@ -15,32 +16,17 @@ class FileCache:
 
 class Corpus:
     def __init__(
-        self, *, format: str, item_size: int, paths: list[str], tokens: list[int], vocab_size: int, cache: FileCache
-    ) -> None: ...
-    def __len__(self) -> int: ...
-    def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray: ...
-
-class TokenStore:
-    def __init__(self, path: str, item_size: int, n_tokens: int) -> None: ...
-    def __len__(self) -> int: ...
-    def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray: ...
-
-class Prefetcher:
-    def __init__(
         self,
-        store: TokenStore,
-        seq_len: int,
-        seed: int,
-        first: int,
-        stride: int,
-        rows: int,
-        depth: int,
-        threads: int,
+        *,
+        format: str,
+        item_size: int,
+        paths: Sequence[str],
+        tokens: Sequence[int],
+        vocab_size: int,
+        cache: FileCache,
     ) -> None: ...
-    def next(self) -> tuple[NDArray, NDArray[np.int64]]: ...
-    def close(self) -> None: ...
-
-def positions(seed: int, n_samples: int, first: int, count: int) -> NDArray[np.int64]: ...
+    def __len__(self) -> int: ...
+    def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray: ...
 
 class BlendTable:
     def __init__(self, shares: Sequence[int]) -> None: ...
@@ -52,6 +38,7 @@ class Schedule:
     def phase_index(self, sample: int) -> int: ...
     def places(self, first: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]: ...
     def after(self, corpus: int, position: int, epoch: int, phase: int) -> int: ...
+
 class PackPlan:
     def __init__(self, path: str, seq_len: int, corpus_tokens: int) -> None: ...
     def __len__(self) -> int: ...
@@ -59,6 +46,28 @@ class PackPlan:
     def targets(self, row: int) -> int: ...
     def check_not_truncated(self) -> None: ...
 
+class Sampler:
+    def __init__(
+        self,
+        *,
+        corpora: Sequence[tuple[Corpus, int, bool, Mapping[int, PackPlan]]],
+        schedule: Schedule,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch: int,
+        packed: bool,
+        document_masks: bool,
+        skip_damaged: bool,
+    ) -> None: ...
+
+Slot = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]
+
+class Prefetcher:
+    def __init__(self, sampler: Sampler, consumed: int, slots: Sequence[Slot], threads: int) -> None: ...
+    def next(self) -> tuple[int, int, int, int, list[int]]: ...
+    def close(self) -> None: ...
+
+def positions(seed: int, n_samples: int, first: int, count: int) -> NDArray[np.int64]: ...
 def scan_documents(tokens: NDArray, eod_id: int, eod_first: bool) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
 def lay_out_pieces(
     pieces: NDArray[np.int64], seq_len: int

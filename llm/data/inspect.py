@@ -15,24 +15,12 @@ from llm.config import RunConfig
 from llm.data.folder import data_folder
 from llm.data.manifest import Manifest, header_bytes
 from llm.data.packing import NumpyPackPlan, read_header
-from llm.data.schedule import Curriculum, Schedule, blend_of
+from llm.data.schedule import Schedule, blend_of
 from llm.data.shards import NumpyCorpus, ShardList, document_lengths
-from llm.data.sources import packing_plan, training_corpora
+from llm.data.sources import curriculum_of, packing_plan, training_corpora
 from llm.data.tokenizer import Tokenizer
 from llm.errors import require
 from llm.phases import consumed_samples, phases
-
-
-def samples_of(shards: ShardList, seq_len: int, packing: str) -> int:
-    """Samples in an epoch of a corpus. InputError where there is no packing plan."""
-    if packing == "best_fit":
-        return read_header(Path(packing_plan(shards, seq_len))).rows
-    return (shards.n_tokens - 1) // seq_len
-
-
-def curriculum(config: RunConfig, corpora: dict[str, ShardList]) -> Curriculum:
-    """What the run draws from each of its corpora."""
-    return Curriculum(config, lambda name, seq_len: samples_of(corpora[name], seq_len, config.data.packing))
 
 
 def show(config: RunConfig, manifest: Manifest, sample: int) -> str:
@@ -44,7 +32,7 @@ def show(config: RunConfig, manifest: Manifest, sample: int) -> str:
     end = consumed_samples(config, config.train.max_steps)
     require(0 <= sample < end, f"sample {sample} is not of this run; expected 0 to {end - 1}")
     corpora = training_corpora(config, manifest)
-    drawn = curriculum(config, corpora)
+    drawn = curriculum_of(config, corpora)
     numbers, positions, epochs = Schedule(config.seed, drawn.phases).places(sample, 1)
     number, position = int(numbers[0]), int(positions[0])
     name = drawn.names[number]
@@ -177,7 +165,7 @@ class Statistics:
 def statistics(config: RunConfig, manifest: Manifest) -> list[Statistics]:
     """Of every training corpus of the run. InputError where one cannot be read or lacks a packing plan."""
     corpora = training_corpora(config, manifest)
-    epochs = curriculum(config, corpora).epochs(consumed_samples(config, config.train.max_steps))
+    epochs = curriculum_of(config, corpora).epochs(consumed_samples(config, config.train.max_steps))
     return [
         Statistics(
             shards,

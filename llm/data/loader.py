@@ -1,61 +1,64 @@
-"""Batches for training and validation. A loader's whole state is the count of consumed samples.
+"""Batches for training. A loader's whole state is the count of consumed samples.
 
-A step takes the next G samples of the global order (G: global batch). Rank r of D takes the
-contiguous slice [r G / D, (r + 1) G / D) of them, micro-batch by micro-batch. Sample i sits at
-position Order.positions(i); the sample at position p covers tokens p T .. p T + T, both included.
+A step takes the next G samples of the global order (G: global batch of the phase). Rank r of D takes the contiguous
+slice [r G / D, (r + 1) G / D) of them, micro-batch by micro-batch. Which tokens sample i has: llm/data/sampler.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from llm.config import RunConfig
-from llm.data.folder import check_vocabulary, data_folder
-from llm.data.formats import NumpyTokenStore, read_index
+from llm.data.batch import Batch, Step
+from llm.data.blend import BlendTable
+from llm.data.folder import check_vocabulary
 from llm.data.manifest import Manifest
-from llm.data.order import Order
-from llm.errors import InputError, require
+from llm.data.native import NativeCorpus, NativeLoader, import_native
+from llm.data.packing import NumpyPackPlan
+from llm.data.sampler import NumpySampler, Rows, Share
+from llm.data.schedule import Curriculum, Schedule
+from llm.data.shards import NumpyCorpus, ShardList
+from llm.data.sources import curriculum_of, hashed_files, training_corpora
+from llm.data.verify import BackgroundVerifier
+from llm.errors import require
+from llm.phases import phases
 
-PREFETCHED_STEPS = 4  # steps that the native loader assembles ahead
-THREADS = 2  # that do it; they sleep while the ring is full
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, on the CPU (pinned when there is a GPU)."""
-
-    tokens: Tensor
-    """[B, T + 1], uint16 or int32 as in the file. Inputs are [:, :-1], targets [:, 1:]."""
-    sample_ids: Tensor
-    """[B] int64, the global numbers of the samples."""
-
-
-class TokenStore(Protocol):
-    """What `_native.TokenStore` and its twin NumpyTokenStore offer."""
-
-    def __len__(self) -> int: ...
-    def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray: ...
+CHECKED_FILES = 64  # of each corpus when it is opened; the others are checked when they are first read
 
 
 class Loader(Protocol):
     """Training batches of one data-parallel rank."""
 
-    consumed: int
-    """Samples of the global order that all ranks together have taken: the loader's whole state."""
-    wait_seconds: float
-    """Time spent inside next_step() so far."""
+    @property
+    def consumed(self) -> int:
+        """Samples of the global order that all ranks together have taken: the loader's whole state."""
+        ...
 
-    def next_step(self) -> list[Batch]:
-        """The micro-batches of the next step on this rank."""
+    @property
+    def skipped(self) -> int:
+        """Samples of this rank so far that could not be read and were replaced (data.damaged)."""
+        ...
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time spent inside next_step() so far."""
+        ...
+
+    def next_step(self) -> Step:
+        """The next step on this rank; the one before it must not be used any more.
+
+        Raises InputError (a subclass of it: DamagedFile) when a file is damaged and data.damaged is stop.
+        """
+        ...
+
+    def epochs(self) -> dict[str, float]:
+        """How often the consumed samples have gone through each corpus."""
         ...
 
     def close(self) -> None:
@@ -63,130 +66,69 @@ class Loader(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Share:
-    """Which samples of each step are this rank's."""
-
-    global_batch: int
-    rows: int
-    """Samples of a step on this rank."""
-    offset: int
-    """Of the first of them from the first of the step."""
-    micro_batch: int
-
-    @classmethod
-    def of(cls, config: RunConfig, dp_rank: int, dp_size: int) -> _Share:
-        total, micro = config.train.global_batch_size, config.train.micro_batch_size
-        require(
-            total % (dp_size * micro) == 0,
-            f"train.global_batch_size {total} is not a multiple of {dp_size} data-parallel ranks x "
-            f"train.micro_batch_size {micro}",
-        )
-        rows = total // dp_size
-        return cls(total, rows, dp_rank * rows, micro)
-
-    def split(self, tokens: NDArray, sample_ids: NDArray[np.int64]) -> list[Batch]:
-        return [
-            Batch(
-                _tensor(tokens[i : i + self.micro_batch]),
-                _tensor(sample_ids[i : i + self.micro_batch]),
-            )
-            for i in range(0, self.rows, self.micro_batch)
-        ]
-
-
-def _tensor(array: NDArray) -> Tensor:
-    """The array as a tensor over the same memory; pinned, by a copy, when there is a GPU."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
-
-
 class NumpyLoader:
     """The plain loader: the native one's twin and oracle."""
 
-    def __init__(self, store: TokenStore, seq_len: int, order: Order, share: _Share, consumed: int):
-        self._store, self._seq_len, self._order, self._share = store, seq_len, order, share
+    def __init__(self, sampler: NumpySampler, curriculum: Curriculum, consumed: int) -> None:
+        self._sampler, self._curriculum = sampler, curriculum
         self.consumed = consumed
         self.wait_seconds = 0.0
 
-    def next_step(self) -> list[Batch]:
+    @property
+    def skipped(self) -> int:
+        return self._sampler.skipped
+
+    def next_step(self) -> Step:
         start = time.perf_counter()
-        first = self.consumed + self._share.offset
-        starts = self._order.positions(first, self._share.rows) * self._seq_len
-        tokens = self._store.read_rows(starts, self._seq_len + 1)
-        batches = self._share.split(tokens, np.arange(first, first + self._share.rows))
-        self.consumed += self._share.global_batch
+        rows, target_count, global_batch = self._sampler.step(self.consumed)
+        step = Step([to_batch(batch) for batch in rows], target_count)
+        self.consumed += global_batch
         self.wait_seconds += time.perf_counter() - start
-        return batches
+        return step
+
+    def epochs(self) -> dict[str, float]:
+        return self._curriculum.epochs(self.consumed)
 
     def close(self) -> None:
         pass
 
 
-class NativeLoader:
-    """Batches assembled ahead by C++ threads; tensors share their memory."""
+def to_batch(rows: Rows) -> Batch:
+    """The arrays as tensors over the same memory; pinned, by a copy, when there is a GPU."""
+    tensors = {name: None if array is None else torch.from_numpy(array) for name, array in vars(rows).items()}
+    if torch.cuda.is_available():
+        tensors = {name: None if tensor is None else tensor.pin_memory() for name, tensor in tensors.items()}
+    return Batch(**tensors)  # pyright: ignore[reportArgumentType]
 
-    def __init__(self, native: ModuleType, store, seq_len: int, order: Order, share: _Share, consumed: int):
-        self._share = share
-        self._ring = native.Prefetcher(
-            store,
-            seq_len=seq_len,
-            seed=order.seed,
-            first=consumed + share.offset,
-            stride=share.global_batch,
-            rows=share.rows,
-            depth=PREFETCHED_STEPS,
-            threads=THREADS,
-        )
-        self.consumed = consumed
-        self.wait_seconds = 0.0
 
-    def next_step(self) -> list[Batch]:
-        start = time.perf_counter()
-        batches = self._share.split(*self._ring.next())
-        self.consumed += self._share.global_batch
-        self.wait_seconds += time.perf_counter() - start
-        return batches
+class VerifiedLoader:
+    """A loader whose files are compared with their hashes in the background; a step is the last if one differs."""
+
+    def __init__(self, inner: Loader, verifier: BackgroundVerifier) -> None:
+        self._inner, self._verifier = inner, verifier
+
+    def next_step(self) -> Step:
+        self._verifier.check()
+        return self._inner.next_step()
+
+    def epochs(self) -> dict[str, float]:
+        return self._inner.epochs()
 
     def close(self) -> None:
-        self._ring.close()
+        self._verifier.close()
+        self._inner.close()
 
+    @property
+    def consumed(self) -> int:
+        return self._inner.consumed
 
-def _native() -> ModuleType:
-    try:
-        from llm.data import _native
-    except ImportError as error:
-        raise InputError(
-            f"data.loader is native but the C++ extension cannot be imported ({error}); "
-            "run make setup, or set data.loader to numpy"
-        ) from error
-    return _native
+    @property
+    def skipped(self) -> int:
+        return self._inner.skipped
 
-
-def _open_store(config: RunConfig, manifest: Manifest, split: str) -> tuple[TokenStore, int]:
-    """The tokens of a split, checked against the manifest, and its number of samples."""
-    check_vocabulary(config, manifest)
-    prefix = data_folder(config) / split
-    counts, index = manifest.splits[split], read_index(prefix)
-    found = (index.dtype, index.tokens, index.documents)
-    expected = (counts.shards.dtype, counts.tokens, counts.documents)
-    require(
-        found == expected,
-        f"{prefix}.idx holds (dtype, tokens, documents) {found}; the manifest says {expected}",
-    )
-    n_samples = (index.tokens - 1) // config.data.seq_len
-    require(
-        n_samples >= 1,
-        f"the {split} split has {index.tokens} tokens; a sample of data.seq_len "
-        f"{config.data.seq_len} needs {config.data.seq_len + 1}; use more text or shorter samples",
-    )
-    path = f"{prefix}.bin"
-    if config.data.loader == "numpy":
-        return NumpyTokenStore(path, index.dtype, index.tokens), n_samples
-    try:
-        return _native().TokenStore(path, np.dtype(index.dtype).itemsize, index.tokens), n_samples
-    except RuntimeError as error:
-        raise InputError(str(error)) from error
+    @property
+    def wait_seconds(self) -> float:
+        return self._inner.wait_seconds
 
 
 def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size: int, consumed: int = 0) -> Loader:
@@ -197,39 +139,76 @@ def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size:
     """
     require(0 <= dp_rank < dp_size, f"data-parallel rank {dp_rank} of {dp_size}")
     require(consumed >= 0, f"{consumed} consumed samples; expected at least 0")
-    share = _Share.of(config, dp_rank, dp_size)
-    store, n_samples = _open_store(config, manifest, "train")
-    order = Order(config.seed, n_samples)
-    if config.data.loader == "numpy":
-        return NumpyLoader(store, config.data.seq_len, order, share, consumed)
-    return NativeLoader(_native(), store, config.data.seq_len, order, share, consumed)
+    check_vocabulary(config, manifest)
+    share = Share(dp_rank, dp_size, config.train.micro_batch_size)
+    for phase in phases(config):
+        require(
+            phase.global_batch_size % (dp_size * share.micro_batch) == 0,
+            f"train.global_batch_size {phase.global_batch_size} is not a multiple of {dp_size} data-parallel ranks x "
+            f"train.micro_batch_size {share.micro_batch}",
+        )
+    corpora = training_corpora(config, manifest)
+    if config.data.damaged == "stop":
+        for shards in corpora.values():
+            check_first_files(config, shards)
+    if config.data.verify == "none":
+        return _open(config, corpora, share, consumed)
+    verifier = BackgroundVerifier(hashed_files(config, manifest), (dp_rank, dp_size))
+    return VerifiedLoader(_open(config, corpora, share, consumed), verifier)
 
 
-def validation_batches(
-    config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size: int
-) -> Iterator[tuple[Batch, int]]:
-    """The first data.validation_samples (null: all) samples of the validation split, in order.
+def _open(config: RunConfig, corpora: Mapping[str, ShardList], share: Share, consumed: int) -> Loader:
+    native = import_native() if config.data.loader == "native" else None
+    curriculum = curriculum_of(config, corpora, native.BlendTable if native else BlendTable)
+    ordered = [corpora[name] for name in curriculum.names]
+    dtype = common_dtype(ordered)
+    packed, skip = config.data.packing == "best_fit", config.data.damaged == "skip"
+    if native is not None:
+        return NativeLoader(
+            native,
+            ordered,
+            curriculum,
+            share,
+            seed=config.seed,
+            consumed=consumed,
+            packed=packed,
+            document_masks=config.data.document_masks,
+            skip_damaged=skip,
+            dtype=getattr(torch, dtype),
+        )
+    plans = [
+        {T: NumpyPackPlan(Path(path), T, shards.n_tokens) for T, path in shards.plans.items()} if packed else {}
+        for shards in ordered
+    ]
+    schedule = Schedule(config.seed, curriculum.phases)
+    masks = config.data.document_masks
+    sampler = NumpySampler(ordered, plans, schedule, curriculum.phases, share, document_masks=masks, skip_damaged=skip)
+    return NumpyLoader(sampler, curriculum, consumed)
 
-    Yields (batch, rows that count). Every rank yields the same number of batches, all of
-    train.micro_batch_size rows; rows beyond the last sample repeat it and do not count.
+
+def common_dtype(corpora: Sequence[ShardList]) -> str:
+    """The dtype that batches of these corpora have; InputError when their ids take different numbers of bytes.
+
+    Ids of four bytes are int32 whatever their files call them: they lie below 2^31.
     """
-    require(0 <= dp_rank < dp_size, f"data-parallel rank {dp_rank} of {dp_size}")
-    store, available = _open_store(config, manifest, "validation")
-    wanted = config.data.validation_samples or available
+    sizes = {shards.name: np.dtype(shards.dtype).itemsize for shards in corpora}
     require(
-        wanted <= available,
-        f"data.validation_samples is {wanted}; the validation split has {available} samples of "
-        f"data.seq_len {config.data.seq_len}",
+        len(set(sizes.values())) == 1,
+        f"the corpora of a blend must have ids of one size; found bytes per id {sizes}: tokenise them alike",
     )
-    return _validation_batches(store, config, wanted, dp_rank, dp_size)
+    return {1: "uint8", 2: "uint16", 4: "int32"}[next(iter(sizes.values()))]
 
 
-def _validation_batches(
-    store: TokenStore, config: RunConfig, wanted: int, dp_rank: int, dp_size: int
-) -> Iterator[tuple[Batch, int]]:
-    rows, seq_len = config.train.micro_batch_size, config.data.seq_len
-    for start in range(0, wanted, rows * dp_size):
-        first = start + dp_rank * rows
-        sample_ids = np.minimum(np.arange(first, first + rows), wanted - 1)
-        tokens = store.read_rows(sample_ids * seq_len, seq_len + 1)
-        yield Batch(_tensor(tokens), _tensor(sample_ids)), min(max(wanted - first, 0), rows)
+def check_first_files(config: RunConfig, shards: ShardList) -> None:
+    """Read one token of the first files of a corpus: what is wrong with them is said before training starts."""
+    starts = np.concatenate([[0], np.cumsum(shards.tokens[: CHECKED_FILES - 1], dtype=np.int64)])[: len(shards.tokens)]
+    read_rows(config, shards, starts[:CHECKED_FILES], 1)
+
+
+def read_rows(config: RunConfig, shards: ShardList, starts: np.ndarray, width: int) -> np.ndarray:
+    """Tokens [len(starts), width] of a corpus, row i from starts[i] on, by the loader that the config names."""
+    if config.data.loader == "native":
+        native = import_native()
+        return NativeCorpus(native, shards, native.FileCache()).read_rows(starts, width)
+    corpus = NumpyCorpus(shards)
+    return np.stack([corpus.read(int(start), width) for start in starts])

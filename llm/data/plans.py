@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm.config import RunConfig
-from llm.data.folder import data_folder, lock
+from llm.data.folder import lock
 from llm.data.manifest import Manifest, file_entry, plan_name, read_manifest
 from llm.data.packing import write_plan
 from llm.data.prepare import Progress
 from llm.data.schedule import blend_of
-from llm.data.shards import NumpyCorpus
 from llm.data.sources import open_corpora
 from llm.errors import InputError
 from llm.phases import phases
@@ -23,19 +22,18 @@ def write_plans(
 ) -> list[Path]:
     """Write the packing plans that the run needs and does not have; returns their paths.
 
-    Of every corpus for each sequence length that it is drawn in, and of the validation split for each of the run;
-    none unless data.packing is best_fit. Raises InputError for a corpus without a manifest to list them.
+    Of every corpus for each sequence length that it is drawn in; none unless data.packing is best_fit. Validation
+    has no plans: its samples are chunks. Raises InputError for a corpus without a manifest to list them.
     """
-    return [_add_plan(folder, split, seq_len, progress) for folder, split, seq_len in _missing(config, manifest)]
+    return [_add_plan(folder, seq_len, progress) for folder, seq_len in _missing(config, manifest)]
 
 
-def _missing(config: RunConfig, manifest: Manifest) -> Iterator[tuple[Path, str, int]]:
-    """(folder, split, seq_len) of the plans to be written."""
+def _missing(config: RunConfig, manifest: Manifest) -> Iterator[tuple[Path, int]]:
+    """(folder, seq_len) of the plans to be written."""
     if config.data.packing != "best_fit":
         return
     corpora = open_corpora(config, manifest)
-    own = data_folder(config)
-    wanted = {(own, "validation", phase.seq_len): manifest for phase in phases(config)}
+    wanted = {}
     for phase in phases(config):
         for name in blend_of(config, phase):
             corpus = corpora[name]
@@ -43,18 +41,18 @@ def _missing(config: RunConfig, manifest: Manifest) -> Iterator[tuple[Path, str,
                 raise InputError(
                     f"{name} has no manifest that could list its packing plans; register the files with prepare_data.py"
                 )
-            wanted[corpus.folder, "train", phase.seq_len] = corpus.manifest
-    for (folder, split, seq_len), listed in wanted.items():
-        if plan_name(split, seq_len) not in listed.files:
-            yield folder, split, seq_len
+            wanted[corpus.folder, phase.seq_len] = corpus.manifest
+    for (folder, seq_len), listed in wanted.items():
+        if plan_name("train", seq_len) not in listed.files:
+            yield folder, seq_len
 
 
-def _add_plan(folder: Path, split: str, seq_len: int, progress: Progress) -> Path:
-    path = folder / plan_name(split, seq_len)
+def _add_plan(folder: Path, seq_len: int, progress: Progress) -> Path:
+    path = folder / plan_name("train", seq_len)
     with lock(folder):
         manifest = read_manifest(folder)  # again: another process may have added plans meanwhile
         if path.name not in manifest.files:
-            shards = manifest.shard_list(folder, split)
-            write_plan(NumpyCorpus(shards), shards.eod_id, shards.eod_first, seq_len, path, progress)
+            shards = manifest.shard_list(folder, "train")
+            write_plan(shards, seq_len, path, progress)
             dataclasses.replace(manifest, files=manifest.files | {path.name: file_entry(path)}).save(folder)
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def write_shards(folder: Path, tokens: dict[str, NDArray], vocab_size: int) -> M
 
 @pytest.fixture
 def make_data(tmp_path: Path) -> MakeData:
-    """make_data(train tokens, validation tokens, ...) -> (config, manifest) over random ids."""
+    """make_data(train tokens, validation tokens, ..., further keys of data) -> (config, manifest) over random ids."""
 
     def make(
         n_train: int = 1001,
@@ -62,6 +63,7 @@ def make_data(tmp_path: Path) -> MakeData:
         micro_batch: int = 3,
         loader: str = "numpy",
         validation_samples: int | None = None,
+        **data: Any,
     ) -> tuple[RunConfig, Manifest]:
         rng = np.random.default_rng(n_train)
         tokens = {
@@ -78,6 +80,7 @@ def make_data(tmp_path: Path) -> MakeData:
                 seq_len=seq_len,
                 loader=loader,  # pyright: ignore[reportArgumentType]
                 validation_samples=validation_samples,
+                **data,
             ),
             train=TrainConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
         )

@@ -14,14 +14,14 @@ from token_files import write_file
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.config_data import PhaseChange
 from llm.data.folder import load_manifest
-from llm.data.inspect import Lengths, curriculum, document_numbers, show, statistics
+from llm.data.inspect import Lengths, document_numbers, show, statistics
 from llm.data.manifest import Manifest
 from llm.data.packing import NumpyPackPlan
 from llm.data.plans import write_plans
 from llm.data.register import register
 from llm.data.schedule import Schedule
 from llm.data.shards import NumpyCorpus, inspect_files
-from llm.data.sources import training_corpora
+from llm.data.sources import curriculum_of, training_corpora
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 
@@ -92,7 +92,7 @@ def test_a_shown_sample_is_the_one_that_is_trained_on(packing: str):
     phases = (PhaseChange(samples=40, seq_len=20, blend={"b": 3.0, "a": 1.0}), PhaseChange(samples=80, seq_len=32))
     config, manifest = opened(phases=phases, packing=packing, document_masks=True)
     corpora = training_corpora(config, manifest)
-    tokenizer, schedule = Tokenizer.load(Path("t.json")), Schedule(config.seed, curriculum(config, corpora).phases)
+    tokenizer, schedule = Tokenizer.load(Path("t.json")), Schedule(config.seed, curriculum_of(config, corpora).phases)
     seen = set()
     for sample in [0, 39, *range(40, 48), 79, 80, 119]:
         seq_len = 20 if 40 <= sample < 80 else 32

@@ -5,60 +5,73 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import gc
+import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import MakeData
+from conftest import MakeData, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.data.loader import open_loader, validation_batches
+from llm.config_data import PhaseChange
+from llm.data.loader import open_loader
 from llm.data.manifest import Manifest
 from llm.data.order import Order
 from llm.errors import InputError
+from llm.phases import consumed_samples
+
+FIELDS = ("tokens", "sample_ids", "position_ids", "cu_seqlens", "counted")
+KINDS = pytest.mark.parametrize("kind", ["native", "numpy"])
 
 
-def take(loader, steps: int) -> tuple[list[np.ndarray], list[int]]:
-    """Rows and sample ids of the next steps; closes the loader."""
-    rows, ids = [], []
+def take(loader, steps: int) -> list[list[dict[str, np.ndarray]]]:
+    """Copies of the micro-batches of the next steps; closes the loader."""
+    taken = []
     for _ in range(steps):
-        for batch in loader.next_step():
-            rows += list(batch.tokens.numpy())
-            ids += batch.sample_ids.tolist()
+        fields = [vars(batch).items() for batch in loader.next_step().batches]
+        taken.append([{name: value.numpy().copy() for name, value in f if value is not None} for f in fields])
     loader.close()
-    return rows, ids
+    return taken
 
 
-def global_stream(config, manifest, dp_size: int, steps: int, consumed: int = 0):
-    """Each step's samples over all ranks, joined in rank order."""
+def stream(config, manifest, dp_size: int, steps: int, consumed: int = 0) -> tuple[np.ndarray, list[int]]:
+    """Tokens and numbers of each step's samples over all ranks, joined in rank order."""
     loaders = [open_loader(config, manifest, dp_rank=r, dp_size=dp_size, consumed=consumed) for r in range(dp_size)]
-    rows, ids = [], []
-    for _ in range(steps):
-        for loader in loaders:
-            for batch in loader.next_step():
-                rows += [batch.tokens.numpy()]
-                ids += batch.sample_ids.tolist()
-    assert {loader.consumed for loader in loaders} == {consumed + steps * config.train.global_batch_size}
-    for loader in loaders:
-        loader.close()
-    return np.concatenate(rows), ids
+    taken = [take(loader, steps) for loader in loaders]
+    assert len({loader.consumed for loader in loaders}) == 1
+    batches = [batch for step in range(steps) for rank in taken for batch in rank[step]]
+    ids = np.concatenate([batch["sample_ids"] for batch in batches]).tolist()
+    return np.concatenate([batch["tokens"] for batch in batches]), ids
 
 
-def with_loader(config, kind: str):
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, loader=kind))
+def equal(found: list, expected: list) -> None:
+    for step, other in zip(found, expected, strict=True):
+        for batch, twin in zip(step, other, strict=True):
+            assert batch.keys() == twin.keys()
+            for name in batch:
+                assert batch[name].dtype == twin[name].dtype, name
+                assert np.array_equal(batch[name], twin[name]), name
+
+
+def with_data(config, **changes):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
+def with_batch(config, **changes):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
 
 
 def file_tokens(config, split: str, dtype="<u2") -> np.ndarray:
     return np.fromfile(Path(config.data.path) / f"{split}.bin", dtype)
 
 
-@pytest.mark.parametrize("kind", ["native", "numpy"])
+@KINDS
 def test_a_step_is_the_next_samples_of_the_order(make_data: MakeData, kind: str):
     config, manifest = make_data(n_train=1001, loader=kind)  # 100 samples, 8.3 steps an epoch
-    rows, ids = global_stream(config, manifest, 1, 20)
+    rows, ids = stream(config, manifest, 1, 20)
     tokens, positions = file_tokens(config, "train"), Order(config.seed, 100).positions(0, 240)
     assert ids == list(range(240))
     for row, position in zip(rows, positions, strict=True):
@@ -66,18 +79,73 @@ def test_a_step_is_the_next_samples_of_the_order(make_data: MakeData, kind: str)
     assert sorted(positions[:100]) == list(range(100)) == sorted(positions[100:200])
 
 
-@pytest.mark.parametrize("kind", ["native", "numpy"])
+@KINDS
 @pytest.mark.parametrize(("dp_size", "micro"), [(1, 12), (1, 1), (2, 3), (3, 4), (4, 1), (12, 1)])
 def test_no_layout_changes_the_stream(make_data: MakeData, kind: str, dp_size: int, micro: int):
     config, manifest = make_data(loader=kind)
-    expected, _ = global_stream(config, manifest, 1, 10, consumed=7)
-    train = dataclasses.replace(config.train, micro_batch_size=micro)
-    other = dataclasses.replace(config, train=train)
-    rows, ids = global_stream(other, manifest, dp_size, 10, consumed=7)
+    expected, _ = stream(config, manifest, 1, 10, consumed=7)
+    other = with_batch(config, micro_batch_size=micro)
+    rows, ids = stream(other, manifest, dp_size, 10, consumed=7)
     assert np.array_equal(rows, expected)
     assert ids == list(range(7, 127))
     step = open_loader(other, manifest, dp_rank=dp_size - 1, dp_size=dp_size).next_step()
-    assert [tuple(b.tokens.shape) for b in step] == [(micro, 11)] * (12 // dp_size // micro)
+    assert [tuple(b.tokens.shape) for b in step.batches] == [(micro, 11)] * (12 // dp_size // micro)
+    assert step.target_count == 12 * 10
+
+
+def blended(make_data: MakeData, tmp_path: Path, **options):
+    """A run of two corpora and three phases, over more than two epochs of the smaller one."""
+    config, manifest = make_data(n_train=6001, global_batch=576, micro_batch=1, seq_len=10, **options)
+    rng = np.random.default_rng(5)
+    tokens = {split: rng.integers(0, 500, 4001) for split in ("train", "validation")}
+    write_shards(tmp_path / "other", tokens, 500)
+    one, other = str(config.data.path), str(tmp_path / "other")
+    changes = (
+        PhaseChange(576 * 2, seq_len=7),
+        PhaseChange(576 * 4, blend={one: 1.0, other: 3.0}, global_batch_size=1152),
+    )
+    return with_data(config, blend={one: 0.6, other: 0.4}, phases=changes), manifest
+
+
+def test_a_whole_epoch_has_one_hash_on_any_world(make_data: MakeData, tmp_path: Path):
+    config, manifest = blended(make_data, tmp_path, loader="native", document_masks=True)
+    steps = 8
+    hashes = set()
+    for dp_size in (1, 2, 3, 8, 64):
+        for micro in (1, 3):
+            digest = hashlib.sha256()
+            other = with_batch(config, micro_batch_size=micro)
+            loaders = [open_loader(other, manifest, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
+            taken = [take(loader, steps) for loader in loaders]
+            assert {loader.consumed for loader in loaders} == {576 * 4 + 1152 * 4}
+            for step in range(steps):
+                for rank in taken:
+                    for batch in rank[step]:
+                        for sample, row, places in zip(*(batch[f] for f in FIELDS[:3]), strict=True):
+                            digest.update(sample.tobytes() + row.tobytes() + places.tobytes())
+            hashes.add(digest.hexdigest())
+    assert len(hashes) == 1
+    epochs = loaders[0].epochs()
+    assert min(epochs.values()) > 1, epochs
+
+
+@KINDS
+def test_resumed_on_another_world_equals_uninterrupted(make_data: MakeData, tmp_path: Path, kind: str):
+    config, manifest = blended(make_data, tmp_path, loader=kind, document_masks=True)
+    expected = [np.concatenate([b["tokens"] for b in step]) for step in take(
+        open_loader(config, manifest, dp_rank=0, dp_size=1), 7)]  # fmt: skip
+    rng = np.random.default_rng()
+    for dp_size in (1, 2, 3, 8, 64) if kind == "native" else (1, 3):
+        done = int(rng.integers(0, 7))
+        other = with_batch(config, micro_batch_size=int(rng.choice([1, 3])))
+        consumed = consumed_samples(other, done)
+        resumed = [
+            take(open_loader(other, manifest, dp_rank=r, dp_size=dp_size, consumed=consumed), 7 - done)
+            for r in range(dp_size)
+        ]
+        for i, step in enumerate(expected[done:]):
+            found = np.concatenate([batch["tokens"] for rank in resumed for batch in rank[i]])
+            assert np.array_equal(found, step), (dp_size, done)
 
 
 @given(data=st.data())
@@ -86,117 +154,91 @@ def test_native_equals_numpy(make_data: MakeData, data: st.DataObject):
     dp_size, micro, accumulation = (data.draw(st.integers(1, 4)) for _ in range(3))
     config, manifest = make_data(
         data.draw(st.sampled_from([12, 101, 350])),
-        vocab_size=data.draw(st.sampled_from([300, 70_000])),
+        vocab_size=data.draw(st.sampled_from([3, 300, 70_000])),
         seq_len=data.draw(st.integers(1, 11)),
         seed=data.draw(st.integers(0, 2**32 - 1)),
         global_batch=dp_size * micro * accumulation,
         micro_batch=micro,
+        document_masks=data.draw(st.booleans()),
     )
     where = {
         "dp_rank": data.draw(st.integers(0, dp_size - 1)),
         "dp_size": dp_size,
         "consumed": data.draw(st.integers(0, 2**40)),
     }
-    rows, ids = take(open_loader(with_loader(config, "native"), manifest, **where), 4)
-    expected_rows, expected_ids = take(open_loader(config, manifest, **where), 4)
-    assert ids == expected_ids
-    assert np.array_equal(rows, expected_rows)
-    assert rows[0].dtype == expected_rows[0].dtype == manifest.splits["train"].shards.dtype
+    native = take(open_loader(with_data(config, loader="native"), manifest, **where), 4)
+    equal(native, take(open_loader(config, manifest, **where), 4))
 
 
-@pytest.mark.parametrize("kind", ["native", "numpy"])
-def test_resumed_equals_uninterrupted(make_data: MakeData, kind: str):
-    config, manifest = make_data(loader=kind)
-    rows, ids = take(open_loader(config, manifest, dp_rank=1, dp_size=2), 30)
-    for step in (1, 8, 9, 17, 29):  # the epoch ends inside steps 8 and 16
-        resumed = open_loader(config, manifest, dp_rank=1, dp_size=2, consumed=12 * step)
-        tail_rows, tail_ids = take(resumed, 30 - step)
-        assert tail_ids == ids[6 * step :]
-        assert np.array_equal(tail_rows, rows[6 * step :])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_native_equals_numpy_in_blends_and_phases(make_data: MakeData, tmp_path: Path, data: st.DataObject):
+    config, manifest = blended(make_data, tmp_path, document_masks=data.draw(st.booleans()))
+    dp_size = data.draw(st.sampled_from([1, 3, 64]))
+    where = {"dp_rank": data.draw(st.integers(0, dp_size - 1)), "dp_size": dp_size}
+    done = data.draw(st.integers(0, 9))
+    where["consumed"] = consumed_samples(config, done)
+    native = take(open_loader(with_data(config, loader="native"), manifest, **where), 5)
+    equal(native, take(open_loader(config, manifest, **where), 5))
 
 
 def test_huge_sample_numbers(make_data: MakeData):
     config, manifest = make_data()
     for consumed in (2**32 - 6, 2**53 + 1, 2**63 - 100):
-        native = open_loader(with_loader(config, "native"), manifest, dp_rank=0, dp_size=2, consumed=consumed)
-        twin = open_loader(config, manifest, dp_rank=0, dp_size=2, consumed=consumed)
-        (rows, ids), (expected_rows, expected_ids) = take(native, 3), take(twin, 3)
-        assert ids == expected_ids
-        assert np.array_equal(rows, expected_rows)
+        where = {"dp_rank": 0, "dp_size": 2, "consumed": consumed}
+        native = open_loader(with_data(config, loader="native"), manifest, **where)
+        equal(take(native, 3), take(open_loader(config, manifest, **where), 3))
 
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def test_threads_end_and_batches_stay(make_data: MakeData):
+def test_threads_end(make_data: MakeData):
     config, manifest = make_data(loader="native")
     before = threads()
     loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
     assert threads() > before
-    kept = [batch for _ in range(30) for batch in loader.next_step()]
-    copies = [batch.tokens.clone() for batch in kept]
+    loader.next_step()
     loader.close()
     loader.close()
     assert threads() == before
     with pytest.raises(RuntimeError, match="closed"):
         loader.next_step()
-    del loader
-    gc.collect()
-    expected, _ = global_stream(with_loader(config, "numpy"), manifest, 1, 30)
-    assert np.array_equal(torch.cat([batch.tokens for batch in kept]).numpy(), expected)
-    assert all(torch.equal(batch.tokens, copy) for batch, copy in zip(kept, copies, strict=True))
-
     unclosed = open_loader(config, manifest, dp_rank=0, dp_size=1)
-    del unclosed
+    del loader, unclosed
     gc.collect()
     assert threads() == before
 
 
-def test_native_batches_are_not_copied(make_data: MakeData):
-    config, manifest = make_data(loader="native")
+def test_a_step_stays_until_the_next_and_memory_is_reused(make_data: MakeData):
+    config, manifest = make_data(loader="native", document_masks=True)
+    twin = open_loader(with_data(config, loader="numpy"), manifest, dp_rank=0, dp_size=1)
     loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
-    batches = loader.next_step()
+    places = set()
+    for _ in range(100):
+        step, expected = loader.next_step(), twin.next_step()
+        torch.rand(1000).sum()  # time for the threads to go on
+        for batch, other in zip(step.batches, expected.batches, strict=True):
+            for name in FIELDS[:4]:
+                assert torch.equal(getattr(batch, name), getattr(other, name)), name
+        places.add(step.batches[0].tokens.data_ptr())
+        starts = [batch.tokens.data_ptr() for batch in step.batches]
+        assert starts == [starts[0] + i * 3 * 11 * 2 for i in range(4)]  # one piece of memory
+    assert len(places) <= 16
+    assert step.batches[0].tokens.dtype == torch.uint16
+    assert step.batches[0].sample_ids.dtype == torch.int64
     loader.close()
-    if not torch.cuda.is_available():
-        starts = [batch.tokens.data_ptr() for batch in batches]
-        assert starts == [starts[0] + i * 3 * 11 * 2 for i in range(4)]
-    assert all(batch.tokens.is_contiguous() for batch in batches)
-    assert batches[0].tokens.dtype == torch.uint16
-    assert batches[0].sample_ids.dtype == torch.int64
 
 
-def test_waiting_is_counted(make_data: MakeData):
-    for kind in ("native", "numpy"):
-        config, manifest = make_data(n_train=1001 + len(kind), loader=kind)
-        loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
-        assert loader.wait_seconds == 0
-        loader.next_step()
-        assert loader.wait_seconds > 0
-        loader.close()
-
-
-@pytest.mark.parametrize("kind", ["native", "numpy"])
-@pytest.mark.parametrize("wanted", [None, 1, 7, 12, 19])
-@pytest.mark.parametrize(("dp_size", "micro"), [(1, 3), (1, 64), (2, 3), (3, 5)])
-def test_validation_covers_each_sample_once(
-    make_data: MakeData, kind: str, wanted: int | None, dp_size: int, micro: int
-):
-    config, manifest = make_data(
-        n_validation=200, loader=kind, validation_samples=wanted, micro_batch=micro, global_batch=60
-    )
-    tokens, seen, counts = file_tokens(config, "validation"), [], []
-    for rank in range(dp_size):
-        batches = list(validation_batches(config, manifest, dp_rank=rank, dp_size=dp_size))
-        counts.append(len(batches))
-        for batch, valid in batches:
-            assert batch.tokens.shape == (micro, 11)
-            assert 0 <= valid <= micro
-            seen += batch.sample_ids[:valid].tolist()
-            for i, row in zip(batch.sample_ids.tolist(), batch.tokens.numpy(), strict=True):
-                assert np.array_equal(row, tokens[10 * i : 10 * i + 11])
-    assert sorted(seen) == list(range(wanted or 19))
-    assert len(set(counts)) == 1
+@KINDS
+def test_waiting_is_counted(make_data: MakeData, kind: str):
+    config, manifest = make_data(loader=kind)
+    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    assert loader.wait_seconds == 0
+    loader.next_step()
+    assert loader.wait_seconds > 0
+    loader.close()
 
 
 def refused(config, manifest, match: str, **ranks) -> None:
@@ -205,30 +247,33 @@ def refused(config, manifest, match: str, **ranks) -> None:
         open_loader(config, manifest, **arguments)
 
 
-@pytest.mark.parametrize("kind", ["native", "numpy"])
+@KINDS
 def test_unfit_data_is_refused(make_data: MakeData, kind: str):
     config, manifest = make_data(loader=kind)
-    long = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=1001))
-    refused(long, manifest, "the train split has 1001 tokens.*needs 1002")
-    model = dataclasses.replace(config.model, vocab_size=501)
-    wider = dataclasses.replace(config, model=model)
+    refused(with_data(config, seq_len=1001), manifest, "has no sample of data.seq_len 1001")
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=501))
     refused(wider, manifest, "vocabulary of 500, model.vocab_size is 501")
     refused(config, manifest, "12 is not a multiple of 5", dp_size=5)
     refused(config, manifest, "rank 2 of 2", dp_rank=2, dp_size=2)
     refused(config, manifest, "-1 consumed", consumed=-1)
-    with pytest.raises(InputError, match=r"validation_samples is 20; .* has 19 samples"):
-        validation_batches(
-            dataclasses.replace(config, data=dataclasses.replace(config.data, validation_samples=20)),
-            manifest,
-            dp_rank=0,
-            dp_size=1,
-        )
-    splits = manifest.splits | {"train": dataclasses.replace(manifest.splits["train"], documents=2)}
+    shards = manifest.splits["train"].shards
+    shards = dataclasses.replace(shards, tokens=(1000,), bytes=(2000,))
+    splits = manifest.splits | {"train": dataclasses.replace(manifest.splits["train"], tokens=1000, shards=shards)}
     lying: Manifest = dataclasses.replace(manifest, splits=splits)
-    refused(config, lying, "1001, 1\\); the manifest says .*1001, 2")
+    refused(config, lying, "1001.*1000|1000.*1001")
     path = Path(config.data.path or "") / "train.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    refused(config, manifest, "has 2000 bytes, its index says 2002")
+    refused(config, manifest, "train.bin.*2000.*2002")
+
+
+def test_corpora_of_other_widths_are_not_blended(make_data: MakeData, tmp_path: Path):
+    config, manifest = make_data(vocab_size=500)
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240801, 7, 100
+    with (tmp_path / "wide.bin").open("wb") as file:
+        file.write(header.tobytes() + np.arange(100, dtype="<u4").tobytes())
+    mixed = with_data(config, blend={str(config.data.path): 1.0, str(tmp_path / "wide.bin"): 1.0})
+    refused(mixed, manifest, "ids of one size")
 
 
 def test_a_missing_extension_is_explained(make_data: MakeData, monkeypatch: pytest.MonkeyPatch):
@@ -242,3 +287,23 @@ def test_a_missing_extension_is_explained(make_data: MakeData, monkeypatch: pyte
 
     monkeypatch.setattr(builtins, "__import__", without_native)
     refused(config, manifest, "no extension here.*run make setup")
+
+
+@KINDS
+def test_hashes_are_compared_while_training(make_data: MakeData, kind: str):
+    config, manifest = make_data(loader=kind, verify="background")
+    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    loader._verifier.wait()
+    loader.next_step()
+    assert (loader.consumed, loader.skipped) == (12, 0)
+    assert loader.epochs()[config.data.path] == 0.12
+    loader.close()
+    path = Path(config.data.path) / "train.bin"
+    tokens = np.fromfile(path, "<u2")
+    tokens[5] ^= 1  # still an id of the vocabulary, in a sample that may come much later
+    tokens.tofile(path)
+    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    loader._verifier.wait()
+    with pytest.raises(InputError, match=r"train\.bin: sha256 \w+, the manifest says"):
+        loader.next_step()
+    loader.close()

@@ -1,0 +1,183 @@
+"""The C++ loader: threads assemble the coming steps in a ring of buffers that PyTorch holds (csrc/)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from llm.data.batch import Batch, Step
+from llm.data.sampler import Share
+from llm.data.schedule import Curriculum, SchedulePhase
+from llm.data.shards import DamagedFile, ShardList
+from llm.errors import InputError
+
+RING_BYTES = 16 << 20  # assembled ahead, within these bounds of steps
+FEWEST_STEPS, MOST_STEPS = 3, 16
+THREADS = 2  # that do it; they sleep while the ring is full
+
+
+def import_native() -> ModuleType:
+    """The extension llm.data._native; InputError when it is not built."""
+    try:
+        from llm.data import _native
+    except ImportError as error:
+        raise InputError(
+            f"data.loader is native but the C++ extension cannot be imported ({error}); "
+            "run make setup, or set data.loader to numpy"
+        ) from error
+    return _native
+
+
+class NativeCorpus:
+    """The twin of llm.data.shards.NumpyCorpus on `_native.Corpus`."""
+
+    def __init__(self, native: ModuleType, shards: ShardList, cache) -> None:
+        self._native = native
+        self.inner = native.Corpus(
+            format=shards.format,
+            item_size=getattr(torch, shards.dtype).itemsize,
+            paths=shards.paths,
+            tokens=shards.tokens,
+            vocab_size=shards.vocab_size,
+            cache=cache,
+        )
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def read_rows(self, starts, width: int):
+        """Tokens [len(starts), width], row i from starts[i] on. DamagedFile as NumpyCorpus.read."""
+        try:
+            return self.inner.read_rows(starts, width)
+        except self._native.DamagedFile as error:
+            raise DamagedFile(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The memory of one step of any phase, pinned when there is a GPU. What a run does not need is empty."""
+
+    tokens: Tensor
+    """uint8: the ids' bytes."""
+    sample_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    counted: Tensor
+
+    @classmethod
+    def allocate(cls, phases: Sequence[SchedulePhase], share: Share, item_size: int, masks: bool, packed: bool) -> Slot:
+        rows = [share.rows(phase) for phase in phases]
+        inputs = max(n * phase.seq_len for n, phase in zip(rows, phases, strict=True))
+        tokens = max(n * (phase.seq_len + 1) * item_size for n, phase in zip(rows, phases, strict=True))
+        sizes = {
+            "tokens": (tokens, torch.uint8),
+            "sample_ids": (max(rows), torch.int64),
+            "position_ids": (inputs if masks else 0, torch.int32),
+            "cu_seqlens": (inputs + max(rows) // share.micro_batch if masks else 0, torch.int32),
+            "counted": (inputs if packed else 0, torch.uint8),
+        }
+        pinned = torch.cuda.is_available()
+        return cls(**{name: torch.empty(n, dtype=kind, pin_memory=pinned) for name, (n, kind) in sizes.items()})
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in vars(self).values())
+
+    def batches(self, phase: SchedulePhase, share: Share, dtype: torch.dtype, masks: bool, packed: bool) -> list[Batch]:
+        """Its micro-batches in a phase, with room for any number of documents in cu_seqlens."""
+        rows, T, B = share.rows(phase), phase.seq_len, share.micro_batch
+        tokens = self.tokens[: rows * (T + 1) * dtype.itemsize].view(dtype).view(-1, B, T + 1)
+        position_ids = self.position_ids[: rows * T].view(-1, B, T) if masks else None
+        starts = self.cu_seqlens[: rows // B * (B * T + 1)].view(-1, B * T + 1) if masks else None
+        counted = self.counted[: rows * T].view(-1, B, T) if packed else None
+        return [
+            Batch(
+                tokens[i],
+                self.sample_ids[i * B : (i + 1) * B],
+                None if position_ids is None else position_ids[i],
+                None if starts is None else starts[i],
+                None if counted is None else counted[i],
+            )
+            for i in range(rows // B)
+        ]
+
+
+class NativeLoader:
+    """Steps assembled ahead by C++ threads; tensors are views of the ring's memory."""
+
+    def __init__(
+        self,
+        native: ModuleType,
+        corpora: Sequence[ShardList],
+        curriculum: Curriculum,
+        share: Share,
+        *,
+        seed: int,
+        consumed: int,
+        packed: bool,
+        document_masks: bool,
+        skip_damaged: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self._native, self._phases, self._share = native, curriculum.phases, share
+        self._dtype, self._masks, self._packed = dtype, document_masks, packed
+        cache = native.FileCache()
+        opened = []
+        for shards in corpora:
+            tokens = NativeCorpus(native, shards, cache)
+            used = shards.plans if packed else {}
+            plans = {T: native.PackPlan(path, T, len(tokens)) for T, path in used.items()}
+            opened.append((tokens.inner, shards.eod_id, shards.eod_first, plans))
+        sampler = native.Sampler(
+            corpora=opened,
+            schedule=native.Schedule(seed=seed, phases=curriculum.phases),
+            dp_rank=share.dp_rank,
+            dp_size=share.dp_size,
+            micro_batch=share.micro_batch,
+            packed=packed,
+            document_masks=document_masks,
+            skip_damaged=skip_damaged,
+        )
+        allocate = lambda: Slot.allocate(self._phases, share, dtype.itemsize, document_masks, packed)  # noqa: E731
+        first = allocate()
+        depth = min(max(RING_BYTES // first.n_bytes, FEWEST_STEPS), MOST_STEPS)
+        self._slots = [first, *(allocate() for _ in range(depth - 1))]
+        self._views: dict[tuple[int, int], list[Batch]] = {}
+        arrays = [tuple(tensor.numpy() for tensor in vars(slot).values()) for slot in self._slots]
+        self._ring = native.Prefetcher(sampler, consumed, arrays, THREADS)
+        self._curriculum = curriculum
+        self.consumed, self.skipped, self.wait_seconds = consumed, 0, 0.0
+
+    def next_step(self) -> Step:
+        start = time.perf_counter()
+        try:
+            slot, phase, target_count, skipped, documents = self._ring.next()
+        except self._native.DamagedFile as error:
+            raise DamagedFile(str(error)) from error
+        key = (slot, phase)
+        if key not in self._views:
+            self._views[key] = self._slots[slot].batches(
+                self._phases[phase], self._share, self._dtype, self._masks, self._packed
+            )
+        batches = self._views[key]
+        if self._masks:
+            batches = [
+                dataclasses.replace(batch, cu_seqlens=batch.cu_seqlens[: n + 1])
+                for batch, n in zip(batches, documents, strict=True)
+                if batch.cu_seqlens is not None
+            ]
+        self.consumed += self._phases[phase].global_batch
+        self.skipped += skipped
+        self.wait_seconds += time.perf_counter() - start
+        return Step(batches, target_count)
+
+    def epochs(self) -> dict[str, float]:
+        return self._curriculum.epochs(self.consumed)
+
+    def close(self) -> None:
+        self._ring.close()
