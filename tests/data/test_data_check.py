@@ -63,14 +63,16 @@ def test_a_flipped_bit_of_any_file_is_found_once(name: str):
 
 def test_all_damage_is_told_at_once():
     config = make_config(blend={"two": 1.0})
-    os.truncate("two/train.bin", 10)
+    os.truncate("one/train.bin", 10)
+    os.truncate("two/train.bin", 12)
     flip("two/train.idx", 20)
     Path("one/validation.idx").unlink()
     found = damage_of(config)
-    assert len(found) == 3
-    assert "one/validation.idx cannot be read" in found[0]
-    assert "two/train.bin has 10 bytes; the manifest says 6000" in found[1]
-    assert "two/train.idx: sha256" in found[2]
+    assert len(found) == 4
+    assert "one/train.bin has 10 bytes; the manifest says 6000" in found[0]
+    assert "one/validation.idx cannot be read" in found[1]
+    assert "two/train.bin has 12 bytes; the manifest says 6000" in found[2]
+    assert "two/train.idx: sha256" in found[3]
 
 
 def test_files_that_match_a_manifest_must_be_token_files_too():

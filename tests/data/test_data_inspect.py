@@ -62,6 +62,12 @@ def texts_of(shown: str) -> list[str]:
     return re.split(r"\n\n--- document .* ---(?:\n|$)", re.sub(r"\n(\npadding: .*)?$", "", shown))[1:]
 
 
+def documents_of(shown: str) -> list[tuple[int, ...]]:
+    """(number, tokens in the sample, tokens in all, first token) of each document."""
+    lines = re.findall(r"^--- document (\d+): (\d+) of its (\d+) tokens, from its token (\d+) on ---", shown, re.M)
+    return [tuple(map(int, numbers)) for numbers in lines]
+
+
 def read_shown_bytes(shown: str) -> list[int]:
     """The tokens in the bytes of the files that show() named."""
     ids = []
@@ -94,9 +100,15 @@ def test_a_shown_sample_is_the_one_that_is_trained_on(packing: str):
         ids = expected_tokens(config, corpora, schedule, sample, seq_len)
         assert read_shown_bytes(shown) == ids
         assert "".join(texts_of(shown)) == tokenizer.decode([i for i in ids if i != 0])
+        name = shown.splitlines()[1].split(":")[0].removeprefix("corpus ")
+        for (number, count, length, first), text in zip(documents_of(shown), texts_of(shown), strict=True):
+            document = tokenizer.encode(f"{name} {TEXTS[number]}")
+            document = [0, *document] if name == "b" else [*document, 0]
+            assert first + count <= length == len(document)
+            assert text == tokenizer.decode([i for i in document[first : first + count] if i != 0])
         assert (f"padding: {seq_len + 1 - len(ids)} tokens" in shown) == (len(ids) <= seq_len)
-        seen.add(shown.splitlines()[1].split(":")[0])
-    assert seen == {"corpus a", "corpus b"}
+        seen.add(name)
+    assert seen == {"a", "b"}
 
 
 def test_the_words_of_a_sample():

@@ -147,7 +147,8 @@ def test_tokens_that_do_not_fit_are_refused():
     raw = bytearray(Path(path).with_suffix(".idx").read_bytes())
     raw[34] += 1  # the first length
     Path(path).with_suffix(".idx").write_bytes(raw)
-    refused("m.idx: the offset", "elsewhere/m.bin")
+    with pytest.raises(InputError, match=r"m\.idx: the offset"):  # before the tokens are read, which may take long
+        register(make_config(), {"train": "elsewhere/m.bin"}, lambda *stage: pytest.fail("read"))
 
 
 def test_the_place_of_a_wrong_id_is_exact_beyond_the_first_block():
@@ -164,6 +165,13 @@ def test_the_place_of_a_wrong_id_is_exact_beyond_the_first_block():
 def test_what_no_end_of_document_token_closes_is_a_document_too(format: str, open_ended: list[list[int]]):
     write_texts("elsewhere", "b", TEXTS)
     path = write_file(Path("."), "a", format, "uint16", open_ended)
+    assert register(make_config(), {"train": path}).splits["train"].documents == 3
+
+
+def test_documents_of_a_file_of_several_blocks():
+    ids = np.ones(1 << 20, np.int64)
+    ids[[0, 7, -1]] = 0  # the second block begins within a document
+    path = write_file(Path("."), "a", "llm.c", "uint16", [ids.tolist()])
     assert register(make_config(), {"train": path}).splits["train"].documents == 3
 
 
