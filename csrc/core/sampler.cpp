@@ -137,6 +137,8 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
   const int64_t first = consumed + share_.dp_rank * rows;
   std::vector<Place> places(static_cast<size_t>(rows));
   schedule_->places(first, rows, places.data());
+  if (packed_)
+    for (const Source& source : phase.sources) plan(source.corpus, T).check_not_truncated();
   Readers readers(corpora_.size());
   if (ahead) read_ahead(readers, places, T);
   const auto row_bytes = static_cast<size_t>((T + 1) * item_size());

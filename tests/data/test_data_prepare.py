@@ -253,7 +253,7 @@ def test_prepared_data_loads():
     config = make_config()
     manifest = prepare(config)
     loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
-    batches = loader.next_step()
+    batches = loader.next_step().batches
     loader.close()
     assert [tuple(batch.tokens.shape) for batch in batches] == [(2, 17)] * 2
 
