@@ -18,9 +18,10 @@ from llm.data import prepare as preparing
 from llm.data.bigram import bigram_loss
 from llm.data.folder import data_folder, load_manifest
 from llm.data.formats import read_index
-from llm.data.loader import open_loader, validation_batches
+from llm.data.loader import open_loader
 from llm.data.prepare import prepare, split_of
 from llm.data.tokenizer import Tokenizer
+from llm.data.validation import validation_batches
 from llm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -50,7 +50,7 @@ def refused(place: Path, *arguments: str) -> str:
 
 def test_preparing_writes_plans_and_is_done_once(place: Path):
     before = {path: path.stat().st_mtime_ns for path in (place / "prepared").iterdir()}
-    assert {path.name for path in before} >= {"train.32.plan", "validation.32.plan", "tokenizer.json"}
+    assert {path.name for path in before} >= {"train.32.plan", "tokenizer.json"}
     ok(place, "--config", "c.yaml")
     assert {path: path.stat().st_mtime_ns for path in (place / "prepared").iterdir()} == before
 
