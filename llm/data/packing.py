@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data import _native
 from llm.data.shards import NumpyCorpus, ShardList
 from llm.errors import InputError, require
 
@@ -205,6 +204,8 @@ def write_plan(
     The same corpus gives the same bytes, in bounded memory. progress(stage, tokens done, tokens in all).
     Raises InputError when a file of the corpus is damaged.
     """
+    from llm.data import _native  # here, so that plans are read without the extension too
+
     total = shards.n_tokens
 
     def ranges() -> Iterator[NDArray[np.int64]]:
