@@ -3,7 +3,7 @@
 usage: prepare_data.py [COMMAND] [--config FILE] [--key=VALUE ...]      exit code 2: wrong config, input or data
 
 without a command   tokenise data.source, unless that is done; copy remote corpora, write packing plans
-register            write a manifest for token files made elsewhere: --train=GLOB [--validation=GLOB]
+register            write a manifest for token files made elsewhere: --train=GLOB [--validation=GLOB] [--dtype=int32]
 verify              read every file of the run's corpora and say which are damaged
 show                where a sample of the run comes from, and its text: --sample=N
 stats               tokens, documents and their lengths, padding and epochs of the run's corpora
@@ -28,7 +28,7 @@ from llm.data.register import register
 from llm.data.remote import fetch_corpora
 from llm.errors import InputError, require
 
-OPTIONS = {"prepare": [], "register": ["train", "validation"], "verify": [], "show": ["sample"], "stats": []}
+OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify": [], "show": ["sample"], "stats": []}
 
 
 def run(command: str, options: dict[str, str], config: RunConfig) -> None:
@@ -41,9 +41,9 @@ def run(command: str, options: dict[str, str], config: RunConfig) -> None:
         print(summary(data_folder(config), manifest))
     elif command == "register":
         require("train" in options, "register needs --train=GLOB")
-        notes: list[str] = []
+        notes, dtype = list[str](), options.pop("dtype", None)
         with progress_bar() as bar:
-            manifest = register(config, options, bar, notes.append)
+            manifest = register(config, options, bar, notes.append, raw_dtype=dtype)
         print("\n".join([summary(data_folder(config), manifest), *notes]))
     elif command == "verify":
         with progress_bar() as bar:

@@ -204,9 +204,9 @@ def write_plan(
     The same corpus gives the same bytes, in bounded memory. progress(stage, tokens done, tokens in all).
     Raises InputError when a file of the corpus is damaged.
     """
-    from llm.data import _native  # here, so that plans are read without the extension too
+    from llm.data.native import import_native  # here: it needs this module, and plans are read without it
 
-    total = shards.n_tokens
+    native, total = import_native(), shards.n_tokens
 
     def ranges() -> Iterator[NDArray[np.int64]]:
         for i, found in enumerate(document_ranges(shards, seq_len, BLOCK), 1):
@@ -219,7 +219,7 @@ def write_plan(
         with temporary.open("wb") as file, tempfile.TemporaryFile(dir=path.parent) as ends:
             file.write(bytes(HEADER.size))
             for window in windows(ranges(), seq_len, WINDOW):
-                packed, row_ends = _native.plan_window(window, seq_len)
+                packed, row_ends = native.plan_window(window, seq_len)
                 file.write(packed.astype("<i8", copy=False).data)
                 ends.write((row_ends + pieces).astype("<i8", copy=False).data)
                 rows += len(row_ends)

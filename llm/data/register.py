@@ -19,6 +19,7 @@ from llm.data.manifest import (
     BLOCK,
     FILE_NAME,
     FORMAT,
+    ITEM_SIZES,
     Manifest,
     Shards,
     Split,
@@ -85,20 +86,25 @@ def register(
     patterns: dict[str, str],
     progress: Progress = lambda stage, done, total: None,
     say: Callable[[str], None] = lambda line: None,
+    raw_dtype: str | None = None,
 ) -> Manifest:
     """Check the token files of each split and write a manifest of them into data_folder(config).
 
     patterns: split -> a file, folder or glob. data.tokenizer is copied beside the manifest. `say` is told what the
-    user should know.
+    user should know. raw_dtype: of files that say nothing of it (None: as `inspect_files`).
 
     Raises:
         InputError: a file that is damaged or of another vocabulary, or a folder that has a manifest already.
     """
     folder = data_folder(config)
     _check_folder(config, folder)
+    known = raw_dtype is None or raw_dtype in ITEM_SIZES
+    require(known, f"--dtype is {raw_dtype!r}; expected one of {', '.join(ITEM_SIZES)}")
     tokenizer = given_tokenizer(config)
     found = {
-        split: inspect_files(f"--{split}", pattern, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id)
+        split: inspect_files(
+            f"--{split}", pattern, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, raw_dtype=raw_dtype
+        )
         for split, pattern in patterns.items()
     }
     twice = set.intersection(*(set(map(os.path.realpath, shards.paths)) for shards in found.values()))

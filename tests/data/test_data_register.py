@@ -192,3 +192,12 @@ def test_progress_and_hashes_are_of_all_bytes():
     size = Path(path).stat().st_size
     assert stages == [("reading the train tokens", size, size)]
     assert manifest.splits["train"].shards.sha256 == (hashlib.sha256(Path(path).read_bytes()).hexdigest(),)
+
+
+def test_the_dtype_of_raw_files_can_be_told():
+    path = write_texts("elsewhere", "train", TEXTS, "raw", "int32")
+    manifest = register(make_config(), {"train": path}, raw_dtype="int32")
+    assert manifest.splits["train"].shards.dtype == "int32"
+    assert manifest.splits["train"].tokens == sum(len(tokens_of(text)) for text in TEXTS)
+    with pytest.raises(InputError, match=r"--dtype is 'int33'; expected one of uint8, uint16, int32, uint32"):
+        register(make_config(path="other"), {"train": path}, raw_dtype="int33")
