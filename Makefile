@@ -11,7 +11,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help setup pretrain test test-all test-gpu test-cluster test-triton-3.6 check bench bench-kernels bench-parallel clean
+.PHONY: help setup pretrain test test-all test-gpu test-cluster test-triton-3.6 check bench bench-kernels bench-loader bench-parallel clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -66,6 +66,9 @@ bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/be
 
 bench-kernels: setup ## every kernel beside every other implementation installed (ARGS="--only attention"; docs/benchmarks.md)
 	@$(BIN)/python launch/bench_kernels.py $(ARGS)
+
+bench-loader: setup ## the data loader beside those of others (20 min; ARGS="--quick": Ingot alone; results: docs/data.md)
+	@$(BIN)/python launch/bench_loader.py $(ARGS)
 
 bench-parallel: setup ## what parallel layers, ZeRO stages and recomputation cost (results: docs/benchmarks.md)
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) launch/bench_parallel.py \
