@@ -82,7 +82,7 @@ def test_the_c_program_copies_what_numpy_copies(
     gather, job = Gather(form), Job(1000, 5, with_documents)
     gather.prepare(distinct[item], 1000)
     assert check_gather(gather, distinct[item], job) is None
-    run = gather.rate(distinct[item], job, 0.01)
+    run = gather.rate(distinct[item], job, 0.01, 0.01)
     assert run["tokens"] % 5000 == 0 and run["seconds"] >= 0.01 and 0 < run["cpu_seconds"] < 1
 
 

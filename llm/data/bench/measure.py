@@ -49,7 +49,7 @@ def measure(name: str, case: Case, scale: Scale, folder: Path) -> Figures:
     if not case.huge:
         (drop if case.cold else warm)(system.files(tokens, job.seq_len))
     if isinstance(system, Gather):
-        return _gathered(system.rate(tokens, job, scale.seconds))
+        return _gathered(system.rate(tokens, job, 0 if case.cold else scale.seconds / 3, scale.seconds))
     state = None
     if case.resume:
         state = system.state(tokens, job, (tokens.tokens - 1) // job.seq_len // 2 // job.rows * job.rows)
