@@ -23,7 +23,7 @@ class Gather(System):
         subprocess.run(["cc", *FLAGS, "-o", str(_program(tokens)), str(SOURCE)], check=True)
 
     def rate(self, tokens: TokenSet, job: Job, untimed: float, seconds: float) -> dict[str, Any]:
-        """Tokens, seconds, CPU seconds and checksum of one run after `untimed` seconds of it; seconds 0: of one batch."""
+        """Tokens, seconds, CPU seconds and checksum of one run after `untimed` seconds; seconds 0: of one batch."""
         out = tokens.item_size if self.form == "native" else 8
         eod = tokens.eod_id if job.documents else -1
         arguments = (tokens.paths[0], tokens.item_size, out, job.seq_len, job.rows, untimed, seconds, eod)
