@@ -1,6 +1,12 @@
 """Turns the text that a config names into token shards, once; training reads them.
 
-usage: prepare_data.py [--config FILE] [--key=VALUE ...]      exit code 2: wrong config or input
+usage: prepare_data.py [COMMAND] [--config FILE] [--key=VALUE ...]      exit code 2: wrong config, input or data
+
+without a command   tokenise data.source, unless that is done; copy remote corpora, write packing plans
+register            write a manifest for token files made elsewhere: --train=GLOB [--validation=GLOB] [--dtype=int32]
+verify              read every file of the run's corpora and say which are damaged
+show                where a sample of the run comes from, and its text: --sample=N
+stats               tokens, documents and their lengths, padding and epochs of the run's corpora
 """
 
 import sys
@@ -8,66 +14,65 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+import argparse
 
+from launch.data_report import describe, progress_bar, summary
+from llm.config import RunConfig
 from llm.config_cli import parse_config
-from llm.data.folder import data_folder
-from llm.data.manifest import Manifest
+from llm.data.check import find_damage
+from llm.data.folder import data_folder, load_manifest
+from llm.data.inspect import show, statistics
+from llm.data.plans import write_plans
 from llm.data.prepare import prepare
-from llm.errors import InputError
+from llm.data.register import register
+from llm.data.remote import fetch_corpora
+from llm.errors import InputError, require
 
-REDRAW_BYTES = 1 << 18  # text between updates of the bar, so that drawing costs nothing
-
-
-class Bar:
-    """Shows the stages of prepare() as one progress bar on stderr."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("reading", total=None)
-        self._stage, self._drawn = "", 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage or abs(done - self._drawn) >= REDRAW_BYTES or done == total:
-            self._progress.update(self._task, description=stage, completed=done, total=total or None)
-            self._stage, self._drawn = stage, done
+OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify": [], "show": ["sample"], "stats": []}
 
 
-def summary(folder: Path, manifest: Manifest) -> str:
-    """What was prepared, in a few lines."""
-    lines = [f"{folder}: {manifest.source}, vocabulary {manifest.vocab_size}"]
-    for name, split in manifest.splits.items():
-        lines.append(
-            f"  {name:10}  {split.tokens:,} tokens ({split.shards.dtype})  {split.documents:,} documents"
-            + (f"  {split.bytes:,} bytes  {split.bytes / split.tokens:.3f} bytes per token" if split.bytes else "")
-        )
-    loss = manifest.bigram_nats_per_token
-    if loss is not None:
-        lines.append(
-            f"  interpolated bigram model on the validation samples of {manifest.bigram_seq_len}: "
-            f"{loss:.4f} nats per token, {manifest.bits_per_byte(loss):.4f} bits per byte"
-        )
-    return "\n".join(lines)
+def run(command: str, options: dict[str, str], config: RunConfig) -> None:
+    """Do what `command` says and print what came of it."""
+    if command == "prepare":
+        with progress_bar() as bar:
+            fetch_corpora(config, bar)
+            manifest = prepare(config, bar)
+            write_plans(config, manifest, bar)
+        print(summary(data_folder(config), manifest))
+    elif command == "register":
+        require("train" in options, "register needs --train=GLOB")
+        notes, dtype = list[str](), options.pop("dtype", None)
+        with progress_bar() as bar:
+            manifest = register(config, options, bar, notes.append, raw_dtype=dtype)
+        print("\n".join([summary(data_folder(config), manifest), *notes]))
+    elif command == "verify":
+        with progress_bar() as bar:
+            damage = find_damage(config, load_manifest(config), bar)
+        require(not damage, "\n".join(damage))
+        print("no file is damaged")
+    elif command == "show":
+        require(options.get("sample", "").isdecimal(), "show needs --sample=N, the number of a sample from 0 on")
+        print(show(config, load_manifest(config), int(options["sample"])))
+    else:
+        print("\n\n".join(map(describe, statistics(config, load_manifest(config)))))
 
 
-def main() -> int:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
+def main(argv: list[str]) -> int:
     try:
-        config = parse_config(prog="prepare_data.py")
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            manifest = prepare(config, Bar(progress))
+        command = argv.pop(0) if argv and not argv[0].startswith("-") else "prepare"
+        require(command in OPTIONS, f"unknown command {command!r}; expected one of {', '.join(OPTIONS)}")
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        for option in OPTIONS[command]:
+            parser.add_argument(f"--{option}")
+        options, rest = parser.parse_known_args(argv)
+        if {"--help", "-h"} & set(rest):
+            print(__doc__)
+        run(command, vars(options), parse_config(rest, prog="prepare_data.py"))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(summary(data_folder(config), manifest))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

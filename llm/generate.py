@@ -140,7 +140,7 @@ def next_logits(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     x = model.embed(tokens, positions, samples)
     for block in model.blocks.values():
-        x = block(x, positions, samples, cache)
+        x = block(x, positions, samples, cache=cache)
     return model.head.logits(model.norm(x[:, -1]))
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llm.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llm.config_checks import check_world
 from llm.config_cli import from_dict, parse_config, to_dict, to_yaml
+from llm.config_data import DataConfig, PhaseChange
 from llm.errors import InputError
 
 PRESETS = sorted((Path(__file__).parents[1] / "launch" / "configs").glob("*.yaml"))
@@ -274,6 +275,72 @@ def test_any_value_gives_a_config_or_an_input_error(key: str, value: str) -> Non
 def test_impossible_combinations_name_the_nearest_choice(argv: list[str], words: list[str]) -> None:
     message = refused(*argv)
     assert all(word in message for word in words), message
+
+
+BLEND = "{data/web: 3, data/code: 1.0}"
+PHASES = "[{samples: 320, seq_len: 64}, {samples: 640, global_batch_size: 64, blend: {data/code: 1e0}}]"
+
+
+def test_blends_and_phases_are_read_from_a_file_and_from_the_command_line(tmp_path: Path) -> None:
+    file = write(tmp_path, f"data: {{blend: {BLEND}, phases: {PHASES}}}")
+    for argv in ([f"--config={file}"], [f"--data.blend={BLEND}", f"--data.phases={PHASES}"]):
+        data = parse_config(argv).data
+        assert data.blend == {"data/web": 3.0, "data/code": 1.0}
+        assert data.phases == (
+            PhaseChange(320, seq_len=64),
+            PhaseChange(640, global_batch_size=64, blend={"data/code": 1.0}),
+        )
+
+
+def test_a_config_with_blends_and_phases_reads_back_equal(tmp_path: Path) -> None:
+    config = parse_config([f"--data.blend={BLEND}", f"--data.phases={PHASES}", "--data.damaged=skip"])
+    assert from_dict(to_dict(config)) == config
+    assert parse_config([f"--config={write(tmp_path, to_yaml(config))}"]) == config
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--data.blend={}", ["data.blend", "empty"]),
+        ("--data.blend=3", ["data.blend", "3"]),
+        ("--data.blend=[a, b]", ["data.blend"]),
+        ("--data.blend={a: 0}", ["data.blend", "'a' is 0", "above 0"]),
+        ("--data.blend={a: -1}", ["data.blend", "'a' is -1"]),
+        ("--data.blend={a: .inf}", ["data.blend", "'a' is inf"]),
+        ("--data.blend={a: .nan}", ["data.blend", "'a' is nan"]),
+        ("--data.blend={a: true}", ["data.blend", "{a: true}"]),
+        ("--data.blend={a: x}", ["data.blend", "x"]),
+        ("--data.blend={1: 2}", ["data.blend", "1"]),
+        ("--data.phases=3", ["data.phases", "3"]),
+        ("--data.phases=[{seq_len: 3}]", ["data.phases", "samples"]),
+        ("--data.phases=[{samples: 0}]", ["data.phases", "samples is 0", "at least 1"]),
+        ("--data.phases=[{samples: 32, seq_len: 0}]", ["data.phases", "seq_len is 0"]),
+        ("--data.phases=[{samples: 32, seq_lne: 5}]", ["data.phases", "seq_lne"]),
+        ("--data.phases=[{samples: 32, blend: {a: 0}}]", ["data.phases", "'a' is 0"]),
+        ("--data.phases=[{samples: 33}]", ["data.phases", "within a step of 32", "use 32"]),
+        ("--data.phases=[{samples: 64}, {samples: 32}]", ["data.phases", "rising"]),
+        ("--data.phases=[{samples: 32, seq_len: 129}]", ["data.seq_len 129", "model.max_seq_len 128"]),
+        ("--data.packing=best_fit", ["data.packing best_fit", "data.document_masks=true"]),
+        ("--data.packing=bestfit", ["data.packing", "nearest: best_fit"]),
+        ("--data.damaged=ignore", ["data.damaged", "'ignore'"]),
+        ("--data.verify=yes", ["data.verify"]),
+    ],
+)
+def test_a_wrong_blend_or_phase_is_named_with_what_was_expected(argument: str, words: list[str]) -> None:
+    message = refused(argument)
+    assert all(word in message for word in words), message
+
+
+def test_every_phase_must_suit_the_layout() -> None:
+    message = refused(
+        "--parallel.sequence_parallel=true",
+        "--parallel.tensor_parallel=4",
+        "--data.phases=[{samples: 320, seq_len: 30}]",
+    )
+    assert "data.seq_len 30" in message and "use data.seq_len=28" in message
+    data = DataConfig(phases=(PhaseChange(320, global_batch_size=40),))
+    with pytest.raises(InputError, match="global_batch_size 40 is not a multiple of 2 data-parallel ranks"):
+        check_world(dataclasses.replace(layout(), data=data), 2)
 
 
 def test_bf16_is_allowed_with_zero_1_and_with_the_plain_engine() -> None:

@@ -36,9 +36,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.phases", "llm.data"},
     "llm/data/corpus": {"numpy", "zstandard", "llm.config", "llm.errors", "llm.data"},
     "llm/data/remote.py": {"fsspec", "llm.config", "llm.errors", "llm.data"},
-    "llm/data/bench": {
-        "numpy", "torch", "llm", "megatron", "torchdata", "streaming", "litdata",  # rivals, none of which has to be there
-    },
+    # Beside rivals, none of which has to be there.
+    "llm/data/bench": {"numpy", "torch", "llm", "megatron", "torchdata", "streaming", "litdata"},
     "llm/checkpoint": {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.slices", "llm.parallel.mesh", "llm.checkpoint",
     },

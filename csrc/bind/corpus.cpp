@@ -40,7 +40,9 @@ py::array read_rows(const Corpus& corpus, const Starts& starts, int64_t width) {
   auto* to = static_cast<unsigned char*>(out.mutable_data());
   const py::gil_scoped_release without_gil;
   Corpus::Reader reader(corpus);
-  for (int64_t i = 0; i < rows; ++i) reader.read(from[i], width, to + i * width * corpus.item_size());
+  for (int64_t i = 0; i < rows; ++i) reader.will_need(from[i], width);
+  for (int64_t i = 0; i < rows; ++i, to += width * corpus.item_size())
+    reader.read(from[i], width, to);
   return out;
 }
 
@@ -49,7 +51,8 @@ py::array read_rows(const Corpus& corpus, const Starts& starts, int64_t width) {
 void bind_corpus(py::module_& module) {
   py::register_exception<ingot::DamagedFile>(module, "DamagedFile", PyExc_RuntimeError);
   py::class_<FileCache, std::shared_ptr<FileCache>>(module, "FileCache")
-      .def(py::init<size_t>(), py::arg("capacity") = FileCache::default_capacity())
+      .def(py::init<>())  // the limit of open files as it is then, not when the module is loaded
+      .def(py::init<size_t>(), py::arg("capacity"))
       .def_property_readonly("opened", &FileCache::opened)
       .def_property_readonly("held", &FileCache::held);
   py::class_<Corpus, std::shared_ptr<Corpus>>(module, "Corpus")

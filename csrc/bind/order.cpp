@@ -2,6 +2,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
 #include "bind/bind.h"
 #include "core/blend.h"
 #include "core/order.h"
@@ -78,7 +83,8 @@ py::tuple places(const Schedule& schedule, int64_t first, int64_t count) {
   return py::make_tuple(corpora, at, epochs);
 }
 
-int64_t after(const Schedule& schedule, int corpus, int64_t position, uint64_t epoch, size_t phase) {
+int64_t after(const Schedule& schedule, int corpus, int64_t position, uint64_t epoch,
+              size_t phase) {
   return schedule.after({corpus, position, epoch}, phase).position;
 }
 

@@ -21,13 +21,13 @@ using Queue = std::priority_queue<std::pair<uint64_t, uint32_t>,
 std::vector<uint16_t> sources_of_period(const std::vector<uint32_t>& shares) {
   // The bound is 1 - 1 / slack. Numbers stay below 2^16 * 2^17 * 2^16.
   const uint64_t slack = 2 * shares.size() - 2;
-  Queue closed, open;  // (place at which the window opens, source), (place at which it closes, source)
+  Queue closed, open;  // (place at which the window opens, or closes, source)
   std::vector<uint64_t> drawn(shares.size(), 0);
-  const auto opens = [&](uint32_t s) {  // the first place that has share * place >= j + 1 / slack
+  const auto opens = [&](uint32_t s) {  // the first place: share * place >= j + 1 / slack
     const uint64_t width = slack * shares[s];
     return ((drawn[s] * slack + 1) * BlendTable::kPeriod + width - 1) / width;
   };
-  const auto closes = [&](uint32_t s) {  // the last one: the places before it leave j + 1 - 1 / slack
+  const auto closes = [&](uint32_t s) {  // the last one: share * (place - 1) <= j + 1 - 1 / slack
     return ((drawn[s] + 1) * slack - 1) * BlendTable::kPeriod / (slack * shares[s]) + 1;
   };
   for (uint32_t s = 0; s < shares.size(); ++s) closed.emplace(opens(s), s);

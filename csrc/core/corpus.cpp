@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
-// Wider vectors where the processor has them, chosen at load time; sanitizers cannot run that choice.
+// Wider vectors where the processor has them, chosen at load time (which sanitizers cannot run).
 #if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define INGOT_VECTOR_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))

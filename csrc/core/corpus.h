@@ -79,10 +79,13 @@ class Corpus {
     // was truncated, or that holds an id >= vocab_size there (file, byte and id are named).
     void read(int64_t start, int64_t count, void* out);
 
-    // Has the pages of a coming read fetched from the disk. Best effort: never throws.
+    // Has the pages of a coming read fetched from the disk: without it each page is waited for in
+    // turn, since nothing is read ahead. A system call or two, so not for what lies in memory.
+    // Best effort: never throws.
     void will_need(int64_t start, int64_t count) noexcept;
 
-    // Starts to load a coming row into the processor's cache, if it lies in the file at hand.
+    // Starts to load a coming row into the processor's cache, if it lies in the file at hand; two
+    // to four rows ahead of read() this hides most of what the memory takes.
     void touch(int64_t start) const noexcept {
       if (start < begin_ || start >= end_) return;
       const unsigned char* row = first_ + (start - begin_) * corpus_->spec_.item_size;

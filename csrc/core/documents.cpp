@@ -58,7 +58,8 @@ int64_t scan_documents(const void* row, int item_size, int64_t T, uint32_t eod, 
                        int32_t base, int32_t* position_ids, int32_t* starts) {
   check_row(T, base);
   if (item_size != 1 && item_size != 2 && item_size != 4)
-    throw std::invalid_argument("item size is " + std::to_string(item_size) + ", expected 1, 2 or 4");
+    throw std::invalid_argument("item size is " + std::to_string(item_size) +
+                                ", expected 1, 2 or 4");
   // Input t begins a document if input t - 1 ends one, or if it is itself what begins one.
   const unsigned char* tokens =
       static_cast<const unsigned char*>(row) + (eod_first ? item_size : 0);
@@ -103,7 +104,8 @@ void pad_row(void* row, int item_size, int64_t used, int64_t width, uint32_t eod
   auto* bytes = static_cast<unsigned char*>(row);
   const auto size = static_cast<size_t>(item_size);
   // Little-endian, as the files: the low bytes of the id are the id of any width.
-  for (int64_t t = used; t < width; ++t) std::memcpy(bytes + static_cast<size_t>(t) * size, &eod, size);
+  for (int64_t t = used; t < width; ++t)
+    std::memcpy(bytes + static_cast<size_t>(t) * size, &eod, size);
 }
 
 }  // namespace ingot

@@ -65,7 +65,7 @@ uint64_t Permutation::operator()(uint64_t i) const {
 void Permutation::range(uint64_t first, int64_t count, int64_t* out) const {
   if (first >= n_ || count < 0 || static_cast<uint64_t>(count) > n_ - first)
     throw std::out_of_range("sample number is outside the epoch");
-  // What still walks, and where in `out` it belongs. Whole lanes are computed, the rest for nothing.
+  // What still walks, and where in `out` it belongs.
   std::array<uint64_t, kBlock> value{};
   std::array<int64_t, kBlock> target{};
   size_t walking = 0;
@@ -76,7 +76,8 @@ void Permutation::range(uint64_t first, int64_t count, int64_t* out) const {
     }
     if (walking == 0) return;
     size_t done = 0;
-    for (; done + kFew < walking; done += kLanes) network<kLanes>(&value[done], half_, mask_, keys_);
+    for (; done + kFew < walking; done += kLanes)  // the last lanes may compute old values, unused
+      network<kLanes>(&value[done], half_, mask_, keys_);
     for (; done < walking; ++done) network<1>(&value[done], half_, mask_, keys_);
     size_t kept = 0;
     for (size_t i = 0; i < walking; ++i) {  // without branches, which nothing could predict

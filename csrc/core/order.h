@@ -33,7 +33,7 @@ class Permutation {
 class SampleOrder {
  public:
   SampleOrder(uint64_t seed, uint64_t n);  // 1 <= n <= 2^62, else std::invalid_argument
-  // Writes positions of samples first, first + 1, ... to out[0..count). std::out_of_range from 2^63.
+  // Writes positions of first, first + 1, ... to out[0..count). std::out_of_range beyond 2^63.
   void positions(uint64_t first, int64_t count, int64_t* out) const;
 
  private:

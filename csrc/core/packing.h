@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "core/token_file.h"
+
 namespace ingot {
 
 // `tokens` tokens of a corpus from `start` on, all of one document. As in the file.
@@ -39,8 +41,8 @@ class Pieces {
 // A plan mapped read-only. What a row says is checked when it is asked for, never all of the file.
 class PackPlan {
  public:
-  // Maps `path`, made for samples of `seq_len` tokens from a corpus of `corpus_tokens`.
-  // Throws std::runtime_error that names the file, what was found and what was expected.
+  // Maps `path`, made for samples of `seq_len` tokens from a corpus of `corpus_tokens`. Throws
+  // std::runtime_error that names the file, what was found and what was expected.
   PackPlan(const std::string& path, int64_t seq_len, int64_t corpus_tokens);
   ~PackPlan();
   PackPlan(const PackPlan&) = delete;
@@ -58,14 +60,14 @@ class PackPlan {
   void check_not_truncated() const;
 
  private:
+  [[noreturn]] void fail(const std::string& what) const;
   void read_header();
 
-  std::string path_;
+  File file_;
   int64_t seq_len_, corpus_tokens_;
   int64_t rows_ = 0, n_pieces_ = 0;
-  int fd_ = -1;
   size_t n_bytes_ = 0;
-  const unsigned char* map_ = nullptr;
+  void* map_;
   const Piece* pieces_ = nullptr;
   const int64_t* row_ends_ = nullptr;
 };

@@ -139,7 +139,7 @@ PackedRows plan_window(const std::vector<Piece>& documents, int64_t seq_len) {
   std::vector<int64_t> row_of(pieces.size());
   for (size_t i = 0; i < pieces.size(); ++i) row_of[i] = rows.put(pieces[i].tokens);
   PackedRows out{std::vector<Piece>(pieces.size()), std::vector<int64_t>(rows.size(), 0)};
-  // Row by row: first how many pieces each has, then where each begins; filling moves that to its end.
+  // First how many pieces each row has, then where they begin; filling moves that to their end.
   for (const int64_t row : row_of) ++out.row_ends[static_cast<size_t>(row)];
   int64_t before = 0;
   for (int64_t& end : out.row_ends) {

@@ -10,7 +10,8 @@
 namespace ingot {
 namespace {
 
-constexpr int kTries = 1000;  // samples tried for one that cannot be read
+constexpr int kTries = 1000;     // samples tried for one that cannot be read
+constexpr int64_t kTouched = 4;  // rows ahead whose first lines are loaded
 
 }  // namespace
 
@@ -137,6 +138,8 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
   const int64_t first = consumed + share_.dp_rank * rows;
   std::vector<Place> places(static_cast<size_t>(rows));
   schedule_->places(first, rows, places.data());
+  if (packed_)
+    for (const Source& source : phase.sources) plan(source.corpus, T).check_not_truncated();
   Readers readers(corpora_.size());
   if (ahead) read_ahead(readers, places, T);
   const auto row_bytes = static_cast<size_t>((T + 1) * item_size());
@@ -144,8 +147,8 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
   for (int64_t i = 0; i < rows; ++i) {
     Place& place = places[static_cast<size_t>(i)];
     unsigned char* row = out.tokens + static_cast<size_t>(i) * row_bytes;
-    if (!packed_ && i + 1 < rows) {  // the next row travels to the processor during this one's copy
-      const Place& coming = places[static_cast<size_t>(i) + 1];
+    if (!packed_ && i + kTouched < rows) {  // it travels to the processor during the rows before it
+      const Place& coming = places[static_cast<size_t>(i + kTouched)];
       reader(readers, coming.corpus).touch(coming.position * T);
     }
     info.skipped += read_row(readers, place, info.phase, row);

@@ -71,19 +71,19 @@ uint64_t Schedule::seed_of(int corpus) const {
   return seed_ ^ mix64(static_cast<uint64_t>(corpus));
 }
 
-// Places of the samples `ordinal`, ordinal + 1, ... of a source, to the slots [begin, end) of `out`.
-void Schedule::draw(const Source& source, uint64_t ordinal, const std::vector<size_t>& slots,
-                    size_t begin, size_t end, Place* out) const {
-  std::vector<int64_t> positions(end - begin);
+// Writes the places of a source's samples `ordinal`, ordinal + 1, ... to out[slots[0..count)].
+void Schedule::draw(const Source& source, uint64_t ordinal, const size_t* slots, size_t count,
+                    Place* out) const {
+  std::vector<int64_t> positions(count);
   SampleOrder(seed_of(source.corpus), source.n_samples)
-      .positions(ordinal, static_cast<int64_t>(end - begin), positions.data());
+      .positions(ordinal, static_cast<int64_t>(count), positions.data());
   uint64_t epoch = ordinal / source.n_samples, left = source.n_samples - ordinal % source.n_samples;
-  for (size_t i = begin; i < end; ++i, --left) {
+  for (size_t i = 0; i < count; ++i, --left) {
     if (left == 0) {
       ++epoch;
       left = source.n_samples;
     }
-    out[slots[i]] = {source.corpus, positions[i - begin], epoch};
+    out[slots[i]] = {source.corpus, positions[i], epoch};
   }
 }
 
@@ -97,8 +97,8 @@ void Schedule::places(int64_t first, int64_t count, Place* out) const {
               " lie in several phases");
   const std::vector<Source>& sources = phases_[index].sources;
   const auto begin = static_cast<uint64_t>(first - phases_[index].first_sample);
-  // The samples of each source follow one another in its order, so they are drawn together. A counting
-  // sort finds them: slots[ends[s - 1]..ends[s]) are those of source s.
+  // The samples of each source follow one another in its order, so they are drawn together. A
+  // counting sort finds them: in the end those of source s are slots[ends[s - 1]..ends[s]).
   const auto n = static_cast<size_t>(count);
   std::vector<size_t> slots(n), ends(sources.size() + 1, 0);
   std::vector<BlendTable::Entry> entries(n);
@@ -110,9 +110,9 @@ void Schedule::places(int64_t first, int64_t count, Place* out) const {
   for (size_t i = 0; i < n; ++i) slots[ends[entries[i].source]++] = i;
   for (size_t i = 0; i < n;) {
     const BlendTable::Entry& entry = entries[slots[i]];
+    const Source& source = sources[entry.source];
     const size_t end = ends[entry.source];
-    draw(sources[entry.source], sources[entry.source].first_ordinal + entry.ordinal, slots, i, end,
-         out);
+    draw(source, source.first_ordinal + entry.ordinal, &slots[i], end - i, out);
     i = end;
   }
 }

@@ -77,7 +77,8 @@ void check_megatron(const std::string& path, int item_size, int64_t n_tokens) {
                    std::to_string(sequences) + " sequences and " + std::to_string(counts[1]) +
                    " boundaries take");
   expect<uint8_t>(file, 17, "the dtype code", item_size == 1 ? 1 : item_size == 2 ? 8 : 4);
-  const int64_t offsets_at = kMegatronHeader + 4 * sequences, bounds_at = offsets_at + 8 * sequences;
+  const int64_t offsets_at = kMegatronHeader + 4 * sequences;
+  const int64_t bounds_at = offsets_at + 8 * sequences;
   int32_t last;
   file.read(offsets_at - 4, &last, sizeof last);
   if (last < 1 || last > n_tokens)
@@ -111,7 +112,8 @@ Format format_named(const std::string& name) {
   if (name == "megatron") return Format::megatron;
   if (name == "llm.c") return Format::llmc;
   if (name == "datatrove") return Format::datatrove;
-  throw std::invalid_argument("format \"" + name + "\"; expected raw, megatron, llm.c or datatrove");
+  throw std::invalid_argument("format \"" + name +
+                              "\"; expected raw, megatron, llm.c or datatrove");
 }
 
 void check_token_file(const std::string& path, Format format, int item_size, int64_t n_tokens) {
@@ -170,6 +172,8 @@ TokenFile::TokenFile(const std::string& path, Format format, int item_size, int6
                    file_.descriptor(), 0);
   if (map == MAP_FAILED)
     throw std::system_error(errno, std::generic_category(), path + ": cannot be mapped");
+  // Rows lie anywhere: without this, each that is not in memory has megabytes around it read too.
+  madvise(map, static_cast<size_t>(n_bytes_), MADV_RANDOM);
   map_ = static_cast<const unsigned char*>(map);
 }
 
@@ -187,8 +191,8 @@ void TokenFile::check_not_truncated() const {
 void TokenFile::will_need(int64_t start, int64_t count) const noexcept {
   static const int64_t page = sysconf(_SC_PAGESIZE);
   const int64_t from = byte_of(start) / page * page;
-  madvise(const_cast<unsigned char*>(map_) + from, static_cast<size_t>(byte_of(start + count) - from),
-          MADV_WILLNEED);
+  const auto length = static_cast<size_t>(byte_of(start + count) - from);
+  madvise(const_cast<unsigned char*>(map_) + from, length, MADV_WILLNEED);
 }
 
 }  // namespace ingot

@@ -60,14 +60,10 @@ class Sampler:
         skip_damaged: bool,
     ) -> None: ...
 
+Slot = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]
+
 class Prefetcher:
-    def __init__(
-        self,
-        sampler: Sampler,
-        consumed: int,
-        slots: Sequence[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int32], NDArray[np.int32], NDArray[np.uint8]]],
-        threads: int,
-    ) -> None: ...
+    def __init__(self, sampler: Sampler, consumed: int, slots: Sequence[Slot], threads: int) -> None: ...
     def next(self) -> tuple[int, int, int, int, list[int]]: ...
     def close(self) -> None: ...
 

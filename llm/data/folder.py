@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llm.config import RunConfig
@@ -48,6 +51,14 @@ def load_manifest(config: RunConfig) -> Manifest:
         f"{folder} has no validation split: it can be part of data.blend, not data.path; register it with --validation",
     )
     return manifest
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process at a time changes the folder; the lock goes with the process, however that ends."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def is_registered(folder: Path) -> bool:

@@ -20,11 +20,12 @@ from llm.data.blend import BlendTable
 from llm.data.folder import check_vocabulary
 from llm.data.manifest import Manifest
 from llm.data.native import NativeCorpus, NativeLoader, import_native
-from llm.data.packing import NumpyPackPlan, read_header
+from llm.data.packing import NumpyPackPlan
 from llm.data.sampler import NumpySampler, Rows, Share
 from llm.data.schedule import Curriculum, Schedule
 from llm.data.shards import NumpyCorpus, ShardList
-from llm.data.sources import packing_plan, training_corpora
+from llm.data.sources import curriculum_of, hashed_files, training_corpora
+from llm.data.verify import BackgroundVerifier
 from llm.errors import require
 from llm.phases import phases
 
@@ -34,12 +35,20 @@ CHECKED_FILES = 64  # of each corpus when it is opened; the others are checked w
 class Loader(Protocol):
     """Training batches of one data-parallel rank."""
 
-    consumed: int
-    """Samples of the global order that all ranks together have taken: the loader's whole state."""
-    skipped: int
-    """Samples of this rank so far that could not be read and were replaced (data.damaged)."""
-    wait_seconds: float
-    """Time spent inside next_step() so far."""
+    @property
+    def consumed(self) -> int:
+        """Samples of the global order that all ranks together have taken: the loader's whole state."""
+        ...
+
+    @property
+    def skipped(self) -> int:
+        """Samples of this rank so far that could not be read and were replaced (data.damaged)."""
+        ...
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time spent inside next_step() so far."""
+        ...
 
     def next_step(self) -> Step:
         """The next step on this rank; the one before it must not be used any more.
@@ -92,17 +101,34 @@ def to_batch(rows: Rows) -> Batch:
     return Batch(**tensors)  # pyright: ignore[reportArgumentType]
 
 
-def sample_count(config: RunConfig, shards: ShardList, seq_len: int) -> int:
-    """Samples of `seq_len` in an epoch of a corpus: chunks, or the rows of its packing plan."""
-    if config.data.packing == "best_fit":
-        return read_header(Path(packing_plan(shards, seq_len))).rows
-    return (shards.n_tokens - 1) // seq_len
+class VerifiedLoader:
+    """A loader whose files are compared with their hashes in the background; a step is the last if one differs."""
 
+    def __init__(self, inner: Loader, verifier: BackgroundVerifier) -> None:
+        self._inner, self._verifier = inner, verifier
 
-def open_curriculum(config: RunConfig, corpora: Mapping[str, ShardList]) -> Curriculum:
-    """What the run draws from its corpora, phase by phase. InputError when one has no sample."""
-    table = import_native().BlendTable if config.data.loader == "native" else BlendTable
-    return Curriculum(config, lambda name, seq_len: sample_count(config, corpora[name], seq_len), table)
+    def next_step(self) -> Step:
+        self._verifier.check()
+        return self._inner.next_step()
+
+    def epochs(self) -> dict[str, float]:
+        return self._inner.epochs()
+
+    def close(self) -> None:
+        self._verifier.close()
+        self._inner.close()
+
+    @property
+    def consumed(self) -> int:
+        return self._inner.consumed
+
+    @property
+    def skipped(self) -> int:
+        return self._inner.skipped
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._inner.wait_seconds
 
 
 def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size: int, consumed: int = 0) -> Loader:
@@ -122,24 +148,31 @@ def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size:
             f"train.micro_batch_size {share.micro_batch}",
         )
     corpora = training_corpora(config, manifest)
-    dtype = common_dtype(list(corpora.values()))
     if config.data.damaged == "stop":
         for shards in corpora.values():
             check_first_files(config, shards)
-    curriculum = open_curriculum(config, corpora)
+    if config.data.verify == "none":
+        return _open(config, corpora, share, consumed)
+    verifier = BackgroundVerifier(hashed_files(config, manifest), (dp_rank, dp_size))
+    return VerifiedLoader(_open(config, corpora, share, consumed), verifier)
+
+
+def _open(config: RunConfig, corpora: Mapping[str, ShardList], share: Share, consumed: int) -> Loader:
+    native = import_native() if config.data.loader == "native" else None
+    curriculum = curriculum_of(config, corpora, native.BlendTable if native else BlendTable)
     ordered = [corpora[name] for name in curriculum.names]
-    packed, masks = config.data.packing == "best_fit", config.data.document_masks
-    skip = config.data.damaged == "skip"
-    if config.data.loader == "native":
+    dtype = common_dtype(ordered)
+    packed, skip = config.data.packing == "best_fit", config.data.damaged == "skip"
+    if native is not None:
         return NativeLoader(
-            import_native(),
+            native,
             ordered,
             curriculum,
             share,
             seed=config.seed,
             consumed=consumed,
             packed=packed,
-            document_masks=masks,
+            document_masks=config.data.document_masks,
             skip_damaged=skip,
             dtype=getattr(torch, dtype),
         )
@@ -148,9 +181,8 @@ def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size:
         for shards in ordered
     ]
     schedule = Schedule(config.seed, curriculum.phases)
-    sampler = NumpySampler(
-        ordered, plans, schedule, curriculum.phases, share, document_masks=masks, skip_damaged=skip
-    )
+    masks = config.data.document_masks
+    sampler = NumpySampler(ordered, plans, schedule, curriculum.phases, share, document_masks=masks, skip_damaged=skip)
     return NumpyLoader(sampler, curriculum, consumed)
 
 

@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llm.data.format_headers import DTYPES, LLMC_HEADER
 from llm.data.shards import ShardList
 from llm.errors import InputError, require
 
 FILE_NAME = "manifest.json"
 FORMAT = "ingot-tokens-2"
 SPLITS = ("train", "validation")
-HEADER_BYTES = {"raw": 0, "megatron": 0, "llm.c": 1024, "datatrove": 0}  # of a token file, before its first token
-ITEM_SIZES = {"uint8": 1, "uint16": 2, "int32": 4, "uint32": 4}
 SAFE_LINES = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*[/\n])*")
 HEXADECIMAL = re.compile(r"[0-9a-f]*")
 LARGEST_MANIFEST = 1 << 26  # bytes; 10,000 shards with an index each take 3 MB
@@ -55,14 +54,15 @@ class Shards:
     sha256: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for name, found, known in (("format", self.format, HEADER_BYTES), ("dtype", self.dtype, ITEM_SIZES)):
-            require(found in known, f"{name} is {found!r}; expected one of {', '.join(known)}")
+        known = DTYPES.get(self.format)
+        require(known is not None, f"format is {self.format!r}; expected one of {', '.join(DTYPES)}")
+        require(self.dtype in (known or ()), f"dtype is {self.dtype!r}; expected {known} in {self.format} files")
         lengths = {name: len(getattr(self, name)) for name in ("paths", "tokens", "bytes", "sha256")}
         require(len(set(lengths.values())) == 1, f"columns of different lengths {lengths}")
         require(len(self.paths) >= 1, "no token files")
         require(min(self.tokens) >= 1 and max(self.tokens) < 2**59, "a shard has an impossible number of tokens")
         check_files(self.paths, self.bytes, self.sha256)
-        expected = np.array(self.tokens) * ITEM_SIZES[self.dtype] + HEADER_BYTES[self.format]
+        expected = np.array(self.tokens) * np.dtype(self.dtype).itemsize + header_bytes(self.format)
         wrong = np.flatnonzero(np.array(self.bytes) != expected)
         if wrong.size:
             i = int(wrong[0])
@@ -170,6 +170,11 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / FILE_NAME)
+
+
+def header_bytes(format: str) -> int:
+    """Of a token file, before its first token."""
+    return LLMC_HEADER if format == "llm.c" else 0
 
 
 def plan_name(split: str, seq_len: int) -> str:

@@ -27,8 +27,8 @@ def import_native() -> ModuleType:
         from llm.data import _native
     except ImportError as error:
         raise InputError(
-            f"data.loader is native but the C++ extension cannot be imported ({error}); "
-            "run make setup, or set data.loader to numpy"
+            f"the C++ extension llm.data._native cannot be imported ({error}); run make setup, or, where no packing "
+            "plan is to be written, set data.loader to numpy"
         ) from error
     return _native
 

@@ -20,12 +20,11 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data import _native
+from llm.data.shards import NumpyCorpus, ShardList
 from llm.errors import InputError, require
 
 MAGIC = b"INGOTPLN"
@@ -35,25 +34,19 @@ WINDOW = 1 << 20  # pieces that are packed together
 BLOCK = 1 << 20  # tokens searched for the ends of documents at a time
 
 
-class Tokens(Protocol):
-    """What is needed of a corpus."""
+def document_ranges(shards: ShardList, seq_len: int, block: int) -> Iterator[NDArray[np.int64]]:
+    """Documents of a corpus in order, as ranges [n, 2] (first token, tokens), for each `block` tokens read.
 
-    def __len__(self) -> int: ...
-    def read(self, start: int, count: int) -> NDArray[np.integer]: ...
-
-
-def document_ranges(
-    corpus: Tokens, eod_id: int, eod_first: bool, seq_len: int, block: int
-) -> Iterator[NDArray[np.int64]]:
-    """Documents of the corpus in order, as ranges [n, 2] (first token, tokens), for each `block` tokens read.
+    Documents are told apart by the end-of-document token, as in samples cut from the stream.
 
     A document that goes on beyond a block is handed over as far as its whole pieces go; what follows
     of it begins with the last token of those. So memory does not grow with the longest document.
     """
-    total, begin = len(corpus), 0
+    corpus, total, begin = NumpyCorpus(shards), shards.n_tokens, 0
     for start in range(0, total, block):
         stop = min(start + block, total)
-        ends = np.flatnonzero(corpus.read(start, stop - start) == eod_id) + (start if eod_first else start + 1)
+        found = np.flatnonzero(corpus.read(start, stop - start) == shards.eod_id)
+        ends = found + (start if shards.eod_first else start + 1)
         if stop == total:
             ends = np.append(ends[ends < total], total)
         bounds = np.concatenate(([begin], ends[ends > 0]))
@@ -61,7 +54,7 @@ def document_ranges(
         begin = int(bounds[-1])
         # The last token read may be the document's last, which only what follows it can tell.
         pieces = (stop - 2 - begin) // seq_len
-        if stop < total and pieces > 0:
+        if pieces > 0:
             ranges = np.concatenate((ranges, [[begin, pieces * seq_len + 1]]))
             begin += pieces * seq_len
         yield ranges
@@ -133,27 +126,27 @@ def read_header(path: Path) -> PlanHeader:
     """
     try:
         with path.open("rb") as file:
-            header = file.read(HEADER.size)
+            raw = file.read(HEADER.size)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise InputError(f"packing plan {path} cannot be read: {error}; prepare the data again") from error
-    require(len(header) == HEADER.size, f"packing plan {path}: has {size} bytes, less than a header; it is truncated")
-    magic, version, *counts = HEADER.unpack(header)
-    require(magic == MAGIC, f"packing plan {path}: begins with {magic!r}; expected {MAGIC!r}")
-    require(version == VERSION, f"packing plan {path}: version {version}; expected {VERSION}; prepare the data again")
-    found = PlanHeader(*counts)
-    rows, pieces = found.rows, found.pieces
+    require(len(raw) == HEADER.size, f"packing plan {path} has {size} bytes, less than a header; it is truncated")
+    magic, version, *counts = HEADER.unpack(raw)
+    require(magic == MAGIC, f"packing plan {path} begins with {magic!r}; expected {MAGIC!r}")
+    require(version == VERSION, f"packing plan {path} is of version {version}; expected {VERSION}")
+    header = PlanHeader(*counts)
+    rows, pieces = header.rows, header.pieces
     require(
         1 <= rows <= pieces and size == HEADER.size + 16 * pieces + 8 * rows,
-        f"packing plan {path}: has {size} bytes, which cannot be {rows} rows of {pieces} pieces; "
-        "it is truncated or damaged: prepare the data again",
+        f"packing plan {path} has {size} bytes, which cannot be {rows} rows of {pieces} pieces; "
+        "it is truncated or damaged",
     )
     require(
-        found.corpus_tokens <= found.piece_tokens <= rows * (found.seq_len + 1),
-        f"packing plan {path}: {found.piece_tokens} tokens in {rows} rows cannot be a corpus of {found.corpus_tokens}; "
-        "it is damaged: prepare the data again",
+        header.corpus_tokens <= header.piece_tokens <= rows * (header.seq_len + 1),
+        f"packing plan {path} has {header.piece_tokens} tokens in {rows} rows, which cannot be a corpus of "
+        f"{header.corpus_tokens}; it is damaged",
     )
-    return found
+    return header
 
 
 class NumpyPackPlan:
@@ -162,14 +155,12 @@ class NumpyPackPlan:
     def __init__(self, path: Path, seq_len: int, corpus_tokens: int) -> None:
         """InputError when the file is no plan for samples of `seq_len` tokens of a corpus of `corpus_tokens`."""
         self.path, self.header = path, read_header(path)
-        for what, found, expected in [
-            ("samples of {} tokens", self.header.seq_len, seq_len),
-            ("a corpus of {} tokens", self.header.corpus_tokens, corpus_tokens),
-        ]:
-            require(
-                found == expected,
-                f"packing plan {path} is for {what.format(found)}; expected {expected}; prepare the data again",
-            )
+        found = self.header.seq_len, self.header.corpus_tokens
+        require(
+            found == (seq_len, corpus_tokens),
+            f"packing plan {path} is of seq_len {found[0]} and a corpus of tokens {found[1]}; "
+            f"expected {seq_len} and {corpus_tokens}; prepare the data again",
+        )
         self._pieces = np.memmap(path, "<i8", "r", HEADER.size, (self.header.pieces, 2))
         self._row_ends = np.memmap(path, "<i8", "r", HEADER.size + self._pieces.nbytes, (self.header.rows,))
 
@@ -184,16 +175,15 @@ class NumpyPackPlan:
         first, last = int(self._row_ends[row - 1]) if row else 0, int(self._row_ends[row])
         require(
             0 <= first < last <= self.header.pieces,
-            f"packing plan {self.path}: row {row} has pieces {first} to {last} of {self.header.pieces}; it is damaged",
+            f"packing plan {self.path} is damaged: row {row} has pieces {first} to {last} of {self.header.pieces}",
         )
         pieces = np.array(self._pieces[first:last], np.int64)
         starts, tokens = pieces.T
-        room = np.minimum(self.header.seq_len + 1, self.header.corpus_tokens)
-        fits = (tokens >= 1) & (tokens <= room) & (starts >= 0) & (starts <= self.header.corpus_tokens - tokens)
+        fits = (tokens >= 1) & (starts >= 0) & (starts <= self.header.corpus_tokens - tokens)
         require(
             bool(fits.all()) and sum(tokens.tolist()) <= self.header.seq_len + 1,
-            f"packing plan {self.path}: row {row} has pieces {pieces.tolist()}, which do not fit a sample of "
-            f"{self.header.seq_len} tokens and a corpus of {self.header.corpus_tokens}; it is damaged",
+            f"packing plan {self.path} is damaged: row {row} has pieces (first token, tokens) {pieces.tolist()}, which "
+            f"do not fit {self.header.seq_len + 1} slots and a corpus of {self.header.corpus_tokens} tokens",
         )
         return pieces
 
@@ -204,9 +194,7 @@ class NumpyPackPlan:
 
 
 def write_plan(
-    corpus: Tokens,
-    eod_id: int,
-    eod_first: bool,
+    shards: ShardList,
     seq_len: int,
     path: Path,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -214,13 +202,14 @@ def write_plan(
     """Plan samples of `seq_len` tokens for a corpus and write the plan, which appears only when whole.
 
     The same corpus gives the same bytes, in bounded memory. progress(stage, tokens done, tokens in all).
-    Raises InputError when the corpus is empty.
+    Raises InputError when a file of the corpus is damaged.
     """
-    total = len(corpus)
-    require(total >= 1, "a corpus without tokens cannot be packed")
+    from llm.data.native import import_native  # here: it needs this module, and plans are read without it
+
+    native, total = import_native(), shards.n_tokens
 
     def ranges() -> Iterator[NDArray[np.int64]]:
-        for i, found in enumerate(document_ranges(corpus, eod_id, eod_first, seq_len, BLOCK), 1):
+        for i, found in enumerate(document_ranges(shards, seq_len, BLOCK), 1):
             yield found
             progress(f"packing samples of {seq_len} tokens", min(i * BLOCK, total), total)
 
@@ -230,7 +219,7 @@ def write_plan(
         with temporary.open("wb") as file, tempfile.TemporaryFile(dir=path.parent) as ends:
             file.write(bytes(HEADER.size))
             for window in windows(ranges(), seq_len, WINDOW):
-                packed, row_ends = _native.plan_window(window, seq_len)
+                packed, row_ends = native.plan_window(window, seq_len)
                 file.write(packed.astype("<i8", copy=False).data)
                 ends.write((row_ends + pieces).astype("<i8", copy=False).data)
                 rows += len(row_ends)

@@ -17,7 +17,7 @@ from llm.data import manifest as manifests
 from llm.data.bigram import bigram_loss
 from llm.data.corpus import describe_source, read_corpus
 from llm.data.folder import data_folder, is_registered, is_url, load_manifest
-from llm.data.formats import NumpyTokenStore, TokenWriter, token_dtype
+from llm.data.formats import TokenWriter, token_dtype
 from llm.data.manifest import SPLITS, Manifest, Shards, Split
 from llm.data.tokenizer import Tokenizer
 from llm.errors import require
@@ -81,7 +81,7 @@ def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: N
     folder = data_folder(config)
     if is_url(config.data.path or "") or is_registered(folder):
         return load_manifest(config)
-    tokenizer = _given_tokenizer(config)
+    tokenizer = None if config.data.tokenizer == "train" else given_tokenizer(config)
     scan = _scan(config, progress)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         return _check_prepared(config, folder, scan)
@@ -101,10 +101,8 @@ def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: N
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _given_tokenizer(config: RunConfig) -> Tokenizer | None:
-    """The tokenizer that data.tokenizer names, or None to train one."""
-    if config.data.tokenizer == "train":
-        return None
+def given_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer that data.tokenizer names; InputError where it does not fit model.vocab_size."""
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     require(
         tokenizer.vocab_size == config.model.vocab_size,
@@ -229,5 +227,5 @@ def _bigram(config: RunConfig, folder: Path, dtype: str, tokens: dict[str, int])
     """The baseline's loss; None when the corpus is too large for it or holds no whole sample."""
     if tokens["train"] > LARGEST_BIGRAM or tokens["validation"] <= config.data.seq_len:
         return None
-    train, validation = (NumpyTokenStore(str(folder / f"{split}.bin"), dtype, tokens[split]).tokens for split in SPLITS)
+    train, validation = (np.memmap(folder / f"{split}.bin", np.dtype(dtype).newbyteorder("<"), "r") for split in SPLITS)
     return bigram_loss(train, validation, config.model.vocab_size, config.data.seq_len)

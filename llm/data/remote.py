@@ -7,7 +7,6 @@ it and find the work done.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import threading
@@ -21,13 +20,11 @@ from typing import Any
 import fsspec
 
 from llm.config import RunConfig
-from llm.data.folder import copy_folder, is_url
-from llm.data.manifest import BLOCK, FILE_NAME, FileEntry, Manifest, check_file_entry, parse_manifest, read_manifest
+from llm.data.folder import copy_folder, is_url, lock
+from llm.data.manifest import BLOCK, FILE_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_file
+from llm.data.prepare import Progress
 from llm.data.schedule import corpus_names
 from llm.errors import InputError, require
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, bytes done and bytes in all."""
 
 PIECE = 16 << 20  # bytes of one request
 STREAMS = 8  # files under way at a time: one stream seldom fills a line to an object store
@@ -47,8 +44,8 @@ def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total
     """
     remote = _open_remote(url)
     wanted = remote.manifest()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(folder.name + ".lock")):
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
         if (folder / FILE_NAME).exists():
             found = read_manifest(folder)
             require(
@@ -105,14 +102,6 @@ def _open_remote(url: str) -> _Remote:
     return _Remote(url.rstrip("/"), system, root.rstrip("/"))
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds the lock file; the kernel lets go of it when the process ends, however it does."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _without_plans(manifest: Manifest) -> Manifest:
     """The manifest but for packing plans, which prepare_data.py adds to a copy."""
     return replace(
@@ -134,12 +123,12 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 def _copy(remote: _Remote, manifest: Manifest, folder: Path, progress: Progress) -> None:
     files = manifest.all_files()
     total, done = sum(entry.bytes for entry in files.values()), 0
-    lock, given_up = threading.Lock(), threading.Event()
+    counting, given_up = threading.Lock(), threading.Event()
 
     def count(n: int) -> None:
         nonlocal done
         require(not given_up.is_set(), f"copying {remote.url} was given up")
-        with lock:
+        with counting:
             done += n
             progress(f"copying {remote.url}", done, total)
 
@@ -156,22 +145,20 @@ def _copy(remote: _Remote, manifest: Manifest, folder: Path, progress: Progress)
 def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: Callable[[int], None]) -> None:
     """Bring one file whole to its place; `count` is told of the bytes that are there."""
     if path.exists():  # of an earlier transfer, maybe of what the remote folder held then
-        try:
-            check_file_entry(str(path), entry, count)
-        except InputError:
-            path.unlink()
-        else:
-            return
+        if path.stat().st_size == entry.bytes:
+            if sha256_file(path, count) == entry.sha256:
+                return
+            count(-entry.bytes)
+        path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     digest, done = hashlib.sha256(), 0
     with part.open("a+b") as file:
-        if file.tell() > entry.bytes:
-            file.truncate(0)
         file.seek(0)
         while block := file.read(BLOCK):
             digest.update(block)
             done += len(block)
+        kept = done
         count(done)
         while done < entry.bytes:
             stop = min(done + PIECE, entry.bytes)
@@ -187,10 +174,14 @@ def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: 
             count(len(piece))
         file.flush()
         os.fsync(file.fileno())
-    if digest.hexdigest() != entry.sha256:
-        part.unlink()
+    if digest.hexdigest() == entry.sha256:
+        part.rename(path)
+        return
+    part.unlink()
+    if not kept:
         raise InputError(
             f"{remote.url}/{name}: sha256 {digest.hexdigest()} of what came, its manifest says {entry.sha256}; "
             "run again to copy it anew; if that does not help, the file is damaged there"
         )
-    part.rename(path)
+    count(-done)
+    _copy_file(remote, name, entry, path, count)  # what an earlier transfer left was of another file

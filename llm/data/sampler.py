@@ -72,7 +72,7 @@ class NumpySampler:
         index = self._schedule.phase_index(consumed)
         phase, rows = self._phases[index], self._share.rows(self._phases[index])
         first = consumed + self._share.dp_rank * rows
-        places = list(zip(*self._schedule.places(first, rows), strict=True))
+        places = list(zip(*(column.tolist() for column in self._schedule.places(first, rows)), strict=True))
         size = self._share.micro_batch
         batches = [
             self._micro_batch(places[i : i + size], np.arange(first + i, first + i + size), index)
@@ -80,9 +80,9 @@ class NumpySampler:
         ]
         return batches, self._targets(consumed, phase), phase.global_batch
 
-    def _micro_batch(self, places: list, sample_ids: NDArray[np.int64], phase: int) -> Rows:
+    def _micro_batch(self, places: list[tuple[int, int, int]], sample_ids: NDArray[np.int64], phase: int) -> Rows:
         T = self._phases[phase].seq_len
-        read = [self._read(*map(int, place), phase) for place in places]
+        read = [self._read(corpus, position, epoch, phase) for corpus, position, epoch in places]
         tokens = np.stack([row for row, _, _ in read])
         if not self._document_masks:
             return Rows(tokens, sample_ids, None, None, None)

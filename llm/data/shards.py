@@ -34,7 +34,7 @@ from llm.errors import require
 
 SUFFIXES = (".bin", ".ds")
 COMPANIONS = (".idx", ".ds.index", ".ds.metadata", ".ds.loss")  # lie beside token files and hold no tokens
-OPEN_MAPS = 64  # of a NumpyCorpus
+OPEN_MAPS = 64  # of a NumpyCorpus; each holds a file open
 SCANNED = 1 << 20  # tokens looked through at a time
 
 

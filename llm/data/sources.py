@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm.config import RunConfig
+from llm.data.blend import BlendTable
 from llm.data.folder import copy_folder, data_folder, is_url
 from llm.data.manifest import FILE_NAME, FileEntry, Manifest, locate, plan_name, read_manifest
-from llm.data.schedule import corpus_names
+from llm.data.packing import read_header
+from llm.data.schedule import Curriculum, Table, corpus_names
 from llm.data.shards import ShardList, inspect_files
 from llm.errors import InputError, require
 from llm.phases import phases
@@ -80,6 +83,24 @@ def packing_plan(shards: ShardList, seq_len: int) -> str:
             "run python launch/prepare_data.py --config <the same config>"
         )
     return shards.plans[seq_len]
+
+
+def curriculum_of(
+    config: RunConfig, corpora: Mapping[str, ShardList], table: Callable[[Sequence[int]], Table] = BlendTable
+) -> Curriculum:
+    """What the run draws from its corpora, phase by phase; `table`: the form of BlendTable that is used.
+
+    Raises:
+        InputError: a corpus without a sample of a phase's length, or without a packing plan for it.
+    """
+    return Curriculum(config, lambda name, seq_len: _sample_count(config, corpora[name], seq_len), table)
+
+
+def _sample_count(config: RunConfig, shards: ShardList, seq_len: int) -> int:
+    """Samples in an epoch of a corpus: chunks, or the rows of its packing plan."""
+    if config.data.packing == "best_fit":
+        return read_header(Path(packing_plan(shards, seq_len))).rows
+    return (shards.n_tokens - 1) // seq_len
 
 
 def hashed_files(config: RunConfig, manifest: Manifest) -> dict[str, FileEntry]:

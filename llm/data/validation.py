@@ -53,5 +53,7 @@ def _batches(
         first = start + dp_rank * rows
         sample_ids = np.minimum(np.arange(first, first + rows), wanted - 1)
         tokens = read_rows(config, shards, sample_ids * seq_len, seq_len + 1)
-        documents = scan_documents(tokens, shards.eod_id, shards.eod_first) if config.data.document_masks else (None,) * 2
-        yield to_batch(Rows(tokens, sample_ids, *documents, None)), min(max(wanted - first, 0), rows)
+        position_ids = cu_seqlens = None
+        if config.data.document_masks:
+            position_ids, cu_seqlens = scan_documents(tokens, shards.eod_id, shards.eod_first)
+        yield to_batch(Rows(tokens, sample_ids, position_ids, cu_seqlens, None)), min(max(wanted - first, 0), rows)

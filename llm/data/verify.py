@@ -46,8 +46,8 @@ class BackgroundVerifier:
         self._thread.join()
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where it is that of this thread alone: the trainer goes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        if sys.platform == "linux":  # where 0 is this thread alone: the trainer goes first
+            os.setpriority(os.PRIO_PROCESS, 0, 19)
         try:
             for path, entry in self._files:
                 check_file_entry(path, entry, self._go_on)

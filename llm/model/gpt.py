@@ -9,6 +9,7 @@
 - feed-forward: GELU, or SwiGLU (Shazeer 2020) whose gate and up rows alternate, so that any even cut is a shard
 - grouped-query attention (Ainslie et al. 2023): rows of qkv are grouped by key/value head,
   [q_1 ... q_R, k, v] for each, so that a cut between groups is a shard
+- documents of a row, where they are told apart, do not attend to one another and count their positions from 0
 - no rank, no group, no device: the factory `layers` decides what a linear is (llm/model/layers.py)
 
 Shapes: B batch, T time (sequence), C model width, H query heads, K key/value heads, R = H / K, D head width,
@@ -18,7 +19,7 @@ F feed-forward width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal, TypeAlias, cast
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +34,15 @@ Recompute: TypeAlias = Literal["none", "full", "selective"]
 # Dropout sites: the embedding's, then three per block.
 EMBEDDING_SITE = 0
 SITES_PER_BLOCK = 3
+
+
+class Documents(NamedTuple):
+    """The documents that the rows of a batch are made of; a row ends its last one."""
+
+    position_ids: Tensor
+    """int64 [B, T]: of each token in its document, from 0."""
+    cu_seqlens: Tensor
+    """int32 [documents + 1]: where documents begin in the B * T tokens, ascending from 0 to B * T."""
 
 
 class KVCache:
@@ -54,7 +64,12 @@ class KVCache:
         return keys[:, : length + T], values[:, : length + T]
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def places(positions: Tensor, documents: Documents | None) -> Tensor:
+    """What is encoded as a token's position: its place in the row, int64 [T], or in its document, int64 [B, T]."""
+    return positions if documents is None else documents.position_ids
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Documents | None) -> Tensor:
     """function(*inputs), of which the backward pass computes the insides again from the inputs."""
     # No generator's state is kept: dropout masks are functions of counters.
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
@@ -84,30 +99,49 @@ class Block(nn.Module):
         self.down = layers.linear("down", f"{name}.down", config.ff_dim, C, bias=bias)
         self.down_dropout = layers.dropout(config.dropout, site + 2)
 
-    def forward(self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x [B, T, C], positions int64 [T], global sample numbers int64 [B] -> [B, T, C]."""
-        attended = self.attend(self.norm_1(x), positions, samples, cache)
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        samples: Tensor,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x [B, T, C], positions int64 [T] in the row, global sample numbers int64 [B] -> [B, T, C]."""
+        attended = self.attend(self.norm_1(x), positions, samples, documents, cache)
         x, normed = self.norm_2(attended, x, samples, positions)  # x = x + dropout(attended)
         transformed = self.down(self.activate(self.up(normed)))
         return self.down_dropout(transformed, samples, positions, residual=x)
 
-    def attend(self, x: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None) -> Tensor:
+    def attend(
+        self, x: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None
+    ) -> Tensor:
         qkv = self.qkv(x)
         if self.recompute == "selective" and self.training:
-            mixed = recomputed(self.mix, qkv, positions, samples)
+            mixed = recomputed(self.mix, qkv, positions, samples, documents)
         else:
-            mixed = self.mix(qkv, positions, samples, cache)
+            mixed = self.mix(qkv, positions, samples, documents, cache)
         return self.attention_output(mixed)
 
-    def mix(self, qkv: Tensor, positions: Tensor, samples: Tensor, cache: KVCache | None = None) -> Tensor:
+    def mix(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        samples: Tensor,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """What lies between the two matrix products of attention: qkv [B, T, (R + 2) K D] -> [B, T, H D]."""
-        q, k, v = self.heads(qkv, positions)
+        q, k, v = self.heads(qkv, places(positions, documents))
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        return self.attention(q, k, v, samples).flatten(-2)
+        cu_seqlens = None if documents is None else documents.cu_seqlens
+        return self.attention(q, k, v, samples, cu_seqlens).flatten(-2)
 
     def heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv [B, T, (R + 2) K D] -> q [B, T, H, D], k and v [B, T, K, D], of the heads that are here."""
+        """qkv [B, T, (R + 2) K D], positions int64 [T] or [B, T] -> q [B, T, H, D], k and v [B, T, K, D], of the heads
+        that are here.
+        """
         R, D = self.config.n_head // self.config.kv_heads, self.config.head_dim
         K = qkv.shape[-1] // ((R + 2) * D)
         if self.config.position == "rope":
@@ -156,11 +190,11 @@ class GPT(nn.Module):
         tied = self.embedding if config.tie_embeddings else None
         self.head = layers.lm_head("head", C, config.vocab_size, tied)
 
-    def embed(self, tokens: Tensor, positions: Tensor, samples: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None = None) -> Tensor:
         """tokens int64 [B, T] -> [B, T, C]."""
         x = self.embedding(tokens)
         if self.config.position == "learned":
-            x = x + self.position_table(positions)
+            x = x + self.position_table(places(positions, documents))
         return self.embedding_dropout(x, samples, positions)
 
     def forward(
@@ -169,18 +203,20 @@ class GPT(nn.Module):
         positions: Tensor,
         samples: Tensor,
         targets: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits fp32 [B, T, V], or with `targets` the sum of their losses, fp32 [].
 
-        tokens int64 [B, T]; positions int64 [T]; samples int64 [B], global sample numbers, which key the dropout
-        masks; targets int64 [B, T], IGNORED_TARGET where not counted; cache: of the positions before these.
+        tokens int64 [B, T]; positions int64 [T], in the row; samples int64 [B], global sample numbers, which with the
+        positions key the dropout masks; targets int64 [B, T], IGNORED_TARGET where not counted; documents: None where
+        a row is one; cache: of the positions before these, not together with documents.
         """
-        x = self.embed(tokens, positions, samples)
+        x = self.embed(tokens, positions, samples, documents)
         for block in cast("Iterable[Block]", self.blocks.values()):
             if block.recompute == "full" and self.training:
-                x = recomputed(block, x, positions, samples)
+                x = recomputed(block, x, positions, samples, documents)
             else:
-                x = block(x, positions, samples, cache)
+                x = block(x, positions, samples, documents, cache)
         x = self.norm(x)
         return self.head.logits(x) if targets is None else self.head.loss(x, targets)

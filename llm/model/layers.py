@@ -43,7 +43,7 @@ class Layers(Protocol):
         ...
 
     def position_table(self, name: str, max_positions: int, width: int) -> nn.Module:
-        """int [T] -> [T, width], to be added to the token embeddings."""
+        """int [T] or [B, T] -> [..., width], to be added to the token embeddings."""
         ...
 
     def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
@@ -184,10 +184,16 @@ class CausalAttention(nn.Module):
         self.impl = impl
         self.head_offset = head_offset
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, samples: Tensor) -> Tensor:
-        """q [B, T, H, D]; k, v [B, S, K, D] with S >= T; samples int64 [B] -> [B, T, H, D]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, samples: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """q [B, T, H, D]; k, v [B, S, K, D] with S >= T; samples int64 [B] -> [B, T, H, D].
+
+        cu_seqlens: int32 [documents + 1], where documents begin in the B * T tokens, if they do not attend to one
+        another; then S = T.
+        """
         key = self.key if self.training and self.key.p > 0 else None
-        return attention(q, k, v, dropout=key, samples=samples, head_offset=self.head_offset, impl=self.impl)
+        return attention(
+            q, k, v, cu_seqlens=cu_seqlens, dropout=key, samples=samples, head_offset=self.head_offset, impl=self.impl
+        )
 
 
 class DenseLayers:

@@ -68,8 +68,8 @@ class TensorParallel:
         return Slice(shape, dim, start, min(start + part, shape[dim]))
 
     def positions(self, positions: Tensor) -> Tensor:
-        """Those of the T positions [T] that activations between split layers have on this rank."""
-        return positions.chunk(self.size)[self.rank] if self.sequence_parallel else positions
+        """Those of the T positions [T], or [B, T], that activations between split layers have on this rank."""
+        return positions.chunk(self.size, dim=-1)[self.rank] if self.sequence_parallel else positions
 
     def enter(self, x: Tensor) -> Tensor:
         """An activation from between the split layers, whole, as the ranks share its use."""
@@ -192,7 +192,7 @@ class PositionTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(max_positions, width))
 
     def forward(self, positions: Tensor) -> Tensor:
-        """int64 [T] -> [T, C] ([T / tp, C])."""
+        """int64 [T] or [B, T] -> [..., T, C] ([..., T / tp, C])."""
         return embedding(self.tp.positions(positions), self.tp.use(self.weight), impl=self.impl)
 
 

@@ -72,9 +72,9 @@ def peak_tflops(device_name: str, precision: Precision) -> float | None:
     return None
 
 
-def achieved_tflops(tokens_per_second: float, flops_of_token: float, world_size: int) -> float:
-    """TFLOP/s of each of `world_size` devices that together process `tokens_per_second`."""
-    return tokens_per_second * flops_of_token / world_size / 1e12
+def achieved_tflops(flops: float, seconds: float, world_size: int) -> float:
+    """TFLOP/s of each of `world_size` devices that together do `flops` in `seconds`."""
+    return flops / seconds / world_size / 1e12
 
 
 def mfu(tflops: float, peak: float | None) -> float | None:

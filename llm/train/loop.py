@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import time
 
+import torch
+
 from llm.checkpoint.writer import write_checkpoint
 from llm.errors import ReplicaError
 from llm.parallel.agreement import exchange_errors
 from llm.train.console import Console
-from llm.train.engines.base import micro_batch
+from llm.train.engines.base import micro_batch, sum_over
+from llm.train.feed import Feed
 from llm.train.guard import compare_replicas, replica_message
 from llm.train.metrics import MetricsWriter, peak_memory, step_record, validation_record, workload
 from llm.train.schedule import learning_rate
@@ -23,12 +26,14 @@ class Trainer:
         assert run.engine is not None, "the run is complete"
         assert run.loader is not None
         config = run.config
-        self.run, self.engine, self.loader = run, run.engine, run.loader
+        self.run, self.engine = run, run.engine
+        self.feed = Feed(run.loader, run.device, config.train.max_steps - run.step)
         self.work = workload(config, run.device, run.mesh.world_size)
         tensorboard = run.folder.tensorboard if config.logging.tensorboard else None
         self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)
         self.console = Console(config.train.max_steps, run.step, enabled=run.lead)
         self.skipped_steps = run.step - self.engine.scalar_state()["optimizer_step"]
+        self.skipped_before = run.skipped_samples
 
     def step(self) -> tuple[float, float, float]:
         """One optimizer step; returns its loss, learning rate and gradient norm.
@@ -38,8 +43,7 @@ class Trainer:
         config, run = self.run.config, self.run
         lr = learning_rate(config.optim, run.step, config.train.max_steps)
         self.engine.set_lr(lr)
-        batches = [micro_batch(batch, run.device) for batch in self.loader.next_step()]
-        loss = self.engine.forward_backward(batches, self.work.tokens)
+        loss = self.engine.forward_backward(*self.feed.next_step())
         result = self.engine.step()
         run.step += 1
         self.skipped_steps += result.skipped
@@ -50,10 +54,12 @@ class Trainer:
             )
         return loss, lr, result.grad_norm
 
-    def report(self, loss: float, lr: float, grad_norm: float, seconds: float, waited: float) -> None:
+    def report(self, loss: float, lr: float, grad_norm: float, since: int, seconds: float, waited: float) -> None:
+        """Write and show the metrics of a step; `since` to `waited` as in `step_record`. Collective."""
         record = step_record(
             self.work,
             step=self.run.step,
+            since=since,
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
@@ -62,8 +68,19 @@ class Trainer:
             wait_seconds=waited,
             memory_bytes=peak_memory(self.run.device),
         )
+        if self.feed.epochs:
+            record["epochs"] = self.feed.epochs
+        if self.run.config.data.damaged == "skip":
+            self.count_skipped_samples()
+            record["skipped_samples"] = self.run.skipped_samples
         self.metrics.write(record)
         self.console.step(record)
+
+    def count_skipped_samples(self) -> None:
+        """Add up what the data-parallel ranks have skipped. Collective."""
+        count = torch.tensor([self.feed.skipped])
+        sum_over(count, self.run.mesh.dp_group, self.run.device)
+        self.run.skipped_samples = self.skipped_before + int(count)
 
     def guard(self) -> None:
         """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""
@@ -78,13 +95,13 @@ class Trainer:
         total, count = self.engine.evaluate(batches)
         record = validation_record(self.run.step, total / count, self.run.manifest.bytes_per_token)
         self.metrics.write(record)
-        self.console.say(
-            f"step {self.run.step}: validation loss {record['val_loss']:.4f} nats per token, "
-            f"{record['val_bits_per_byte']:.4f} bits per byte"
-        )
+        bits = f", {record['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in record else ""
+        self.console.say(f"step {self.run.step}: validation loss {record['val_loss']:.4f} nats per token{bits}")
 
     def save(self) -> None:
         run = self.run
+        if run.config.data.damaged == "skip":
+            self.count_skipped_samples()
         path = write_checkpoint(
             run.folder.checkpoints,
             run.step,
@@ -98,7 +115,7 @@ class Trainer:
         self.console.say(f"step {run.step}: saved {path}")
 
     def close(self) -> None:
-        self.loader.close()
+        self.feed.close()
         self.metrics.close()
 
 
@@ -118,10 +135,9 @@ def train(run: Run) -> None:
         while run.step < config.train.max_steps:
             loss, lr, norm = trainer.step()
             if due(config.logging.interval):
-                steps, now = run.step - reported, time.perf_counter()
-                wait = trainer.loader.wait_seconds - waited
-                trainer.report(loss, lr, norm, (now - began) / steps, wait / steps)
-                began, waited, reported = now, trainer.loader.wait_seconds, run.step
+                now, wait = time.perf_counter(), trainer.feed.wait_seconds
+                trainer.report(loss, lr, norm, reported, now - began, wait - waited)
+                began, waited, reported = now, wait, run.step
             validating, saving = due(config.train.eval_interval), due(config.checkpoint.interval)
             # What is saved was compared: else a checkpoint could keep what a failing rank wrote.
             guarding = config.train.guard_interval > 0 and (saving or due(config.train.guard_interval))
@@ -132,5 +148,5 @@ def train(run: Run) -> None:
             if saving:
                 trainer.save()
             if guarding or validating or saving:  # the next step's time is its own
-                began, waited, reported = time.perf_counter(), trainer.loader.wait_seconds, run.step
+                began, waited, reported = time.perf_counter(), trainer.feed.wait_seconds, run.step
     trainer.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,43 +18,45 @@ from typing import Any
 import torch
 
 from llm.config import RunConfig
+from llm.phases import consumed_samples, consumed_tokens, phases
 from llm.train import flops
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one step of a run is, for turning its time into rates."""
+    """What the steps of a run are, phase by phase, for turning their time into rates."""
 
-    samples: int
-    """Per step, over all ranks."""
-    tokens: int
-    """Per step, over all ranks."""
-    flops_per_token: float
+    config: RunConfig
     formula: flops.Formula
     """Of the FLOPs and the MFU (llm/train/flops.py)."""
     peak_tflops: float | None
     """Of one device; None where it is not known."""
     world_size: int
 
+    def flops(self, first: int, last: int) -> float:
+        """FLOPs over all ranks of the steps after step `first`, up to step `last`.
+
+        Documents that do not attend to one another spare some of attention's, which no formula here leaves out.
+        """
+        parts, total = phases(self.config), 0.0
+        for phase, end in zip(parts, [*(later.first_step for later in parts[1:]), last], strict=True):
+            steps = max(0, min(end, last) - max(first, phase.first_step))
+            tokens = steps * phase.global_batch_size * phase.seq_len
+            total += tokens * flops.flops_per_token(self.config.model, phase.seq_len, self.formula)
+        return total
+
 
 def workload(config: RunConfig, device: torch.device, world_size: int, formula: flops.Formula = "causal") -> Workload:
     """The workload of a run on `world_size` devices like `device`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    samples, seq_len = config.train.global_batch_size, config.data.seq_len
-    return Workload(
-        samples=samples,
-        tokens=samples * seq_len,
-        flops_per_token=flops.flops_per_token(config.model, seq_len, formula),
-        formula=formula,
-        peak_tflops=flops.peak_tflops(name, config.train.precision),
-        world_size=world_size,
-    )
+    return Workload(config, formula, flops.peak_tflops(name, config.train.precision), world_size)
 
 
 def step_record(
     work: Workload,
     *,
     step: int,
+    since: int,
     loss: float,
     lr: float,
     grad_norm: float,
@@ -67,43 +69,43 @@ def step_record(
 
     Args:
         step: steps done, this one included.
+        since: steps done at the last report.
         loss: nats per token, mean over the global batch.
         grad_norm: before clipping.
         skipped_steps: all so far, whose gradients overflowed.
-        seconds: that a step took (the mean, if several are reported together).
+        seconds: that the steps since then took together.
         wait_seconds: the part of them that this rank waited for data.
         memory_bytes: this rank's peak (`peak_memory`).
     """
-    tokens_per_second = work.tokens / seconds
-    tflops = flops.achieved_tflops(tokens_per_second, work.flops_per_token, work.world_size)
+    tokens = consumed_tokens(work.config, step)
+    tflops = flops.achieved_tflops(work.flops(since, step), seconds, work.world_size)
     return {
         "step": step,
-        "samples": step * work.samples,
-        "tokens": step * work.tokens,
+        "samples": consumed_samples(work.config, step),
+        "tokens": tokens,
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,
-        "tokens_per_second": tokens_per_second,
+        "tokens_per_second": (tokens - consumed_tokens(work.config, since)) / seconds,
         "tflops": tflops,
         "mfu": flops.mfu(tflops, work.peak_tflops),
         "mfu_formula": work.formula,
         "data_wait_share": wait_seconds / seconds,
         "memory_bytes": memory_bytes,
         "skipped_steps": skipped_steps,
-        "step_seconds": seconds,
+        "step_seconds": seconds / (step - since),
     }
 
 
-def validation_record(step: int, loss: float, bytes_per_token: float) -> dict[str, Any]:
+def validation_record(step: int, loss: float, bytes_per_token: float | None) -> dict[str, Any]:
     """The metrics line of a validation after `step` steps.
 
-    loss: nats per token; bytes_per_token: of the validation split's text.
+    loss: nats per token; bytes_per_token: of the validation split's text, None where it is not known.
     """
-    return {
-        "step": step,
-        "val_loss": loss,
-        "val_bits_per_byte": loss / math.log(2) / bytes_per_token,
-    }
+    record = {"step": step, "val_loss": loss}
+    if bytes_per_token is not None:
+        record["val_bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return record
 
 
 def peak_memory(device: torch.device) -> int:
@@ -138,11 +140,10 @@ class MetricsWriter:
             return
         self._file.write(json.dumps(json_ready(record), allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in record.items() if self._events is not None else ():
-            if name != "step" and isinstance(value, (int, float)):
-                assert self._events is not None
-                group = "validation" if name.startswith("val_") else "train"
-                self._events.add_scalar(f"{group}/{name}", value, record["step"])
+        for name, value in scalars(record) if self._events is not None else ():
+            assert self._events is not None
+            group = "validation" if name.startswith("val_") else "train"
+            self._events.add_scalar(f"{group}/{name}", value, record["step"])
 
     def close(self) -> None:
         if self._file is not None:
@@ -160,6 +161,15 @@ class MetricsWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a record but its step, those of a mapping by "name/key"."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{key}", number) for key, number in value.items())
+        elif name != "step" and isinstance(value, (int, float)):
+            yield name, value
 
 
 def json_ready(record: Mapping[str, Any]) -> dict[str, Any]:

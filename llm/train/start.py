@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,24 @@ import torch
 from llm.checkpoint.reader import CheckpointReader, check_same_model, open_latest
 from llm.checkpoint.run_folder import RunFolder, RunLock, truncate_metrics
 from llm.config import RunConfig
-from llm.config_cli import to_dict, to_yaml
+from llm.config_cli import from_dict, to_dict, to_yaml
+from llm.data.batch import Batch
 from llm.data.folder import data_folder, load_manifest
-from llm.data.loader import Batch, Loader, open_loader, validation_batches
+from llm.data.loader import Loader, open_loader
 from llm.data.manifest import Manifest
+from llm.data.sources import data_identity
 from llm.data.tokenizer import Tokenizer
+from llm.data.validation import validation_batches
 from llm.errors import Agreed, InputError, require
 from llm.parallel.agreement import broadcast, exchange_errors, together
 from llm.parallel.mesh import Mesh
+from llm.phases import Phase, consumed_samples, phases
 from llm.train.build import build_engine, check_kernels
 from llm.train.engines.base import Engine
 
 RUNS = Path("runs")
-# What a restart may not change: beside the model, the order and content of the data.
-FIXED = (("seed",), ("data", "seq_len"))
+# What a restart may not change: beside the model and the phases that have begun, the order and content of the data.
+FIXED = (("seed",), ("data", "seq_len"), ("data", "packing"), ("data", "document_masks"))
 
 
 @dataclass
@@ -39,10 +44,14 @@ class Run:
     config: RunConfig
     folder: RunFolder
     manifest: Manifest
+    data: dict[str, str]
+    """What tells the training data apart (llm/data/sources.py)."""
     mesh: Mesh
     device: torch.device
     step: int
     """Steps that are done."""
+    skipped_samples: int = 0
+    """Samples that could not be read and were replaced, over all ranks, as of the last report or checkpoint."""
     loader: Loader | None = None
     engine: Engine | None = None
     """Both None when nothing is left to do."""
@@ -77,8 +86,10 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     state = reader.state if reader is not None else None
     if state is not None:
         together(lambda: _check_resumable(config, manifest, state))
+    data = together(lambda: data_identity(config, manifest))
     step = state["step"] if state is not None else 0
-    run = Run(config, folder, manifest, mesh, device, step)
+    skipped_samples = state["skipped_samples"] if state is not None else 0
+    run = Run(config, folder, manifest, data, mesh, device, step, skipped_samples)
     if step == config.train.max_steps:
         return run
     together(lambda: _open_data(run))
@@ -111,7 +122,7 @@ def _open_data(run: Run) -> None:
         f"logging.sample_prompt has {len(prompt)} tokens; expected at least 1 and fewer than model.max_seq_len "
         f"({config.model.max_seq_len}), or logging.sample_tokens=0",
     )
-    consumed = run.step * config.train.global_batch_size
+    consumed = consumed_samples(config, run.step)
     run.loader = open_loader(config, run.manifest, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, consumed=consumed)
 
 
@@ -120,16 +131,12 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
     assert run.engine is not None
     return {
         "step": run.step,
-        "consumed_samples": run.step * run.config.train.global_batch_size,
+        "consumed_samples": consumed_samples(run.config, run.step),
+        "skipped_samples": run.skipped_samples,
         "config": to_dict(run.config),
-        "data": data_sha256(run.manifest),
+        "data": run.data,
         "engine": run.engine.scalar_state(),
     }
-
-
-def data_sha256(manifest: Manifest) -> dict[str, str]:
-    """What tells training data apart: the tokens, and the tokenizer that gives them meaning."""
-    return {name: manifest.files[name].sha256 for name in ("train.bin", "train.idx", "tokenizer.json")}
 
 
 def _check_resumable(config: RunConfig, manifest: Manifest, state: dict[str, Any]) -> None:
@@ -145,22 +152,50 @@ def _check_resumable(config: RunConfig, manifest: Manifest, state: dict[str, Any
             f"runs/{config.name} was trained with {'.'.join(path)} {before}, the config has {now}; "
             "restore it, or choose another --name",
         )
-    require(
-        state["data"] == data_sha256(manifest),
-        f"runs/{config.name} was trained on other data than {data_folder(config)} holds; "
-        "restore the data, or choose another --name",
-    )
-    batch = config.train.global_batch_size
-    require(
-        state["consumed_samples"] == state["step"] * batch,
-        f"runs/{config.name} was trained with another train.global_batch_size than {batch}; "
-        "restore it, or choose another --name",
-    )
+    _check_begun(begun(from_dict(saved), state), begun(config, state), manifest, state)
     step = state["step"]
+    consumed = consumed_samples(config, step)
+    require(
+        state["consumed_samples"] == consumed,
+        f"runs/{config.name} has taken {state['consumed_samples']} samples in {step} steps, by the config they are "
+        f"{consumed}; restore train.global_batch_size and data.phases, or choose another --name",
+    )
     require(
         step <= config.train.max_steps,
         f"runs/{config.name} has done {step} steps, beyond train.max_steps {config.train.max_steps}; "
         "raise it, or choose another --name",
+    )
+
+
+def begun(config: RunConfig, state: dict[str, Any]) -> RunConfig:
+    """The config without the phases of which no sample was taken when `state` was saved: these may still change."""
+    kept = tuple(change for change in config.data.phases if change.samples < state["consumed_samples"])
+    return replace(config, data=replace(config.data, phases=kept))
+
+
+def _check_begun(before: RunConfig, now: RunConfig, manifest: Manifest, state: dict[str, Any]) -> None:
+    """Raise InputError unless the phases that have begun, and the data they draw from, are as they were."""
+    for was, found in zip_longest(phases(before), phases(now)):
+        require(
+            was == found,
+            f"runs/{now.name} was trained with {_described(was)}, the config has {_described(found)}; restore it, or "
+            "choose another --name (phases that have not begun may change)",
+        )
+    data = data_identity(now, manifest)
+    changed = [name for name in data if state["data"].get(name) != data[name]]
+    require(
+        not changed,
+        f"runs/{now.name} was trained on other data than there is now: {', '.join(changed)}; "
+        "restore the data, or choose another --name",
+    )
+
+
+def _described(phase: Phase | None) -> str:
+    if phase is None:
+        return "no such phase"
+    return (
+        f"data.seq_len {phase.seq_len}, train.global_batch_size {phase.global_batch_size}, data.blend {phase.blend} "
+        f"from sample {phase.first_sample}"
     )
 
 

@@ -46,7 +46,7 @@ def walked(tokens: NDArray, eod_first: bool) -> tuple[list[list[int]], list[int]
     return positions, [*starts, tokens.shape[0] * (tokens.shape[1] - 1)]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), eod_first=st.booleans(), share=st.sampled_from([0, 0.02, 0.5, 1]))
 def test_both_forms_walk_the_tokens(data: st.DataObject, dtype: str, eod_first: bool, share: float):
     # Lengths around 64, the tokens that the C++ form compares at once.
@@ -106,7 +106,7 @@ def test_pieces_and_padding_are_laid_out_one_after_another():
     ]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(seq_len=st.integers(1, 150), lengths=st.lists(st.integers(1, 60), min_size=1))
 def test_both_forms_lay_out_slot_by_slot(seq_len: int, lengths: list[int]):
     ends = np.cumsum(lengths)

@@ -31,8 +31,8 @@ def take(loader, steps: int) -> list[list[dict[str, np.ndarray]]]:
     """Copies of the micro-batches of the next steps; closes the loader."""
     taken = []
     for _ in range(steps):
-        batches = loader.next_step().batches
-        taken.append([{name: value.numpy().copy() for name, value in vars(b).items() if value is not None} for b in batches])
+        fields = [vars(batch).items() for batch in loader.next_step().batches]
+        taken.append([{name: value.numpy().copy() for name, value in f if value is not None} for f in fields])
     loader.close()
     return taken
 
@@ -287,3 +287,23 @@ def test_a_missing_extension_is_explained(make_data: MakeData, monkeypatch: pyte
 
     monkeypatch.setattr(builtins, "__import__", without_native)
     refused(config, manifest, "no extension here.*run make setup")
+
+
+@KINDS
+def test_hashes_are_compared_while_training(make_data: MakeData, kind: str):
+    config, manifest = make_data(loader=kind, verify="background")
+    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    loader._verifier.wait()
+    loader.next_step()
+    assert (loader.consumed, loader.skipped) == (12, 0)
+    assert loader.epochs()[config.data.path] == 0.12
+    loader.close()
+    path = Path(config.data.path) / "train.bin"
+    tokens = np.fromfile(path, "<u2")
+    tokens[5] ^= 1  # still an id of the vocabulary, in a sample that may come much later
+    tokens.tofile(path)
+    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    loader._verifier.wait()
+    with pytest.raises(InputError, match=r"train\.bin: sha256 \w+, the manifest says"):
+        loader.next_step()
+    loader.close()

@@ -18,9 +18,10 @@ from llm.data import prepare as preparing
 from llm.data.bigram import bigram_loss
 from llm.data.folder import data_folder, load_manifest
 from llm.data.formats import read_index
-from llm.data.loader import open_loader, validation_batches
+from llm.data.loader import open_loader
 from llm.data.prepare import prepare, split_of
 from llm.data.tokenizer import Tokenizer
+from llm.data.validation import validation_batches
 from llm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -253,7 +254,7 @@ def test_prepared_data_loads():
     config = make_config()
     manifest = prepare(config)
     loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
-    batches = loader.next_step()
+    batches = loader.next_step().batches
     loader.close()
     assert [tuple(batch.tokens.shape) for batch in batches] == [(2, 17)] * 2
 

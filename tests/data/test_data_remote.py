@@ -49,6 +49,7 @@ def bucket(origin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFile
 
 def is_whole(folder: Path, origin: Path) -> bool:
     verify_files(folder, read_manifest(folder))
+    (folder / ".lock").unlink(missing_ok=True)
     return {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in origin.iterdir()}
 
 
@@ -106,12 +107,34 @@ def test_an_interrupted_transfer_goes_on(origin: Path, tmp_path: Path, n: int):
     kept = sum(path.stat().st_size for path in folder.iterdir())
     assert kept >= (n - 1) * 16  # the smallest file has less than a piece
     with pytest.MonkeyPatch.context() as patch:
+        Requests(patch, fail_at(1))
+        with pytest.raises(InputError, match="cannot be read"):
+            fetch(URL, folder)
+    assert sum(path.stat().st_size for path in folder.iterdir()) == kept
+    with pytest.MonkeyPatch.context() as patch:
         requests = Requests(patch)
         fetch(URL, folder)
     asked = sum(stop - start for _, start, stop in requests.ranges)
     total = sum(entry.bytes for entry in read_manifest(origin).all_files().values())
     assert asked == total - kept
     assert is_whole(folder, origin)
+
+
+def test_after_a_failure_the_other_streams_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, asked = MemoryFileSystem.cat_file, []
+
+    def cat_file(system, path, start=None, end=None):
+        if path.endswith("tokenizer.json"):
+            raise PermissionError("not yours")
+        if path.endswith("train.bin"):
+            time.sleep(0.1)
+            asked.append(start)
+        return real(system, path, start=start, end=end)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot be read: PermissionError: not yours"):
+        fetch(URL, tmp_path / "copy")
+    assert len(asked) < 12  # of 13 pieces
 
 
 def test_bits_that_flip_on_the_way(origin: Path, tmp_path: Path):
@@ -139,10 +162,11 @@ def test_what_lies_there_already_is_not_trusted(origin: Path, tmp_path: Path):
     (folder / "train.idx").write_bytes(b"x")
     (folder / "validation.bin.part").write_bytes(bytes(99_999))
     (folder / "validation.idx.part").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"validation\.idx: sha256"):
-        fetch(URL, folder)
-    fetch(URL, folder)
+    stages = []
+    fetch(URL, folder, lambda *stage: stages.append(stage))
     assert is_whole(folder, origin)
+    total = stages[-1][2]
+    assert stages[-1][1] == total
 
 
 def test_a_remote_folder_that_changed(bucket: MemoryFileSystem, origin: Path, tmp_path: Path):

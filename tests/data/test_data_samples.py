@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import MakeData
-from test_data_loader import KINDS, equal, file_tokens, take, with_batch, with_data
 
 from llm.data.loader import open_loader
 from llm.data.manifest import Manifest, file_entry, plan_name
 from llm.data.packing import write_plan
-from llm.data.shards import DamagedFile, NumpyCorpus
+from llm.data.shards import DamagedFile
+from test_data_loader import KINDS, equal, file_tokens, take, with_batch, with_data
 
 
 def planned(config, manifest: Manifest) -> Manifest:
@@ -22,7 +23,7 @@ def planned(config, manifest: Manifest) -> Manifest:
     folder = Path(config.data.path)
     shards = manifest.shard_list(folder, "train")
     name = plan_name("train", config.data.seq_len)
-    write_plan(NumpyCorpus(shards), shards.eod_id, shards.eod_first, config.data.seq_len, folder / name)
+    write_plan(shards, config.data.seq_len, folder / name)
     manifest = dataclasses.replace(manifest, files=manifest.files | {name: file_entry(folder / name)})
     manifest.save(folder)
     return manifest
@@ -60,7 +61,7 @@ def test_packed_samples_count_each_target_once(make_data: MakeData, kind: str):
     tokens = file_tokens(config, "train")
     ends = np.flatnonzero(tokens == 0) + 1
     documents = np.split(tokens, ends[ends < tokens.size])
-    expected = sorted((int(a), int(b)) for d in documents for a, b in zip(d[:-1], d[1:], strict=True))
+    expected = sorted((int(a), int(b)) for d in documents for a, b in pairwise(d))
     loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
     pairs = []
     while loader.epochs()[config.data.path] < 1:
@@ -101,6 +102,11 @@ def test_a_missing_or_foreign_plan_is_refused(make_data: MakeData):
             step_of(with_data(config, loader=kind), manifest)
 
 
+def run(loader, steps: int) -> None:
+    for _ in range(steps):
+        loader.next_step()
+
+
 def damage(config, at: int) -> None:
     """Make the token at a place one that the vocabulary has not."""
     path = Path(config.data.path) / "train.bin"
@@ -115,8 +121,7 @@ def test_a_damaged_sample_is_an_error_that_names_file_and_byte(make_data: MakeDa
     damage(config, 555)
     loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
     with pytest.raises(DamagedFile, match=r"train.bin: the id at byte 1110 is 60000, expected ids below 500"):
-        for _ in range(9):
-            loader.next_step()
+        run(loader, 9)
     loader.close()
 
 
@@ -159,6 +164,5 @@ def test_a_file_cut_while_in_use_is_noticed(make_data: MakeData, kind: str):
     loader.next_step()
     os.truncate(Path(config.data.path) / "train.bin", 50_000)
     with pytest.raises(DamagedFile, match=r"train.bin: was cut to 50000 bytes while in use"):
-        for _ in range(100):
-            loader.next_step()
+        run(loader, 100)
     loader.close()

@@ -24,7 +24,8 @@ def test_core_is_clean(tmp_path: Path, sanitizers: str):
         probe = subprocess.run(command, capture_output=True, text=True)
         if probe.returncode != 0:  # no libraries, or a kernel that they cannot run on
             pytest.skip(f"the sanitizers do not work here: {probe.stderr.strip()[-200:]}")
-    sources = [*sorted((ROOT / "csrc/core").glob("*.cpp")), ROOT / "csrc/tests/core_test.cpp"]
+    tests = (ROOT / "csrc/tests").glob("*_test.cpp")
+    sources = [*sorted((ROOT / "csrc/core").glob("*.cpp")), *sorted(tests)]
     driver = tmp_path / "core_test"
     subprocess.run([compiler, *flags, *map(str, sources), "-o", str(driver)], check=True)
     folder = tmp_path / "files"

@@ -129,6 +129,12 @@ def test_identity_follows_the_contents_alone():
     after = data_identity(moved, load_manifest(moved))
     assert {name for name in before if before[name] != after[name]} == {"two"}
 
+    own = load_manifest(moved)
+    read_otherwise = dataclasses.replace(own.splits["train"].shards, format="raw")
+    split = dataclasses.replace(own.splits["train"], shards=read_otherwise)
+    otherwise = dataclasses.replace(own, splits=own.splits | {"train": split})
+    assert data_identity(moved, otherwise)["train"] != after["train"]
+
 
 def add_plan(folder: Path, seq_len: int, contents: str) -> None:
     manifest, name = read_manifest(folder), plan_name("train", seq_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,15 @@ def files(tmp_path: Path) -> dict[str, FileEntry]:
         path.write_bytes(os.urandom(3 << 20))
         found[str(path)] = file_entry(path)
     return found
+
+
+@pytest.fixture
+def giant(tmp_path: Path) -> dict[str, FileEntry]:
+    """A sparse file that takes many minutes to hash."""
+    path = tmp_path / "giant.bin"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    return {str(path): FileEntry(1 << 40, "ab" * 32)}
 
 
 def flip_a_bit(path: str) -> None:
@@ -70,11 +80,8 @@ def test_other_damage_is_told_too(files: dict[str, FileEntry], damage):
     verifier.close()
 
 
-def test_close_ends_the_thread_promptly(tmp_path: Path):
-    path = tmp_path / "giant.bin"
-    with path.open("wb") as file:
-        file.truncate(1 << 40)  # sparse: hashing it takes many minutes
-    verifier = BackgroundVerifier({str(path): FileEntry(1 << 40, "ab" * 32)}, (0, 1))
+def test_close_ends_the_thread_promptly(giant: dict[str, FileEntry]):
+    verifier = BackgroundVerifier(giant, (0, 1))
     time.sleep(0.05)
     start = time.perf_counter()
     verifier.close()
@@ -83,7 +90,12 @@ def test_close_ends_the_thread_promptly(tmp_path: Path):
     verifier.check()
 
 
-def test_the_trainer_goes_first(files: dict[str, FileEntry]):
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_the_trainer_goes_first(giant: dict[str, FileEntry]):
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    BackgroundVerifier(files, (0, 1)).close()
+    verifier = BackgroundVerifier(giant, (0, 1))
+    time.sleep(0.1)
+    thread = next(thread for thread in threading.enumerate() if thread.name == "verify")
+    assert os.getpriority(os.PRIO_PROCESS, thread.native_id or 0) == 19
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    verifier.close()

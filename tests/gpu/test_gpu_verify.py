@@ -42,6 +42,15 @@ def test_engines_and_precisions(tmp_path: Path, engine: str, stage: int, precisi
     verify(tmp_path, f"--train.engine={engine}", f"--parallel.zero_stage={stage}", f"--train.precision={precision}")
 
 
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_documents(tmp_path: Path, precision: str, position: str) -> None:
+    verify(
+        tmp_path, "--data.document_masks=true", f"--model.position={position}", f"--train.precision={precision}",
+        "--parallel.zero_stage=2", "--train.activation_checkpointing=selective",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloaded_optimizer(tmp_path: Path, stage: int) -> None:
     verify(tmp_path, f"--parallel.zero_stage={stage}", "--parallel.offload=optimizer", "--train.precision=bf16")

@@ -63,8 +63,11 @@ def mlp_case(size: int) -> None:
     assert not getattr(down.bias, "tensor_model_parallel", False)
 
 
-def sequence_case(size: int) -> None:
-    """x + row(gelu(column(norm(x)))) with x split by T: the sequence-parallel block in small, its every gradient."""
+def sequence_case(size: int, per_row: bool) -> None:
+    """x + row(gelu(column(norm(x)))) with x split by T: the sequence-parallel block in small, its every gradient.
+
+    per_row: each row has positions of its own.
+    """
     tp = replace(tensor_parallel(size), sequence_parallel=True)
     torch.manual_seed(0)
     B, T, C, O = 2, 8, 6, 12  # noqa: E741
@@ -80,13 +83,14 @@ def sequence_case(size: int) -> None:
             parameter.data = slice_of(parameter).take(value).detach().clone()
     x, direction = torch.randn(B, T, C).double(), torch.randn(B, T, C).double()
     mine = x.chunk(size, dim=1)[tp.rank].clone().requires_grad_()
-    stream = mine + table(torch.arange(T))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 1, 2, 3, 4, 5, 6]]) if per_row else torch.arange(T)
+    stream = mine + table(positions)
     y = stream + down(F.gelu(up(norm(stream))))
     (y * direction.chunk(size, dim=1)[tp.rank]).sum().backward()
 
     x.requires_grad_()
     w = [whole[p] for module in (norm, up, down, table) for p in module.parameters()]
-    stream = x + w[6]
+    stream = x + w[6][positions]
     normed = F.layer_norm(stream, (C,), w[0], w[1])
     expected = stream + F.linear(F.gelu(F.linear(normed, w[2], w[3])), w[4], w[5])
     (expected * direction).sum().backward()
@@ -98,8 +102,9 @@ def sequence_case(size: int) -> None:
 
 
 def test_sequence_parallel_block(two_ranks: RankPool, four_ranks: RankPool) -> None:
-    two_ranks.run(sequence_case, 2)
-    four_ranks.run(sequence_case, 4)
+    for per_row in (False, True):
+        two_ranks.run(sequence_case, 2, per_row)
+        four_ranks.run(sequence_case, 4, per_row)
 
 
 def frozen_case(sequence_parallel: bool) -> None:

@@ -42,6 +42,7 @@ COMMON = {
     "dropout": (0.0, 0.1),
     "family": tuple(FAMILIES),
     "z_loss": (0.0, 1e-3),
+    "documents": (False, True),
 }
 DEEPSPEED = {"engine": ("deepspeed",), "layout": tuple(LAYOUTS), "zero": (0, 1, 2, 3), **COMMON}
 FSDP = {"engine": ("fsdp",), "layout": ("dp2", "dp4", "tp2-dp2", "tp2-sp-dp2"), "zero": (2, 3), **COMMON}
@@ -117,6 +118,7 @@ def config_of(chosen: Case) -> RunConfig:
             dropout=chosen["dropout"],
             **FAMILIES[chosen["family"]],
         ),
+        data=dict(document_masks=chosen["documents"]),
         parallel=dict(tensor_parallel=tp, sequence_parallel=sequence_parallel, zero_stage=chosen["zero"]),
         train=dict(
             engine=chosen["engine"],

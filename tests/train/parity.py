@@ -12,6 +12,7 @@ from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model
 from llm.train.engines.base import Engine, MicroBatch
 from llm.train.engines.plain import PlainEngine
+from llm.train.verify.batches import documents_of
 
 G, T, V = 8, 16, 50  # V divides by neither 4 nor 3: the vocabulary is padded
 
@@ -53,11 +54,16 @@ def batches(config: RunConfig, step: int, dp_rank: int, dp_size: int, ragged: bo
     if ragged:
         for i in range(G):
             targets[i, T - 2 * i :] = -100
+    begins = torch.rand(G, T, generator=generator) < 0.2
     samples = torch.arange(step * G, (step + 1) * G)
     share, size = G // dp_size, config.train.micro_batch_size
     first = dp_rank * share
     cuts = [slice(i, i + size) for i in range(first, first + share, size)]
-    return [MicroBatch(tokens[c, :-1], torch.arange(T), samples[c], targets[c]) for c in cuts]
+    documents = [documents_of(begins[c]) if config.data.document_masks else None for c in cuts]
+    return [
+        MicroBatch(tokens[c, :-1], torch.arange(T), samples[c], targets[c], found)
+        for c, found in zip(cuts, documents, strict=True)
+    ]
 
 
 def target_count(ragged: bool) -> int:

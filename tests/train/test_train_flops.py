@@ -88,6 +88,6 @@ def test_the_peak_is_that_of_exactly_this_gpu(name: str, precision, peak: float 
 
 
 def test_utilisation_is_per_device_and_unknown_without_a_peak() -> None:
-    assert achieved_tflops(1e6, 2e9, 4) == pytest.approx(500)
+    assert achieved_tflops(2e15, 0.5, 4) == pytest.approx(1000)
     assert mfu(500, 1000) == 0.5
     assert mfu(500, None) is None

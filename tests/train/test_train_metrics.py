@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llm.config import RunConfig
+from llm.config_data import PhaseChange
 from llm.train.flops import flops_per_token
 from llm.train.metrics import (
     MetricsWriter,
@@ -24,11 +26,12 @@ CPU = torch.device("cpu")
 CONFIG = RunConfig()
 
 
-def record(step: int = 3, **changes) -> dict:
+def record(step: int = 3, config: RunConfig = CONFIG, **changes) -> dict:
     values = dict(
-        loss=1 / 3, lr=4e-3, grad_norm=0.7, skipped_steps=1, seconds=0.5, wait_seconds=0.125, memory_bytes=9
+        since=step - 1, loss=1 / 3, lr=4e-3, grad_norm=0.7, skipped_steps=1, seconds=0.5, wait_seconds=0.125,
+        memory_bytes=9,
     )  # fmt: skip
-    return step_record(workload(CONFIG, CPU, world_size=2), step=step, **{**values, **changes})
+    return step_record(workload(config, CPU, world_size=2), step=step, **{**values, **changes})
 
 
 def lines(path: Path) -> list[dict]:
@@ -54,10 +57,35 @@ def test_rates_follow_from_the_time_of_a_step() -> None:
     assert found.keys() == expected
 
 
+def test_steps_reported_together_share_their_time() -> None:
+    tokens = CONFIG.train.global_batch_size * CONFIG.data.seq_len
+    found = record(8, since=3, seconds=2.0, wait_seconds=0.5)
+    assert (found["step_seconds"], found["data_wait_share"]) == (0.4, 0.25)
+    assert found["tokens_per_second"] == 5 * tokens / 2.0
+    assert found["tflops"] == pytest.approx(record(seconds=0.4)["tflops"])
+
+
+def test_a_report_across_phases_counts_each_step_as_it_was() -> None:
+    """Phases of 4 steps of 32 x 128, 2 of 32 x 64, then of 16 x 64."""
+    changes = (PhaseChange(128, seq_len=64), PhaseChange(192, global_batch_size=16))
+    config = replace(CONFIG, data=replace(CONFIG.data, phases=changes))
+    tokens = [32 * 128] * 4 + [32 * 64] * 2 + [16 * 64] * 4
+    per_token = [flops_per_token(config.model, T) for T in [128] * 4 + [64] * 6]
+    assert [record(step, config)["samples"] for step in (4, 5, 6, 7, 10)] == [128, 160, 192, 208, 256]
+    for since in range(10):
+        for step in range(since + 1, 11):
+            found, between = record(step, config, since=since, seconds=2.0), slice(since, step)
+            assert found["tokens"] == sum(tokens[:step])
+            assert found["tokens_per_second"] == sum(tokens[between]) / 2.0
+            work = sum(n * f for n, f in zip(tokens[between], per_token[between], strict=True))
+            assert found["tflops"] == pytest.approx(work / 2.0 / 2 / 1e12)
+
+
 def test_bits_per_byte() -> None:
     found = validation_record(7, math.log(2) * 6, bytes_per_token=3.0)
     assert (found["step"], found["val_loss"]) == (7, math.log(2) * 6)
     assert found["val_bits_per_byte"] == pytest.approx(2.0)
+    assert validation_record(7, 6.0, None) == {"step": 7, "val_loss": 6.0}
 
 
 def test_a_line_reads_back_to_the_last_bit_and_at_once(tmp_path: Path) -> None:
@@ -99,12 +127,13 @@ def test_tensorboard_shows_the_same_numbers_without_what_a_restart_redoes(tmp_pa
     for first, steps in ((0, (1, 2, 3)), (1, (2, 3))):
         with MetricsWriter(tmp_path / "m.jsonl", tmp_path / "tb", first_step=first) as writer:
             for step in steps:
-                writer.write(record(step, loss=step + first / 10))
+                writer.write(record(step, loss=step + first / 10) | {"epochs": {"code": step / 4, "prose": 0.5}})
             writer.write(validation_record(3, 2.0, 3.0))
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     found = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert found == [(1, 1.0), (2, pytest.approx(2.1)), (3, pytest.approx(3.1))]
     assert [e.value for e in events.Scalars("validation/val_loss")] == [2.0]
+    assert [e.value for e in events.Scalars("train/epochs/code")] == [0.25, 0.5, 0.75]
     assert "train/mfu" not in events.Tags()["scalars"]
 
 

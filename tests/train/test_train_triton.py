@@ -18,6 +18,11 @@ LAYOUTS = {
         train=dict(activation_checkpointing="full"),
     ),
     "tp2-dropout": dict(parallel=dict(tensor_parallel=2), model=dict(dropout=0.1)),
+    "tp2-sp-documents-dropout": dict(
+        parallel=dict(tensor_parallel=2, sequence_parallel=True),
+        model=dict(dropout=0.1, position="learned"),
+        data=dict(document_masks=True),
+    ),
 }
 
 

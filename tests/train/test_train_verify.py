@@ -6,6 +6,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from llm.train.verify.shrink import _host_bytes, needed_bytes, shrink, smaller
 from matrix import verified
 from parity import BASE, case
 from pool import RankPool
+
+CPU = torch.device("cpu")
 
 # What is compared.
 
@@ -112,6 +115,22 @@ def test_ranks_share_the_batch(two_ranks: RankPool) -> None:
     parts = two_ranks.run(shares, BASE)
     for i, field in enumerate(("tokens", "targets", "samples")):
         assert torch.equal(torch.cat([part[i] for part in parts]), torch.cat([getattr(b, field) for b in whole]))
+
+
+def test_documents_begin_anywhere_and_in_every_split_alike() -> None:
+    assert micro_batches(BASE, 3, torch.device("cpu"))[0].documents is None
+    config = case(data=dict(document_masks=True))
+    split = micro_batches(config, 3, torch.device("cpu"))
+    (whole,) = micro_batches(case(data=dict(document_masks=True), train=dict(micro_batch_size=8)), 3, CPU)
+    for batch in (whole, *split):
+        assert batch.documents is not None
+        position_ids, bounds = batch.documents.position_ids, batch.documents.cu_seqlens.tolist()
+        assert bounds[0] == 0 and bounds[-1] == position_ids.numel() and sorted(set(bounds)) == bounds
+        expected = [i for start, stop in pairwise(bounds) for i in range(stop - start)]
+        assert position_ids.flatten().tolist() == expected
+        assert bool((position_ids[:, 0] == 0).all()) and len(bounds) > 2 * len(position_ids)
+    assert torch.equal(torch.cat([batch.documents.position_ids for batch in split]), whole.documents.position_ids)
+    assert torch.equal(whole.tokens, torch.cat([b.tokens for b in micro_batches(BASE, 3, CPU)]))
 
 
 # What is gathered.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.config import RunConfig
+from llm.model.layers import CausalAttention
 from llm.model.loss import IGNORED_TARGET
 from llm.parallel.collectives import ReduceFromTensorParallel
 from llm.parallel.layers import TensorParallel, TensorParallelLayers
@@ -72,6 +73,22 @@ def same_dropout_for_every_ranks_heads() -> AbstractContextManager:
         return module
 
     return patch.object(TensorParallelLayers, "attention", attention)
+
+
+def attention_without_documents() -> AbstractContextManager:
+    honest = CausalAttention.forward
+    tensor_parallel = TensorParallelLayers.attention
+
+    def attention(self: TensorParallelLayers, *arguments: Any) -> nn.Module:
+        module = tensor_parallel(self, *arguments)
+        module.forward = lambda q, k, v, samples, cu_seqlens=None: honest(module, q, k, v, samples)
+        return module
+
+    return patch.object(TensorParallelLayers, "attention", attention)
+
+
+def first_positions_on_every_rank() -> AbstractContextManager:
+    return patch.object(TensorParallel, "positions", lambda self, positions: positions.chunk(self.size, dim=-1)[0])
 
 
 def after_each_step(fault: Callable[[DeepSpeedEngine], None]) -> AbstractContextManager:
@@ -175,6 +192,20 @@ MUTATIONS = {
         same_dropout_for_every_ranks_heads,
         case(parallel=TP2, model=dict(dropout=0.1)),
         ("loss", "blocks.0.qkv.weight gradient"),
+    ),
+    "attention-without-documents": Mutation(
+        attention_without_documents,
+        case(parallel=TP2, data=dict(document_masks=True)),
+        ("loss", "blocks.0.qkv.weight gradient"),
+    ),
+    "first-positions-on-every-rank": Mutation(
+        first_positions_on_every_rank,
+        case(
+            parallel=dict(**TP2, sequence_parallel=True),
+            model=dict(position="learned"),
+            data=dict(document_masks=True),
+        ),
+        ("loss", "position_table.weight gradient"),
     ),
     "moment-lost": Mutation(moment_lost, case(parallel=DP2), ("norm.weight exp_avg",)),
     "weight-not-updated": Mutation(weight_not_updated, case(parallel=TP2), ("blocks.1.down.weight weight",)),

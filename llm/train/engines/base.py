@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.checkpoint.manifest import Piece
-from llm.data.loader import Batch
+from llm.data.batch import Batch
+from llm.model.gpt import Documents
 from llm.model.loss import IGNORED_TARGET
 from llm.parallel.collectives import all_gather
 from llm.parallel.mesh import Mesh
@@ -33,18 +34,26 @@ class MicroBatch(NamedTuple):
     """int64 [B]: global sample numbers"""
     targets: Tensor
     """int64 [B, T]; IGNORED_TARGET where not counted"""
+    documents: Documents | None = None
+    """None unless data.document_masks"""
 
 
-def micro_batch(batch: Batch, device: torch.device, counted: int | None = None) -> MicroBatch:
-    """Widen a loader's batch on the device; only its first `counted` rows have targets (default: all)."""
+def micro_batch(batch: Batch, device: torch.device, rows: int | None = None) -> MicroBatch:
+    """Widen a loader's batch on the device; only its first `rows` rows have targets (default: all)."""
     tokens = batch.tokens.to(device, non_blocking=True).long()
     targets = tokens[:, 1:]
-    if counted is not None and counted < len(tokens):
+    if batch.counted is not None:
+        targets = targets.masked_fill(batch.counted.to(device, non_blocking=True) == 0, IGNORED_TARGET)
+    if rows is not None and rows < len(tokens):
         targets = targets.clone()
-        targets[counted:] = IGNORED_TARGET
+        targets[rows:] = IGNORED_TARGET
+    documents = None
+    if batch.position_ids is not None and batch.cu_seqlens is not None:
+        position_ids = batch.position_ids.to(device, non_blocking=True).long()
+        documents = Documents(position_ids, batch.cu_seqlens.to(device, non_blocking=True))
     positions = torch.arange(targets.shape[1], device=device)
     samples = batch.sample_ids.to(device, non_blocking=True)
-    return MicroBatch(tokens[:, :-1], positions, samples, targets)
+    return MicroBatch(tokens[:, :-1], positions, samples, targets, documents)
 
 
 class StepResult(NamedTuple):

@@ -131,6 +131,8 @@ class DeepSpeedEngine:
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
         total = torch.zeros(1, dtype=torch.float64)
         for i, batch in enumerate(micro_batches):
+            # DeepSpeed counts to the number of its config, which is the first phase's.
+            self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
             loss = self.engine(*batch)
             # DeepSpeed averages gradients over data-parallel ranks; the loss is a sum over them.
             self.engine.backward(loss * (self.mesh.dp_size / target_count), scale_wrt_gas=False)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from llm.config import RunConfig
+from llm.model.gpt import Documents
 from llm.model.loss import IGNORED_TARGET
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import MicroBatch
+
+DOCUMENTS = 4  # that begin within a row, on average, where documents are told apart
 
 
 def counted_targets(batch: int, length: int) -> list[int]:
@@ -23,10 +27,22 @@ def target_count(config: RunConfig) -> int:
     return sum(counted_targets(config.train.global_batch_size, config.data.seq_len))
 
 
+def documents_of(begins: Tensor) -> Documents:
+    """The documents of rows of T tokens that begin where `begins`, bool [B, T], says and where a row does."""
+    begins = begins.clone()
+    begins[:, 0] = True
+    (starts,) = begins.flatten().nonzero(as_tuple=True)
+    places = torch.arange(begins.numel())
+    cu_seqlens = torch.cat([starts, torch.tensor([begins.numel()])])
+    position_ids = places - starts.repeat_interleave(cu_seqlens.diff())
+    return Documents(position_ids.view(begins.shape), cu_seqlens.to(torch.int32))
+
+
 def micro_batches(config: RunConfig, step: int, device: torch.device, mesh: Mesh | None = None) -> list[MicroBatch]:
     """A data-parallel rank's micro-batches of a step; without a mesh those of the whole global batch.
 
-    Tokens are uniform over the vocabulary, from a generator keyed by the seed and the step; sample numbers are global.
+    Tokens are uniform over the vocabulary, from a generator keyed by the seed and the step, and so are the places where
+    documents begin, with data.document_masks; sample numbers are global.
     """
     G, T, size = config.train.global_batch_size, config.data.seq_len, config.train.micro_batch_size
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -34,11 +50,17 @@ def micro_batches(config: RunConfig, step: int, device: torch.device, mesh: Mesh
     targets = tokens[:, 1:].clone()
     for sample, counted in enumerate(counted_targets(G, T)):
         targets[sample, counted:] = IGNORED_TARGET
+    begins = torch.rand(G, T, generator=generator) < DOCUMENTS / T
     samples = torch.arange(step * G, (step + 1) * G)
     share = G // mesh.dp_size if mesh is not None else G
     first = mesh.dp_rank * share if mesh is not None else 0
     positions = torch.arange(T, device=device)
-    return [
-        MicroBatch(tokens[cut, :-1].to(device), positions, samples[cut].to(device), targets[cut].to(device))
-        for cut in (slice(start, start + size) for start in range(first, first + share, size))
-    ]
+    batches = []
+    for start in range(first, first + share, size):
+        cut = slice(start, start + size)
+        batch = MicroBatch(tokens[cut, :-1].to(device), positions, samples[cut].to(device), targets[cut].to(device))
+        if config.data.document_masks:
+            documents = Documents(*(part.to(device) for part in documents_of(begins[cut])))
+            batch = batch._replace(documents=documents)
+        batches.append(batch)
+    return batches

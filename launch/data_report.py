@@ -1,0 +1,81 @@
+"""What prepare_data.py prints: a progress bar, what a folder holds, and the statistics of corpora."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from llm.data.inspect import Lengths, Statistics
+from llm.data.manifest import Manifest
+
+REDRAW = 1 << 18  # bytes (of packing, tokens) between updates of the bar, so that drawing costs nothing
+WIDEST_BAR = 40
+
+
+class Bar:
+    """Shows the stages of what is called with it, (stage, done, in all or 0), as one progress bar on stderr."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+        self._stage, self._drawn = "", 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage or abs(done - self._drawn) >= REDRAW or done == total:
+            self._progress.update(self._task, description=stage, completed=done, total=total or None)
+            self._stage, self._drawn = stage, done
+
+
+@contextmanager
+def progress_bar() -> Iterator[Bar]:
+    """A bar that is gone afterwards."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield Bar(progress, progress.add_task("reading", total=None))
+
+
+def summary(folder: Path, manifest: Manifest) -> str:
+    """What a folder of data holds, in a few lines."""
+    lines = [f"{folder}: {manifest.source}, vocabulary {manifest.vocab_size}"]
+    for name, split in manifest.splits.items():
+        shards, text = split.shards, ""
+        if split.bytes:
+            text = f"  {split.bytes:,} bytes  {split.bytes / split.tokens:.3f} bytes per token"
+        lines.append(
+            f"  {name:10}  {split.tokens:,} tokens  {split.documents:,} documents{text}  "
+            f"({len(shards.paths):,} x {shards.format} {shards.dtype})"
+        )
+    loss = manifest.bigram_nats_per_token
+    if loss is not None:
+        lines.append(
+            f"  interpolated bigram model on the validation samples of {manifest.bigram_seq_len}: "
+            f"{loss:.4f} nats per token, {manifest.bits_per_byte(loss):.4f} bits per byte"
+        )
+    return "\n".join(lines)
+
+
+def describe(found: Statistics) -> str:
+    """The statistics of a corpus, in a few lines, and its documents by length."""
+    shards, lengths = found.shards, found.lengths
+    low, median, p95, high = (f"{lengths.quantile(share):,}" for share in (0, 0.5, 0.95, 1))
+    lines = [
+        f"{shards.name}: {shards.n_tokens:,} tokens  {lengths.documents:,} documents  "
+        f"({len(shards.paths):,} x {shards.format} {shards.dtype})  {found.epochs:.3f} epochs in this run",
+        f"  tokens of a document: min {low}  median {median}  mean {lengths.mean:,.1f}  p95 {p95}  max {high}",
+    ]
+    lines += [f"  padding of samples of {seq_len}: {share:.3%}" for seq_len, share in found.padding.items()]
+    return "\n".join([*lines, histogram(lengths)])
+
+
+def histogram(lengths: Lengths) -> str:
+    """A bar for each power of two."""
+    rows = lengths.histogram()
+    largest = max(count for _, _, count in rows)
+    edge, number = len(f"{rows[-1][1]:,}"), len(f"{largest:,}")
+    return "\n".join(
+        f"  {low:>{edge},} to {high:<{edge},} {count:>{number},} {'█' * -(-WIDEST_BAR * count // largest)}".rstrip()
+        for low, high, count in rows
+    )

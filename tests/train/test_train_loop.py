@@ -1,0 +1,195 @@
+"""The training loop over made-up steps: phases, targets that do not count, samples that were skipped, resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llm.checkpoint.reader import open_checkpoint
+from llm.checkpoint.run_folder import RunFolder
+from llm.config import CheckpointConfig, LoggingConfig, RunConfig
+from llm.config_data import PhaseChange
+from llm.data.batch import Batch, Step
+from llm.parallel.mesh import Mesh
+from llm.phases import consumed_samples, phase_of_step
+from llm.train.build import build_engine
+from llm.train.loop import train
+from llm.train.start import Run
+from llm.train.verify.batches import documents_of
+from parity import V, case, plain
+from pool import RankPool
+
+CPU = torch.device("cpu")
+SAMPLES, TOKENS = [8, 16, 24, 40, 56, 60], [128, 256, 320, 448, 576, 608]
+
+
+def config(**sections: Any) -> RunConfig:
+    """6 steps: 2 of 8 samples of 16 tokens, then of 8 tokens 1 of 8 samples, 2 of 16, 1 of 4; saved after each second.
+
+    So the micro-batches that a rank accumulates become more, and fewer, than in the first phase.
+    """
+    changes = (PhaseChange(16, seq_len=8), PhaseChange(24, global_batch_size=16), PhaseChange(56, global_batch_size=4))
+    data = dict(phases=changes, document_masks=True, damaged="skip")
+    train = dict(max_steps=6, eval_interval=6) | sections.pop("train", {})
+    made = case(data=data, train=train, **sections)
+    logging = LoggingConfig(interval=1, tensorboard=False)
+    return replace(made, checkpoint=CheckpointConfig(interval=2, keep_last=9), logging=logging)
+
+
+class MadeUp:
+    """A rank's share of samples that are functions of their numbers; half of their targets count.
+
+    Data-parallel rank r replaces r + 1 samples in every step.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, step: int) -> None:
+        self.config, self.mesh, self.step = config, mesh, step
+        self.consumed, self.skipped, self.wait_seconds, self.closed = 0, 0, 0.0, False
+
+    def next_step(self) -> Step:
+        phase, size = phase_of_step(self.config, self.step), self.config.train.micro_batch_size
+        share = phase.global_batch_size // self.mesh.dp_size
+        first = consumed_samples(self.config, self.step) + self.mesh.dp_rank * share
+        self.step += 1
+        self.skipped += self.mesh.dp_rank + 1
+        starts = range(first, first + share, size)
+        batches = [made_up_batch(range(start, start + size), phase.seq_len) for start in starts]
+        return Step(batches, phase.global_batch_size * phase.seq_len // 2)
+
+    def epochs(self) -> dict[str, float]:
+        return {"made up": self.step / 10}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def made_up_batch(samples: range, T: int) -> Batch:
+    generators = [torch.Generator().manual_seed(sample) for sample in samples]
+    tokens = torch.stack([torch.randint(V, (T + 1,), generator=generator) for generator in generators])
+    documents = documents_of(torch.stack([torch.rand(T, generator=generator) < 0.3 for generator in generators]))
+    counted = torch.arange(T).expand(len(samples), T) % 2
+    ids = documents.position_ids.to(torch.int32)
+    return Batch(tokens.to(torch.uint16), torch.tensor(samples), ids, documents.cu_seqlens, counted.to(torch.uint8))
+
+
+def trained(config: RunConfig, root: Path, step: int = 0) -> bool:
+    """Train on this rank of a pool, from a checkpoint if step > 0; whether the loader was closed. Collective."""
+    mesh = Mesh.create(config.parallel, "cpu")
+    folder = RunFolder(root, config.name)
+    reader = open_checkpoint(folder.checkpoints / f"step-{step:08}") if step else None
+    skipped = reader.state["skipped_samples"] if reader is not None else 0
+    if dist.get_rank() == 0:
+        folder.create()
+    dist.barrier()
+    loader, engine = MadeUp(config, mesh, step), build_engine(config, mesh, CPU, reader)
+    run = Unvalidated(config, folder, Unknown(), {"made up": "1"}, mesh, CPU, step, skipped, loader, engine)
+    train(run)
+    engine.close()
+    return loader.closed
+
+
+class Unknown:
+    """A manifest of text whose bytes were not counted."""
+
+    bytes_per_token = None
+
+
+class Unvalidated(Run):
+    def validation_batches(self) -> Any:
+        return iter([(made_up_batch(range(2), 16), 2)])
+
+
+def lines(root: Path, name: str = "run") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(root: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(root) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two data-parallel ranks."""
+    root = tmp_path_factory.mktemp("whole")
+    assert two_ranks.run(trained, config(parallel=dict(zero_stage=2)), root) == [True, True]
+    return root
+
+
+def test_samples_and_tokens_follow_the_phases(whole: Path) -> None:
+    found = steps(whole)
+    assert [line["samples"] for line in found] == SAMPLES
+    assert [line["tokens"] for line in found] == TOKENS
+    assert [line["epochs"] for line in found] == [{"made up": step / 10} for step in range(1, 7)]
+    for step, samples in ((2, 16), (4, 40), (6, 60)):
+        assert open_checkpoint(whole / f"run/checkpoints/step-{step:08}").state["consumed_samples"] == samples
+
+
+def test_the_loss_is_the_mean_over_the_targets_that_count(whole: Path) -> None:
+    assert steps(whole)[0]["loss"] == pytest.approx(math.log(V), abs=0.1)
+    for line in steps(whole):
+        assert line["loss"] == pytest.approx(math.log(V), abs=0.5)
+
+
+def test_skipped_samples_are_counted_over_the_ranks_and_kept(whole: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    assert [line["skipped_samples"] for line in steps(whole)] == [3, 6, 9, 12, 15, 18]
+    seldom = config(parallel=dict(zero_stage=2))
+    seldom = replace(seldom, logging=replace(seldom.logging, interval=3))
+    two_ranks.run(trained, seldom, tmp_path)
+    assert [line["skipped_samples"] for line in steps(tmp_path)] == [9, 18]
+    for root in (whole, tmp_path):  # whether or not its step is logged
+        state = open_checkpoint(root / "run/checkpoints/step-00000004").state
+        assert (state["skipped_samples"], state["data"]) == (12, {"made up": "1"})
+
+
+def test_bits_per_byte_are_left_out_where_bytes_are_not_known(whole: Path) -> None:
+    (validation,) = (line for line in lines(whole) if "val_loss" in line)
+    assert validation.keys() == {"step", "val_loss"}
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_goes_on_as_the_whole_one_did(
+    step: int, whole: Path, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    checkpoint = f"run/checkpoints/step-{step:08}"
+    shutil.copytree(whole / checkpoint, tmp_path / checkpoint)
+    two_ranks.run(trained, config(parallel=dict(zero_stage=2)), tmp_path, step)
+    timed = {"tokens_per_second", "tflops", "data_wait_share", "memory_bytes", "step_seconds"}
+    for found, expected in zip(steps(tmp_path), steps(whole)[step:], strict=True):
+        assert {key: found[key] for key in found.keys() - timed} == {key: expected[key] for key in found.keys() - timed}
+
+
+TP_SP = dict(tensor_parallel=2, sequence_parallel=True)
+LAYOUTS = {
+    **{f"zero{stage}": dict(parallel=dict(zero_stage=stage)) for stage in (0, 1, 3)},
+    "zero2-selective": dict(parallel=dict(zero_stage=2), train=dict(activation_checkpointing="selective")),
+    "fsdp": dict(parallel=dict(zero_stage=3), train=dict(engine="fsdp")),
+    "tp2-sp": dict(parallel=TP_SP, train=dict(activation_checkpointing="full")),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(one_rank: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of the plain engine on one rank."""
+    root = tmp_path_factory.mktemp("alone")
+    one_rank.run(trained, plain(config(), micro_batch_size=4), root)
+    return root
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_layout_changes_a_run_with_phases_and_documents(
+    name: str, alone: Path, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    two_ranks.run(trained, config(**LAYOUTS[name]), tmp_path)
+    for quantity in ("loss", "grad_norm"):
+        found, expected = ([line[quantity] for line in steps(root)] for root in (tmp_path, alone))
+        assert found == pytest.approx(expected, abs=1e-5, rel=1e-4 if quantity == "grad_norm" else 0)
+    ranks = 1 if name == "tp2-sp" else 2
+    assert [line["skipped_samples"] for line in steps(tmp_path)] == [step * (2 * ranks - 1) for step in range(1, 7)]
