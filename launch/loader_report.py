@@ -234,7 +234,10 @@ def spread(found: list[float], scale: float) -> str:
     """Median and quartiles."""
     if not found:
         return NONE
-    shown = [number(x * scale) for x in (median(found), *(quantiles(found, n=4)[::2] if len(found) > 1 else ()))]
+    shown = [
+        number(x * scale)
+        for x in (median(found), *(quantiles(found, n=4, method="inclusive")[::2] if len(found) > 1 else ()))
+    ]
     return shown[0] if len(shown) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
