@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="a regular expression to be found in 'system task item T=...'")
     parser.add_argument("--rounds", type=int, help="of everything that is measured in rounds")
     parser.add_argument("--minutes", type=float, default=20.0, help="begin no round that would take it beyond this")
-    parser.add_argument("--out", type=Path, help="folder of the results and the tokens (16 GB)")
+    parser.add_argument("--out", type=Path, help="folder of the results and the tokens (10 GB)")
     options = parser.parse_args(arguments)
     out = options.out or Path("runs/bench-loader-quick" if options.quick else "runs/bench-loader")
     # One thread each, in every process that is started from here, as one core is what they get.

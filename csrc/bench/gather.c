@@ -1,13 +1,13 @@
 // The machine's limit for a loader: one thread copies random rows of a mapped token file into one
 // buffer, batch after batch, and does nothing else. Run by llm/data/bench/gather.py.
 //
-// gather FILE ITEM_BYTES OUT_BYTES T ROWS UNTIMED SECONDS EOD
+// gather FILE ITEM_BYTES OUT_BYTES T ROWS SECONDS EOD MAPPED
 //   ITEM_BYTES  2 or 4, of an id in the file
 //   OUT_BYTES   of an id in the buffer: ITEM_BYTES (copied) or 8 (widened)
 //   T           a row is T + 1 ids from a multiple of T on
-//   UNTIMED     seconds of the same before the clock starts, as loaders have them
 //   SECONDS     how long; 0: one batch
 //   EOD         end-of-document id: also write int32 position ids and the starts of documents; -1: not
+//   MAPPED      1: the file's pages are in this process's map before the clock starts
 // Prints target tokens, seconds, CPU seconds and a checksum of the last batch.
 #include <fcntl.h>
 #include <stdint.h>
@@ -24,6 +24,13 @@ static double now(clockid_t clock) {
   struct timespec t;
   clock_gettime(clock, &t);
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void populate(const unsigned char* file, size_t size) {
+#ifdef MADV_POPULATE_READ
+  if (madvise((void*)file, size, MADV_POPULATE_READ) == 0) return;
+#endif
+  for (size_t i = 0; i < size; i += 4096) (void)*(const volatile unsigned char*)(file + i);
 }
 
 static uint64_t mix64(uint64_t x) {  // splitmix64's finaliser
@@ -70,16 +77,17 @@ static int64_t documents(const void* row, int item, int64_t T, int64_t eod, int3
 }
 
 int main(int argc, char** argv) {
-  if (argc != 9)
-    return fprintf(stderr, "gather FILE ITEM_BYTES OUT_BYTES T ROWS UNTIMED SECONDS EOD\n"), 2;
+  if (argc != 9) return fprintf(stderr, "gather FILE ITEM_BYTES OUT_BYTES T ROWS SECONDS EOD MAPPED\n"), 2;
   const int item = atoi(argv[2]), out = atoi(argv[3]);
-  const int64_t T = atoll(argv[4]), rows = atoll(argv[5]), eod = atoll(argv[8]);
-  const double untimed = atof(argv[6]), seconds = atof(argv[7]);
+  const int64_t T = atoll(argv[4]), rows = atoll(argv[5]), eod = atoll(argv[7]);
+  const double seconds = atof(argv[6]);
+  const int mapped = atoi(argv[8]);
   const int fd = open(argv[1], O_RDONLY);
   struct stat info;
   if (fd < 0 || fstat(fd, &info) != 0) return perror(argv[1]), 1;
   const unsigned char* file = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
   if (file == MAP_FAILED) return perror(argv[1]), 1;
+  if (mapped) populate(file, (size_t)info.st_size);
   const uint64_t places = (uint64_t)((info.st_size / item - 1) / T);
   const size_t row_bytes = (size_t)(T + 1) * (size_t)out;
   unsigned char* tokens = malloc((size_t)rows * row_bytes);
@@ -90,15 +98,10 @@ int main(int argc, char** argv) {
   memset(tokens, 1, (size_t)rows * row_bytes);
   memset(positions, 1, (size_t)(rows * T) * sizeof *positions);
   memset(starts, 1, (size_t)(rows * T) * sizeof *starts);
-  int timed = untimed <= 0;
-  double began = now(CLOCK_MONOTONIC), cpu = now(CLOCK_PROCESS_CPUTIME_ID);
+  const double began = now(CLOCK_MONOTONIC), cpu = now(CLOCK_PROCESS_CPUTIME_ID);
   uint64_t drawn = 0;
   int64_t batches = 0, count = 0;
   do {
-    if (!timed && now(CLOCK_MONOTONIC) - began >= untimed) {
-      timed = 1, batches = 0;
-      began = now(CLOCK_MONOTONIC), cpu = now(CLOCK_PROCESS_CPUTIME_ID);
-    }
     count = 0;
     for (int64_t b = 0; b < rows; b++) {
       const int64_t start = (int64_t)(mix64(++drawn) % places) * T;
@@ -111,7 +114,7 @@ int main(int argc, char** argv) {
         count += documents(row, item, T, eod, (int32_t)(b * T), positions + b * T, starts + count);
     }
     batches++;
-  } while (!timed || now(CLOCK_MONOTONIC) - began < seconds);
+  } while (now(CLOCK_MONOTONIC) - began < seconds);
   const double took = now(CLOCK_MONOTONIC) - began;
   const double cpu_took = now(CLOCK_PROCESS_CPUTIME_ID) - cpu;
   uint64_t sum = 0;

@@ -20,7 +20,7 @@ from llm.data.bench.cases import FULL, Case, parts
 from llm.data.bench.check import check, check_gather
 from llm.data.bench.gather import Gather
 from llm.data.bench.numpy_rows import NumpyRows, documents
-from llm.data.bench.process import Memory, _cached, cpu_seconds, descendants, drop, warm
+from llm.data.bench.process import Memory, _cached, cpu_seconds, descendants, drop, populate, warm
 from llm.data.bench.runner import Runner
 from llm.data.bench.system import Batch, Job
 from llm.data.bench.systems import NEEDS, SYSTEMS, build, runs
@@ -82,12 +82,12 @@ def test_the_c_program_copies_what_numpy_copies(
     gather, job = Gather(form), Job(1000, 5, with_documents)
     gather.prepare(distinct[item], 1000)
     assert check_gather(gather, distinct[item], job) is None
-    run = gather.rate(distinct[item], job, 0.01, 0.01)
+    run = gather.rate(distinct[item], job, 0.01, mapped=True)
     assert run["tokens"] % 5000 == 0 and run["seconds"] >= 0.01 and 0 < run["cpu_seconds"] < 1
 
 
 def test_another_checksum_is_seen(distinct: dict[str, TokenSet], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Gather, "rate", lambda *_: {"checksum": 1})
+    monkeypatch.setattr(Gather, "rate", lambda *_, **__: {"checksum": 1})
     assert "the checksum is 1" in (check_gather(Gather("native"), distinct["uint16"], Job(1000, 5)) or "")
 
 
@@ -214,6 +214,21 @@ def test_files_are_warmed_and_dropped(tmp_path: Path) -> None:
             pytest.skip("this file system keeps no page cache that can be dropped")
         warm([path])
         assert _cached(file.fileno(), 8 << 20)
+
+
+def test_mapped_files_are_put_into_the_page_table(tmp_path: Path) -> None:
+    path = tmp_path / "in/file"
+    path.parent.mkdir()
+    path.write_bytes(bytes(32 << 20))
+
+    def grown(folder: Path) -> float:
+        array = np.memmap(path, "u1", "r")
+        memory = Memory()
+        populate(folder)
+        del array
+        return memory.taken()["peak_mb"]
+
+    assert grown(tmp_path / "in") > 30 > 5 > grown(tmp_path / "other")
 
 
 def test_a_fork_answers_fails_dies_or_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

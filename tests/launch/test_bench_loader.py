@@ -54,12 +54,12 @@ def test_the_tables_give_medians_quartiles_and_ratios() -> None:
     text = table(made_up())
     lines = text.splitlines()
     assert lines[0].startswith("2026-01-01, 2 cores of CPU, 8 GB, Linux 6, Python 3, torch 2, `c`. Load average 0.2")
-    assert "| Ingot | 1,000 (950 to 1,550) | 1,000 (950 to 1,550) |" in lines
+    assert "| Ingot | 1,000 (1,000 to 1,100) | 1,000 (1,000 to 1,100) |" in lines
     assert "| Ingot over the C program's | 80% | 80% |" in lines
     assert "| Ingot over the fastest peer's | 8.0 (nanoGPT) | 10.0 (torchdata) |" in lines
     assert "and cu_seqlens over the fastest peer's | 30.0 (Megatron) | 30.0 (Megatron) |" in text
     assert "| Ingot | 5 | – |" in lines  # noqa: RUF001
-    assert "| Ingot | 1,000 (950 to 1,550) | 2.00 | 0.100 | 0.200 | 3.0 | 10 | 4 | 0 | 0 |" in lines
+    assert "| Ingot | 1,000 (1,000 to 1,100) | 2.00 | 0.100 | 0.200 | 3.0 | 10 | 4 | 0 | 0 |" in lines
     assert "| Ingot, documents | 600 | 2.00 | 0.100 | 0.200 | 3.0 | 10 | 4 | 0 | 0 |" in lines
     assert "| Megatron | 0.500 (20) | 2.000 (20) |" in lines
     assert "| Megatron, first start | 3.000 (20) | – |" in lines  # noqa: RUF001

@@ -37,7 +37,7 @@ class Scale:
 
 
 FULL = Scale(
-    tokens=1 << 29,
+    tokens=1 << 28,
     batch_tokens=1 << 16,
     items=("uint16", "uint32"),
     seq_lens=(1024, 2048, 8192),

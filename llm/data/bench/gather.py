@@ -22,11 +22,11 @@ class Gather(System):
     def prepare(self, tokens: TokenSet, seq_len: int) -> None:
         subprocess.run(["cc", *FLAGS, "-o", str(_program(tokens)), str(SOURCE)], check=True)
 
-    def rate(self, tokens: TokenSet, job: Job, untimed: float, seconds: float) -> dict[str, Any]:
-        """Tokens, seconds, CPU seconds and checksum of one run after `untimed` seconds; seconds 0: of one batch."""
+    def rate(self, tokens: TokenSet, job: Job, seconds: float, mapped: bool) -> dict[str, Any]:
+        """Tokens, seconds, CPU seconds and checksum of one run; seconds 0: of one batch."""
         out = tokens.item_size if self.form == "native" else 8
         eod = tokens.eod_id if job.documents else -1
-        arguments = (tokens.paths[0], tokens.item_size, out, job.seq_len, job.rows, untimed, seconds, eod)
+        arguments = (tokens.paths[0], tokens.item_size, out, job.seq_len, job.rows, seconds, eod, int(mapped))
         command = [str(_program(tokens)), *map(str, arguments)]
         words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         count, took, cpu, checksum = int(words[0]), float(words[1]), float(words[2]), int(words[3])

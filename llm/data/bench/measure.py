@@ -15,7 +15,7 @@ import numpy as np
 from llm.data.bench.cases import STEP_SECONDS, Case, Scale
 from llm.data.bench.check import check, check_gather
 from llm.data.bench.gather import Gather
-from llm.data.bench.process import Memory, cpu_seconds, descendants, drop, shared_names, warm
+from llm.data.bench.process import Memory, cpu_seconds, descendants, drop, populate, shared_names, warm
 from llm.data.bench.system import Batch, Job, System
 from llm.data.bench.systems import SYSTEMS, build
 from llm.data.bench.tokens import TokenSet
@@ -49,7 +49,7 @@ def measure(name: str, case: Case, scale: Scale, folder: Path) -> Figures:
     if not case.huge:
         (drop if case.cold else warm)(system.files(tokens, job.seq_len))
     if isinstance(system, Gather):
-        return _gathered(system.rate(tokens, job, 0 if case.cold else scale.seconds / 3, scale.seconds))
+        return _gathered(system.rate(tokens, job, scale.seconds, not case.cold))
     state = None
     if case.resume:
         state = system.state(tokens, job, (tokens.tokens - 1) // job.seq_len // 2 // job.rows * job.rows)
@@ -64,6 +64,8 @@ def _timed(system: System, tokens: TokenSet, job: Job, state: Any, case: Case, s
     with closing(system.open(tokens, job, state)) as batches:
         next(batches)
         found: Figures = {"first_seconds": time.perf_counter() - began}
+        if case.task == "rate" and not case.cold:
+            populate(tokens.folder)
         if case.task == "rate":
             found |= _rate(batches, job, scale.seconds, case.cold)
         elif case.task == "wait":
