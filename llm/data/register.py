@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from llm.config import RunConfig
 from llm.data.folder import data_folder, is_url
-from llm.data.format_headers import DamagedFile, index_path
+from llm.data.format_headers import DTYPES, DamagedFile, index_path
 from llm.data.manifest import (
     BLOCK,
     FILE_NAME,
     FORMAT,
-    ITEM_SIZES,
     Manifest,
     Shards,
     Split,
@@ -98,8 +97,8 @@ def register(
     """
     folder = data_folder(config)
     _check_folder(config, folder)
-    known = raw_dtype is None or raw_dtype in ITEM_SIZES
-    require(known, f"--dtype is {raw_dtype!r}; expected one of {', '.join(ITEM_SIZES)}")
+    known = raw_dtype is None or raw_dtype in DTYPES["raw"]
+    require(known, f"--dtype is {raw_dtype!r}; expected one of {', '.join(DTYPES['raw'])}")
     tokenizer = given_tokenizer(config)
     found = {
         split: inspect_files(
