@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for record in runner.run(describe() | {"command": command, "date": time.strftime("%Y-%m-%d")}):
             records.append(record)
-            if "label" in record:
+            if "label" in record and len(records) > runner.earlier:
                 print(f"{time.perf_counter() - began:5.0f} s  {line(record)}", flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

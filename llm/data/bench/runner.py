@@ -34,6 +34,8 @@ class Runner:
     only: str = ""
     rounds: int | None = None
     """Of every part; None: as the scale says."""
+    earlier: int = 0
+    """Records that an earlier run left."""
     _began: float = field(default_factory=time.monotonic)
     _servers: dict[str, subprocess.Popen] = field(default_factory=dict)
     _records: list[Record] = field(default_factory=list)
@@ -77,6 +79,7 @@ class Runner:
             return
         try:
             self._records += [json.loads(line) for line in path.read_text().splitlines()]
+            self.earlier = len(self._records)
             before = self._records[0]["run"]
             require(
                 before["quick"] == self.quick and before["cpu"] == machine["cpu"],
