@@ -171,22 +171,3 @@ def check_rising(path: str, numbers: NDArray, offset: int) -> None:
                 f"{path}: the document boundary at byte {offset + 8 * at} is {numbers[at]}, "
                 f"expected at least {numbers[at - 1]}, the one before it"
             )
-
-
-class NumpyTokenStore:
-    """The NumPy twin of `_native.TokenStore`: a mapped .bin file whose reads are checked."""
-
-    def __init__(self, path: str, dtype: str, n_tokens: int) -> None:
-        self.tokens: NDArray = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r", shape=(n_tokens,))
-
-    def __len__(self) -> int:
-        return self.tokens.size
-
-    def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray:
-        """Tokens [len(starts), width], row i from position starts[i] on; IndexError outside."""
-        if starts.size and not (starts.min() >= 0 and starts.max() <= len(self) - width):
-            raise IndexError(f"rows of {width} tokens lie outside the {len(self)} tokens of the file")
-        out = np.empty((starts.size, width), self.tokens.dtype)
-        for row, start in zip(out, starts, strict=True):
-            row[:] = self.tokens[start : start + width]
-        return out

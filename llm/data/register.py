@@ -97,17 +97,8 @@ def register(
     """
     folder = data_folder(config)
     _check_folder(config, folder)
-    known = raw_dtype is None or raw_dtype in DTYPES["raw"]
-    require(known, f"--dtype is {raw_dtype!r}; expected one of {', '.join(DTYPES['raw'])}")
     tokenizer = given_tokenizer(config)
-    found = {
-        split: inspect_files(
-            f"--{split}", pattern, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, raw_dtype=raw_dtype
-        )
-        for split, pattern in patterns.items()
-    }
-    twice = set.intersection(*(set(map(os.path.realpath, shards.paths)) for shards in found.values()))
-    require(len(found) < 2 or not twice, f"{', '.join(sorted(twice))}: in both splits; expected files of their own")
+    found = _inspect(patterns, tokenizer, raw_dtype)
     splits, files = {}, {"tokenizer.json": file_entry(config.data.tokenizer)}
     for split, shards in found.items():
         for path, tokens in zip(shards.paths, shards.tokens, strict=True):
@@ -134,6 +125,17 @@ def register(
         shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
     manifest.save(folder)
     return manifest
+
+
+def _inspect(patterns: dict[str, str], tokenizer: Tokenizer, raw_dtype: str | None) -> dict[str, ShardList]:
+    """The files of each split, by their headers."""
+    known = raw_dtype is None or raw_dtype in DTYPES["raw"]
+    require(known, f"--dtype is {raw_dtype!r}; expected one of {', '.join(DTYPES['raw'])}")
+    options = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "raw_dtype": raw_dtype}
+    found = {split: inspect_files(f"--{split}", pattern, **options) for split, pattern in patterns.items()}
+    twice = set.intersection(*(set(map(os.path.realpath, shards.paths)) for shards in found.values()))
+    require(len(found) < 2 or not twice, f"{', '.join(sorted(twice))}: in both splits; expected files of their own")
+    return found
 
 
 def _check_folder(config: RunConfig, folder: Path) -> None:

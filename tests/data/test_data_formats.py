@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.data import _native, formats
+from llm.data import formats
 from llm.data.format_headers import DamagedFile
-from llm.data.formats import NumpyTokenStore, TokenWriter, read_index, token_dtype
+from llm.data.formats import TokenWriter, read_index, token_dtype
 from llm.errors import InputError
 
 
@@ -160,49 +160,3 @@ def test_no_byte_sequence_confuses_the_reader(tmp_path: Path, data: st.DataObjec
         return
     assert index.tokens * np.dtype(index.dtype).itemsize == 12
     assert int(index.lengths.sum()) == index.tokens
-
-
-def open_store(kind: str, path: Path, dtype: str, n_tokens: int):
-    if kind == "numpy":
-        return NumpyTokenStore(str(path), dtype, n_tokens)
-    return _native.TokenStore(str(path), np.dtype(dtype).itemsize, n_tokens)
-
-
-@pytest.mark.parametrize("kind", ["native", "numpy"])
-@pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_rows_come_from_inside_the_file(tmp_path: Path, kind: str, dtype: str):
-    tokens = np.arange(100) * 600
-    write(tmp_path / "a", [tokens.tolist()], dtype)
-    store = open_store(kind, tmp_path / "a.bin", dtype, 100)
-    rows = store.read_rows(np.array([0, 90, 5]), 10)
-    assert rows.dtype == dtype
-    assert np.array_equal(rows, tokens[np.array([[0], [90], [5]]) + np.arange(10)])
-    assert store.read_rows(np.array([], dtype=np.int64), 10).shape == (0, 10)
-    for start in (91, 100, -1, 2**62, -(2**63), 2**63 - 1):
-        with pytest.raises(IndexError, match="outside"):
-            store.read_rows(np.array([0, start]), 10)
-
-
-def test_the_native_store_refuses_what_it_cannot_map(tmp_path: Path):
-    path = write(tmp_path / "a", [[1, 2, 3]]).with_suffix(".bin")
-    for size, count, message in [
-        (2, 4, "has 6 bytes, expected 8"),
-        (4, 3, "expected 12"),
-        (3, 2, "item size"),
-        (2, 0, "impossible"),
-        (2, -1, "impossible"),
-        (2, 2**62 + 3, "impossible"),
-    ]:
-        with pytest.raises(RuntimeError, match=message):
-            _native.TokenStore(str(path), size, count)
-    with pytest.raises(RuntimeError, match="No such file"):
-        _native.TokenStore(str(tmp_path / "none"), 2, 3)
-    with pytest.raises(RuntimeError, match="not a regular file"):
-        _native.TokenStore(str(tmp_path), 2, 3)
-    store = _native.TokenStore(str(path), 2, 3)
-    for width in (-1, 4, 2**62):
-        with pytest.raises(IndexError):
-            store.read_rows(np.array([0]), width)
-    path.write_bytes(b"")  # would be SIGBUS
-    with pytest.raises(RuntimeError, match="was cut to 0 bytes"):
-        store.read_rows(np.array([0]), 1)
