@@ -150,7 +150,7 @@ def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size:
     corpora = training_corpora(config, manifest)
     if config.data.damaged == "stop":
         for shards in corpora.values():
-            check_first_files(config, shards)
+            check_first_files(open_corpus(config, shards), shards)
     if config.data.verify == "none":
         return _open(config, corpora, share, consumed)
     verifier = BackgroundVerifier(hashed_files(config, manifest), (dp_rank, dp_size))
@@ -199,16 +199,14 @@ def common_dtype(corpora: Sequence[ShardList]) -> str:
     return {1: "uint8", 2: "uint16", 4: "int32"}[next(iter(sizes.values()))]
 
 
-def check_first_files(config: RunConfig, shards: ShardList) -> None:
-    """Read one token of the first files of a corpus: what is wrong with them is said before training starts."""
-    starts = np.concatenate([[0], np.cumsum(shards.tokens[: CHECKED_FILES - 1], dtype=np.int64)])[: len(shards.tokens)]
-    read_rows(config, shards, starts[:CHECKED_FILES], 1)
-
-
-def read_rows(config: RunConfig, shards: ShardList, starts: np.ndarray, width: int) -> np.ndarray:
-    """Tokens [len(starts), width] of a corpus, row i from starts[i] on, by the loader that the config names."""
+def open_corpus(config: RunConfig, shards: ShardList) -> NativeCorpus | NumpyCorpus:
+    """A corpus to be read by rows, in the form of the loader that the config names. Touches no file."""
     if config.data.loader == "native":
         native = import_native()
-        return NativeCorpus(native, shards, native.FileCache()).read_rows(starts, width)
-    corpus = NumpyCorpus(shards)
-    return np.stack([corpus.read(int(start), width) for start in starts])
+        return NativeCorpus(native, shards, native.FileCache())
+    return NumpyCorpus(shards)
+
+
+def check_first_files(corpus: NativeCorpus | NumpyCorpus, shards: ShardList) -> None:
+    """Read one token of the first files of a corpus: what is wrong with them is said before training starts."""
+    corpus.read_rows(np.cumsum((0, *shards.tokens[: CHECKED_FILES - 1]))[: len(shards.tokens)], 1)

@@ -16,7 +16,7 @@ from llm.data.schedule import Curriculum, SchedulePhase
 from llm.data.shards import DamagedFile, ShardList
 from llm.errors import InputError
 
-RING_BYTES = 16 << 20  # assembled ahead, within these bounds of steps
+RING_BYTES = 1 << 19  # assembled ahead, within these bounds of steps: little, to stay in the processor's cache
 FEWEST_STEPS, MOST_STEPS = 3, 16
 THREADS = 2  # that do it; they sleep while the ring is full
 
@@ -147,7 +147,7 @@ class NativeLoader:
         first = allocate()
         depth = min(max(RING_BYTES // first.n_bytes, FEWEST_STEPS), MOST_STEPS)
         self._slots = [first, *(allocate() for _ in range(depth - 1))]
-        self._views: dict[tuple[int, int], list[Batch]] = {}
+        self._views: dict[tuple[int, int], Step] = {}  # of each slot in each phase
         arrays = [tuple(tensor.numpy() for tensor in vars(slot).values()) for slot in self._slots]
         self._ring = native.Prefetcher(sampler, consumed, arrays, THREADS)
         self._curriculum = curriculum
@@ -159,22 +159,24 @@ class NativeLoader:
             slot, phase, target_count, skipped, documents = self._ring.next()
         except self._native.DamagedFile as error:
             raise DamagedFile(str(error)) from error
-        key = (slot, phase)
-        if key not in self._views:
-            self._views[key] = self._slots[slot].batches(
-                self._phases[phase], self._share, self._dtype, self._masks, self._packed
-            )
-        batches = self._views[key]
+        step = self._views.get((slot, phase)) or self._view(slot, phase, target_count)
         if self._masks:
             batches = [
                 dataclasses.replace(batch, cu_seqlens=batch.cu_seqlens[: n + 1])
-                for batch, n in zip(batches, documents, strict=True)
+                for batch, n in zip(step.batches, documents, strict=True)
                 if batch.cu_seqlens is not None
             ]
+            step = Step(batches, target_count)
         self.consumed += self._phases[phase].global_batch
         self.skipped += skipped
         self.wait_seconds += time.perf_counter() - start
-        return Step(batches, target_count)
+        return step
+
+    def _view(self, slot: int, phase: int, target_count: int) -> Step:
+        """The tensors of a slot in a phase; without masks they and the count of targets are the same each time."""
+        batches = self._slots[slot].batches(self._phases[phase], self._share, self._dtype, self._masks, self._packed)
+        self._views[slot, phase] = Step(batches, target_count)
+        return self._views[slot, phase]
 
     def epochs(self) -> dict[str, float]:
         return self._curriculum.epochs(self.consumed)

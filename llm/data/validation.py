@@ -10,10 +10,11 @@ from llm.config import RunConfig
 from llm.data.batch import Batch
 from llm.data.documents import scan_documents
 from llm.data.folder import check_vocabulary, data_folder
-from llm.data.loader import check_first_files, read_rows, to_batch
+from llm.data.loader import check_first_files, open_corpus, to_batch
 from llm.data.manifest import Manifest
+from llm.data.native import NativeCorpus
 from llm.data.sampler import Rows
-from llm.data.shards import ShardList
+from llm.data.shards import NumpyCorpus, ShardList
 from llm.errors import require
 
 
@@ -29,7 +30,8 @@ def validation_batches(
     require(0 <= dp_rank < dp_size, f"data-parallel rank {dp_rank} of {dp_size}")
     check_vocabulary(config, manifest)
     shards = manifest.shard_list(data_folder(config), "validation")
-    check_first_files(config, shards)
+    corpus = open_corpus(config, shards)
+    check_first_files(corpus, shards)
     available, seq_len = (shards.n_tokens - 1) // config.data.seq_len, config.data.seq_len
     require(
         available >= 1,
@@ -42,17 +44,17 @@ def validation_batches(
         f"data.validation_samples is {wanted}; the validation split has {available} samples of "
         f"data.seq_len {config.data.seq_len}",
     )
-    return _batches(config, shards, wanted, dp_rank, dp_size)
+    return _batches(config, corpus, shards, wanted, dp_rank, dp_size)
 
 
 def _batches(
-    config: RunConfig, shards: ShardList, wanted: int, dp_rank: int, dp_size: int
+    config: RunConfig, corpus: NativeCorpus | NumpyCorpus, shards: ShardList, wanted: int, dp_rank: int, dp_size: int
 ) -> Iterator[tuple[Batch, int]]:
     rows, seq_len = config.train.micro_batch_size, config.data.seq_len
     for start in range(0, wanted, rows * dp_size):
         first = start + dp_rank * rows
         sample_ids = np.minimum(np.arange(first, first + rows), wanted - 1)
-        tokens = read_rows(config, shards, sample_ids * seq_len, seq_len + 1)
+        tokens = corpus.read_rows(sample_ids * seq_len, seq_len + 1)
         position_ids = cu_seqlens = None
         if config.data.document_masks:
             position_ids, cu_seqlens = scan_documents(tokens, shards.eod_id, shards.eod_first)
