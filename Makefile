@@ -55,7 +55,7 @@ define run_tests
 @$(PYTEST) -m "$(1) and ranks" tests
 endef
 
-test: setup ## every test that this machine can run, in under 15 minutes on 2 cores
+test: setup ## every test that this machine can run, about 15 minutes on 2 cores
 	$(call run_tests,not slow and not gpu and not cluster)
 
 test-all: setup ## the exhaustive lists too
