@@ -11,7 +11,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help setup pretrain test test-all test-gpu test-cluster test-triton-3.6 check bench bench-kernels bench-loader bench-parallel clean
+.PHONY: help setup pretrain test test-all test-gpu test-cluster fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-parallel clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -78,6 +78,10 @@ test-gpu: setup ## the same ladder on an NVIDIA GPU
 	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
 	  || { echo "error: PyTorch sees no NVIDIA GPU here" >&2; exit 2; }
 	@$(BIN)/python -m pytest -m gpu tests
+
+fuzz: setup ## libFuzzer over headers, indexes and plans (clang, libclang-rt; FUZZ_SECONDS=60)
+	@$(PYTEST) -s tests/data/test_data_fuzz.py -k libfuzzer --fuzz-seconds $(FUZZ_SECONDS)
+FUZZ_SECONDS ?= 60
 
 test-cluster: setup ## train over two hosts made of network namespaces (root; iproute2, openssh-server, pdsh)
 	@$(PYTEST) tests/cluster --require-cluster

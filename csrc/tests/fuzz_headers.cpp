@@ -1,12 +1,9 @@
-// A fuzz target over the headers and indexes of token files, run under the sanitizers by
-// tests/data/test_data_fuzz.py. With clang it is a libFuzzer target:
-//   clang++ -fsanitize=fuzzer,address,undefined -Icsrc csrc/core/{token_file,corpus}.cpp <this>
-// g++ has no libFuzzer: with -DINGOT_FUZZ_DRIVER and -fsanitize-coverage=trace-pc a small driver
-// stands in for it. It mutates seeds and keeps what reached new code.
-// Usage: fuzz_headers <folder of seeds> <seconds> <file for an input that fails>
+// A libFuzzer target over the headers and indexes of token files, and packing plans. `make fuzz`
+// (tests/data/test_data_fuzz.py) builds it with the sanitizers and runs it:
+//   clang++ -fsanitize=fuzzer,address,undefined -Icsrc csrc/core/{token_file,corpus,packing}.cpp <this>
 //
-// An input: format, item size and vocabulary (1 byte each), the claimed count of tokens (8), the
-// size of the token file (2), the token file, then its index file to the end.
+// An input: format (or 4: a plan), item size (of a plan: T) and vocabulary (1 byte each), the claimed
+// count of tokens (8), the size of the token file (2), the token file, then its index file to the end.
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,15 +12,16 @@
 #include <cstring>
 #include <fstream>
 #include <iostream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "core/corpus.h"
+#include "core/packing.h"
 #include "core/token_file.h"
 
 using namespace ingot;
 using Bytes = std::vector<uint8_t>;
-using Distance = Bytes::difference_type;
 
 namespace {
 
@@ -36,9 +34,10 @@ namespace {
   } while (false)
 
 struct Case {
+  bool is_plan;
   Format format;
   int item_size;
-  int64_t vocab_size, n_tokens;
+  int64_t seq_len, vocab_size, n_tokens;
   Bytes file, index;
 
   Case(const uint8_t* data, size_t size) {
@@ -55,7 +54,9 @@ struct Case {
     take(&n_tokens, sizeof n_tokens);
     take(&length, sizeof length);
     constexpr int kSizes[] = {1, 2, 4};
-    format = static_cast<Format>(kind[0] % 4);
+    is_plan = kind[0] % 5 == 4;
+    format = static_cast<Format>(kind[0] % 5 % 4);
+    seq_len = kind[1];
     item_size = kSizes[kind[1] % 3];
     vocab_size = int64_t{1} << (kind[2] % 32);
     const size_t have = std::min<size_t>(length, size);
@@ -136,6 +137,26 @@ void check_reads(const Case& c, const std::string& path) {
   }
 }
 
+// A plan is refused, or each of its rows is refused or fits.
+void check_plan(const Case& c, const std::string& path) {
+  try {
+    const PackPlan plan(path, c.seq_len, c.n_tokens);
+    for (int64_t row = 0; row < plan.rows(); ++row) {
+      try {
+        int64_t used = 0;
+        for (const Piece& piece : plan.pieces(row)) {
+          MUST(piece.tokens >= 1 && piece.start >= 0 && piece.start <= c.n_tokens - piece.tokens);
+          used += piece.tokens;
+        }
+        MUST(used >= 1 && used <= c.seq_len + 1 && plan.targets(row) < used);
+      } catch (const std::runtime_error&) {
+      }
+    }
+  } catch (const std::invalid_argument&) {
+  } catch (const std::runtime_error&) {
+  }
+}
+
 std::string make_folder() {
   const char* parent = std::getenv("TMPDIR");
   std::string folder = std::string(parent == nullptr ? "/tmp" : parent) + "/fuzz_headers_XXXXXX";
@@ -150,6 +171,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const Case c(data, size);
   const std::string path = folder + (c.format == Format::datatrove ? "/a.ds" : "/a.bin");
   write(path, c.file);
+  if (c.is_plan) {
+    check_plan(c, path);
+    return 0;
+  }
   if (c.format == Format::megatron) write(folder + "/a.idx", c.index);
   if (c.format == Format::datatrove) write(path + ".index", c.index);
   try {
@@ -163,105 +188,3 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   check_reads(c, path);
   return 0;
 }
-
-#ifdef INGOT_FUZZ_DRIVER
-#include <chrono>
-#include <filesystem>
-#include <random>
-
-extern "C" void __sanitizer_set_death_callback(void (*callback)());
-
-namespace {
-
-struct Progress {
-  Bytes input;               // at hand
-  std::string failure_path;  // where it is written if it fails
-  uint8_t* seen;             // for each position in the code, hashed
-  bool new_code = false;
-};
-
-constexpr int kSeenBits = 20;
-
-Progress* progress = nullptr;
-
-void save_failure() { write(progress->failure_path, progress->input); }
-
-// Changes a few bytes in ways that headers are sensitive to.
-Bytes mutate(Bytes input, const std::vector<Bytes>& pool, std::mt19937_64& random) {
-  const auto below = [&](size_t n) { return n == 0 ? 0 : static_cast<size_t>(random() % n); };
-  constexpr int64_t kNumbers[] = {0, 1, 2, 3, 8, 255, 1 << 16, -1, -8, INT32_MAX, INT32_MIN,
-                                  INT64_MAX, INT64_MIN, int64_t{1} << 32, int64_t{1} << 61,
-                                  INT64_MAX / 12, INT64_MAX / 8};
-  for (size_t change = below(4); change < 4; ++change) {
-    if (input.empty()) input.push_back(0);
-    const size_t at = below(input.size());
-    const size_t width = std::min(size_t{1} << below(4), input.size() - at);
-    const auto here = input.begin() + static_cast<Distance>(at);
-    const auto after = here + static_cast<Distance>(width);
-    switch (below(7)) {
-      case 0: input[at] ^= static_cast<uint8_t>(1u << below(8)); break;
-      case 1: std::memcpy(input.data() + at, &kNumbers[below(std::size(kNumbers))], width); break;
-      case 2: {  // a number, a little larger or smaller
-        int64_t number = 0;
-        std::memcpy(&number, input.data() + at, width);
-        number = static_cast<int64_t>(static_cast<uint64_t>(number) + below(33) - 16);
-        std::memcpy(input.data() + at, &number, width);
-        break;
-      }
-      case 3: input.erase(here, below(2) ? input.end() : after); break;
-      case 4: input.insert(here, below(40), static_cast<uint8_t>(random())); break;
-      case 5: {  // the end of another input
-        const Bytes& other = pool[below(pool.size())];
-        const size_t from = std::min(at, other.size());
-        input.resize(at);
-        input.insert(input.end(), other.begin() + static_cast<Distance>(from), other.end());
-        break;
-      }
-      default: input[below(std::min<size_t>(input.size(), 13))] = static_cast<uint8_t>(random());
-    }
-  }
-  return input;
-}
-
-}  // namespace
-
-// Called at every basic block.
-extern "C" __attribute__((no_sanitize("address", "undefined"), no_sanitize_coverage)) void
-__sanitizer_cov_trace_pc() {
-  if (progress == nullptr) return;
-  const auto position = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
-  const auto at = position * 0x9E3779B97F4A7C15u >> (64 - kSeenBits);
-  if (progress->seen[at] != 0) return;
-  progress->seen[at] = 1;
-  progress->new_code = true;
-}
-
-int main(int argc, char** argv) {
-  if (argc != 4) return 2;
-  std::vector<uint8_t> seen(size_t{1} << kSeenBits);
-  Progress state{{}, argv[3], seen.data()};
-  std::vector<Bytes> pool;
-  for (const auto& entry : std::filesystem::directory_iterator(argv[1])) {
-    std::ifstream file(entry.path(), std::ios::binary);
-    pool.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
-  }
-  std::sort(pool.begin(), pool.end());
-  MUST(!pool.empty());
-  progress = &state;
-  __sanitizer_set_death_callback(save_failure);
-  std::mt19937_64 random(1);
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(std::atoi(argv[2]));
-  size_t runs = 0;
-  const size_t seeds = pool.size();
-  while (runs < seeds || std::chrono::steady_clock::now() < end) {
-    state.input = runs < seeds ? pool[runs] : mutate(pool[random() % pool.size()], pool, random);
-    state.new_code = false;
-    LLVMFuzzerTestOneInput(state.input.data(), state.input.size());
-    if (state.new_code && runs >= seeds) pool.push_back(state.input);
-    ++runs;
-  }
-  progress = nullptr;
-  std::cout << "fuzz_headers: " << runs << " inputs, " << pool.size() - seeds
-            << " reached new code" << std::endl;
-}
-#endif

@@ -17,6 +17,10 @@ from llm.data.manifest import FORMAT, SPLITS, Manifest, Shards, Split, file_entr
 MakeData = Callable[..., tuple[RunConfig, Manifest]]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", help="run libFuzzer so long, and fail where it cannot be run (make fuzz)")
+
+
 def write_shards(folder: Path, tokens: dict[str, NDArray], vocab_size: int) -> Manifest:
     """A folder as prepare() leaves it, each split one document of the given tokens."""
     folder.mkdir(exist_ok=True)
@@ -46,6 +50,15 @@ def write_shards(folder: Path, tokens: dict[str, NDArray], vocab_size: int) -> M
     )
     manifest.save(folder)
     return manifest
+
+
+@pytest.fixture
+def two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs beside the prepared folders `one` and `two` of 3,000 training and 500 validation tokens."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("one", "two")):
+        tokens = np.random.default_rng(seed).integers(0, 50, 3500)
+        write_shards(Path(name), {"train": tokens[:3000], "validation": tokens[3000:]}, 50)
 
 
 @pytest.fixture

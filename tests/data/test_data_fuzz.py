@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -16,17 +17,19 @@ from hypothesis import strategies as st
 from token_files import CORPORA, KINDS, corpus_of, failure, write_file
 
 from llm.data.format_headers import index_path
+from llm.data.packing import HEADER, MAGIC, VERSION
 from llm.data.shards import check_file, document_lengths, inspect_files
 from llm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 20
+SECONDS = 10
 FORMATS = ["raw", "megatron", "llm.c", "datatrove"]  # as in csrc/core/token_file.h
+PLAN = len(FORMATS)  # as in csrc/tests/fuzz_headers.cpp
 DOCUMENTS = [[1, 2, 0], [0], [5, 6, 7, 0]]
 
 
 def write_seeds(folder: Path) -> None:
-    """Sound files of every kind, as inputs of csrc/tests/fuzz_headers.cpp."""
+    """Sound files of every kind and a sound plan, as inputs of csrc/tests/fuzz_headers.cpp."""
     folder.mkdir()
     for i, (format, dtype) in enumerate(KINDS):
         path = write_file(folder.parent, f"seed{i}", format, dtype, DOCUMENTS)
@@ -35,42 +38,53 @@ def write_seeds(folder: Path) -> None:
         width = {1: 0, 2: 1, 4: 2}[np.dtype(dtype).itemsize]
         head = struct.pack("<BBBqH", FORMATS.index(format), width, 3, 8, len(raw))
         (folder / f"{i}").write_bytes(head + raw + (Path(index).read_bytes() if index else b""))
+    plan = HEADER.pack(MAGIC, VERSION, 3, 8, 2, 3, 8) + np.array([3, 1, 0, 3, 4, 4, 2, 3], "<i8").tobytes()
+    (folder / "plan").write_bytes(struct.pack("<BBBqH", PLAN, 3, 3, 8, len(plan)) + plan)
 
 
-def build(tmp_path: Path, *changes: str) -> Path:
-    compiler = shutil.which("g++")
+def build(folder: Path) -> str:
+    """Compile the target with libFuzzer and the sanitizers; why that cannot be done here, else nothing."""
+    compiler = shutil.which("clang++")
     if compiler is None:
-        pytest.skip("g++ was not found")
-    flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-I{ROOT / 'csrc'}", "-DINGOT_FUZZ_DRIVER", *changes]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GLIBCXX_ASSERTIONS"]
-    (tmp_path / "empty.cpp").write_text("int main() {}\n")
-    for command in ([compiler, *flags, "empty.cpp", "-o", "empty"], ["./empty"]):
-        probe = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return "clang++ was not found"
+    flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-I{ROOT / 'csrc'}", "-D_GLIBCXX_ASSERTIONS"]
+    flags += ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
+    empty = 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }\n'
+    (folder / "empty.cpp").write_text(empty)
+    for command in ([compiler, *flags, "empty.cpp", "-o", "empty"], ["./empty", "-runs=1"]):
+        probe = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if probe.returncode != 0:  # no libraries, or a kernel that they cannot run on
-            pytest.skip(f"the sanitizers do not work here: {probe.stderr.strip()[-200:]}")
-    sources = [ROOT / "csrc" / name for name in ("core/token_file.cpp", "core/corpus.cpp", "tests/fuzz_headers.cpp")]
-    coverage = "-fsanitize-coverage=trace-pc"
-    subprocess.run([compiler, *flags, coverage, *map(str, sources), "-o", "fuzz"], check=True, cwd=tmp_path)
-    return tmp_path / "fuzz"
+            return f"libFuzzer does not work here: {probe.stderr.strip()[-200:]}"
+    names = ("core/token_file.cpp", "core/corpus.cpp", "core/packing.cpp", "tests/fuzz_headers.cpp")
+    subprocess.run(
+        [compiler, *flags, *(str(ROOT / "csrc" / name) for name in names), "-o", "fuzz"], check=True, cwd=folder
+    )
+    return ""
 
 
-def test_headers_and_indexes_under_the_sanitizers(tmp_path: Path):
-    fuzz = build(tmp_path)
+def test_headers_and_indexes_under_libfuzzer(tmp_path: Path, request: pytest.FixtureRequest):
+    wanted = request.config.getoption("--fuzz-seconds", default=None)
+    why_not = build(tmp_path)
+    if why_not:
+        assert wanted is None, why_not
+        pytest.skip(why_not)
     write_seeds(tmp_path / "seeds")
-    failed = tmp_path / "failed"
+    seconds = int(wanted or SECONDS)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:  # no disk
         result = subprocess.run(
-            [str(fuzz), "seeds", str(SECONDS), str(failed)],
-            cwd=tmp_path,
-            env={**os.environ, "ASAN_OPTIONS": "handle_abort=1", "TMPDIR": folder},
+            ["./fuzz", f"-max_total_time={seconds}", "-max_len=1024", "-print_final_stats=1", "seeds"],
+            cwd=tmp_path,  # an input that fails is left there
+            env={**os.environ, "TMPDIR": folder},
             capture_output=True,
             text=True,
-            timeout=10 * SECONDS,
+            timeout=60 + 2 * seconds,
         )
-    found = failed.read_bytes().hex() if failed.exists() else ""
-    assert result.returncode == 0, f"{result.stderr[-4000:]}\ninput: {found}"
-    runs, new = (int(word) for word in result.stdout.split() if word.isdigit())
-    assert runs > 1000 and new > 10, result.stdout
+    failed = [path.read_bytes().hex() for path in tmp_path.glob("*-*") if path.is_file()]  # crash-<hash>, oom-<hash>
+    assert result.returncode == 0, f"{result.stderr[-4000:]}\ninputs: {failed}"
+    counted = re.search(r"number_of_executed_units: (\d+)", result.stderr)
+    runs = int(counted[1]) if counted else 0
+    print(f"{runs} inputs in {seconds} s")
+    assert runs > 1000
 
 
 @given(data=st.data())
