@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.shards import NumpyCorpus, ShardList
+from llm.data.shards import ShardList, document_ends
 from llm.errors import InputError, require
 
 MAGIC = b"INGOTPLN"
@@ -42,14 +42,9 @@ def document_ranges(shards: ShardList, seq_len: int, block: int) -> Iterator[NDA
     A document that goes on beyond a block is handed over as far as its whole pieces go; what follows
     of it begins with the last token of those. So memory does not grow with the longest document.
     """
-    corpus, total, begin = NumpyCorpus(shards), shards.n_tokens, 0
-    for start in range(0, total, block):
-        stop = min(start + block, total)
-        found = np.flatnonzero(corpus.read(start, stop - start) == shards.eod_id)
-        ends = found + (start if shards.eod_first else start + 1)
-        if stop == total:
-            ends = np.append(ends[ends < total], total)
-        bounds = np.concatenate(([begin], ends[ends > 0]))
+    begin = 0
+    for stop, ends in document_ends(shards, block):
+        bounds = np.concatenate(([begin], ends))
         ranges = np.stack([bounds[:-1], np.diff(bounds)], axis=1)
         begin = int(bounds[-1])
         # The last token read may be the document's last, which only what follows it can tell.

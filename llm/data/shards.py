@@ -240,13 +240,22 @@ def _datatrove_lengths(path: str) -> Iterator[NDArray[np.int64]]:
 
 
 def _scanned_lengths(shards: ShardList) -> Iterator[NDArray[np.int64]]:
-    corpus, begin = NumpyCorpus(shards), 0
-    for start in range(0, len(corpus), SCANNED):
-        block = corpus.read(start, min(SCANNED, len(corpus) - start))
-        edges = np.flatnonzero(block == shards.eod_id) + start + (0 if shards.eod_first else 1)
-        edges = edges[edges > begin]
-        if edges.size:
-            yield np.diff(edges, prepend=begin)
-            begin = int(edges[-1])
-    if begin < len(corpus):
-        yield np.array([len(corpus) - begin])
+    begin = 0
+    for _, ends in document_ends(shards, SCANNED):
+        if ends.size:
+            yield np.diff(ends, prepend=begin)
+            begin = int(ends[-1])
+
+
+def document_ends(shards: ShardList, block: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """For each `block` tokens: those read by then, and where documents end among them (the next one's first token).
+
+    They are told apart by the end-of-document token. The last end is that of the corpus.
+    """
+    corpus = NumpyCorpus(shards)
+    for start in range(0, len(corpus), block):
+        stop = min(start + block, len(corpus))
+        found = np.flatnonzero(corpus.read(start, stop - start) == shards.eod_id)
+        ends = found + (start if shards.eod_first else start + 1)
+        ends = ends[(ends > 0) & (ends < len(corpus))]
+        yield stop, np.append(ends, stop) if stop == len(corpus) else ends

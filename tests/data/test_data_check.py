@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import write_shards
 from token_files import write_file
 
 from llm.config import DataConfig, ModelConfig, RunConfig
@@ -16,14 +14,7 @@ from llm.data.folder import load_manifest
 from llm.data.manifest import sha256_file
 from llm.data.plans import write_plans
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs beside the prepared folders `one`, of validation tokens too, and `two`."""
-    monkeypatch.chdir(tmp_path)
-    for seed, name in enumerate(("one", "two")):
-        tokens = np.random.default_rng(seed).integers(0, 50, 3500)
-        write_shards(Path(name), {"train": tokens[:3000], "validation": tokens[3000:]}, 50)
+pytestmark = pytest.mark.usefixtures("two_folders")
 
 
 def make_config(**data) -> RunConfig:

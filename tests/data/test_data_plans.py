@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_shards
 
 from llm.config import DataConfig, ModelConfig, RunConfig
 from llm.config_data import PhaseChange
@@ -19,14 +18,7 @@ from llm.data.plans import write_plans
 from llm.data.sources import packing_plan, training_corpora
 from llm.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs beside the prepared folders `one` and `two` of 3,000 training tokens."""
-    monkeypatch.chdir(tmp_path)
-    for seed, name in enumerate(("one", "two")):
-        tokens = np.random.default_rng(seed).integers(0, 50, 3500)
-        write_shards(Path(name), {"train": tokens[:3000], "validation": tokens[3000:]}, 50)
+pytestmark = pytest.mark.usefixtures("two_folders")
 
 
 def make_config(**data) -> RunConfig:
