@@ -8,28 +8,36 @@
 #include <stdexcept>
 #include <utility>
 
-// Wider vectors where the processor has them, chosen at load time (which sanitizers cannot run).
-#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define INGOT_VECTOR_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
-#else
-#define INGOT_VECTOR_CLONES
-#endif
+#include "core/clones.h"
 
 namespace ingot {
 namespace {
 
 // Copies and returns the largest id, all in one pass over memory. A negative int32 is a large one.
 template <typename Id>
-__attribute__((always_inline)) inline uint32_t copy_ids(const Id* __restrict from, int64_t count,
-                                                        Id* __restrict to) {
-  Id largest = 0;
+INGOT_INLINE Id copy_part(const Id* __restrict from, int64_t count, Id* __restrict to, Id largest) {
   for (int64_t i = 0; i < count; ++i) {
     const Id id = from[i];
     to[i] = id;
     largest = id > largest ? id : largest;
   }
   return largest;
+}
+
+// The processor foresees reads within a page of 4 KB alone, so that a long row would wait for each
+// of its pages: it is told of the next one while this one is copied.
+template <typename Id>
+INGOT_INLINE uint32_t copy_ids(const Id* __restrict from, int64_t count, Id* __restrict to) {
+  constexpr int64_t kLine = 64 / sizeof(Id), kBlock = 16 * kLine, kAhead = 4 * kBlock;
+  const int64_t head = before_line(to, count);
+  Id largest = copy_part<Id>(from, head, to, 0);
+  from += head, to += head, count -= head;
+  for (; count > kAhead; count -= kBlock, from += kBlock, to += kBlock) {
+    for (int64_t i = 0; i < kBlock; i += kLine)
+      __builtin_prefetch(from + kAhead + i, 0, 2);  // 2: not into the smallest cache
+    largest = copy_part(from, kBlock, at_line(to), largest);
+  }
+  return count > 0 ? copy_part(from, count, at_line(to), largest) : largest;
 }
 
 INGOT_VECTOR_CLONES uint32_t copy8(const uint8_t* from, int64_t count, uint8_t* to) {

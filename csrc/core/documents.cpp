@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/clones.h"
+
 namespace ingot {
 namespace {
 
@@ -17,39 +19,60 @@ void check_row(int64_t T, int32_t base) {
                                 std::to_string(base) + " on does not fit 32-bit positions");
 }
 
-void number_positions(int64_t from, int64_t to, int32_t* position_ids) {
+INGOT_VECTOR_CLONES void number_positions(int64_t from, int64_t to, int32_t* position_ids) {
   int32_t* out = position_ids + from;
-  const auto count = static_cast<int32_t>(to - from);
-  for (int32_t t = 0; t < count; ++t) out[t] = t;
+  const auto head = static_cast<int32_t>(before_line(out, to - from));
+  const auto rest = static_cast<int32_t>(to - from) - head;
+  for (int32_t t = 0; t < head; ++t) out[t] = t;
+  if (rest == 0) return;
+  out = at_line(out + head);
+  for (int32_t t = 0; t < rest; ++t) out[t] = head + t;
 }
 
-// Appends base + 1 + (index of each `eod`) to starts; returns their number.
+// Appends base + 1 + (index of each `wanted`) to starts; returns their number.
 template <typename Token>
-int64_t find_documents(const unsigned char* bytes, int64_t count, uint32_t eod, int32_t base,
-                       int32_t* starts) {
-  if (eod > std::numeric_limits<Token>::max()) return 0;
-  const auto wanted = static_cast<Token>(eod);
-  int64_t found = 0;
-  for (int64_t from = 0; from < count; from += kBlock) {
-    const unsigned char* at = bytes + static_cast<size_t>(from) * sizeof(Token);
-    Token block[kBlock];
-    if (count - from >= kBlock) {
-      std::memcpy(block, at, sizeof(block));
-    } else {
-      std::fill(block, block + kBlock, static_cast<Token>(wanted ^ 1));
-      std::memcpy(block, at, static_cast<size_t>(count - from) * sizeof(Token));
-    }
-    uint8_t equal[kBlock];  // filled without a branch: the compiler makes vector code of it
-    for (int64_t i = 0; i < kBlock; ++i) equal[i] = block[i] == wanted;
-    uint64_t words[kBlock / 8], any = 0;
-    std::memcpy(words, equal, sizeof(words));
-    for (const uint64_t word : words) any |= word;
+INGOT_INLINE int64_t find_documents(const Token* tokens, int64_t count, Token wanted, int32_t base,
+                                    int32_t* starts) {
+  int64_t found = 0, from = 0;
+  for (; from + kBlock <= count; from += kBlock) {
+    const Token* block = tokens + from;
+    Token any = 0;  // loops without a branch: the compiler makes vector code of them
+    for (int64_t i = 0; i < kBlock; ++i) any |= static_cast<Token>(block[i] == wanted);
     if (any == 0) continue;
+    uint8_t equal[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) equal[i] = block[i] == wanted;
+    uint64_t words[kBlock / 8];
+    std::memcpy(words, equal, sizeof(words));
     for (int64_t i = 0; i < kBlock / 8; ++i)
       for (uint64_t word = words[i]; word != 0; word &= word - 1)  // byte 0 lowest: little-endian
         starts[found++] = base + 1 + static_cast<int32_t>(from + i * 8 + __builtin_ctzll(word) / 8);
   }
+  for (; from < count; ++from)
+    if (tokens[from] == wanted) starts[found++] = base + 1 + static_cast<int32_t>(from);
   return found;
+}
+
+INGOT_VECTOR_CLONES int64_t find8(const uint8_t* tokens, int64_t count, uint8_t eod, int32_t base,
+                                  int32_t* starts) {
+  return find_documents(tokens, count, eod, base, starts);
+}
+INGOT_VECTOR_CLONES int64_t find16(const uint16_t* tokens, int64_t count, uint16_t eod,
+                                   int32_t base, int32_t* starts) {
+  return find_documents(tokens, count, eod, base, starts);
+}
+INGOT_VECTOR_CLONES int64_t find32(const uint32_t* tokens, int64_t count, uint32_t eod,
+                                   int32_t base, int32_t* starts) {
+  return find_documents(tokens, count, eod, base, starts);
+}
+
+int64_t find_documents(const unsigned char* tokens, int item_size, int64_t count, uint32_t eod,
+                       int32_t base, int32_t* starts) {
+  if (item_size < 4 && eod >> 8 * item_size != 0) return 0;  // no token has that id
+  if (item_size == 1) return find8(tokens, count, static_cast<uint8_t>(eod), base, starts);
+  if (item_size == 2)
+    return find16(reinterpret_cast<const uint16_t*>(tokens), count, static_cast<uint16_t>(eod),
+                  base, starts);
+  return find32(reinterpret_cast<const uint32_t*>(tokens), count, eod, base, starts);
 }
 
 }  // namespace
@@ -63,11 +86,8 @@ int64_t scan_documents(const void* row, int item_size, int64_t T, uint32_t eod, 
   // Input t begins a document if input t - 1 ends one, or if it is itself what begins one.
   const unsigned char* tokens =
       static_cast<const unsigned char*>(row) + (eod_first ? item_size : 0);
-  const auto find = item_size == 1   ? find_documents<uint8_t>
-                    : item_size == 2 ? find_documents<uint16_t>
-                                     : find_documents<uint32_t>;
   starts[0] = base;
-  const int64_t count = 1 + find(tokens, T - 1, eod, base, starts + 1);
+  const int64_t count = 1 + find_documents(tokens, item_size, T - 1, eod, base, starts + 1);
   for (int64_t i = 0; i < count; ++i)
     number_positions(starts[i] - base, i + 1 < count ? starts[i + 1] - base : T, position_ids);
   return count;
