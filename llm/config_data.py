@@ -75,11 +75,6 @@ class DataConfig:
             self.packing == "chunk" or self.document_masks,
             "data.packing best_fit puts unrelated documents into one sample; set data.document_masks=true",
         )
-        require(
-            self.packing == "chunk" or self.damaged == "stop",
-            "data.damaged skip changes how many targets a packed step has, which its ranks could not know; "
-            "use data.damaged=stop or data.packing=chunk",
-        )
         check_blend("data.blend", self.blend)
 
 

@@ -71,7 +71,7 @@ class PyPrefetcher {
     prefetcher_ = std::make_unique<Prefetcher>(sampler, consumed, std::move(buffers), threads);
   }
 
-  // (slot, phase, target_count, skipped, documents of each micro-batch)
+  // (slot, phase, target_count, skipped, replaced_targets, documents of each micro-batch)
   py::tuple next() {
     std::optional<Prefetcher::Ready> ready;
     while (!ready) {
@@ -83,7 +83,7 @@ class PyPrefetcher {
     }
     const StepInfo& info = ready->info;
     return py::make_tuple(ready->slot, info.phase, info.target_count, info.skipped,
-                          py::cast(info.documents));
+                          info.replaced_targets, py::cast(info.documents));
   }
 
   void close() {

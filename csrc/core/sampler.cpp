@@ -151,7 +151,14 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
       const Place& coming = places[static_cast<size_t>(i + kTouched)];
       reader(readers, coming.corpus).touch(coming.position * T);
     }
-    info.skipped += read_row(readers, place, info.phase, row);
+    const int64_t planned = place.position;
+    if (read_row(readers, place, info.phase, row)) {
+      ++info.skipped;
+      if (packed_) {
+        const PackPlan& rows_of = plan(place.corpus, T);
+        info.replaced_targets += rows_of.targets(place.position) - rows_of.targets(planned);
+      }
+    }
     out.sample_ids[i] = first + i;
     if (!document_masks_) continue;
     const int64_t within = i % share_.micro_batch;

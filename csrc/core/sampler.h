@@ -40,8 +40,9 @@ struct Buffers {
 
 struct StepInfo {
   size_t phase = 0;
-  int64_t target_count = 0;        // over all ranks
+  int64_t target_count = 0;        // over all ranks, as long as no sample is replaced
   int64_t skipped = 0;             // samples of this rank that could not be read and were replaced
+  int64_t replaced_targets = 0;    // by how much that changed this rank's targets (packed samples)
   std::vector<int64_t> documents;  // of each micro-batch; empty unless documents are masked
 };
 

@@ -29,4 +29,6 @@ class Step:
 
     batches: list[Batch]
     target_count: int
-    """Targets that count, over all ranks."""
+    """Targets that count, over all ranks, as long as no packed sample was replaced."""
+    replaced_targets: int = 0
+    """By how much replacing damaged samples changed this rank's targets: the sum over ranks belongs to target_count."""

@@ -80,8 +80,9 @@ class NumpyLoader:
 
     def next_step(self) -> Step:
         start = time.perf_counter()
+        before = self._sampler.replaced_targets
         rows, target_count, global_batch = self._sampler.step(self.consumed)
-        step = Step([to_batch(batch) for batch in rows], target_count)
+        step = Step([to_batch(batch) for batch in rows], target_count, self._sampler.replaced_targets - before)
         self.consumed += global_batch
         self.wait_seconds += time.perf_counter() - start
         return step

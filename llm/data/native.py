@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from types import ModuleType
@@ -147,7 +148,9 @@ class NativeLoader:
         first = allocate()
         depth = min(max(RING_BYTES // first.n_bytes, FEWEST_STEPS), MOST_STEPS)
         self._slots = [first, *(allocate() for _ in range(depth - 1))]
-        self._views: dict[tuple[int, int], Step] = {}  # of each slot in each phase
+        # Of each slot in each phase. Making tensors takes longer than filling them: those made are kept.
+        self._views: dict[tuple[int, int], list[Batch]] = {}
+        self._masked = functools.lru_cache(maxsize=4096)(self._mask)
         arrays = [tuple(tensor.numpy() for tensor in vars(slot).values()) for slot in self._slots]
         self._ring = native.Prefetcher(sampler, consumed, arrays, THREADS)
         self._curriculum = curriculum
@@ -156,27 +159,28 @@ class NativeLoader:
     def next_step(self) -> Step:
         start = time.perf_counter()
         try:
-            slot, phase, target_count, skipped, documents = self._ring.next()
+            slot, phase, target_count, skipped, replaced_targets, documents = self._ring.next()
         except self._native.DamagedFile as error:
             raise DamagedFile(str(error)) from error
-        step = self._views.get((slot, phase)) or self._view(slot, phase, target_count)
+        batches = self._views.get((slot, phase)) or self._view(slot, phase)
         if self._masks:
-            batches = [
-                dataclasses.replace(batch, cu_seqlens=batch.cu_seqlens[: n + 1])
-                for batch, n in zip(step.batches, documents, strict=True)
-                if batch.cu_seqlens is not None
-            ]
-            step = Step(batches, target_count)
+            batches = [self._masked(slot, phase, i, n) for i, n in enumerate(documents)]
         self.consumed += self._phases[phase].global_batch
         self.skipped += skipped
         self.wait_seconds += time.perf_counter() - start
-        return step
+        return Step(batches, target_count, replaced_targets)
 
-    def _view(self, slot: int, phase: int, target_count: int) -> Step:
-        """The tensors of a slot in a phase; without masks they and the count of targets are the same each time."""
+    def _view(self, slot: int, phase: int) -> list[Batch]:
+        """The tensors of a slot in a phase."""
         batches = self._slots[slot].batches(self._phases[phase], self._share, self._dtype, self._masks, self._packed)
-        self._views[slot, phase] = Step(batches, target_count)
-        return self._views[slot, phase]
+        self._views[slot, phase] = batches
+        return batches
+
+    def _mask(self, slot: int, phase: int, batch: int, documents: int) -> Batch:
+        """The tensors of one of its micro-batches with so many documents."""
+        whole = self._views[slot, phase][batch]
+        assert whole.cu_seqlens is not None
+        return dataclasses.replace(whole, cu_seqlens=whole.cu_seqlens[: documents + 1])
 
     def epochs(self) -> dict[str, float]:
         return self._curriculum.epochs(self.consumed)

@@ -49,6 +49,8 @@ class NumpySampler:
 
     skipped = 0
     """Samples so far that could not be read and were replaced."""
+    replaced_targets = 0
+    """By how much that has changed the targets of packed samples."""
 
     def __init__(
         self,
@@ -99,15 +101,19 @@ class NumpySampler:
 
     def _read(self, corpus: int, position: int, epoch: int, phase: int) -> tuple[NDArray, NDArray, int]:
         """(tokens [T + 1], pieces of a packed sample, corpus) of the sample there, or of the one taken instead."""
+        T, planned = self._phases[phase].seq_len, position
         for tried in range(TRIES + 1):
             try:
-                row = self._row(corpus, position, self._phases[phase].seq_len)
-                self.skipped += tried > 0
-                return row
+                row = self._row(corpus, position, T)
             except DamagedFile:
                 if not self._skip_damaged or tried == TRIES:
                     raise
                 position = self._schedule.after(corpus, position, epoch, phase)
+                continue
+            if tried:
+                self.skipped += 1
+                self.replaced_targets += self._row_targets(corpus, position, T) - self._row_targets(corpus, planned, T)
+            return row
         raise AssertionError("the last try returns or raises")
 
     def _row(self, corpus: int, position: int, T: int) -> tuple[NDArray, NDArray, int]:
@@ -124,4 +130,7 @@ class NumpySampler:
             return phase.global_batch * phase.seq_len
         corpora, positions, _ = self._schedule.places(consumed, phase.global_batch)
         places = zip(corpora.tolist(), positions.tolist(), strict=True)
-        return sum(self._plans[corpus][phase.seq_len].targets(position) for corpus, position in places)
+        return sum(self._row_targets(corpus, position, phase.seq_len) for corpus, position in places)
+
+    def _row_targets(self, corpus: int, position: int, T: int) -> int:
+        return self._plans[corpus][T].targets(position) if any(self._plans) else T

@@ -7,6 +7,7 @@ are widened where they are used.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ class Feed:
         """Time that the trainer has waited here, for the loader and for copies."""
         self.skipped = 0
         """Samples of this rank that were replaced, up to the last step handed out."""
+        self.replaced_targets = 0
+        """Of the last step handed out."""
         self.epochs: dict[str, float] = {}
         """How often each corpus has been seen by then."""
 
@@ -61,6 +64,7 @@ class Feed:
             if self.left:
                 self.ahead = self._take()
         self.skipped, self.epochs = taken.skipped, taken.epochs
+        self.replaced_targets = taken.step.replaced_targets
         self.wait_seconds += time.perf_counter() - began
         return [micro_batch(batch, self.device) for batch in taken.step.batches], taken.step.target_count
 
@@ -71,7 +75,8 @@ class Feed:
         copied = None
         if self.stream is not None:
             with torch.cuda.stream(self.stream):
-                step = Step([on_device(batch, self.device) for batch in step.batches], step.target_count)
+                batches = [on_device(batch, self.device) for batch in step.batches]
+                step = dataclasses.replace(step, batches=batches)
                 copied = torch.cuda.Event()
                 copied.record()
         return Taken(step, self.loader.skipped, self.loader.epochs(), copied)

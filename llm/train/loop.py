@@ -43,7 +43,10 @@ class Trainer:
         config, run = self.run.config, self.run
         lr = learning_rate(config.optim, run.step, config.train.max_steps)
         self.engine.set_lr(lr)
-        loss = self.engine.forward_backward(*self.feed.next_step())
+        batches, target_count = self.feed.next_step()
+        if config.data.damaged == "skip" and config.data.packing != "chunk":  # the other ranks cannot know
+            target_count += self.sum_over_data(self.feed.replaced_targets)
+        loss = self.engine.forward_backward(batches, target_count)
         result = self.engine.step()
         run.step += 1
         self.skipped_steps += result.skipped
@@ -78,9 +81,13 @@ class Trainer:
 
     def count_skipped_samples(self) -> None:
         """Add up what the data-parallel ranks have skipped. Collective."""
-        count = torch.tensor([self.feed.skipped])
-        sum_over(count, self.run.mesh.dp_group, self.run.device)
-        self.run.skipped_samples = self.skipped_before + int(count)
+        self.run.skipped_samples = self.skipped_before + self.sum_over_data(self.feed.skipped)
+
+    def sum_over_data(self, number: int) -> int:
+        """The sum of the data-parallel ranks' numbers. Collective."""
+        total = torch.tensor([number])
+        sum_over(total, self.run.mesh.dp_group, self.run.device)
+        return int(total)
 
     def guard(self) -> None:
         """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""

@@ -147,6 +147,32 @@ def test_skipped_samples_are_the_same_on_every_world_and_after_a_restart(make_da
     assert max(int(batch["tokens"].max()) for step in expected for batch in step) < 500
 
 
+def test_skipped_packed_samples_change_the_count_of_targets(make_data: MakeData):
+    config, manifest = make_data(
+        n_train=3000, vocab_size=20, document_masks=True, packing="best_fit", damaged="skip", micro_batch=1
+    )
+    manifest = planned(config, manifest)
+    for at in range(5, 3000, 150):
+        damage(config, at)
+    expected = take(open_loader(config, manifest, dp_rank=0, dp_size=1), 20)
+    changes = set()
+    for kind in ("native", "numpy"):
+        other = with_data(config, loader=kind)
+        for dp_size in (1, 3):
+            loaders = [open_loader(other, manifest, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
+            for i in range(20):
+                steps = [loader.next_step() for loader in loaders]
+                batches = [batch for step in steps for batch in step.batches]
+                assert all(np.array_equal(a.tokens, b["tokens"]) for a, b in zip(batches, expected[i], strict=True))
+                (plan,) = {step.target_count for step in steps}
+                change = sum(step.replaced_targets for step in steps)
+                assert plan + change == sum(int(batch.counted.sum()) for batch in batches)
+                changes.add(change)
+            assert sum(loader.skipped for loader in loaders) > 10
+        equal(take(open_loader(other, manifest, dp_rank=0, dp_size=1, consumed=12 * 7), 13), expected[7:])
+    assert min(changes) < 0 < max(changes)
+
+
 @KINDS
 def test_a_corpus_of_damaged_samples_ends(make_data: MakeData, kind: str):
     config, manifest = make_data(damaged="skip", loader=kind)

@@ -40,7 +40,7 @@ class OneBuffer:
         for i, batch in enumerate(self.batches):
             for mine, wanted in zip(vars(batch).values(), contents(self.asked, i, batch), strict=True):
                 mine.copy_(wanted)
-        return Step(self.batches, 1000 + self.asked)
+        return Step(self.batches, 1000 + self.asked, -self.asked)
 
     def close(self) -> None:
         self.closed = True

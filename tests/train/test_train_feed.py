@@ -27,7 +27,7 @@ def test_a_cpu_takes_each_step_when_it_is_due_and_copies_nothing() -> None:
         found, count = feed.next_step()
         check(found, count, step, T)
         assert loader.asked == step
-        assert (feed.skipped, feed.epochs) == (10 * step, {"corpus": step / 4})
+        assert (feed.skipped, feed.epochs, feed.replaced_targets) == (10 * step, {"corpus": step / 4}, -step)
         assert [b.samples.data_ptr() for b in found] == [b.sample_ids.data_ptr() for b in loader.batches]
     feed.close()
     assert loader.closed
@@ -103,6 +103,7 @@ def test_a_gpu_is_one_step_ahead_and_no_buffer_is_taken_back_while_it_is_copied(
         check(found, count, step, T)
         assert loader.asked == min(step + 1, 4), "the loader is asked for what is handed out, one step ahead"
         assert (feed.skipped, feed.epochs) == (10 * step, {"corpus": step / 4}), "of the step handed out"
+        assert feed.replaced_targets == -step
         assert len(gpu.recorded) == 5 * BATCHES * step
     feed.close()
     assert loader.closed

@@ -37,7 +37,7 @@ def config(**sections: Any) -> RunConfig:
     So the micro-batches that a rank accumulates become more, and fewer, than in the first phase.
     """
     changes = (PhaseChange(16, seq_len=8), PhaseChange(24, global_batch_size=16), PhaseChange(56, global_batch_size=4))
-    data = dict(phases=changes, document_masks=True, damaged="skip")
+    data = dict(phases=changes, document_masks=True, packing="best_fit", damaged="skip")
     train = dict(max_steps=6, eval_interval=6) | sections.pop("train", {})
     made = case(data=data, train=train, **sections)
     logging = LoggingConfig(interval=1, tensorboard=False)
@@ -47,7 +47,7 @@ def config(**sections: Any) -> RunConfig:
 class MadeUp:
     """A rank's share of samples that are functions of their numbers; half of their targets count.
 
-    Data-parallel rank r replaces r + 1 samples in every step.
+    Data-parallel rank r replaces r + 1 samples in every step, which gives it as many targets more than were planned.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, step: int) -> None:
@@ -62,7 +62,8 @@ class MadeUp:
         self.skipped += self.mesh.dp_rank + 1
         starts = range(first, first + share, size)
         batches = [made_up_batch(range(start, start + size), phase.seq_len) for start in starts]
-        return Step(batches, phase.global_batch_size * phase.seq_len // 2)
+        planned = phase.global_batch_size * phase.seq_len // 2 - sum(range(self.mesh.dp_size + 1))
+        return Step(batches, planned, self.mesh.dp_rank + 1)
 
     def epochs(self) -> dict[str, float]:
         return {"made up": self.step / 10}
