@@ -24,12 +24,13 @@ using SlotArguments = std::tuple<py::array, py::array, py::array, py::array, py:
 
 std::shared_ptr<Sampler> make_sampler(const std::vector<CorpusArguments>& arguments,
                                       std::shared_ptr<Schedule> schedule, const Share& share,
-                                      bool packed, bool document_masks, bool skip_damaged) {
+                                      bool packed, bool document_masks, bool skip_damaged,
+                                      bool widen) {
   std::vector<SampledCorpus> corpora;
   for (const auto& [tokens, eod, eod_first, plans] : arguments)
     corpora.push_back({tokens, eod, eod_first, {plans.begin(), plans.end()}});
   return std::make_shared<Sampler>(std::move(corpora), std::move(schedule), share, packed,
-                                   document_masks, skip_damaged);
+                                   document_masks, skip_damaged, widen);
 }
 
 // The start of an array that must hold at least `needed` items of T in one piece.
@@ -49,7 +50,7 @@ Buffers buffers_of(const Sampler& sampler, SlotArguments& slot) {
   for (const SchedulePhase& phase : sampler.schedule().phases()) {
     const int64_t mine = phase.global_batch / share.dp_size;
     rows = std::max(rows, mine);
-    tokens = std::max(tokens, mine * (phase.seq_len + 1) * sampler.item_size());
+    tokens = std::max(tokens, mine * (phase.seq_len + 1) * sampler.token_size());
     inputs = std::max(inputs, mine * phase.seq_len);
     starts = std::max(starts, mine / share.micro_batch * (share.micro_batch * phase.seq_len + 1));
   }
@@ -102,13 +103,14 @@ void bind_loader(py::module_& module) {
   py::class_<Sampler, std::shared_ptr<Sampler>>(module, "Sampler")
       .def(py::init([](const std::vector<CorpusArguments>& corpora,
                        const std::shared_ptr<Schedule>& schedule, int64_t dp_rank, int64_t dp_size,
-                       int64_t micro_batch, bool packed, bool document_masks, bool skip_damaged) {
+                       int64_t micro_batch, bool packed, bool document_masks, bool skip_damaged,
+                       bool widen) {
              return make_sampler(corpora, schedule, Share{dp_rank, dp_size, micro_batch}, packed,
-                                 document_masks, skip_damaged);
+                                 document_masks, skip_damaged, widen);
            }),
            py::kw_only(), py::arg("corpora"), py::arg("schedule"), py::arg("dp_rank"), py::arg("dp_size"),
            py::arg("micro_batch"), py::arg("packed"), py::arg("document_masks"),
-           py::arg("skip_damaged"));
+           py::arg("skip_damaged"), py::arg("widen"));
   py::class_<PyPrefetcher>(module, "Prefetcher")
       .def(py::init<const std::shared_ptr<Sampler>&, int64_t, std::vector<SlotArguments>, int>(),
            py::arg("sampler"), py::arg("consumed"), py::arg("slots"), py::arg("threads"))

@@ -14,8 +14,8 @@ namespace ingot {
 namespace {
 
 // Copies and returns the largest id, all in one pass over memory. A negative int32 is a large one.
-template <typename Id>
-INGOT_INLINE Id copy_part(const Id* __restrict from, int64_t count, Id* __restrict to, Id largest) {
+template <typename Id, typename Out>
+INGOT_INLINE Id copy_part(const Id* __restrict from, int64_t count, Out* __restrict to, Id largest) {
   for (int64_t i = 0; i < count; ++i) {
     const Id id = from[i];
     to[i] = id;
@@ -26,11 +26,11 @@ INGOT_INLINE Id copy_part(const Id* __restrict from, int64_t count, Id* __restri
 
 // The processor foresees reads within a page of 4 KB alone, so that a long row would wait for each
 // of its pages: it is told of the next one while this one is copied.
-template <typename Id>
-INGOT_INLINE uint32_t copy_ids(const Id* __restrict from, int64_t count, Id* __restrict to) {
+template <typename Id, typename Out>
+INGOT_INLINE uint32_t copy_ids(const Id* __restrict from, int64_t count, Out* __restrict to) {
   constexpr int64_t kLine = 64 / sizeof(Id), kBlock = 16 * kLine, kAhead = 4 * kBlock;
   const int64_t head = before_line(to, count);
-  Id largest = copy_part<Id>(from, head, to, 0);
+  Id largest = copy_part<Id, Out>(from, head, to, 0);
   from += head, to += head, count -= head;
   for (; count > kAhead; count -= kBlock, from += kBlock, to += kBlock) {
     for (int64_t i = 0; i < kBlock; i += kLine)
@@ -40,29 +40,30 @@ INGOT_INLINE uint32_t copy_ids(const Id* __restrict from, int64_t count, Id* __r
   return count > 0 ? copy_part(from, count, at_line(to), largest) : largest;
 }
 
-INGOT_VECTOR_CLONES uint32_t copy8(const uint8_t* from, int64_t count, uint8_t* to) {
-  return copy_ids(from, count, to);
-}
-INGOT_VECTOR_CLONES uint32_t copy16(const uint16_t* from, int64_t count, uint16_t* to) {
-  return copy_ids(from, count, to);
-}
-INGOT_VECTOR_CLONES uint32_t copy32(const uint32_t* from, int64_t count, uint32_t* to) {
-  return copy_ids(from, count, to);
-}
+// A template cannot have clones itself.
+#define INGOT_COPY(name, Id, Out)                                                 \
+  INGOT_VECTOR_CLONES uint32_t name(const Id* from, int64_t count, Out* to) {     \
+    return copy_ids(from, count, to);                                             \
+  }
+INGOT_COPY(copy8, uint8_t, uint8_t)
+INGOT_COPY(copy16, uint16_t, uint16_t)
+INGOT_COPY(copy32, uint32_t, uint32_t)
+INGOT_COPY(widen8, uint8_t, int64_t)
+INGOT_COPY(widen16, uint16_t, int64_t)
+INGOT_COPY(widen32, uint32_t, int64_t)
+#undef INGOT_COPY
 
-uint32_t copy_ids(const void* from, int64_t count, void* to, int item_size) {
-  if (item_size == 1)
-    return copy8(static_cast<const uint8_t*>(from), count, static_cast<uint8_t*>(to));
-  if (item_size == 2)
-    return copy16(static_cast<const uint16_t*>(from), count, static_cast<uint16_t*>(to));
-  return copy32(static_cast<const uint32_t*>(from), count, static_cast<uint32_t*>(to));
-}
-
-uint32_t id_at(const void* ids, int64_t i, int item_size) {
-  uint32_t id = 0;
-  std::memcpy(&id, static_cast<const unsigned char*>(ids) + i * item_size,
-              static_cast<size_t>(item_size));
-  return id;
+uint32_t copy_ids(const unsigned char* from, int item_size, int64_t count, void* to, bool widen) {
+  auto* wide = static_cast<int64_t*>(to);
+  if (item_size == 1) {
+    return widen ? widen8(from, count, wide) : copy8(from, count, static_cast<uint8_t*>(to));
+  }
+  if (item_size == 2) {
+    const auto* ids = reinterpret_cast<const uint16_t*>(from);
+    return widen ? widen16(ids, count, wide) : copy16(ids, count, static_cast<uint16_t*>(to));
+  }
+  const auto* ids = reinterpret_cast<const uint32_t*>(from);
+  return widen ? widen32(ids, count, wide) : copy32(ids, count, static_cast<uint32_t*>(to));
 }
 
 }  // namespace
@@ -160,37 +161,35 @@ void Corpus::Reader::take(size_t shard) {
   first_ = file_->tokens();
 }
 
-void Corpus::Reader::read(int64_t start, int64_t count, void* out) {
+void Corpus::Reader::read(int64_t start, int64_t count, void* out, bool widen) {
   // Written so that no sum can overflow.
   if (start < 0 || count < 0 || start > corpus_->size() || count > corpus_->size() - start)
     throw std::out_of_range(std::to_string(count) + " tokens from " + std::to_string(start) +
                             " lie outside the " + std::to_string(corpus_->size()) +
                             " tokens of the corpus");
   const int size = corpus_->spec_.item_size;
-  const int64_t vocab = corpus_->spec_.vocab_size;
-  const bool any_id_fits = vocab >= int64_t{1} << 8 * size;
   auto* to = static_cast<unsigned char*>(out);
   while (count > 0) {
     if (start < begin_ || start >= end_) take(corpus_->shard_of(start));
     const int64_t part = std::min(count, end_ - start);
     const unsigned char* from = first_ + (start - begin_) * size;
-    if (any_id_fits)
-      std::memcpy(to, from, static_cast<size_t>(part * size));
-    else if (copy_ids(from, part, to, size) >= vocab)
-      report(start, part, to);
+    if (copy_ids(from, size, part, to, widen) >= corpus_->spec_.vocab_size) report(start, part);
     start += part;
     count -= part;
-    to += part * size;
+    to += part * (widen ? 8 : size);
   }
 }
 
-void Corpus::Reader::report(int64_t start, int64_t count, const void* ids) const {
-  const int size = corpus_->spec_.item_size;
-  int64_t i = 0;
-  while (i + 1 < count && id_at(ids, i, size) < corpus_->spec_.vocab_size) ++i;
+// Names the first id that is too large among `count` of the file at hand.
+void Corpus::Reader::report(int64_t start, int64_t count) const {
+  const auto size = static_cast<size_t>(corpus_->spec_.item_size);
+  const unsigned char* at = first_ + (start - begin_) * corpus_->spec_.item_size;
+  uint32_t id = 0;
+  for (int64_t i = 0; i < count && id < corpus_->spec_.vocab_size; ++i, ++start, at += size)
+    std::memcpy(&id, at, size);
   throw DamagedFile(file_->path() + ": the id at byte " +
-                    std::to_string(file_->byte_of(start + i - begin_)) + " is " +
-                    std::to_string(id_at(ids, i, size)) + ", expected ids below " +
+                    std::to_string(file_->byte_of(start - 1 - begin_)) + " is " +
+                    std::to_string(id) + ", expected ids below " +
                     std::to_string(corpus_->spec_.vocab_size));
 }
 

@@ -74,10 +74,11 @@ class Corpus {
    public:
     explicit Reader(const Corpus& corpus) : corpus_(&corpus) {}
 
-    // Copies tokens [start, start + count) to `out`, which is aligned to the item size.
-    // std::out_of_range outside [0, size()); DamagedFile for a file that TokenFile refuses, that
-    // was truncated, or that holds an id >= vocab_size there (file, byte and id are named).
-    void read(int64_t start, int64_t count, void* out);
+    // Copies tokens [start, start + count) to `out`, as they are or as int64 (widen); `out` is
+    // aligned to their size. std::out_of_range outside [0, size()); DamagedFile for a file that
+    // TokenFile refuses, that was truncated, or that holds an id >= vocab_size there (file, byte and
+    // id are named).
+    void read(int64_t start, int64_t count, void* out, bool widen = false);
 
     // Has the pages of a coming read fetched from the disk: without it each page is waited for in
     // turn, since nothing is read ahead. A system call or two, so not for what lies in memory.
@@ -97,7 +98,7 @@ class Corpus {
 
     void take(size_t shard);
     void find(int64_t start);
-    [[noreturn]] void report(int64_t start, int64_t count, const void* ids) const;
+    [[noreturn]] void report(int64_t start, int64_t count) const;
 
     const Corpus* corpus_;
     std::shared_ptr<const TokenFile> file_;  // the file at hand, if any

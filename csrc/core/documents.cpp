@@ -52,27 +52,27 @@ INGOT_INLINE int64_t find_documents(const Token* tokens, int64_t count, Token wa
   return found;
 }
 
-INGOT_VECTOR_CLONES int64_t find8(const uint8_t* tokens, int64_t count, uint8_t eod, int32_t base,
-                                  int32_t* starts) {
-  return find_documents(tokens, count, eod, base, starts);
-}
-INGOT_VECTOR_CLONES int64_t find16(const uint16_t* tokens, int64_t count, uint16_t eod,
-                                   int32_t base, int32_t* starts) {
-  return find_documents(tokens, count, eod, base, starts);
-}
-INGOT_VECTOR_CLONES int64_t find32(const uint32_t* tokens, int64_t count, uint32_t eod,
-                                   int32_t base, int32_t* starts) {
-  return find_documents(tokens, count, eod, base, starts);
-}
+// A template cannot have clones itself.
+#define INGOT_FIND(name, Token)                                                        \
+  INGOT_VECTOR_CLONES int64_t name(const void* tokens, int64_t count, uint32_t eod,    \
+                                   int32_t base, int32_t* starts) {                    \
+    const auto wanted = static_cast<Token>(eod);                                       \
+    return find_documents(static_cast<const Token*>(tokens), count, wanted, base, starts); \
+  }
+INGOT_FIND(find8, uint8_t)
+INGOT_FIND(find16, uint16_t)
+INGOT_FIND(find32, uint32_t)
+INGOT_FIND(find64, uint64_t)
+#undef INGOT_FIND
 
-int64_t find_documents(const unsigned char* tokens, int item_size, int64_t count, uint32_t eod,
-                       int32_t base, int32_t* starts) {
+int64_t find_documents(const void* tokens, int item_size, int64_t count, uint32_t eod, int32_t base,
+                       int32_t* starts) {
   if (item_size < 4 && eod >> 8 * item_size != 0) return 0;  // no token has that id
-  if (item_size == 1) return find8(tokens, count, static_cast<uint8_t>(eod), base, starts);
-  if (item_size == 2)
-    return find16(reinterpret_cast<const uint16_t*>(tokens), count, static_cast<uint16_t>(eod),
-                  base, starts);
-  return find32(reinterpret_cast<const uint32_t*>(tokens), count, eod, base, starts);
+  const auto find = item_size == 1   ? find8
+                    : item_size == 2 ? find16
+                    : item_size == 4 ? find32
+                                     : find64;
+  return find(tokens, count, eod, base, starts);
 }
 
 }  // namespace
@@ -80,9 +80,9 @@ int64_t find_documents(const unsigned char* tokens, int item_size, int64_t count
 int64_t scan_documents(const void* row, int item_size, int64_t T, uint32_t eod, bool eod_first,
                        int32_t base, int32_t* position_ids, int32_t* starts) {
   check_row(T, base);
-  if (item_size != 1 && item_size != 2 && item_size != 4)
+  if (item_size != 1 && item_size != 2 && item_size != 4 && item_size != 8)
     throw std::invalid_argument("item size is " + std::to_string(item_size) +
-                                ", expected 1, 2 or 4");
+                                ", expected 1, 2, 4 or 8");
   // Input t begins a document if input t - 1 ends one, or if it is itself what begins one.
   const unsigned char* tokens =
       static_cast<const unsigned char*>(row) + (eod_first ? item_size : 0);
@@ -123,9 +123,9 @@ int64_t lay_out_pieces(const Piece* pieces, int64_t n, int64_t T, int32_t base,
 void pad_row(void* row, int item_size, int64_t used, int64_t width, uint32_t eod) {
   auto* bytes = static_cast<unsigned char*>(row);
   const auto size = static_cast<size_t>(item_size);
-  // Little-endian, as the files: the low bytes of the id are the id of any width.
+  const uint64_t id = eod;  // little-endian, as the files: its low bytes are the id of any width
   for (int64_t t = used; t < width; ++t)
-    std::memcpy(bytes + static_cast<size_t>(t) * size, &eod, size);
+    std::memcpy(bytes + static_cast<size_t>(t) * size, &id, size);
 }
 
 }  // namespace ingot

@@ -9,7 +9,7 @@
 
 namespace ingot {
 
-// A sample cut from the stream: its T inputs lie in `row`, ids of `item_size` (1, 2, 4) bytes and
+// A sample cut from the stream: its T inputs lie in `row`, ids of `item_size` (1, 2, 4, 8) bytes and
 // aligned to that. The token `eod` ends its document, or begins it (eod_first); what the row begins
 // in the middle of counts as a document too. Writes position_ids[0..T) and the starts, `base` added
 // to each; there are at most T, `base` the first. Returns how many. std::invalid_argument on sizes

@@ -16,20 +16,21 @@ constexpr int64_t kTouched = 4;  // rows ahead whose first lines are loaded
 }  // namespace
 
 Sampler::Sampler(std::vector<SampledCorpus> corpora, std::shared_ptr<const Schedule> schedule,
-                 Share share, bool packed, bool document_masks, bool skip_damaged)
+                 Share share, bool packed, bool document_masks, bool skip_damaged, bool widen)
     : corpora_(std::move(corpora)),
       schedule_(std::move(schedule)),
       share_(share),
       packed_(packed),
       document_masks_(document_masks),
-      skip_damaged_(skip_damaged) {
+      skip_damaged_(skip_damaged),
+      widen_(widen) {
   if (corpora_.empty()) throw std::invalid_argument("expected at least one corpus");
   if (packed && !document_masks)
     throw std::invalid_argument("packed samples need document masks");
   if (share.dp_rank < 0 || share.dp_rank >= share.dp_size || share.micro_batch < 1)
     throw std::invalid_argument("expected 0 <= dp_rank < dp_size and micro_batch >= 1");
   for (const SampledCorpus& corpus : corpora_)
-    if (corpus.tokens->item_size() != item_size())
+    if (corpus.tokens->item_size() != corpora_.front().tokens->item_size())
       throw std::invalid_argument("the corpora of a blend have ids of different sizes");
   for (size_t i = 0; i < schedule_->phases().size(); ++i) {
     const SchedulePhase& phase = schedule_->phases()[i];
@@ -95,16 +96,16 @@ void Sampler::read_sample(Readers& readers, const Place& place, int64_t seq_len,
                           unsigned char* row) const {
   Corpus::Reader& from = reader(readers, place.corpus);
   if (!packed_) {
-    from.read(place.position * seq_len, seq_len + 1, row);
+    from.read(place.position * seq_len, seq_len + 1, row, widen_);
     return;
   }
-  const auto width = static_cast<size_t>(item_size());
+  const auto width = static_cast<size_t>(token_size());
   int64_t used = 0;
   for (const Piece& piece : plan(place.corpus, seq_len).pieces(place.position)) {
-    from.read(piece.start, piece.tokens, row + static_cast<size_t>(used) * width);
+    from.read(piece.start, piece.tokens, row + static_cast<size_t>(used) * width, widen_);
     used += piece.tokens;
   }
-  pad_row(row, item_size(), used, seq_len + 1, corpora_[static_cast<size_t>(place.corpus)].eod);
+  pad_row(row, token_size(), used, seq_len + 1, corpora_[static_cast<size_t>(place.corpus)].eod);
 }
 
 bool Sampler::read_row(Readers& readers, Place& place, size_t phase, unsigned char* row) const {
@@ -142,7 +143,7 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
     for (const Source& source : phase.sources) plan(source.corpus, T).check_not_truncated();
   Readers readers(corpora_.size());
   if (ahead) read_ahead(readers, places, T);
-  const auto row_bytes = static_cast<size_t>((T + 1) * item_size());
+  const auto row_bytes = static_cast<size_t>((T + 1) * token_size());
   int32_t* starts = out.cu_seqlens;
   for (int64_t i = 0; i < rows; ++i) {
     Place& place = places[static_cast<size_t>(i)];
@@ -174,7 +175,7 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
       count = lay_out_pieces(pieces.begin(), static_cast<int64_t>(pieces.size()), T, base,
                              out.position_ids + i * T, starts, out.counted + i * T);
     } else {
-      count = scan_documents(row, item_size(), T, corpus.eod, corpus.eod_first, base,
+      count = scan_documents(row, token_size(), T, corpus.eod, corpus.eod_first, base,
                              out.position_ids + i * T, starts);
     }
     starts += count;

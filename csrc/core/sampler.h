@@ -31,7 +31,7 @@ struct SampledCorpus {
 
 // A step's memory; T is the phase's sequence length. Null: not wanted.
 struct Buffers {
-  unsigned char* tokens;   // [rows, T + 1] in the corpora's item size
+  unsigned char* tokens;   // [rows, T + 1] in the corpora's item size, or int64
   int64_t* sample_ids;     // [rows]
   int32_t* position_ids;   // [rows, T]
   int32_t* cu_seqlens;     // [rows / micro_batch, micro_batch * T + 1]
@@ -48,9 +48,10 @@ struct StepInfo {
 
 class Sampler {
  public:
-  // Buffers must have room for every phase. std::invalid_argument when the parts do not fit.
+  // Buffers must have room for every phase; `widen`: tokens as int64. std::invalid_argument when the
+  // parts do not fit.
   Sampler(std::vector<SampledCorpus> corpora, std::shared_ptr<const Schedule> schedule, Share share,
-          bool packed, bool document_masks, bool skip_damaged);
+          bool packed, bool document_masks, bool skip_damaged, bool widen);
 
   // The step that begins after `consumed` samples. read_ahead: ask for all its pages first.
   // Throws DamagedFile (see skip_damaged) and std::out_of_range past 2^63 samples.
@@ -60,7 +61,8 @@ class Sampler {
   int64_t next(int64_t consumed) const;
   const Schedule& schedule() const { return *schedule_; }
   const Share& share() const { return share_; }
-  int item_size() const { return corpora_.front().tokens->item_size(); }
+  // Bytes of a token as it is delivered.
+  int token_size() const { return widen_ ? 8 : corpora_.front().tokens->item_size(); }
   bool packed() const { return packed_; }
   bool document_masks() const { return document_masks_; }
 
@@ -78,7 +80,7 @@ class Sampler {
   std::vector<SampledCorpus> corpora_;
   std::shared_ptr<const Schedule> schedule_;
   Share share_;
-  bool packed_, document_masks_, skip_damaged_;
+  bool packed_, document_masks_, skip_damaged_, widen_;
 };
 
 }  // namespace ingot

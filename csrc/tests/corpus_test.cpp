@@ -27,6 +27,10 @@ void check_read(Corpus::Reader& reader, int64_t start, int64_t count) {
   reader.read(start, count, out.data());
   for (int64_t i = 0; i < count; ++i) CHECK(out[static_cast<size_t>(i)] == start + i);
   CHECK(out.back() == 7);  // nothing was written behind the end
+  std::vector<int64_t> wide(static_cast<size_t>(count) + 1, 7);
+  reader.read(start, count, wide.data(), true);
+  for (int64_t i = 0; i < count; ++i) CHECK(wide[static_cast<size_t>(i)] == start + i);
+  CHECK(wide.back() == 7);
 }
 
 void test_reads(const CorpusSpec& spec) {

@@ -117,7 +117,9 @@ void check_reads(const Case& c, const std::string& path) {
     for (int64_t i = 0; i < count; ++i) fits &= c.id((start + i) % c.n_tokens) < c.vocab_size;
     reader.touch(start);
     reader.will_need(start, count);
+    std::vector<int64_t> wide(static_cast<size_t>(count));
     try {
+      reader.read(start, count, wide.data(), true);
       reader.read(start, count, out.data());
       MUST(fits);
     } catch (const DamagedFile&) {
@@ -127,7 +129,7 @@ void check_reads(const Case& c, const std::string& path) {
     for (int64_t i = 0; i < count; ++i) {
       uint32_t id = 0;
       std::memcpy(&id, out.data() + i * c.item_size, static_cast<size_t>(c.item_size));
-      MUST(id == c.id((start + i) % c.n_tokens));
+      MUST(id == c.id((start + i) % c.n_tokens) && wide[static_cast<size_t>(i)] == id);
     }
   }
   try {

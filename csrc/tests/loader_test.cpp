@@ -23,16 +23,19 @@ std::shared_ptr<const Schedule> one_phase(int64_t tokens) {
 }
 
 std::shared_ptr<const Sampler> make_sampler(const std::string& path, int64_t tokens, bool masks,
-                                            bool skip = false, int64_t vocab = 60000) {
+                                            bool skip = false, int64_t vocab = 60000,
+                                            bool widen = false) {
   const CorpusSpec spec{Format::raw, 4, {path}, {tokens}, vocab};
   auto corpus = std::make_shared<const Corpus>(spec, std::make_shared<FileCache>(2));
   return std::make_shared<Sampler>(std::vector<SampledCorpus>{{corpus, 7, false, {}}},
-                                   one_phase(tokens), kShare, false, masks, skip);
+                                   one_phase(tokens), kShare, false, masks, skip, widen);
 }
 
 // Memory of one step, exactly as much as it needs: the address sanitizer sees a write beyond.
 struct Memory {
-  std::vector<unsigned char> tokens = std::vector<unsigned char>(kRows * (kT + 1) * 4);
+  explicit Memory(int64_t width = 4)
+      : tokens(static_cast<size_t>(kRows * (kT + 1) * width)) {}
+  std::vector<unsigned char> tokens;
   std::vector<int64_t> ids = std::vector<int64_t>(kRows);
   std::vector<int32_t> positions = std::vector<int32_t>(kRows * kT);
   std::vector<int32_t> starts = std::vector<int32_t>(kRows / kMicro * (kMicro * kT + 1));
@@ -47,9 +50,11 @@ std::vector<Buffers> buffers_of(std::vector<Memory>& slots) {
   return out;
 }
 
-void test_steps(const std::string& path, size_t depth, int threads, bool masks) {
-  std::vector<Memory> slots(depth);
-  Prefetcher prefetcher(make_sampler(path, kTokens, masks), 37, buffers_of(slots), threads);
+void test_steps(const std::string& path, size_t depth, int threads, bool masks, bool widen) {
+  const int64_t width = widen ? 8 : 4;
+  std::vector<Memory> slots(depth, Memory(width));
+  Prefetcher prefetcher(make_sampler(path, kTokens, masks, false, 60000, widen), 37,
+                        buffers_of(slots), threads);
   const auto schedule = one_phase(kTokens);
   for (int64_t step = 0; step < 40; ++step) {
     const auto ready = *prefetcher.next(kPatience);
@@ -62,8 +67,9 @@ void test_steps(const std::string& path, size_t depth, int threads, bool masks) 
     for (int64_t row = 0; row < kRows; ++row) {
       CHECK(slot.ids[static_cast<size_t>(row)] == first + row);
       for (int64_t t = 0; t <= kT; ++t) {
-        int32_t token;
-        std::memcpy(&token, slot.tokens.data() + (row * (kT + 1) + t) * 4, 4);
+        int64_t token = 0;
+        std::memcpy(&token, slot.tokens.data() + (row * (kT + 1) + t) * width,
+                    static_cast<size_t>(width));
         CHECK(token == places[static_cast<size_t>(row)].position * kT + t);
       }
     }
@@ -128,7 +134,7 @@ void test_sampler_refuses(const std::string& path) {
   const auto corpus = std::make_shared<const Corpus>(spec, std::make_shared<FileCache>(2));
   const std::vector<SampledCorpus> corpora{{corpus, 7, false, {}}};
   const auto make = [&](std::shared_ptr<const Schedule> schedule, Share share, bool packed) {
-    return [=] { Sampler(corpora, schedule, share, packed, true, false); };
+    return [=] { Sampler(corpora, schedule, share, packed, true, false, false); };
   };
   check_throws<std::invalid_argument>(make(one_phase(9000), kShare, false), "the schedule says");
   check_throws<std::invalid_argument>(make(one_phase(kTokens), kShare, true), "no plan");
@@ -141,7 +147,8 @@ void test_sampler_refuses(const std::string& path) {
 void test_loader(const std::string& folder) {
   const auto path = write_tokens<int32_t>(folder + "/loader.bin", kTokens);
   for (const size_t depth : {2, 3, 7})
-    for (const int threads : {1, 3}) test_steps(path, depth, threads, threads == 3);
+    for (const int threads : {1, 3})
+      for (const bool widen : {false, true}) test_steps(path, depth, threads, threads == 3, widen);
   test_ends(path);
   test_damage(folder);
   test_sampler_refuses(path);

@@ -44,6 +44,7 @@ void test_documents() {
         test_scan<uint8_t>(T, period, eod_first);
         test_scan<uint16_t>(T, period, eod_first);
         test_scan<int32_t>(T, period, eod_first);
+        test_scan<int64_t>(T, period, eod_first);
       }
   std::vector<int32_t> positions(4), starts(4);
   std::vector<unsigned char> counted(4);

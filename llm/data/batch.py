@@ -12,7 +12,7 @@ class Batch:
     """One micro-batch on the CPU (pinned when there is a GPU): B samples of T tokens and the one after."""
 
     tokens: Tensor
-    """[B, T + 1] as in the file: uint8, uint16, int32 or uint32. Inputs are [:, :-1], targets [:, 1:]."""
+    """[B, T + 1] as in the file (uint8, uint16, int32) or int64. Inputs are [:, :-1], targets [:, 1:]."""
     sample_ids: Tensor
     """[B] int64, the global numbers of the samples."""
     position_ids: Tensor | None = None

@@ -132,11 +132,14 @@ class VerifiedLoader:
         return self._inner.wait_seconds
 
 
-def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size: int, consumed: int = 0) -> Loader:
+def open_loader(
+    config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size: int, consumed: int = 0, widen: bool = False
+) -> Loader:
     """The loader that config.data.loader names, `consumed` samples into the global order.
 
-    The ranks of a tensor-parallel group pass the same dp_rank and read the same samples. Raises
-    InputError when the data does not fit the config or is damaged.
+    The ranks of a tensor-parallel group pass the same dp_rank and read the same samples. Tokens have the width of the
+    files, which a GPU widens; `widen` makes them int64 as they are read, for training on a CPU. Raises InputError when
+    the data does not fit the config or is damaged.
     """
     require(0 <= dp_rank < dp_size, f"data-parallel rank {dp_rank} of {dp_size}")
     require(consumed >= 0, f"{consumed} consumed samples; expected at least 0")
@@ -153,12 +156,12 @@ def open_loader(config: RunConfig, manifest: Manifest, *, dp_rank: int, dp_size:
         for shards in corpora.values():
             check_first_files(open_corpus(config, shards), shards)
     if config.data.verify == "none":
-        return _open(config, corpora, share, consumed)
+        return _open(config, corpora, share, consumed, widen)
     verifier = BackgroundVerifier(hashed_files(config, manifest), (dp_rank, dp_size))
-    return VerifiedLoader(_open(config, corpora, share, consumed), verifier)
+    return VerifiedLoader(_open(config, corpora, share, consumed, widen), verifier)
 
 
-def _open(config: RunConfig, corpora: Mapping[str, ShardList], share: Share, consumed: int) -> Loader:
+def _open(config: RunConfig, corpora: Mapping[str, ShardList], share: Share, consumed: int, widen: bool) -> Loader:
     native = import_native() if config.data.loader == "native" else None
     curriculum = curriculum_of(config, corpora, native.BlendTable if native else BlendTable)
     ordered = [corpora[name] for name in curriculum.names]
@@ -175,7 +178,7 @@ def _open(config: RunConfig, corpora: Mapping[str, ShardList], share: Share, con
             packed=packed,
             document_masks=config.data.document_masks,
             skip_damaged=skip,
-            dtype=getattr(torch, dtype),
+            dtype=torch.int64 if widen else getattr(torch, dtype),
         )
     plans = [
         {T: NumpyPackPlan(Path(path), T, shards.n_tokens) for T, path in shards.plans.items()} if packed else {}
@@ -183,7 +186,9 @@ def _open(config: RunConfig, corpora: Mapping[str, ShardList], share: Share, con
     ]
     schedule = Schedule(config.seed, curriculum.phases)
     masks = config.data.document_masks
-    sampler = NumpySampler(ordered, plans, schedule, curriculum.phases, share, document_masks=masks, skip_damaged=skip)
+    sampler = NumpySampler(
+        ordered, plans, schedule, curriculum.phases, share, document_masks=masks, skip_damaged=skip, widen=widen
+    )
     return NumpyLoader(sampler, curriculum, consumed)
 
 

@@ -108,6 +108,13 @@ class Slot:
         ]
 
 
+def masked(views: dict[tuple[int, int], list[Batch]], slot: int, phase: int, batch: int, documents: int) -> Batch:
+    """A micro-batch of a slot in a phase when it has so many documents."""
+    whole = views[slot, phase][batch]
+    assert whole.cu_seqlens is not None
+    return dataclasses.replace(whole, cu_seqlens=whole.cu_seqlens[: documents + 1])
+
+
 class NativeLoader:
     """Steps assembled ahead by C++ threads; tensors are views of the ring's memory."""
 
@@ -125,6 +132,7 @@ class NativeLoader:
         skip_damaged: bool,
         dtype: torch.dtype,
     ) -> None:
+        """dtype: of the tokens, that of the files or int64."""
         self._native, self._phases, self._share = native, curriculum.phases, share
         self._dtype, self._masks, self._packed = dtype, document_masks, packed
         cache = native.FileCache()
@@ -143,6 +151,7 @@ class NativeLoader:
             packed=packed,
             document_masks=document_masks,
             skip_damaged=skip_damaged,
+            widen=dtype == torch.int64,
         )
         allocate = lambda: Slot.allocate(self._phases, share, dtype.itemsize, document_masks, packed)  # noqa: E731
         first = allocate()
@@ -150,7 +159,8 @@ class NativeLoader:
         self._slots = [first, *(allocate() for _ in range(depth - 1))]
         # Of each slot in each phase. Making tensors takes longer than filling them: those made are kept.
         self._views: dict[tuple[int, int], list[Batch]] = {}
-        self._masked = functools.lru_cache(maxsize=4096)(self._mask)
+        # Not a method, so that a loader that is dropped goes at once.
+        self._masked = functools.lru_cache(maxsize=4096)(functools.partial(masked, self._views))
         arrays = [tuple(tensor.numpy() for tensor in vars(slot).values()) for slot in self._slots]
         self._ring = native.Prefetcher(sampler, consumed, arrays, THREADS)
         self._curriculum = curriculum
@@ -175,12 +185,6 @@ class NativeLoader:
         batches = self._slots[slot].batches(self._phases[phase], self._share, self._dtype, self._masks, self._packed)
         self._views[slot, phase] = batches
         return batches
-
-    def _mask(self, slot: int, phase: int, batch: int, documents: int) -> Batch:
-        """The tensors of one of its micro-batches with so many documents."""
-        whole = self._views[slot, phase][batch]
-        assert whole.cu_seqlens is not None
-        return dataclasses.replace(whole, cu_seqlens=whole.cu_seqlens[: documents + 1])
 
     def epochs(self) -> dict[str, float]:
         return self._curriculum.epochs(self.consumed)

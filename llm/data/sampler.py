@@ -62,12 +62,13 @@ class NumpySampler:
         *,
         document_masks: bool,
         skip_damaged: bool,
+        widen: bool,
     ) -> None:
-        """plans: of each corpus by sequence length; none: samples are chunks."""
+        """plans: of each corpus by sequence length; none: samples are chunks. widen: tokens are int64."""
         self._shards, self._plans = corpora, plans
         self._corpora = [NumpyCorpus(shards) for shards in corpora]
         self._schedule, self._phases, self._share = schedule, phases, share
-        self._document_masks, self._skip_damaged = document_masks, skip_damaged
+        self._document_masks, self._skip_damaged, self._widen = document_masks, skip_damaged, widen
 
     def step(self, consumed: int) -> tuple[list[Rows], int, int]:
         """Micro-batches of the step that begins after `consumed` samples, its counted targets over all ranks, and G."""
@@ -86,6 +87,8 @@ class NumpySampler:
         T = self._phases[phase].seq_len
         read = [self._read(corpus, position, epoch, phase) for corpus, position, epoch in places]
         tokens = np.stack([row for row, _, _ in read])
+        if self._widen:
+            tokens = tokens.astype(np.int64)
         if not self._document_masks:
             return Rows(tokens, sample_ids, None, None, None)
         if any(self._plans):

@@ -123,7 +123,8 @@ def _open_data(run: Run) -> None:
         f"({config.model.max_seq_len}), or logging.sample_tokens=0",
     )
     consumed = consumed_samples(config, run.step)
-    run.loader = open_loader(config, run.manifest, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, consumed=consumed)
+    ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
+    run.loader = open_loader(config, run.manifest, **ranks, consumed=consumed, widen=run.device.type == "cpu")
 
 
 def checkpoint_state(run: Run) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
+from torch import Tensor
 
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.data import _native  # noqa: F401  imported before the clock starts, as every library is
@@ -18,7 +17,7 @@ UNHASHED = "0" * 64  # nothing here reads hashes, and a sparse corpus would take
 
 
 class Ingot(System):
-    """form: `native` (the file's own width) or `int64` (widened on the CPU into one buffer, as others deliver)."""
+    """form: `native` (the file's own width, for a GPU) or `int64` (for a CPU, and as others deliver)."""
 
     def __init__(self, form: str) -> None:
         self.form = form
@@ -34,17 +33,19 @@ class Ingot(System):
             train=TrainConfig(engine="plain", global_batch_size=job.rows, micro_batch_size=job.rows),
         )
         manifest = read_manifest(tokens.folder)
-        loader = open_loader(config, manifest, dp_rank=0, dp_size=1, consumed=state or 0)
-        wide = torch.empty(job.rows, job.seq_len + 1, dtype=torch.int64)
-        inputs, labels, widened = wide[:, :-1], wide[:, 1:], wide.numpy()
+        widen = self.form == "int64"
+        loader = open_loader(config, manifest, dp_rank=0, dp_size=1, consumed=state or 0, widen=widen)
+        halves: dict[int, tuple[Tensor, Tensor]] = {}  # inputs and labels of each of the loader's buffers
         try:
             while True:
                 [batch] = loader.next_step().batches
-                if self.form == "native":
-                    yield Batch(batch.tokens, None, batch.position_ids, batch.cu_seqlens)
-                else:
-                    np.copyto(widened, batch.tokens.numpy())
-                    yield Batch(inputs, labels, batch.position_ids, batch.cu_seqlens)
+                inputs, labels = batch.tokens, None
+                if widen:
+                    buffer = batch.tokens.data_ptr()
+                    if buffer not in halves:
+                        halves[buffer] = batch.tokens[:, :-1], batch.tokens[:, 1:]
+                    inputs, labels = halves[buffer]
+                yield Batch(inputs, labels, batch.position_ids, batch.cu_seqlens)
         finally:
             loader.close()
 
