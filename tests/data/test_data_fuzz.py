@@ -72,7 +72,7 @@ def test_headers_and_indexes_under_libfuzzer(tmp_path: Path, request: pytest.Fix
     seconds = int(wanted or SECONDS)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:  # no disk
         result = subprocess.run(
-            ["./fuzz", f"-max_total_time={seconds}", "-max_len=1024", "-print_final_stats=1", "seeds"],
+            ["./fuzz", f"-max_total_time={seconds}", "-max_len=2048", "-print_final_stats=1", "seeds"],
             cwd=tmp_path,  # an input that fails is left there
             env={**os.environ, "TMPDIR": folder},
             capture_output=True,
