@@ -44,6 +44,13 @@ setup(
         "mpi": ["mpi4py>=4.0"],
         # Whose files tests/data/test_data_megatron.py reads back.
         "formats": ["megatron-core>=0.16", "datatrove>=0.10"],
-        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "pyright[nodejs]>=1.1.390"],
+        "dev": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "fsspec[http]",
+            "ruff>=0.9",
+            "pyright[nodejs]>=1.1.390",
+        ],
     },
 )
