@@ -80,6 +80,13 @@ class Corpus {
     // id are named).
     void read(int64_t start, int64_t count, void* out, bool widen = false);
 
+    // Where the tokens [start, start + count) lie, in the width of their file, if they were read just
+    // now and all lie in one file; else null. Valid until the next read.
+    const unsigned char* last_read(int64_t start, int64_t count) const noexcept {
+      if (start < begin_ || start > end_ - count) return nullptr;
+      return first_ + (start - begin_) * corpus_->spec_.item_size;
+    }
+
     // Has the pages of a coming read fetched from the disk: without it each page is waited for in
     // turn, since nothing is read ahead. A system call or two, so not for what lies in memory.
     // Best effort: never throws.

@@ -175,7 +175,11 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
       count = lay_out_pieces(pieces.begin(), static_cast<int64_t>(pieces.size()), T, base,
                              out.position_ids + i * T, starts, out.counted + i * T);
     } else {
-      count = scan_documents(row, token_size(), T, corpus.eod, corpus.eod_first, base,
+      // Where they lie the tokens take fewer bytes than in a widened row.
+      const Corpus::Reader& from = reader(readers, place.corpus);
+      const unsigned char* narrow = widen_ ? from.last_read(place.position * T, T + 1) : nullptr;
+      const int size = narrow ? corpus.tokens->item_size() : token_size();
+      count = scan_documents(narrow ? narrow : row, size, T, corpus.eod, corpus.eod_first, base,
                              out.position_ids + i * T, starts);
     }
     starts += count;
