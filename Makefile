@@ -55,7 +55,7 @@ define run_tests
 @$(PYTEST) -m "$(1) and ranks" tests
 endef
 
-test: setup ## every test that this machine can run, about 15 minutes on 2 cores
+test: setup ## every test that this machine can run, about 14 minutes on 2 cores
 	$(call run_tests,not slow and not gpu and not cluster)
 
 test-all: setup ## the exhaustive lists too
@@ -67,7 +67,7 @@ bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/be
 bench-kernels: setup ## every kernel beside every other implementation installed (ARGS="--only attention"; docs/benchmarks.md)
 	@$(BIN)/python launch/bench_kernels.py $(ARGS)
 
-bench-loader: setup ## the data loader beside those of others (20 min; ARGS="--quick": Ingot alone; results: docs/data.md)
+bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--quick": Ingot alone; results: docs/data.md)
 	@$(BIN)/python launch/bench_loader.py $(ARGS)
 
 bench-parallel: setup ## what parallel layers, ZeRO stages and recomputation cost (results: docs/benchmarks.md)

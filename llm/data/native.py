@@ -108,9 +108,9 @@ class Slot:
         ]
 
 
-def masked(views: dict[tuple[int, int], list[Batch]], slot: int, phase: int, batch: int, documents: int) -> Batch:
+def masked(views: dict[tuple[int, int], Step], slot: int, phase: int, batch: int, documents: int) -> Batch:
     """A micro-batch of a slot in a phase when it has so many documents."""
-    whole = views[slot, phase][batch]
+    whole = views[slot, phase].batches[batch]
     assert whole.cu_seqlens is not None
     return dataclasses.replace(whole, cu_seqlens=whole.cu_seqlens[: documents + 1])
 
@@ -158,7 +158,7 @@ class NativeLoader:
         depth = min(max(RING_BYTES // first.n_bytes, FEWEST_STEPS), MOST_STEPS)
         self._slots = [first, *(allocate() for _ in range(depth - 1))]
         # Of each slot in each phase. Making tensors takes longer than filling them: those made are kept.
-        self._views: dict[tuple[int, int], list[Batch]] = {}
+        self._views: dict[tuple[int, int], Step] = {}
         # Not a method, so that a loader that is dropped goes at once.
         self._masked = functools.lru_cache(maxsize=4096)(functools.partial(masked, self._views))
         arrays = [tuple(tensor.numpy() for tensor in vars(slot).values()) for slot in self._slots]
@@ -172,19 +172,20 @@ class NativeLoader:
             slot, phase, target_count, skipped, replaced_targets, documents = self._ring.next()
         except self._native.DamagedFile as error:
             raise DamagedFile(str(error)) from error
-        batches = self._views.get((slot, phase)) or self._view(slot, phase)
+        step = self._views.get((slot, phase)) or self._view(slot, phase, target_count)
         if self._masks:
             batches = [self._masked(slot, phase, i, n) for i, n in enumerate(documents)]
+            step = Step(batches, target_count, replaced_targets)
         self.consumed += self._phases[phase].global_batch
         self.skipped += skipped
         self.wait_seconds += time.perf_counter() - start
-        return Step(batches, target_count, replaced_targets)
+        return step
 
-    def _view(self, slot: int, phase: int) -> list[Batch]:
-        """The tensors of a slot in a phase."""
+    def _view(self, slot: int, phase: int, target_count: int) -> Step:
+        """The tensors of a slot in a phase; without masks they and the count of targets are the same each time."""
         batches = self._slots[slot].batches(self._phases[phase], self._share, self._dtype, self._masks, self._packed)
-        self._views[slot, phase] = batches
-        return batches
+        self._views[slot, phase] = Step(batches, target_count)
+        return self._views[slot, phase]
 
     def epochs(self) -> dict[str, float]:
         return self._curriculum.epochs(self.consumed)
