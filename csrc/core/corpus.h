@@ -104,7 +104,6 @@ class Corpus {
     static constexpr int kTouchedLines = 8;
 
     void take(size_t shard);
-    void find(int64_t start);
     [[noreturn]] void report(int64_t start, int64_t count) const;
 
     const Corpus* corpus_;
