@@ -62,16 +62,16 @@ test-all: setup ## the exhaustive lists too
 	$(call run_tests,not gpu and not cluster)
 
 bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
-	@$(BIN)/python launch/bench_step.py
+	@$(BIN)/python benchmarks/step.py
 
 bench-kernels: setup ## every kernel beside every other implementation installed (ARGS="--only attention"; docs/benchmarks.md)
-	@$(BIN)/python launch/bench_kernels.py $(ARGS)
+	@$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--quick": Ingot alone; results: docs/data.md)
-	@$(BIN)/python launch/bench_loader.py $(ARGS)
+	@$(BIN)/python -m benchmarks.loader $(ARGS)
 
 bench-parallel: setup ## what parallel layers, ZeRO stages and recomputation cost (results: docs/benchmarks.md)
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) launch/bench_parallel.py \
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \
 	  --config $(CONFIG) --train.micro_batch_size=4 $(ARGS)
 
 test-gpu: setup ## the same ladder on an NVIDIA GPU
@@ -94,7 +94,7 @@ test-triton-3.6: ## the kernels under Triton 3.6: interpreted, and compiled for 
 	@$(OLD_PIP) "$(TORCH)+cpu" 2>/dev/null || $(OLD_PIP) "$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
 	@$(OLD_PIP) triton==3.6.0 'numpy<2.4' pytest pytest-xdist hypothesis
 	@$(TEST_ENV) $(OLD_TRITON)/bin/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" tests/kernels
-	@$(OLD_TRITON)/bin/python -m kernels.aot $(ARGS)
+	@$(OLD_TRITON)/bin/python -m benchmarks.kernels.aot $(ARGS)
 
 check: setup ## lint, formatting, types
 	@$(BIN)/ruff check .

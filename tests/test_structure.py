@@ -15,12 +15,6 @@ MAX_FUNCTION_LINES = 50
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
     "kernels": {"torch", "triton", "kernels"},
-    "kernels/bench": {
-        "torch", "triton", "kernels",
-        # Rivals, each imported by the function that sets it up: none has to be there.
-        "apex", "cut_cross_entropy", "deepspeed", "flash_attn", "flash_attn_interface", "liger_kernel", "quack",
-        "transformer_engine",
-    },
     "llm/errors.py": set(),
     "llm/config.py": {"llm.config_checks", "llm.config_data", "llm.errors"},
     "llm/config_data.py": {"llm.errors"},
@@ -36,8 +30,6 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.phases", "llm.data"},
     "llm/data/corpus": {"numpy", "zstandard", "llm.config", "llm.errors", "llm.data"},
     "llm/data/remote.py": {"fsspec", "llm.config", "llm.errors", "llm.data"},
-    # Beside rivals, none of which has to be there.
-    "llm/data/bench": {"numpy", "torch", "llm", "megatron", "torchdata", "streaming", "litdata"},
     "llm/checkpoint": {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.slices", "llm.parallel.mesh", "llm.checkpoint",
     },
@@ -55,6 +47,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/__init__.py": set(),
     "launch": {"launch", "llm", "kernels", "torch", "matplotlib", "rich", "numpy", "deepspeed", "jsonargparse"},
     "setup.py": None,
+    "benchmarks": None,
     "tests": None,
 }  # fmt: skip
 

@@ -48,8 +48,8 @@ def table(tma: bool, **lines: str) -> Table:
 
 @dataclass(frozen=True)
 class Tables:
-    """The tiles of one architecture, chosen from the compiler's report (`python -m kernels.aot`): no spills, and shared
-    memory within the architecture's.
+    """The tiles of one architecture, chosen from the compiler's report (`python -m benchmarks.kernels.aot`): no spills,
+    and shared memory within the architecture's.
 
     plain: causal attention, also with a window or documents. crowded: with dropout or softcap, which take registers.
     pointers: any of these, for tensors that no TMA descriptor stands for (padded heads among them), whose addresses

@@ -2,23 +2,41 @@
 
 m micro-batches on a rank; B, T, C of one; L blocks, R of them recomputed whole; k ranks in a group; w bytes of a weight
 (and of an activation's element); N parameters on a tensor-parallel rank, those of the blocks N_L. Tests compare these
-formulas with what is counted (llm/parallel/measure.py), to the byte.
+formulas with what is counted (benchmarks/layout/counters.py), to the byte.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from llm.config import ModelConfig, RunConfig
-from llm.parallel.measure import Collective
+
+
+class Collective(NamedTuple):
+    """A kind of collective among so many ranks."""
+
+    kind: str
+    """all_reduce, all_gather, reduce_scatter, broadcast or reduce"""
+    ranks: int
+
+    @property
+    def ring_factor(self) -> float:
+        """Bytes that a rank sends per byte of payload, by ring algorithms (Patarasu & Yuan 2009), mean over ranks.
+
+        An all-reduce is a reduce-scatter and an all-gather, of each of which a rank sends (k - 1) / k of the payload;
+        so does a broadcast or a reduction along a chain, where one rank of k sends nothing.
+        """
+        once = (self.ranks - 1) / self.ranks
+        return 2 * once if self.kind == "all_reduce" else once
+
 
 Payload: TypeAlias = "Counter[Collective]"
 FP32 = 4
 
 
 def payload(config: RunConfig, world_size: int) -> Payload:
-    """Bytes of payload (llm.parallel.measure.Volume) by collective, in every step but a run's first.
+    """Bytes of payload (a collective's whole buffer on one rank) by collective, in every step but a run's first.
 
     ZeRO 3 with stage3_param_persistence_threshold 0 and a model within stage3_max_live_parameters. Padding is not in
     the formulas: every parameter's rows divide by the data-parallel ranks (FSDP), their sum by twice as many (ZeRO).

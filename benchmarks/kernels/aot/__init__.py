@@ -1,0 +1,1 @@
+"""`python -m benchmarks.kernels.aot` compiles every kernel for every architecture, without a GPU."""

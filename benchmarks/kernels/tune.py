@@ -1,0 +1,177 @@
+"""Which tiles attention runs fastest with on the GPU at hand (`benchmarks/kernels/tune_attention.py`).
+
+The candidates are those that the compiler's report finds no fault with. Each is timed in the whole pass that it
+belongs to, forward or backward, and its results are compared with the present tile's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from subprocess import CalledProcessError
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from benchmarks.kernels.aot.attention import attention_case
+from benchmarks.kernels.aot.compile import compile_case
+from benchmarks.kernels.measure import Clock
+from benchmarks.kernels.runner import TOLERANCE, comparison
+from kernels.attention.backward import backward
+from kernels.attention.forward import forward
+from kernels.attention.host import Options, describable, flags
+from kernels.attention.pattern import Strided
+from kernels.attention.tiles import WIDTHS, Tile, tile_here, tile_width
+from kernels.dispatch import INTERPRETED, expect, why_not_triton
+from kernels.philox import DropoutKey
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# By the name of a form in the compiler's report: what is switched on.
+FORMS = {
+    "": Options(),
+    " dropout": Options(key=DropoutKey(0.1, 0, 0)),
+    " softcap": Options(softcap=30.0),
+    " window": Options(window=1024),
+    " sparse": Options(sparse=Strided(64, 2, 4)),
+}
+ARCHITECTURES = {9: 90, 10: 100}  # by major compute capability; the tiles of 80 serve all others
+TURNS = 5
+SIDES = {2: (32, 64, 128), 4: (16, 32, 64)}  # of candidates, by bytes per element
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Attention of `tokens` tokens in rows of T, `channels` wide in heads of D. form: a key of FORMS."""
+
+    T: int
+    D: int
+    dtype: str
+    form: str = ""
+    tokens: int = 16384
+    channels: int = 2048
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return max(1, self.tokens // self.T), self.T, max(1, self.channels // self.D), self.D
+
+    def operations(self, kind: str) -> float:
+        """Of the pass that `kind` belongs to, as FlashAttention counts them, without a mask other than the causal."""
+        B, T, H, D = self.shape
+        return B * H * T * T * D * (2 if kind == "forward" else 5)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A tile's seconds in the pass, and what is wrong with its results, if anything is."""
+
+    tile: Tile
+    seconds: float
+    wrong: str = ""
+
+
+def grid(problem: Problem, major: int) -> list[Tile]:
+    """Every tile worth compiling."""
+    sides = SIDES[DTYPES[problem.dtype].itemsize]
+    if FORMS[problem.form].sparse is not None:
+        sides = [side for side in sides if side <= 64]  # a tile lies in one block
+    bulk = (False, True) if major >= 9 and tile_width(problem.D) == problem.D else (False,)
+    return [Tile(*numbers) for numbers in itertools.product(sides, sides, (4, 8), (1, 2, 3), bulk)]
+
+
+def fits(arch: int, kind: str, problem: Problem, tile: Tile) -> bool:
+    """Whether the kernel compiles with this tile, without spills and within the shared memory."""
+    try:
+        return compile_case(attention_case(kind, problem.dtype, problem.D, tile, problem.form), arch).fits
+    except (TritonError, RuntimeError, CalledProcessError):  # a pass of the compiler or the assembler gave up
+        return False
+
+
+def fitting(kind: str, problem: Problem, major: int) -> list[Tile]:
+    """The tiles of the grid that fit, each compiled in one of several fresh processes."""
+    tiles = grid(problem, major)
+    count = len(tiles)
+    arguments = ([ARCHITECTURES.get(major, 80)] * count, [kind] * count, [problem] * count, tiles)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+        return [tile for tile, fit in zip(tiles, workers.map(fits, *arguments), strict=True) if fit]
+
+
+def pass_of(kind: str, problem: Problem, device: torch.device) -> Callable[[Tile], Sequence[Tensor]]:
+    """The pass that `kind` belongs to as a function of its tile; the other kernels of the pass keep theirs."""
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(problem.shape, device=device).to(DTYPES[problem.dtype]) for _ in range(4))
+    options = FORMS[problem.form]
+    samples = torch.arange(len(q), device=device) if options.key is not None else None
+    if kind == "forward":
+        return lambda tile: forward(q, k, v, options, samples, None, tile)
+    o, lse = forward(q, k, v, options, samples)
+    options = replace(options, deterministic=kind != "fused")
+    dkdv, rows = (present(other, problem, device) for other in ("dkdv", "dq"))
+    return lambda tile: backward(
+        do, None, q, k, v, o, lse, options, samples, None, (dkdv, tile) if kind == "dq" else (tile, rows)
+    )
+
+
+def present(kind: str, problem: Problem, device: torch.device) -> Tile:
+    """The tile that the tables hold now."""
+    q = torch.empty(problem.shape, dtype=DTYPES[problem.dtype], device=device)
+    return tile_here(kind, q, flags(FORMS[problem.form], None), describable(q))
+
+
+def tune(
+    kind: str, problem: Problem, device: torch.device, clock: Clock, tiles: Sequence[Tile] | None = None
+) -> list[Timing]:
+    """The present tile and every candidate (by default those that fit), timed, fastest first.
+
+    Raises KernelError where the kernels do not run on `device`.
+    """
+    reason = why_not_triton(device, DTYPES[problem.dtype])
+    expect(reason is None, f"tune: {reason}")
+    if tiles is None:
+        expect(not INTERPRETED, "tune: found TRITON_INTERPRET=1, expected compiled kernels: unset it or name tiles")
+        tiles = fitting(kind, problem, torch.cuda.get_device_capability(device)[0])
+    now = present(kind, problem, device)
+    run = pass_of(kind, problem, device)
+    standard = run(now)
+    timings = []
+    for tile in (now, *(tile for tile in tiles if tile != now)):
+        found = comparison(run(tile), standard, TOLERANCE[str(standard[0].dtype).removeprefix("torch.")])
+        samples = [sample.device for _ in range(TURNS) for sample in clock.turn(lambda tile=tile: run(tile))]
+        timings.append(Timing(tile, statistics.median(samples), found.get("wrong", "")))
+    return sorted(timings, key=lambda timing: timing.seconds)
+
+
+def ranking(kind: str, problem: Problem, timings: Sequence[Timing], now: Tile, most: int) -> Iterator[str]:
+    """What to know of the `most` fastest tiles and of the present one, and which tiles gave other results."""
+    name = f"# {kind} D={problem.D}"
+    for timing in timings:
+        if timing.wrong:
+            yield f"{name} {cell(timing.tile)}: {timing.wrong}"
+    for number, timing in enumerate(timing for timing in timings if not timing.wrong):
+        if number < most or timing.tile == now:
+            rate = problem.operations(kind) / timing.seconds / 1e12
+            loads = " TMA" * timing.tile.tma + ", the present one" * (timing.tile == now)
+            yield f"{name} {cell(timing.tile)}: {timing.seconds * 1e6:.1f} us, {rate:.0f} TFLOP/s{loads}"
+
+
+def line(kind: str, problems: Sequence[tuple[Problem, Sequence[Timing]]], device: torch.device) -> str:
+    """The line of `kind` for a table of kernels/attention/tiles.py: the fastest tile of each width in `problems`, which
+    differ in D alone, among those that load as the table's do; the present ones of the other widths.
+    """
+    known = {tile_width(problem.D): (problem, timings) for problem, timings in problems}
+    cells = []
+    for width in WIDTHS:
+        problem, timings = known.get(width, (replace(problems[0][0], D=width), ()))
+        now = present(kind, problem, device)
+        right = [timing.tile for timing in timings if not timing.wrong and timing.tile.tma == now.tma]
+        cells.append(cell([*right, now][0]))
+    return f'        {kind}="{" ".join(cells)}",'
+
+
+def cell(tile: Tile) -> str:
+    """As the tables write it."""
+    return f"{tile.block_m}x{tile.block_n}x{tile.warps}x{tile.stages}"

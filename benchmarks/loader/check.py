@@ -1,0 +1,121 @@
+"""Whether a loader's batches are what they should be: the tokens of the corpus, each as often as promised.
+
+The corpus is one whose ids tell their places (TokenSet.kind distinct), so that a row says what it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.loader.gather import Gather
+from benchmarks.loader.system import Batch, Job
+from benchmarks.loader.tokens import DISTINCT_FROM, TokenSet
+
+
+def check(kind: str, tokens: TokenSet, job: Job, batches: Iterator[Batch]) -> str | None:
+    """What is wrong with an epoch of batches, or None. `kind`: Entry.rows of the loader."""
+    corpus = np.concatenate([tokens.read(shard) for shard in range(tokens.shards)]).astype(np.int64)
+    length = {"overlap": job.seq_len, "tile": job.seq_len + 1}.get(kind, job.seq_len)
+    expected = sum((size - (length == job.seq_len)) // length for size in tokens.sizes)
+    whole = expected // job.rows  # the rest may be dropped or begin the next epoch
+    found = []
+    for batch in islice(batches, whole):
+        inputs, labels = _halves(batch)
+        if inputs.shape != (job.rows, job.seq_len) or labels.shape != inputs.shape:
+            return f"inputs {inputs.shape} and labels {labels.shape}; expected {(job.rows, job.seq_len)}"
+        rows = np.concatenate([inputs, labels[:, -1:]], axis=1)
+        if not np.array_equal(rows[:, 1:], labels):
+            return "the labels are not the inputs' next tokens"
+        if job.documents and (wrong := _wrong_documents(batch, inputs, tokens.eod_id)):
+            return wrong
+        found.append(rows)
+    rows = np.concatenate(found)
+    first = DISTINCT_FROM[tokens.item]
+    if kind == "documents":
+        return _wrong_pieces(rows, corpus, tokens.eod_id, first)
+    places = np.where(rows[:, 0] == tokens.eod_id, rows[:, 1] - 1, rows[:, 0]) - first
+    if places.min() < 0 or places.max() + job.seq_len >= corpus.size:
+        return "a row is not of the corpus"
+    if not np.array_equal(rows, corpus[places[:, None] + np.arange(job.seq_len + 1)]):
+        return "a row is not one run of the corpus"
+    if kind == "random":
+        return None
+    apart = np.diff(np.sort(places))
+    return None if apart.size == 0 or apart.min() >= length else "tokens come twice in an epoch"
+
+
+def _halves(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    inputs = batch.inputs.numpy().astype(np.int64)
+    if batch.labels is None:
+        return inputs[:, :-1], inputs[:, 1:]
+    return inputs, batch.labels.numpy().astype(np.int64)
+
+
+def _wrong_documents(batch: Batch, inputs: NDArray[np.int64], eod_id: int) -> str | None:
+    if batch.position_ids is None or batch.cu_seqlens is None:
+        return "no position ids or no cu_seqlens"
+    position_ids, starts = documents_of(inputs, eod_id)
+    if not np.array_equal(batch.position_ids.numpy(), position_ids):
+        return "the position ids do not begin anew after each end of a document"
+    if not np.array_equal(batch.cu_seqlens.numpy(), starts):
+        return "cu_seqlens are not where the documents begin"
+    return None
+
+
+def documents_of(inputs: NDArray[np.int64], eod_id: int) -> tuple[NDArray, NDArray]:
+    """Position ids [B, T] and cu_seqlens, one token after another."""
+    position_ids, starts = np.zeros(inputs.shape, np.int64), []
+    for b, row in enumerate(inputs):
+        begin = 0
+        for t in range(row.size):
+            if t == 0 or row[t - 1] == eod_id:
+                begin = t
+                starts.append(b * row.size + t)
+            position_ids[b, t] = t - begin
+    return position_ids, np.array([*starts, inputs.size])
+
+
+def _wrong_pieces(rows: NDArray[np.int64], corpus: NDArray[np.int64], eod_id: int, first: int) -> str | None:
+    """Of rows whose documents are shuffled: each run of ids is of the corpus, each input comes once."""
+    begins = {0, *(np.flatnonzero(corpus == eod_id) + 1).tolist()}
+    for row in rows:
+        after_end = np.flatnonzero(row[:-1] == eod_id) + 1
+        for place, before in zip(row[after_end].tolist(), after_end.tolist(), strict=True):
+            if place != eod_id and place - first not in begins:
+                return f"after an end of a document, at {before}, no document begins"
+        steps = np.diff(row)
+        inside = (row[:-1] != eod_id) & (row[1:] != eod_id)
+        if (steps[inside] != 1).any():
+            return "a row holds something else than runs of documents"
+        ends = row[:-1][(row[1:] == eod_id) & (row[:-1] != eod_id)] - first + 1
+        if (corpus[ends] != eod_id).any():
+            return "a document ends early"
+    inputs = rows[:, :-1][rows[:, :-1] != eod_id]
+    return None if np.unique(inputs).size == inputs.size else "tokens come twice in an epoch"
+
+
+def check_gather(system: Gather, tokens: TokenSet, job: Job) -> str | None:
+    """The C program's checksum of its first batch beside one computed here."""
+    T, ids = job.seq_len, tokens.read(0).astype(np.int64)
+    drawn = [_mix64(number + 1) % ((ids.size - 1) // T) for number in range(job.rows)]
+    rows = np.stack([ids[place * T : place * T + T + 1] for place in drawn])
+    form = np.dtype(tokens.item if system.form == "native" else "int64")
+    parts = [rows.astype(form).view(np.uint8).ravel()]
+    if job.documents:
+        position_ids, starts = documents_of(rows[:, :-1], tokens.eod_id)
+        parts += [position_ids.ravel(), starts[:-1]]
+    expected = sum(int((part.astype(np.int64) * np.arange(1, part.size + 1)).sum()) for part in parts)
+    found = system.rate(tokens, job, 0, mapped=False)["checksum"]
+    return None if found == expected else f"the checksum is {found}; expected {expected}"
+
+
+def _mix64(x: int) -> int:
+    """splitmix64's finaliser."""
+    mask = 2**64 - 1
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+    return x ^ (x >> 31)

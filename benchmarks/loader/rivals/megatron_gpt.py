@@ -1,0 +1,88 @@
+"""Megatron-core's GPTDataset behind PyTorch's DataLoader, as its pretraining script uses it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # pyright: ignore[reportMissingImports]
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # pyright: ignore[reportMissingImports]
+from torch.utils.data import DataLoader
+
+from benchmarks.loader.system import Batch, Batches, Job, System
+from benchmarks.loader.tokens import TokenSet
+
+
+class Tokenizer:
+    """What the dataset asks of a tokenizer."""
+
+    def __init__(self, tokens: TokenSet) -> None:
+        self.vocab_size, self.eod, self.pad = tokens.vocab_size, tokens.eod_id, -1
+        self.unique_identifiers = {"vocab_size": self.vocab_size}
+
+
+class Consecutive:
+    """Batches of consecutive sample numbers from `first` on: the dataset has shuffled already."""
+
+    def __init__(self, first: int, stop: int, rows: int) -> None:
+        self.starts, self.rows = range(first, stop - rows + 1, rows), rows
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(start, start + self.rows)) for start in self.starts)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+class Megatron(System):
+    """dense_mask: with its default T x T attention mask; without it cu_seqlens are read off the position ids here."""
+
+    def __init__(self, dense_mask: bool = False) -> None:
+        self.dense_mask = dense_mask
+        logging.disable(logging.WARNING)
+
+    def begin(self) -> None:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+    def files(self, tokens: TokenSet, seq_len: int) -> list[Path]:
+        return [*tokens.paths, *(path.with_suffix(".idx") for path in tokens.paths), *_cache(tokens).glob("*")]
+
+    def forget(self, tokens: TokenSet) -> None:
+        shutil.rmtree(_cache(tokens), ignore_errors=True)
+
+    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
+        samples = (tokens.tokens - 1) // job.seq_len
+        config = GPTDatasetConfig(
+            random_seed=1234,
+            sequence_length=job.seq_len,
+            blend=([str(path.with_suffix("")) for path in tokens.paths], None),
+            split="1,0,0",
+            path_to_cache=str(_cache(tokens)),
+            tokenizer=Tokenizer(tokens),  # pyright: ignore[reportArgumentType]
+            reset_position_ids=job.documents,
+            reset_attention_mask=job.documents,
+            eod_mask_loss=False,
+            create_attention_mask=self.dense_mask,
+        )
+        dataset = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[0]
+        first = state or 0
+        while True:
+            sampler = Consecutive(first, samples, job.rows)
+            for found in DataLoader(dataset, batch_sampler=sampler, num_workers=job.workers):
+                batch = Batch(found["tokens"], found["labels"])
+                yield batch._replace(**_documents(found["position_ids"])) if job.documents else batch
+            first = 0
+
+
+def _documents(position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    starts = (position_ids.view(-1) == 0).nonzero().view(-1)
+    end = torch.tensor([position_ids.numel()])
+    return {"position_ids": position_ids, "cu_seqlens": torch.cat([starts, end]).int()}
+
+
+def _cache(tokens: TokenSet) -> Path:
+    return tokens.folder / "megatron"

@@ -1,0 +1,76 @@
+"""What a loader has to offer to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from benchmarks.loader.tokens import TokenSet
+
+
+class Batch(NamedTuple):
+    """One batch of B rows of T inputs. It may be overwritten by the next."""
+
+    inputs: Tensor
+    """[B, T] int64; in the native form [B, T + 1] as in the file, inputs and labels in one."""
+    labels: Tensor | None
+    """[B, T] int64; None in the native form."""
+    position_ids: Tensor | None = None
+    """[B, T] int32 or int64, counted from 0 in every document; None unless documents are told apart."""
+    cu_seqlens: Tensor | None = None
+    """[documents + 1], where documents begin in the B * T inputs, from 0 to B * T; None likewise."""
+
+
+Batches = Generator[Batch, None, None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of a loader."""
+
+    seq_len: int
+    rows: int
+    """Of a batch (B)."""
+    documents: bool = False
+    """Position ids and cu_seqlens too."""
+    workers: int = 0
+    """Processes that prepare batches, for loaders that have them."""
+
+
+class System:
+    """A loader. Subclasses say how its batches are made, and what it needs before."""
+
+    def prepare(self, tokens: TokenSet, seq_len: int) -> None:
+        """Convert the tokens into the form that it reads, unless that is there."""
+
+    def files(self, tokens: TokenSet, seq_len: int) -> list[Path]:
+        """What it reads, for warming and dropping caches."""
+        return tokens.paths
+
+    def forget(self, tokens: TokenSet) -> None:
+        """Remove what it keeps on disk from one start to the next."""
+
+    def begin(self) -> None:
+        """What a training process does anyway before it opens a loader; not timed."""
+
+    def state(self, tokens: TokenSet, job: Job, consumed: int) -> Any:
+        """What it is resumed from after `consumed` samples."""
+        return consumed
+
+    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
+        """Its batches without end, from the start or from a state. Closing the iterator ends the loader."""
+        raise NotImplementedError
+
+
+def finished(folder: Path) -> bool:
+    """Whether a conversion into `folder` is complete; what an interrupted one left is removed."""
+    import shutil
+
+    if not (folder / "made").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
