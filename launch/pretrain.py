@@ -11,11 +11,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
 
-from llm.config_checks import check_world
-from llm.config_cli import parse_config
-from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
-from llm.train.preflight import check_machine
-from llm.train.script import run_script
+from llm.cluster.preflight import check_machine
+from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.cluster.script import run_script
+from llm.config.checks import check_world
+from llm.config.parse import parse_config
 
 
 def pretrain(ranks: Ranks) -> None:

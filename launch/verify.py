@@ -15,12 +15,12 @@ import argparse
 import dataclasses
 import os
 
-from llm.config_checks import check_world
-from llm.config_cli import parse_config
+from llm.cluster.preflight import check_machine
+from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.cluster.script import run_script
+from llm.config.checks import check_world
+from llm.config.parse import parse_config
 from llm.errors import InputError, require
-from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
-from llm.train.preflight import check_machine
-from llm.train.script import run_script
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -51,9 +51,10 @@ def verify_layout(ranks: Ranks) -> None:
 
     from llm.parallel.agreement import broadcast, together
     from llm.parallel.mesh import Mesh
+    from llm.parity import report, shrink
+    from llm.parity import verify as run
     from llm.train.build import check_kernels
     from llm.train.start import RUNS
-    from llm.train.verify import report, run, shrink
 
     device = choose_device(ranks)
     path = own.json or RUNS / config.name / "verify.json"

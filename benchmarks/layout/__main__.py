@@ -9,10 +9,10 @@ import os
 import sys
 
 from benchmarks.layout.tables import activation_table, layer_table, memory_table, traffic_table
-from llm.config_checks import check_world
-from llm.config_cli import parse_config
-from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
-from llm.train.script import run_script
+from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.cluster.script import run_script
+from llm.config.checks import check_world
+from llm.config.parse import parse_config
 
 ROUNDS = 30
 

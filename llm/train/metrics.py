@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from llm.config import RunConfig
-from llm.phases import consumed_samples, consumed_tokens, phases
-from llm.train import flops
+from llm.config.phases import consumed_samples, consumed_tokens, phases
+from llm.plan import flops
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Workload:
 
     config: RunConfig
     formula: flops.Formula
-    """Of the FLOPs and the MFU (llm/train/flops.py)."""
+    """Of the FLOPs and the MFU (llm/plan/flops.py)."""
     peak_tflops: float | None
     """Of one device; None where it is not known."""
     world_size: int

@@ -15,22 +15,22 @@ from typing import Any
 import torch
 
 from llm.checkpoint.reader import CheckpointReader, check_same_model, open_latest
-from llm.checkpoint.run_folder import RunFolder, RunLock, truncate_metrics
 from llm.config import RunConfig
-from llm.config_cli import from_dict, to_dict, to_yaml
+from llm.config.parse import from_dict, to_dict, to_yaml
+from llm.config.phases import Phase, consumed_samples, phases
 from llm.data.batch import Batch
-from llm.data.folder import data_folder, load_manifest
+from llm.data.corpora import data_identity
 from llm.data.loader import Loader, open_loader
-from llm.data.manifest import Manifest
-from llm.data.sources import data_identity
 from llm.data.tokenizer import Tokenizer
+from llm.data.tokens.folder import data_folder, load_manifest
+from llm.data.tokens.manifest import Manifest
 from llm.data.validation import validation_batches
 from llm.errors import Agreed, InputError, require
 from llm.parallel.agreement import broadcast, exchange_errors, together
 from llm.parallel.mesh import Mesh
-from llm.phases import Phase, consumed_samples, phases
 from llm.train.build import build_engine, check_kernels
 from llm.train.engines.base import Engine
+from llm.train.run_folder import RunFolder, RunLock, truncate_metrics
 
 RUNS = Path("runs")
 # What a restart may not change: beside the model and the phases that have begun, the order and content of the data.
@@ -45,7 +45,7 @@ class Run:
     folder: RunFolder
     manifest: Manifest
     data: dict[str, str]
-    """What tells the training data apart (llm/data/sources.py)."""
+    """What tells the training data apart (llm/data/corpora.py)."""
     mesh: Mesh
     device: torch.device
     step: int

@@ -15,12 +15,12 @@ from conftest import MakeData, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.config_data import PhaseChange
+from llm.config import PhaseChange
+from llm.config.phases import consumed_samples
 from llm.data.loader import open_loader
-from llm.data.manifest import Manifest
-from llm.data.order import Order
+from llm.data.samples.order import Order
+from llm.data.tokens.manifest import Manifest
 from llm.errors import InputError
-from llm.phases import consumed_samples
 
 FIELDS = ("tokens", "sample_ids", "position_ids", "cu_seqlens", "counted")
 KINDS = pytest.mark.parametrize("kind", ["native", "numpy"])

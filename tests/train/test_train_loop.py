@@ -14,18 +14,17 @@ import torch
 import torch.distributed as dist
 
 from llm.checkpoint.reader import open_checkpoint
-from llm.checkpoint.run_folder import RunFolder
-from llm.config import CheckpointConfig, LoggingConfig, RunConfig
-from llm.config_data import PhaseChange
+from llm.config import CheckpointConfig, LoggingConfig, PhaseChange, RunConfig
+from llm.config.phases import consumed_samples, phase_of_step
 from llm.data.batch import Batch, Step
 from llm.parallel.mesh import Mesh
-from llm.phases import consumed_samples, phase_of_step
+from llm.parity.batches import documents_of
 from llm.train.build import build_engine
 from llm.train.loop import train
+from llm.train.run_folder import RunFolder
 from llm.train.start import Run
-from llm.train.verify.batches import documents_of
-from parity import V, case, plain
 from pool import RankPool
+from tiny_run import V, case, plain
 
 CPU = torch.device("cpu")
 SAMPLES, TOKENS = [8, 16, 24, 40, 56, 60], [128, 256, 320, 448, 576, 608]
