@@ -18,7 +18,6 @@ import os
 from llm.cluster.preflight import check_machine
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.cluster.script import run_script
-from llm.config.checks import check_world
 from llm.config.parse import parse_config
 from llm.errors import InputError, require
 
@@ -42,7 +41,7 @@ def verify_layout(ranks: Ranks) -> None:
     """Compare on this rank; rank 0 reports."""
     own, rest = parse(strip_local_rank(sys.argv[1:]))
     config = parse_config(rest, prog="verify.py")
-    check_world(config, ranks.world_size)
+    config.check_world(ranks.world_size)
     check_machine(engine=config.train.engine, loader="numpy", environ=os.environ)  # no corpus is read
     export(ranks, os.environ)
 

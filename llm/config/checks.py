@@ -1,18 +1,16 @@
-"""What must hold between the sections of a run's config (llm/config/sections.py), and between a run and its world."""
+"""What must hold between the sections of a run's config (llm/config/run.py), and between a run and its world."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
-from llm.config.phases import phases
+from llm.config.phases import Phase
+from llm.config.sections import ModelConfig, ParallelConfig, TrainConfig
 from llm.errors import InputError, require
 
-if TYPE_CHECKING:
-    from llm.config.run import RunConfig
 
-
-def check_world(config: RunConfig, world_size: int) -> None:
+def check_world(parallel: ParallelConfig, micro_batch_size: int, phases: tuple[Phase, ...], world_size: int) -> None:
     """Check that `world_size` ranks can share this run's layers and batch.
 
     The data-parallel size is world_size / tensor_parallel; each of those ranks takes
@@ -21,7 +19,7 @@ def check_world(config: RunConfig, world_size: int) -> None:
     Raises:
         InputError: with the numbers and the nearest valid choice.
     """
-    tp, train = config.parallel.tensor_parallel, config.train
+    tp = parallel.tensor_parallel
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     require(
         world_size % tp == 0,
@@ -29,8 +27,8 @@ def check_world(config: RunConfig, world_size: int) -> None:
         f"use parallel.tensor_parallel={min(divisors, key=lambda n: abs(n - tp))}",
     )
     dp = world_size // tp
-    for phase in phases(config):
-        _check_batch(phase.global_batch_size, train.micro_batch_size, dp)
+    for phase in phases:
+        _check_batch(phase.global_batch_size, micro_batch_size, dp)
 
 
 def _check_batch(batch: int, micro: int, dp: int) -> None:
@@ -47,19 +45,18 @@ def _check_batch(batch: int, micro: int, dp: int) -> None:
     )
 
 
-def check_finite(config: RunConfig) -> None:
+def check_finite(section: str, fields: object) -> None:
     """Refuse infinities and NaN, which pass many range checks."""
-    for section in ("model", "data", "optim", "train"):
-        for name, value in vars(getattr(config, section)).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                finite = not isinstance(number, float) or math.isfinite(number)
-                require(finite, f"{section}.{name} is {number}; expected a finite number")
+    for name, value in vars(fields).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            finite = not isinstance(number, float) or math.isfinite(number)
+            require(finite, f"{section}.{name} is {number}; expected a finite number")
 
 
-def check_engine(config: RunConfig) -> None:
+def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[str, Any]) -> None:
     """Refuse layouts that the engine does not have."""
-    engine, precision = config.train.engine, config.train.precision
-    stage, offload = config.parallel.zero_stage, config.parallel.offload
+    engine, precision = train.engine, train.precision
+    stage, offload = parallel.zero_stage, parallel.offload
     if engine == "plain":
         require(
             stage == 0,
@@ -67,9 +64,9 @@ def check_engine(config: RunConfig) -> None:
             "use parallel.zero_stage=0 or train.engine=deepspeed",
         )
         require(
-            config.parallel.tensor_parallel == 1,
+            parallel.tensor_parallel == 1,
             "train.engine plain has no tensor parallelism; found parallel.tensor_parallel "
-            f"{config.parallel.tensor_parallel}, use parallel.tensor_parallel=1 or train.engine=deepspeed",
+            f"{parallel.tensor_parallel}, use parallel.tensor_parallel=1 or train.engine=deepspeed",
         )
     elif engine == "fsdp":
         require(
@@ -84,8 +81,8 @@ def check_engine(config: RunConfig) -> None:
             f"accumulate gradients in {precision}; use parallel.zero_stage=1",
         )
     require(
-        engine == "deepspeed" or not config.deepspeed,
-        f"train.engine {engine} reads nothing of the deepspeed section; found {', '.join(config.deepspeed)}: remove it",
+        engine == "deepspeed" or not deepspeed,
+        f"train.engine {engine} reads nothing of the deepspeed section; found {', '.join(deepspeed)}: remove it",
     )
     needed = {"none": 0, "optimizer": 1, "all": 3}[offload]
     require(
@@ -98,22 +95,22 @@ def check_engine(config: RunConfig) -> None:
     )
 
 
-def check_phases(config: RunConfig) -> None:
-    """Refuse phases that begin within a step, and sequences that the model has no positions for."""
-    for phase in phases(config):
+def check_phases(model: ModelConfig, phases: tuple[Phase, ...]) -> None:
+    """Refuse sequences that the model has no positions for."""
+    for phase in phases:
         require(
-            phase.seq_len <= config.model.max_seq_len,
-            f"data.seq_len {phase.seq_len} is above model.max_seq_len {config.model.max_seq_len}",
+            phase.seq_len <= model.max_seq_len,
+            f"data.seq_len {phase.seq_len} is above model.max_seq_len {model.max_seq_len}",
         )
 
 
-def check_sequence_parallel(config: RunConfig) -> None:
+def check_sequence_parallel(parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:
     """Refuse sequences that tensor-parallel ranks cannot share evenly."""
-    tp = config.parallel.tensor_parallel
-    if not config.parallel.sequence_parallel:
+    tp = parallel.tensor_parallel
+    if not parallel.sequence_parallel:
         return
     require(tp > 1, "parallel.sequence_parallel needs parallel.tensor_parallel of 2 or more; found 1")
-    for seq_len in (phase.seq_len for phase in phases(config)):
+    for seq_len in (phase.seq_len for phase in phases):
         require(
             seq_len % tp == 0,
             f"data.seq_len {seq_len} is not a multiple of parallel.tensor_parallel {tp}, which "
@@ -121,9 +118,9 @@ def check_sequence_parallel(config: RunConfig) -> None:
         )
 
 
-def check_tensor_parallel(config: RunConfig) -> None:
+def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse a degree that does not cut heads and feed-forward width into equal parts."""
-    model, tp = config.model, config.parallel.tensor_parallel
+    tp = parallel.tensor_parallel
     require(
         tp <= model.kv_heads,
         f"TP degree above the key/value heads: parallel.tensor_parallel is {tp}, model.n_kv_head "

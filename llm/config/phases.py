@@ -7,12 +7,9 @@ which samples a phase has never depends on how a run was split, and steps and sa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from llm.config.sections import DataConfig
 from llm.errors import require
-
-if TYPE_CHECKING:
-    from llm.config.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,14 @@ class Phase:
     blend: dict[str, float] | None
 
 
-def phases(config: RunConfig) -> tuple[Phase, ...]:
-    """The phases of a run, in order, the first from sample 0.
+def phases_of(data: DataConfig, global_batch_size: int) -> tuple[Phase, ...]:
+    """The phases of a run, in order, the first from sample 0 (`RunConfig.phases`).
 
     Raises:
         InputError: phases out of order, or one that begins within a step.
     """
-    found = [Phase(0, 0, config.data.seq_len, config.train.global_batch_size, config.data.blend)]
-    for change in config.data.phases:
+    found = [Phase(0, 0, data.seq_len, global_batch_size, data.blend)]
+    for change in data.phases:
         last = found[-1]
         length = change.samples - last.first_sample
         require(
@@ -59,21 +56,21 @@ def phases(config: RunConfig) -> tuple[Phase, ...]:
     return tuple(found)
 
 
-def phase_of_step(config: RunConfig, step: int) -> Phase:
+def phase_of_step(phases: tuple[Phase, ...], step: int) -> Phase:
     """The phase that the step after `step` steps belongs to."""
-    return [phase for phase in phases(config) if phase.first_step <= step][-1]
+    return [phase for phase in phases if phase.first_step <= step][-1]
 
 
-def consumed_samples(config: RunConfig, step: int) -> int:
+def consumed_samples(phases: tuple[Phase, ...], step: int) -> int:
     """Samples that `step` steps have taken."""
-    phase = phase_of_step(config, step)
+    phase = phase_of_step(phases, step)
     return phase.first_sample + (step - phase.first_step) * phase.global_batch_size
 
 
-def consumed_tokens(config: RunConfig, step: int) -> int:
+def consumed_tokens(phases: tuple[Phase, ...], step: int) -> int:
     """Target positions that `step` steps have taken."""
     total, later = 0, step
-    for phase in reversed(phases(config)):
+    for phase in reversed(phases):
         if phase.first_step < later:
             total += (later - phase.first_step) * phase.global_batch_size * phase.seq_len
             later = phase.first_step

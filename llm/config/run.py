@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from llm.config.checks import check_engine, check_finite, check_phases, check_sequence_parallel, check_tensor_parallel
+from llm.config.checks import (
+    check_engine,
+    check_finite,
+    check_phases,
+    check_sequence_parallel,
+    check_tensor_parallel,
+    check_world,
+)
+from llm.config.phases import Phase, phases_of
 from llm.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -54,8 +63,18 @@ class RunConfig:
             "names the run's folder",
         )
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
-        check_finite(self)
-        check_phases(self)
-        check_engine(self)
-        check_tensor_parallel(self)
-        check_sequence_parallel(self)
+        for name in ("model", "data", "optim", "train"):
+            check_finite(name, getattr(self, name))
+        check_phases(self.model, self.phases)
+        check_engine(self.train, self.parallel, self.deepspeed)
+        check_tensor_parallel(self.model, self.parallel)
+        check_sequence_parallel(self.parallel, self.phases)
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The parts of the run in which sequence length, batch size and blend stay as they are."""
+        return phases_of(self.data, self.train.global_batch_size)
+
+    def check_world(self, world_size: int) -> None:
+        """Check that `world_size` ranks can share this run's layers and batch (llm/config/checks.py)."""
+        check_world(self.parallel, self.train.micro_batch_size, self.phases, world_size)

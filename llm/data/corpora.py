@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm.config import RunConfig
-from llm.config.phases import phases
 from llm.data.samples.blend import BlendTable
 from llm.data.samples.packing import read_header
 from llm.data.samples.schedule import Curriculum, Table, corpus_names
@@ -126,7 +125,7 @@ def _plans(config: RunConfig, manifest: Manifest) -> list[str]:
     """The names of a corpus's packing plans that the run may read."""
     if config.data.packing != "best_fit":
         return []
-    names = dict.fromkeys(plan_name("train", phase.seq_len) for phase in phases(config))
+    names = dict.fromkeys(plan_name("train", phase.seq_len) for phase in config.phases)
     return [name for name in names if name in manifest.files]
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from llm.config import RunConfig
-from llm.config.phases import phases
 from llm.data.batch import Batch, Step
 from llm.data.corpora import curriculum_of, hashed_files, training_corpora
 from llm.data.native import NativeCorpus, NativeLoader, import_native
@@ -146,7 +145,7 @@ def open_loader(
     require(consumed >= 0, f"{consumed} consumed samples; expected at least 0")
     check_vocabulary(config, manifest)
     share = Share(dp_rank, dp_size, config.train.micro_batch_size)
-    for phase in phases(config):
+    for phase in config.phases:
         require(
             phase.global_batch_size % (dp_size * share.micro_batch) == 0,
             f"train.global_batch_size {phase.global_batch_size} is not a multiple of {dp_size} data-parallel ranks x "

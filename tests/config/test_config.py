@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.config import DataConfig, ModelConfig, ParallelConfig, PhaseChange, RunConfig, TrainConfig
-from llm.config.checks import check_world
 from llm.config.parse import from_dict, parse_config, to_dict, to_yaml
 from llm.errors import InputError
 
@@ -339,7 +338,7 @@ def test_every_phase_must_suit_the_layout() -> None:
     assert "data.seq_len 30" in message and "use data.seq_len=28" in message
     data = DataConfig(phases=(PhaseChange(320, global_batch_size=40),))
     with pytest.raises(InputError, match="global_batch_size 40 is not a multiple of 2 data-parallel ranks"):
-        check_world(dataclasses.replace(layout(), data=data), 2)
+        dataclasses.replace(layout(), data=data).check_world(2)
 
 
 def test_bf16_is_allowed_with_zero_1_and_with_the_plain_engine() -> None:
@@ -364,7 +363,7 @@ def layout(tp: int = 1, batch: int = 32, micro: int = 16) -> RunConfig:
 
 def test_check_world_accepts_what_divides() -> None:
     for tp, world in [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4)]:
-        check_world(layout(tp), world)
+        layout(tp).check_world(world)
 
 
 @pytest.mark.parametrize(
@@ -379,5 +378,5 @@ def test_check_world_accepts_what_divides() -> None:
 )
 def test_check_world_names_the_nearest_choice(config: RunConfig, world: int, words: list[str]) -> None:
     with pytest.raises(InputError) as caught:
-        check_world(config, world)
+        config.check_world(world)
     assert all(word in str(caught.value) for word in words), caught.value

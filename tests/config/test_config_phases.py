@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.config import DataConfig, PhaseChange, RunConfig, TrainConfig
-from llm.config.phases import Phase, consumed_samples, consumed_tokens, phase_of_step, phases
+from llm.config.phases import Phase, consumed_samples, consumed_tokens, phase_of_step
 from llm.errors import InputError
 
 
@@ -21,9 +21,9 @@ def run(*changes: PhaseChange, seq_len: int = 32, batch: int = 4) -> RunConfig:
 
 def test_a_run_without_changes_is_one_phase():
     config = run()
-    assert phases(config) == (Phase(0, 0, 32, 4, {"a": 1.0}),)
-    assert phase_of_step(config, 10**9) == phases(config)[0]
-    assert (consumed_samples(config, 7), consumed_tokens(config, 7)) == (28, 28 * 32)
+    assert config.phases == (Phase(0, 0, 32, 4, {"a": 1.0}),)
+    assert phase_of_step(config.phases, 10**9) == config.phases[0]
+    assert (consumed_samples(config.phases, 7), consumed_tokens(config.phases, 7)) == (28, 28 * 32)
 
 
 def test_what_a_change_leaves_out_stays():
@@ -33,7 +33,7 @@ def test_what_a_change_leaves_out_stays():
         PhaseChange(96, blend={"b": 2.0}),
         PhaseChange(104, seq_len=16, global_batch_size=2, blend={"a": 1.0, "b": 1.0}),
     )
-    assert phases(config) == (
+    assert config.phases == (
         Phase(0, 0, 32, 4, {"a": 1.0}),
         Phase(40, 10, 64, 4, {"a": 1.0}),
         Phase(80, 20, 64, 8, {"a": 1.0}),
@@ -41,9 +41,9 @@ def test_what_a_change_leaves_out_stays():
         Phase(104, 23, 16, 2, {"a": 1.0, "b": 1.0}),
     )
     steps = [0, 9, 10, 19, 20, 21, 22, 23, 24]
-    assert [phase_of_step(config, step).first_sample for step in steps] == [0, 0, 40, 40, 80, 80, 96, 104, 104]
-    assert [consumed_samples(config, step) for step in steps] == [0, 36, 40, 76, 80, 88, 96, 104, 106]
-    assert consumed_tokens(config, 24) == 40 * 32 + 40 * 64 + 24 * 64 + 2 * 16
+    assert [phase_of_step(config.phases, step).first_sample for step in steps] == [0, 0, 40, 40, 80, 80, 96, 104, 104]
+    assert [consumed_samples(config.phases, step) for step in steps] == [0, 36, 40, 76, 80, 88, 96, 104, 106]
+    assert consumed_tokens(config.phases, 24) == 40 * 32 + 40 * 64 + 24 * 64 + 2 * 16
 
 
 @st.composite
@@ -67,9 +67,9 @@ def runs(draw: Callable) -> RunConfig:
 def test_counts_are_those_of_the_steps_taken_one_by_one(config: RunConfig):
     samples = tokens = 0
     for step in range(100):
-        assert (consumed_samples(config, step), consumed_tokens(config, step)) == (samples, tokens)
-        begun = [phase for phase in phases(config) if phase.first_sample <= samples]
-        assert phase_of_step(config, step) == begun[-1]
+        assert (consumed_samples(config.phases, step), consumed_tokens(config.phases, step)) == (samples, tokens)
+        begun = [phase for phase in config.phases if phase.first_sample <= samples]
+        assert phase_of_step(config.phases, step) == begun[-1]
         samples += begun[-1].global_batch_size
         tokens += begun[-1].global_batch_size * begun[-1].seq_len
 

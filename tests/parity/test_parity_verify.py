@@ -16,7 +16,6 @@ from rich.console import Console
 
 from llm.checkpoint.manifest import Piece
 from llm.config import ModelConfig, RunConfig
-from llm.config.checks import check_world
 from llm.errors import InputError
 from llm.model.loss import IGNORED_TARGET
 from llm.parity import report as reports
@@ -324,7 +323,7 @@ def test_a_shrunk_model_is_of_the_same_family(tp: int, model: dict, gigabytes: i
     small = shrink(config, gigabytes << 30, 8 * tp)
     before, after = config.model, small.model
     assert needed_bytes(small, 8 * tp) <= gigabytes << 30 < needed_bytes(config, 8 * tp)
-    check_world(small, 8 * tp)
+    small.check_world(8 * tp)
     for same in ("norm", "activation", "position", "tie_embeddings", "bias", "dropout", "max_seq_len", "rope_theta"):
         assert getattr(after, same) == getattr(before, same)
     assert before.n_head * after.kv_heads == after.n_head * before.kv_heads

@@ -54,9 +54,9 @@ class MadeUp:
         self.consumed, self.skipped, self.wait_seconds, self.closed = 0, 0, 0.0, False
 
     def next_step(self) -> Step:
-        phase, size = phase_of_step(self.config, self.step), self.config.train.micro_batch_size
+        phase, size = phase_of_step(self.config.phases, self.step), self.config.train.micro_batch_size
         share = phase.global_batch_size // self.mesh.dp_size
-        first = consumed_samples(self.config, self.step) + self.mesh.dp_rank * share
+        first = consumed_samples(self.config.phases, self.step) + self.mesh.dp_rank * share
         self.step += 1
         self.skipped += self.mesh.dp_rank + 1
         starts = range(first, first + share, size)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.config import RunConfig
-from llm.config.phases import consumed_samples, phases
+from llm.config.phases import consumed_samples
 from llm.data.corpora import curriculum_of, packing_plan, training_corpora
 from llm.data.samples.packing import NumpyPackPlan, read_header
 from llm.data.samples.schedule import Schedule, blend_of
@@ -29,7 +29,7 @@ def show(config: RunConfig, manifest: Manifest, sample: int) -> str:
     Raises:
         InputError: no such sample, or its files cannot be read.
     """
-    end = consumed_samples(config, config.train.max_steps)
+    end = consumed_samples(config.phases, config.train.max_steps)
     require(0 <= sample < end, f"sample {sample} is not of this run; expected 0 to {end - 1}")
     corpora = training_corpora(config, manifest)
     drawn = curriculum_of(config, corpora)
@@ -38,7 +38,7 @@ def show(config: RunConfig, manifest: Manifest, sample: int) -> str:
     name = drawn.names[number]
     shards = corpora[name]
     index = [phase.first_sample <= sample for phase in drawn.phases].count(True) - 1
-    phase = phases(config)[index]
+    phase = config.phases[index]
     n_samples = next(s.n_samples for s in drawn.phases[index].sources if s.corpus == number)
     step = phase.first_step + (sample - phase.first_sample) // phase.global_batch_size
     head = [
@@ -165,7 +165,7 @@ class Statistics:
 def statistics(config: RunConfig, manifest: Manifest) -> list[Statistics]:
     """Of every training corpus of the run. InputError where one cannot be read or lacks a packing plan."""
     corpora = training_corpora(config, manifest)
-    epochs = curriculum_of(config, corpora).epochs(consumed_samples(config, config.train.max_steps))
+    epochs = curriculum_of(config, corpora).epochs(consumed_samples(config.phases, config.train.max_steps))
     return [
         Statistics(
             shards,

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm.config import RunConfig
-from llm.config.phases import phases
 from llm.data.corpora import open_corpora
 from llm.data.prepare.tokenise import Progress
 from llm.data.samples.packing import write_plan
@@ -34,7 +33,7 @@ def _missing(config: RunConfig, manifest: Manifest) -> Iterator[tuple[Path, int]
         return
     corpora = open_corpora(config, manifest)
     wanted = {}
-    for phase in phases(config):
+    for phase in config.phases:
         for name in blend_of(config, phase):
             corpus = corpora[name]
             if corpus.folder is None or corpus.manifest is None:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from llm.config import RunConfig
 from llm.config.phases import Phase
-from llm.config.phases import phases as phases_of
 from llm.data.samples.blend import BlendTable, shares
 from llm.data.samples.order import Order, corpus_seed, permute
 from llm.data.tokens.folder import data_folder
@@ -61,7 +60,7 @@ def blend_of(config: RunConfig, phase: Phase) -> dict[str, float]:
 
 def corpus_names(config: RunConfig) -> tuple[str, ...]:
     """The run's training corpora; a corpus's number is its place here, which a phase added later does not change."""
-    return tuple(dict.fromkeys(name for phase in phases_of(config) for name in blend_of(config, phase)))
+    return tuple(dict.fromkeys(name for phase in config.phases for name in blend_of(config, phase)))
 
 
 class Curriculum:
@@ -87,7 +86,7 @@ class Curriculum:
         self.names = corpus_names(config)
         self.phases = ()
         numbers = {name: number for number, name in enumerate(self.names)}
-        for phase in phases_of(config):
+        for phase in config.phases:
             passed = {  # of a corpus that several phases had, the last
                 source.corpus: (last, source, drawn) for last, source, drawn in self._drawn(phase.first_sample)
             }
