@@ -42,9 +42,10 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.data", "llm.checkpoint", "llm.plan", "llm.train", "llm.parity",
     },
     "llm/sampling.py": {"torch", "llm.config", "llm.errors"},
-    "llm/generate.py": {
-        "torch", "llm.config", "llm.errors", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint", "llm.sampling",
+    "llm/trained.py": {
+        "torch", "llm.config", "llm.errors", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
     },
+    "llm/generate.py": {"torch", "llm.config", "llm.errors", "llm.model", "llm.sampling", "llm.trained"},
     "launch": {"launch", "llm", "kernels", "torch", "matplotlib", "rich", "numpy", "deepspeed", "jsonargparse"},
     "setup.py": None,
     "benchmarks": None,
