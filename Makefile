@@ -84,7 +84,7 @@ fuzz: setup ## libFuzzer over headers, indexes and plans (clang, libclang-rt; FU
 FUZZ_SECONDS ?= 60
 
 test-cluster: setup ## train over two hosts made of network namespaces (root; iproute2, openssh-server, pdsh)
-	@$(PYTEST) tests/cluster --require-cluster
+	@$(PYTEST) tests/hosts --require-cluster
 
 # GPU machines still run Triton 3.6, which needs an older numpy: an environment of its own.
 OLD_TRITON := .venv-triton-3.6

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm.checkpoint.files import CheckpointError
 from llm.checkpoint.reader import CheckpointReader, find_latest, open_checkpoint, verify
 from llm.config import ModelConfig, ParallelConfig, RunConfig
-from llm.config_cli import from_dict
+from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
-from llm.errors import InputError, require
+from llm.errors import CheckpointError, InputError, require
 from llm.model.gpt import GPT, KVCache
 from llm.model.init import fill
 from llm.parallel.mesh import Mesh

@@ -9,7 +9,7 @@ import torch
 
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
-from llm.config_cli import to_dict
+from llm.config.parse import to_dict
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.generate import generate, load_trained, stream
