@@ -8,17 +8,16 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.layout.cost import (
-    State,
     activations,
     data_layouts,
     layer_times,
     state_memory,
-    state_theory,
     step_traffic,
     tensor_layouts,
 )
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
+from llm.plan.memory import TrainingState, training_state
 from llm.plan.traffic import payload
 
 MIB, MB = 2**20, 1e6
@@ -47,14 +46,16 @@ def activation_table(config: RunConfig, device: torch.device, rounds: int) -> st
 
 
 def memory_table(config: RunConfig, device: torch.device, rounds: int) -> str:
-    rows = ["| layout | " + " | ".join(State._fields) + " | between backward pass and step |\n|---|---|---|---|---|"]
+    rows = [
+        "| layout | " + " | ".join(TrainingState._fields) + " | between backward pass and step |\n|---|---|---|---|---|"
+    ]
     for name, layout in data_layouts(config):
         measured = state_memory(layout, Mesh.create(layout.parallel, device.type), device)
-        theory = state_theory(layout, dist.get_world_size())
+        theory = training_state(layout, dist.get_world_size())
         pairs = [*zip(measured, theory, strict=True), (sum(measured), sum(theory))]
         cells = [f"{m / MIB:.2f} / {t / MIB:.2f} = {m / t:.2f}" for m, t in pairs]
         rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(["MiB on rank 0, measured / theory (benchmarks/layout/cost.py says why they differ):", "", *rows])
+    return "\n".join(["MiB on rank 0, measured / theory (llm/plan/memory.py says why they differ):", "", *rows])
 
 
 def traffic_table(config: RunConfig, device: torch.device, rounds: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from kernels.linear_cross_entropy import GPU_CHUNK
 from llm.config import ModelConfig, RunConfig
 from llm.errors import InputError
-from llm.parity.layout import global_shapes
+from llm.plan.memory import parameters
 
 # Bytes per parameter. Of the oracle: weights, gradients and moments; in bf16 and fp16 their masters and low-precision
 # copies, and a second oracle. Gathered: weights and moments before and after a step, gradients. Of the layout: at most.
@@ -50,13 +49,12 @@ def needed_bytes(config: RunConfig, world_size: int) -> int:
     twice that in fp32; the second term, the attention weights, exists only where dropout acts on them.
     """
     model, parallel = config.model, config.parallel
-    parameters = sum(prod(shape) for shape in global_shapes(config).values())
     ranks = world_size if parallel.zero_stage == 3 or config.train.engine == "fsdp" else parallel.tensor_parallel
     tokens, T = config.train.micro_batch_size * config.data.seq_len, config.data.seq_len
     weights = 5 * model.n_head * T if model.dropout > 0 else 0
     activations = 2 * model.n_layer * tokens * (34 * model.d_model + weights)
     logits = 3 * 4 * min(tokens, GPU_CHUNK) * model.vocab_size
-    states = parameters * (ORACLE[config.train.precision] + GATHERED + LAYOUT // ranks)
+    states = parameters(model) * (ORACLE[config.train.precision] + GATHERED + LAYOUT // ranks)
     return states + activations + logits
 
 

@@ -10,6 +10,7 @@ import re
 from typing import Literal
 
 from llm.config import ModelConfig
+from llm.plan.memory import parameters, position_parameters
 
 Formula = Literal["causal", "palm"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -44,13 +45,8 @@ def matmul_parameters(model: ModelConfig) -> int:
     counts once whether it is tied or not. Not counted: the embedding and position tables, which
     are looked up.
     """
-    C, F, bias = model.d_model, model.ff_dim, int(model.bias)
-    qkv = (model.n_head + 2 * model.kv_heads) * model.head_dim
-    up = 2 * F if model.activation == "swiglu" else F
-    norm = C if model.norm == "rmsnorm" else C * (1 + bias)
-    linears = ((C, qkv), (C, C), (C, up), (F, C))
-    block = 2 * norm + sum(wide * (narrow + bias) for narrow, wide in linears)
-    return model.n_layer * block + norm + model.vocab_size * C
+    embedding = 0 if model.tie_embeddings else model.vocab_size * model.d_model
+    return parameters(model) - embedding - position_parameters(model)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> float:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple, TypeAlias
 
-from llm.config import ModelConfig, RunConfig
+from llm.config import RunConfig
+from llm.plan.memory import FP32, block_parameters, parameters, replicated_parameters, weight_bytes
 
 
 class Collective(NamedTuple):
@@ -32,7 +33,6 @@ class Collective(NamedTuple):
 
 
 Payload: TypeAlias = "Counter[Collective]"
-FP32 = 4
 
 
 def payload(config: RunConfig, world_size: int) -> Payload:
@@ -79,8 +79,8 @@ def tensor_parallel(config: RunConfig, tp: int, m: int) -> Payload:
     # 2 L columns again for its weight's gradient; recomputed: into the columns.
     result[Collective("all_gather", tp)] += m * (6 * blocks + 2 + 2 * recomputed) * activation
     result[Collective("reduce_scatter", tp)] = m * (4 * blocks + 2 + recomputed) * activation
-    # Gradients of what every rank holds whole: norms, biases of rows, the position table.
-    result[Collective("all_reduce", tp)] = m * whole_parameters(model) * w
+    # Gradients of what every rank holds in full: norms, biases of rows, the position table.
+    result[Collective("all_reduce", tp)] = m * replicated_parameters(model) * w
     return result
 
 
@@ -104,32 +104,3 @@ def data_parallel(config: RunConfig, dp: int) -> Payload:
     if stage == 0:
         return Counter({reduce: gradients})
     return Counter({reduce: gradients * (m if stage == 2 else 1), gather: n * w})
-
-
-def weight_bytes(config: RunConfig) -> int:
-    return FP32 if config.train.precision == "fp32" else 2
-
-
-def parameters(model: ModelConfig, tp: int) -> int:
-    """N: elements of all parameters on one of `tp` ranks, the vocabulary padded to a multiple of tp."""
-    tables = (1 if model.tie_embeddings else 2) * -(-model.vocab_size // tp) * model.d_model
-    positions = model.max_seq_len * model.d_model if model.position == "learned" else 0
-    return tables + positions + _norm(model) + block_parameters(model, tp)
-
-
-def block_parameters(model: ModelConfig, tp: int) -> int:
-    """N_L: elements of the blocks' parameters on one of `tp` ranks."""
-    C, F, bias = model.d_model, model.ff_dim, int(model.bias)
-    columns = (model.n_head + 2 * model.kv_heads) * model.head_dim + F * (2 if model.activation == "swiglu" else 1)
-    split = columns * (C + bias) + C * C + F * C
-    return model.n_layer * (split // tp + 2 * bias * C + 2 * _norm(model))
-
-
-def whole_parameters(model: ModelConfig) -> int:
-    """Elements that every tensor-parallel rank holds whole: norms, biases of rows, the position table."""
-    positions = model.max_seq_len if model.position == "learned" else 0
-    return (positions + 2 * int(model.bias) * model.n_layer) * model.d_model + (2 * model.n_layer + 1) * _norm(model)
-
-
-def _norm(model: ModelConfig) -> int:
-    return model.d_model * (1 if model.norm == "rmsnorm" else 1 + int(model.bias))
