@@ -62,7 +62,7 @@ test-all: setup ## the exhaustive lists too
 	$(call run_tests,not gpu and not cluster)
 
 bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
-	@$(BIN)/python benchmarks/step.py
+	@$(BIN)/python -m benchmarks.step
 
 bench-kernels: setup ## every kernel beside every other implementation installed (ARGS="--only attention"; docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks.kernels $(ARGS)

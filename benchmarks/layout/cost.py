@@ -7,26 +7,29 @@ mesh; its result is this rank's.
 from __future__ import annotations
 
 import gc
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
+from benchmarks.clock import clock_of, compare, summary
 from benchmarks.layout.counters import LiveStorages, Traffic
 from llm.config import ParallelConfig, RunConfig
-from llm.model.gpt import GPT
+from llm.model.gpt import GPT, Recompute
 from llm.model.init import init_weights
 from llm.model.layers import DenseLayers
 from llm.parallel.layers import TensorParallel, TensorParallelLayers
 from llm.parallel.mesh import Mesh
+from llm.parity.batches import micro_batches, target_count
 from llm.plan.memory import TrainingState
 from llm.train.build import build_engine
 from llm.train.engines.base import DTYPES, MicroBatch
 
+T = TypeVar("T")
 # By default DeepSpeed keeps parameters below 100,000 elements whole under ZeRO 3, and allocates a bucket for reductions
 # of 500 million elements, however small the model.
 AS_IN_THEORY = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000}
@@ -67,85 +70,68 @@ def meter(device: torch.device) -> Iterator[Meter]:
             yield storages
 
 
-def micro_batches(config: RunConfig, mesh: Mesh | None, device: torch.device, step: int = 0) -> list[MicroBatch]:
-    """This rank's micro-batches of a step, of random tokens."""
-    dp_rank, dp_size = (mesh.dp_rank, mesh.dp_size) if mesh is not None else (0, 1)
-    size, length = config.train.micro_batch_size, config.data.seq_len
-    count = config.train.global_batch_size // (dp_size * size)
-    positions = torch.arange(length, device=device)
-    batches = []
-    for i in range(count):
-        first = step * config.train.global_batch_size + (dp_rank * count + i) * size
-        generator = torch.Generator().manual_seed(first)
-        tokens = torch.randint(config.model.vocab_size, (size, length + 1), generator=generator).to(device)
-        samples = torch.arange(first, first + size, device=device)
-        batches.append(MicroBatch(tokens[:, :-1], positions, samples, tokens[:, 1:]))
-    return batches
+def initial(model: GPT, config: RunConfig, device: torch.device) -> GPT:
+    """The model at its initial weights, in the precision of its computation."""
+    init_weights(model, config.model, config.seed)
+    return model.to(device=device, dtype=DTYPES[config.train.precision])
 
 
-def target_count(config: RunConfig) -> int:
-    return config.train.global_batch_size * config.data.seq_len
+def step_seconds(models: Mapping[T, GPT], batch: MicroBatch, rounds: int) -> dict[T, float]:
+    """Median seconds of a forward and a backward pass of each model, in turns."""
+
+    def step(model: GPT) -> None:
+        model.zero_grad(set_to_none=True)
+        model(*batch).backward()
+
+    clock = clock_of(batch.tokens.device, cold=False)
+    samples = compare(clock, {key: partial(step, model) for key, model in models.items()}, rounds)
+    return {key: summary(found)["ms"] / 1e3 for key, found in samples.items()}
 
 
 # --- the parallel layers on one tensor-parallel rank, beside plain ones ---
 
 
-def seconds_of_step(model: GPT, batch: MicroBatch) -> float:
-    """Of a forward and a backward pass."""
-    model.zero_grad(set_to_none=True)
-    _synchronise(batch.tokens.device)
-    began = time.perf_counter()
-    model(*batch).backward()
-    _synchronise(batch.tokens.device)
-    return time.perf_counter() - began
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def layer_times(config: RunConfig, mesh: Mesh, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of forward and backward with nn.Linear and with the parallel layers at a degree of 1, in turns.
+    """Median seconds of forward and backward with nn.Linear and with the parallel layers at a degree of 1.
 
-    `mesh`: of tensor-parallel groups of one rank. The medians of `rounds` rounds, the first two not counted.
+    `mesh`: of tensor-parallel groups of one rank.
     """
     assert mesh.tp_size == 1, f"{mesh.tp_size} tensor-parallel ranks; expected 1"
-    factories = {
-        "nn.Linear": DenseLayers(seed=config.seed, impl=config.train.impl),
-        "parallel layers, TP 1": TensorParallelLayers(
-            TensorParallel.of(mesh.tp_group), seed=config.seed, impl=config.train.impl
-        ),
+    seed, impl = config.seed, config.train.impl
+    layers = {
+        "nn.Linear": DenseLayers(seed=seed, impl=impl),
+        "parallel layers, TP 1": TensorParallelLayers(TensorParallel.of(mesh.tp_group), seed=seed, impl=impl),
     }
-    models = {}
-    for name, factory in factories.items():
-        models[name] = GPT(config.model, factory)
-        init_weights(models[name], config.model, config.seed)
-        models[name].to(device=device, dtype=DTYPES[config.train.precision])
-    batch = micro_batches(config, mesh, device)[0]
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for i in range(rounds + 2):
-        for name in list(models)[:: 1 if i % 2 else -1]:
-            times[name].append(seconds_of_step(models[name], batch))
-    return {name: statistics.median(seconds[2:]) for name, seconds in times.items()}
+    models = {name: initial(GPT(config.model, factory), config, device) for name, factory in layers.items()}
+    return step_seconds(models, micro_batches(config, 0, device, ragged=False)[0], rounds)
 
 
-# --- memory of the training state ---
+# --- two steps of an engine: memory of the training state, bytes sent ---
+
+
+def two_steps(config: RunConfig, mesh: Mesh, device: torch.device) -> Iterator[None]:
+    """Build the engine and take two steps; yields after building, after each backward pass and after each update.
+
+    What is measured is the second step: the first one allocates what stays, and DeepSpeed's ZeRO 3 traces it.
+    """
+    engine = build_engine(config, mesh, device)
+    engine.set_lr(config.optim.lr)
+    yield
+    ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
+    for step in range(2):
+        # Not kept in a variable, which would live on where memory is counted.
+        engine.forward_backward(
+            micro_batches(config, step, device, **ranks, ragged=False), target_count(config, ragged=False)
+        )
+        yield
+        engine.step()
+        yield
+    engine.close()
 
 
 def state_memory(config: RunConfig, mesh: Mesh, device: torch.device) -> TrainingState:
-    """Measured over the second step: the first one allocates what stays."""
     with LiveStorages(existing=False) as memory:  # earlier engines, full of cycles, may be freed meanwhile
-        engine = build_engine(config, mesh, device)
-        engine.set_lr(config.optim.lr)
-        alive = [_settled(memory)]
-        for step in range(2):
-            engine.forward_backward(micro_batches(config, mesh, device, step), target_count(config))
-            alive.append(_settled(memory))
-            engine.step()
-            alive.append(_settled(memory))
-        engine.close()
-    built, between, after = alive[0], alive[-2], alive[-1]
+        built, _, _, between, after = [_settled(memory) for _ in two_steps(config, mesh, device)]
     return TrainingState(built, after - built, between - after)
 
 
@@ -159,18 +145,13 @@ def _settled(memory: LiveStorages) -> int:
     return now
 
 
-# --- bytes sent ---
-
-
 def step_traffic(config: RunConfig, mesh: Mesh, device: torch.device) -> Traffic:
-    """Of the second step: DeepSpeed's ZeRO 3 traces the first one."""
-    engine = build_engine(config, mesh, device)
-    engine.set_lr(config.optim.lr)
-    for step, traffic in enumerate((Traffic(), Traffic())):
-        with traffic:
-            engine.forward_backward(micro_batches(config, mesh, device, step), target_count(config))
-            engine.step()
-    engine.close()
+    steps = two_steps(config, mesh, device)
+    for _ in range(3):  # up to the end of the first step
+        next(steps)
+    with Traffic() as traffic:
+        for _ in steps:
+            pass
     return traffic
 
 
@@ -189,22 +170,20 @@ class Activations(NamedTuple):
 
 
 # train.activation_checkpointing, train.checkpoint_every
-RECOMPUTED: Sequence[tuple[str, int]] = (("none", 1), ("selective", 1), ("full", 2), ("full", 1))
+RECOMPUTED: Sequence[tuple[Recompute, int]] = (("none", 1), ("selective", 1), ("full", 2), ("full", 1))
 
 
 def activations(config: RunConfig, device: torch.device, rounds: int) -> dict[tuple[str, int], Activations]:
-    """By (train.activation_checkpointing, train.checkpoint_every), for a dense model on one rank; timed in turns."""
-    models, batch = {}, micro_batches(config, None, device)[0]
-    for recompute, every in RECOMPUTED:
-        model = GPT(config.model, DenseLayers(seed=config.seed, impl=config.train.impl), None, recompute, every)  # pyright: ignore[reportArgumentType]
-        init_weights(model, config.model, config.seed)
-        models[recompute, every] = model.to(device=device, dtype=DTYPES[config.train.precision])
+    """By (train.activation_checkpointing, train.checkpoint_every), for a dense model on one rank."""
+    layers = DenseLayers(seed=config.seed, impl=config.train.impl)
+    batch = micro_batches(config, 0, device, ragged=False)[0]
+    models = {
+        (recompute, every): initial(GPT(config.model, layers, None, recompute, every), config, device)
+        for recompute, every in RECOMPUTED
+    }
     held = {key: _activation_bytes(model, batch) for key, model in models.items()}
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in models}
-    for _ in range(rounds + 2):
-        for key, model in models.items():
-            times[key].append(seconds_of_step(model, batch))
-    return {key: Activations(*held[key], statistics.median(times[key][2:])) for key in models}
+    seconds = step_seconds(models, batch, rounds)
+    return {key: Activations(*held[key], seconds[key]) for key in models}
 
 
 def _activation_bytes(model: GPT, batch: MicroBatch) -> tuple[int, int]:

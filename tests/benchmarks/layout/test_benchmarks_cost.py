@@ -79,7 +79,7 @@ def test_the_layouts_of_the_tables() -> None:
     assert [name for name, _ in tensor_layouts(config, 2)] == ["TP 2", "TP 2 + SP"]
 
 
-def tables(config: RunConfig) -> list[str]:
+def tables(config: RunConfig) -> list[list[str]]:
     mesh = Mesh.create(config.parallel, "cpu")
     assert step_traffic(config, mesh, CPU).payload
     return [table(config, CPU, 1) for table in (layer_table, activation_table, memory_table)]
@@ -88,6 +88,7 @@ def tables(config: RunConfig) -> list[str]:
 @pytest.mark.slow
 def test_the_tables_are_whole(two_ranks: RankPool) -> None:
     for layers, recomputed, memory in two_ranks.run(tables, case()):
-        assert "| nn.Linear |" in layers and layers.count("\n") == 3
-        assert "| full, every 2 blocks |" in recomputed and recomputed.count("\n") == 5
-        assert "| ZeRO 3, bf16 |" in memory and memory.count("\n| ") == 12
+        assert layers[2].startswith("| nn.Linear |") and len(layers) == 4
+        assert recomputed[4].startswith("| full, every 2 blocks |") and len(recomputed) == 6
+        assert any(line.startswith("| ZeRO 3, bf16 |") for line in memory)
+        assert sum(line.startswith("| ") for line in memory) == 12

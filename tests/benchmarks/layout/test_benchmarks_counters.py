@@ -11,14 +11,14 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.layout.cost import step_traffic
 from benchmarks.layout.counters import Collective, LiveStorages, Traffic, Volume
 from llm.config import ParallelConfig, RunConfig
 from llm.parallel.collectives import all_reduce, f, g, gather_sequence
 from llm.parallel.mesh import Mesh
 from llm.plan.traffic import payload
-from llm.train.build import build_engine
 from pool import RankPool
-from tiny_run import batches, case, target_count
+from tiny_run import case
 
 pytestmark = pytest.mark.ranks
 
@@ -206,17 +206,7 @@ def layout(ranks: int, name: str) -> RunConfig:
 
 
 def sent_in_a_step(config: RunConfig) -> dict[Collective, int]:
-    mesh = Mesh.create(config.parallel, "cpu")
-    engine = build_engine(config, mesh, torch.device("cpu"))
-    traffic = Traffic()
-    for step in range(2):
-        traffic = Traffic()  # of the last step: DeepSpeed's ZeRO 3 traces the first one
-        with traffic:
-            engine.set_lr(config.optim.lr)
-            micro_batches = batches(config, step, mesh.dp_rank, mesh.dp_size, False)
-            engine.forward_backward(micro_batches, target_count(False))
-            engine.step()
-    engine.close()
+    traffic = step_traffic(config, Mesh.create(config.parallel, "cpu"), torch.device("cpu"))
     assert traffic.scalars.calls <= 6, traffic.scalars
     return traffic.payload
 
