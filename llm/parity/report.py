@@ -1,4 +1,4 @@
-"""What `verify` says: a table by groups of parameters, and all numbers as JSON."""
+"""The report of a comparison: a table by groups of parameters, and all numbers as JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def group_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a verification. On ranks other than 0 there are no checks."""
+    """The outcome of a comparison. On ranks other than 0 there are no checks."""
 
     config: RunConfig
     """Of what was verified: a shrunk model, where `requested` is given."""

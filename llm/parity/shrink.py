@@ -24,10 +24,10 @@ USABLE = 0.8
 SMALLEST_VOCABULARY, SMALLEST_HEAD = 1024, 8
 
 
-def available_bytes(device: torch.device, ranks_here: int) -> int:
-    """What rank 0 may use: its GPU's free memory, and no more than its share of this host's, which holds states."""
-    here = _host_bytes() // ranks_here
-    return min(here, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else here
+def available_bytes(device: torch.device, local_world_size: int) -> int:
+    """What rank 0 may use: its share of the host's memory, where states are gathered, and at most its GPU's."""
+    share = _host_bytes() // local_world_size
+    return min(share, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else share
 
 
 def _host_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
@@ -36,9 +36,9 @@ def _host_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     lines = (line.split() for line in proc.read_text().splitlines())
     free = next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
-    most, used = group / "memory.max", group / "memory.current"
-    if most.is_file() and used.is_file() and (limit := most.read_text().strip()) != "max":
-        return min(free, max(0, int(limit) - int(used.read_text())))
+    maximum, current = group / "memory.max", group / "memory.current"
+    if maximum.is_file() and current.is_file() and (limit := maximum.read_text().strip()) != "max":
+        return min(free, max(0, int(limit) - int(current.read_text())))
     return free
 
 
@@ -67,13 +67,14 @@ def shrink(config: RunConfig, available: int, world_size: int) -> RunConfig:
     limit = int(USABLE * available)
     if needed_bytes(config, world_size) <= limit:
         return config
-    tried = config
+    smallest = config
     for model in smaller(config.model, config.parallel.tensor_parallel):
-        tried = replace(config, model=model)
-        if needed_bytes(tried, world_size) <= limit:
-            return tried
+        smallest = replace(config, model=model)
+        if needed_bytes(smallest, world_size) <= limit:
+            return smallest
     raise InputError(
-        f"verify needs {needed_bytes(tried, world_size) / 1e9:.2f} GB on rank 0 even for a model of {tried.model}; "
+        f"verify needs {needed_bytes(smallest, world_size) / 1e9:.2f} GB on rank 0 "
+        f"even for a model of {smallest.model}; "
         f"{limit / 1e9:.2f} GB can be used: lower train.micro_batch_size or data.seq_len"
     )
 
