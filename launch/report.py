@@ -12,11 +12,11 @@ import json
 
 import torch
 
-from launch.plotting import plot_loss
 from llm.data.tokens.folder import load_manifest
 from llm.data.tokens.manifest import Manifest
 from llm.errors import InputError, require
 from llm.generate import Trained, load_trained, stream
+from llm.report import plot_loss
 from llm.sampling import SamplingConfig
 
 
