@@ -1,4 +1,4 @@
-"""Draws the loss curve of a run from its metrics.jsonl."""
+"""What came of a run: its loss curve, its validation loss beside a bigram model's, and text that it writes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,54 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from llm.data.tokens.folder import load_manifest
+from llm.data.tokens.manifest import Manifest
 from llm.errors import require
+from llm.generate import Trained, load_trained, stream
+from llm.sampling import SamplingConfig
+
+
+def report(run: Path) -> str:
+    """Draw loss.png of a run with a checkpoint and describe the run in a few lines."""
+    require((run / "metrics.jsonl").is_file(), f"{run} is not a run's folder; expected runs/<name>")
+    trained = load_trained(run, torch.device("cpu"))
+    config, manifest = trained.config, load_manifest(trained.config)
+    bigram = manifest.bigram_nats_per_token
+    plot_loss(run / "metrics.jsonl", run / "loss.png", config.name, bigram)
+    lines = [f"run {config.name}: {trained.step} of {config.train.max_steps} steps, {run / 'loss.png'}"]
+    loss = validation_loss(run)
+    if loss is not None:
+        lines.append("  validation loss   " + units(loss, manifest))
+    if bigram is not None:
+        lines.append("  bigram model      " + units(bigram, manifest))
+    if bigram is not None and loss is not None:
+        side = "under" if loss < bigram else "above"
+        lines.append(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
+    if config.logging.sample_tokens > 0:
+        lines += ["", continuation(trained)]
+    return "\n".join(lines)
+
+
+def validation_loss(run: Path) -> float | None:
+    """The last one in metrics.jsonl."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return next((r["val_loss"] for r in reversed(list(records)) if "val_loss" in r), None)
+
+
+def units(loss: float, manifest: Manifest) -> str:
+    bits = manifest.bits_per_byte(loss)
+    return f"{loss:.4f} nats per token" + ("" if bits is None else f", {bits:.4f} bits per byte")
+
+
+def continuation(trained: Trained) -> str:
+    """The configured prompt and what the model writes after it."""
+    settings = trained.config.logging
+    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=trained.config.seed)
+    return "".join(stream(trained, [settings.sample_prompt], settings.sample_tokens, sampling))
 
 
 def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | None = None) -> None:

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "torch", "llm.config", "llm.errors", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint", "llm.sampling",
     },
     "llm/report.py": {"torch", "matplotlib", "llm.errors", "llm.data", "llm.generate", "llm.sampling"},
-    "launch": {"launch", "llm", "torch", "rich"},
+    "launch": {"llm", "torch", "rich"},
     "setup.py": None,
     "benchmarks": None,
     "tests": None,
