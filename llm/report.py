@@ -28,10 +28,9 @@ def report(run: Path) -> str:
     plot_loss(run / "metrics.jsonl", run / "loss.png", config.name, bigram)
     lines = [f"run {config.name}: {trained.step} of {config.train.max_steps} steps, {run / 'loss.png'}"]
     loss = validation_loss(run)
-    if loss is not None:
-        lines.append("  validation loss   " + units(loss, manifest))
-    if bigram is not None:
-        lines.append("  bigram model      " + units(bigram, manifest))
+    for name, nats in (("validation loss", loss), ("bigram model", bigram)):
+        if nats is not None:
+            lines.append(f"  {name:16}  {units(nats, manifest)}")
     if bigram is not None and loss is not None:
         side = "under" if loss < bigram else "above"
         lines.append(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
@@ -41,12 +40,13 @@ def report(run: Path) -> str:
 
 
 def validation_loss(run: Path) -> float | None:
-    """The last one in metrics.jsonl."""
+    """The last one in metrics.jsonl, nats per token."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return next((r["val_loss"] for r in reversed(list(records)) if "val_loss" in r), None)
 
 
 def units(loss: float, manifest: Manifest) -> str:
+    """A loss in nats per token, and in bits per byte where the manifest counts bytes."""
     bits = manifest.bits_per_byte(loss)
     return f"{loss:.4f} nats per token" + ("" if bits is None else f", {bits:.4f} bits per byte")
 
@@ -59,14 +59,9 @@ def continuation(trained: Trained) -> str:
 
 
 def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | None = None) -> None:
-    """Write a PNG with the training loss (as logged, and smoothed) and the validation losses.
+    """Write a PNG with the training loss (as logged, and smoothed), the validation losses and a line for `bigram`.
 
-    Args:
-        metrics_path: metrics.jsonl; lines with `loss` are training, with `val_loss` validation.
-        bigram: loss of a bigram model, nats per token, drawn as a line; None: no line.
-
-    Raises:
-        InputError: the file holds no finite loss.
+    All are in nats per token. Raises InputError if metrics.jsonl holds no finite loss.
     """
     records = [json.loads(line) for line in metrics_path.read_text().splitlines() if line.strip()]
     steps, losses = series(records, "loss")
@@ -96,7 +91,7 @@ def series(records: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list
 
 
 def smoothed(values: list[float], horizon: int = 20) -> list[float]:
-    """Exponential moving average over about `horizon` values, without bias at its start."""
+    """Exponential moving average over about `horizon` values, without bias towards 0 at its start."""
     keep = 1 - 1 / min(horizon, max(1, len(values) // 10))
     average, weight, result = 0.0, 0.0, []
     for value in values:
