@@ -122,8 +122,9 @@ def test_a_forbidden_import_is_seen(name: str, source: str) -> None:
     assert violations(name, source)
 
 
-def test_the_model_knows_nothing_of_ranks() -> None:
-    for path in (ROOT / "llm/model").glob("*.py"):
+@pytest.mark.parametrize("room", ["llm/model", "llm/data", "llm/config", "llm/plan", "kernels"])
+def test_rooms_that_know_nothing_of_ranks(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
         assert "distributed" not in path.read_text(), path
 
 

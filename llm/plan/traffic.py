@@ -1,4 +1,4 @@
-"""What a step of training sends, in closed form: bytes of each collective, for one rank, by the layout.
+"""Bytes that one rank sends in a step of training, in closed form: of each collective, by the layout.
 
 m micro-batches on a rank; B, T, C of one; L blocks, R of them recomputed whole; k ranks in a group; w bytes of a weight
 (and of an activation's element); N parameters on a tensor-parallel rank, those of the blocks N_L. Tests compare these
@@ -15,7 +15,7 @@ from llm.plan.memory import FP32, block_parameters, parameters, replicated_param
 
 
 class Collective(NamedTuple):
-    """A kind of collective among so many ranks."""
+    """A kind of collective and the size of its group."""
 
     kind: str
     """all_reduce, all_gather, reduce_scatter, broadcast or reduce"""
@@ -43,16 +43,13 @@ def payload(config: RunConfig, world_size: int) -> Payload:
     """
     tp = config.parallel.tensor_parallel
     dp = world_size // tp
+    m = config.train.global_batch_size // (dp * config.train.micro_batch_size)
     result: Payload = Counter()
     if tp > 1:
-        result += tensor_parallel(config, tp, micro_batches(config, dp))
+        result += tensor_parallel(config, tp, m)
     if dp > 1:
-        result += data_parallel(config, dp)
+        result += data_parallel(config, dp, m)
     return result
-
-
-def micro_batches(config: RunConfig, dp: int) -> int:
-    return config.train.global_batch_size // (dp * config.train.micro_batch_size)
 
 
 def tensor_parallel(config: RunConfig, tp: int, m: int) -> Payload:
@@ -84,16 +81,16 @@ def tensor_parallel(config: RunConfig, tp: int, m: int) -> Payload:
     return result
 
 
-def data_parallel(config: RunConfig, dp: int) -> Payload:
+def data_parallel(config: RunConfig, dp: int, m: int) -> Payload:
     """Gradients in fp32, each element once per reduction, and weights in their own precision.
 
     Rajbhandari et al. 2020, section 7, count 2 N for the all-reduce of stage 0, and for stages 1 and 2 a
     reduce-scatter and an all-gather, 2 N too. DeepSpeed all-reduces gradients at stages 1 and 2 as well, and at
     stage 2 after every micro-batch.
     """
-    m, stage, w = micro_batches(config, dp), config.parallel.zero_stage, weight_bytes(config)
-    tp = config.parallel.tensor_parallel
-    n, gradients = parameters(config.model, tp), FP32 * parameters(config.model, tp)
+    tp, stage, w = config.parallel.tensor_parallel, config.parallel.zero_stage, weight_bytes(config)
+    n = parameters(config.model, tp)
+    gradients = FP32 * n
     reduce, gather, scatter = (Collective(kind, dp) for kind in ("all_reduce", "all_gather", "reduce_scatter"))
     if config.train.engine == "fsdp":
         # At stage 3 the blocks are gathered for the backward pass again, but for the last, which is still there.
