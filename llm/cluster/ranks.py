@@ -47,8 +47,8 @@ class Ranks:
     """deepspeed, torchrun, openmpi, mpich, slurm, environment (set by hand), or python (alone)."""
 
     def __post_init__(self) -> None:
-        places = (("rank", self.rank, self.world_size), ("local rank", self.local_rank, self.local_world_size))
-        for name, number, size in places:
+        numbers = (("rank", self.rank, self.world_size), ("local rank", self.local_rank, self.local_world_size))
+        for name, number, size in numbers:
             expected = f"expected 0 to {size - 1}"
             require(0 <= number < size, f"{self.launcher}: {name} {number} of {size} processes; {expected}")
         require(
