@@ -75,7 +75,7 @@ bench-kernels: setup ## every kernel beside every other implementation installed
 bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--quick": Ingot alone; results: docs/data.md)
 	@$(BIN)/python -m benchmarks.loader $(ARGS)
 
-bench-parallel: setup ## what parallel layers, ZeRO stages and recomputation cost (results: docs/benchmarks.md)
+bench-parallel: setup ## what ZeRO stages and recomputation cost (results: docs/benchmarks.md)
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \
 	  --config $(CONFIG) --train.micro_batch_size=4 $(ARGS)
 

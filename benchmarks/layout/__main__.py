@@ -1,14 +1,13 @@
 """What each layout costs: `make bench-parallel`, or `torchrun --nproc_per_node 4 -m benchmarks.layout --config C`.
 
-Prints four tables in Markdown, from random tokens: the parallel layers at a degree of 1 beside nn.Linear, the memory of
-training state over ZeRO stages, the bytes that each collective sends in a step, and activation checkpointing.
-`--train.micro_batch_size` and the like override the config. On GPUs: one rank per GPU.
+Prints two tables in Markdown, from random tokens: activation checkpointing on one rank, and the memory of the training
+state over ZeRO stages. `--train.micro_batch_size` and the like override the config. On GPUs: one rank per GPU.
 """
 
 import os
 import sys
 
-from benchmarks.layout.tables import activation_table, layer_table, memory_table, traffic_table
+from benchmarks.layout.cost import activation_table, memory_table
 from benchmarks.report import header, heading
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.cluster.script import run_script
@@ -32,7 +31,7 @@ def bench(ranks: Ranks) -> None:
     initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
     if ranks.rank == 0:
         print(heading(header("benchmarks.layout", sys.argv[1:], device, PACKAGES)))
-    for table in (layer_table, activation_table, memory_table, traffic_table):
+    for table in (activation_table, memory_table):
         lines = table(config, device, ROUNDS)
         if ranks.rank == 0:
             print("", *lines, sep="\n", flush=True)
