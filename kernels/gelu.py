@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, launch
+from kernels.dispatch import cdiv, choose, expect, interpretable, launch, wide
 from kernels.swiglu import as_matrices, sigmoids, tile_of
 
 # Partial rows of dbias. With the column tiles of any width in use they fill a large GPU; a constant, not its SM count,
@@ -151,6 +150,12 @@ def _backward(ctx, dy):
 bias_gelu_op.register_autograd(_backward, setup_context=_save)
 
 
+def gelu_reference(x: Tensor, bias: Tensor | None) -> Tensor:
+    """0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) with z = x + bias; x [..., F], bias [F] or None."""
+    z = wide(x) if bias is None else wide(x) + wide(bias)
+    return (0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))).to(x.dtype)
+
+
 def bias_gelu(x: Tensor, bias: Tensor | None, *, impl: str = "auto") -> Tensor:
     """z Phi(z) for z = x + bias, as 0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) (Hendrycks & Gimpel 2016, sec. 2).
 
@@ -169,5 +174,5 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, impl: str = "auto") -> Tensor:
     if form == "triton":
         return bias_gelu_op(x, bias)
     if form == "reference":
-        return reference.bias_gelu(x, bias)
+        return gelu_reference(x, bias)
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate="tanh")

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded
+from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
 
 LAYOUTS = ("half", "interleaved")
 TILE_PAIRS = 1024
@@ -280,6 +279,43 @@ def stock_qkv(
     return qk[:, :, :, :R].reshape(B, T, n_kv_head * R, head_dim), qk[:, :, :, R], v
 
 
+def rope_reference(x: Tensor, positions: Tensor, *, theta: float = 10000.0, layout: str = "half") -> Tensor:
+    """Pair i of each head turned by position * theta^(-2i/D), an angle in fp32.
+
+    x [B, T, ..., D], positions [T] or [B, T] -> the same shape.
+    """
+    D = x.shape[-1]
+    frequencies = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
+    angles = (positions.float()[..., None] * frequencies).to(wide(x).dtype)  # [(B,) T, D/2]
+    angles = angles.reshape(*positions.shape, *[1] * (x.dim() - 3), D // 2)
+    cos, sin = angles.cos(), angles.sin()
+    if layout == "half":
+        a, b = wide(x).chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    a, b = wide(x)[..., 0::2], wide(x)[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rope_qkv_reference(
+    qkv: Tensor,
+    positions: Tensor,
+    *,
+    n_kv_head: int,
+    head_dim: int,
+    theta: float = 10000.0,
+    layout: str = "half",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, T, (R + 2) K D] -> q [B, T, K R, D], k, v [B, T, K, D]."""
+    R = qkv.shape[-1] // (n_kv_head * head_dim) - 2
+    heads = qkv.unflatten(-1, (n_kv_head, R + 2, head_dim))
+    q, k, v = heads[:, :, :, :R].flatten(2, 3), heads[:, :, :, R], heads[:, :, :, R + 1]
+    return (
+        rope_reference(q, positions, theta=theta, layout=layout),
+        rope_reference(k, positions, theta=theta, layout=layout),
+        v,
+    )
+
+
 def check(name: str, x: Tensor, positions: Tensor, head_dim: int, layout: str) -> None:
     """Raise KernelError unless the arguments that rope and rope_qkv share fit together."""
     expect(layout in LAYOUTS, f"{name}: found layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
@@ -324,7 +360,7 @@ def rope_qkv(
     check("rope_qkv", qkv, positions, head_dim, layout)
     form = choose(impl, "rope_qkv", device=qkv.device, dtype=qkv.dtype)
     if form == "reference":
-        return reference.rope_qkv(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta, layout=layout)
+        return rope_qkv_reference(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta, layout=layout)
     if form == "torch":
         return stock_qkv(qkv, positions, n_kv_head, head_dim, theta, layout)
     frequencies = frequencies_of(head_dim, theta, qkv.device)
@@ -337,7 +373,7 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, layout: str = 
     check("rope", x, positions, x.shape[-1], layout)
     form = choose(impl, "rope", device=x.device, dtype=x.dtype)
     if form == "reference":
-        return reference.rope(x, positions, theta=theta, layout=layout)
+        return rope_reference(x, positions, theta=theta, layout=layout)
     if form == "torch":
         return stock_rotate(x, positions, theta, layout)
     return rope_op(x, positions, frequencies_of(x.shape[-1], theta, x.device), layout == "interleaved", False)

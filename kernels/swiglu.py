@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded
+from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
 
 LAYOUTS = ("alternating", "halves")
 TILE_ELEMENTS = 2048  # of the result
@@ -184,6 +183,17 @@ def stock(x: Tensor, layout: str) -> Tensor:
     return F.silu(gate.contiguous()) * up  # contiguous: twice as fast on a CPU
 
 
+def swiglu_reference(x: Tensor, layout: str = "alternating") -> Tensor:
+    """gate * sigmoid(gate) * up; x [..., 2 F] -> [..., F]."""
+    F = x.shape[-1] // 2
+    channels = wide(x)
+    if layout == "alternating":
+        gate, up = channels[..., 0::2], channels[..., 1::2]
+    else:
+        gate, up = channels[..., :F], channels[..., F:]
+    return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+
+
 def swiglu(x: Tensor, *, layout: str = "alternating", impl: str = "auto") -> Tensor:
     """silu(gate) * up (Shazeer 2020, eq. 6, without its matrix products).
 
@@ -203,5 +213,5 @@ def swiglu(x: Tensor, *, layout: str = "alternating", impl: str = "auto") -> Ten
     if form == "triton":
         return swiglu_op(x, layout == "alternating")
     if form == "reference":
-        return reference.swiglu(x, layout)
+        return swiglu_reference(x, layout)
     return stock(x, layout)

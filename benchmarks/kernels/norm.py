@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.case import BenchCase, Setup, Thunk
-from kernels import norm, reference
+from kernels import norm
+from kernels.norm import reference
 
 EPS = 1e-5
 # 124M, 350M, 1600, 1.3B, 6.7B, 13B with the tokens of a micro-batch; then QuACK's table.

@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention.host import wrong_documents
-from kernels.attention.pattern import Strided
+from kernels.attention import reference
+from kernels.attention.options import Strided
+from kernels.attention.reference import visible
 from kernels.attention.registration import attention_op
 from kernels.dispatch import choose, expect
 from kernels.philox import DropoutKey
-from kernels.reference import attention as reference_attention
-from kernels.reference.attention import attention_with_lse as reference_with_lse
-from kernels.reference.attention import visible
 
 MAX_HEAD_WIDTH = 256  # one tile holds a head
 
@@ -63,6 +61,15 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         q.dtype == k.dtype == v.dtype,
         f"attention: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype: cast them alike",
     )
+
+
+def wrong_documents(cu_seqlens: Tensor, tokens: int) -> str | None:
+    """What is wrong with the numbers in cu_seqlens, or None. Reads the tensor."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] == 0 and bounds[-1] == tokens and sorted(bounds) == bounds:
+        return None
+    shown = ", ".join(map(str, bounds[:8])) + ", ..." * (len(bounds) > 8)
+    return f"found cu_seqlens [{shown}], expected numbers that ascend from 0 to B * T = {tokens}"
 
 
 def wrong_options(
@@ -121,7 +128,9 @@ def _attention(
     if form == "reference":
         options = {"window": window, "sparse": sparse, "cu_seqlens": cu_seqlens, "softcap": softcap}
         options |= {"dropout": key, "samples": samples, "head_offset": head_offset}
-        return reference_with_lse(q, k, v, **options) if lse else (reference_attention(q, k, v, **options), None)
+        return (
+            reference.attention_with_lse(q, k, v, **options) if lse else (reference.attention(q, k, v, **options), None)
+        )
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
     o, base_2 = attention_op(

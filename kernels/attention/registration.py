@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kernels.attention import backward as backward_pass
 from kernels.attention import forward as forward_pass
-from kernels.attention.host import Options
-from kernels.attention.pattern import Strided
+from kernels.attention.options import Options, Strided
 from kernels.philox import DropoutKey
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from kernels.adamw import adamw_
 from kernels.attention import Strided, attention
 from kernels.cross_entropy import cross_entropy
+from kernels.cross_entropy.linear import linear_cross_entropy
 from kernels.dropout import dropout
 from kernels.embedding import embedding
 from kernels.gelu import bias_gelu
-from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.philox import DropoutKey
 from kernels.rope import rope_qkv

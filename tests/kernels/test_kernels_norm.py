@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import philox, reference
+from kernels import philox
 from kernels.dispatch import KernelError
-from kernels.norm import add_layer_norm, add_rms_norm, backward, forward, layer_norm, rms_norm, tiles
+from kernels.norm import add_layer_norm, add_rms_norm, backward, forward, layer_norm, reference, rms_norm, tiles
 from kernels.norm.op import norm_op
 from kernels.norm.tiles import backward_tile, chunks_of, forward_tile
 from kernels.philox import DropoutKey

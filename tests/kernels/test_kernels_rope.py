@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import reference
 from kernels.dispatch import KernelError
-from kernels.rope import HEADS, LAYOUTS, rope, rope_op, rope_qkv, rope_qkv_backward_op, rope_qkv_op
+from kernels.rope import HEADS, LAYOUTS, rope, rope_op, rope_qkv, rope_qkv_backward_op, rope_qkv_op, rope_qkv_reference
 
 # B, T, K, R, D: one token, an odd half width, more heads than a program takes, tiles of tokens across samples, grouped
 # queries, one key/value head, none at all.
@@ -46,7 +45,7 @@ def form(impl: str, positions: Tensor, sizes: dict[str, int], **options: Any) ->
 
 
 def in_float64(qkv: Tensor, positions: Tensor, gradients: list[Tensor], sizes: dict[str, int], **options: Any) -> Any:
-    return run(lambda qkv: reference.rope_qkv(qkv, positions, **sizes, **options), qkv.double(), gradients)
+    return run(lambda qkv: rope_qkv_reference(qkv, positions, **sizes, **options), qkv.double(), gradients)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
@@ -90,7 +89,7 @@ def test_the_references_gradient() -> None:
     for layout in LAYOUTS:
 
         def function(qkv: Tensor, layout: str = layout) -> Any:
-            return reference.rope_qkv(qkv, positions, **sizes, layout=layout)
+            return rope_qkv_reference(qkv, positions, **sizes, layout=layout)
 
         assert torch.autograd.gradcheck(function, qkv.requires_grad_())
 

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
+from kernels.cross_entropy import reference
+from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary, check
 from kernels.dispatch import KernelError, cdiv, choose, interpretable, launch, padded
-from kernels.vocabulary import Vocabulary, WholeVocabulary, check
 
 IGNORED = -100  # torch's default for a target that is not counted
 VECTOR = tl.constexpr(8)  # columns in a row that one thread reads together: 16 bytes in 16 bits

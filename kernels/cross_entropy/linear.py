@@ -1,7 +1,7 @@
 """The language model's last layer and its loss, a chunk of tokens at a time: the logits of a batch never exist.
 
 N tokens, n those of a chunk, C model width, V rows of the weight. While the logits z = x W^T of a chunk exist, their
-gradient is computed in their place (kernels/cross_entropy.py), and with it
+gradient is computed in their place (kernels/cross_entropy/rows.py), and with it
 
     dL/dx = dL/dz W,        dL/dW = sum over chunks of (dL/dz)^T x, in fp32
 
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import reference
-from kernels.cross_entropy import IGNORED, Terms, stock, triton_forward
+from kernels.cross_entropy import reference
+from kernels.cross_entropy.rows import IGNORED, Terms, stock, triton_forward
+from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary, check
 from kernels.dispatch import KernelError, cdiv, choose
-from kernels.vocabulary import Vocabulary, WholeVocabulary, check
 
 CPU_CHUNK = 1024
 GPU_CHUNK = 4096  # tokens from which on the vendor's products run at full speed
@@ -200,7 +200,7 @@ def linear_cross_entropy(
     chunk: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The sum of the cross-entropies of logits x weight^T: fp32 []; the equations are kernels/cross_entropy.py's.
+    """The sum of the cross-entropies of logits x weight^T: fp32 []; the equations are kernels/cross_entropy/rows.py's.
 
     x [..., C], weight [V, C] in one dtype; targets int64 [...], token ids, which are not checked; a target that is
     `ignore_index` counts nothing. vocabulary: the columns that are here, all of them if None; with others, x's gradient
