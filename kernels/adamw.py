@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.dispatch import TRITON_DTYPES, cdiv, choose, expect, interpretable, launch, wide
 from kernels.philox import WORD, philox, signed
+from kernels.registration import operator
 
 # Four elements per thread: then 16-bit and fp32 tensors have one layout, and nothing crosses threads.
 BLOCK = 1024
@@ -120,7 +121,7 @@ def adamw_kernel(
         )  # fmt: skip
 
 
-@torch.library.custom_op("ingot::adamw_", mutates_args=("parameter", "exp_avg", "exp_avg_sq", "low_precision"))
+@operator("adamw_", fake=lambda *_: None, mutates=("parameter", "exp_avg", "exp_avg_sq", "low_precision"))
 def adamw_op(
     parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low_precision: Tensor | None,
     grad_scale: Tensor | None, step_tensor: Tensor | None, step: float, lr: float, beta1: float, beta2: float,
@@ -141,15 +142,6 @@ def adamw_op(
     for target, written in zip(targets, seen, strict=True):
         if written is not target:
             target.copy_(written)
-
-
-@adamw_op.register_fake
-def _(
-    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low_precision: Tensor | None,
-    grad_scale: Tensor | None, step_tensor: Tensor | None, step: float, lr: float, beta1: float, beta2: float,
-    eps: float, weight_decay: float, seed: int | None,
-) -> None:  # fmt: skip
-    return None
 
 
 def log(beta: float) -> float:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import cdiv, choose, expect, interpretable, launch, wide
+from kernels.registration import operator
 from kernels.swiglu import as_matrices, sigmoids, tile_of
 
 # Partial rows of dbias. With the column tiles of any width in use they fill a large GPU; a constant, not its SM count,
@@ -86,28 +87,12 @@ def gelu_backward_kernel(
         tl.store(dbias_ptr + partial * stride_y + cols, sums, cols < stride_y)
 
 
-@torch.library.custom_op("ingot::bias_gelu", mutates_args=())
-def bias_gelu_op(x: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., F], bias [F] -> [..., F]."""
-    (rows,) = as_matrices(bias is None, x)
-    if bias is not None:
-        (bias,) = interpretable(bias.contiguous())
-    M, width = rows.shape
-    y = torch.empty((M, width), dtype=rows.dtype, device=x.device)
-    ROWS, COLS = tile_of(M, width)
-    launch(
-        gelu_forward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
-        rows, bias, y, rows.stride(0), width, M, ROWS, COLS, bias is not None,
-    )  # fmt: skip
-    return y.to(x.dtype).view(x.shape)
+def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, want_dbias: bool) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype if bias is None else bias.dtype
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if want_dbias else 0, dtype=dtype)
 
 
-@bias_gelu_op.register_fake
-def _(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("ingot::bias_gelu_backward", mutates_args=())
+@operator("bias_gelu_backward", fake=_fake_backward)
 def bias_gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor | None, want_dbias: bool) -> tuple[Tensor, Tensor]:
     """(dx [..., F], dbias [F] in the dtype of bias; [0] unless wanted)."""
     dy_rows, rows = as_matrices(bias is None, dy, x)
@@ -126,12 +111,6 @@ def bias_gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor | None, want_dbias
     return dx.to(x.dtype).view(x.shape), dbias.sum(0).to(x.dtype if bias is None else bias.dtype)
 
 
-@bias_gelu_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, bias: Tensor | None, want_dbias: bool) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype if bias is None else bias.dtype
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if want_dbias else 0, dtype=dtype)
-
-
 def _save(ctx, inputs, output) -> None:
     x, bias = inputs
     ctx.set_materialize_grads(False)
@@ -143,11 +122,24 @@ def _backward(ctx, dy):
         return None, None
     x, bias = ctx.saved_tensors
     want_dbias = bias is not None and ctx.needs_input_grad[1]
-    dx, dbias = torch.ops.ingot.bias_gelu_backward(dy, x, bias, want_dbias)
+    dx, dbias = bias_gelu_backward_op(dy, x, bias, want_dbias)
     return dx, dbias if want_dbias else None
 
 
-bias_gelu_op.register_autograd(_backward, setup_context=_save)
+@operator("bias_gelu", fake=lambda x, bias: x.new_empty(x.shape), save=_save, backward=_backward)
+def bias_gelu_op(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., F], bias [F] -> [..., F]."""
+    (rows,) = as_matrices(bias is None, x)
+    if bias is not None:
+        (bias,) = interpretable(bias.contiguous())
+    M, width = rows.shape
+    y = torch.empty((M, width), dtype=rows.dtype, device=x.device)
+    ROWS, COLS = tile_of(M, width)
+    launch(
+        gelu_forward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
+        rows, bias, y, rows.stride(0), width, M, ROWS, COLS, bias is not None,
+    )  # fmt: skip
+    return y.to(x.dtype).view(x.shape)
 
 
 def gelu_reference(x: Tensor, bias: Tensor | None) -> Tensor:

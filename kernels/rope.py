@@ -10,12 +10,15 @@ A program turns a few heads of a tile of tokens, of which it computes the angles
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
+from kernels.registration import operator
 
 LAYOUTS = ("half", "interleaved")
 TILE_PAIRS = 1024
@@ -145,32 +148,12 @@ def run(
     )  # fmt: skip
 
 
-@torch.library.custom_op("ingot::rope_qkv", mutates_args=())
-def rope_qkv_op(
-    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int, interleaved: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [B, T, (R + 2) K D], frequencies fp32 [D/2] -> q [B, T, H, D], k and v [B, T, K, D], contiguous."""
-    (packed,) = interpretable(last_contiguous(qkv))
-    heads = qkv.shape[-1] // head_dim
-    sizes = heads - 2 * n_kv_head, n_kv_head, n_kv_head
-    q, k, v = (packed.new_empty(*qkv.shape[:2], size, head_dim) for size in sizes)
-    run(
-        packed, q, k, v, positions, frequencies, heads // n_kv_head - 2, heads,
-        interleaved=interleaved, unpack=True, inverse=False,
-    )  # fmt: skip
-    return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
+def _fake_qkv_backward(dq: Tensor, dk: Tensor, *_: Any) -> Tensor:
+    B, T, H, D = dq.shape
+    return dq.new_empty(B, T, (H + 2 * dk.shape[2]) * D)
 
 
-@rope_qkv_op.register_fake
-def _(
-    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int, interleaved: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, W = qkv.shape
-    k = qkv.new_empty(B, T, n_kv_head, head_dim)
-    return qkv.new_empty(B, T, W // head_dim - 2 * n_kv_head, head_dim), k, torch.empty_like(k)
-
-
-@torch.library.custom_op("ingot::rope_qkv_backward", mutates_args=())
+@operator("rope_qkv_backward", fake=_fake_qkv_backward)
 def rope_qkv_backward_op(
     dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool
 ) -> Tensor:
@@ -186,29 +169,12 @@ def rope_qkv_backward_op(
     return packed.to(dq.dtype)
 
 
-@rope_qkv_backward_op.register_fake
-def _(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool) -> Tensor:
-    B, T, H, D = dq.shape
-    return dq.new_empty(B, T, (H + 2 * dk.shape[2]) * D)
-
-
-@torch.library.custom_op("ingot::rope", mutates_args=())
-def rope_op(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    """x [B, T, heads, D] -> the same shape, contiguous."""
-    (source,) = interpretable(last_contiguous(x))
-    B, T, heads, D = x.shape
-    packed = source.new_empty(B, T, heads * D)
-    # A tensor of query heads alone: no k, no v.
-    run(
-        packed, source, source, source, positions, frequencies, heads, heads,
-        interleaved=interleaved, unpack=False, inverse=inverse,
-    )  # fmt: skip
-    return packed.to(x.dtype).view(x.shape)
-
-
-@rope_op.register_fake
-def _(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake_qkv(
+    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, W = qkv.shape
+    k = qkv.new_empty(B, T, n_kv_head, head_dim)
+    return qkv.new_empty(B, T, W // head_dim - 2 * n_kv_head, head_dim), k, torch.empty_like(k)
 
 
 def _save_qkv(ctx, inputs, output) -> None:
@@ -226,10 +192,23 @@ def _backward_qkv(ctx, *gradients):
     B, T = given.shape[:2]
     zero = given.new_zeros(ctx.head_dim)
     full = [zero.expand(B, T, n, -1) if g is None else g for g, n in zip(gradients, ctx.heads, strict=True)]
-    return torch.ops.ingot.rope_qkv_backward(*full, *ctx.saved_tensors, ctx.interleaved), *(None,) * 5
+    return rope_qkv_backward_op(*full, *ctx.saved_tensors, ctx.interleaved), *(None,) * 5
 
 
-rope_qkv_op.register_autograd(_backward_qkv, setup_context=_save_qkv)
+@operator("rope_qkv", fake=_fake_qkv, save=_save_qkv, backward=_backward_qkv)
+def rope_qkv_op(
+    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, T, (R + 2) K D], frequencies fp32 [D/2] -> q [B, T, H, D], k and v [B, T, K, D], contiguous."""
+    (packed,) = interpretable(last_contiguous(qkv))
+    heads = qkv.shape[-1] // head_dim
+    sizes = heads - 2 * n_kv_head, n_kv_head, n_kv_head
+    q, k, v = (packed.new_empty(*qkv.shape[:2], size, head_dim) for size in sizes)
+    run(
+        packed, q, k, v, positions, frequencies, heads // n_kv_head - 2, heads,
+        interleaved=interleaved, unpack=True, inverse=False,
+    )  # fmt: skip
+    return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -244,7 +223,18 @@ def _backward(ctx, dy):
     return rope_op(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
 
 
-rope_op.register_autograd(_backward, setup_context=_save)
+@operator("rope", fake=lambda x, *_: x.new_empty(x.shape), save=_save, backward=_backward)
+def rope_op(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """x [B, T, heads, D] -> the same shape, contiguous."""
+    (source,) = interpretable(last_contiguous(x))
+    B, T, heads, D = x.shape
+    packed = source.new_empty(B, T, heads * D)
+    # A tensor of query heads alone: no k, no v.
+    run(
+        packed, source, source, source, positions, frequencies, heads, heads,
+        interleaved=interleaved, unpack=False, inverse=inverse,
+    )  # fmt: skip
+    return packed.to(x.dtype).view(x.shape)
 
 
 def frequencies_of(D: int, theta: float, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
+from kernels.registration import operator
 
 LAYOUTS = ("alternating", "halves")
 TILE_ELEMENTS = 2048  # of the result
@@ -119,26 +120,7 @@ def vector_of(x: Tensor, alternating: bool) -> int:
     return 16 // x.itemsize // (2 if alternating else 1)
 
 
-@torch.library.custom_op("ingot::swiglu", mutates_args=())
-def swiglu_op(x: Tensor, alternating: bool) -> Tensor:
-    """x [..., 2 F] -> [..., F]."""
-    (rows,) = as_matrices(alternating, x)
-    M, width = rows.shape[0], rows.shape[1] // 2
-    y = torch.empty((M, width), dtype=rows.dtype, device=x.device)
-    ROWS, COLS = tile_of(M, width)
-    launch(
-        swiglu_forward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
-        rows, y, rows.stride(0), width, M, ROWS, COLS, vector_of(rows, alternating), alternating,
-    )  # fmt: skip
-    return y.to(x.dtype).view(*x.shape[:-1], x.shape[-1] // 2)
-
-
-@swiglu_op.register_fake
-def _(x: Tensor, alternating: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-
-
-@torch.library.custom_op("ingot::swiglu_backward", mutates_args=())
+@operator("swiglu_backward", fake=lambda dy, x, _: x.new_empty(x.shape))
 def swiglu_backward_op(dy: Tensor, x: Tensor, alternating: bool) -> Tensor:
     """dy [..., F], x [..., 2 F] -> dx [..., 2 F]."""
     dy_rows, rows = as_matrices(alternating, dy, x)
@@ -153,11 +135,6 @@ def swiglu_backward_op(dy: Tensor, x: Tensor, alternating: bool) -> Tensor:
     return dx.to(x.dtype).view(x.shape)
 
 
-@swiglu_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, alternating: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _save(ctx, inputs, output) -> None:
     x, ctx.alternating = inputs
     ctx.set_materialize_grads(False)
@@ -168,10 +145,21 @@ def _backward(ctx, dy):
     if dy is None:
         return None, None
     (x,) = ctx.saved_tensors
-    return torch.ops.ingot.swiglu_backward(dy, x, ctx.alternating), None
+    return swiglu_backward_op(dy, x, ctx.alternating), None
 
 
-swiglu_op.register_autograd(_backward, setup_context=_save)
+@operator("swiglu", fake=lambda x, _: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), save=_save, backward=_backward)
+def swiglu_op(x: Tensor, alternating: bool) -> Tensor:
+    """x [..., 2 F] -> [..., F]."""
+    (rows,) = as_matrices(alternating, x)
+    M, width = rows.shape[0], rows.shape[1] // 2
+    y = torch.empty((M, width), dtype=rows.dtype, device=x.device)
+    ROWS, COLS = tile_of(M, width)
+    launch(
+        swiglu_forward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
+        rows, y, rows.stride(0), width, M, ROWS, COLS, vector_of(rows, alternating), alternating,
+    )  # fmt: skip
+    return y.to(x.dtype).view(*x.shape[:-1], x.shape[-1] // 2)
 
 
 def stock(x: Tensor, layout: str) -> Tensor:

@@ -6,17 +6,21 @@ B batch, Tq queries, Tk keys, H query heads, K key/value heads, D head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import reference
-from kernels.attention.options import Strided
+from kernels.attention.backward import backward
+from kernels.attention.forward import forward
+from kernels.attention.options import Options, Strided
 from kernels.attention.reference import visible
-from kernels.attention.registration import attention_op
 from kernels.dispatch import choose, expect
 from kernels.philox import DropoutKey
+from kernels.registration import operator
 
 MAX_HEAD_WIDTH = 256  # one tile holds a head
 
@@ -100,6 +104,71 @@ def wrong_options(
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         return wrong_documents(cu_seqlens, B * Tk)
     return None
+
+
+# `attention`'s options as its operators take them. window 0: none; sparse: [] or [block, local, stride].
+OPTIONS = (
+    "Tensor? samples, Tensor? cu_seqlens, SymInt window, SymInt[] sparse, float softcap, float p, SymInt seed, "
+    "SymInt site, SymInt head_offset, bool deterministic"
+)
+
+
+def options_of(
+    window: int, sparse: Sequence[int], softcap: float, p: float, seed: int, site: int, head_offset: int,
+    deterministic: bool,
+) -> Options:  # fmt: skip
+    key = DropoutKey(p, seed, site) if p > 0 else None
+    return Options(window or None, Strided(*sparse) if sparse else None, softcap, key, head_offset, deterministic)
+
+
+def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, Tq, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, samples, cu_seqlens, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, samples, cu_seqlens)
+
+
+def _backward(ctx, do, dlse):
+    if do is None and dlse is None:
+        return (None,) * (5 + len(ctx.options))
+    q, k, v, o, lse, samples, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    gradients = attention_backward_op(do, dlse, q, k, v, o, lse, samples, cu_seqlens, *ctx.options)
+    return *gradients, *(None,) * (2 + len(ctx.options))
+
+
+@operator(
+    "attention",
+    schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, samples: Tensor | None, cu_seqlens: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """(o [B, Tq, H, D], lse in base 2, fp32 [B, H, Tq])."""
+    return forward(q, k, v, options_of(*options), samples, cu_seqlens)
+
+
+@operator(
+    "attention_backward",
+    schema=(
+        "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+        f"{OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    ),
+    fake=lambda do, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+)
+def attention_backward_op(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, samples: Tensor | None,
+    cu_seqlens: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv)."""
+    return backward(do, dlse, q, k, v, o, lse, options_of(*options), samples, cu_seqlens)
 
 
 def _no_stock(sparse: Strided | None, softcap: float, lse: bool) -> str | None:

@@ -12,6 +12,7 @@ from kernels.norm import reference
 from kernels.norm.backward import backward
 from kernels.norm.forward import Drop, forward
 from kernels.philox import DropoutKey
+from kernels.registration import operator
 
 
 def drop_of(samples: Tensor | None, positions: Tensor | None, p: float, seed: int, site: int) -> Drop | None:
@@ -20,27 +21,12 @@ def drop_of(samples: Tensor | None, positions: Tensor | None, p: float, seed: in
     return Drop(DropoutKey(p, seed, site), samples, positions)
 
 
-@torch.library.custom_op("ingot::norm", mutates_args=())
-def norm_op(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
-    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, stream, mean, rstd), see kernels/norm/forward.py; dropout if there are samples and positions."""
-    return forward(x, residual, weight, bias, eps, rms, drop_of(samples, positions, p, seed, site))
+def _fake_backward(dy, dstream, x, weight, mean, rstd, samples, positions, has_bias, *_) -> tuple[Tensor, ...]:
+    dx = x.new_empty(0 if samples is None else x.shape)
+    return x.new_empty(x.shape), dx, weight.new_empty((1 + has_bias, weight.shape[0]))
 
 
-@norm_op.register_fake
-def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
-    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    like = x if residual is None else residual
-    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    stream = like.new_empty(0 if residual is None else x.shape)
-    return like.new_empty(x.shape), stream, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
-
-
-@torch.library.custom_op("ingot::norm_backward", mutates_args=())
+@operator("norm_backward", fake=_fake_backward)
 def norm_backward_op(
     dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     samples: Tensor | None, positions: Tensor | None,
@@ -51,14 +37,11 @@ def norm_backward_op(
     return backward(dy, dstream, x, weight, mean, rstd, has_bias, rms, drop)
 
 
-@norm_backward_op.register_fake
-def _(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    samples: Tensor | None, positions: Tensor | None,
-    has_bias: bool, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = x.new_empty(0 if samples is None else x.shape)
-    return x.new_empty(x.shape), dx, weight.new_empty((1 + has_bias, weight.shape[0]))
+def _fake(x, residual, weight, bias, samples, positions, eps, rms, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = x if residual is None else residual
+    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    stream = like.new_empty(0 if residual is None else x.shape)
+    return like.new_empty(x.shape), stream, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
 
 
 def _save(ctx, inputs, output) -> None:
@@ -75,7 +58,7 @@ def _backward(ctx, dy, dstream, dmean, drstd):
     x, weight, mean, rstd, samples, positions = ctx.saved_tensors
     dweight = dbias = None
     if dy is not None:
-        dresidual, dx, sums = torch.ops.ingot.norm_backward(
+        dresidual, dx, sums = norm_backward_op(
             dy, dstream, x, weight, mean, rstd, samples, positions, ctx.bias_dtype is not None, *ctx.rms_and_key
         )
         dweight = sums[0]
@@ -90,7 +73,13 @@ def _backward(ctx, dy, dstream, dmean, drstd):
     return dx, dresidual if ctx.has_residual else None, dweight, dbias, *[None] * 7
 
 
-norm_op.register_autograd(_backward, setup_context=_save)
+@operator("norm", fake=_fake, save=_save, backward=_backward)
+def norm_op(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
+    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, stream, mean, rstd), see kernels/norm/forward.py; dropout if there are samples and positions."""
+    return forward(x, residual, weight, bias, eps, rms, drop_of(samples, positions, p, seed, site))
 
 
 def stock(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:

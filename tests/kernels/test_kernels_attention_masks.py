@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Strided, attention, attention_with_lse, tiles
+from kernels.attention.op import attention_op
 from kernels.attention.reference import visible
-from kernels.attention.registration import attention_op
 from kernels.philox import DropoutKey
 
 
