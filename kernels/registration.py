@@ -79,9 +79,7 @@ def autograd_kernel(op: OpOverload, save: Callable[..., None], backward: Callabl
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             # once_differentiable would detach a second derivative in silence where no gradient from above has one.
-            expect(
-                not torch.is_grad_enabled(), f"{op}: found create_graph=True, but the operator is differentiable once"
-            )
+            expect(not torch.is_grad_enabled(), twice)
             return backward(ctx, *gradients)
 
     return lambda *inputs: Node.apply(*inputs) if torch.is_grad_enabled() else below(*inputs)

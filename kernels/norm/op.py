@@ -11,6 +11,7 @@ from kernels.dispatch import choose, expect
 from kernels.norm import reference
 from kernels.norm.backward import backward
 from kernels.norm.forward import Drop, forward
+from kernels.norm.tiles import MAX_WIDTH
 from kernels.philox import DropoutKey
 from kernels.registration import operator
 
@@ -99,10 +100,17 @@ def expect_weights(op: str, x: Tensor, *weights: Tensor | None) -> None:
     )
 
 
+def no_triton(x: Tensor) -> str | None:
+    """Why the Triton form cannot normalise rows as wide as those of x, or None."""
+    if x.shape[-1] <= MAX_WIDTH:
+        return None
+    return f"found rows of width {x.shape[-1]}, expected at most {MAX_WIDTH}: use impl=torch or reference"
+
+
 def norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: str) -> Tensor:
     expect_weights(op, x, weight, bias)
     rms = op == "rms_norm"
-    form = choose(impl, op, device=x.device, dtype=x.dtype)
+    form = choose(impl, op, device=x.device, dtype=x.dtype, no_triton=no_triton(x))
     if form == "triton":
         return norm_op(x, None, weight, bias, None, None, eps, rms, 0.0, 0, 0)[0]
     if form == "torch":
@@ -113,8 +121,9 @@ def norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, im
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, impl: str = "auto") -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in fp32 (Ba et al. 2016).
 
-    x [..., C] with any strides; weight, bias [C], of any dtype; bias may be None. Returns [..., C] in the dtype of x.
-    Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on wrong shapes or a form that cannot run.
+    x [..., C] with any strides, C at most 16,384 in the triton form; weight, bias [C], of any dtype; bias may be None.
+    Returns [..., C] in the dtype of x. Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on wrong
+    shapes or a form that cannot run.
     """
     return norm("layer_norm", x, weight, bias, eps, impl)
 
@@ -145,7 +154,8 @@ def add_norm(
             f"dropout masks are drawn from their numbers",
         )
     rms = op == "add_rms_norm"
-    form = choose(impl, op, device=x.device, dtype=torch.promote_types(x.dtype, residual.dtype))
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    form = choose(impl, op, device=x.device, dtype=dtype, no_triton=no_triton(x))
     if form == "triton":
         drop = (samples, positions) if key else (None, None)
         numbers = (key.p, key.seed, key.site) if key else (0.0, 0, 0)
