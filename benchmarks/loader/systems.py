@@ -42,7 +42,9 @@ SYSTEMS: dict[str, Entry] = {
     "C gather": Entry("gather", "Gather", {"form": "native"}, "reference", documents=True),
     "C gather int64": Entry("gather", "Gather", {"form": "int64"}, "reference", documents=True),
     "NumPy rows": Entry("rivals.numpy_rows", "NumpyRows", {}, "reference", documents=True, shards=False),
-    "Megatron": Entry("rivals.megatron_gpt", "Megatron", {}, rows="documents", documents=True, workers=True, keeps=True),
+    "Megatron": Entry(
+        "rivals.megatron_gpt", "Megatron", {}, rows="documents", documents=True, workers=True, keeps=True
+    ),
     # Its own default. (A mask of 8192 x 8192 per sample would take 256 MB before it is made binary.)
     "Megatron dense mask": Entry(
         "rivals.megatron_gpt", "Megatron", {"dense_mask": True}, rows="documents", documents=None, slow=True
