@@ -207,7 +207,7 @@ def query_of(step, far, block, SPARSE: tl.constexpr, STRIDE: tl.constexpr):
 def document_bounds_kernel(
     cu_seqlens_ptr, starts_ptr, ends_ptr, documents, steps, T, tokens, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write the first and last token of each token's document, int32 [B, T], relative to its row, maybe outside of it."""
+    """Write the first and last token of each token's document, int32 [B, T], relative to its row (maybe outside)."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros((BLOCK,), tl.int32)
     high = low + documents
