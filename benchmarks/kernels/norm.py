@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.case import BenchCase, Setup, Thunk
-from kernels import norm, reference
+from kernels import norm
+from kernels.norm import reference
 
 EPS = 1e-5
 # 124M, 350M, 1600, 1.3B, 6.7B, 13B with the tokens of a micro-batch; then QuACK's table.
 PRESETS = [(16384, 768), (16384, 1024), (16384, 1600), (16384, 2048), (8192, 4096), (8192, 5120)]
-SHAPES = [(32768, C) for C in (256, 1024, 4096, 8192, 16384, 65536)] + [(16384, 131072)]
+SHAPES = [(32768, C) for C in (256, 1024, 4096, 8192, 16384)]
 SMALL = [(64, 96)]
 LARGEST_REFERENCE = 2**29  # elements: it keeps several copies in fp32
 OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")

@@ -30,25 +30,22 @@ def cases(device: torch.device, small: bool) -> Iterator[BenchCase]:
     dtype = torch.float32 if small else torch.bfloat16
     for N, F in SMALL if small else SHAPES:
         for part, passes in (("forward", 3), ("backward", 5)):
-            for layout in ("alternating", "halves"):
-                x, dy = (torch.randn(N, width, device=device, dtype=dtype) for width in (2 * F, F))
-                moved = passes * dy.numel() * dtype.itemsize
-                yield BenchCase(
-                    "swiglu", part, f"{layout} N={N} F={F}", "width", F, str(dtype)[6:], 0.0, moved,
-                    _rivals(x, dy, part, layout), layout,
-                    # Its gradients are of two tensors; Liger writes them over gate and up.
-                    frozenset({"Liger", "flash_attn"} if part == "backward" else ()),
-                )  # fmt: skip
+            x, dy = (torch.randn(N, width, device=device, dtype=dtype) for width in (2 * F, F))
+            moved = passes * dy.numel() * dtype.itemsize
+            yield BenchCase(
+                "swiglu", part, f"N={N} F={F}", "width", F, str(dtype)[6:], 0.0, moved, _rivals(x, dy, part),
+                # Its gradients are of two tensors; Liger writes them over gate and up.
+                unlike=frozenset({"Liger", "flash_attn"} if part == "backward" else ()),
+            )  # fmt: skip
 
 
-def _rivals(x: Tensor, dy: Tensor, part: str, layout: str) -> dict[str, Setup]:
+def _rivals(x: Tensor, dy: Tensor, part: str) -> dict[str, Setup]:
     def form(impl: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: swiglu(x, layout=layout, impl=impl)
+        return lambda x: swiglu(x, impl=impl)
 
     def of_two(function: Callable[[Tensor, Tensor], Tensor]) -> Thunk:
         """A rival that takes gate and up as two contiguous tensors."""
-        gate, up = (x[:, 0::2], x[:, 1::2]) if layout == "alternating" else x.chunk(2, -1)
-        return timed(function, part, [t.clone(memory_format=torch.contiguous_format) for t in (gate, up)], [dy])
+        return timed(function, part, [x[:, i::2].clone(memory_format=torch.contiguous_format) for i in (0, 1)], [dy])
 
     def liger() -> Thunk:
         return of_two(importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply)

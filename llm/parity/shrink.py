@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.linear_cross_entropy import GPU_CHUNK
+from kernels.cross_entropy.linear import GPU_CHUNK
 from llm.config import ModelConfig, RunConfig
 from llm.errors import InputError
 from llm.plan.memory import parameters

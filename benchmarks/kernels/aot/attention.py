@@ -10,7 +10,7 @@ from kernels.attention.backward import CAST_ELEMENTS, DELTA_ROWS, attention_delt
 from kernels.attention.dkdv import attention_dkdv_kernel
 from kernels.attention.dq import attention_dq_kernel
 from kernels.attention.forward import attention_forward_kernel
-from kernels.attention.host import DOCUMENT_TOKENS, document_bounds_kernel
+from kernels.attention.parts import DOCUMENT_TOKENS, document_bounds_kernel
 from kernels.attention.tiles import Tile, tile_for, tile_width
 
 HEAD_WIDTHS = (16, 32, 40, 64, 80, 96, 128, 192, 256)

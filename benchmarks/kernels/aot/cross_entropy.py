@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.kernels.aot.compile import Case
-from kernels.cross_entropy import (
+from kernels.cross_entropy.rows import (
     cross_entropy_backward_kernel,
     cross_entropy_forward_kernel,
     scale_rows_kernel,

@@ -10,13 +10,13 @@ from kernels.norm.backward import (
     SUM_COLS,
     SUM_ROWS,
     norm_backward_kernel,
+    projections_kernel,
     sum_partials_kernel,
-    wide_projections_kernel,
 )
-from kernels.norm.forward import norm_forward_kernel, wide_norm_forward_kernel
-from kernels.norm.tiles import FORWARD_WIDTH, WIDE_FORWARD_COLS, column_blocks, forward_tile
+from kernels.norm.forward import norm_forward_kernel
+from kernels.norm.tiles import MEAN_COLS, column_blocks, forward_tile
 
-WIDTHS = (128, 768, 1600, 2048, 4096, 5120, 8192, 16384, 65536)
+WIDTHS = (128, 768, 1600, 2048, 4096, 5120, 8192, 16384)
 # (operation, RMS, HAS_BIAS)
 LAYER, PLAIN_LAYER, RMS = ("layer_norm", False, True), ("layer_norm", False, False), ("rms_norm", True, False)
 # (its name, adds to a stream, DROPOUT)
@@ -46,9 +46,9 @@ def cases(arch: int) -> Iterator[Case]:
         for kind in (PLAIN_LAYER, LAYER, RMS) if C == 768 else ():
             yield from _both("bf16", C, kind, ADD, OWN_WEIGHTS, " fp32 weights")
         for rms in (False, True) if column_blocks(C, False)[1] > 1 else ():
-            constants = {"C": C, "COLS": WIDE_FORWARD_COLS, "RMS": rms} | absent(mean=not rms)
+            constants = {"C": C, "COLS": MEAN_COLS, "RMS": rms} | absent(mean=not rms)
             which = f"{'rms' if rms else 'layer'}_norm projections bf16 C={C}"
-            yield Case(which, wide_projections_kernel, "bf16", constants, TYPES, 16)
+            yield Case(which, projections_kernel, "bf16", constants, TYPES, 16)
     for dtype in ("bf16", "fp16", "fp32"):
         constants = {"N": 768, "ROWS": SUM_ROWS, "COLS": SUM_COLS}
         yield Case(f"norm partial sums {dtype}", sum_partials_kernel, dtype, constants, TYPES)
@@ -69,8 +69,6 @@ def _both(
 
 def _forward(name: str, dtype: str, C: int, flags: Flags, add: bool, types: dict[str, str]) -> Case:
     flags = flags | {"ADD": add} | absent(bias=bool(flags["HAS_BIAS"]), residual=add)
-    if C > FORWARD_WIDTH:
-        return Case(name, wide_norm_forward_kernel, dtype, flags | {"COLS": WIDE_FORWARD_COLS}, types, 16)
     tile = forward_tile(C, bool(flags["DROPOUT"]))
     sides = {"ROWS": tile.rows, "COLS": tile.cols, "CHUNKS": tile.chunks}
     return Case(name, norm_forward_kernel, dtype, flags | sides, types, tile.warps, may_spill=dtype == "fp32")

@@ -20,9 +20,7 @@ def cases(arch: int) -> Iterator[Case]:
     for D in HEAD_WIDTHS:
         tokens, pairs = tile_of(D)
         for dtype in ("bf16", "fp16", "fp32"):
-            for layout in ("half", "interleaved"):
-                shape = {"D": D, "TOKENS": tokens, "PAIRS": pairs, "HEADS": HEADS}
-                for use, constants in USES.items():
-                    constants = shape | {"INTERLEAVED": layout == "interleaved"} | constants
-                    name = f"rope {use} {dtype} {layout} D={D}"
-                    yield Case(name, rope_kernel, dtype, constants, TYPES, may_spill=dtype == "fp32")
+            shape = {"D": D, "TOKENS": tokens, "PAIRS": pairs, "HEADS": HEADS}
+            for use, constants in USES.items():
+                name = f"rope {use} {dtype} D={D}"
+                yield Case(name, rope_kernel, dtype, shape | constants, TYPES, may_spill=dtype == "fp32")

@@ -17,9 +17,6 @@ def cases(arch: int) -> Iterator[Case]:
     tiles = sorted({tile_of(M, width) for M, width in SHAPES})
     for kind, kernel in kernels.items():
         for dtype, itemsize in ITEMSIZES.items():
-            for alternating in (True, False):
-                for rows, columns in tiles:
-                    vector = 16 // itemsize // (2 if alternating else 1)
-                    constants = {"ROWS": rows, "COLS": columns, "VECTOR": vector, "ALTERNATING": alternating}
-                    layout = "alternating" if alternating else "halves"
-                    yield Case(f"swiglu {kind} {dtype} {layout} {rows}x{columns}", kernel, dtype, constants)
+            for rows, columns in tiles:
+                constants = {"ROWS": rows, "COLS": columns, "VECTOR": 8 // itemsize}
+                yield Case(f"swiglu {kind} {dtype} {rows}x{columns}", kernel, dtype, constants)

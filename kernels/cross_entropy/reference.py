@@ -5,19 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.reference.wide import wide
-from kernels.vocabulary import Vocabulary, WholeVocabulary
+from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary
+from kernels.dispatch import wide
 
 
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-    softcap: float = 0.0,
+    logits: Tensor, targets: Tensor, *, z_loss: float = 0.0, ignore_index: int = -100, softcap: float = 0.0,
     vocabulary: Vocabulary | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(losses, log-sum-exp without a gradient) [N] each; see kernels.cross_entropy.cross_entropy."""
     vocabulary = vocabulary or WholeVocabulary(logits.shape[-1])
     z = wide(logits)[:, : vocabulary.rows]
@@ -35,5 +30,5 @@ def cross_entropy(
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor:
-    """The sum of the losses of logits x weight^T; see kernels.linear_cross_entropy.linear_cross_entropy."""
+    """The sum of the losses of logits x weight^T; see kernels.cross_entropy.linear_cross_entropy."""
     return cross_entropy(wide(x) @ wide(weight).t(), targets, **options)[0].sum()
