@@ -1,13 +1,21 @@
-"""Which tiles attention runs fastest with on the GPU at hand (`benchmarks/kernels/tune_attention.py`).
+"""Times the tiles that attention may be cut into on this GPU, and prints lines for kernels/attention/tiles.py.
 
-The candidates are those that the compiler's report finds no fault with. Each is timed in the whole pass that it
-belongs to, forward or backward, and its results are compared with the present tile's.
+usage: python -m benchmarks.kernels.tune [--widths 64 128] [--lengths 1024 4096] [--dtypes bf16]
+           [--kinds forward dkdv dq fused] [--forms plain dropout softcap window sparse] [--best 5] [--tokens 16384]
+           [--channels 2048]
+
+For each dtype, length and form: the fastest tiles with the time of the whole pass, forward or backward, the present one
+among them, then the line for the table. The candidates are those that the compiler's report finds no fault with, and
+their results are compared with the present tile's. Minutes for each width and kind: every candidate is compiled. Exit
+code 2: the kernels run on no GPU here.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,28 +26,30 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from benchmarks.kernels.aot.attention import attention_case
-from benchmarks.kernels.aot.compile import compile_case
-from benchmarks.kernels.measure import Clock
+from benchmarks.clock import Clock, clock_of
+from benchmarks.kernels.aot import report_of
+from benchmarks.kernels.case import DTYPES
+from benchmarks.kernels.launches import recorded
 from benchmarks.kernels.runner import TOLERANCE, comparison
 from kernels.attention.backward import backward
 from kernels.attention.forward import forward
 from kernels.attention.host import Options, describable, flags
 from kernels.attention.pattern import Strided
-from kernels.attention.tiles import WIDTHS, Tile, tile_here, tile_width
+from kernels.attention.tiles import KINDS, WIDTHS, Tile, tile_here, tile_width
 from kernels.dispatch import INTERPRETED, expect, why_not_triton
 from kernels.philox import DropoutKey
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# By the name of a form in the compiler's report: what is switched on.
 FORMS = {
-    "": Options(),
-    " dropout": Options(key=DropoutKey(0.1, 0, 0)),
-    " softcap": Options(softcap=30.0),
-    " window": Options(window=1024),
-    " sparse": Options(sparse=Strided(64, 2, 4)),
+    "plain": Options(),
+    "dropout": Options(key=DropoutKey(0.1, 0, 0)),
+    "softcap": Options(softcap=30.0),
+    "window": Options(window=1024),
+    "sparse": Options(sparse=Strided(64, 2, 4)),
 }
+KERNELS = {kind: f"attention_{'dkdv' if kind == 'fused' else kind}_kernel" for kind in KINDS}
 ARCHITECTURES = {9: 90, 10: 100}  # by major compute capability; the tiles of 80 serve all others
+# The interpreter, for tests of this script: it proves nothing about speed.
+INTERPRETED_TILES = [Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)]
 TURNS = 5
 SIDES = {2: (32, 64, 128), 4: (16, 32, 64)}  # of candidates, by bytes per element
 
@@ -51,7 +61,7 @@ class Problem:
     T: int
     D: int
     dtype: str
-    form: str = ""
+    form: str = "plain"
     tokens: int = 16384
     channels: int = 2048
 
@@ -85,8 +95,11 @@ def grid(problem: Problem, major: int) -> list[Tile]:
 
 def fits(arch: int, kind: str, problem: Problem, tile: Tile) -> bool:
     """Whether the kernel compiles with this tile, without spills and within the shared memory."""
+    with recorded(arch) as launches:
+        pass_of(kind, problem, torch.device("cpu"))(tile)
+    (launch,) = [launch for launch in launches if launch.kernel == KERNELS[kind]]
     try:
-        return compile_case(attention_case(kind, problem.dtype, problem.D, tile, problem.form), arch).fits
+        return report_of(launch).fits(may_spill=problem.dtype == "fp32")
     except (TritonError, RuntimeError, CalledProcessError):  # a pass of the compiler or the assembler gave up
         return False
 
@@ -95,7 +108,8 @@ def fitting(kind: str, problem: Problem, major: int) -> list[Tile]:
     """The tiles of the grid that fit, each compiled in one of several fresh processes."""
     tiles = grid(problem, major)
     count = len(tiles)
-    arguments = ([ARCHITECTURES.get(major, 80)] * count, [kind] * count, [problem] * count, tiles)
+    one_row = replace(problem, tokens=problem.T)
+    arguments = ([ARCHITECTURES.get(major, 80)] * count, [kind] * count, [one_row] * count, tiles)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
         return [tile for tile, fit in zip(tiles, workers.map(fits, *arguments), strict=True) if fit]
 
@@ -139,7 +153,7 @@ def tune(
     standard = run(now)
     timings = []
     for tile in (now, *(tile for tile in tiles if tile != now)):
-        found = comparison(run(tile), standard, TOLERANCE[str(standard[0].dtype).removeprefix("torch.")])
+        found = comparison(run(tile), standard, TOLERANCE[standard[0].dtype])
         samples = [sample.device for _ in range(TURNS) for sample in clock.turn(lambda tile=tile: run(tile))]
         timings.append(Timing(tile, statistics.median(samples), found.get("wrong", "")))
     return sorted(timings, key=lambda timing: timing.seconds)
@@ -175,3 +189,44 @@ def line(kind: str, problems: Sequence[tuple[Problem, Sequence[Timing]]], device
 def cell(tile: Tile) -> str:
     """As the tables write it."""
     return f"{tile.block_m}x{tile.block_n}x{tile.warps}x{tile.stages}"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.kernels.tune", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128], help="of a head")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="of a row")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["plain"], help="what is switched on")
+    parser.add_argument("--best", type=int, default=5, help="tiles to print of each problem")
+    parser.add_argument("--tokens", type=int, default=16384, help="rows times their length")
+    parser.add_argument("--channels", type=int, default=2048, help="heads times their width")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = why_not_triton(device, torch.bfloat16)
+    if reason is not None:
+        print(f"error: benchmarks.kernels.tune: {reason}", file=sys.stderr)
+        return 2
+    name = "the interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
+    tiles = INTERPRETED_TILES if INTERPRETED else None
+    clock = clock_of(device)
+    for dtype, T, form in itertools.product(options.dtypes, options.lengths, options.forms):
+        problems = [Problem(T, D, dtype, form, options.tokens, options.channels) for D in options.widths]
+        print(f"# {name}: {dtype}, {options.tokens} tokens in rows of {T}, {options.channels} channels, {form}")
+        for kind in options.kinds:
+            found = [(problem, tune(kind, problem, device, clock, tiles)) for problem in problems]
+            for problem, timings in found:
+                for text in ranking(kind, problem, timings, present(kind, problem, device), options.best):
+                    print(text)
+            print(line(kind, found, device), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

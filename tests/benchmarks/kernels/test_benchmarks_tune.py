@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.clock import CpuClock
 from benchmarks.kernels import tune
-from benchmarks.kernels.measure import CpuClock
-from benchmarks.kernels.tune import Timing
-from benchmarks.kernels.tune_attention import main
+from benchmarks.kernels.tune import Timing, main
 from kernels.attention.tiles import INTERPRETER, KINDS, Tile, table
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ["--widths", "16", "--lengths", "16", "--dtypes", "fp32", "--tokens", "16", "--channels", "16"]
-SMALL = tune.Problem(32, 16, "fp32", "", 32, 16)
+SMALL = tune.Problem(32, 16, "fp32", "plain", 32, 16)
 
 
 def without_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
@@ -72,16 +71,16 @@ def test_a_tile_with_other_results_is_named_and_left_out(monkeypatch: pytest.Mon
 
 def test_the_grid_keeps_tiles_in_their_blocks() -> None:
     assert max(tile.block_m for tile in tune.grid(tune.Problem(64, 64, "bf16"), 9)) == 128
-    assert max(tile.block_m for tile in tune.grid(tune.Problem(64, 64, "bf16", " sparse"), 9)) == 64
+    assert max(tile.block_m for tile in tune.grid(tune.Problem(64, 64, "bf16", "sparse"), 9)) == 64
     assert any(tile.tma for tile in tune.grid(tune.Problem(64, 64, "bf16"), 9))
     assert not any(tile.tma for tile in tune.grid(tune.Problem(64, 80, "bf16"), 9))
     assert not any(tile.tma for tile in tune.grid(tune.Problem(64, 64, "bf16"), 8))
 
 
 def test_a_machine_without_a_gpu_is_refused() -> None:
-    done = without_interpreter("-m", "benchmarks.kernels.tune_attention")
+    done = without_interpreter("-m", "benchmarks.kernels.tune")
     assert done.returncode == 2
-    assert "error: tune_attention.py: found tensors on 'cpu', expected 'cuda'" in done.stderr
+    assert "error: benchmarks.kernels.tune: found tensors on 'cpu', expected 'cuda'" in done.stderr
 
 
 @pytest.mark.slow
