@@ -3,7 +3,7 @@
 triton     the kernels of this package: an NVIDIA GPU, or any device when the process was started under
            TRITON_INTERPRET=1, which runs them in Triton's interpreter (slow; for tests)
 torch      the best stock operator of PyTorch
-reference  the same operation in a few lines of PyTorch, fp32 inside (kernels/reference)
+reference  the same operation in a few lines of PyTorch, fp32 inside, beside each kernel
 auto       triton on a GPU where it can run, else torch, else reference
 """
 
@@ -72,6 +72,11 @@ def choose(
     reason = {"triton": no_triton, "torch": no_torch, "reference": None}[impl]
     expect(reason is None, f"{op} with impl={impl}: {reason}")
     return impl
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that references compute in: float32, or float64 if x is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def cdiv(a: int, b: int) -> int:

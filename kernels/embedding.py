@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, launch, padded
+from kernels.dispatch import cdiv, choose, expect, interpretable, launch, padded, wide
+from kernels.registration import operator
 
 CHUNK = 64
 ROWS = 4  # of dy that a program reads at once: most tokens of a batch are rare
@@ -94,18 +94,7 @@ def tile_of(C: int) -> tuple[int, int]:
     return cols, cdiv(C, cols)
 
 
-@torch.library.custom_op("ingot::embedding", mutates_args=())
-def embedding_op(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
-    """[..., C] in the dtype of weight. See `embedding`."""
-    return stock_embedding(tokens, weight, zero_outside)
-
-
-@embedding_op.register_fake
-def _(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
-    return weight.new_empty((*tokens.shape, weight.shape[1]))
-
-
-@torch.library.custom_op("ingot::embedding_backward", mutates_args=())
+@operator("embedding_backward", fake=lambda dy, tokens, V: dy.new_empty((V, dy.shape[-1])))
 def embedding_backward_op(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
     """dy [..., C], tokens int [...] -> the gradient of the table [V, C], in the dtype of dy."""
     (rows,) = interpretable(dy.reshape(-1, dy.shape[-1]))
@@ -128,11 +117,6 @@ def embedding_backward_op(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
     return dweight.to(dy.dtype)
 
 
-@embedding_backward_op.register_fake
-def _(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
-    return dy.new_empty((V, dy.shape[-1]))
-
-
 def _save(ctx, inputs, output) -> None:
     tokens, weight, _ = inputs
     ctx.set_materialize_grads(False)
@@ -144,10 +128,18 @@ def _backward(ctx, dy):
     if dy is None:
         return None, None, None
     (tokens,) = ctx.saved_tensors
-    return None, torch.ops.ingot.embedding_backward(dy, tokens, ctx.V), None
+    return None, embedding_backward_op(dy, tokens, ctx.V), None
 
 
-embedding_op.register_autograd(_backward, setup_context=_save)
+@operator(
+    "embedding",
+    fake=lambda tokens, weight, _: weight.new_empty((*tokens.shape, weight.shape[1])),
+    save=_save,
+    backward=_backward,
+)
+def embedding_op(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
+    """[..., C] in the dtype of weight. See `embedding`."""
+    return stock_embedding(tokens, weight, zero_outside)
 
 
 def stock_embedding(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
@@ -156,6 +148,15 @@ def stock_embedding(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tenso
         return F.embedding(tokens, weight)
     outside = (tokens < 0) | (tokens >= weight.shape[0])
     return F.embedding(tokens.masked_fill(outside, 0), weight).masked_fill(outside.unsqueeze(-1), 0.0)
+
+
+def embedding_reference(tokens: Tensor, weight: Tensor, zero_outside: bool = False) -> Tensor:
+    """Rows of weight [V, C] by number: int [...] -> [..., C]."""
+    if not zero_outside:
+        return wide(weight)[tokens].to(weight.dtype)  # wide: the sum of gradients is rounded once
+    inside = (tokens >= 0) & (tokens < len(weight))
+    rows = wide(weight)[tokens.where(inside, 0)]
+    return torch.where(inside.unsqueeze(-1), rows, 0.0).to(weight.dtype)
 
 
 def embedding(tokens: Tensor, weight: Tensor, *, zero_outside: bool = False, impl: str = "auto") -> Tensor:
@@ -178,5 +179,5 @@ def embedding(tokens: Tensor, weight: Tensor, *, zero_outside: bool = False, imp
     if form == "triton":
         return embedding_op(tokens, weight, zero_outside)
     if form == "reference":
-        return reference.embedding(tokens, weight, zero_outside)
+        return embedding_reference(tokens, weight, zero_outside)
     return stock_embedding(tokens, weight, zero_outside)

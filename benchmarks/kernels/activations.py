@@ -7,23 +7,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.kernels.case import Case, Contest, Function, loaders, setups, timed, timed_dtype
-from kernels.gelu import bias_gelu
+from kernels.gelu import gelu
 from kernels.swiglu import swiglu
 
 # Rows and width of the result. Both: GPT presets; SwiGLU: LLaMA 7B and Liger's widest too.
 GELU_SHAPES = [(16384, 3072), (16384, 4096), (16384, 8192), (8192, 16384)]
 SWIGLU_SHAPES = [(16384, 3072), (16384, 8192), (8192, 16384), (8192, 11008), (8192, 32768)]
 SMALL = [(32, 48)]
-
-
-def gelu(x: Tensor, **options: Any) -> Tensor:
-    return bias_gelu(x, None, **options)
 
 
 def case(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.kernels.case import Case, Contest, Function, Loader, Setup, loaders, setups, timed, timed_dtype
 from kernels.cross_entropy import cross_entropy
-from kernels.linear_cross_entropy import add_product, chunk_tokens, linear_cross_entropy
+from kernels.cross_entropy.linear import add_product, chunk_tokens, linear_cross_entropy
 
 LOGITS = [
     *((8192, V) for V in (32000, 50257, 50304, 128256)),

@@ -33,9 +33,8 @@ from benchmarks.kernels.launches import recorded
 from benchmarks.kernels.runner import TOLERANCE, comparison
 from kernels.attention.backward import backward
 from kernels.attention.forward import forward
-from kernels.attention.host import Options, describable, flags
-from kernels.attention.pattern import Strided
-from kernels.attention.tiles import KINDS, WIDTHS, Tile, tile_here, tile_width
+from kernels.attention.options import Options, Strided, flags
+from kernels.attention.tiles import KINDS, WIDTHS, Tile, describable, tile_here, tile_width
 from kernels.dispatch import INTERPRETED, expect, why_not_triton
 from kernels.philox import DropoutKey
 

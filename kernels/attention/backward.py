@@ -20,20 +20,18 @@ from torch import Tensor
 
 from kernels.attention.dkdv import attention_dkdv_kernel
 from kernels.attention.dq import attention_dq_kernel
-from kernels.attention.host import (
-    LOG2_E,
-    Options,
+from kernels.attention.options import LOG2_E, Options, flags, scalars
+from kernels.attention.parts import MAY_END, document_bounds, head_of, load_tile
+from kernels.attention.tiles import (
+    Tile,
     describable,
-    document_bounds,
-    flags,
     loadable,
     origin_of,
-    scalars,
     section_of,
     sources,
+    tile_here,
+    tile_width,
 )  # fmt: skip
-from kernels.attention.parts import MAY_END, head_of, load_tile
-from kernels.attention.tiles import Tile, tile_here, tile_width
 from kernels.dispatch import cdiv, launch
 
 DELTA_ROWS = 16

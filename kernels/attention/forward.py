@@ -11,22 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.host import (
-    Options,
-    describable,
-    document_bounds,
-    flags,
-    loadable,
-    origin_of,
-    scalars,
-    section_of,
-    sources,
-)  # fmt: skip
+from kernels.attention.options import Options, flags, scalars
 from kernels.attention.parts import (
     INSIDE,
     MAY_BEGIN,
     MAY_END,
     UNSEEN,
+    document_bounds,
     first_key,
     head_of,
     key_of,
@@ -37,7 +28,16 @@ from kernels.attention.parts import (
     store_tile,
     tanh_of_half,
 )  # fmt: skip
-from kernels.attention.tiles import Tile, tile_here, tile_width
+from kernels.attention.tiles import (
+    Tile,
+    describable,
+    loadable,
+    origin_of,
+    section_of,
+    sources,
+    tile_here,
+    tile_width,
+)  # fmt: skip
 from kernels.dispatch import cdiv, launch
 from kernels.philox import keep_tile
 

@@ -6,19 +6,21 @@ B batch, Tq queries, Tk keys, H query heads, K key/value heads, D head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention.host import wrong_documents
-from kernels.attention.pattern import Strided
-from kernels.attention.registration import attention_op
+from kernels.attention import reference
+from kernels.attention.backward import backward
+from kernels.attention.forward import forward
+from kernels.attention.options import Options, Strided
+from kernels.attention.reference import visible
 from kernels.dispatch import choose, expect
 from kernels.philox import DropoutKey
-from kernels.reference import attention as reference_attention
-from kernels.reference.attention import attention_with_lse as reference_with_lse
-from kernels.reference.attention import visible
+from kernels.registration import operator
 
 MAX_HEAD_WIDTH = 256  # one tile holds a head
 
@@ -65,6 +67,15 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     )
 
 
+def wrong_documents(cu_seqlens: Tensor, tokens: int) -> str | None:
+    """What is wrong with the numbers in cu_seqlens, or None. Reads the tensor."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] == 0 and bounds[-1] == tokens and sorted(bounds) == bounds:
+        return None
+    shown = ", ".join(map(str, bounds[:8])) + ", ..." * (len(bounds) > 8)
+    return f"found cu_seqlens [{shown}], expected numbers that ascend from 0 to B * T = {tokens}"
+
+
 def wrong_options(
     q: Tensor, k: Tensor, window: int | None, sparse: Strided | None, cu_seqlens: Tensor | None, softcap: float,
     dropout: DropoutKey | None, samples: Tensor | None,
@@ -95,6 +106,71 @@ def wrong_options(
     return None
 
 
+# `attention`'s options as its operators take them. window 0: none; sparse: [] or [block, local, stride].
+OPTIONS = (
+    "Tensor? samples, Tensor? cu_seqlens, SymInt window, SymInt[] sparse, float softcap, float p, SymInt seed, "
+    "SymInt site, SymInt head_offset, bool deterministic"
+)
+
+
+def options_of(
+    window: int, sparse: Sequence[int], softcap: float, p: float, seed: int, site: int, head_offset: int,
+    deterministic: bool,
+) -> Options:  # fmt: skip
+    key = DropoutKey(p, seed, site) if p > 0 else None
+    return Options(window or None, Strided(*sparse) if sparse else None, softcap, key, head_offset, deterministic)
+
+
+def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, Tq, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, samples, cu_seqlens, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, samples, cu_seqlens)
+
+
+def _backward(ctx, do, dlse):
+    if do is None and dlse is None:
+        return (None,) * (5 + len(ctx.options))
+    q, k, v, o, lse, samples, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    gradients = attention_backward_op(do, dlse, q, k, v, o, lse, samples, cu_seqlens, *ctx.options)
+    return *gradients, *(None,) * (2 + len(ctx.options))
+
+
+@operator(
+    "attention",
+    schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, samples: Tensor | None, cu_seqlens: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """(o [B, Tq, H, D], lse in base 2, fp32 [B, H, Tq])."""
+    return forward(q, k, v, options_of(*options), samples, cu_seqlens)
+
+
+@operator(
+    "attention_backward",
+    schema=(
+        "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+        f"{OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    ),
+    fake=lambda do, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+)
+def attention_backward_op(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, samples: Tensor | None,
+    cu_seqlens: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv)."""
+    return backward(do, dlse, q, k, v, o, lse, options_of(*options), samples, cu_seqlens)
+
+
 def _no_stock(sparse: Strided | None, softcap: float, lse: bool) -> str | None:
     """Why the stock operator cannot do this, beyond dropout."""
     asked = "a block-sparse pattern" if sparse is not None else "softcap" if softcap > 0 else "lse" if lse else None
@@ -121,7 +197,9 @@ def _attention(
     if form == "reference":
         options = {"window": window, "sparse": sparse, "cu_seqlens": cu_seqlens, "softcap": softcap}
         options |= {"dropout": key, "samples": samples, "head_offset": head_offset}
-        return reference_with_lse(q, k, v, **options) if lse else (reference_attention(q, k, v, **options), None)
+        return (
+            reference.attention_with_lse(q, k, v, **options) if lse else (reference.attention(q, k, v, **options), None)
+        )
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
     o, base_2 = attention_op(

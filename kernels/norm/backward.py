@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.dispatch import cdiv, interpretable, launch
 from kernels.norm.forward import Drop, drop_arguments
-from kernels.norm.tiles import WIDE_FORWARD_COLS, column_blocks, rows_of
+from kernels.norm.tiles import MEAN_COLS, column_blocks, rows_of
 from kernels.philox import keep_tile
 
 # Programs. About two per SM of a large GPU; a constant, not the SM count, so that the sums do not depend on the GPU.
@@ -37,7 +37,7 @@ def load_gradient(dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weight, here, cols, C:
 
 
 @triton.jit(do_not_specialize=["M", "T"])
-def wide_projections_kernel(
+def projections_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, projections_ptr, stride_yb, stride_yt, stride_xb, stride_xt, M, T,
     C: tl.constexpr, COLS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
@@ -224,8 +224,8 @@ def backward(
     if blocks > 1:
         projections = torch.empty((2, M), dtype=torch.float32, device=x.device)
         launch(
-            wide_projections_kernel, M, x.device, dy_rows, rows, wide_weight, mean, rstd, projections,
-            *strides[:2], *strides[4:], M, T, C, WIDE_FORWARD_COLS, rms, warps=16,
+            projections_kernel, M, x.device, dy_rows, rows, wide_weight, mean, rstd, projections,
+            *strides[:2], *strides[4:], M, T, C, MEAN_COLS, rms, warps=16,
         )  # fmt: skip
     tensors, numbers = drop_arguments(drop)
     launch(

@@ -15,10 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import cdiv, interpretable, launch
-from kernels.norm.tiles import FORWARD_WIDTH, WIDE_FORWARD_COLS, forward_tile, rows_of
+from kernels.norm.tiles import forward_tile, rows_of
 from kernels.philox import DropoutKey, keep_tile, signed
-
-RUNTIME = ["M", "T", "seed", "site", "threshold"]
 
 
 class Drop(NamedTuple):
@@ -76,7 +74,7 @@ def store_normalised(centred, rstd, weight_ptr, bias_ptr, y_ptr, row_at, here, f
     tl.store(y_ptr + row_at[:, None] + cols[None, :], y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=["M", "T", "seed", "site", "threshold"])
 def norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, samples_ptr, positions_ptr, y_ptr, stream_ptr, mean_ptr, rstd_ptr,
     stride_xb, stride_xt, stride_rb, stride_rt, M, T, eps, keep_scale, seed, site, threshold,
@@ -117,52 +115,6 @@ def norm_forward_kernel(
         store_normalised(centred[c], rstd, weight_ptr, bias_ptr, y_ptr, row_at, here, c * COLS, C, COLS, HAS_BIAS)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def wide_norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, samples_ptr, positions_ptr, y_ptr, stream_ptr, mean_ptr, rstd_ptr,
-    stride_xb, stride_xt, stride_rb, stride_rt, M, T, eps, keep_scale, seed, site, threshold,
-    C: tl.constexpr, COLS: tl.constexpr,
-    RMS: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """One row of any width, read twice: its statistics, then y. Arguments as above."""
-    rows = tl.program_id(0) + tl.arange(0, 1)
-    here = rows < M
-    b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
-    row_at = rows.to(tl.int64) * C
-    x_at = b * stride_xb + t * stride_xt
-    mean = tl.zeros((1,), tl.float32)
-    squares = tl.zeros((1,), tl.float32)  # of the distances to the mean, as far as read
-    for start in tl.range(0, C, COLS):
-        x = load_stream(
-            x_ptr, residual_ptr, stream_ptr, samples_ptr, positions_ptr,
-            x_at, b * stride_rb + t * stride_rt, row_at, b, t, here, start,
-            keep_scale, seed, site, threshold, C, COLS, ADD, DROPOUT,
-        )  # fmt: skip
-        if RMS:
-            squares += tl.sum(x * x, 1)
-        else:  # the chunk's mean and squares, merged into the row's (Chan et al. 1979)
-            count = tl.minimum(COLS, C - start)
-            chunk_mean = tl.sum(x, 1) / count
-            distance = tl.where((start + tl.arange(0, COLS) < C)[None, :], x - chunk_mean[:, None], 0.0)
-            shift = chunk_mean - mean
-            weight = count / (start + count)
-            squares += tl.sum(distance * distance, 1) + shift * shift * weight * start
-            mean += shift * weight
-    rstd = 1.0 / tl.sqrt_rn(squares / C + eps)
-    tl.store(rstd_ptr + rows, rstd, here)
-    if not RMS:
-        tl.store(mean_ptr + rows, mean, here)
-    if ADD:  # threads need not read what they wrote themselves
-        tl.debug_barrier()
-    for start in tl.range(0, C, COLS):
-        cols = start + tl.arange(0, COLS)
-        from_ptr = stream_ptr + row_at if ADD else x_ptr + x_at
-        x = tl.load(from_ptr[:, None] + cols[None, :], (cols < C)[None, :], 0.0).to(tl.float32)
-        store_normalised(
-            x - mean[:, None], rstd, weight_ptr, bias_ptr, y_ptr, row_at, here, start, C, COLS, HAS_BIAS
-        )  # fmt: skip
-
-
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, drop: Drop | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -182,12 +134,11 @@ def forward(
     mean = torch.empty(0 if rms else M, dtype=torch.float32, device=x.device)
     tensors, numbers = drop_arguments(drop)
     strides = (*rows.stride()[:2], *((0, 0) if added is None else added.stride()[:2]))
-    arguments = (rows, added, weight, bias, *tensors, y, stream, mean, rstd, *strides, M, T, eps, *numbers)
-    flags = (rms, bias is not None, added is not None, drop is not None)
-    if C > FORWARD_WIDTH:
-        launch(wide_norm_forward_kernel, M, x.device, *arguments, C, WIDE_FORWARD_COLS, *flags, warps=16)
-    else:
-        ROWS, COLS, CHUNKS, warps = forward_tile(C, drop is not None)
-        launch(norm_forward_kernel, cdiv(M, ROWS), x.device, *arguments, C, ROWS, COLS, CHUNKS, *flags, warps=warps)
+    ROWS, COLS, CHUNKS, warps = forward_tile(C, drop is not None)
+    launch(
+        norm_forward_kernel, cdiv(M, ROWS), x.device,
+        rows, added, weight, bias, *tensors, y, stream, mean, rstd, *strides, M, T, eps, *numbers,
+        C, ROWS, COLS, CHUNKS, rms, bias is not None, added is not None, drop is not None, warps=warps,
+    )  # fmt: skip
     dtype = x.dtype if residual is None else residual.dtype
     return y.to(dtype), stream.to(dtype), mean, rstd

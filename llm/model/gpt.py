@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple, TypeAlias, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.gelu import bias_gelu
+from kernels.gelu import gelu
 from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
 from llm.config import ModelConfig
@@ -152,7 +152,7 @@ class Block(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         if self.config.activation == "gelu":
-            return bias_gelu(x, None, impl=self.impl)
+            return gelu(x, impl=self.impl)
         return swiglu(x, impl=self.impl)
 
 

@@ -102,7 +102,7 @@ class LanguageModelHead(nn.Module):
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """[..., C], int64 [...] -> fp32 []: the sum of -log p(target) over targets that are not IGNORED_TARGET.
 
-        In training the z-loss is added to it (kernels/linear_cross_entropy.py).
+        In training the z-loss is added to it (kernels/cross_entropy/linear.py).
         """
         return self(x, targets)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.vocabulary import Vocabulary
+from kernels.cross_entropy.linear import linear_cross_entropy
+from kernels.cross_entropy.vocabulary import Vocabulary
 
 # A target of this value is not counted in the loss.
 IGNORED_TARGET = -100

@@ -16,7 +16,7 @@ from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, r
 
 pytestmark = GPU_ONLY
 
-WIDTHS = [16, 192, 760, 768, 1024, 1600, 4096, 5120, 8192, 16384, 40000]
+WIDTHS = [16, 192, 760, 768, 1024, 1600, 4096, 5120, 8192, 12000, 16384]
 Form = Callable[[str], Callable[..., Tensor]]
 
 
@@ -99,7 +99,7 @@ def test_the_same_bits_each_time(C: int) -> None:
     assert_repeats(results)
 
 
-@pytest.mark.parametrize("C", [4096, 65536])
+@pytest.mark.parametrize("C", [4096, 16384])
 def test_more_than_2_to_the_31_elements(C: int) -> None:
     rows = 2**31 // C + 3
     x = torch.zeros(rows, C, device="cuda", dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.rope import LAYOUTS, rope, rope_qkv
+from kernels.rope import rope, rope_qkv
 from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
 
 pytestmark = GPU_ONLY
@@ -21,23 +21,22 @@ def joined(positions: Tensor, K: int, D: int, impl: str, **options: Any) -> Call
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("D", [24, 64, 80, 128, 256])
 @pytest.mark.parametrize(("B", "T", "K", "R"), [(1, 1, 5, 1), (2, 199, 5, 1), (2, 1024, 12, 1), (1, 1000, 2, 4)])
 @pytest.mark.parametrize("first", [0, 1_000_000])
 def test_rope_qkv(
-    first: int, B: int, T: int, K: int, R: int, D: int, layout: str, dtype: torch.dtype
+    first: int, B: int, T: int, K: int, R: int, D: int, dtype: torch.dtype
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     qkv = torch.randn(B, T, K * (R + 2) * D, device="cuda").to(dtype)
     gradient = torch.randn(B, T, K * (R + 2), D, device="cuda").to(dtype)
     positions = torch.arange(T, device="cuda") + first
-    true = run(joined(positions, K, D, "reference", layout=layout), [qkv], gradient, torch.float64)
-    plain = run(joined(positions, K, D, "torch", layout=layout), [qkv], gradient, dtype)
-    ours = run(joined(positions, K, D, "triton", layout=layout), [qkv], gradient, dtype)
+    true = run(joined(positions, K, D, "reference"), [qkv], gradient, torch.float64)
+    plain = run(joined(positions, K, D, "torch"), [qkv], gradient, dtype)
+    ours = run(joined(positions, K, D, "triton"), [qkv], gradient, dtype)
     assert_within_rounding(ours, plain, true, dtype)
     q = qkv.unflatten(-1, (K, R + 2, D))[:, :, :, :R].flatten(2, 3)
-    assert torch.equal(rope(q, positions, layout=layout, impl="triton"), ours[0][:, :, : K * R])
+    assert torch.equal(rope(q, positions, impl="triton"), ours[0][:, :, : K * R])
 
 
 def test_repeats_and_compiles_whole() -> None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.swiglu import LAYOUTS, swiglu
+from kernels.swiglu import swiglu
 from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
 
 pytestmark = GPU_ONLY
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("F", [60, 513, 2048, 11008])
 @pytest.mark.parametrize("rows", [1, 199, 4096])
-def test_swiglu(rows: int, F: int, layout: str, dtype: torch.dtype) -> None:
+def test_swiglu(rows: int, F: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, dy = (torch.randn(rows, width, device="cuda").to(dtype) for width in (2 * F, F))
 
     def form(impl: str):
-        return lambda x: swiglu(x, layout=layout, impl=impl)
+        return lambda x: swiglu(x, impl=impl)
 
     true = run(form("reference"), [x], dy, torch.float64)
     plain = run(form("torch"), [x], dy, dtype)
@@ -29,12 +28,11 @@ def test_swiglu(rows: int, F: int, layout: str, dtype: torch.dtype) -> None:
     assert torch.equal(form("triton")(strided), form("triton")(x))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_repeats_and_compiles_whole(layout: str) -> None:
+def test_repeats_and_compiles_whole() -> None:
     x, dy = (torch.randn(1000, width, device="cuda").bfloat16() for width in (3000, 1500))
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        return swiglu(x, layout=layout, impl="triton")
+        return swiglu(x, impl="triton")
 
     eager = run(function, [x], dy, torch.bfloat16)
     assert_repeats(lambda: run(function, [x], dy, torch.bfloat16))
@@ -42,16 +40,15 @@ def test_repeats_and_compiles_whole(layout: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_past_two_to_the_31_elements(layout: str) -> None:
+def test_past_two_to_the_31_elements() -> None:
     rows, F = 2**17 + 3, 2**13 + 64
     x = torch.zeros(rows, 2 * F, device="cuda", dtype=torch.bfloat16)
     x[-1] = torch.randn(2 * F, device="cuda")
     x.requires_grad_()
-    y = swiglu(x, layout=layout, impl="triton")
+    y = swiglu(x, impl="triton")
     (dx,) = torch.autograd.grad(y, x, torch.ones((), device="cuda", dtype=x.dtype).expand_as(y))
     last = x[-1:].detach().requires_grad_()
-    expected = swiglu(last, layout=layout, impl="triton")
+    expected = swiglu(last, impl="triton")
     assert torch.equal(y[-1:], expected)
     assert torch.equal(dx[-1:], torch.autograd.grad(expected.sum(), last)[0])
     assert not y[:-1].any()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.linear_cross_entropy import GPU_CHUNK
+from kernels.cross_entropy.linear import GPU_CHUNK
 from llm.config import ModelConfig, RunConfig
 from llm.errors import InputError
 from llm.train.verify.layout import global_shapes

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
-from kernels.attention.pattern import Strided
+from kernels.attention import reference
+from kernels.attention.options import Strided
+from kernels.attention.reference import attention_with_lse, visible
 from kernels.dispatch import KernelError
 from kernels.philox import DropoutKey, keep_mask
-from kernels.reference.attention import attention_with_lse, visible
 
 KEY = DropoutKey(0.3, 2**32 - 5, 7)
 SAMPLES = torch.tensor([2**33 + 5, 0])

@@ -12,18 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import linear_cross_entropy as module
-from kernels import reference
-from kernels.cross_entropy import Terms
-from kernels.dispatch import KernelError
-from kernels.linear_cross_entropy import (
+from kernels.cross_entropy import linear as module
+from kernels.cross_entropy import reference
+from kernels.cross_entropy.linear import (
     add_product,
     chunk_tokens,
     linear_cross_entropy,
     linear_cross_entropy_op,
     loss_and_gradients,
 )
-from kernels.vocabulary import WholeVocabulary
+from kernels.cross_entropy.rows import Terms
+from kernels.cross_entropy.vocabulary import WholeVocabulary
+from kernels.dispatch import KernelError
 
 C, V = 12, 37
 FORMS = ["triton", "torch"]

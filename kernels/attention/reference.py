@@ -6,16 +6,13 @@ B batch, Tq queries, Tk keys, H query heads, K key/value heads, R = H / K, D hea
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kernels.attention.options import Strided
+from kernels.dispatch import wide
 from kernels.philox import DropoutKey, keep_mask
-from kernels.reference.wide import wide
-
-if TYPE_CHECKING:  # kernels.attention imports this module
-    from kernels.attention.pattern import Strided
 
 
 def visible(

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
+from kernels.cross_entropy import reference
+from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary, check
 from kernels.dispatch import KernelError, cdiv, choose, interpretable, launch, padded
-from kernels.vocabulary import Vocabulary, WholeVocabulary, check
+from kernels.registration import operator
 
 IGNORED = -100  # torch's default for a target that is not counted
 VECTOR = tl.constexpr(8)  # columns in a row that one thread reads together: 16 bytes in 16 bits
@@ -209,7 +210,12 @@ def writable(out: Tensor, like: Tensor) -> Tensor:
     return out if out.dtype == like.dtype and out.stride(-1) == 1 and out.stride(0) > 0 else torch.empty_like(like)
 
 
-@torch.library.custom_op("ingot::cross_entropy_forward", mutates_args=("gradient",))
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    value = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return value, torch.empty_like(value)
+
+
+@operator("cross_entropy_forward", fake=_fake, mutates=("gradient",))
 def cross_entropy_forward_op(
     logits: Tensor, targets: Tensor, gradient: Tensor | None,
     rows: int, start: int, ignore_index: int, z_loss: float, softcap: float, loss: bool,
@@ -229,13 +235,7 @@ def cross_entropy_forward_op(
     return value, log_sum
 
 
-@cross_entropy_forward_op.register_fake
-def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    value = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return value, torch.empty_like(value)
-
-
-@torch.library.custom_op("ingot::cross_entropy_backward", mutates_args=("gradient",))
+@operator("cross_entropy_backward", fake=lambda *_: None, mutates=("gradient",))
 def cross_entropy_backward_op(
     grad: Tensor | None, logits: Tensor, targets: Tensor, log_sum: Tensor, gradient: Tensor,
     rows: int, start: int, ignore_index: int, z_loss: float, softcap: float,
@@ -254,7 +254,7 @@ def cross_entropy_backward_op(
         gradient.copy_(out)
 
 
-@torch.library.custom_op("ingot::scale_rows", mutates_args=("x",))
+@operator("scale_rows", fake=lambda *_: None, mutates=("x",))
 def scale_rows_op(x: Tensor, factor: Tensor) -> None:
     """x [N, V] *= factor fp32 [N] of its row; rows whose factor is 1 cost nothing."""
     seen = readable(x)
@@ -263,12 +263,6 @@ def scale_rows_op(x: Tensor, factor: Tensor) -> None:
     launch(scale_rows_kernel, len(x), x.device, *arguments, warps=warps)
     if seen is not x:
         x.copy_(seen)
-
-
-@cross_entropy_backward_op.register_fake
-@scale_rows_op.register_fake
-def _(*_: Any) -> None:
-    return None
 
 
 def combine(

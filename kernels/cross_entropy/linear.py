@@ -1,7 +1,7 @@
 """The language model's last layer and its loss, a chunk of tokens at a time: the logits of a batch never exist.
 
 N tokens, n those of a chunk, C model width, V rows of the weight. While the logits z = x W^T of a chunk exist, their
-gradient is computed in their place (kernels/cross_entropy.py), and with it
+gradient is computed in their place (kernels/cross_entropy/rows.py), and with it
 
     dL/dx = dL/dz W,        dL/dW = sum over chunks of (dL/dz)^T x, in fp32
 
@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import reference
-from kernels.cross_entropy import IGNORED, Terms, stock, triton_forward
+from kernels.cross_entropy import reference
+from kernels.cross_entropy.rows import IGNORED, Terms, stock, triton_forward
+from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary, check
 from kernels.dispatch import KernelError, cdiv, choose
-from kernels.vocabulary import Vocabulary, WholeVocabulary, check
+from kernels.registration import operator
 
 CPU_CHUNK = 1024
 GPU_CHUNK = 4096  # tokens from which on the vendor's products run at full speed
@@ -48,7 +49,7 @@ def accumulates(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-@torch.library.custom_op("ingot::add_product", mutates_args=("total",))
+@operator("add_product", fake=lambda *_: None, mutates=("total",))
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total fp32 [V, C] += a b; first: = a b."""
     if total.dtype == a.dtype:
@@ -59,11 +60,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(a @ b)
     else:
         total += a @ b
-
-
-@add_product.register_fake
-def _(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    return None
 
 
 @register_flop_formula(torch.ops.ingot.add_product)
@@ -114,30 +110,12 @@ def chunk_losses(
     return losses, None if grad is None else grad.to(x.dtype)
 
 
-@torch.library.custom_op("ingot::linear_cross_entropy", mutates_args=())
-def linear_cross_entropy_op(
-    x: Tensor, weight: Tensor, targets: Tensor,
-    rows: int, start: int, ignore_index: int, z_loss: float, softcap: float,
-    chunk: int | None, form: str, differentiate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`loss_and_gradients` of a whole vocabulary: one node for torch.compile, however many chunks."""
-    terms = Terms(rows, start, ignore_index, z_loss, softcap)
-    return loss_and_gradients(x, weight, targets, terms, WholeVocabulary(rows), chunk, form, differentiate)
-
-
-@linear_cross_entropy_op.register_fake
-def _(x, weight, targets, rows, start, ignore_index, z_loss, softcap, chunk, form, differentiate):
+def _fake(x, weight, targets, rows, start, ignore_index, z_loss, softcap, chunk, form, differentiate):
     loss = x.new_empty((), dtype=torch.float32)
     if not differentiate:
         return loss, x.new_empty(0), weight.new_empty(0)
     dtype = torch.float32 if form == "triton" and chunk is not None else weight.dtype
     return loss, torch.empty_like(x), torch.empty_like(weight, dtype=dtype)
-
-
-@register_flop_formula(torch.ops.ingot.linear_cross_entropy)
-def _(x_shape, weight_shape, *arguments: Any, **_: Any) -> int:
-    differentiate = arguments[-1]
-    return (6 if differentiate else 2) * x_shape[0] * x_shape[1] * weight_shape[0]
 
 
 def scaled(grad_x: Tensor, grad_weight: Tensor, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -166,7 +144,21 @@ def _backward(ctx, grad, *_):
     return *scaled(grad_x, grad_weight, grad, ctx.dtype), *none
 
 
-linear_cross_entropy_op.register_autograd(_backward, setup_context=_save)
+@operator("linear_cross_entropy", fake=_fake, save=_save, backward=_backward)
+def linear_cross_entropy_op(
+    x: Tensor, weight: Tensor, targets: Tensor,
+    rows: int, start: int, ignore_index: int, z_loss: float, softcap: float,
+    chunk: int | None, form: str, differentiate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`loss_and_gradients` of a whole vocabulary: one node for torch.compile, however many chunks."""
+    terms = Terms(rows, start, ignore_index, z_loss, softcap)
+    return loss_and_gradients(x, weight, targets, terms, WholeVocabulary(rows), chunk, form, differentiate)
+
+
+@register_flop_formula(torch.ops.ingot.linear_cross_entropy)
+def _(x_shape, weight_shape, *arguments: Any, **_: Any) -> int:
+    differentiate = arguments[-1]
+    return (6 if differentiate else 2) * x_shape[0] * x_shape[1] * weight_shape[0]
 
 
 class DividedLinearCrossEntropy(torch.autograd.Function):
@@ -200,7 +192,7 @@ def linear_cross_entropy(
     chunk: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The sum of the cross-entropies of logits x weight^T: fp32 []; the equations are kernels/cross_entropy.py's.
+    """The sum of the cross-entropies of logits x weight^T: fp32 []; the equations are kernels/cross_entropy/rows.py's.
 
     x [..., C], weight [V, C] in one dtype; targets int64 [...], token ids, which are not checked; a target that is
     `ignore_index` counts nothing. vocabulary: the columns that are here, all of them if None; with others, x's gradient

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.reference.wide import wide
-from kernels.vocabulary import Vocabulary, WholeVocabulary
+from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary
+from kernels.dispatch import wide
 
 
 def cross_entropy(
@@ -35,5 +35,5 @@ def cross_entropy(
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor:
-    """The sum of the losses of logits x weight^T; see kernels.linear_cross_entropy.linear_cross_entropy."""
+    """The sum of the losses of logits x weight^T; see kernels.cross_entropy.linear_cross_entropy."""
     return cross_entropy(wide(x) @ wide(weight).t(), targets, **options)[0].sum()
