@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4.0"],
-        # Whose files tests/data/test_data_megatron.py reads back.
+        # Whose files tests/data/tokens/test_tokens_peers.py reads back.
         "formats": ["megatron-core>=0.16", "datatrove>=0.10"],
         "dev": [
             "pytest>=8.0",

@@ -14,8 +14,8 @@ import statistics
 import subprocess
 import time
 
-from llm.config_cli import parse_config
-from llm.data.folder import data_folder
+from llm.config.parse import parse_config
+from llm.data.tokens.folder import data_folder
 
 CONFIG = "launch/configs/tiny-cpu.yaml"
 WARM_UP, TOKENS = 5, 32 * 128  # steps not counted; tokens of a step

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from llm.cluster.hostfile import check_remote_words, read_hostfile
 from llm.errors import InputError
-from llm.parallel.hostfile import check_remote_words, read_hostfile
 
 
 def main() -> int:

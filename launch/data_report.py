@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from llm.data.inspect import Lengths, Statistics
-from llm.data.manifest import Manifest
+from llm.data.prepare.inspect import Lengths, Statistics
+from llm.data.tokens.manifest import Manifest
 
 REDRAW = 1 << 18  # bytes (of packing, tokens) between updates of the bar, so that drawing costs nothing
 WIDEST_BAR = 40

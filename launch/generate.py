@@ -12,10 +12,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import os
 from argparse import ArgumentParser, Namespace
 
+from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.cluster.script import run_script
 from llm.config import ParallelConfig
-from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.sampling import SamplingConfig
-from llm.train.script import run_script
 
 OPTIONS = {
     "max_new_tokens": (int, 200, "tokens to add"),
@@ -43,8 +43,9 @@ def main(ranks: Ranks) -> None:
     export(ranks, os.environ)
     import torch
 
-    from llm.generate import load_trained, stream
+    from llm.generate import stream
     from llm.parallel.mesh import Mesh
+    from llm.trained import load_trained
 
     device = choose_device(ranks)
     mesh = None

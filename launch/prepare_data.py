@@ -18,14 +18,14 @@ import argparse
 
 from launch.data_report import describe, progress_bar, summary
 from llm.config import RunConfig
-from llm.config_cli import parse_config
-from llm.data.check import find_damage
-from llm.data.folder import data_folder, load_manifest
-from llm.data.inspect import show, statistics
-from llm.data.plans import write_plans
-from llm.data.prepare import prepare
-from llm.data.register import register
-from llm.data.remote import fetch_corpora
+from llm.config.parse import parse_config
+from llm.data.prepare.damage import find_damage
+from llm.data.prepare.fetch import fetch_corpora
+from llm.data.prepare.inspect import show, statistics
+from llm.data.prepare.plans import write_plans
+from llm.data.prepare.register import register
+from llm.data.prepare.tokenise import prepare
+from llm.data.tokens.folder import data_folder, load_manifest
 from llm.errors import InputError, require
 
 OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify": [], "show": ["sample"], "stats": []}

@@ -11,17 +11,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
 
-from llm.config_checks import check_world
-from llm.config_cli import parse_config
-from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
-from llm.train.preflight import check_machine
-from llm.train.script import run_script
+from llm.cluster.preflight import check_machine
+from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.cluster.script import run_script
+from llm.config.parse import parse_config
 
 
 def pretrain(ranks: Ranks) -> None:
     """One run on this rank: what is cheap to check, then the ranks meet, train, and rank 0 reports."""
     config = parse_config(strip_local_rank(sys.argv[1:]), prog="pretrain.py")
-    check_world(config, ranks.world_size)
+    config.check_world(ranks.world_size)
     check_machine(engine=config.train.engine, loader=config.data.loader, environ=os.environ)
     export(ranks, os.environ)
 

@@ -15,12 +15,11 @@ import argparse
 import dataclasses
 import os
 
-from llm.config_checks import check_world
-from llm.config_cli import parse_config
+from llm.cluster.preflight import check_machine
+from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.cluster.script import run_script
+from llm.config.parse import parse_config
 from llm.errors import InputError, require
-from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
-from llm.train.preflight import check_machine
-from llm.train.script import run_script
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -42,7 +41,7 @@ def verify_layout(ranks: Ranks) -> None:
     """Compare on this rank; rank 0 reports."""
     own, rest = parse(strip_local_rank(sys.argv[1:]))
     config = parse_config(rest, prog="verify.py")
-    check_world(config, ranks.world_size)
+    config.check_world(ranks.world_size)
     check_machine(engine=config.train.engine, loader="numpy", environ=os.environ)  # no corpus is read
     export(ranks, os.environ)
 
@@ -51,9 +50,10 @@ def verify_layout(ranks: Ranks) -> None:
 
     from llm.parallel.agreement import broadcast, together
     from llm.parallel.mesh import Mesh
+    from llm.parity import report, shrink
+    from llm.parity import verify as run
     from llm.train.build import check_kernels
     from llm.train.start import RUNS
-    from llm.train.verify import report, run, shrink
 
     device = choose_device(ranks)
     path = own.json or RUNS / config.name / "verify.json"

@@ -18,6 +18,14 @@ class ReplicaError(Exception):
     """Ranks that should hold the same weights do not (llm/train/guard.py): raised by every rank; exit code 1."""
 
 
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read; the process exits with 1."""
+
+
+class RendezvousError(RuntimeError):
+    """The ranks did not all meet at MASTER_ADDR:MASTER_PORT in time (exit code 1)."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise InputError(message) unless `condition` holds."""
     if not condition:

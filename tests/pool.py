@@ -16,8 +16,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-from llm.parallel.launcher import Ranks, export, operator_folder
-from llm.train.preflight import remove_abandoned_locks
+from llm.cluster.preflight import remove_abandoned_locks
+from llm.cluster.ranks import Ranks, export, operator_folder
 
 TIMEOUT_SECONDS = 120
 

@@ -9,10 +9,9 @@ import os
 import sys
 
 from benchmarks.layout.tables import activation_table, layer_table, memory_table, traffic_table
-from llm.config_checks import check_world
-from llm.config_cli import parse_config
-from llm.parallel.launcher import Ranks, choose_device, export, initialize, strip_local_rank
-from llm.train.script import run_script
+from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.cluster.script import run_script
+from llm.config.parse import parse_config
 
 ROUNDS = 30
 
@@ -20,7 +19,7 @@ ROUNDS = 30
 def bench(ranks: Ranks) -> None:
     """Every table on this rank; rank 0 prints."""
     config = parse_config(strip_local_rank(sys.argv[1:]), prog="bench_parallel.py")
-    check_world(config, ranks.world_size)
+    config.check_world(ranks.world_size)
     export(ranks, os.environ)
 
     import torch

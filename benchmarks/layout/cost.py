@@ -23,7 +23,7 @@ from llm.model.init import init_weights
 from llm.model.layers import DenseLayers
 from llm.parallel.layers import TensorParallel, TensorParallelLayers
 from llm.parallel.mesh import Mesh
-from llm.parallel.traffic import parameters, weight_bytes
+from llm.plan.traffic import parameters, weight_bytes
 from llm.train.build import build_engine
 from llm.train.engines.base import DTYPES, MicroBatch
 

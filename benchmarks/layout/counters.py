@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm.parallel.traffic import Collective
+from llm.plan.traffic import Collective
 
 
 class Volume(NamedTuple):

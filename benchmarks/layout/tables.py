@@ -19,7 +19,7 @@ from benchmarks.layout.cost import (
 )
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
-from llm.parallel.traffic import payload
+from llm.plan.traffic import payload
 
 MIB, MB = 2**20, 1e6
 

@@ -11,7 +11,7 @@ from benchmarks.loader.tokens import TokenSet
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.data import _native  # noqa: F401  imported before the clock starts, as every library is
 from llm.data.loader import open_loader
-from llm.data.manifest import FORMAT, FileEntry, Manifest, Shards, Split, read_manifest
+from llm.data.tokens.manifest import FORMAT, FileEntry, Manifest, Shards, Split, read_manifest
 
 UNHASHED = "0" * 64  # nothing here reads hashes, and a sparse corpus would take an hour to hash
 

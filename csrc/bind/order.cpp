@@ -46,7 +46,7 @@ py::tuple entries(const BlendTable& table, uint64_t first, int64_t count) {
   return py::make_tuple(sources, ordinals);
 }
 
-// Reads llm.data.schedule.SchedulePhase.
+// Reads llm.data.samples.schedule.SchedulePhase.
 SchedulePhase phase_of(const py::handle& phase) {
   SchedulePhase out{phase.attr("first_sample").cast<int64_t>(),
                     phase.attr("global_batch").cast<int64_t>(),

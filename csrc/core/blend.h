@@ -2,7 +2,7 @@
 //
 // Tijdeman's rule (The chairman assignment problem, 1980): with n sources, no source ever is more
 // than 1 - 1 / (2n - 2) samples from its exact share of the samples drawn so far, which no rule
-// betters. llm/data/blend.py computes the same table.
+// betters. llm/data/samples/blend.py computes the same table.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
 // Where documents begin in a sample, for attention that keeps them apart: position ids counted from
 // 0 in every document, and the starts of the documents (cu_seqlens without its last entry).
-// llm/data/documents.py computes the same numbers.
+// llm/data/samples/documents.py computes the same numbers.
 #pragma once
 
 #include <cstdint>

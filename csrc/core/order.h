@@ -2,7 +2,7 @@
 //
 // A balanced Feistel network (Luby & Rackoff 1988) on the smallest even number of bits that holds
 // n, walked along its cycle until the value is below n (Black & Rogaway 2002). The round function
-// is splitmix64's finaliser (Steele et al. 2014). llm/data/order.py computes the same numbers.
+// is splitmix64's finaliser (Steele et al. 2014). llm/data/samples/order.py computes the same numbers.
 #pragma once
 
 #include <array>

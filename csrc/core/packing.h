@@ -8,7 +8,7 @@
 // The file, little-endian: a header of 56 bytes (magic "INGOTPLN", then as u64: version = 1, T,
 // tokens of the corpus, rows R, pieces P, tokens of all pieces), the pieces int64[P, 2] (first
 // token in the corpus, tokens), and for each row the pieces up to its end int64[R].
-// llm/data/packing.py writes it, and reads it as the twin of this.
+// llm/data/samples/packing.py writes it, and reads it as the twin of this.
 #pragma once
 
 #include <cstddef>

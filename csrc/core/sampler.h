@@ -1,5 +1,5 @@
 // What one data-parallel rank computes in a step, written into buffers of the caller.
-// llm/data/sampler.py is the twin.
+// llm/data/samples/sampler.py is the twin.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 //
 // Sample i of a phase is the blend's sample i - first: it names a source and how many of its
 // samples come before. Counted on from the source's first ordinal, that is epoch and place in the
-// corpus's own order, keyed by the corpus. llm/data/schedule.py computes the same places.
+// corpus's own order, keyed by the corpus. llm/data/samples/schedule.py computes the same places.
 #pragma once
 
 #include <cstddef>

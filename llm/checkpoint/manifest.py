@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llm.checkpoint.files import CheckpointError, parse_json
+from llm.errors import CheckpointError
+from llm.files import parse_json
 from llm.slices import Slice
 
 FORMAT, VERSION = "ingot-checkpoint", 1

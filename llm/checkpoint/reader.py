@@ -16,11 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llm.checkpoint import files
-from llm.checkpoint.files import CheckpointError
+from llm import files
 from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
 from llm.checkpoint.writer import ExchangeErrors, checkpoints, step_of
-from llm.errors import InputError
+from llm.errors import CheckpointError, InputError
 from llm.slices import Slice
 
 HASHING_THREADS = 8

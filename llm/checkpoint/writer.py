@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from llm.checkpoint import files
-from llm.checkpoint.files import CheckpointError
+from llm import files
 from llm.checkpoint.manifest import (
     KINDS,
     FileEntry,
@@ -31,6 +30,7 @@ from llm.checkpoint.manifest import (
     TensorEntry,
     merge,
 )
+from llm.errors import CheckpointError
 
 # Pieces are gathered up to this many bytes before they are written: the most that a rank holds.
 SHARD_BYTES = 1 << 29

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.schedule import SchedulePhase
+from llm.data.samples.schedule import SchedulePhase
 
 class DamagedFile(RuntimeError): ...
 

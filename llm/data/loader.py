@@ -1,7 +1,8 @@
 """Batches for training. A loader's whole state is the count of consumed samples.
 
 A step takes the next G samples of the global order (G: global batch of the phase). Rank r of D takes the contiguous
-slice [r G / D, (r + 1) G / D) of them, micro-batch by micro-batch. Which tokens sample i has: llm/data/sampler.py.
+slice [r G / D, (r + 1) G / D) of them, micro-batch by micro-batch. Which tokens sample i has:
+llm/data/samples/sampler.py.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ import torch
 
 from llm.config import RunConfig
 from llm.data.batch import Batch, Step
-from llm.data.blend import BlendTable
-from llm.data.folder import check_vocabulary
-from llm.data.manifest import Manifest
+from llm.data.corpora import curriculum_of, hashed_files, training_corpora
 from llm.data.native import NativeCorpus, NativeLoader, import_native
-from llm.data.packing import NumpyPackPlan
-from llm.data.sampler import NumpySampler, Rows, Share
-from llm.data.schedule import Curriculum, Schedule
-from llm.data.shards import NumpyCorpus, ShardList
-from llm.data.sources import curriculum_of, hashed_files, training_corpora
-from llm.data.verify import BackgroundVerifier
+from llm.data.samples.blend import BlendTable
+from llm.data.samples.packing import NumpyPackPlan
+from llm.data.samples.sampler import NumpySampler, Rows, Share
+from llm.data.samples.schedule import Curriculum, Schedule
+from llm.data.tokens.folder import check_vocabulary
+from llm.data.tokens.hashes import BackgroundVerifier
+from llm.data.tokens.manifest import Manifest
+from llm.data.tokens.shards import NumpyCorpus, ShardList
 from llm.errors import require
-from llm.phases import phases
 
 CHECKED_FILES = 64  # of each corpus when it is opened; the others are checked when they are first read
 
@@ -145,7 +145,7 @@ def open_loader(
     require(consumed >= 0, f"{consumed} consumed samples; expected at least 0")
     check_vocabulary(config, manifest)
     share = Share(dp_rank, dp_size, config.train.micro_batch_size)
-    for phase in phases(config):
+    for phase in config.phases:
         require(
             phase.global_batch_size % (dp_size * share.micro_batch) == 0,
             f"train.global_batch_size {phase.global_batch_size} is not a multiple of {dp_size} data-parallel ranks x "

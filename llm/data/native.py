@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llm.data.batch import Batch, Step
-from llm.data.sampler import Share
-from llm.data.schedule import Curriculum, SchedulePhase
-from llm.data.shards import DamagedFile, ShardList
+from llm.data.samples.sampler import Share
+from llm.data.samples.schedule import Curriculum, SchedulePhase
+from llm.data.tokens.shards import DamagedFile, ShardList
 from llm.errors import InputError
 
 RING_BYTES = 1 << 19  # assembled ahead, within these bounds of steps: little, to stay in the processor's cache
@@ -35,7 +35,7 @@ def import_native() -> ModuleType:
 
 
 class NativeCorpus:
-    """The twin of llm.data.shards.NumpyCorpus on `_native.Corpus`."""
+    """The twin of llm.data.tokens.shards.NumpyCorpus on `_native.Corpus`."""
 
     def __init__(self, native: ModuleType, shards: ShardList, cache) -> None:
         self._native = native

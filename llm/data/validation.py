@@ -8,13 +8,13 @@ import numpy as np
 
 from llm.config import RunConfig
 from llm.data.batch import Batch
-from llm.data.documents import scan_documents
-from llm.data.folder import check_vocabulary, data_folder
 from llm.data.loader import check_first_files, open_corpus, to_batch
-from llm.data.manifest import Manifest
 from llm.data.native import NativeCorpus
-from llm.data.sampler import Rows
-from llm.data.shards import NumpyCorpus, ShardList
+from llm.data.samples.documents import scan_documents
+from llm.data.samples.sampler import Rows
+from llm.data.tokens.folder import check_vocabulary, data_folder
+from llm.data.tokens.manifest import Manifest
+from llm.data.tokens.shards import NumpyCorpus, ShardList
 from llm.errors import require
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from llm.config import RunConfig
-from llm.phases import consumed_samples, consumed_tokens, phases
-from llm.train import flops
+from llm.config.phases import consumed_samples, consumed_tokens
+from llm.plan import flops
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Workload:
 
     config: RunConfig
     formula: flops.Formula
-    """Of the FLOPs and the MFU (llm/train/flops.py)."""
+    """Of the FLOPs and the MFU (llm/plan/flops.py)."""
     peak_tflops: float | None
     """Of one device; None where it is not known."""
     world_size: int
@@ -38,7 +38,7 @@ class Workload:
 
         Documents that do not attend to one another spare some of attention's, which no formula here leaves out.
         """
-        parts, total = phases(self.config), 0.0
+        parts, total = self.config.phases, 0.0
         for phase, end in zip(parts, [*(later.first_step for later in parts[1:]), last], strict=True):
             steps = max(0, min(end, last) - max(first, phase.first_step))
             tokens = steps * phase.global_batch_size * phase.seq_len
@@ -77,16 +77,16 @@ def step_record(
         wait_seconds: the part of them that this rank waited for data.
         memory_bytes: this rank's peak (`peak_memory`).
     """
-    tokens = consumed_tokens(work.config, step)
+    tokens = consumed_tokens(work.config.phases, step)
     tflops = flops.achieved_tflops(work.flops(since, step), seconds, work.world_size)
     return {
         "step": step,
-        "samples": consumed_samples(work.config, step),
+        "samples": consumed_samples(work.config.phases, step),
         "tokens": tokens,
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,
-        "tokens_per_second": (tokens - consumed_tokens(work.config, since)) / seconds,
+        "tokens_per_second": (tokens - consumed_tokens(work.config.phases, since)) / seconds,
         "tflops": tflops,
         "mfu": flops.mfu(tflops, work.peak_tflops),
         "mfu_formula": work.formula,

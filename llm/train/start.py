@@ -15,22 +15,22 @@ from typing import Any
 import torch
 
 from llm.checkpoint.reader import CheckpointReader, check_same_model, open_latest
-from llm.checkpoint.run_folder import RunFolder, RunLock, truncate_metrics
 from llm.config import RunConfig
-from llm.config_cli import from_dict, to_dict, to_yaml
+from llm.config.parse import from_dict, to_dict, to_yaml
+from llm.config.phases import Phase, consumed_samples
 from llm.data.batch import Batch
-from llm.data.folder import data_folder, load_manifest
+from llm.data.corpora import data_identity
 from llm.data.loader import Loader, open_loader
-from llm.data.manifest import Manifest
-from llm.data.sources import data_identity
 from llm.data.tokenizer import Tokenizer
+from llm.data.tokens.folder import data_folder, load_manifest
+from llm.data.tokens.manifest import Manifest
 from llm.data.validation import validation_batches
 from llm.errors import Agreed, InputError, require
 from llm.parallel.agreement import broadcast, exchange_errors, together
 from llm.parallel.mesh import Mesh
-from llm.phases import Phase, consumed_samples, phases
 from llm.train.build import build_engine, check_kernels
 from llm.train.engines.base import Engine
+from llm.train.run_folder import RunFolder, RunLock, truncate_metrics
 
 RUNS = Path("runs")
 # What a restart may not change: beside the model and the phases that have begun, the order and content of the data.
@@ -45,7 +45,7 @@ class Run:
     folder: RunFolder
     manifest: Manifest
     data: dict[str, str]
-    """What tells the training data apart (llm/data/sources.py)."""
+    """What tells the training data apart (llm/data/corpora.py)."""
     mesh: Mesh
     device: torch.device
     step: int
@@ -122,7 +122,7 @@ def _open_data(run: Run) -> None:
         f"logging.sample_prompt has {len(prompt)} tokens; expected at least 1 and fewer than model.max_seq_len "
         f"({config.model.max_seq_len}), or logging.sample_tokens=0",
     )
-    consumed = consumed_samples(config, run.step)
+    consumed = consumed_samples(config.phases, run.step)
     ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
     run.loader = open_loader(config, run.manifest, **ranks, consumed=consumed, widen=run.device.type == "cpu")
 
@@ -132,7 +132,7 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
     assert run.engine is not None
     return {
         "step": run.step,
-        "consumed_samples": consumed_samples(run.config, run.step),
+        "consumed_samples": consumed_samples(run.config.phases, run.step),
         "skipped_samples": run.skipped_samples,
         "config": to_dict(run.config),
         "data": run.data,
@@ -155,7 +155,7 @@ def _check_resumable(config: RunConfig, manifest: Manifest, state: dict[str, Any
         )
     _check_begun(begun(from_dict(saved), state), begun(config, state), manifest, state)
     step = state["step"]
-    consumed = consumed_samples(config, step)
+    consumed = consumed_samples(config.phases, step)
     require(
         state["consumed_samples"] == consumed,
         f"runs/{config.name} has taken {state['consumed_samples']} samples in {step} steps, by the config they are "
@@ -176,7 +176,7 @@ def begun(config: RunConfig, state: dict[str, Any]) -> RunConfig:
 
 def _check_begun(before: RunConfig, now: RunConfig, manifest: Manifest, state: dict[str, Any]) -> None:
     """Raise InputError unless the phases that have begun, and the data they draw from, are as they were."""
-    for was, found in zip_longest(phases(before), phases(now)):
+    for was, found in zip_longest(before.phases, now.phases):
         require(
             was == found,
             f"runs/{now.name} was trained with {_described(was)}, the config has {_described(found)}; restore it, or "

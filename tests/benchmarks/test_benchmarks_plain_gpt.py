@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.plain_gpt import HEADS, PlainGPT
-from llm.config_cli import parse_config
+from llm.config.parse import parse_config
 from llm.train.build import build_model
 
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm.checkpoint.files import CheckpointError
 from llm.checkpoint.manifest import Manifest, merge, parse
+from llm.errors import CheckpointError
 from llm.slices import Slice
 
 FILE = {"size": 8, "sha256": "0" * 64}

@@ -16,7 +16,6 @@ import pytest
 import torch
 from checkpoint_helpers import make_tensors, on_ranks, same, save
 
-from llm.checkpoint.files import CheckpointError
 from llm.checkpoint.manifest import Manifest
 from llm.checkpoint.reader import (
     CheckpointReader,
@@ -26,7 +25,7 @@ from llm.checkpoint.reader import (
     open_latest,
     verify,
 )
-from llm.errors import InputError
+from llm.errors import CheckpointError, InputError
 from llm.slices import Slice
 
 OLD, NEW = make_tensors(1), make_tensors(2)

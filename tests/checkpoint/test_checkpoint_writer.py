@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llm.checkpoint import writer
-from llm.checkpoint.files import CheckpointError
 from llm.checkpoint.manifest import KINDS, Piece
 from llm.checkpoint.reader import find_latest, open_checkpoint, verify
+from llm.errors import CheckpointError
 from llm.slices import Slice
 
 OLD, NEW = make_tensors(1), make_tensors(2)

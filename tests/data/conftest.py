@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from llm.data.formats import TokenWriter, token_dtype
-from llm.data.manifest import FORMAT, SPLITS, Manifest, Shards, Split, file_entry
+from llm.data.tokens.manifest import FORMAT, SPLITS, Manifest, Shards, Split, file_entry
+from llm.data.tokens.megatron import TokenWriter, token_dtype
 
 MakeData = Callable[..., tuple[RunConfig, Manifest]]
 

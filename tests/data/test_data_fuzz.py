@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from token_files import CORPORA, KINDS, corpus_of, failure, write_file
 
-from llm.data.format_headers import index_path
-from llm.data.packing import HEADER, MAGIC, VERSION
-from llm.data.shards import check_file, document_lengths, inspect_files
+from llm.data.samples.packing import HEADER, MAGIC, VERSION
+from llm.data.tokens.headers import index_path
+from llm.data.tokens.shards import check_file, document_lengths, inspect_files
 from llm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,12 +15,12 @@ from conftest import MakeData, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.config_data import PhaseChange
+from llm.config import PhaseChange
+from llm.config.phases import consumed_samples
 from llm.data.loader import open_loader
-from llm.data.manifest import Manifest
-from llm.data.order import Order
+from llm.data.samples.order import Order
+from llm.data.tokens.manifest import Manifest
 from llm.errors import InputError
-from llm.phases import consumed_samples
 
 FIELDS = ("tokens", "sample_ids", "position_ids", "cu_seqlens", "counted")
 KINDS = pytest.mark.parametrize("kind", ["native", "numpy"])
@@ -137,7 +137,7 @@ def test_resumed_on_another_world_equals_uninterrupted(make_data: MakeData, tmp_
     for dp_size in (1, 2, 3, 8, 64) if kind == "native" else (1, 3):
         done = int(rng.integers(0, 7))
         other = with_batch(config, micro_batch_size=int(rng.choice([1, 3])))
-        consumed = consumed_samples(other, done)
+        consumed = consumed_samples(other.phases, done)
         resumed = [
             take(open_loader(other, manifest, dp_rank=r, dp_size=dp_size, consumed=consumed), 7 - done)
             for r in range(dp_size)
@@ -177,7 +177,7 @@ def test_native_equals_numpy_in_blends_and_phases(make_data: MakeData, tmp_path:
     dp_size = data.draw(st.sampled_from([1, 3, 64]))
     where = {"dp_rank": data.draw(st.integers(0, dp_size - 1)), "dp_size": dp_size}
     done = data.draw(st.integers(0, 9))
-    where |= {"consumed": consumed_samples(config, done), "widen": data.draw(st.booleans())}
+    where |= {"consumed": consumed_samples(config.phases, done), "widen": data.draw(st.booleans())}
     native = take(open_loader(with_data(config, loader="native"), manifest, **where), 5)
     equal(native, take(open_loader(config, manifest, **where), 5))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import MakeData
 
-from llm.data.documents import scan_documents
+from llm.data.samples.documents import scan_documents
 from llm.data.validation import validation_batches
 from llm.errors import InputError
 from test_data_loader import KINDS, file_tokens, with_data

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data import _native
-from llm.data.shards import NumpyCorpus, ShardList
+from llm.data.tokens.shards import NumpyCorpus, ShardList
 
 KINDS = [
     ("raw", "uint8"), ("raw", "uint16"), ("raw", "int32"), ("raw", "uint32"),
@@ -77,7 +77,7 @@ CORPORA = {"native": NativeCorpus, "numpy": NumpyCorpus}
 
 def failure(call) -> str | None:
     """The message of the damage that `call` finds, if any; anything else that is raised passes."""
-    from llm.data.shards import DamagedFile
+    from llm.data.tokens.shards import DamagedFile
 
     try:
         call()

@@ -11,8 +11,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch  # noqa: E402
 
 from launch.pretrain import pretrain  # noqa: E402
+from llm.cluster.script import run_script  # noqa: E402
 from llm.train.loop import Trainer  # noqa: E402
-from llm.train.script import run_script  # noqa: E402
 
 healthy_step = Trainer.step
 

@@ -37,8 +37,8 @@ from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import Engine
 from llm.train.engines.plain import PlainEngine
-from parity import G, batches, case, plain, target_count
 from pool import RankPool
+from tiny_run import G, batches, case, plain, target_count
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model, check_kernels
 from llm.train.engines.plain import PlainEngine
-from parity import BASE, batches, case, plain, target_count
 from pool import RankPool
+from tiny_run import BASE, batches, case, plain, target_count
 
 CPU = torch.device("cpu")
 

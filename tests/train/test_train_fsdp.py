@@ -19,12 +19,12 @@ from llm.train.build import build_engine, build_model
 from llm.train.engines import fsdp
 from llm.train.engines.fsdp import FSDPEngine
 from llm.train.optim import decays
-from parity import batches, case, on_ranks, plain, target_count
 from pool import RankPool
 from runs import Workspace, succeeded
+from test_parity_reference import STEPS, check, check_low_precision
 from test_train_engines import poisoned_step
-from test_train_parity import STEPS, check, check_low_precision
 from test_train_restart import first_half, save, second_half, steps, tensors
+from tiny_run import batches, case, on_ranks, plain, target_count
 
 CPU = torch.device("cpu")
 # Rows that no number of ranks divides; of the 5 rows of `up` and the 9 of the norms the last of four ranks has none.

@@ -16,9 +16,9 @@ from llm.config import ParallelConfig
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
 from llm.train.guard import checksum, compare_replicas, equal_ranks, majority
-from parity import batches, case, target_count
 from pool import RankPool, free_port
 from runs import BIN, Workspace, succeeded
+from tiny_run import batches, case, target_count
 
 GRID = torch.arange(4).view(2, 2)  # ranks [dp, tp]
 

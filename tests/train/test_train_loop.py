@@ -14,18 +14,17 @@ import torch
 import torch.distributed as dist
 
 from llm.checkpoint.reader import open_checkpoint
-from llm.checkpoint.run_folder import RunFolder
-from llm.config import CheckpointConfig, LoggingConfig, RunConfig
-from llm.config_data import PhaseChange
+from llm.config import CheckpointConfig, LoggingConfig, PhaseChange, RunConfig
+from llm.config.phases import consumed_samples, phase_of_step
 from llm.data.batch import Batch, Step
 from llm.parallel.mesh import Mesh
-from llm.phases import consumed_samples, phase_of_step
+from llm.parity.batches import documents_of
 from llm.train.build import build_engine
 from llm.train.loop import train
+from llm.train.run_folder import RunFolder
 from llm.train.start import Run
-from llm.train.verify.batches import documents_of
-from parity import V, case, plain
 from pool import RankPool
+from tiny_run import V, case, plain
 
 CPU = torch.device("cpu")
 SAMPLES, TOKENS = [8, 16, 24, 40, 56, 60], [128, 256, 320, 448, 576, 608]
@@ -55,9 +54,9 @@ class MadeUp:
         self.consumed, self.skipped, self.wait_seconds, self.closed = 0, 0, 0.0, False
 
     def next_step(self) -> Step:
-        phase, size = phase_of_step(self.config, self.step), self.config.train.micro_batch_size
+        phase, size = phase_of_step(self.config.phases, self.step), self.config.train.micro_batch_size
         share = phase.global_batch_size // self.mesh.dp_size
-        first = consumed_samples(self.config, self.step) + self.mesh.dp_rank * share
+        first = consumed_samples(self.config.phases, self.step) + self.mesh.dp_rank * share
         self.step += 1
         self.skipped += self.mesh.dp_rank + 1
         starts = range(first, first + share, size)

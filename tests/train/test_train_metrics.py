@@ -11,9 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llm.config import RunConfig
-from llm.config_data import PhaseChange
-from llm.train.flops import flops_per_token
+from llm.config import PhaseChange, RunConfig
+from llm.plan.flops import flops_per_token
 from llm.train.metrics import (
     MetricsWriter,
     peak_memory,

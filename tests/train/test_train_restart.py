@@ -16,8 +16,8 @@ from llm.config import RunConfig
 from llm.parallel.agreement import exchange_errors
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model
-from parity import batches, case, plain, target_count
 from pool import RankPool
+from tiny_run import batches, case, plain, target_count
 
 CPU = torch.device("cpu")
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from llm.config import RunConfig
-from llm.config_cli import to_dict
-from llm.config_data import PhaseChange
-from llm.data.schedule import corpus_names
+from llm.config import PhaseChange, RunConfig
+from llm.config.parse import to_dict
+from llm.data.samples.schedule import corpus_names
 from llm.errors import InputError
 from llm.train import start
 from llm.train.start import Run, _check_resumable, checkpoint_state
-from parity import BASE
+from tiny_run import BASE
 
 FIRST = PhaseChange(16, seq_len=8)
 SECOND = PhaseChange(32, global_batch_size=4, blend={"b": 1.0})

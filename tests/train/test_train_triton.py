@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from parity import case, on_ranks
 from pool import RankPool
+from tiny_run import case, on_ranks
 
 LAYOUTS = {
     "gpt2": dict(model=dict(norm="layernorm", activation="gelu", position="learned")),

@@ -25,11 +25,11 @@ from llm.train.build import build_engine, build_model
 from llm.train.engines.deepspeed_config import deepspeed_config
 from llm.train.engines.plain import PlainEngine
 from llm.train.optim import decays
-from parity import batches, case, on_ranks, plain, target_count
 from pool import RankPool
+from test_parity_reference import STEPS, check
 from test_train_engines import poisoned_step
-from test_train_parity import STEPS, check
 from test_train_restart import first_half, second_half, tensors
+from tiny_run import batches, case, on_ranks, plain, target_count
 
 CPU = torch.device("cpu")
 

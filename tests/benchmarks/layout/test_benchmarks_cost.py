@@ -21,8 +21,8 @@ from benchmarks.layout.cost import (
 from benchmarks.layout.tables import activation_table, layer_table, memory_table
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
-from parity import case
 from pool import RankPool
+from tiny_run import case
 
 CPU = torch.device("cpu")
 PARAMETERS = 2 * 12 + 3  # of BASE's model; Adam counts the steps of each, or of each flat group, in 4 bytes

@@ -16,10 +16,10 @@ from benchmarks.layout.counters import Collective, LiveStorages, Traffic, Volume
 from llm.config import ParallelConfig, RunConfig
 from llm.parallel.collectives import all_reduce, f, g, gather_sequence
 from llm.parallel.mesh import Mesh
-from llm.parallel.traffic import block_parameters, parameters, payload, whole_parameters
+from llm.plan.traffic import block_parameters, parameters, payload, whole_parameters
 from llm.train.build import build_engine, build_model
-from parity import batches, case, target_count
 from pool import RankPool
+from tiny_run import batches, case, target_count
 
 pytestmark = pytest.mark.ranks
 

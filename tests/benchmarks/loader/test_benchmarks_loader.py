@@ -25,7 +25,7 @@ from benchmarks.loader.runner import Runner
 from benchmarks.loader.system import Batch, Job
 from benchmarks.loader.systems import NEEDS, SYSTEMS, build, runs
 from benchmarks.loader.tokens import TokenSet
-from llm.data.formats import read_index
+from llm.data.tokens.megatron import read_index
 from llm.errors import InputError
 
 MACHINE = {"cpu": "a"}

@@ -1,0 +1,197 @@
+"""What must be true of the machine before a run allocates anything or talks to other ranks.
+
+Reads package metadata instead of importing torch, so a wrong machine is told so in a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm.cluster.ranks import operator_folder
+from llm.errors import InputError, require
+
+PYTHON = (3, 10)
+# Package -> the least version, the first one that is too new (None: no limit known).
+SUPPORTED = {
+    "torch": ((2, 11), None),
+    "triton": ((3, 6), None),
+    "numpy": ((2, 0), None),
+    "deepspeed": ((0, 19, 8), (0, 19, 9)),
+}
+HEADERS = Path(sysconfig.get_path("include"))
+KERNELS_VERSION = "0.0.0"  # why it must be this: docs/decisions, the import names
+INSTALL = "install the versions of constraints.txt (make setup)"
+
+
+def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> None:
+    """Raise InputError at the first thing that this run needs and this machine lacks.
+
+    `engine` is train.engine, `loader` is data.loader, `environ` supplies PATH and CXX.
+    """
+    packages = ["torch", "numpy"]
+    if sys.platform == "linux":
+        packages.append("triton")
+    if engine == "deepspeed":
+        packages.append("deepspeed")
+    check_versions(sys.version_info[:2], {name: installed_version(name) for name in packages})
+    check_import_names()
+    if engine == "deepspeed":
+        check_build_tools(environ)
+        remove_abandoned_locks(operator_folder())
+    if loader == "native":
+        check_native_loader()
+
+
+def installed_version(package: str) -> str | None:
+    """The version in the package's metadata, or None when it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None]) -> None:
+    """Raise InputError unless Python and every package of `installed` has a supported version."""
+    require(
+        python >= PYTHON,
+        f"Python is {_dotted(python)}; expected at least {_dotted(PYTHON)}: make .venv with a newer one",
+    )
+    for name, version in installed.items():
+        least, too_new = SUPPORTED[name]
+        expected = f"at least {_dotted(least)}" + (f", below {_dotted(too_new)}" if too_new else "")
+        require(version is not None, f"{name} is not installed; expected {expected}: {INSTALL}")
+        found = _numbers(name, version or "")
+        require(
+            least <= found and (too_new is None or found < too_new),
+            f"{name} is {version}; expected {expected}: {INSTALL}",
+        )
+    triton, numpy = installed.get("triton"), installed.get("numpy")
+    if triton and numpy:
+        require(
+            _numbers("triton", triton) >= (3, 7, 1) or _numbers("numpy", numpy) < (2, 4),
+            f"triton is {triton} and numpy {numpy}; expected triton 3.7.1 or later beside "
+            f"numpy 2.4: {INSTALL}, or numpy below 2.4",
+        )
+
+
+def check_import_names() -> None:
+    """Raise InputError unless `kernels` and `llm` are Ingot's own, from one folder.
+
+    Both names are taken on PyPI; another package of that name may come first on the path.
+    """
+    folders: dict[str, Path] = {}
+    for name in ("llm", "kernels"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(
+                f"`import {name}` fails ({error}); expected Ingot's own package: run the script "
+                "from the checkout, or `pip install -e .` there"
+            ) from error
+        require(
+            module.__file__ is not None,
+            f"`{name}` is {module}, a folder without __init__.py; expected Ingot's own package: "
+            "remove that folder from the path (PYTHONPATH, the current folder)",
+        )
+        folders[name] = Path(str(module.__file__)).resolve().parents[1]
+    version = getattr(importlib.import_module("kernels"), "__version__", None)
+    require(
+        folders["kernels"] == folders["llm"] and version == KERNELS_VERSION,
+        f"`kernels` {version} comes from {folders['kernels']} and `llm` from {folders['llm']}; "
+        f"expected Ingot's own two ({KERNELS_VERSION}), side by side: another package of that name "
+        "comes first on the path; uninstall it or use a clean virtual environment",
+    )
+
+
+def check_build_tools(
+    environ: Mapping[str, str],
+    scripts: Path = Path(sys.executable).parent,
+    headers: Path = HEADERS,
+) -> None:
+    """Raise InputError unless a C++ compiler and ninja are on PATH, or in `scripts`, and Python's headers are there.
+
+    DeepSpeed compiles a small operator when it starts; without these it dies in init_distributed.
+    `scripts`, by default the folder of this Python, joins PATH in llm.cluster.ranks.export.
+    """
+    path = os.pathsep.join([environ.get("PATH", os.defpath), str(scripts)])
+    compiler = (environ.get("CXX") or "c++").split()[0]
+    require(
+        shutil.which(compiler, path=path) is not None,
+        f"no C++ compiler: {compiler!r} ({'CXX' if environ.get('CXX') else 'the default'}) is not "
+        "on PATH; DeepSpeed compiles an operator when it starts: install one (Debian: apt-get "
+        "install g++), set CXX, or use --train.engine=plain",
+    )
+    require(
+        shutil.which("ninja", path=path) is not None,
+        "ninja is not on PATH; DeepSpeed compiles an operator with it when it starts: `pip install "
+        "ninja` in this environment, or use --train.engine=plain",
+    )
+    require(
+        (headers / "Python.h").is_file(),
+        f"Python's C headers are missing: no {headers / 'Python.h'}; DeepSpeed compiles an operator against them when "
+        "it starts: install them (Debian: apt-get install python3-dev), or use --train.engine=plain",
+    )
+
+
+def remove_abandoned_locks(folder: Path, proc: Path = Path("/proc")) -> None:
+    """Remove the build locks under `folder` that no process of this host holds any more.
+
+    torch guards the build of an operator with a file that its holder keeps open and removes at the
+    end. A holder that was killed leaves it, and every later start would wait for it for ever.
+    """
+    for lock in folder.glob("*/lock"):
+        before = _identity(lock)
+        # Looked at twice, because a holder that is done closes the file just before it removes it.
+        abandoned = proc.is_dir() and not _is_open(lock, proc)
+        if abandoned:
+            time.sleep(0.2)
+        if abandoned and _identity(lock) == before and not _is_open(lock, proc):
+            lock.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    with contextlib.suppress(FileNotFoundError):
+        found = path.stat()
+        return found.st_dev, found.st_ino, found.st_ctime_ns
+    return None
+
+
+def _is_open(path: Path, proc: Path) -> bool:
+    target = _identity(path)
+    for descriptor in proc.glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if target is not None and _identity(descriptor) == target:
+                return True
+    return False
+
+
+def check_native_loader() -> None:
+    """Raise InputError unless the C++ extension imports."""
+    try:
+        importlib.import_module("llm.data._native")
+    except ImportError as error:
+        raise InputError(
+            f"the C++ loader llm.data._native cannot be imported ({error}); build it with "
+            "`make setup`, or use --data.loader=numpy"
+        ) from error
+
+
+def _numbers(name: str, version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    if match is None:
+        raise InputError(f"{name} has the version {version!r}; expected numbers: {INSTALL}")
+    return tuple(int(part) for part in match.group().split("."))
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(str(number) for number in numbers)

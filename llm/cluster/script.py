@@ -1,0 +1,42 @@
+"""How a script that several ranks run begins and ends: its place, its watch, what it says of a failure, exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from llm.cluster.ranks import Ranks, discover_ranks
+from llm.cluster.watchdog import LauncherWatch
+from llm.errors import Agreed, CheckpointError, InputError, RendezvousError, ReplicaError
+
+
+def run_script(action: Callable[[Ranks], None]) -> None:
+    """Run `action` on this rank, watched; if it fails, say why and end the process.
+
+    Exit codes: 2 for an InputError, 1 for anything else. What every rank knows is said by rank 0 alone, what one host
+    knows by its first rank.
+    """
+    watch = LauncherWatch.start()
+    ranks = None
+    try:
+        ranks = discover_ranks(os.environ)
+        action(ranks)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and the process ends
+        explain(error, ranks)
+        # Not sys.exit: tearing down a process group would wait for ranks that may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, InputError) else 1)
+    watch.stop()
+
+
+def explain(error: Exception, ranks: Ranks | None) -> None:
+    """Print one line for what a user can mend or must know, a traceback for the rest."""
+    shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReplicaError))
+    if not shared and not isinstance(error, (InputError, RendezvousError)):
+        traceback.print_exception(error)
+        return
+    if ranks is None or ranks.rank == 0 or not (shared or ranks.local_rank):
+        print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,77 @@
+"""What of a run changes on the way: sequence length, batch size and blend, keyed by consumed samples.
+
+A phase begins exactly at its number of samples, which must be whole steps of the phase before: so
+which samples a phase has never depends on how a run was split, and steps and samples give each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm.config.sections import DataConfig
+from llm.errors import require
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run in which nothing changes."""
+
+    first_sample: int
+    first_step: int
+    seq_len: int
+    global_batch_size: int
+    blend: dict[str, float] | None
+
+
+def phases_of(data: DataConfig, global_batch_size: int) -> tuple[Phase, ...]:
+    """The phases of a run, in order, the first from sample 0 (`RunConfig.phases`).
+
+    Raises:
+        InputError: phases out of order, or one that begins within a step.
+    """
+    found = [Phase(0, 0, data.seq_len, global_batch_size, data.blend)]
+    for change in data.phases:
+        last = found[-1]
+        length = change.samples - last.first_sample
+        require(
+            length > 0,
+            f"data.phases: a phase begins at {change.samples} samples, the one before it at {last.first_sample}; "
+            "expected rising numbers",
+        )
+        batch = last.global_batch_size
+        require(
+            length % batch == 0,
+            f"data.phases: a phase begins at {change.samples} samples, within a step of {batch}; "
+            f"use {last.first_sample + max(1, round(length / batch)) * batch}",
+        )
+        found.append(
+            Phase(
+                change.samples,
+                last.first_step + length // batch,
+                change.seq_len or last.seq_len,
+                change.global_batch_size or batch,
+                change.blend or last.blend,
+            )
+        )
+    return tuple(found)
+
+
+def phase_of_step(phases: tuple[Phase, ...], step: int) -> Phase:
+    """The phase that the step after `step` steps belongs to."""
+    return [phase for phase in phases if phase.first_step <= step][-1]
+
+
+def consumed_samples(phases: tuple[Phase, ...], step: int) -> int:
+    """Samples that `step` steps have taken."""
+    phase = phase_of_step(phases, step)
+    return phase.first_sample + (step - phase.first_step) * phase.global_batch_size
+
+
+def consumed_tokens(phases: tuple[Phase, ...], step: int) -> int:
+    """Target positions that `step` steps have taken."""
+    total, later = 0, step
+    for phase in reversed(phases):
+        if phase.first_step < later:
+            total += (later - phase.first_step) * phase.global_batch_size * phase.seq_len
+            later = phase.first_step
+    return total

@@ -1,0 +1,80 @@
+"""A run is one YAML file plus `--section.field=value` overrides, parsed once into these frozen dataclasses.
+
+Nothing else configures a run: the DeepSpeed config is generated from it (llm/train/engines/deepspeed_config.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from llm.config.checks import (
+    check_engine,
+    check_finite,
+    check_phases,
+    check_sequence_parallel,
+    check_tensor_parallel,
+    check_world,
+)
+from llm.config.phases import Phase, phases_of
+from llm.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from llm.errors import require
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole."""
+
+    name: str = "run"
+    """The run's folder is runs/<name>."""
+    seed: int = 1234
+    """Of initial weights, sample order and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The architecture."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The corpus."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The layout over processes."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Reporting."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further keys for the DeepSpeed config; those that Ingot owns are refused."""
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) is not None,
+            f"name is {self.name!r}; expected letters, digits, '_', '.' and '-', not first '_', '.' or '-': it "
+            "names the run's folder",
+        )
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
+        for name in ("model", "data", "optim", "train"):
+            check_finite(name, getattr(self, name))
+        check_phases(self.model, self.phases)
+        check_engine(self.train, self.parallel, self.deepspeed)
+        check_tensor_parallel(self.model, self.parallel)
+        check_sequence_parallel(self.parallel, self.phases)
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The parts of the run in which sequence length, batch size and blend stay as they are."""
+        return phases_of(self.data, self.train.global_batch_size)
+
+    def check_world(self, world_size: int) -> None:
+        """Check that `world_size` ranks can share this run's layers and batch (llm/config/checks.py)."""
+        check_world(self.parallel, self.train.micro_batch_size, self.phases, world_size)

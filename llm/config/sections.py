@@ -1,0 +1,326 @@
+"""The sections of a run's config. Each checks its own fields; checks.py holds what sections ask of one another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llm.errors import require
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: all that must agree between a checkpoint and the run that reads it."""
+
+    n_layer: int = 4
+    """Number of transformer blocks."""
+    n_head: int = 4
+    """Number of query heads."""
+    n_kv_head: int | None = None
+    """Number of key/value heads (grouped-query attention); null: as many as query heads."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    d_ff: int | None = None
+    """Width of the feed-forward layer; null: 4 d_model for gelu, 8/3 d_model (to a multiple of 32) for swiglu."""
+    vocab_size: int = 1024
+    """Number of token ids, the end-of-document token included."""
+    max_seq_len: int = 128
+    """Longest sequence: the size of the learned position table."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before each sublayer and at the end."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Nonlinearity of the feed-forward layer."""
+    position: Literal["learned", "rope"] = "learned"
+    """Position encoding: a learned table added to the embedding, or rotation of queries and keys."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output projection too."""
+    bias: bool = True
+    """Biases in the linear layers and in layer norm."""
+    dropout: float = 0.0
+    """Dropout on the embedding, the attention weights and each residual branch, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "d_model",
+            "d_ff",
+            "vocab_size",
+            "max_seq_len",
+        ):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.{name} is {value}; expected at least 1")
+        require(
+            self.d_model % self.n_head == 0,
+            f"model.d_model {self.d_model} is not a multiple of model.n_head {self.n_head}",
+        )
+        require(
+            self.n_head % self.kv_heads == 0,
+            f"model.n_head {self.n_head} is not a multiple of model.n_kv_head {self.kv_heads}",
+        )
+        require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            f"model.position rope needs an even head width; d_model / n_head is {self.head_dim}",
+        )
+        require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
+        require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def ff_dim(self) -> int:
+        if self.d_ff is not None:
+            return self.d_ff
+        return 4 * self.d_model if self.activation == "gelu" else -(-8 * self.d_model // 3 // 32) * 32
+
+
+@dataclass(frozen=True)
+class PhaseChange:
+    """What changes once `samples` have been consumed; null: stays as it is."""
+
+    samples: int
+    """Consumed samples from which this holds."""
+    seq_len: int | None = None
+    """Tokens per sample."""
+    global_batch_size: int | None = None
+    """Samples per step over all ranks."""
+    blend: dict[str, float] | None = None
+    """Corpora and their weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "seq_len", "global_batch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.phases: {name} is {value}; expected at least 1")
+        check_blend("data.phases", self.blend)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is cut into samples."""
+
+    source: str = "stdlib"
+    """`stdlib` (the Python standard library's own source) or a .txt, .jsonl, .jsonl.gz, .jsonl.zst file or a folder."""
+    tokenizer: str = "train"
+    """`train` (a byte-level BPE of model.vocab_size is trained on the corpus) or the path of a tokenizer.json."""
+    path: str | None = None
+    """Folder of the token shards, or its URL; null: data/<name of the source>-<vocab_size>."""
+    cache: str = "data/cache"
+    """Folder where prepare_data.py keeps copies of remote corpora."""
+    blend: dict[str, float] | None = None
+    """Training corpora (a prepared folder, a token file, a glob or a URL) and their weights; null: data.path alone."""
+    seq_len: int = 128
+    """Tokens per sample (T)."""
+    phases: tuple[PhaseChange, ...] = ()
+    """Changes of the sequence length, the batch size and the blend, keyed by consumed samples."""
+    packing: Literal["chunk", "best_fit"] = "chunk"
+    """Samples are cut from the stream of all tokens, or packed from whole documents by a plan made beforehand."""
+    document_masks: bool = False
+    """Documents of a sample do not attend to one another, and each counts its positions from 0."""
+    validation_fraction: float = 0.05
+    """Share of the documents, chosen by their hash, that is kept for validation."""
+    validation_samples: int | None = None
+    """Validate on this many samples; null: on all of the validation split."""
+    loader: Literal["native", "numpy"] = "native"
+    """The C++ loader or its NumPy twin; both give the same batches."""
+    damaged: Literal["stop", "skip"] = "stop"
+    """What follows when a sample cannot be read: an error, or another sample of its corpus is taken and counted."""
+    verify: Literal["none", "background"] = "none"
+    """Compare the SHA-256 of the token files with the manifest while training."""
+
+    def __post_init__(self) -> None:
+        require(self.seq_len >= 1, f"data.seq_len is {self.seq_len}; expected at least 1")
+        require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}; expected between 0 and 1",
+        )
+        require(
+            self.validation_samples is None or self.validation_samples >= 1,
+            f"data.validation_samples is {self.validation_samples}; expected at least 1, or null for all",
+        )
+        require(
+            self.packing == "chunk" or self.document_masks,
+            "data.packing best_fit puts unrelated documents into one sample; set data.document_masks=true",
+        )
+        check_blend("data.blend", self.blend)
+
+
+def check_blend(key: str, blend: dict[str, float] | None) -> None:
+    """Refuse a blend of nothing, and weights that are no shares. The weights need not sum to 1."""
+    if blend is None:
+        return
+    require(len(blend) >= 1, f"{key}: the blend is empty; expected at least one corpus with its weight")
+    for name, weight in blend.items():
+        require(isinstance(name, str), f"{key}: found {name!r}; expected the path of a corpus (in quotes, if a number)")
+        known = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        require(
+            known and 0 < weight < float("inf"),
+            f"{key}: the weight of {name!r} is {weight!r}; expected a number above 0 (leave the corpus out for none)",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule."""
+
+    lr: float = 4e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate at the end of the schedule."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a half cosine, or stable then linear decay (warm-up-stable-decay)."""
+    decay_fraction: float = 0.2
+    """Share of train.max_steps that the decay of `wsd` takes."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moments."""
+    eps: float = 1e-8
+    """Adam's denominator term."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr is {self.lr}; expected above 0")
+        require(
+            0 <= self.min_lr <= self.lr,
+            f"optim.min_lr is {self.min_lr}; expected 0 <= min_lr <= lr ({self.lr})",
+        )
+        require(
+            self.warmup_steps >= 0,
+            f"optim.warmup_steps is {self.warmup_steps}; expected at least 0",
+        )
+        require(
+            0 < self.decay_fraction <= 1,
+            f"optim.decay_fraction is {self.decay_fraction}; expected in (0, 1]",
+        )
+        require(
+            self.weight_decay >= 0,
+            f"optim.weight_decay is {self.weight_decay}; expected at least 0",
+        )
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas is {self.betas}; expected each in [0, 1)",
+        )
+        require(self.eps > 0, f"optim.eps is {self.eps}; expected above 0")
+        require(
+            self.grad_clip >= 0,
+            f"optim.grad_clip is {self.grad_clip}; expected at least 0 (0: no clipping)",
+        )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over processes. None of it changes the result."""
+
+    tensor_parallel: int = 1
+    """Ranks that share each layer (Megatron tensor parallelism); the rest of the world is data parallel."""
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks also share the sequence between the layers they split (Megatron sequence parallelism)."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage: 1 shards optimizer state over the data-parallel ranks, 2 gradients too, 3 parameters too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep in CPU memory: master weights and moments (`optimizer`, ZeRO 1-3), parameters too (`all`, ZeRO 3)."""
+    timeout_seconds: int = 600
+    """A collective that waits longer than this ends the process with an error."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.tensor_parallel >= 1,
+            f"parallel.tensor_parallel is {self.tensor_parallel}; expected at least 1",
+        )
+        require(
+            self.timeout_seconds >= 1,
+            f"parallel.timeout_seconds is {self.timeout_seconds}; expected at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    engine: Literal["deepspeed", "fsdp", "plain"] = "deepspeed"
+    """DeepSpeed, PyTorch's FSDP2, or a short plain engine (one process or data parallel), the oracle of `verify`."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of parameters and activations; bf16 and fp16 keep fp32 master weights, moments and accumulation."""
+    global_batch_size: int = 32
+    """Samples per step over all ranks."""
+    micro_batch_size: int = 16
+    """Samples per rank in one forward pass; the rest of the step's share is accumulated."""
+    max_steps: int = 1000
+    """Optimizer steps in the run."""
+    eval_interval: int = 100
+    """Steps between validations; there is always one after the last step."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What the backward pass computes again: nothing, whole blocks (`full`), or attention between its products."""
+    checkpoint_every: int = 1
+    """Activation checkpointing applies to every n-th block."""
+    z_loss: float = 0.0
+    """Weight of the mean of log(Z)^2 added to the training loss, Z being the softmax's denominator; PaLM: 1e-4."""
+    guard_interval: int = 100
+    """Steps between comparisons of each parameter's replicas over ranks, also made before saving; 0: never."""
+    guard_action: Literal["stop", "warn"] = "stop"
+    """What follows when replicas differ."""
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """Kernel implementation; `auto`: Triton on a GPU, PyTorch's own operators on a CPU."""
+
+    def __post_init__(self) -> None:
+        counts = ("global_batch_size", "micro_batch_size", "max_steps", "eval_interval", "checkpoint_every")
+        for name in counts:
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name} is {value}; expected at least 1")
+        require(
+            self.checkpoint_every == 1 or self.activation_checkpointing != "none",
+            f"train.checkpoint_every is {self.checkpoint_every} and train.activation_checkpointing is none; "
+            "use train.activation_checkpointing=full",
+        )
+        require(self.z_loss >= 0, f"train.z_loss is {self.z_loss}; expected at least 0")
+        require(
+            self.guard_interval >= 0,
+            f"train.guard_interval is {self.guard_interval}; expected at least 0 (0: replicas are not compared)",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    interval: int = 100
+    """Steps between checkpoints; there is always one after the last step."""
+    keep_last: int = 2
+    """Complete checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, f"checkpoint.interval is {self.interval}; expected at least 1")
+        require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run reports."""
+
+    interval: int = 1
+    """Steps between metric lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events to runs/<name>/tensorboard."""
+    sample_prompt: str = "def "
+    """Text that the finished model continues."""
+    sample_tokens: int = 120
+    """Tokens of that sample; 0 prints none."""
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, f"logging.interval is {self.interval}; expected at least 1")
+        require(
+            self.sample_tokens >= 0,
+            f"logging.sample_tokens is {self.sample_tokens}; expected at least 0",
+        )

@@ -1,0 +1,187 @@
+"""Copies of remote corpora, through fsspec: sizes and hashes are checked, and a copy is whole or has no manifest.
+
+The manifest is read first and written last. Each file arrives under its name with `.part` behind it, goes on where
+an earlier transfer stopped, and takes its name when its hash is right. One process at a time copies; others wait for
+it and find the work done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from llm.config import RunConfig
+from llm.data.prepare.tokenise import Progress
+from llm.data.samples.schedule import corpus_names
+from llm.data.tokens.folder import copy_folder, is_url, lock
+from llm.data.tokens.manifest import BLOCK, FILE_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_file
+from llm.errors import InputError, require
+
+PIECE = 16 << 20  # bytes of one request
+STREAMS = 8  # files under way at a time: one stream seldom fills a line to an object store
+
+
+def fetch_corpora(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> None:
+    """Bring a copy of every remote corpus of the run into data.cache; nothing for those that are there."""
+    for url in dict.fromkeys(name for name in (*corpus_names(config), config.data.path or "") if is_url(name)):
+        fetch(url, copy_folder(config, url), progress)
+
+
+def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total: None) -> Manifest:
+    """Copy the corpus whose manifest.json lies at `url` into `folder`, or go on with such a copy; its manifest.
+
+    Raises:
+        InputError: it cannot be read, is damaged or incomplete there, or `folder` is a copy of something else.
+    """
+    remote = _open_remote(url)
+    wanted = remote.manifest()
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        if (folder / FILE_NAME).exists():
+            found = read_manifest(folder)
+            require(
+                _without_plans(found) == _without_plans(wanted),
+                f"{url} is not what it was when {folder} was copied; remove that folder to copy it again",
+            )
+            _check_sizes(folder, found)
+            return found
+        _copy(remote, wanted, folder, progress)
+        wanted.save(folder)
+        return wanted
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A folder on a remote file system."""
+
+    url: str
+    system: Any  # fsspec's AbstractFileSystem
+    root: str
+
+    def manifest(self) -> Manifest:
+        with self._explained(FILE_NAME):
+            raw = self.system.cat_file(f"{self.root}/{FILE_NAME}")
+        try:
+            manifest = parse_manifest(raw)
+            away = next((name for name in manifest.all_files() if name.startswith("/")), None)
+            require(away is None, f"it lists {away}, which lies outside its folder: such a corpus cannot be copied")
+        except InputError as error:
+            raise InputError(f"{self.url}/{FILE_NAME}: {error}") from error
+        return manifest
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        with self._explained(name):
+            return self.system.cat_file(f"{self.root}/{name}", start=start, end=stop)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # each file system raises classes of its own
+            raise InputError(
+                f"{self.url}/{name} cannot be read: {type(error).__name__}: {error}; run again to go on from there"
+            ) from error
+
+
+def _open_remote(url: str) -> _Remote:
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
+        raise InputError(f"{url} cannot be opened: {error}") from error
+    return _Remote(url.rstrip("/"), system, root.rstrip("/"))
+
+
+def _without_plans(manifest: Manifest) -> Manifest:
+    """The manifest but for packing plans, which prepare_data.py adds to a copy."""
+    return replace(
+        manifest, files={name: entry for name, entry in manifest.files.items() if not name.endswith(".plan")}
+    )
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    for name, entry in manifest.all_files().items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        require(
+            found == entry.bytes,
+            f"{path} {'is missing' if found is None else f'has {found} bytes'}; the manifest says {entry.bytes} bytes; "
+            "remove the folder to copy it again",
+        )
+
+
+def _copy(remote: _Remote, manifest: Manifest, folder: Path, progress: Progress) -> None:
+    files = manifest.all_files()
+    total, done = sum(entry.bytes for entry in files.values()), 0
+    counting, given_up = threading.Lock(), threading.Event()
+
+    def count(n: int) -> None:
+        nonlocal done
+        require(not given_up.is_set(), f"copying {remote.url} was given up")
+        with counting:
+            done += n
+            progress(f"copying {remote.url}", done, total)
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        waiting = [pool.submit(_copy_file, remote, name, entry, folder / name, count) for name, entry in files.items()]
+        try:
+            for future in wait(waiting, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        finally:  # after a failure or Ctrl-C the other streams end at their next piece
+            given_up.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: Callable[[int], None]) -> None:
+    """Bring one file whole to its place; `count` is told of the bytes that are there."""
+    if path.exists():  # of an earlier transfer, maybe of what the remote folder held then
+        if path.stat().st_size == entry.bytes:
+            if sha256_file(path, count) == entry.sha256:
+                return
+            count(-entry.bytes)
+        path.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    digest, done = hashlib.sha256(), 0
+    with part.open("a+b") as file:
+        file.seek(0)
+        while block := file.read(BLOCK):
+            digest.update(block)
+            done += len(block)
+        kept = done
+        count(done)
+        while done < entry.bytes:
+            stop = min(done + PIECE, entry.bytes)
+            piece = remote.read(name, done, stop)
+            require(
+                len(piece) == stop - done,
+                f"{remote.url}/{name}: {len(piece)} bytes came from {done} on, {stop - done} were asked for; its "
+                f"manifest says {entry.bytes} bytes in all: the file is cut short, or its server ignores ranges",
+            )
+            file.write(piece)
+            digest.update(piece)
+            done = stop
+            count(len(piece))
+        file.flush()
+        os.fsync(file.fileno())
+    if digest.hexdigest() == entry.sha256:
+        part.rename(path)
+        return
+    part.unlink()
+    if not kept:
+        raise InputError(
+            f"{remote.url}/{name}: sha256 {digest.hexdigest()} of what came, its manifest says {entry.sha256}; "
+            "run again to copy it anew; if that does not help, the file is damaged there"
+        )
+    count(-done)
+    _copy_file(remote, name, entry, path, count)  # what an earlier transfer left was of another file

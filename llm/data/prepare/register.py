@@ -1,0 +1,208 @@
+"""Writes a manifest for token files that were made elsewhere: they stay where they are and as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.config import RunConfig
+from llm.data.prepare.tokenise import Progress, given_tokenizer
+from llm.data.tokenizer import Tokenizer
+from llm.data.tokens.folder import data_folder, is_url
+from llm.data.tokens.headers import DTYPES, DamagedFile, index_path
+from llm.data.tokens.manifest import (
+    BLOCK,
+    FILE_NAME,
+    FORMAT,
+    Manifest,
+    Shards,
+    Split,
+    check_files,
+    file_entry,
+    header_bytes,
+)
+from llm.data.tokens.shards import ShardList, check_file, document_lengths, inspect_files
+from llm.errors import InputError, require
+
+
+@dataclass
+class TokenCounts:
+    """What has been found in the tokens of a corpus, in their order."""
+
+    shards: ShardList
+    per_id: NDArray[np.int64] | None = None
+    """[vocab_size] how often each id was found; None: not counted."""
+    done: int = 0
+    """Bytes read."""
+    documents: int = 0
+    """End-of-document tokens."""
+    open_document: bool = False
+    """The last token did not end its document; or, where documents begin with that token, the first did not."""
+
+    def add(self, ids: NDArray[np.unsignedinteger], where: Callable[[int], str]) -> None:
+        """Count ids [n]; `where(i)` names the place of the i-th. DamagedFile where one is not below the vocabulary."""
+        shards = self.shards
+        if int(ids.max()) >= shards.vocab_size:
+            i = int(np.argmax(ids >= shards.vocab_size))
+            raise DamagedFile(f"{where(i)} is {ids[i]}, expected ids below {shards.vocab_size}")
+        if not shards.eod_first:
+            self.open_document = bool(ids[-1] != shards.eod_id)
+        elif self.done == 0:
+            self.open_document = bool(ids[0] != shards.eod_id)
+        self.documents += int(np.count_nonzero(ids == shards.eod_id))
+        if self.per_id is not None:
+            self.per_id += np.bincount(ids, minlength=shards.vocab_size)
+
+
+def scan_file(counts: TokenCounts, path: str, progress: Callable[[int], None]) -> str:
+    """Read a token file once: its SHA-256, its ids counted into `counts`. DamagedFile as TokenCounts.add()."""
+    dtype, digest = np.dtype(f"<u{np.dtype(counts.shards.dtype).itemsize}"), hashlib.sha256()
+    at, header = 0, header_bytes(counts.shards.format)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                start = max(0, header - at)
+                ids = np.frombuffer(block, dtype, offset=start)
+                counts.add(ids, lambda i, first=at + start: f"{path}: the id at byte {first + i * dtype.itemsize}")
+                at += len(block)
+                counts.done += len(block)
+                progress(len(block))
+    except OSError as error:
+        raise DamagedFile(f"{path}: cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
+def register(
+    config: RunConfig,
+    patterns: dict[str, str],
+    progress: Progress = lambda stage, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+    raw_dtype: str | None = None,
+) -> Manifest:
+    """Check the token files of each split and write a manifest of them into data_folder(config).
+
+    patterns: split -> a file, folder or glob. data.tokenizer is copied beside the manifest. `say` is told what the
+    user should know. raw_dtype: of files that say nothing of it (None: as `inspect_files`).
+
+    Raises:
+        InputError: a file that is damaged or of another vocabulary, or a folder that has a manifest already.
+    """
+    folder = data_folder(config)
+    _check_folder(config, folder)
+    tokenizer = given_tokenizer(config)
+    found = _inspect(patterns, tokenizer, raw_dtype)
+    splits, files = {}, {"tokenizer.json": file_entry(config.data.tokenizer)}
+    for split, shards in found.items():
+        for path, tokens in zip(shards.paths, shards.tokens, strict=True):
+            check_file(path, shards.format, shards.dtype, tokens)
+        splits[split] = _scan_split(split, shards, folder, tokenizer, progress)
+        files |= {_manifest_name(folder, path): file_entry(path) for path in _companions(shards)}
+        _compare_with_index(split, shards, splits[split].documents, say)
+    manifest = Manifest(
+        format=FORMAT,
+        source="token files made elsewhere: " + ", ".join(patterns.values()),
+        source_sha256=None,
+        validation_fraction=None,
+        tokenizer=files["tokenizer.json"].sha256,
+        tokenizer_sha256=files["tokenizer.json"].sha256,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        splits=splits,
+        files=files,
+        bigram_nats_per_token=None,
+        bigram_seq_len=None,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer.json").exists():
+        shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
+    manifest.save(folder)
+    return manifest
+
+
+def _inspect(patterns: dict[str, str], tokenizer: Tokenizer, raw_dtype: str | None) -> dict[str, ShardList]:
+    """The files of each split, by their headers."""
+    known = raw_dtype is None or raw_dtype in DTYPES["raw"]
+    require(known, f"--dtype is {raw_dtype!r}; expected one of {', '.join(DTYPES['raw'])}")
+    options = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "raw_dtype": raw_dtype}
+    found = {split: inspect_files(f"--{split}", pattern, **options) for split, pattern in patterns.items()}
+    twice = set.intersection(*(set(map(os.path.realpath, shards.paths)) for shards in found.values()))
+    require(len(found) < 2 or not twice, f"{', '.join(sorted(twice))}: in both splits; expected files of their own")
+    return found
+
+
+def _check_folder(config: RunConfig, folder: Path) -> None:
+    require(
+        config.data.tokenizer != "train",
+        "registering token files needs the tokenizer that made them; set data.tokenizer to its tokenizer.json",
+    )
+    require(not is_url(config.data.path or ""), f"data.path is {config.data.path}; expected a folder on this machine")
+    require(
+        not (folder / FILE_NAME).exists(),
+        f"{folder} has a {FILE_NAME} already; remove it or set data.path to another folder",
+    )
+    beside = folder / "tokenizer.json"
+    require(
+        not beside.exists() or beside.read_bytes() == Path(config.data.tokenizer).read_bytes(),
+        f"{beside} is another tokenizer than data.tokenizer {config.data.tokenizer}; set data.path to another folder",
+    )
+
+
+def _manifest_name(folder: Path, path: str) -> str:
+    """How the manifest in `folder` names a file: by its place in the folder, where it lies there; else absolutely."""
+    absolute = os.path.abspath(path)
+    below = os.path.relpath(absolute, os.path.abspath(folder))
+    try:
+        check_files([below], [0], ["0" * 64])
+    except InputError:
+        return absolute
+    return below
+
+
+def _companions(shards: ShardList) -> list[str]:
+    """The files beside the token files that say where their documents lie."""
+    indexes = [index for path in shards.paths if (index := index_path(path, shards.format))]
+    metadata = [f"{path}.metadata" for path in shards.paths if shards.format == "datatrove"]
+    return [*indexes, *filter(os.path.exists, metadata)]
+
+
+def _scan_split(split: str, shards: ShardList, folder: Path, tokenizer: Tokenizer, progress: Progress) -> Split:
+    """Read the tokens of a split; those of validation are counted, for what they stand for in bytes of text."""
+    per_id = np.zeros(tokenizer.vocab_size, np.int64) if split == "validation" else None
+    counts = TokenCounts(shards, per_id)
+    sizes = [os.stat(path).st_size for path in shards.paths]
+    stage, total = f"reading the {split} tokens", sum(sizes)
+    hashes = [scan_file(counts, path, lambda _: progress(stage, counts.done, total)) for path in shards.paths]
+    require(
+        counts.documents > 0,
+        f"no token of {shards.name} {shards.paths[0]} ... is the end-of-document token {shards.eod_id}; "
+        "expected one in each document (Megatron's preprocess_data.py writes it when given --append-eod)",
+    )
+    text_bytes = None if per_id is None else _text_bytes(per_id, tokenizer)
+    names = tuple(_manifest_name(folder, path) for path in shards.paths)
+    columns = Shards(shards.format, shards.dtype, names, shards.tokens, tuple(sizes), tuple(hashes))
+    return Split(shards.n_tokens, counts.documents + counts.open_document, text_bytes, columns)
+
+
+def _text_bytes(per_id: NDArray[np.int64], tokenizer: Tokenizer) -> int:
+    """Bytes of the text that tokens stand for, end-of-document tokens apart."""
+    used = (i for i in np.flatnonzero(per_id).tolist() if i != tokenizer.eod_id)
+    return sum(int(per_id[i]) * len(tokenizer.token_bytes(i)) for i in used)
+
+
+def _compare_with_index(split: str, shards: ShardList, documents: int, say: Callable[[str], None]) -> None:
+    if index_path("", shards.format) is None:
+        return
+    indexed = sum(part.size for part in document_lengths(shards))
+    if indexed != documents:
+        say(
+            f"note: the indexes of the {split} files count {indexed:,} documents, the end-of-document tokens "
+            f"{documents:,}; document masks and packing go by the tokens"
+        )

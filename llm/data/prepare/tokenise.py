@@ -1,0 +1,231 @@
+"""Raw text in, token shards out: a tokenizer, train and validation .bin/.idx, and manifest.json."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llm.config import RunConfig
+from llm.data.corpus import describe_source, read_corpus
+from llm.data.prepare.bigram import bigram_loss
+from llm.data.tokenizer import Tokenizer
+from llm.data.tokens import manifest as manifests
+from llm.data.tokens.folder import data_folder, is_registered, is_url, load_manifest
+from llm.data.tokens.manifest import SPLITS, Manifest, Shards, Split
+from llm.data.tokens.megatron import TokenWriter, token_dtype
+from llm.errors import require
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the stage, bytes of text done, and bytes in all (0: not known yet)."""
+
+LARGEST_BIGRAM = 100_000_000  # training tokens up to which the bigram model is counted
+BATCH_CHARACTERS = 1 << 20  # text tokenised at a time
+
+
+def split_of(document: str, validation_fraction: float) -> str:
+    """`train` or `validation`, by the document's SHA-256: the same text never lies in both."""
+    digest = hashlib.sha256(document.encode("utf-8")).digest()
+    below = int.from_bytes(digest[:8], "big") < int(validation_fraction * 2**64)
+    return "validation" if below else "train"
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """A first reading of the corpus."""
+
+    sha256: str
+    documents: dict[str, int]
+    bytes: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+
+def _scan(config: RunConfig, progress: Progress) -> _Scan:
+    digest = hashlib.sha256()
+    counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    sizes: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    for document in read_corpus(config.data.source):
+        text = document.encode("utf-8")
+        digest.update(hashlib.sha256(text).digest())
+        split = split_of(document, config.data.validation_fraction)
+        counts[split] += 1
+        sizes[split] += len(text)
+        progress("reading", sum(sizes.values()), 0)
+    for split in SPLITS:
+        require(
+            counts[split] > 0,
+            f"the {split} split is empty: the corpus has {sum(counts.values())} documents, "
+            f"data.validation_fraction is {config.data.validation_fraction}; "
+            "use more documents (a .txt file is one document) or another fraction",
+        )
+    return _Scan(digest.hexdigest(), counts, sizes)
+
+
+def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Manifest:
+    """Tokenise the corpus into data_folder(config), whole or not at all; return its manifest.
+
+    Does nothing but check the files' hashes when the folder holds the same corpus prepared the same
+    way, and nothing at all when it is a copy of a remote corpus or holds files that were registered: there is
+    no text to compare with. Raises InputError on a corpus or tokenizer that cannot be used, and on a folder that
+    holds anything else: it is never overwritten.
+    """
+    folder = data_folder(config)
+    if is_url(config.data.path or "") or is_registered(folder):
+        return load_manifest(config)
+    tokenizer = None if config.data.tokenizer == "train" else given_tokenizer(config)
+    scan = _scan(config, progress)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        return _check_prepared(config, folder, scan)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        manifest = _write(config, temporary, tokenizer, scan, progress)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not (folder / manifests.FILE_NAME).exists():
+                raise
+            return _check_prepared(config, folder, scan)  # another process was faster
+        return manifest
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def given_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer that data.tokenizer names; InputError where it does not fit model.vocab_size."""
+    tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+    require(
+        tokenizer.vocab_size == config.model.vocab_size,
+        f"{config.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
+        f"{config.model.vocab_size}; set --model.vocab_size={tokenizer.vocab_size}",
+    )
+    return tokenizer
+
+
+def _tokenizer_origin(config: RunConfig) -> str:
+    """What the manifest says of the tokenizer's origin: `train` or the given file's hash."""
+    name = config.data.tokenizer
+    return name if name == "train" else manifests.sha256_file(Path(name))
+
+
+def _check_prepared(config: RunConfig, folder: Path, scan: _Scan) -> Manifest:
+    """The manifest of an existing folder, which must hold what would be written."""
+    remedy = "remove the folder or set data.path to another one"
+    require(
+        (folder / manifests.FILE_NAME).exists(),
+        f"{folder} exists and is no folder of prepared data; {remedy}",
+    )
+    manifest = manifests.read_manifest(folder)
+    wanted = {
+        f"text of {config.data.source}, sha256": (manifest.source_sha256, scan.sha256),
+        "data.tokenizer": (manifest.tokenizer, _tokenizer_origin(config)),
+        "model.vocab_size": (manifest.vocab_size, config.model.vocab_size),
+        "data.validation_fraction": (manifest.validation_fraction, config.data.validation_fraction),
+    }
+    for name, (found, asked) in wanted.items():
+        require(
+            found == asked,
+            f"{folder} was prepared from {manifest.source} with another {name}: "
+            f"found {found}, expected {asked}; {remedy}",
+        )
+    manifests.verify_files(folder, manifest)
+    return manifest
+
+
+def _write(config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _Scan, progress: Progress) -> Manifest:
+    """Everything that the folder holds."""
+    if tokenizer is None:
+        tokenizer = Tokenizer.train(_training_text(config, scan, progress), config.model.vocab_size)
+        tokenizer.save(folder / "tokenizer.json")
+    else:
+        shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokens = _tokenise(config, folder, tokenizer, scan, progress)
+    shards = {}
+    for name in SPLITS:
+        entry = manifests.file_entry(folder / f"{name}.bin")
+        shards[name] = Shards("megatron", dtype, (f"{name}.bin",), (tokens[name],), (entry.bytes,), (entry.sha256,))
+    names = ["tokenizer.json", *(f"{split}.idx" for split in SPLITS)]
+    entries = {name: manifests.file_entry(folder / name) for name in names}
+    progress("counting bigrams", scan.total, scan.total)
+    bigram = _bigram(config, folder, dtype, tokens)
+    manifest = Manifest(
+        format=manifests.FORMAT,
+        source=describe_source(config.data.source),
+        source_sha256=scan.sha256,
+        validation_fraction=config.data.validation_fraction,
+        tokenizer=_tokenizer_origin(config),
+        tokenizer_sha256=entries["tokenizer.json"].sha256,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        splits={name: Split(tokens[name], scan.documents[name], scan.bytes[name], shards[name]) for name in SPLITS},
+        files=entries,
+        bigram_nats_per_token=bigram,
+        bigram_seq_len=None if bigram is None else config.data.seq_len,
+    )
+    manifest.save(folder)
+    return manifest
+
+
+def _training_text(config: RunConfig, scan: _Scan, progress: Progress) -> Iterator[str]:
+    """The training documents, those that the tokenizer may learn from."""
+    done = 0
+    for document in read_corpus(config.data.source):
+        done += len(document.encode("utf-8"))
+        progress("training the tokenizer", done, scan.total)
+        if split_of(document, config.data.validation_fraction) == "train":
+            yield document
+
+
+def _tokenise(config: RunConfig, folder: Path, tokenizer: Tokenizer, scan: _Scan, progress: Progress) -> dict[str, int]:
+    """Write the .bin/.idx pairs; the number of tokens of each split."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    done = 0
+    with (
+        TokenWriter(folder / "train", dtype) as train,
+        TokenWriter(folder / "validation", dtype) as validation,
+    ):
+        writers = {"train": train, "validation": validation}
+        for batch in _batches(read_corpus(config.data.source)):
+            for document, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                writer = writers[split_of(document, config.data.validation_fraction)]
+                writer.add(np.array([*ids, tokenizer.eod_id], dtype=np.int64))
+                done += len(document.encode("utf-8"))
+            progress("tokenising", done, scan.total)
+    for name, writer in writers.items():
+        require(
+            writer.documents == scan.documents[name],
+            f"{config.data.source} changed while it was read: {writer.documents} {name} documents, "
+            f"{scan.documents[name]} at first; run again",
+        )
+    return {name: writer.tokens for name, writer in writers.items()}
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _bigram(config: RunConfig, folder: Path, dtype: str, tokens: dict[str, int]) -> float | None:
+    """The baseline's loss; None when the corpus is too large for it or holds no whole sample."""
+    if tokens["train"] > LARGEST_BIGRAM or tokens["validation"] <= config.data.seq_len:
+        return None
+    train, validation = (np.memmap(folder / f"{split}.bin", np.dtype(dtype).newbyteorder("<"), "r") for split in SPLITS)
+    return bigram_loss(train, validation, config.model.vocab_size, config.data.seq_len)

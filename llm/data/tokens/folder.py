@@ -1,0 +1,75 @@
+"""The folder of prepared data that a config asks for."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llm.config import RunConfig
+from llm.data.corpus import source_name
+from llm.data.tokens.manifest import FILE_NAME, Manifest, read_manifest
+from llm.errors import require
+
+
+def is_url(name: str) -> bool:
+    """Whether a corpus is named by a URL (as fsspec knows them), not by a path."""
+    return "://" in name
+
+
+def copy_folder(config: RunConfig, url: str) -> Path:
+    """The folder in data.cache that holds, or will hold, the copy of the remote corpus `url`.
+
+    Its name shows the end of the URL without what may be secret (a user's name, a query) and a hash of all of it.
+    """
+    shown = re.sub(r"[^A-Za-z0-9_-]+", "-", re.split(r"[?#]", url)[0].rsplit("@", 1)[-1])[-60:].strip("-")
+    return Path(config.data.cache) / f"{shown}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}"
+
+
+def data_folder(config: RunConfig) -> Path:
+    """The folder of the token shards: data.path (of a URL: its copy), or data/<name of the source>-<vocab_size>."""
+    path = config.data.path
+    if path is None:
+        return Path("data") / f"{source_name(config.data.source)}-{config.model.vocab_size}"
+    return copy_folder(config, path) if is_url(path) else Path(path)
+
+
+def load_manifest(config: RunConfig) -> Manifest:
+    """The manifest of the data that `config` asks for; InputError says what does not fit."""
+    folder = data_folder(config)
+    require(
+        (folder / FILE_NAME).exists(),
+        f"{folder} holds no prepared data; run python launch/prepare_data.py --config <the same config>",
+    )
+    manifest = read_manifest(folder)
+    check_vocabulary(config, manifest)
+    require(
+        "validation" in manifest.splits,
+        f"{folder} has no validation split: it can be part of data.blend, not data.path; register it with --validation",
+    )
+    return manifest
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process at a time changes the folder; the lock goes with the process, however that ends."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_registered(folder: Path) -> bool:
+    """Whether the folder holds a manifest of token files that were made elsewhere."""
+    return (folder / FILE_NAME).exists() and read_manifest(folder).source_sha256 is None
+
+
+def check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
+    """Token ids of the data must be rows of the model's embedding."""
+    require(
+        manifest.vocab_size == config.model.vocab_size,
+        f"the data in {data_folder(config)} has a vocabulary of {manifest.vocab_size}, "
+        f"model.vocab_size is {config.model.vocab_size}; set the same or prepare other data",
+    )

@@ -1,0 +1,61 @@
+"""Compares the SHA-256 of token files with their manifests while a run trains."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Mapping
+
+from llm.data.tokens.manifest import FileEntry, check_file_entry
+from llm.errors import InputError
+
+
+class _Ended(Exception):
+    """close() was called."""
+
+
+class BackgroundVerifier:
+    """A thread that reads this rank's share of the files once, behind the trainer's back.
+
+    files: path -> size and hash (`llm.data.corpora.hashed_files`); share: (rank, ranks), every ranks-th file is read.
+    """
+
+    def __init__(self, files: Mapping[str, FileEntry], share: tuple[int, int]) -> None:
+        rank, ranks = share
+        self._files = sorted(files.items())[rank::ranks]
+        self._damage: InputError | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise InputError, naming the file and both hashes, if a file read so far is not as its manifest says."""
+        if self._damage is not None:
+            raise InputError(
+                f"{self._damage}: restore it, or run python launch/prepare_data.py again"
+            ) from self._damage
+
+    def wait(self) -> None:
+        """Return when every file has been read, or one was found damaged."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """End the thread, at the latest when it has read one more block; check() still answers."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        if sys.platform == "linux":  # where 0 is this thread alone: the trainer goes first
+            os.setpriority(os.PRIO_PROCESS, 0, 19)
+        try:
+            for path, entry in self._files:
+                check_file_entry(path, entry, self._go_on)
+        except InputError as error:
+            self._damage = error
+        except _Ended:
+            pass
+
+    def _go_on(self, _: int) -> None:
+        if self._ended.is_set():
+            raise _Ended

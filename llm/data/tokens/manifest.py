@@ -1,0 +1,324 @@
+"""manifest.json: what a corpus of token files holds, with the size and hash of every file of it.
+
+Reading it touches no other file: a corpus of 10,000 shards opens as fast as one of one. What the files hold is
+checked when they are first read (llm/data/tokens/shards.py) and by `prepare_data.py verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm.data.tokens.headers import DTYPES, LLMC_HEADER
+from llm.data.tokens.shards import ShardList
+from llm.errors import InputError, require
+
+FILE_NAME = "manifest.json"
+FORMAT = "ingot-tokens-2"
+SPLITS = ("train", "validation")
+SAFE_LINES = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*[/\n])*")
+HEXADECIMAL = re.compile(r"[0-9a-f]*")
+LARGEST_MANIFEST = 1 << 26  # bytes; 10,000 shards with an index each take 3 MB
+BLOCK = 1 << 20  # bytes hashed at a time
+
+
+class FileEntry(NamedTuple):
+    """One file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The token files of a split, one after another; one entry of each tuple per file."""
+
+    format: str
+    """raw, megatron, llm.c or datatrove."""
+    dtype: str
+    """Of the ids: uint8, uint16, int32 or uint32."""
+    paths: tuple[str, ...]
+    """Below the manifest's folder, or absolute."""
+    tokens: tuple[int, ...]
+    bytes: tuple[int, ...]
+    sha256: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        known = DTYPES.get(self.format)
+        require(known is not None, f"format is {self.format!r}; expected one of {', '.join(DTYPES)}")
+        require(self.dtype in (known or ()), f"dtype is {self.dtype!r}; expected {known} in {self.format} files")
+        lengths = {name: len(getattr(self, name)) for name in ("paths", "tokens", "bytes", "sha256")}
+        require(len(set(lengths.values())) == 1, f"columns of different lengths {lengths}")
+        require(len(self.paths) >= 1, "no token files")
+        require(min(self.tokens) >= 1 and max(self.tokens) < 2**59, "a shard has an impossible number of tokens")
+        check_files(self.paths, self.bytes, self.sha256)
+        expected = np.array(self.tokens) * np.dtype(self.dtype).itemsize + header_bytes(self.format)
+        wrong = np.flatnonzero(np.array(self.bytes) != expected)
+        if wrong.size:
+            i = int(wrong[0])
+            raise InputError(f"{self.paths[i]}: {self.bytes[i]} bytes, {self.tokens[i]} tokens take {expected[i]}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split."""
+
+    tokens: int
+    """End-of-document tokens included."""
+    documents: int
+    bytes: int | None
+    """UTF-8 bytes of the text, end-of-document tokens not counted; null: not counted."""
+    shards: Shards
+
+    def __post_init__(self) -> None:
+        counts = (self.documents, 1 if self.bytes is None else self.bytes)
+        require(min(counts) >= 1 and max(counts) < 2**62, f"impossible counts {counts} of documents and bytes")
+        found = sum(self.shards.tokens)
+        require(self.tokens == found, f"{self.tokens} tokens; those of its shards are {found}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of manifest.json."""
+
+    format: str
+    source: str
+    """Where the text came from, for people."""
+    source_sha256: str | None
+    """Of the documents: SHA-256 over the SHA-256 of each, in order; null: the token files were made elsewhere."""
+    validation_fraction: float | None
+    """Null likewise."""
+    tokenizer: str
+    """`train` (trained on this corpus) or the sha256 of the tokenizer.json that was given."""
+    tokenizer_sha256: str
+    """Of the folder's tokenizer.json."""
+    vocab_size: int
+    eod_id: int
+    splits: dict[str, Split]
+    """train, and validation where there is one."""
+    files: dict[str, FileEntry]
+    """The other files: tokenizer.json, the indexes of the shards, packing plans (`plan_name`)."""
+    bigram_nats_per_token: float | None
+    """Validation loss of an interpolated bigram model; null on corpora too large for it."""
+    bigram_seq_len: int | None
+    """data.seq_len whose validation samples that loss was computed on."""
+
+    def __post_init__(self) -> None:
+        require(self.format == FORMAT, f"format is {self.format!r}; expected {FORMAT!r}")
+        require(self.vocab_size >= 1, f"vocab_size is {self.vocab_size}; expected at least 1")
+        require(
+            0 <= self.eod_id < self.vocab_size,
+            f"eod_id is {self.eod_id}; expected 0 <= eod_id < {self.vocab_size}",
+        )
+        known = "train" in self.splits and set(self.splits) <= set(SPLITS)
+        require(known, f"splits are {sorted(self.splits)}; expected {SPLITS}, or train alone")
+        require("tokenizer.json" in self.files, "files lack tokenizer.json")
+        check_files(list(self.files), *zip(*self.files.values(), strict=True))
+        names = [*self.files, *chain(*(split.shards.paths for split in self.splits.values()))]
+        require(len(set(names)) == len(names), "a file is listed twice")
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the validation split, end-of-document tokens counted as tokens; None where not known."""
+        split = self.splits.get("validation")
+        return None if split is None or split.bytes is None else split.bytes / split.tokens
+
+    def bits_per_byte(self, nats_per_token: float) -> float | None:
+        """A validation loss in nats per token, as bits per UTF-8 byte of the validation text; None where not known."""
+        return None if self.bytes_per_token is None else nats_per_token / math.log(2) / self.bytes_per_token
+
+    def all_files(self) -> dict[str, FileEntry]:
+        """Every file of the corpus, named as in the manifest: the shards first."""
+        shards = [split.shards for split in self.splits.values()]
+        rows = chain(*(zip(part.paths, part.bytes, part.sha256, strict=True) for part in shards))
+        return {path: FileEntry(size, sha256) for path, size, sha256 in rows} | self.files
+
+    def shard_list(self, folder: Path, split: str, name: str | None = None) -> ShardList:
+        """The token files of a split, the manifest lying in `folder`; `name` (default: the folder) is for messages."""
+        require(split in self.splits, f"{folder} has no {split} split")
+        shards = self.splits[split].shards
+        plan = re.compile(rf"{split}\.([1-9][0-9]{{0,9}})\.plan")  # plan_name()
+        planned = filter(None, map(plan.fullmatch, self.files))
+        return ShardList(
+            name=name or str(folder),
+            format=shards.format,
+            dtype=shards.dtype,
+            paths=tuple(locate(folder, path) for path in shards.paths),
+            tokens=shards.tokens,
+            vocab_size=self.vocab_size,
+            eod_id=self.eod_id,
+            eod_first=shards.format == "llm.c",
+            plans={int(match[1]): locate(folder, match[0]) for match in planned},
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json into `folder`, whole or not at all."""
+        plain = asdict(self) | {"files": {name: entry._asdict() for name, entry in self.files.items()}}
+        temporary = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(plain, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / FILE_NAME)
+
+
+def header_bytes(format: str) -> int:
+    """Of a token file, before its first token."""
+    return LLMC_HEADER if format == "llm.c" else 0
+
+
+def plan_name(split: str, seq_len: int) -> str:
+    """The name of the packing plan of a split, in its folder and in `Manifest.files`."""
+    return f"{split}.{seq_len}.plan"
+
+
+def locate(folder: Path, name: str) -> str:
+    """The path of a file that the manifest in `folder` names."""
+    return name if name.startswith("/") else f"{folder}/{name}"
+
+
+def check_files(names: Sequence[str], sizes: Sequence[int], hashes: Sequence[str]) -> None:
+    """InputError unless names are safe (they never leave the folder, or are absolute), sizes and hashes possible."""
+    if not _are_safe(names):  # all at once, because there may be many; each alone only to name the wrong one
+        for name in names:
+            require(
+                _are_safe([name]) or (name.startswith("/") and name.isprintable() and ".." not in name.split("/")),
+                f"file name {name!r} is neither of letters, digits, '_', '-', '/' and '.' (not first) nor absolute",
+            )
+    require(min(sizes) >= 0 and max(sizes) < 2**62, "a file has an impossible size")
+    if not _are_hashes(hashes):
+        wrong = next(sha256 for sha256 in hashes if not _are_hashes([sha256]))
+        raise InputError(f"{wrong!r} is no sha256; expected 64 hexadecimal digits")
+
+
+def _are_safe(names: Sequence[str]) -> bool:
+    """Whether no part of any name is empty, hidden or of surprising characters."""
+    lines = "\n".join(names) + "\n"
+    return lines.count("\n") == len(names) and SAFE_LINES.fullmatch(lines) is not None
+
+
+def _are_hashes(found: Sequence[str]) -> bool:
+    return set(map(len, found)) == {64} and HEXADECIMAL.fullmatch("".join(found)) is not None
+
+
+KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+
+
+def _typed(value: Any, expected: str, where: str) -> Any:
+    """`value`, from JSON, as the annotation `expected` (`int`, `float | None`, `tuple[str, ...]`), else InputError."""
+    column = isinstance(value, list)
+    kinds = KINDS[expected.removeprefix("tuple[").removesuffix(", ...]").removesuffix(" | None")]
+    if value is None and expected.endswith(" | None"):
+        return None
+    fits = set(map(type, value if column else [value])) <= set(kinds) and column == expected.startswith("tuple[")
+    fits = fits and not (isinstance(value, float) and not math.isfinite(value))
+    shown = "a list with other values" if column else repr(value)
+    require(fits, f"{where} is {shown}; expected {expected}")
+    return tuple(value) if column else value
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is {value!r}; expected an object")
+    return value
+
+
+def _build(kind: Any, value: Any, where: str, parts: dict[str, Callable[[Any], Any]]) -> Any:
+    """The dataclass `kind` from a JSON object with exactly its fields; `parts` makes those that are objects."""
+    values = _object(value, where)
+    hints = {field.name: str(field.type) for field in fields(kind)}
+    require(set(values) == set(hints), f"{where} has fields {sorted(values)}; expected {sorted(hints)}")
+    made = {
+        name: parts[name](found) if name in parts else _typed(found, hints[name], f"{where}.{name}")
+        for name, found in values.items()
+    }
+    try:
+        return kind(**made)
+    except InputError as error:
+        raise error if kind is Manifest else InputError(f"{where}: {error}") from error
+
+
+def _split(name: str, value: Any) -> Split:
+    where = f"splits.{name}"
+    return _build(Split, value, where, {"shards": lambda shards: _build(Shards, shards, f"{where}.shards", {})})
+
+
+def _files(value: Any) -> dict[str, FileEntry]:
+    try:
+        files = {name: FileEntry(**entry) for name, entry in _object(value, "files").items()}
+    except TypeError as error:
+        raise InputError("files: expected an object with bytes and sha256 for each file") from error
+    for column, entries in zip(("int", "str"), zip(*files.values(), strict=True), strict=False):
+        _typed(list(entries), f"tuple[{column}, ...]", "files")
+    return files
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Load and check manifest.json; the files that it lists are not touched.
+
+    Raises InputError saying what is wrong with it.
+    """
+    path = folder / FILE_NAME
+    try:
+        size = path.stat().st_size
+        require(size <= LARGEST_MANIFEST, f"has {size} bytes, more than {LARGEST_MANIFEST}")
+        return parse_manifest(path.read_bytes())
+    except (InputError, OSError) as error:
+        raise InputError(f"{path}: {error}; prepare the data again") from error
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """The manifest in the bytes of a manifest.json; InputError says what is wrong with it."""
+    try:
+        values = _object(json.loads(raw.decode("utf-8")), "manifest")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not JSON: {error}") from error
+    found = values.get("format")
+    require(found == FORMAT, f"format is {found!r}; expected {FORMAT!r}")
+    splits = lambda value: {name: _split(name, split) for name, split in _object(value, "splits").items()}  # noqa: E731
+    return _build(Manifest, values, "manifest", {"splits": splits, "files": _files})
+
+
+def sha256_file(path: Path | str, progress: Callable[[int], None] = lambda done: None) -> str:
+    """SHA-256 of a file, in hexadecimal; `progress` is called with the bytes read since the last call."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def file_entry(path: Path | str) -> FileEntry:
+    """The manifest's entry for an existing file."""
+    return FileEntry(os.stat(path).st_size, sha256_file(path))
+
+
+def check_file_entry(path: str, entry: FileEntry, progress: Callable[[int], None] = lambda done: None) -> None:
+    """Read the file and compare it with its entry; InputError says how it differs."""
+    try:
+        size = os.stat(path).st_size
+        found = sha256_file(path, progress) if size == entry.bytes else ""
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    require(size == entry.bytes, f"{path} has {size} bytes; the manifest says {entry.bytes}")
+    require(found == entry.sha256, f"{path}: sha256 {found}, the manifest says {entry.sha256}; the file is damaged")
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Read every file of the corpus and compare its size and hash; InputError names one that differs."""
+    for name, entry in manifest.all_files().items():
+        try:
+            check_file_entry(locate(folder, name), entry)
+        except InputError as error:
+            raise InputError(f"{error}: remove the folder and prepare the data again") from error

@@ -1,0 +1,261 @@
+"""Token corpora: files of token ids, in any of four formats (llm/data/tokens/headers.py), read as one sequence.
+
+Here is also the NumPy twin of `_native.Corpus`, and what looks at whole indexes: it takes time in proportion to the
+documents, and so is no part of starting a run.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.data.tokens import megatron as formats
+from llm.data.tokens.headers import (
+    DTYPES,
+    DamagedFile,
+    Header,
+    check_header,
+    check_metadata,
+    check_request,
+    index_path,
+    read_header,
+)
+from llm.data.tokens.megatron import check_rising, read_index, token_dtype
+from llm.errors import require
+
+SUFFIXES = (".bin", ".ds")
+COMPANIONS = (".idx", ".ds.index", ".ds.metadata", ".ds.loss")  # lie beside token files and hold no tokens
+OPEN_MAPS = 64  # of a NumpyCorpus; each holds a file open
+SCANNED = 1 << 20  # tokens looked through at a time
+
+
+@dataclass(frozen=True)
+class ShardList:
+    """A token corpus: its files, one after another."""
+
+    name: str
+    """As the config names it, for messages."""
+    format: str
+    """raw, megatron, llm.c or datatrove."""
+    dtype: str
+    """uint8, uint16, int32 or uint32."""
+    paths: tuple[str, ...]
+    tokens: tuple[int, ...]
+    """Of each file."""
+    vocab_size: int
+    """Ids lie below it."""
+    eod_id: int
+    """The end-of-document token."""
+    eod_first: bool = False
+    """It is the first token of its document (llm.c), not the last."""
+    plans: dict[int, str] = field(default_factory=dict)
+    """Sequence length -> path of its packing plan."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.format in DTYPES and self.dtype in DTYPES[self.format],
+            f"corpus {self.name}: {self.format} files of {self.dtype}; expected one of "
+            + "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in DTYPES.items()),
+        )
+        require(
+            len(self.paths) == len(self.tokens) >= 1,
+            f"corpus {self.name}: found {len(self.paths)} files and {len(self.tokens)} token counts; "
+            "expected as many of each, and at least one",
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.tokens)
+
+
+def inspect_files(name: str, pattern: str, *, vocab_size: int, eod_id: int, raw_dtype: str | None = None) -> ShardList:
+    """Token files made elsewhere as a corpus: a file, a folder or a glob (sorted) of one format, found out here.
+
+    .ds files are datatrove's; a .bin file is Megatron's where an .idx file lies beside it, llm.c's where it has its
+    magic number, else raw: ids of `raw_dtype` (None: uint16, or int32 where vocab_size needs it).
+    Reads headers and the ends of indexes alone. Raises InputError; DamagedFile where a file is not what it says.
+    """
+    paths = _find(name, pattern)
+    headers = [read_header(path, raw_dtype or token_dtype(vocab_size)) for path in paths]
+    first = headers[0]
+    for path, header in zip(paths, headers, strict=True):
+        require(
+            (header.format, header.dtype) == (first.format, first.dtype),
+            f"corpus {name}: {paths[0]} is {_say(first)}, {path} is {_say(header)}; expected files of one format",
+        )
+    fits = 2 ** (8 * np.dtype(first.dtype).itemsize)
+    require(
+        0 <= eod_id < vocab_size <= fits,
+        f"corpus {name}: {paths[0]} is {_say(first)}, the vocabulary has {vocab_size} ids and its end-of-document "
+        f"token is {eod_id}; expected 0 <= end-of-document token < vocabulary <= {fits}",
+    )
+    tokens = tuple(header.tokens for header in headers)
+    return ShardList(
+        name, first.format, first.dtype, tuple(paths), tokens, vocab_size, eod_id, eod_first=first.format == "llm.c"
+    )
+
+
+def _say(header: Header) -> str:
+    return f"{header.format} with {header.dtype} ids"
+
+
+def _find(name: str, pattern: str) -> list[str]:
+    if os.path.isdir(pattern):
+        paths = [str(path) for path in Path(pattern).iterdir() if path.suffix in SUFFIXES]
+    elif os.path.lexists(pattern):
+        paths = [pattern]
+    else:
+        paths = [path for path in glob.glob(pattern, recursive=True) if not path.endswith(COMPANIONS)]
+    require(bool(paths), f"corpus {name}: no token file (.bin or .ds) is at {pattern}; check the path")
+    for path in paths:
+        require(
+            path.endswith(SUFFIXES),
+            f"corpus {name}: {path} does not end in .bin or .ds; expected token files alone: narrow the pattern",
+        )
+    return sorted(paths)
+
+
+class NumpyCorpus:
+    """The NumPy twin of `_native.Corpus`: reads across files, each checked when first read."""
+
+    def __init__(self, shards: ShardList) -> None:
+        for path, tokens in zip(shards.paths, shards.tokens, strict=True):
+            check_request(path, shards.format, shards.dtype, tokens)
+        if not 1 <= shards.vocab_size <= 2**31:
+            raise ValueError(f"vocab_size {shards.vocab_size}; expected 1 to 2^31")
+        self._shards = shards
+        self._width = np.dtype(shards.dtype).itemsize
+        self._ends = list(accumulate(shards.tokens))
+        self._open = lru_cache(OPEN_MAPS)(self._map)  # of this corpus, closed with it
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, start: int, count: int) -> NDArray:
+        """Tokens [count] from position `start` on: uint8, uint16, or int32 where an id has four bytes.
+
+        Raises IndexError outside the corpus; DamagedFile where a file is not what the corpus says of it, was
+        truncated, or holds an id there that is not below the vocabulary.
+        """
+        if not 0 <= start <= start + count <= len(self) or count < 0:
+            raise IndexError(f"{count} tokens from {start} lie outside the {len(self)} tokens of the corpus")
+        out = np.empty(count, f"u{self._width}")
+        done = 0
+        while done < count:
+            at = start + done
+            shard = bisect_right(self._ends, at)
+            begin = self._ends[shard] - self._shards.tokens[shard]
+            part = min(count - done, self._ends[shard] - at)
+            out[done : done + part] = self._read_file(shard, at - begin, part)
+            done += part
+        return out.view("i4") if self._width == 4 else out
+
+    def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray:
+        """Tokens [len(starts), width], row i from position starts[i] on; raises as read()."""
+        rows = [self.read(int(start), width) for start in starts]
+        return np.stack(rows) if rows else np.empty((0, width), self.read(0, 0).dtype)
+
+    def _read_file(self, shard: int, start: int, count: int) -> NDArray:
+        path, expected = self._shards.paths[shard], self._shards.tokens[shard] * self._width
+        header, ids = self._open(shard)
+        found = os.stat(path).st_size
+        if found < header + expected:
+            raise DamagedFile(f"{path}: was cut to {found} bytes while in use, expected {header + expected}")
+        row = ids[start : start + count]
+        if (wrong := np.flatnonzero(row >= self._shards.vocab_size)).size:
+            at = int(wrong[0])
+            raise DamagedFile(
+                f"{path}: the id at byte {header + (start + at) * self._width} is {row[at]}, "
+                f"expected ids below {self._shards.vocab_size}"
+            )
+        return row
+
+    def _map(self, shard: int) -> tuple[int, NDArray]:
+        """Bytes before the ids, and the ids, unsigned: a negative one is a large one."""
+        path, tokens = self._shards.paths[shard], self._shards.tokens[shard]
+        header = check_header(path, self._shards.format, self._shards.dtype, tokens)
+        return header, np.memmap(path, f"<u{self._width}", "r", header, (tokens,))
+
+
+def check_file(path: str, format: str, dtype: str, tokens: int) -> None:
+    """Every check of a token file and its index: sizes, counts, offsets without gaps, document ends that rise.
+
+    Takes time in proportion to the documents and memory in proportion to nothing. Raises DamagedFile.
+    """
+    check_header(path, format, dtype, tokens)
+    if format == "megatron":
+        read_index(Path(path).with_suffix(""))
+    if format == "datatrove":
+        check_metadata(path, dtype, tokens)
+        _read_ends(path)
+
+
+def _read_ends(path: str) -> NDArray[np.int64]:
+    """Where each document of a datatrove file ends, in tokens; DamagedFile where an end falls."""
+    ends = np.memmap(f"{path}.index", "<i8", "r")
+    if ends[0] < 0:
+        raise DamagedFile(f"{path}.index: the first document ends at token {ends[0]}, expected at least 0")
+    check_rising(f"{path}.index", ends, 0)
+    return ends
+
+
+def document_lengths(shards: ShardList) -> Iterator[NDArray[np.int64]]:
+    """The tokens of every document of a corpus, in order, as arrays [n] of bounded size.
+
+    From the index where the format has one (after checking it: DamagedFile), else found by the end-of-document token;
+    then a document may lie in several files, and what is left at either end counts as one.
+    """
+    if index_path("", shards.format) is None:
+        yield from _scanned_lengths(shards)
+        return
+    for path, tokens in zip(shards.paths, shards.tokens, strict=True):
+        check_header(path, shards.format, shards.dtype, tokens)
+        yield from _megatron_lengths(path) if shards.format == "megatron" else _datatrove_lengths(path)
+
+
+def _megatron_lengths(path: str) -> Iterator[NDArray[np.int64]]:
+    index = read_index(Path(path).with_suffix(""))
+    sequences, width = index.offsets.size, np.dtype(index.dtype).itemsize
+    for start in range(0, index.documents, formats.CHUNK):
+        bounds = index.bounds[start : start + formats.CHUNK + 1]
+        begins = index.offsets[np.minimum(bounds, sequences - 1)] // width
+        yield np.diff(np.where(bounds < sequences, begins, index.tokens))
+
+
+def _datatrove_lengths(path: str) -> Iterator[NDArray[np.int64]]:
+    ends, last = _read_ends(path), 0
+    for start in range(0, ends.size, formats.CHUNK):
+        part = ends[start : start + formats.CHUNK]
+        yield np.diff(part, prepend=last)
+        last = int(part[-1])
+
+
+def _scanned_lengths(shards: ShardList) -> Iterator[NDArray[np.int64]]:
+    begin = 0
+    for _, ends in document_ends(shards, SCANNED):
+        if ends.size:
+            yield np.diff(ends, prepend=begin)
+            begin = int(ends[-1])
+
+
+def document_ends(shards: ShardList, block: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """For each `block` tokens: those read by then, and where documents end among them (the next one's first token).
+
+    They are told apart by the end-of-document token. The last end is that of the corpus.
+    """
+    corpus = NumpyCorpus(shards)
+    for start in range(0, len(corpus), block):
+        stop = min(start + block, len(corpus))
+        found = np.flatnonzero(corpus.read(start, stop - start) == shards.eod_id)
+        ends = found + (start if shards.eod_first else start + 1)
+        ends = ends[(ends > 0) & (ends < len(corpus))]
+        yield stop, np.append(ends, stop) if stop == len(corpus) else ends

@@ -1,0 +1,65 @@
+"""Made-up batches, the same for a layout and its oracle: no corpus is needed, and every rank can make them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm.config import RunConfig
+from llm.model.layers import IGNORED_TARGET, Documents
+from llm.parallel.mesh import Mesh
+from llm.train.engines.base import MicroBatch
+
+DOCUMENTS = 4  # that begin within a row, on average, where documents are told apart
+
+
+def counted_targets(batch: int, length: int) -> list[int]:
+    """How many targets of each sample of a global batch count: all of the first one's, ever fewer, never none.
+
+    So ranks and micro-batches have unequal counts, and a mean of means is not the mean.
+    """
+    return [length - length * i // batch for i in range(batch)]
+
+
+def target_count(config: RunConfig) -> int:
+    """Targets of a global batch that count."""
+    return sum(counted_targets(config.train.global_batch_size, config.data.seq_len))
+
+
+def documents_of(begins: Tensor) -> Documents:
+    """The documents of rows of T tokens that begin where `begins`, bool [B, T], says and where a row does."""
+    begins = begins.clone()
+    begins[:, 0] = True
+    (starts,) = begins.flatten().nonzero(as_tuple=True)
+    places = torch.arange(begins.numel())
+    cu_seqlens = torch.cat([starts, torch.tensor([begins.numel()])])
+    position_ids = places - starts.repeat_interleave(cu_seqlens.diff())
+    return Documents(position_ids.view(begins.shape), cu_seqlens.to(torch.int32))
+
+
+def micro_batches(config: RunConfig, step: int, device: torch.device, mesh: Mesh | None = None) -> list[MicroBatch]:
+    """A data-parallel rank's micro-batches of a step; without a mesh those of the whole global batch.
+
+    Tokens are uniform over the vocabulary, from a generator keyed by the seed and the step, and so are the places where
+    documents begin, with data.document_masks; sample numbers are global.
+    """
+    G, T, size = config.train.global_batch_size, config.data.seq_len, config.train.micro_batch_size
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    tokens = torch.randint(0, config.model.vocab_size, (G, T + 1), generator=generator)
+    targets = tokens[:, 1:].clone()
+    for sample, counted in enumerate(counted_targets(G, T)):
+        targets[sample, counted:] = IGNORED_TARGET
+    begins = torch.rand(G, T, generator=generator) < DOCUMENTS / T
+    samples = torch.arange(step * G, (step + 1) * G)
+    share = G // mesh.dp_size if mesh is not None else G
+    first = mesh.dp_rank * share if mesh is not None else 0
+    positions = torch.arange(T, device=device)
+    batches = []
+    for start in range(first, first + share, size):
+        cut = slice(start, start + size)
+        batch = MicroBatch(tokens[cut, :-1].to(device), positions, samples[cut].to(device), targets[cut].to(device))
+        if config.data.document_masks:
+            documents = Documents(*(part.to(device) for part in documents_of(begins[cut])))
+            batch = batch._replace(documents=documents)
+        batches.append(batch)
+    return batches

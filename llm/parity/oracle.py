@@ -1,0 +1,96 @@
+"""The oracle: the plain PyTorch engine, dense and alone in rank 0's process, and the comparison with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from llm.config import ParallelConfig, RunConfig
+from llm.parity.batches import micro_batches, target_count
+from llm.parity.compare import Check, Scalar, gradient_check, joint_size, norm_check, scalar_checks, state_check
+from llm.parity.gather import Gathered, State
+from llm.parity.layout import StepRecord
+from llm.train.build import build_model
+from llm.train.engines.base import global_norm
+from llm.train.engines.plain import PlainEngine
+
+
+def oracle_config(config: RunConfig, precision: str) -> RunConfig:
+    """The same run for one process: no layout, nothing computed twice."""
+    whole: dict[str, Any] = {"engine": "plain", "activation_checkpointing": "none", "checkpoint_every": 1}
+    train = replace(config.train, precision=precision, **whole)
+    return replace(config, train=train, parallel=ParallelConfig(), deepspeed={})
+
+
+class Oracle:
+    """What the layout's results are compared with, on its device; collects the checks."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.precision = config.train.precision
+        self.own = self._engine(self.precision)
+        self.exact = self.own if self.precision == "fp32" else self._engine("fp32")
+        self.engines = (self.own,) if self.own is self.exact else (self.own, self.exact)
+        self.checks: list[Check] = []
+        self.scalars: list[Scalar] = []
+
+    def _engine(self, precision: str) -> PlainEngine:
+        config = oracle_config(self.config, precision)
+        engine = PlainEngine(config, build_model(config, None), None, self.device)
+        engine.set_lr(config.optim.lr)
+        return engine
+
+    def check_start(self, state: State) -> None:
+        """The layout's weights before the first step are the initial ones, bit for bit."""
+        self._check_state(0, state, self.exact, same=True)
+
+    def check_step(self, record: StepRecord) -> None:
+        """Compare gradients at equal weights, then weights and moments after equal gradients."""
+        self._take(record.before, record.scalars_before)
+        batches, count = micro_batches(self.config, record.number, self.device), target_count(self.config)
+        losses = [engine.forward_backward(batches, count) for engine in self.engines]
+        if not record.result.skipped:  # what overflowed cannot be compared
+            self._check_gradients(record, losses)
+        self.exact.optimizer.zero_grad()
+        for name, gradient in record.gradients.items():
+            self.own.masters[name].grad = gradient
+        self.own.step()
+        self._check_state(record.number, record.after, self.own, same=record.result.skipped)
+
+    def check_validation(self, number: int, state: State, found: float) -> None:
+        """Compare the validation loss at the layout's weights."""
+        self._take(state, {"optimizer_step": 0, "loss_scale": None})
+        batches = micro_batches(self.config, number, self.device)
+        totals = [engine.evaluate(batches) for engine in self.engines]
+        own, exact = (total / count for total, count in (totals[0], totals[-1]))
+        self.scalars.append(Scalar("validation loss", number, found, own, exact))
+
+    def verdicts(self) -> list[Check]:
+        """Every check, after the last step."""
+        return self.checks + scalar_checks(self.scalars, self.precision, target_count(self.config))
+
+    def _take(self, state: State, scalars: dict[str, Any]) -> None:
+        for engine in self.engines:
+            engine.load_scalar_state(scalars)
+            engine.load_pieces(Gathered(state), scalars["optimizer_step"])
+
+    def _check_gradients(self, record: StepRecord, losses: list[float]) -> None:
+        number, names = record.number, record.gradients
+        whole = joint_size(self.exact.gradient(name) for name in names)
+        for name, gradient in record.gradients.items():
+            own, exact = self.own.gradient(name), self.exact.gradient(name)
+            self.checks.append(gradient_check(name, number, gradient, own, exact, whole))
+        self.checks.append(norm_check(number, record.result.grad_norm, record.gradients.values()))
+        norms = [float(global_norm(list(engine.masters.values()), None)) for engine in self.engines]
+        self.scalars.append(Scalar("loss", number, record.loss, losses[0], losses[-1]))
+        self.scalars.append(Scalar("gradient norm", number, record.result.grad_norm, norms[0], norms[-1]))
+
+    def _check_state(self, number: int, state: State, expected: PlainEngine, *, same: bool) -> None:
+        """`same`: no bit may differ."""
+        for piece in expected.state_pieces():
+            found = state.get((piece.name, piece.kind))
+            if found is not None:  # else the layout has a problem of its own
+                whole = piece.data.view(piece.slice.global_shape)
+                self.checks.append(state_check(piece.kind, piece.name, number, found, whole, same=same))

@@ -1,0 +1,180 @@
+"""What `verify` says: a table by groups of parameters, and all numbers as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llm.config import ModelConfig, RunConfig
+from llm.errors import InputError, require
+from llm.files import replace
+from llm.parity.compare import SCALARS, Check, worst
+
+GROUPS = ("embedding", "position table", "norms", "qkv", "attention output", "up", "down", "head")
+# Lines of failures on the console.
+SHOWN = 20
+TENSORS = ("gradient", "weight", "exp_avg", "exp_avg_sq")
+
+
+def group_of(name: str) -> str:
+    """The row of the table that a parameter belongs to: `blocks.0.norm_1.weight` -> `norms`."""
+    owner = name.split(".")[-2].replace("_", " ")
+    return "norms" if owner.startswith("norm") else owner
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a verification. On ranks other than 0 there are no checks."""
+
+    config: RunConfig
+    """Of what was verified: a shrunk model, where `requested` is given."""
+    world_size: int
+    steps: int
+    checks: tuple[Check, ...]
+    problems: tuple[str, ...]
+    """What is wrong beyond numbers: parameters, elements or replicas, by name."""
+    passed: bool
+    requested: ModelConfig | None = None
+    """The model of the config, if it was too large for one process."""
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each problem, and for the worst failed check of each quantity of each parameter."""
+        failed: dict[tuple[str, str], list[Check]] = {}
+        for check in self.checks:
+            if not check.passed:
+                failed.setdefault((check.name, check.quantity), []).append(check)
+        return [*self.problems, *(str(worst(checks)) for checks in failed.values())]
+
+    def layout(self) -> dict[str, Any]:
+        """What was verified, in the config's words."""
+        train, parallel = self.config.train, self.config.parallel
+        dp = self.world_size // parallel.tensor_parallel
+        return {
+            "engine": train.engine,
+            "zero_stage": parallel.zero_stage,
+            "offload": parallel.offload,
+            "tensor_parallel": parallel.tensor_parallel,
+            "sequence_parallel": parallel.sequence_parallel,
+            "data_parallel": dp,
+            "precision": train.precision,
+            "gradient_accumulation": train.global_batch_size // (dp * train.micro_batch_size),
+            "activation_checkpointing": train.activation_checkpointing,
+        }
+
+    def of(self, quantity: str, group: str | None = None) -> list[Check]:
+        """The checks of a quantity, of one group of parameters or of all."""
+        return [c for c in self.checks if c.quantity == quantity and (group is None or group_of(c.name) == group)]
+
+
+def headline(report: Report) -> str:
+    """The layout, and the model if it is not the config's, in a few words each."""
+    lines = ["verify: " + ", ".join(f"{key} {value}" for key, value in report.layout().items())]
+    if report.requested is not None:
+        before, after = (dataclasses.asdict(model) for model in (report.requested, report.config.model))
+        changed = (f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key])
+        lines.append("the model is too large for one process; a shrunk one was verified: " + ", ".join(changed))
+    return "\n".join(lines)
+
+
+def table(report: Report) -> Table:
+    """One row per group of parameters, then one per scalar and one for the replicas.
+
+    A cell is the error nearest to its bound over all steps: relative to what was expected, and as a share of its bound.
+    """
+    result = Table(caption="largest error relative to the oracle's value (as a share of its bound)")
+    for column in ("", *TENSORS, "worst", ""):
+        result.add_column(column)
+    for group in GROUPS:
+        by_quantity = [report.of(quantity, group) for quantity in TENSORS]
+        checks = [check for checks in by_quantity for check in checks]
+        if checks:
+            result.add_row(group, *map(_cell, by_quantity), _name(worst(checks)), _verdict(checks))
+    for quantity in SCALARS:
+        checks = report.of(quantity)
+        result.add_row(quantity, _cell(checks), "", "", "", "", _verdict(checks))
+    problems = len(report.problems)
+    found = f"{problems} problems" if problems else ""
+    result.add_row("names, pieces, replicas", found, "", "", "", "", "fail" if problems else "pass")
+    return result
+
+
+def _cell(checks: Sequence[Check]) -> str:
+    most = worst(checks)
+    return "" if most is None else f"{most.relative:.1e} ({most.share:.2g})"
+
+
+def _name(check: Check | None) -> str:
+    return "" if check is None else f"{check.name} {check.quantity}"
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    return "pass" if checks and all(check.passed for check in checks) else "fail"
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report as JSON types; a number that is not finite is the text "nan" or "inf"."""
+    names = dict.fromkeys(check.name for check in report.checks if check.name)
+    parameters = {name: {q: _numbers([c for c in report.of(q) if c.name == name]) for q in TENSORS} for name in names}
+    groups = {group: {q: _numbers(report.of(q, group)) for q in TENSORS} for group in GROUPS}
+    return {
+        "passed": report.passed,
+        "layout": report.layout(),
+        "steps": report.steps,
+        "model": dataclasses.asdict(report.config.model),
+        "requested_model": None if report.requested is None else dataclasses.asdict(report.requested),
+        "scalars": {quantity: _numbers(report.of(quantity)) for quantity in SCALARS},
+        "groups": {group: found for group, found in groups.items() if any(found.values())},
+        "parameters": parameters,
+        "problems": list(report.problems),
+        "failures": report.failures,
+    }
+
+
+def _numbers(checks: Sequence[Check]) -> dict[str, Any] | None:
+    """The check nearest to its bound, or None where nothing was compared."""
+    most = worst(checks)
+    if most is None:
+        return None
+    numbers = {
+        "error": most.error, "bound": most.bound, "expected": most.size, "relative": most.relative, "share": most.share,
+    }  # fmt: skip
+    ready = {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
+    named = {"parameter": most.name} if most.name else {}
+    return {**named, "step": most.step, **ready, "passed": all(check.passed for check in checks)}
+
+
+def show(report: Report, terminal: Console) -> None:
+    """Print the report for people; the verdict is the last line."""
+    terminal.print(headline(report), markup=False, highlight=False)
+    terminal.print(table(report))
+    failures = report.failures
+    for failure in failures[:SHOWN]:
+        terminal.print(f"  {failure}", markup=False, highlight=False)
+    if len(failures) > SHOWN:
+        terminal.print(f"  and {len(failures) - SHOWN} more failures: see the JSON")
+    terminal.print("PASS" if report.passed else "FAIL")
+
+
+def write(report: Report, path: Path) -> None:
+    """Write the JSON whole, or leave what was there."""
+    replace(path, (json.dumps(to_json(report), indent=1, allow_nan=False) + "\n").encode())
+
+
+def claim(path: Path) -> None:
+    """Make the folder that the JSON will lie in; InputError if it cannot be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--json {path}: the folder cannot be made ({error}); choose another path") from error
+    writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+    require(writable, f"--json {path} is a folder or lies in one that cannot be written; choose another path")

@@ -1,0 +1,108 @@
+"""A model that one process can hold, of the same shape family as one that it cannot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from kernels.cross_entropy.linear import GPU_CHUNK
+from llm.config import ModelConfig, RunConfig
+from llm.errors import InputError
+from llm.parity.layout import global_shapes
+
+# Bytes per parameter. Of the oracle: weights, gradients and moments; in bf16 and fp16 their masters and low-precision
+# copies, and a second oracle. Gathered: weights and moments before and after a step, gradients. Of the layout: at most.
+ORACLE = {"fp32": 16, "bf16": 36, "fp16": 36}
+GATHERED = 28
+LAYOUT = 32
+# Allocators keep some memory, and tensors that are being gathered or compared need some.
+USABLE = 0.8
+SMALLEST_VOCABULARY, SMALLEST_HEAD = 1024, 8
+
+
+def available_bytes(device: torch.device, ranks_here: int) -> int:
+    """What rank 0 may use: its GPU's free memory, and no more than its share of this host's, which holds states."""
+    here = _host_bytes() // ranks_here
+    return min(here, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else here
+
+
+def _host_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Free memory of this host, and no more than its control group leaves to a container."""
+    if not proc.is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = (line.split() for line in proc.read_text().splitlines())
+    free = next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
+    most, used = group / "memory.max", group / "memory.current"
+    if most.is_file() and used.is_file() and (limit := most.read_text().strip()) != "max":
+        return min(free, max(0, int(limit) - int(used.read_text())))
+    return free
+
+
+def needed_bytes(config: RunConfig, world_size: int) -> int:
+    """Memory that `verify` needs on rank 0: its part of the layout, the oracle, and what is gathered.
+
+    Activations of a micro-batch are B T (34 C + 5 H T) bytes per block in 16 bits (Korthikanti et al. 2022, eq. 1) and
+    twice that in fp32; the second term, the attention weights, exists only where dropout acts on them.
+    """
+    model, parallel = config.model, config.parallel
+    parameters = sum(prod(shape) for shape in global_shapes(config).values())
+    ranks = world_size if parallel.zero_stage == 3 or config.train.engine == "fsdp" else parallel.tensor_parallel
+    tokens, T = config.train.micro_batch_size * config.data.seq_len, config.data.seq_len
+    weights = 5 * model.n_head * T if model.dropout > 0 else 0
+    activations = 2 * model.n_layer * tokens * (34 * model.d_model + weights)
+    logits = 3 * 4 * min(tokens, GPU_CHUNK) * model.vocab_size
+    states = parameters * (ORACLE[config.train.precision] + GATHERED + LAYOUT // ranks)
+    return states + activations + logits
+
+
+def shrink(config: RunConfig, available: int, world_size: int) -> RunConfig:
+    """`config` itself if `verify` can hold its model in `available` bytes, else with the largest model that fits.
+
+    Norms, activation, positions, tying, biases, dropout, query heads per key/value head, sequence and batch stay.
+    Raises InputError if not even the smallest fits.
+    """
+    limit = int(USABLE * available)
+    if needed_bytes(config, world_size) <= limit:
+        return config
+    tried = config
+    for model in smaller(config.model, config.parallel.tensor_parallel):
+        tried = replace(config, model=model)
+        if needed_bytes(tried, world_size) <= limit:
+            return tried
+    raise InputError(
+        f"verify needs {needed_bytes(tried, world_size) / 1e9:.2f} GB on rank 0 even for a model of {tried.model}; "
+        f"{limit / 1e9:.2f} GB can be used: lower train.micro_batch_size or data.seq_len"
+    )
+
+
+def smaller(model: ModelConfig, tp: int) -> Iterator[ModelConfig]:
+    """Ever smaller models of the same family, which `tp` ranks can share.
+
+    First fewer blocks, for they are alike, then a smaller vocabulary, then fewer heads, and last narrower ones.
+    """
+    while model.n_layer > 2:
+        model = replace(model, n_layer=max(2, model.n_layer // 2))
+        yield model
+    while model.vocab_size // 2 >= SMALLEST_VOCABULARY:
+        half = model.vocab_size // 2
+        # The padding that the ranks' vocabulary needs stays too.
+        model = replace(model, vocab_size=half - (half - model.vocab_size) % tp)
+        yield model
+    while model.kv_heads > tp:
+        model = _narrower(model, max(tp, model.kv_heads // 2 // tp * tp), model.head_dim, tp)
+        yield model
+    while model.head_dim >= 2 * SMALLEST_HEAD:
+        model = _narrower(model, model.kv_heads, model.head_dim // 4 * 2, tp)
+        yield model
+
+
+def _narrower(model: ModelConfig, kv_heads: int, head_dim: int, tp: int) -> ModelConfig:
+    n_head = model.n_head // model.kv_heads * kv_heads
+    d_model = n_head * head_dim
+    d_ff = max(tp, model.ff_dim * d_model // model.d_model // tp * tp)
+    return replace(model, n_kv_head=kv_heads, n_head=n_head, d_model=d_model, d_ff=d_ff)

@@ -1,0 +1,172 @@
+"""runs/<name>: where a run keeps its files, one job at a time, seen by all of its nodes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from llm import files
+from llm.errors import InputError, require
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# A run that was just killed may have ranks that are still ending.
+LOCK_PATIENCE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class RunLock:
+    """Held until `close` or the end of the process, however it ends."""
+
+    descriptor: int
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder <root>/<name>; nothing is made before `create`."""
+
+    root: Path
+    name: str
+
+    def __post_init__(self) -> None:
+        require(
+            NAME.fullmatch(self.name) is not None,
+            f"name is {self.name!r}; expected letters, digits, '_', '.' and '-', the first a letter or digit",
+        )
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def config(self) -> Path:
+        """The config as resolved."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def create(self) -> None:
+        """Make the folder where there is none; raises InputError where that cannot be."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"the run's folder {self.path} cannot be made: {error}") from error
+
+    def lock(self) -> RunLock:
+        """Refuse a second job: called by rank 0, which keeps the lock for life.
+
+        Raises InputError, saying who holds it, if it is not free within LOCK_PATIENCE_SECONDS.
+        """
+        path = self.path / "lock"
+        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise InputError(f"{path} cannot be opened: {error}") from error
+        while not _try_lock(descriptor, path):
+            if time.monotonic() > deadline:
+                holder = _holder(os.pread(descriptor, 4096, 0))
+                os.close(descriptor)
+                raise InputError(
+                    f"{self.path} is in use by {holder}; wait for that run to end, stop it, or choose another --name"
+                )
+            time.sleep(0.1)
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        return RunLock(descriptor)
+
+    def share_nonce(self) -> str:
+        """Rank 0: write a new nonce into the folder and return it, to be sent to every rank."""
+        nonce = secrets.token_hex(16)
+        # In place, not by a rename: opening the same file anew is what NFS keeps consistent.
+        descriptor = os.open(self.path / "nonce", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(nonce)
+            file.flush()
+            os.fsync(file.fileno())
+        return nonce
+
+    def check_nonce(self, nonce: str) -> None:
+        """Every rank: raise InputError unless the folder here holds the nonce that rank 0 sent."""
+        try:
+            found = (self.path / "nonce").read_text()
+        except OSError as error:
+            found = f"nothing ({error.strerror})"
+        require(
+            found == nonce,
+            f"{socket.gethostname()} does not see what rank 0 wrote into {self.path}: "
+            f"found {found}, expected {nonce}; "
+            "put the run's folder on a file system that all nodes share",
+        )
+
+
+def truncate_metrics(path: Path, step: int) -> int:
+    """Drop the lines of steps after `step`, and those torn by a crash; returns how many.
+
+    The file is replaced as a whole or not at all. No file is an empty one.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _is_of_step(line, step)]
+    if len(kept) < len(lines):
+        files.replace(path, b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def _is_of_step(line: bytes, last: int) -> bool:
+    """Whether it is a whole metric line of a step up to `last`."""
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    step = found.get("step") if isinstance(found, dict) else None
+    return isinstance(step, int) and step <= last
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise InputError(f"the file system cannot lock {path}: {error.strerror}") from error
+    return True
+
+
+def _holder(record: bytes) -> str:
+    """What the holder of the lock wrote of itself, in words."""
+    try:
+        found = json.loads(record)
+        return f"process {found['pid']} on {found['host']} since {found['started']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has not yet said who it is"

@@ -1,0 +1,146 @@
+"""A machine that cannot run the job is refused with what was found, expected and to be done."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from llm.cluster import preflight
+from llm.errors import InputError
+
+GOOD = {"torch": "2.13.0+cpu", "triton": "3.7.1", "numpy": "2.4.6", "deepspeed": "0.19.8"}
+
+
+def test_this_machine_passes():
+    preflight.check_machine(engine="deepspeed", loader="numpy", environ=os.environ)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"torch": "2.11.0+cu130", "triton": "3.6.0", "numpy": "2.3.5"},
+        {"triton": "3.10.0"},
+        {"torch": "2.14.0.dev20261101"},
+    ],
+)
+def test_supported_versions(changes):
+    preflight.check_versions((3, 10), {**GOOD, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"torch": "2.10.0"}, "torch is 2.10.0; expected at least 2.11"),
+        ({"torch": "2.9.1"}, "torch is 2.9.1"),
+        ({"torch": None}, "torch is not installed"),
+        ({"deepspeed": "0.19.9"}, "deepspeed is 0.19.9; expected at least 0.19.8, below 0.19.9"),
+        ({"deepspeed": "0.18.0"}, "deepspeed is 0.18.0"),
+        ({"numpy": "1.26.4"}, "numpy is 1.26.4"),
+        ({"triton": "3.5.1"}, "triton is 3.5.1"),
+        ({"triton": "3.6.0"}, "triton is 3.6.0 and numpy 2.4.6"),
+        ({"triton": "3.7.0", "numpy": "2.10.0"}, "triton is 3.7.0 and numpy 2.10.0"),
+        ({"torch": "unknown"}, "torch has the version 'unknown'"),
+    ],
+)
+def test_unsupported_versions(changes, words):
+    with pytest.raises(InputError) as error:
+        preflight.check_versions((3, 12), {**GOOD, **changes})
+    assert words in str(error.value)
+    assert "make setup" in str(error.value)
+
+
+def test_old_python():
+    with pytest.raises(InputError, match=r"Python is 3\.9; expected at least 3\.10"):
+        preflight.check_versions((3, 9), GOOD)
+
+
+def write_tool(folder, name):
+    tool = folder / name
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+
+
+def test_build_tools(tmp_path):
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    environ = {"PATH": str(tmp_path)}
+    with pytest.raises(InputError, match=r"no C\+\+ compiler: 'c\+\+' \(the default\)"):
+        preflight.check_build_tools(environ, scripts)
+    write_tool(tmp_path, "c++")
+    with pytest.raises(InputError, match="ninja is not on PATH"):
+        preflight.check_build_tools(environ, scripts)
+    write_tool(scripts, "ninja")
+    preflight.check_build_tools(environ, scripts)
+    with pytest.raises(InputError, match=r"no C\+\+ compiler: 'clang\+\+' \(CXX\)"):
+        preflight.check_build_tools({**environ, "CXX": "clang++"}, scripts)
+    write_tool(tmp_path, "ccache")
+    preflight.check_build_tools({**environ, "CXX": "ccache clang++"}, scripts)
+    with pytest.raises(InputError, match=r"headers are missing.*python3-dev"):
+        preflight.check_build_tools(environ, scripts, headers=tmp_path)
+
+
+def test_lock_of_a_killed_build_is_removed_and_that_of_a_living_one_kept(tmp_path):
+    locks = [tmp_path / name / "lock" for name in ("living", "killed")]
+    for lock in locks:
+        lock.parent.mkdir()
+    # As torch does it: the holder keeps the file open.
+    take = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True)"
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{take}; sys.stdin.read()", lock],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for lock in locks
+    ]
+    for holder in holders:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+    holders[1].kill()
+    holders[1].wait()
+    preflight.remove_abandoned_locks(tmp_path)
+    assert [lock.exists() for lock in locks] == [True, False]
+    holders[0].communicate()
+
+
+def test_build_tools_matter_to_deepspeed_alone(tmp_path):
+    preflight.check_machine(engine="plain", loader="numpy", environ={"PATH": str(tmp_path)})
+    with pytest.raises(InputError, match="compiler"):
+        preflight.check_machine(engine="deepspeed", loader="numpy", environ={"PATH": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("file", "version"),
+    [
+        ("/site-packages/kernels/__init__.py", "0.0.0"),
+        ("SAME", "0.18.2"),
+        ("SAME", None),
+    ],
+)
+def test_another_package_named_kernels(file, version, monkeypatch):
+    import kernels
+
+    fake = types.ModuleType("kernels")
+    fake.__file__ = kernels.__file__ if file == "SAME" else file
+    if version is not None:
+        vars(fake)["__version__"] = version
+    monkeypatch.setitem(sys.modules, "kernels", fake)
+    with pytest.raises(InputError, match="another package of that name"):
+        preflight.check_import_names()
+
+
+def test_folder_without_init(tmp_path, monkeypatch):
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.delitem(sys.modules, "kernels")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(InputError, match=r"folder without __init__\.py"):
+        preflight.check_import_names()
+
+
+def test_native_extension_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm.data._native", None)
+    with pytest.raises(InputError, match="make setup"):
+        preflight.check_machine(engine="plain", loader="native", environ={})

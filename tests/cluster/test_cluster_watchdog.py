@@ -1,0 +1,160 @@
+"""Which ancestors count as the launcher, and that real ranks do not outlive theirs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llm.cluster.ranks import free_port
+from llm.cluster.watchdog import is_launcher, launcher_chain, lost, orphaned, read_process
+
+pytestmark = pytest.mark.ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+RUNNER = ["/v/bin/python", "/v/bin/deepspeed", "--num_gpus", "2", "launch/pretrain.py"]
+LAUNCH = ["/v/bin/python3", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30="]
+TORCHRUN = ["/v/bin/python", "/v/bin/torchrun", "launch/pretrain.py"]
+RANK = ["/v/bin/python", "-u", "launch/pretrain.py"]
+REMOTE_SHELL = ["bash", "-c", f"export PYTHONPATH=/w; cd /w; {' '.join(LAUNCH)}"]
+SESSION = ["sshd: root@notty"]
+
+
+def write_proc(folder: Path, *argvs: list[str]) -> int:
+    """A /proc in which each process is the child of the next, the last of pid 1."""
+    entries = [(100 + i, 101 + i, argv) for i, argv in enumerate(argvs)]
+    entries[-1] = (entries[-1][0], 1, entries[-1][2])
+    for pid, parent, argv in [*entries, (1, 0, ["/sbin/init"])]:
+        write_process(folder, pid, parent, argv)
+    return 100
+
+
+def write_process(folder: Path, pid: int, parent: int, argv=(), state="S", start=5000) -> None:
+    (folder / str(pid)).mkdir(exist_ok=True)
+    fields = [str(pid), "(a) (b c)", state, str(parent), *["0"] * 17, str(start), "0", "0"]
+    (folder / str(pid) / "stat").write_text(" ".join(fields))
+    (folder / str(pid) / "cmdline").write_bytes(b"".join(w.encode() + b"\0" for w in argv))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(RUNNER, LAUNCH, TORCHRUN, ["python3.11", "-m", "torch.distributed.run", "a.py"]),
+        ["/usr/bin/mpirun", "-np", "2", "python", "a.py"],
+        ["orted", "--hnp"],
+        ["slurmstepd: [4242.0]"],
+    ],
+)
+def test_launchers(argv):
+    assert is_launcher(argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(RANK, REMOTE_SHELL, SESSION, ["-bash"], ["vim", "deepspeed"], ["make", "torchrun"]),
+        ["python", "launch/pretrain.py", "-m", "deepspeed"],
+        ["python", "-m", "pytest", "deepspeed"],
+        [""],
+    ],
+)
+def test_not_launchers(argv):
+    assert not is_launcher(argv)
+
+
+@pytest.mark.parametrize(
+    ("ancestors", "watched"),
+    [
+        ([["-bash"]], 0),
+        ([["bash", "-c", "python launch/pretrain.py"], ["make"]], 0),
+        ([TORCHRUN, ["-bash"]], 1),
+        ([TORCHRUN, ["bash", "-c", "torchrun launch/pretrain.py & sleep 9"], ["cron"]], 1),
+        ([LAUNCH, RUNNER, ["bash", "launch/deepspeed.sh"], ["-bash"], ["sshd: me@pts/0"]], 2),
+        ([LAUNCH, REMOTE_SHELL, SESSION, ["sshd: /usr/sbin/sshd [listener]"]], 3),
+        ([LAUNCH, SESSION, ["sshd: /usr/sbin/sshd [listener]"]], 2),
+        ([["orted", "--hnp"], ["bash", "-c", "orted --hnp"], ["sshd-session: me@notty"]], 3),
+        ([["bash", "job.sh"], ["slurmstepd: [4242.0]"], ["slurmd"]], 2),
+        # A command typed into ssh may end before the job that it put into the background.
+        ([TORCHRUN, ["bash", "-c", "nohup torchrun a.py & sleep 9"], SESSION], 1),
+    ],
+)
+def test_chain(ancestors, watched, tmp_path):
+    pid = write_proc(tmp_path, RANK, *ancestors)
+    chain = launcher_chain(pid, tmp_path)
+    assert [process.pid for process in chain] == list(range(101, 101 + watched))
+    assert lost(chain, tmp_path) is None
+
+
+@pytest.mark.parametrize("change", ["gone", "zombie", "reused"])
+def test_lost(change, tmp_path):
+    pid = write_proc(tmp_path, RANK, LAUNCH, RUNNER, ["-bash"])
+    chain = launcher_chain(pid, tmp_path)
+    if change == "gone":
+        (tmp_path / "102" / "stat").unlink()
+    elif change == "zombie":
+        write_process(tmp_path, 102, 1, state="Z")
+    else:
+        write_process(tmp_path, 102, 1, RUNNER, start=5001)
+    missing = lost(chain, tmp_path)
+    assert missing is not None
+    assert missing.pid == 102
+
+
+def test_runner_that_died_before_the_rank_looked(tmp_path):
+    assert orphaned(launcher_chain(write_proc(tmp_path, RANK, LAUNCH), tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("ancestors", [[LAUNCH, RUNNER], [LAUNCH, ["-bash"]], [TORCHRUN], [RANK]])
+def test_not_orphaned(ancestors, tmp_path):
+    assert not orphaned(launcher_chain(write_proc(tmp_path, RANK, *ancestors), tmp_path), tmp_path)
+
+
+def wait_until(condition, what: str) -> None:
+    deadline = time.monotonic() + 60  # generous: a busy machine, not a promise
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    process = read_process(pid)
+    return process is not None and process.state not in "ZX"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_ranks_end_when_their_launcher_is_killed(launcher, tmp_path):
+    port = str(free_port())
+    command = {
+        "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--master_port", port],
+        "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", port],
+    }[launcher]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        runner = subprocess.Popen(
+            [*command, "tests/cluster/rank_probe.py", tmp_path, "--stay"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+    started: set[int] = {runner.pid}
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("rank-*.json"))) == 2, log.read_text())
+        for path in tmp_path.glob("rank-*.json"):
+            report = json.loads(path.read_text())
+            started |= {report["pid"], *report["watched"]}
+            assert runner.pid in report["watched"]
+        assert len(started) == (4 if launcher == "deepspeed" else 3)
+        runner.kill()
+        runner.wait()
+        wait_until(lambda: not any(alive(pid) for pid in started), log.read_text())
+        assert f"process {runner.pid}" in log.read_text()
+    finally:
+        for pid in filter(alive, started):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,363 @@
+"""`verify`: what is compared, gathered, shrunk and reported."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from llm.checkpoint.manifest import Piece
+from llm.config import ModelConfig, RunConfig
+from llm.errors import InputError
+from llm.model.layers import IGNORED_TARGET
+from llm.parity import report as reports
+from llm.parity.batches import counted_targets, micro_batches, target_count
+from llm.parity.compare import Check, Scalar, distance, gradient_check, scalar_checks, state_check, worst
+from llm.parity.gather import gather_state, shared_names
+from llm.parity.layout import global_shapes
+from llm.parity.oracle import oracle_config
+from llm.parity.report import Report, group_of
+from llm.parity.shrink import _host_bytes, needed_bytes, shrink, smaller
+from llm.slices import Slice
+from matrix import verified
+from pool import RankPool
+from tiny_run import BASE, case
+
+CPU = torch.device("cpu")
+
+# What is compared.
+
+
+def check(error: float, bound: float = 1.0, name: str = "norm.weight", quantity: str = "gradient") -> Check:
+    return Check(quantity, name, 1, error, bound, 1.0)
+
+
+def test_only_an_error_within_its_bound_passes() -> None:
+    assert check(1.0).passed and not check(1.01).passed
+    assert check(0.0, 0.0).passed and not check(1e-30, 0.0).passed
+    assert not check(math.nan).passed and not check(1.0, math.nan).passed and not check(math.inf).passed
+    assert not check(1.0, math.inf).passed
+
+
+def test_nan_is_the_worst() -> None:
+    assert worst([check(5.0), check(math.nan), check(0.5)]).share == math.inf
+    assert worst([check(0.1), check(0.0, 0.0), check(0.2)]).error == 0.2
+    assert worst([]) is None
+
+
+def test_nan_and_other_shapes_are_far_away() -> None:
+    nan = torch.tensor([1.0, math.nan])
+    assert not gradient_check("a", 1, nan, torch.ones(2), torch.ones(2), 1.0).passed
+    assert not state_check("master", "a", 1, nan, nan, same=False).passed
+    assert distance(torch.ones(3, 1), torch.ones(3)) == math.inf
+
+
+def test_bounds_of_gradients() -> None:
+    exact = torch.full((100,), 0.1)  # of norm 1
+    assert gradient_check("a", 1, exact * (1 + 0.9e-5), exact, exact, 0.0).passed
+    assert not gradient_check("a", 1, exact * (1 + 1.1e-5), exact, exact, 0.0).passed
+    assert gradient_check("a", 1, exact + 1e-6, exact, exact, 100.0).passed  # 1e-7 of all gradients
+    low = exact * 1.01
+    assert gradient_check("a", 1, exact * 0.961, low, exact, 0.0).passed
+    assert not gradient_check("a", 1, exact * 0.959, low, exact, 0.0).passed
+
+
+def test_bounds_of_states() -> None:
+    weight = torch.full((100,), 0.1)
+    assert state_check("master", "a", 1, weight * (1 + 0.8e-6), weight, same=False).passed
+    assert not state_check("master", "a", 1, weight * (1 + 1.3e-6), weight, same=False).passed
+    assert state_check("exp_avg", "a", 1, weight, weight, same=True).passed
+    assert not state_check("exp_avg", "a", 1, weight * (1 + 2e-7), weight, same=True).passed
+
+
+def test_bounds_of_scalars() -> None:
+    """In bf16 the oracle's largest error of any step counts, for that of one step may be zero by luck."""
+    exact = [Scalar("loss", step, 4.0 + error, 4.0, 4.0) for step, error in enumerate((3e-6, 5e-6))]
+    assert [c.passed for c in scalar_checks(exact, "fp32", 100)] == [True, False]
+    low = [Scalar("loss", 1, 4.03, 4.0, 4.0), Scalar("loss", 2, 4.05, 4.01, 4.0)]
+    assert [c.passed for c in scalar_checks(low, "bf16", 10**9)] == [True, False]
+    assert [c.passed for c in scalar_checks(low[:1], "bf16", 10**9)] == [False]
+    assert [c.passed for c in scalar_checks(low[:1], "bf16", 4)] == [True]
+
+
+# The batches.
+
+
+def test_ranks_and_micro_batches_count_unequally() -> None:
+    assert counted_targets(4, 8) == [8, 6, 4, 2]
+    assert min(counted_targets(1000, 8)) == 1
+    config = case(train=dict(global_batch_size=8, micro_batch_size=2))
+    batches = micro_batches(config, 1, torch.device("cpu"))
+    counts = [int((b.targets != IGNORED_TARGET).sum()) for b in batches]
+    assert len(set(counts)) == len(counts) == 4 and sum(counts) == target_count(config)
+    assert torch.cat([b.samples for b in batches]).tolist() == list(range(8, 16))
+
+
+def shares(config: RunConfig) -> list[torch.Tensor]:
+    from llm.parallel.mesh import Mesh
+
+    mesh = Mesh.create(config.parallel, "cpu")
+    batches = micro_batches(config, 3, torch.device("cpu"), mesh)
+    return [torch.cat([getattr(b, field) for b in batches]) for field in ("tokens", "targets", "samples")]
+
+
+def test_ranks_share_the_batch(two_ranks: RankPool) -> None:
+    whole = micro_batches(BASE, 3, torch.device("cpu"))
+    parts = two_ranks.run(shares, BASE)
+    for i, field in enumerate(("tokens", "targets", "samples")):
+        assert torch.equal(torch.cat([part[i] for part in parts]), torch.cat([getattr(b, field) for b in whole]))
+
+
+def test_documents_begin_anywhere_and_in_every_split_alike() -> None:
+    assert micro_batches(BASE, 3, torch.device("cpu"))[0].documents is None
+    config = case(data=dict(document_masks=True))
+    split = micro_batches(config, 3, torch.device("cpu"))
+    (whole,) = micro_batches(case(data=dict(document_masks=True), train=dict(micro_batch_size=8)), 3, CPU)
+    for batch in (whole, *split):
+        assert batch.documents is not None
+        position_ids, bounds = batch.documents.position_ids, batch.documents.cu_seqlens.tolist()
+        assert bounds[0] == 0 and bounds[-1] == position_ids.numel() and sorted(set(bounds)) == bounds
+        expected = [i for start, stop in pairwise(bounds) for i in range(stop - start)]
+        assert position_ids.flatten().tolist() == expected
+        assert bool((position_ids[:, 0] == 0).all()) and len(bounds) > 2 * len(position_ids)
+    assert torch.equal(torch.cat([batch.documents.position_ids for batch in split]), whole.documents.position_ids)
+    assert torch.equal(whole.tokens, torch.cat([b.tokens for b in micro_batches(BASE, 3, CPU)]))
+
+
+# What is gathered.
+
+SHAPES = {"a": (4, 2), "b": (3,)}
+
+
+def gathered(fault: str) -> tuple[Any, list[str]]:
+    """Rank 0 holds the first rows of a and all of b, rank 1 the last rows of a."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    rows = Slice((4, 2), 0, 2 * rank, 2 * rank + 2)
+    pieces = [
+        Piece("a", "master", rows, 0, torch.full((1,), rank + 1.0)),
+        Piece("a", "master", rows, 1, torch.full((3,), rank + 10.0)),
+    ]
+    if rank == 0:
+        pieces.append(Piece("b", "master", Slice.whole((3,)), 0, torch.tensor([1e-30, -2.0, 3e30])))
+    elif fault == "missing":
+        pieces.pop()
+    elif fault == "twice":
+        pieces.append(pieces[0])
+    elif fault == "shape":
+        pieces.append(Piece("b", "master", Slice.whole((4,)), 0, torch.ones(4)))
+    elif fault == "range":
+        pieces.append(Piece("a", "master", rows, 3, torch.ones(2)))
+    elif fault == "name":
+        pieces.append(Piece("c", "master", rows, 0, torch.ones(4)))
+    state, problems = gather_state(pieces, SHAPES, ("master",))
+    return {key: value.tolist() for key, value in state.items()}, problems
+
+
+def test_every_element_is_gathered_to_rank_0(two_ranks: RankPool) -> None:
+    (state, problems), (nothing, _) = two_ranks.run(gathered, "none")
+    assert problems == [] and nothing == {}
+    assert state["a", "master"] == [[1, 10], [10, 10], [2, 11], [11, 11]]
+    assert state["b", "master"] == torch.tensor([1e-30, -2.0, 3e30]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("missing", "a (master): 3 of 8 elements are in no rank's state"),
+        ("twice", "a (master): 1 of 8 elements are in more than one piece"),
+        ("shape", "b (master): a piece of a tensor of shape (4,); expected (3,)"),
+        ("range", "a (master): a piece of elements 3 to 5 of a slice of 4"),
+        ("name", "c (master): a piece that was not expected"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_named_on_every_rank(fault: str, said: str, two_ranks: RankPool) -> None:
+    assert [problems for _, problems in two_ranks.run(gathered, fault)] == [[said], [said]]
+
+
+def names_here(names: list[list[str]]) -> tuple[list[str], list[str]]:
+    import torch.distributed as dist
+
+    return shared_names(names[dist.get_rank()], ["a", "b"])
+
+
+def test_names_that_one_side_lacks(two_ranks: RankPool) -> None:
+    assert two_ranks.run(names_here, [["b", "a"], ["a", "b"]]) == [(["a", "b"], [])] * 2
+    for names, problems in two_ranks.run(names_here, [["a", "b"], ["a", "c"]]):
+        assert names == ["a"]
+        assert problems == [
+            "b: the oracle has this parameter, the layout does not",
+            "c: the layout has this parameter, the oracle does not",
+        ]
+
+
+# The report.
+
+
+@pytest.fixture(scope="module")
+def passing(two_ranks: RankPool) -> Report:
+    config = case(parallel=dict(tensor_parallel=2), model=dict(position="learned", tie_embeddings=False))
+    return two_ranks.run(verified, config)[0]
+
+
+def test_a_layout_passes(passing: Report) -> None:
+    assert passing.passed and passing.failures == []
+    names = set(global_shapes(passing.config))
+    for quantity, steps in (("gradient", {1, 2}), ("weight", {0, 1, 2}), ("exp_avg", {1, 2}), ("exp_avg_sq", {1, 2})):
+        assert {(c.name, c.step) for c in passing.of(quantity)} == {(n, s) for n in names for s in steps}
+    assert len(passing.of("loss")) == 2 and len(passing.of("validation loss")) == 1
+
+
+def test_the_oracle_knows_no_layout() -> None:
+    config = case(
+        parallel=dict(tensor_parallel=2, sequence_parallel=True, zero_stage=3),
+        train=dict(activation_checkpointing="full", checkpoint_every=2, precision="bf16", z_loss=1e-4),
+    )
+    oracle = oracle_config(config, "fp32")
+    train = replace(config.train, engine="plain", precision="fp32", activation_checkpointing="none", checkpoint_every=1)
+    assert oracle == replace(case(train={}), train=train, parallel=oracle.parallel)
+    assert oracle.parallel.tensor_parallel == 1 and not oracle.parallel.sequence_parallel
+
+
+def text_of(report: Report) -> str:
+    terminal = Console(file=io.StringIO(), width=160)
+    reports.show(report, terminal)
+    return terminal.file.getvalue()
+
+
+def test_the_table_has_a_row_for_each_group(passing: Report) -> None:
+    text = text_of(passing)
+    for row in (*reports.GROUPS, "loss", "gradient norm", "validation loss", "names, pieces, replicas"):
+        assert any(line.strip("│ ").startswith(row) and "pass" in line for line in text.splitlines()), row
+    assert "tensor_parallel 2" in text.splitlines()[0] and "zero_stage 0" in text.splitlines()[0]
+    assert text.endswith("PASS\n")
+
+
+def test_the_table_names_what_failed(passing: Report) -> None:
+    bad = check(math.nan, name="blocks.1.up.bias")
+    failed = replace(passing, checks=(*passing.checks, bad), problems=("a (exp_avg): gone",), passed=False)
+    text = text_of(failed)
+    assert text.endswith("FAIL\n")
+    assert "blocks.1.up.bias gradient, step 1: error nan" in text and "a (exp_avg): gone" in text
+    rows = {line.strip("│ ").split("│")[0].strip(): line for line in text.splitlines() if "│" in line}
+    assert "fail" in rows["up"] and "blocks.1.up.bias gradient" in rows["up"]
+    assert "fail" in rows["names, pieces, replicas"] and "pass" in rows["down"]
+
+
+def test_the_json_has_every_parameter(passing: Report, tmp_path: Path) -> None:
+    bad = check(math.nan, name="norm.weight")
+    reports.write(replace(passing, checks=(*passing.checks, bad), passed=False), tmp_path / "verify.json")
+    found = json.loads((tmp_path / "verify.json").read_text(), parse_constant=pytest.fail)
+    assert found.keys() == {
+        "passed", "layout", "steps", "model", "requested_model", "scalars", "groups", "parameters", "problems",
+        "failures",
+    }  # fmt: skip
+    assert found["passed"] is False and found["requested_model"] is None
+    assert set(found["parameters"]) == set(global_shapes(passing.config))
+    for numbers in found["parameters"].values():
+        assert set(numbers) == set(reports.TENSORS)
+    assert found["parameters"]["norm.weight"]["gradient"]["error"] == "nan"
+    assert found["parameters"]["norm.weight"]["gradient"]["passed"] is False
+    assert found["groups"]["up"]["weight"].keys() == {
+        "parameter", "step", "error", "bound", "expected", "relative", "share", "passed",
+    }  # fmt: skip
+    assert set(found["scalars"]) == {"loss", "gradient norm", "validation loss"}
+
+
+def test_every_parameter_has_a_row() -> None:
+    model = ModelConfig(tie_embeddings=False)
+    assert {group_of(name) for name in global_shapes(replace(BASE, model=model, data=BASE.data))} == {*reports.GROUPS}
+
+
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    reports.claim(tmp_path / "new" / "x.json")
+    for path in (tmp_path, tmp_path / "file" / "x.json"):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InputError, match="choose another path"):
+            reports.claim(path)
+
+
+# Models that are too large.
+
+LARGE = ModelConfig(
+    n_layer=48, n_head=48, n_kv_head=8, d_model=48 * 128, d_ff=16512, vocab_size=128_001, max_seq_len=1024,
+    norm="rmsnorm", activation="swiglu", position="rope", tie_embeddings=False, bias=False, dropout=0.1,
+)  # fmt: skip
+
+
+def large(tp: int, **model: Any) -> RunConfig:
+    return case(
+        model={**vars(LARGE), **model},
+        data=dict(seq_len=1024),
+        parallel=dict(tensor_parallel=tp, zero_stage=1),
+        train=dict(global_batch_size=16, micro_batch_size=1),
+    )
+
+
+def test_what_fits_stays() -> None:
+    assert shrink(BASE, 1 << 30, 1) is BASE
+
+
+@pytest.mark.parametrize("gigabytes", [4, 16, 200])
+@pytest.mark.parametrize(
+    ("tp", "model"),
+    [
+        (1, {}),
+        (2, {}),
+        (8, {}),
+        (4, dict(d_ff=None, n_kv_head=None, tie_embeddings=True, bias=True, position="learned", norm="layernorm")),
+        (3, dict(n_head=36, n_kv_head=9, d_model=36 * 80, d_ff=10_008)),
+    ],
+)
+def test_a_shrunk_model_is_of_the_same_family(tp: int, model: dict, gigabytes: int) -> None:
+    config = large(tp, **model)
+    small = shrink(config, gigabytes << 30, 8 * tp)
+    before, after = config.model, small.model
+    assert needed_bytes(small, 8 * tp) <= gigabytes << 30 < needed_bytes(config, 8 * tp)
+    small.check_world(8 * tp)
+    for same in ("norm", "activation", "position", "tie_embeddings", "bias", "dropout", "max_seq_len", "rope_theta"):
+        assert getattr(after, same) == getattr(before, same)
+    assert before.n_head * after.kv_heads == after.n_head * before.kv_heads
+    assert after.vocab_size % tp == before.vocab_size % tp
+    assert after.ff_dim / after.d_model == pytest.approx(before.ff_dim / before.d_model, rel=0.05)
+    assert replace(small, model=before) == config
+    sizes = [(m.n_layer, m.vocab_size, m.d_model) for m in (after, before)]
+    assert all(a <= b for a, b in zip(*sizes, strict=True)) and sizes[0] != sizes[1]
+
+
+def test_the_largest_that_fits_is_taken() -> None:
+    config = large(2)
+    models = list(smaller(config.model, 2))
+    needs = [needed_bytes(replace(config, model=model), 4) for model in models]
+    assert needs == sorted(needs, reverse=True)
+    for i in (0, len(needs) // 2, len(needs) - 1):
+        assert shrink(config, math.ceil(needs[i] / 0.8) + 1, 4).model == models[i]
+
+
+def test_no_room_at_all_is_an_error() -> None:
+    with pytest.raises(InputError, match="even for a model of"):
+        shrink(large(1), 1 << 20, 1)
+
+
+def test_the_report_says_what_was_shrunk(passing: Report) -> None:
+    text = text_of(replace(passing, requested=replace(passing.config.model, n_layer=96)))
+    assert "too large for one process; a shrunk one was verified: n_layer 96 -> 2" in text.replace("\n", " ")
+
+
+def test_memory_of_the_host_and_of_its_container(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    4000 kB\n")
+    assert _host_bytes(meminfo, tmp_path) == 4000 * 1024
+    (tmp_path / "memory.current").write_text("1000\n")
+    for limit, expected in (("max\n", 4000 * 1024), ("50000\n", 49000), ("10\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert _host_bytes(meminfo, tmp_path) == expected

@@ -1,0 +1,93 @@
+"""FLOPs against a count of the operations themselves, and the table of peaks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from llm.plan.flops import achieved_tflops, flops_per_token, matmul_parameters, mfu, peak_tflops
+from llm.train.build import build_model
+
+SHAPES = [
+    dict(zip(("norm", "activation", "position", "tie_embeddings", "bias"), choice, strict=True))
+    for choice in itertools.product(
+        ["layernorm", "rmsnorm"],
+        ["gelu", "swiglu"],
+        ["learned", "rope"],
+        [True, False],
+        [True, False],
+    )
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+def test_n_is_every_parameter_but_the_tables_that_are_looked_up(shape: dict) -> None:
+    model = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, vocab_size=50, **shape)
+    sizes = {name: p.numel() for name, p in build_model(RunConfig(model=model), None).named_parameters()}
+    looked_up = sizes.get("position_table.weight", 0)
+    if not model.tie_embeddings:
+        looked_up += sizes["embedding.weight"]
+    assert matmul_parameters(model) == sum(sizes.values()) - looked_up
+
+
+def test_palm_is_what_a_non_causal_forward_and_backward_multiplies() -> None:
+    model = ModelConfig(n_layer=2, n_head=4, d_model=64, vocab_size=96, max_seq_len=32, bias=False)
+    # The reference attention multiplies all of q k^T, and the counter sees its products.
+    train = TrainConfig(impl="reference")
+    config = RunConfig(model=model, data=DataConfig(seq_len=32), train=train)
+    network = build_model(config, None)
+    B, T = 2, 32
+    tokens = torch.randint(0, 96, (B, T), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counted:
+        network(tokens, torch.arange(T), torch.arange(B), tokens).backward()
+    per_token = counted.get_total_flops() / (B * T)
+    # The formula also counts 6 for each weight of the norms, which multiply no matrix.
+    norms = 6 * sum(p.numel() for n, p in network.named_parameters() if "norm" in n)
+    assert per_token == flops_per_token(model, T, "palm") - norms
+
+
+def test_causal_is_half_the_attention_of_palm() -> None:
+    model, T = ModelConfig(), 64
+    both = flops_per_token(model, T, "palm") - flops_per_token(model, T, "causal")
+    assert both == 6 * model.n_layer * model.d_model * T
+    assert flops_per_token(model, 0, "causal") == 6 * matmul_parameters(model)
+
+
+def test_gpt2_small_by_hand() -> None:
+    model = ModelConfig(n_layer=12, n_head=12, d_model=768, vocab_size=50257, max_seq_len=1024, bias=True)
+    block = 4 * 768**2 + 4 * 768 + 2 * 4 * 768**2 + 5 * 768 + 4 * 768
+    N = 12 * block + 2 * 768 + 50257 * 768
+    assert matmul_parameters(model) == N == 124439808 - 1024 * 768
+    assert flops_per_token(model, 1024, "palm") == 6 * N + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100 80GB PCIe", "bf16", 312),
+        ("NVIDIA A100-SXM4-40GB", "fp32", 19.5),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H200", "fp16", 989.4),
+        ("NVIDIA L4", "bf16", 121),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("Tesla T4", "bf16", None),
+        ("NVIDIA A10G", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bf16", None),
+        ("CPU", "fp32", None),
+    ],
+)
+def test_the_peak_is_that_of_exactly_this_gpu(name: str, precision, peak: float | None) -> None:
+    assert peak_tflops(name, precision) == peak
+
+
+def test_utilisation_is_per_device_and_unknown_without_a_peak() -> None:
+    assert achieved_tflops(2e15, 0.5, 4) == pytest.approx(1000)
+    assert mfu(500, 1000) == 0.5
+    assert mfu(500, None) is None
