@@ -52,7 +52,7 @@ def _backward(ctx, grad):
     samples, positions = ctx.saved_tensors
     # The mask is symmetric: the gradient passes through the same operation.
     grad_x = torch.ops.ingot.dropout(grad, None, samples, positions, *ctx.key)
-    return grad_x, grad if ctx.has_residual else None, None, None, None, None, None
+    return grad_x, grad if ctx.has_residual else None
 
 
 @operator(

@@ -119,16 +119,12 @@ def embedding_backward_op(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
 
 def _save(ctx, inputs, output) -> None:
     tokens, weight, _ = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(tokens)
     ctx.V = weight.shape[0]
 
 
 def _backward(ctx, dy):
-    if dy is None:
-        return None, None, None
-    (tokens,) = ctx.saved_tensors
-    return None, embedding_backward_op(dy, tokens, ctx.V), None
+    return None, embedding_backward_op(dy, *ctx.saved_tensors, ctx.V)
 
 
 @operator(

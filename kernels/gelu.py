@@ -71,16 +71,11 @@ def gelu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     return dx.to(x.dtype).view(x.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx, dy):
-    return None if dy is None else gelu_backward_op(dy, *ctx.saved_tensors)
+    return gelu_backward_op(dy, *ctx.saved_tensors)
 
 
-@operator("gelu", fake=lambda x: x.new_empty(x.shape), save=_save, backward=_backward)
+@operator("gelu", fake=lambda x: x.new_empty(x.shape), backward=_backward)
 def gelu_op(x: Tensor) -> Tensor:
     """x [..., F] -> y [..., F]."""
     (rows,) = as_matrices(x)

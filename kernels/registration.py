@@ -17,20 +17,25 @@ from kernels.dispatch import expect
 LIBRARY = torch.library.Library("ingot", "FRAGMENT")
 
 
+def save_inputs(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
 def operator(
     name: str,
     *,
     fake: Callable[..., Any],
     schema: str | None = None,
     mutates: Sequence[str] = (),
-    save: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    save: Callable[..., None] = save_inputs,
 ) -> Callable[[Callable[..., Any]], OpOverload]:
     """Decorator that registers a function as ingot::name, for every device, and returns the operator.
 
     fake: returns empty results for the same arguments. schema: by default that of the function's annotations. mutates:
-    names of the arguments that are written to. save(ctx, inputs, output) and backward(ctx, *gradients): setup_context
-    and backward of a torch.autograd.Function, with which the operator is differentiable once.
+    names of the arguments that are written to. backward(ctx, *gradients) returns the gradients of the first inputs (the
+    others have none) from those of the results, None where a result has none; it makes the operator differentiable
+    once. save(ctx, inputs, output) keeps what it needs, as setup_context of a torch.autograd.Function does.
     """
 
     def register(function: Callable[..., Any]) -> OpOverload:
@@ -41,7 +46,7 @@ def operator(
         op: OpOverload = getattr(torch.ops.ingot, name).default
         if mutates:
             LIBRARY.impl(name, version_kernel(op), "ADInplaceOrView")
-        if save is not None and backward is not None:
+        if backward is not None:
             LIBRARY.impl(name, autograd_kernel(op, save, backward), "Autograd")
         return op
 
@@ -63,6 +68,7 @@ def version_kernel(op: OpOverload) -> Callable[..., Any]:
 def autograd_kernel(op: OpOverload, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
     """Runs `op` below autograd and records `backward`."""
     twice = f"{op}: found create_graph=True, but the operator is differentiable once"
+    nothing = (None,) * len(op._schema.arguments)
 
     def below(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -73,6 +79,7 @@ def autograd_kernel(op: OpOverload, save: Callable[..., None], backward: Callabl
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = below(*inputs)
+            ctx.set_materialize_grads(False)
             save(ctx, inputs, output)
             return output
 
@@ -80,6 +87,10 @@ def autograd_kernel(op: OpOverload, save: Callable[..., None], backward: Callabl
         def backward(ctx: Any, *gradients: Any) -> Any:
             # once_differentiable would detach a second derivative in silence where no gradient from above has one.
             expect(not torch.is_grad_enabled(), twice)
-            return backward(ctx, *gradients)
+            if all(gradient is None for gradient in gradients):
+                return nothing
+            found = backward(ctx, *gradients)
+            found = found if isinstance(found, tuple) else (found,)
+            return found + nothing[len(found) :]
 
     return lambda *inputs: Node.apply(*inputs) if torch.is_grad_enabled() else below(*inputs)

@@ -164,18 +164,15 @@ def _save_qkv(ctx, inputs, output) -> None:
     qkv, positions, frequencies, K, D = inputs
     ctx.heads = qkv.shape[-1] // D - 2 * K, K, K
     ctx.head_dim = D
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(positions, frequencies)
 
 
 def _backward_qkv(ctx, *gradients):
-    given = next((g for g in gradients if g is not None), None)
-    if given is None:
-        return (None,) * 5
+    given = next(g for g in gradients if g is not None)
     B, T = given.shape[:2]
     zero = given.new_zeros(ctx.head_dim)
     full = [zero.expand(B, T, n, -1) if g is None else g for g, n in zip(gradients, ctx.heads, strict=True)]
-    return rope_qkv_backward_op(*full, *ctx.saved_tensors), *(None,) * 4
+    return rope_qkv_backward_op(*full, *ctx.saved_tensors)
 
 
 @operator("rope_qkv", fake=_fake_qkv, save=_save_qkv, backward=_backward_qkv)
@@ -193,14 +190,11 @@ def rope_qkv_op(
 
 def _save(ctx, inputs, output) -> None:
     _, positions, frequencies, ctx.inverse = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(positions, frequencies)
 
 
 def _backward(ctx, dy):
-    if dy is None:
-        return (None,) * 4
-    return rope_op(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None
+    return rope_op(dy, *ctx.saved_tensors, not ctx.inverse)
 
 
 @operator("rope", fake=lambda x, *_: x.new_empty(x.shape), save=_save, backward=_backward)

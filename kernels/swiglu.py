@@ -125,16 +125,11 @@ def swiglu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     return dx.to(x.dtype).view(x.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx, dy):
-    return None if dy is None else swiglu_backward_op(dy, *ctx.saved_tensors)
+    return swiglu_backward_op(dy, *ctx.saved_tensors)
 
 
-@operator("swiglu", fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), save=_save, backward=_backward)
+@operator("swiglu", fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), backward=_backward)
 def swiglu_op(x: Tensor) -> Tensor:
     """x [..., 2 F] -> [..., F]."""
     (rows,) = as_matrices(x)

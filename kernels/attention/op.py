@@ -128,17 +128,13 @@ def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, samples, cu_seqlens, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, samples, cu_seqlens)
 
 
 def _backward(ctx, do, dlse):
-    if do is None and dlse is None:
-        return (None,) * (5 + len(ctx.options))
     q, k, v, o, lse, samples, cu_seqlens = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    gradients = attention_backward_op(do, dlse, q, k, v, o, lse, samples, cu_seqlens, *ctx.options)
-    return *gradients, *(None,) * (2 + len(ctx.options))
+    return attention_backward_op(do, dlse, q, k, v, o, lse, samples, cu_seqlens, *ctx.options)
 
 
 @operator(

@@ -131,17 +131,13 @@ def scaled(grad_x: Tensor, grad_weight: Tensor, grad: Tensor, dtype: torch.dtype
 def _save(ctx, inputs, output) -> None:
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
     ctx.dtype = inputs[1].dtype
 
 
 def _backward(ctx, grad, *_):
-    none = (None,) * 9
-    if grad is None:
-        return None, None, *none
     grad_x, grad_weight = ctx.saved_tensors
-    return *scaled(grad_x, grad_weight, grad, ctx.dtype), *none
+    return scaled(grad_x, grad_weight, grad, ctx.dtype)
 
 
 @operator("linear_cross_entropy", fake=_fake, save=_save, backward=_backward)

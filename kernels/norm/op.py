@@ -49,7 +49,6 @@ def _save(ctx, inputs, output) -> None:
     x, residual, weight, bias, samples, positions, _, *ctx.rms_and_key = inputs
     _, stream, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd, *([stream] if residual is None else []))
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else stream, weight, mean, rstd, samples, positions)
     ctx.x_dtype, ctx.has_residual = x.dtype, residual is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -67,11 +66,9 @@ def _backward(ctx, dy, dstream, dmean, drstd):
         dx = dresidual if samples is None else dx
     else:
         drop = drop_of(samples, positions, *ctx.rms_and_key[1:])
-        dresidual = dx = dstream
-        if dstream is not None and drop is not None:
-            dx = philox.dropout(dstream, *drop)
-    dx = None if dx is None else dx.to(ctx.x_dtype)
-    return dx, dresidual if ctx.has_residual else None, dweight, dbias, *[None] * 7
+        dresidual = dstream
+        dx = dstream if drop is None else philox.dropout(dstream, *drop)
+    return dx.to(ctx.x_dtype), dresidual if ctx.has_residual else None, dweight, dbias
 
 
 @operator("norm", fake=_fake, save=_save, backward=_backward)
