@@ -11,7 +11,6 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.loader.gather import Gather
 from benchmarks.loader.system import Batch, Job
 from benchmarks.loader.tokens import DISTINCT_FROM, TokenSet
 
@@ -21,9 +20,8 @@ def check(kind: str, tokens: TokenSet, job: Job, batches: Iterator[Batch]) -> st
     corpus = np.concatenate([tokens.read(shard) for shard in range(tokens.shards)]).astype(np.int64)
     length = {"overlap": job.seq_len, "tile": job.seq_len + 1}.get(kind, job.seq_len)
     expected = sum((size - (length == job.seq_len)) // length for size in tokens.sizes)
-    whole = expected // job.rows  # the rest may be dropped or begin the next epoch
     found = []
-    for batch in islice(batches, whole):
+    for batch in islice(batches, expected // job.rows):  # the rest may be dropped or begin the next epoch
         inputs, labels = _halves(batch)
         if inputs.shape != (job.rows, job.seq_len) or labels.shape != inputs.shape:
             return f"inputs {inputs.shape} and labels {labels.shape}; expected {(job.rows, job.seq_len)}"
@@ -96,26 +94,3 @@ def _wrong_pieces(rows: NDArray[np.int64], corpus: NDArray[np.int64], eod_id: in
             return "a document ends early"
     inputs = rows[:, :-1][rows[:, :-1] != eod_id]
     return None if np.unique(inputs).size == inputs.size else "tokens come twice in an epoch"
-
-
-def check_gather(system: Gather, tokens: TokenSet, job: Job) -> str | None:
-    """The C program's checksum of its first batch beside one computed here."""
-    T, ids = job.seq_len, tokens.read(0).astype(np.int64)
-    drawn = [_mix64(number + 1) % ((ids.size - 1) // T) for number in range(job.rows)]
-    rows = np.stack([ids[place * T : place * T + T + 1] for place in drawn])
-    form = np.dtype(tokens.item if system.form == "native" else "int64")
-    parts = [rows.astype(form).view(np.uint8).ravel()]
-    if job.documents:
-        position_ids, starts = documents_of(rows[:, :-1], tokens.eod_id)
-        parts += [position_ids.ravel(), starts[:-1]]
-    expected = sum(int((part.astype(np.int64) * np.arange(1, part.size + 1)).sum()) for part in parts)
-    found = system.rate(tokens, job, 0, mapped=False)["checksum"]
-    return None if found == expected else f"the checksum is {found}; expected {expected}"
-
-
-def _mix64(x: int) -> int:
-    """splitmix64's finaliser."""
-    mask = 2**64 - 1
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
-    return x ^ (x >> 31)

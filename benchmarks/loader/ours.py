@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from benchmarks.loader.system import Batch, Batches, Job, System
 from benchmarks.loader.tokens import TokenSet
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -35,16 +33,11 @@ class Ingot(System):
         manifest = read_manifest(tokens.folder)
         widen = self.form == "int64"
         loader = open_loader(config, manifest, dp_rank=0, dp_size=1, consumed=state or 0, widen=widen)
-        halves: dict[int, tuple[Tensor, Tensor]] = {}  # inputs and labels of each of the loader's buffers
         try:
             while True:
                 [batch] = loader.next_step().batches
-                inputs, labels = batch.tokens, None
-                if widen:
-                    buffer = batch.tokens.data_ptr()
-                    if buffer not in halves:
-                        halves[buffer] = batch.tokens[:, :-1], batch.tokens[:, 1:]
-                    inputs, labels = halves[buffer]
+                rows = batch.tokens
+                inputs, labels = (rows[:, :-1], rows[:, 1:]) if widen else (rows, None)
                 yield Batch(inputs, labels, batch.position_ids, batch.cu_seqlens)
         finally:
             loader.close()

@@ -1,15 +1,15 @@
-"""What a process and its descendants use: memory, CPU time, shared memory. Linux."""
+"""What a process and its descendants use: memory, CPU time, page tables. Linux, since 5.14."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-BLOCK = 1 << 22
-MADV_POPULATE_READ = 22  # Linux 5.14
+MADV_POPULATE_READ = 22
 
 
 def descendants(pid: int) -> list[int]:
@@ -68,31 +68,15 @@ def _fields(path: str) -> dict[str, int]:
     return {name.rstrip(":"): int(value) for name, value in pairs}
 
 
-def shared_names() -> set[str]:
-    """The names of POSIX shared memory and semaphores on this machine."""
-    return set(os.listdir("/dev/shm"))  # noqa: S108
-
-
 def warm(paths: Iterable[Path]) -> None:
-    """Bring files into the page cache, where a look every MB finds that they are not there."""
-    block = bytearray(BLOCK)
+    """Bring files into the page cache."""
     for path in paths:
-        with path.open("rb", buffering=0) as file:
-            if not _cached(file.fileno(), path.stat().st_size):
-                while file.readinto(block):
-                    pass
-
-
-def _cached(file: int, size: int) -> bool:
-    byte = bytearray(1)
-    try:
-        return all(os.preadv(file, [byte], offset, os.RWF_NOWAIT) for offset in range(0, size, 1 << 20))
-    except OSError:  # it would have to wait for the disk; or this file system cannot tell
-        return False
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+            pages.madvise(MADV_POPULATE_READ)
 
 
 def populate(folder: Path) -> None:
-    """Put every page of the files under `folder` that this process has mapped into its page table, if Linux can."""
+    """Put every page of the files under `folder` that this process has mapped into its page table."""
     libc = ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *_, path = line.split(maxsplit=5)

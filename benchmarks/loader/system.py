@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from benchmarks.loader.tokens import TokenSet
@@ -51,9 +53,6 @@ class System:
         """What it reads, for warming and dropping caches."""
         return tokens.paths
 
-    def forget(self, tokens: TokenSet) -> None:
-        """Remove what it keeps on disk from one start to the next."""
-
     def begin(self) -> None:
         """What a training process does anyway before it opens a loader; not timed."""
 
@@ -66,10 +65,35 @@ class System:
         raise NotImplementedError
 
 
+class Stateful(System):
+    """A loader of batches of rows of T + 1 tokens, with state_dict and load_state_dict."""
+
+    def loader(self, tokens: TokenSet, job: Job) -> Any:
+        raise NotImplementedError
+
+    def rows(self, found: Any) -> Tensor:
+        """The rows, [B, T + 1], of what the loader yields."""
+        return found
+
+    def state(self, tokens: TokenSet, job: Job, consumed: int) -> Any:
+        loader = self.loader(tokens, job)
+        for done, _ in enumerate(loader, 1):
+            if done * job.rows >= consumed:
+                break
+        return loader.state_dict()
+
+    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
+        loader = self.loader(tokens, job)
+        if state is not None:
+            loader.load_state_dict(state)
+        while True:
+            for found in loader:
+                rows = self.rows(found).to(torch.int64)
+                yield Batch(rows[:, :-1], rows[:, 1:])
+
+
 def finished(folder: Path) -> bool:
     """Whether a conversion into `folder` is complete; what an interrupted one left is removed."""
-    import shutil
-
     if not (folder / "made").exists():
         shutil.rmtree(folder, ignore_errors=True)
         return False

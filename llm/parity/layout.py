@@ -19,7 +19,7 @@ from llm.parity.batches import micro_batches, target_count
 from llm.parity.gather import Shapes, State, gather_gradients, gather_state, shared_names
 from llm.slices import slice_of
 from llm.train.build import build_engine
-from llm.train.engines.base import MOMENTS, StepResult
+from llm.train.engines.base import MOMENTS, MicroBatch, StepResult
 from llm.train.guard import compare_replicas
 
 
@@ -67,8 +67,7 @@ class Layout:
 
     def step(self, number: int) -> StepRecord:
         before, scalars = self.state, self.engine.scalar_state()
-        batches = micro_batches(self.config, number, self.device, self.mesh)
-        loss = self.engine.forward_backward(batches, target_count(self.config))
+        loss = self.engine.forward_backward(self._batches(number), target_count(self.config))
         gradients = gather_gradients(self.engine, self.names)
         result = self.engine.step()
         self._agree(number, loss=loss, grad_norm=result.grad_norm, skipped=result.skipped)
@@ -78,8 +77,12 @@ class Layout:
         return StepRecord(number, before, scalars, loss, gradients, result, self.state)
 
     def validation_loss(self, number: int) -> float:
-        total, count = self.engine.evaluate(micro_batches(self.config, number, self.device, self.mesh))
+        total, count = self.engine.evaluate(self._batches(number))
         return total / count if count else math.nan
+
+    def _batches(self, number: int) -> list[MicroBatch]:
+        mesh = self.mesh
+        return micro_batches(self.config, number, self.device, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
 
     def _gather(self) -> State:
         kinds = ("master", *MOMENTS) if self.updates else ("master",)

@@ -2,7 +2,7 @@
 
 m micro-batches on a rank; B, T, C of one; L blocks, R of them recomputed whole; k ranks in a group; w bytes of a weight
 (and of an activation's element); N parameters on a tensor-parallel rank, those of the blocks N_L. Tests compare these
-formulas with what is counted (benchmarks/layout/counters.py), to the byte.
+formulas with what is counted (tests/traffic_count.py), to the byte.
 """
 
 from __future__ import annotations

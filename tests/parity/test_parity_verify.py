@@ -101,11 +101,17 @@ def test_ranks_and_micro_batches_count_unequally() -> None:
     assert torch.cat([b.samples for b in batches]).tolist() == list(range(8, 16))
 
 
+def test_every_target_may_count() -> None:
+    batches = micro_batches(BASE, 1, torch.device("cpu"), ragged=False)
+    counts = [int((b.targets != IGNORED_TARGET).sum()) for b in batches]
+    assert sum(counts) == target_count(BASE, ragged=False) == sum(b.targets.numel() for b in batches)
+
+
 def shares(config: RunConfig) -> list[torch.Tensor]:
     from llm.parallel.mesh import Mesh
 
     mesh = Mesh.create(config.parallel, "cpu")
-    batches = micro_batches(config, 3, torch.device("cpu"), mesh)
+    batches = micro_batches(config, 3, torch.device("cpu"), dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     return [torch.cat([getattr(b, field) for b in batches]) for field in ("tokens", "targets", "samples")]
 
 

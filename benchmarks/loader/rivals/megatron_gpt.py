@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,9 @@ class Consecutive:
 
 
 class Megatron(System):
-    """dense_mask: with its default T x T attention mask; without it cu_seqlens are read off the position ids here."""
+    """Without its default T x T attention mask; cu_seqlens are read off the position ids here."""
 
-    def __init__(self, dense_mask: bool = False) -> None:
-        self.dense_mask = dense_mask
+    def __init__(self) -> None:
         logging.disable(logging.WARNING)
 
     def begin(self) -> None:
@@ -50,9 +48,6 @@ class Megatron(System):
 
     def files(self, tokens: TokenSet, seq_len: int) -> list[Path]:
         return [*tokens.paths, *(path.with_suffix(".idx") for path in tokens.paths), *_cache(tokens).glob("*")]
-
-    def forget(self, tokens: TokenSet) -> None:
-        shutil.rmtree(_cache(tokens), ignore_errors=True)
 
     def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
         samples = (tokens.tokens - 1) // job.seq_len
@@ -66,7 +61,7 @@ class Megatron(System):
             reset_position_ids=job.documents,
             reset_attention_mask=job.documents,
             eod_mask_loss=False,
-            create_attention_mask=self.dense_mask,
+            create_attention_mask=False,
         )
         dataset = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[0]
         first = state or 0
