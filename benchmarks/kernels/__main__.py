@@ -9,7 +9,6 @@ computed something else than its reference.
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-kernels"), help="folder of the results")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    began, clock = time.perf_counter(), clock_of(device)
+    clock = clock_of(device)
     head = report.header("benchmarks.kernels", sys.argv[1:] if arguments is None else arguments, device, PACKAGES)
     head |= {"method": clock.method, "limits": limits_of(device, clock)}
     file, outcomes = options.out / "results.jsonl", []
@@ -43,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.append(file, outcome)
         (options.out / "results.md").write_text(text_of(head, outcomes))  # a run that is stopped keeps its tables too
         ratio = f"{outcome['ratio']:.2f} ({outcome['best_other']})" if outcome["ratio"] else "-"
-        seconds = time.perf_counter() - began
-        print(f"{seconds:4.0f} s  {outcome['kernel']} {outcome['part']} {outcome['shape']}: {ratio}", flush=True)
+        print(f"{outcome['kernel']} {outcome['part']} {outcome['shape']}: {ratio}", flush=True)
     plots(head, outcomes, options.out)
     print(text_of(head, outcomes))
     return 1 if not outcomes or any(map(ours_failed, outcomes)) else 0

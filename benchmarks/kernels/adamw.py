@@ -63,24 +63,23 @@ def compiled(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def contests(device: torch.device, small: bool) -> Iterator[Contest]:
-    for mixed, group in ((False, "fp32 gradient"), (True, "bf16 gradient and copy")):
-        for name, count in (SMALL if small else COUNTS).items():
-            yield contest(device, name, [count], mixed, group)
     width = 64 if small else 768
-    shapes = layer_counts(width) * (1 if small else 12)
-    yield contest(device, f"{len(shapes)} tensors, C={width}", shapes, False, "tensor by tensor")
+    tensors = layer_counts(width) * (1 if small else 12)
+    flat = [(name, [count]) for name, count in (SMALL if small else COUNTS).items()]
+    groups = {
+        "fp32 gradient": flat,
+        "bf16 gradient and copy": flat,
+        "tensor by tensor": [(f"{len(tensors)} tensors, C={width}", tensors)],
+    }
+    for group, models in groups.items():
+        for name, counts in models:
+            N, made = sum(counts), rivals(device, counts, mixed=group.startswith("bf16"))
+            yield Contest("adamw", "step", name, "weights", N, torch.float32, 28.0 * N, made, 15.0 * N, group)
 
 
 def layer_counts(C: int) -> list[int]:
     """Elements of the tensors of one of GPT-2's blocks."""
     return [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
-
-
-def contest(device: torch.device, name: str, counts: list[int], mixed: bool, group: str) -> Contest:
-    N = sum(counts)
-    return Contest(
-        "adamw", "step", name, "weights", N, torch.float32, 28.0 * N, rivals(device, counts, mixed), 15.0 * N, group
-    )
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ TRITON_CACHE_DIR) then holds what a GPU machine with the same Triton and Python 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from triton import knobs
 
-from benchmarks.kernels.case import DTYPES, FAMILIES, Case
+from benchmarks.kernels.case import DTYPES, FAMILIES
 from benchmarks.kernels.launches import Launch, launches_of
 from kernels.dispatch import INTERPRETED, expect
 
@@ -48,36 +49,20 @@ class Report:
     def __str__(self) -> str:
         return (
             f"sm_{self.arch:<4} {self.registers:>3} registers {self.spill:>4} B spilled {self.shared:>6} B shared  "
-            f"{' '.join(self.instructions) or '-':<30}"
+            f"{' '.join(self.instructions) or '-':<39}"
         )
 
 
-@dataclass(frozen=True)
-class Job:
-    """A launch, the first case that leads to it in words, and whether it may spill."""
-
-    launch: Launch
-    name: str
-    may_spill: bool
-
-
-def cases() -> Iterator[tuple[str, Case]]:
-    """Every family's cases, each with the name of its dtype."""
-    for family in FAMILIES:
-        for name, dtype in DTYPES.items():
-            for case in import_module(f"benchmarks.kernels.{family}").compiled(dtype):
-                yield name, case
-
-
-def jobs(architectures: Sequence[int], only: str) -> list[Job]:
-    """The different launches of all cases whose name matches the expression `only`."""
-    found: dict[Launch, Job] = {}
-    for dtype, case in cases():
-        for arch in architectures:
-            for launch in launches_of(case, arch):
+def jobs(architectures: Sequence[int], only: str) -> dict[Launch, tuple[str, bool]]:
+    """The different launches of all cases, each with its name, in which `only` is found, and whether it may spill."""
+    found: dict[Launch, tuple[str, bool]] = {}
+    for family, (dtype, kind) in itertools.product(FAMILIES, DTYPES.items()):
+        for case in import_module(f"benchmarks.kernels.{family}").compiled(kind):
+            for launch in [launch for arch in architectures for launch in launches_of(case, arch)]:
                 name = f"{launch.kernel.removesuffix('_kernel')} {dtype} {launch.constants} of {case.name}"
-                found.setdefault(launch, Job(launch, name, case.may_spill))
-    return [job for job in found.values() if re.search(only, job.name)]
+                if launch not in found and re.search(only, name):
+                    found[launch] = name, case.may_spill
+    return found
 
 
 def report_of(launch: Launch) -> Report:
@@ -109,18 +94,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY))
     parser.add_argument("--only", default="", help="compile only the kernels whose name matches this expression")
     options = parser.parse_args(arguments)
-    expect(
-        not INTERPRETED,
-        "found TRITON_INTERPRET=1, expected compiled kernels: unset it and run again",
-    )
+    expect(not INTERPRETED, "found TRITON_INTERPRET=1, expected compiled kernels: unset it and run again")
     found = jobs(options.arch, options.only)
     expect(bool(found), f"--only: found no kernel whose name matches {options.only!r}")
     all_fit = True
     # Fresh processes: Triton's compiler must not be forked.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
-        for job, report in zip(found, workers.map(report_of, [job.launch for job in found]), strict=True):
-            fits = report.fits(job.may_spill)
-            print(f"{report} {job.name}{'' if fits else '  DOES NOT FIT'}", flush=True)
+        for (name, may_spill), report in zip(found.values(), workers.map(report_of, found), strict=True):
+            fits = report.fits(may_spill)
+            print(f"{report} {name}{'' if fits else '  DOES NOT FIT'}", flush=True)
             all_fit &= fits
     return 0 if all_fit else 1
 

@@ -30,8 +30,8 @@ KEY = DropoutKey(0.1, 1, 2)
 @dataclass(frozen=True)
 class Shape:
     """Sizes, and what is switched on. K: key/value heads, 0 for as many as H. window: keys seen by a query. documents:
-    how many are packed into the B * T tokens, 0 for one a row. lse: whether it is a result too. expanded: the batch
-    is one row seen B times, which no TMA descriptor can stand for.
+    how many are packed into the B * T tokens, 0 for one a row. atomics: the backward pass that is not deterministic.
+    lse: whether it is a result too. expanded: the batch is one row seen B times, which no TMA descriptor can stand for.
     """
 
     B: int
@@ -44,16 +44,12 @@ class Shape:
     sparse: Strided | None = None
     softcap: float = 0.0
     dropout: DropoutKey | None = None
-    deterministic: bool = True
+    atomics: bool = False
     lse: bool = False
     expanded: bool = False
 
     def __str__(self) -> str:
-        shown = [f"B={self.B} T={self.T} H={self.H}", f"K={self.K}" * bool(self.K), f"D={self.D}"]
-        shown += [f"window={self.window}" * bool(self.window), "sparse" * bool(self.sparse)]
-        names = ("documents", "softcap", "dropout", "lse", "expanded")
-        shown += [name for name in names if getattr(self, name)] + ["atomics" * (not self.deterministic)]
-        return " ".join(filter(None, shown))
+        return " ".join(f"{name}={x}" if type(x) is int else name for name, x in vars(self).items() if x)
 
 
 LENGTHS = [(32, 512), (16, 1024), (8, 2048), (4, 4096), (2, 8192), (1, 16384)]
@@ -103,7 +99,7 @@ def options_of(shape: Shape, device: torch.device) -> dict[str, Any]:
         inner = (torch.randperm(tokens - 1)[: shape.documents - 1] + 1).sort().values
         starts = torch.cat([torch.tensor([0]), inner, torch.tensor([tokens])])
         options["cu_seqlens"] = starts.to(torch.int32).to(device)
-    return options | ({} if shape.deterministic else {"deterministic": False})
+    return options | ({"deterministic": False} if shape.atomics else {})
 
 
 def compiled(dtype: torch.dtype) -> Iterator[Case]:
@@ -114,10 +110,9 @@ def compiled(dtype: torch.dtype) -> Iterator[Case]:
         if dtype != torch.bfloat16:
             forms = SOME_FORMS if common else [PLAIN]
         for form in [replace(form, D=D) for form in forms]:
-            for deterministic in (True, False):
+            for atomics in (False, True):
                 for expanded in (False, True):
-                    shape = replace(form, deterministic=deterministic, expanded=expanded)
-                    yield case(torch.device("cpu"), dtype, shape)
+                    yield case(torch.device("cpu"), dtype, replace(form, atomics=atomics, expanded=expanded))
         yield case(torch.device("cpu"), dtype, replace(PLAIN, D=D, lse=True))
 
 
@@ -126,22 +121,15 @@ def contests(device: torch.device, small: bool) -> Iterator[Contest]:
     for group, shapes in (SMALL if small else SHAPES).items():
         for shape in shapes:
             given = case(device, dtype, shape)
-            for part, (operations, moved) in costs(shape, given).items():
+            queries, keys = (t.numel() * t.itemsize for t in given.tensors[:2])
+            lse, flops = 4 * shape.B * shape.T * shape.H, 4 * shape.H * shape.D * visible_pairs(shape)
+            # q, k, v -> o, lse; then q, k, v, o, do, lse -> dq, dk, dv.
+            for part, passes, operations in (("forward", 2, flops), ("backward", 4, 2.5 * flops)):
                 rivals = setups(given, part, found(shape, part, given))
+                moved = passes * (queries + keys) + lse
                 yield Contest(
                     "attention", part, given.name, "sequence length", shape.T, dtype, moved, rivals, operations, group
-                )  # fmt: skip
-
-
-def costs(shape: Shape, given: Case) -> dict[str, tuple[float, float]]:
-    """(operations, bytes): of q, k, v -> o, lse; of q, k, v, o, do, lse -> dq, dk, dv."""
-    flops = 4 * shape.H * shape.D * visible_pairs(shape)
-    queries, keys = (t.numel() * t.itemsize for t in given.tensors[:2])
-    lse = 4 * shape.B * shape.T * shape.H
-    return {
-        "forward": (flops, 2 * queries + 2 * keys + lse),
-        "backward": (2.5 * flops, 4 * queries + 4 * keys + lse),
-    }
+                )
 
 
 def visible_pairs(shape: Shape) -> float:
@@ -160,7 +148,7 @@ def found(shape: Shape, part: str, given: Case) -> dict[str, Loader]:
     options = options_of(shape, device)
     ours = {"ingot": loaders(given)["ingot"]}
     if part == "backward" and device.type == "cuda":
-        ours["ingot, atomics"] = lambda: partial(attention, impl="triton", deterministic=False, **options)
+        ours["ingot, atomics"] = lambda: partial(given.function, impl="triton", deterministic=False)
     if shape.T <= LONGEST_REFERENCE:
         ours["reference"] = loaders(given)["reference"]
     if device.type != "cuda":
@@ -224,7 +212,7 @@ def flash_attention(module: str, window: int | None = None, cu_seqlens: Tensor |
         function = partial(package.flash_attn_func, **options)
     else:
         options |= {f"cu_seqlens_{of}": cu_seqlens for of in "qk"}
-        options |= {f"max_seqlen_{of}": longest(cu_seqlens) for of in "qk"}
+        options |= {f"max_seqlen_{of}": int(cu_seqlens.diff().max()) for of in "qk"}
         function = packed(partial(package.flash_attn_varlen_func, **options))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -238,12 +226,8 @@ def torch_varlen(starts: Tensor) -> Function:
     """PyTorch's own function for packed documents."""
     from torch.nn.attention.varlen import varlen_attn
 
-    most = longest(starts)
-    return packed(lambda q, k, v: varlen_attn(q, k, v, starts, starts, most, most, window_size=(-1, 0)))
-
-
-def longest(cu_seqlens: Tensor) -> int:
-    return int(cu_seqlens.diff().max())
+    longest = int(starts.diff().max())
+    return packed(lambda q, k, v: varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0)))
 
 
 def packed(function: Callable[..., Any]) -> Function:

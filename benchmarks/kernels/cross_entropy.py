@@ -5,13 +5,12 @@ those that compute it in the forward pass. The least is to read the logits and, 
 Those in place get logits of their own, which they overwrite call after call: they are timed, not compared.
 
 Last layer: `step` is the loss with its gradients with respect to x and the weight, three products. Its backward pass
-alone would be a multiplication by a number. "ingot, products alone" has the same chunks and no loss.
+alone would be a multiplication by a number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -20,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Contest, Function, Loader, Setup, loaders, setups, timed, timed_dtype
-from kernels.cross_entropy import cross_entropy
-from kernels.cross_entropy.linear import add_product, chunk_tokens, linear_cross_entropy
+from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 
 LOGITS = [
     *((8192, V) for V in (32000, 50257, 50304, 128256)),
@@ -35,7 +33,7 @@ LAYERS = [
 SMALL_LOGITS, SMALL_LAYERS = [(64, 500)], [(96, 32, 300)]
 VOCABULARIES = (256, 2048, 8192, 32000, 50304, 128256)  # whose kernels are compiled
 LARGEST_REFERENCE = 2**29  # logits: it keeps several copies in fp32
-UNLIKE = frozenset({"ingot, in place", "Liger, in place", "QuACK, in place", "ingot, products alone"})
+UNLIKE = frozenset({"ingot, in place", "Liger, in place", "QuACK, in place"})
 
 
 class Part:
@@ -88,6 +86,8 @@ def compiled(dtype: torch.dtype) -> Iterator[Case]:
             yield case(dtype, targets, V, **options)
             yield case(dtype, targets, V, inplace=True, **options)
             yield case(dtype, targets, V, inplace=True, vocabulary=Part(V), **options)
+    # Its logits are rows of an odd number of columns that begin at multiples of 64.
+    yield layer_case(dtype, targets_of(3, 50257, torch.device("cpu")), 16, 50257)
 
 
 def contests(device: torch.device, small: bool) -> Iterator[Contest]:
@@ -107,7 +107,7 @@ def contests(device: torch.device, small: bool) -> Iterator[Contest]:
             moved = (1 if part == "forward" else 2) * (N + V) * C * dtype.itemsize
             yield Contest(
                 "linear_cross_entropy", part, given.name, "vocabulary", V, dtype, moved,
-                of_layer(part, given, targets), 2.0 * products * N * C * V, unlike=UNLIKE,
+                of_layer(part, given, targets), 2.0 * products * N * C * V,
             )  # fmt: skip
 
 
@@ -152,8 +152,7 @@ def of_layer(part: str, given: Case, targets: Tensor) -> dict[str, Setup]:
     found = loaders(given) | {"torch": lambda: stock, "torch.compile": lambda: torch.compile(stock)}
     if len(x) * len(weight) > LARGEST_REFERENCE:
         del found["reference"]
-    products = {"ingot, products alone": lambda: partial(products_alone, part, x, weight)}
-    return setups(given, part, found | libraries(targets)) | products
+    return setups(given, part, found | libraries(targets))
 
 
 def libraries(targets: Tensor) -> dict[str, Loader]:
@@ -175,16 +174,3 @@ def libraries(targets: Tensor) -> dict[str, Loader]:
         return lambda x, weight: function(x, weight, targets, reduction="sum", **options)
 
     return {"Liger": liger, "QuACK": quack, "CCE": apple, "CCE, unfiltered": lambda: apple(filter_eps=None)}
-
-
-def products_alone(part: str, x: Tensor, weight: Tensor) -> None:
-    """The products of our chunks, their results left where ours leaves them."""
-    chunk = chunk_tokens(x.device)
-    logits = x.new_empty(min(chunk, len(x)), len(weight))
-    grad_x, total = torch.empty_like(x), torch.empty_like(weight, dtype=None if len(x) <= chunk else torch.float32)
-    for start in range(0, len(x), chunk):
-        rows = x[start : start + chunk]
-        torch.mm(rows, weight.t(), out=logits[: len(rows)])
-        if part == "step":
-            torch.mm(logits[: len(rows)], weight, out=grad_x[start : start + chunk])
-            add_product(total, logits[: len(rows)].t(), rows, start == 0)

@@ -18,16 +18,14 @@ SMALL = [(2, 16, 64)]
 KEY = DropoutKey(0.1, 1, 2)
 
 
-def case(
-    device: torch.device, dtype: torch.dtype, B: int, T: int, C: int, *, residual: bool = True, key: DropoutKey = KEY
-) -> Case:
+def case(device: torch.device, dtype: torch.dtype, B: int, T: int, C: int, *, residual: bool = True) -> Case:
     torch.manual_seed(0)
     tensors = tuple(torch.randn(B, T, C, device=device).to(dtype) for _ in range(1 + residual))
     dy = torch.randn(B, T, C, device=device).to(dtype)
     samples, positions = torch.arange(B, device=device), torch.arange(T, device=device)
 
     def function(x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
-        return dropout(x, key, samples, positions, residual=residual, **options)
+        return dropout(x, KEY, samples, positions, residual=residual, **options)
 
     return Case(f"B={B} T={T} C={C}{' residual' * residual}", function, tensors, (dy,))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contest, Function, loaders, name_of, setups, timed_dtype
+from benchmarks.kernels.case import Case, Contest, Function, Loader, loaders, name_of, setups, timed_dtype
 from kernels import norm
 from kernels.philox import DropoutKey
 
@@ -21,7 +21,6 @@ KEY = DropoutKey(0.1, seed=3, site=2**32 - 1)
 PRESETS = [(16384, 768), (16384, 1024), (16384, 1600), (16384, 2048), (8192, 4096), (8192, 5120)]
 SHAPES = [(32768, C) for C in (256, 1024, 4096, 8192, 16384)]
 SMALL = [(64, 96)]
-LARGEST_REFERENCE = 2**29  # elements: it keeps several copies in fp32
 OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 WIDTHS = (128, 768, 1600, 2048, 4096, 5120, 8192, 16384)  # whose kernels are compiled
 
@@ -73,8 +72,6 @@ def contests(device: torch.device, small: bool) -> Iterator[Contest]:
             for op in OPS:
                 given = case(device, timed_dtype(small), op, M, C)
                 found = loaders(given) | others(op)
-                if M * C > LARGEST_REFERENCE:
-                    del found["reference"]
                 # Forward reads x (and residual) and writes y (and the stream); backward reads what was normalised, dy
                 # (and dstream) and writes dx, which is the residual's gradient too.
                 x, adds = given.tensors[0], op.startswith("add")
@@ -85,16 +82,19 @@ def contests(device: torch.device, small: bool) -> Iterator[Contest]:
                     )  # fmt: skip
 
 
-def others(op: str) -> dict[str, Callable[[], Function]]:
+def others(op: str) -> dict[str, Loader]:
+    """Who has this operation beside us."""
     adds, rms = op.startswith("add"), op.endswith("rms_norm")
-    return {
+    found: dict[str, Loader] = {
         "torch": lambda: stock(adds, rms),
         "torch.compile": lambda: torch.compile(stock(adds, rms)),
-        "Liger": lambda: liger(op, rms),
-        "QuACK": lambda: quack(adds, rms),
         "flash_attn": lambda: flash_attn(adds, rms),
-        "apex": lambda: apex(op),
     }
+    if op in LIGER:
+        found["Liger"] = lambda: liger(op)
+    if rms:
+        found["QuACK"] = lambda: quack(adds)
+    return found | ({"apex": apex} if op == "layer_norm" else {})
 
 
 def stock(adds: bool, rms: bool) -> Function:
@@ -112,27 +112,23 @@ def stock(adds: bool, rms: bool) -> Function:
     return added if adds else alone
 
 
-def refuse(condition: bool, what: str) -> None:
-    if condition:
-        raise NotImplementedError(f"it has no {what}")
+LIGER = {
+    "layer_norm": ("layer_norm", "LigerLayerNormFunction"),
+    "rms_norm": ("rms_norm", "LigerRMSNormFunction"),
+    "add_rms_norm": ("fused_add_rms_norm", "LigerFusedAddRMSNormFunction"),
+}
 
 
-def liger(op: str, rms: bool) -> Function:
-    refuse(op == "add_layer_norm", "layer norm after an addition that gives the sum too")
-    file, name = {
-        "layer_norm": ("layer_norm", "LigerLayerNormFunction"),
-        "rms_norm": ("rms_norm", "LigerRMSNormFunction"),
-        "add_rms_norm": ("fused_add_rms_norm", "LigerFusedAddRMSNormFunction"),
-    }[op]
+def liger(op: str) -> Function:
+    file, name = LIGER[op]
     function: Any = getattr(import_module(f"liger_kernel.ops.{file}"), name)
     # The weight's offset, whose rounding is imitated, and whether dy is overwritten, which a second run must not find.
-    mode = (0.0, "llama", False) if rms else ()
+    mode = () if op == "layer_norm" else (0.0, "llama", False)
     return lambda *a: function.apply(*a, EPS, *mode)
 
 
-def quack(adds: bool, rms: bool) -> Function:
+def quack(adds: bool) -> Function:
     function: Any = import_module("quack.rmsnorm").rmsnorm
-    refuse(not rms, "layer norm with a backward")
     if not adds:
         return lambda x, weight: function(x, weight, eps=EPS)
     return lambda x, residual, weight: function(x, weight, residual=residual, eps=EPS, prenorm=True)
@@ -148,7 +144,6 @@ def flash_attn(adds: bool, rms: bool) -> Function:
     return form
 
 
-def apex(op: str) -> Function:
+def apex() -> Function:
     function: Any = import_module("apex.contrib.layer_norm.layer_norm").FastLayerNormFN
-    refuse(op != "layer_norm", "such form of it")
     return lambda x, weight, bias: function.apply(x, weight, bias, EPS)

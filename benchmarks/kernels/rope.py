@@ -5,7 +5,7 @@ Rivals that turn q and k alone leave v a view of qkv: a third less to move, but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contest, Function, Setup, loaders, setups, timed, timed_dtype
+from benchmarks.kernels.case import Case, Contest, Function, loaders, setups, timed, timed_dtype
 from kernels.rope import rope, rope_qkv
 
 # B, T, K, R, D: the GPT presets of 124M, 350M, 1.3B and 6.7B, and grouped queries.
@@ -64,10 +64,11 @@ def contests(device: torch.device, small: bool) -> Iterator[Contest]:
         (qkv,) = given.tensors
         for part in ("forward", "backward"):
             rivals = setups(given, part, loaders(given) | {"flash_attn": lambda shape=shape: flash_attn(device, shape)})
-            rivals |= in_place(part, qkv, given.gradients, shape)
+            q, k, dq, dk = (g.clone().transpose(1, 2) for g in given.gradients[:2] * 2)
+            rivals["Liger"] = partial(timed, part, partial(liger, device, shape), [q, k], [dq, dk])
             yield Contest(
                 "rope", part, given.name, "width", qkv.shape[-1], qkv.dtype, 2 * qkv.numel() * qkv.itemsize, rivals,
-                unlike=frozenset({"Liger", "flash_attn in place"}),
+                unlike=frozenset({"Liger"}),
             )  # fmt: skip
 
 
@@ -85,26 +86,11 @@ def flash_attn(device: torch.device, shape: tuple[int, ...]) -> Function:
     return function
 
 
-def in_place(part: str, qkv: Tensor, gradients: tuple[Tensor, ...], shape: tuple[int, ...]) -> dict[str, Setup]:
-    """Rivals that turn q and k where they stand, each call further, after a split that is not timed."""
-    B, T, K, R, D = shape
-    cos, sin = tables(T, D, qkv.device)
-
-    def liger() -> Callable[..., Any]:
-        turn = import_module("liger_kernel.ops.rope").LigerRopeFunction.apply
-        wide = [table.repeat(1, 2)[None] for table in (cos, sin)]
-        return lambda q, k: turn(q, k, *wide)[:2]
-
-    def flash_attn() -> Callable[..., Any]:
-        turn = import_module("flash_attn.layers.rotary").apply_rotary_emb_qkv_
-        return lambda heads: turn(heads, cos, sin, num_heads_q=K * R)
-
-    q, k, dq, dk = (g.clone().transpose(1, 2) for g in (*gradients[:2], *gradients[:2]))
-    found: dict[str, Setup] = {"Liger": partial(timed, part, liger, [q, k], [dq, dk])}
-    if part == "forward":
-        heads = qkv.clone().view(B, T, K * (R + 2), D)
-        found["flash_attn in place"] = partial(timed, part, flash_attn, [heads], [])
-    return found
+def liger(device: torch.device, shape: tuple[int, ...]) -> Function:
+    """Turns q and k where they stand, each call further, after a split that is not timed."""
+    turn: Any = import_module("liger_kernel.ops.rope").LigerRopeFunction.apply
+    cos, sin = (table.repeat(1, 2)[None] for table in tables(shape[1], shape[4], device))
+    return lambda q, k: turn(q, k, cos, sin)[:2]
 
 
 def tables(T: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:

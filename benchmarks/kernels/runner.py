@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import re
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -153,16 +151,11 @@ def outcome(contest: Contest, found: Mapping[str, Found]) -> Outcome:
         if "ms" in record:
             record["gb_s"] = contest.bytes / 1e9 / record["ms"] * 1e3
             record["tflop_s"] = contest.flops / 1e12 / record["ms"] * 1e3
-    others = {
-        name: record["ms"]
-        for name, record in found.items()
-        if "ms" in record and "wrong" not in record and not name.startswith(OURS)
-    }
-    best = min(others, key=lambda name: others[name], default=None)
-    ratio = others[best] / found[OURS]["ms"] if best and "ms" in found[OURS] else None
-    names = [field.name for field in dataclasses.fields(contest) if field.name not in ("rivals", "unlike")]
-    fields = {name: getattr(contest, name) for name in names} | {"dtype": name_of(contest.dtype)}
-    return fields | {"rivals": dict(found), "best_other": best, "ratio": ratio}
+    right = {name: record["ms"] for name, record in found.items() if "ms" in record and "wrong" not in record}
+    best = min((name for name in right if not name.startswith(OURS)), key=lambda name: right[name], default=None)
+    ratio = right[best] / found[OURS]["ms"] if best and "ms" in found[OURS] else None
+    fields = {name: value for name, value in vars(contest).items() if name != "unlike"}
+    return fields | {"dtype": name_of(contest.dtype), "rivals": dict(found), "best_other": best, "ratio": ratio}
 
 
 def ours_failed(result: Outcome) -> bool:
@@ -172,16 +165,13 @@ def ours_failed(result: Outcome) -> bool:
 
 def limits_of(device: torch.device, clock: Clock) -> dict[str, float]:
     """GB/s of a copy, bytes read plus bytes written, and TFLOP/s of a square matrix product, on random data."""
-    on_gpu = device.type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
-    copied = 2**30 if on_gpu else 2**26
+    size, dtype, copied = 512, torch.float32, 2**26
+    if device.type == "cuda":
+        size, dtype, copied = 8192, torch.bfloat16, 2**30
     source = torch.randint(0, 100, (copied,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     thunks = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
-    seconds = {
-        name: statistics.median(sample.device for sample in samples)
-        for name, samples in compare(clock, thunks, rounds=5).items()
-    }
-    return {"copy_gb_s": 2 * copied / seconds["copy"] / 1e9, "matmul_tflop_s": 2 * size**3 / seconds["matmul"] / 1e12}
+    ms = {name: summary(samples)["ms"] for name, samples in compare(clock, thunks, rounds=5).items()}
+    return {"copy_gb_s": 2 * copied / ms["copy"] / 1e6, "matmul_tflop_s": 2 * size**3 / ms["matmul"] / 1e9}

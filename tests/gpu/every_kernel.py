@@ -20,7 +20,7 @@ KEY = DropoutKey(0.2, 2**32 - 5, 7)
 def of_attention(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     features = [
         {}, {"window": 9}, {"sparse": Strided(64, 1, 2)}, {"documents": 5}, {"softcap": 5.0}, {"dropout": KEY},
-        {"deterministic": False}, {"lse": True},
+        {"atomics": True}, {"lse": True},
     ]  # fmt: skip
     for D in (40, 64, 128, 256):
         for feature in features:
@@ -36,7 +36,7 @@ def of_rows(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         for op in norm.OPS:
             key = KEY if op.startswith("add") else None
             yield norm.case(device, dtype, op, 2, 33, C, dropout=key, weights=torch.float32)
-        yield dropout.case(device, dtype, 2, 33, C, key=KEY)
+        yield dropout.case(device, dtype, 2, 33, C)
         for function in (activations.gelu, activations.swiglu):
             yield activations.case(device, dtype, function, 66, C)
             yield activations.case(device, dtype, function, 66, C, strided=True)
