@@ -115,7 +115,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses zstd. The library's own reader takes a file that was cut short for whole."""
+    """Decompresses zstd. The library's own reader takes a file that was cut short for a complete one."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

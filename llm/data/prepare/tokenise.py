@@ -71,7 +71,7 @@ def _scan(config: RunConfig, progress: Progress) -> _Scan:
 
 
 def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Manifest:
-    """Tokenise the corpus into data_folder(config), whole or not at all; return its manifest.
+    """Tokenise the corpus into data_folder(config), completely or not at all; return its manifest.
 
     Does nothing but check the files' hashes when the folder holds the same corpus prepared the same
     way, and nothing at all when it is a copy of a remote corpus or holds files that were registered: there is
