@@ -63,10 +63,7 @@ def _add_plan(folder: Path, seq_len: int, progress: Progress) -> Path:
 
 
 def write_plan(
-    shards: ShardList,
-    seq_len: int,
-    path: Path,
-    progress: Progress = lambda stage, done, total: None,
+    shards: ShardList, seq_len: int, path: Path, progress: Progress = lambda stage, done, total: None
 ) -> PlanHeader:
     """Plan samples of `seq_len` tokens for a corpus and write the plan, which appears only when it is complete.
 

@@ -18,15 +18,7 @@ from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, is_url
 from llm.data.tokens.hashes import file_entry
 from llm.data.tokens.headers import DTYPES, index_path
-from llm.data.tokens.manifest import (
-    FILE_NAME,
-    FORMAT,
-    Manifest,
-    Shards,
-    Split,
-    check_files,
-    header_bytes,
-)
+from llm.data.tokens.manifest import FILE_NAME, FORMAT, Manifest, Shards, Split, check_files, header_bytes
 from llm.data.tokens.shards import ShardList, check_file, document_lengths, inspect_files
 from llm.errors import DamagedFile, InputError, require
 

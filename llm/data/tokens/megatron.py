@@ -16,15 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.tokens.headers import (
-    CODES,
-    HEADER,
-    MAGIC,
-    VERSION,
-    check_header,
-    describe_megatron,
-    index_path,
-)
+from llm.data.tokens.headers import CODES, HEADER, MAGIC, VERSION, check_header, describe_megatron, index_path
 from llm.errors import DamagedFile, InputError
 
 CHUNK = 1 << 18  # entries of an index handled at a time, so that memory does not grow with it
