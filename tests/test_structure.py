@@ -26,9 +26,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/cluster": {"torch", "mpi4py", "triton", "llm.config", "llm.errors", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
-    "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.data"},
+    "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.data"},
     "llm/data/corpus": {"numpy", "zstandard", "llm.config", "llm.errors", "llm.data.corpus"},
-    "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.data"},
+    "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},
     "llm/checkpoint": {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.parallel", "llm.checkpoint",
     },

@@ -59,11 +59,20 @@ def verify(folder: Path) -> Manifest:
     manifest = load_manifest(folder)
     names = list(manifest.files)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the GIL
-        digests = list(pool.map(lambda name: files.sha256_of(folder / name), names))
+        digests = list(pool.map(lambda name: _sha256(folder / name), names))
     for name, digest in zip(names, digests, strict=True):
         if digest != manifest.files[name].sha256:
             raise CheckpointError(f"{folder / name} is damaged: its sha256 is not that of the manifest")
     return manifest
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 in hex of a regular file; raises CheckpointError."""
+    files.regular_size(path)
+    try:
+        return files.sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def find_latest(root: Path) -> tuple[Path | None, list[str]]:
@@ -98,7 +107,7 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
         raise CheckpointError(f"{folder} is not the checkpoint that rank 0 sees; is the folder shared by all nodes?")
     if "state.json" not in manifest.files:
         raise CheckpointError(f"{folder} has no state.json")
-    if files.sha256_of(folder / "state.json") != manifest.files["state.json"].sha256:
+    if _sha256(folder / "state.json") != manifest.files["state.json"].sha256:
         raise CheckpointError(f"{folder / 'state.json'} is damaged")
     state = files.parse_json(files.read_regular(folder / "state.json"), f"{folder / 'state.json'}")
     return CheckpointReader(folder, manifest, state)
