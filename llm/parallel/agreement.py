@@ -1,4 +1,7 @@
-"""Small agreements between ranks, without pickle: strings travel as bytes in tensors."""
+"""Small agreements between ranks, without pickle: strings travel as bytes in tensors.
+
+`group` is the process group that takes part (None: all ranks); ranks are counted within it.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from llm.errors import Agreed, InputError
+from llm.errors import Agreed, CheckpointError, InputError
 
 T = TypeVar("T")
 MESSAGE_BYTES = 4096
 
 
-def backend_device() -> torch.device:
-    """Where the default group's backend can see a tensor."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+def backend_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where the group's backend can see a tensor."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def _pack(text: str | None) -> torch.Tensor:
@@ -26,7 +29,7 @@ def _pack(text: str | None) -> torch.Tensor:
         data = text.encode()[:MESSAGE_BYTES]
         message[:8] = torch.tensor([len(data) + 1]).view(torch.uint8)
         message[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else message[:0]
-    return message.to(backend_device())
+    return message
 
 
 def _unpack(message: torch.Tensor) -> str | None:
@@ -35,41 +38,44 @@ def _unpack(message: torch.Tensor) -> str | None:
     return None if length < 0 else bytes(message[8 : 8 + length].tolist()).decode(errors="replace")
 
 
-def exchange(text: str | None) -> list[str | None]:
+def exchange(text: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
     """Every rank's text, by rank; a barrier too. Texts are cut to 4096 bytes."""
-    mine = _pack(text)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return [_unpack(message) for message in everyone]
+    message = _pack(text).to(backend_device(group))
+    messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(messages, message, group=group)
+    return [_unpack(message) for message in messages]
 
 
-def exchange_errors(error: str | None) -> str | None:
+def exchange_errors(error: str | None, group: dist.ProcessGroup | None = None) -> str | None:
     """The first rank's error, on every rank; None if no rank had one. A barrier."""
-    return next((text for text in exchange(error) if text is not None), None)
+    return next((text for text in exchange(error, group) if text is not None), None)
 
 
-def broadcast(text: str) -> str:
+def broadcast(text: str, group: dist.ProcessGroup | None = None) -> str:
     """Rank 0's text, on every rank; cut to 4096 bytes."""
-    message = _pack(text)
-    dist.broadcast(message, src=0)
+    message = _pack(text).to(backend_device(group))
+    dist.broadcast(message, group=group, group_src=0)
     return _unpack(message) or ""
 
 
-def together(action: Callable[[], T]) -> T:
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on every rank; if it fails on any, every rank raises.
 
     So no rank waits for one that has gone, and all of them exit with the same code. Collective; `action` must not
-    communicate. Raises Agreed with the first InputError's message, or RuntimeError with that of another failure.
+    communicate. Of the first rank that failed, raises Agreed with an InputError's message, CheckpointError with that of
+    a CheckpointError, or RuntimeError with that of another failure.
     """
     result, problem, error = None, None, None
     try:
         result = action()
     except InputError as failure:
         error = f"input:{failure}"
+    except CheckpointError as failure:
+        problem, error = failure, f"checkpoint:{failure}"
     except Exception as failure:  # noqa: BLE001 - whatever it was, the others must hear of it
-        problem, error = failure, f"other:rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
-    first = exchange_errors(error)
+        problem, error = failure, f"other:rank {dist.get_rank(group)}: {type(failure).__name__}: {failure}"
+    first = exchange_errors(error, group)
     if first is None:
         return result  # pyright: ignore[reportReturnType]
     kind, message = first.split(":", 1)
-    raise Agreed(message) if kind == "input" else RuntimeError(message) from problem
+    raise {"input": Agreed, "checkpoint": CheckpointError}.get(kind, RuntimeError)(message) from problem

@@ -9,7 +9,6 @@ import torch
 
 from llm.checkpoint.writer import write_checkpoint
 from llm.errors import ReplicaError
-from llm.parallel.agreement import exchange_errors
 from llm.train.console import Console
 from llm.train.engines.base import micro_batch, sum_over
 from llm.train.feed import Feed
@@ -114,10 +113,7 @@ class Trainer:
             run.step,
             self.engine.state_pieces(),
             checkpoint_state(run),
-            rank=run.mesh.rank,
-            world=run.mesh.world_size,
             keep_last=run.config.checkpoint.keep_last,
-            exchange_errors=exchange_errors,
         )
         self.console.say(f"step {run.step}: saved {path}")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llm.checkpoint.reader import CheckpointReader, check_same_model, open_latest
+from llm.checkpoint.reader import check_same_model, open_latest
 from llm.config import RunConfig
 from llm.config.parse import from_dict, to_dict, to_yaml
 from llm.config.phases import Phase, consumed_samples
@@ -25,8 +25,8 @@ from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, load_manifest
 from llm.data.tokens.manifest import Manifest
 from llm.data.validation import validation_batches
-from llm.errors import Agreed, InputError, require
-from llm.parallel.agreement import broadcast, exchange_errors, together
+from llm.errors import require
+from llm.parallel.agreement import broadcast, together
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, check_kernels
 from llm.train.engines.base import Engine
@@ -82,7 +82,9 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
     together(lambda: folder.check_nonce(nonce))
     manifest = together(lambda: load_manifest(config))
-    reader = _find_checkpoint(folder, mesh, say)
+    reader, warnings = open_latest(folder.checkpoints)
+    for warning in warnings:
+        say(f"warning: {warning}")
     state = reader.state if reader is not None else None
     if state is not None:
         together(lambda: _check_resumable(config, manifest, state))
@@ -98,18 +100,6 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     if reader is not None:
         say(f"resumed from step {step} of {config.train.max_steps}")
     return run
-
-
-def _find_checkpoint(folder: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> CheckpointReader | None:
-    try:
-        reader, warnings = open_latest(
-            folder.checkpoints, rank=mesh.rank, broadcast_text=broadcast, exchange_errors=exchange_errors
-        )
-    except InputError as error:
-        raise Agreed(str(error)) from error
-    for warning in warnings:
-        say(f"warning: {warning}")
-    return reader
 
 
 def _open_data(run: Run) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llm.config import ParallelConfig
-from llm.errors import InputError
+from llm.errors import CheckpointError, InputError
 from llm.model.loss import IGNORED_TARGET
 from llm.parallel import collectives
 from llm.parallel.agreement import broadcast, exchange, exchange_errors, together
@@ -236,6 +236,29 @@ def agreement_case() -> list[object]:
 def test_agreement(two_ranks: RankPool) -> None:
     for rank, found in enumerate(two_ranks.run(agreement_case)):
         assert found == [[None, "ééé"], None, "only here", "rank 1 cannot", rank, "from 0"]
+
+
+def group_case() -> list[object]:
+    """Ranks 0 and 2 agree among themselves, and so do ranks 1 and 3."""
+    rank = torch.distributed.get_rank()
+    groups = [torch.distributed.new_group([first, first + 2]) for first in (0, 1)]
+    group = groups[rank % 2]
+
+    def fail() -> None:
+        if rank == 3:
+            raise CheckpointError("rank 3 cannot")
+
+    try:
+        together(fail, group)
+        raised = None
+    except CheckpointError as error:
+        raised = str(error)
+    return [exchange(f"from {rank}", group), broadcast(f"from {rank}", group), raised]
+
+
+def test_a_group_agrees_by_itself(four_ranks: RankPool) -> None:
+    even, odd = [["from 0", "from 2"], "from 0", None], [["from 1", "from 3"], "from 1", "rank 3 cannot"]
+    assert four_ranks.run(group_case) == [even, odd, even, odd]
 
 
 def mesh_case(tp: int) -> tuple[int, int, int, int]:
