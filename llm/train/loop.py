@@ -14,7 +14,7 @@ from llm.train.engines.base import micro_batch, sum_over
 from llm.train.feed import Feed
 from llm.train.guard import compare_replicas, replica_message
 from llm.train.metrics import MetricsWriter, peak_memory, step_record, validation_record, workload
-from llm.train.schedule import learning_rate
+from llm.train.optim import learning_rate
 from llm.train.start import Run, checkpoint_state
 
 

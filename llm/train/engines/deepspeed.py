@@ -32,8 +32,7 @@ from llm.train.engines.base import (
 )
 from llm.train.engines.deepspeed_config import deepspeed_config
 from llm.train.engines.fragments import Fragment, fragment, publish
-from llm.train.loss_scale import DynamicLossScale
-from llm.train.optim import adamw, parameter_groups
+from llm.train.optim import DynamicLossScale, adamw, parameter_groups
 
 
 class Grid:

@@ -34,8 +34,7 @@ from llm.train.engines.base import (
     sum_of_squares,
     sum_over,
 )
-from llm.train.loss_scale import DynamicLossScale
-from llm.train.optim import adamw, parameter_groups
+from llm.train.optim import DynamicLossScale, adamw, parameter_groups
 
 
 class FSDPEngine:

@@ -25,8 +25,7 @@ from llm.train.engines.base import (
     global_norm,
     sum_over,
 )
-from llm.train.loss_scale import DynamicLossScale
-from llm.train.optim import adamw, parameter_groups
+from llm.train.optim import DynamicLossScale, adamw, parameter_groups
 
 
 class PlainEngine:
