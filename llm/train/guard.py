@@ -54,7 +54,7 @@ def compare_replicas(engine: Engine, mesh: Mesh) -> list[str]:
     if not expected:
         return []
     device = backend_device()
-    mine = torch.stack([checksum(engine.held(name)).to(device) for name in expected])
+    mine = torch.stack([checksum(engine.local_weight(name)).to(device) for name in expected])
     everyone = [torch.empty_like(mine) for _ in range(mesh.world_size)]
     dist.all_gather(everyone, mine)
     sums = torch.stack(everyone).t().tolist()  # [parameter][rank]

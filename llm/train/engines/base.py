@@ -84,11 +84,11 @@ class Engine(Protocol):
 
     @property
     def replicated(self) -> bool:
-        """Whether every data-parallel rank holds the same weights (`held`), rather than a part of them."""
+        """Whether every data-parallel rank holds the same weights, rather than a part of them."""
         ...
 
-    def held(self, name: str) -> Tensor:
-        """The weights of a parameter that this rank keeps between steps, as the forward pass uses them; not collective.
+    def local_weight(self, name: str) -> Tensor:
+        """What this rank keeps of a parameter between steps, as the forward pass uses it; not collective.
 
         All of its tensor-parallel slice, or under ZeRO 3 and FSDP this rank's partition of it.
         """
@@ -150,9 +150,9 @@ def sum_over(values: Tensor, group: dist.ProcessGroup | None, device: torch.devi
     """All-reduce a small CPU tensor in place through `device`, where the group's backend can see it."""
     if group is None or group.size() == 1:
         return
-    there = values.to(device)
-    dist.all_reduce(there, group=group)
-    values.copy_(there)
+    on_device = values.to(device)
+    dist.all_reduce(on_device, group=group)
+    values.copy_(on_device)
 
 
 def global_norm(parameters: Sequence[Tensor], mesh: Mesh | None) -> Tensor:
@@ -180,10 +180,10 @@ def clip(parameters: Sequence[Tensor], norm: Tensor, limit: float) -> None:
         torch._foreach_mul_(grads, limit / (norm + 1e-6))
 
 
-def gather_slices(local: Tensor, held: Slice, mesh: Mesh | None) -> Tensor:
-    """The global tensor of which every tensor-parallel rank holds the slice `held` (perhaps with padding rows)."""
-    if held.is_whole or mesh is None or mesh.tp_size == 1:
+def gather_slices(local: Tensor, part: Slice, mesh: Mesh | None) -> Tensor:
+    """The global tensor of which every tensor-parallel rank holds the slice `part` (perhaps with padding rows)."""
+    if part.is_whole or mesh is None or mesh.tp_size == 1:
         return local
-    parts = all_gather(local, mesh.tp_size, mesh.tp_group.group_name)
-    joined = torch.cat(list(parts), dim=held.dim)
-    return joined.narrow(held.dim, 0, held.global_shape[held.dim])
+    gathered = all_gather(local, mesh.tp_size, mesh.tp_group.group_name)
+    joined = torch.cat(list(gathered), dim=part.dim)
+    return joined.narrow(part.dim, 0, part.global_shape[part.dim])
