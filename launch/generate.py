@@ -43,8 +43,9 @@ def main(ranks: Ranks) -> None:
     export(ranks, os.environ)
     import torch
 
-    from llm.generate import load_trained, stream
+    from llm.generate import stream
     from llm.parallel.mesh import Mesh
+    from llm.trained import load_trained
 
     device = choose_device(ranks)
     mesh = None

@@ -16,8 +16,9 @@ from launch.plotting import plot_loss
 from llm.data.tokens.folder import load_manifest
 from llm.data.tokens.manifest import Manifest
 from llm.errors import InputError, require
-from llm.generate import Trained, load_trained, stream
+from llm.generate import stream
 from llm.sampling import SamplingConfig
+from llm.trained import Trained, load_trained
 
 
 def report(run: Path) -> str:
