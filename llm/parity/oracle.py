@@ -13,8 +13,8 @@ from llm.parity.compare import Check, Scalar, gradient_check, joint_size, norm_c
 from llm.parity.gather import Gathered, State
 from llm.parity.layout import StepRecord
 from llm.train.build import build_model
-from llm.train.engines.base import global_norm
 from llm.train.engines.plain import PlainEngine
+from llm.train.engines.shared import global_norm
 
 
 def oracle_config(config: RunConfig, precision: str) -> RunConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -18,19 +18,10 @@ from llm.config import RunConfig
 from llm.errors import InputError
 from llm.parallel.mesh import Mesh
 from llm.slices import slice_of
-from llm.train.engines.base import (
-    DTYPES,
-    MOMENTS,
-    MicroBatch,
-    StepResult,
-    WeightSource,
-    clip,
-    evaluate_batches,
-    gather_slices,
-    global_norm,
-    sum_over,
-)
+from llm.train.engines.base import DTYPES, MicroBatch, StepResult, WeightSource, sum_over
 from llm.train.engines.deepspeed_config import deepspeed_config
+from llm.train.engines.shared import clip, evaluate_batches, gather_slices, global_norm
+from llm.train.engines.zero_state import ZeroState
 from llm.train.optim import DynamicLossScale, adamw, parameter_groups
 
 
@@ -63,6 +54,7 @@ class DeepSpeedEngine:
             )
         except ValidationError as error:  # a key of the `deepspeed` section is the user's to mend
             raise InputError(f"DeepSpeed refuses its part of the config (deepspeed.*): {error}") from error
+        self.state = ZeroState(self.stage, self.optimizer, self.adam, self.parameters, mesh)
         self.updates = 0
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
@@ -121,43 +113,11 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def _fragment(self, name: str) -> Fragment | None:
-        """This rank's fragment without the padding rows of a vocabulary, which come last in the flat order."""
-        fragment = find_fragment(self.stage, self.optimizer, self.parameters[name], self.mesh.dp_rank)
-        if fragment is None:
-            return None
-        numel = min(fragment.numel, self.slices[name].numel - fragment.start)
-        return fragment._replace(numel=numel) if numel > 0 else None
-
     def state_pieces(self) -> Iterator[Piece]:
-        if self.stage == 0 and self.mesh.dp_rank != 0:
-            return
-        for name, part in self.slices.items():
-            fragment = self._fragment(name)
-            if fragment is None or (part.is_whole and self.mesh.tp_rank != 0):
-                continue
-            yield Piece(name, "master", part, fragment.start, fragment.master.float().cpu())
-            for kind in MOMENTS if self.updates else ():
-                moment = fragment.moment(self.adam, kind)
-                yield Piece(name, kind, part, fragment.start, moment.float().cpu())
+        return self.state.pieces(moments=self.updates > 0)
 
-    @torch.no_grad()
     def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
-        for name, part in self.slices.items():
-            fragment = self._fragment(name)
-            if fragment is None:
-                continue
-            tensors = {"master": fragment.master}
-            if optimizer_step:
-                if fragment.flat not in self.adam.state:
-                    moments = {kind: torch.zeros_like(fragment.flat) for kind in MOMENTS}
-                    step = torch.tensor(float(optimizer_step), device=fragment.flat.device)
-                    self.adam.state[fragment.flat] = {"step": step, **moments}
-                tensors |= {kind: fragment.moment(self.adam, kind) for kind in MOMENTS}
-            for kind, tensor in tensors.items():
-                values = source.read_slice(name, kind, part).flatten()
-                tensor.copy_(values.narrow(0, fragment.start, fragment.numel))
-        publish(self.stage, self.optimizer)
+        self.state.load(source, optimizer_step)
 
     def scalar_state(self) -> dict[str, Any]:
         scale = None
@@ -227,55 +187,3 @@ def partition(
             config_dict_or_path=generated,
             mpu=Grid(mesh),
         )
-
-
-class Fragment(NamedTuple):
-    """Where DeepSpeed keeps this rank's part of a parameter's fp32 state.
-
-    Whatever the ZeRO stage, the fp32 weights that the optimizer updates are a range of some tensor that is a key of the
-    optimizer's state, and that range is a flat range of the (tensor-parallel slice of the) parameter: `numel` elements
-    from `offset` of `flat` are those from `start` of the flattened slice.
-    """
-
-    flat: Tensor
-    offset: int
-    start: int
-    numel: int
-
-    @property
-    def master(self) -> Tensor:
-        return self.flat.detach().view(-1).narrow(0, self.offset, self.numel)
-
-    def moment(self, optimizer: torch.optim.Optimizer, name: str) -> Tensor:
-        return optimizer.state[self.flat][name].view(-1).narrow(0, self.offset, self.numel)
-
-
-def find_fragment(zero_stage: int, optimizer: Any, parameter: Any, dp_rank: int) -> Fragment | None:
-    """This rank's fragment of `parameter`, or None where it holds nothing of it. `optimizer`: engine.optimizer."""
-    if zero_stage == 0:
-        return Fragment(parameter, 0, 0, parameter.numel())
-    if zero_stage == 3:
-        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = dp_rank * size
-        numel = min(size, parameter.ds_numel - start)
-        return Fragment(optimizer.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    flats = getattr(optimizer, "fp32_groups_flat_partition", None)  # BF16_Optimizer; else stages 1 and 2
-    flats = flats if flats is not None else optimizer.single_partition_of_fp32_groups
-    lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Fragment(flats[mapping.param_group_index], hp.start, lp.start, hp.numel)
-
-
-def publish(zero_stage: int, optimizer: Any) -> None:
-    """Copy changed fp32 fragments to the weights that the forward pass uses. Collective."""
-    if zero_stage in (1, 2):
-        optimizer.update_lp_params()
-    elif zero_stage == 3:
-        for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        persistent = optimizer.persistent_parameters
-        if persistent:
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)

@@ -20,8 +20,9 @@ from llm.errors import require
 from llm.model.gpt import GPT
 from llm.parallel.mesh import Mesh
 from llm.slices import mark, slice_of
-from llm.train.engines.base import DTYPES, MicroBatch, evaluate_batches, gather_slices, sum_of_squares, sum_over
+from llm.train.engines.base import DTYPES, MicroBatch, sum_over
 from llm.train.engines.masters import MasterWeightsEngine
+from llm.train.engines.shared import evaluate_batches, gather_slices, sum_of_squares
 
 
 class FSDPEngine(MasterWeightsEngine):

@@ -13,7 +13,8 @@ from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
 from llm.slices import slice_of
-from llm.train.engines.base import MOMENTS, MicroBatch, StepResult, WeightSource, clip, sum_over
+from llm.train.engines.base import MOMENTS, MicroBatch, StepResult, WeightSource, sum_over
+from llm.train.engines.shared import clip
 from llm.train.optim import DynamicLossScale, adamw, parameter_groups
 
 

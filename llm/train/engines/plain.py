@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
-from llm.train.engines.base import DTYPES, MicroBatch, evaluate_batches, global_norm
+from llm.train.engines.base import DTYPES, MicroBatch
 from llm.train.engines.masters import MasterWeightsEngine
+from llm.train.engines.shared import evaluate_batches, global_norm
 
 
 class PlainEngine(MasterWeightsEngine):
