@@ -1,9 +1,8 @@
-"""AdamW, what it decays, its learning rate, and the loss scale that fp16 needs."""
+"""AdamW, what it decays, and the learning rate of each update."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,50 +103,3 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
         return config.min_lr
     share = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + (config.lr - config.min_lr) * share
-
-
-@dataclass(frozen=True)
-class DynamicLossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, section 3.2): the scale and its history.
-
-    The loss is multiplied by the scale so that small gradients do not become zero in fp16. A step whose gradients
-    overflow is skipped and the scale falls; after many good steps it rises. The same sequence as DeepSpeed's scaler.
-    """
-
-    scale: float = 2.0**16
-    """The loss is multiplied by this."""
-    window: int = 1000
-    """Steps without overflow after which the scale doubles."""
-    hysteresis: int = 2
-    """Overflows since the last rise of the scale before it starts to fall."""
-    minimum: float = 1.0
-    """The scale never falls below this."""
-    remaining: int = 2
-    """Of `hysteresis`, how many are left."""
-    good_steps: int = 0
-    """Steps without overflow since the last one with it."""
-
-    def state(self) -> dict[str, float]:
-        """What a checkpoint keeps of it, JSON-ready; the other fields are settings."""
-        return {"scale": self.scale, "remaining": self.remaining, "good_steps": self.good_steps}
-
-    def update(self, overflow: bool) -> DynamicLossScale:
-        """The state after a step whose gradients did or did not overflow.
-
-        Raises:
-            FloatingPointError: an overflow at the smallest scale: the run has diverged.
-        """
-        if not overflow:
-            count = self.good_steps + 1
-            # As in DeepSpeed, the scale rises one step after `window` good ones.
-            if self.good_steps == 0 or self.good_steps % self.window:
-                return replace(self, good_steps=count)
-            return replace(self, scale=2 * self.scale, remaining=self.hysteresis, good_steps=count)
-        if self.remaining > 1:
-            return replace(self, remaining=self.remaining - 1, good_steps=0)
-        if self.scale <= self.minimum:
-            raise FloatingPointError(
-                f"gradients overflow fp16 at the smallest loss scale ({self.minimum}): the run has "
-                "diverged; lower optim.lr, raise optim.warmup_steps or use train.precision=bf16"
-            )
-        return replace(self, scale=max(self.scale / 2, self.minimum), good_steps=0)

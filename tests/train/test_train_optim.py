@@ -15,7 +15,8 @@ from torch import nn
 
 from llm.config import ModelConfig, OptimConfig, RunConfig
 from llm.train.build import build_model
-from llm.train.optim import DynamicLossScale, KernelAdamW, adamw, decays, learning_rate, parameter_groups
+from llm.train.engines.shared import DynamicLossScale
+from llm.train.optim import KernelAdamW, adamw, decays, learning_rate, parameter_groups
 
 
 def small_model(**model) -> nn.Module:

@@ -20,9 +20,10 @@ from llm.parallel.mesh import Mesh
 from llm.slices import slice_of
 from llm.train.engines.base import DTYPES, MicroBatch, StepResult, WeightSource, sum_over
 from llm.train.engines.deepspeed_config import deepspeed_config
-from llm.train.engines.shared import clip, evaluate_batches, gather_slices, global_norm
-from llm.train.engines.zero_state import ZeroState
-from llm.train.optim import DynamicLossScale, adamw, parameter_groups
+from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches, gather_slices, global_norm
+from llm.train.engines.state import Fragment, load_state, state_pieces
+from llm.train.engines.zero_state import fragments, publish
+from llm.train.optim import adamw, parameter_groups
 
 
 class DeepSpeedEngine:
@@ -54,7 +55,6 @@ class DeepSpeedEngine:
             )
         except ValidationError as error:  # a key of the `deepspeed` section is the user's to mend
             raise InputError(f"DeepSpeed refuses its part of the config (deepspeed.*): {error}") from error
-        self.state = ZeroState(self.stage, self.optimizer, self.adam, self.parameters, mesh)
         self.updates = 0
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
@@ -113,11 +113,19 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def state_pieces(self) -> Iterator[Piece]:
-        return self.state.pieces(moments=self.updates > 0)
+    def _fragments(self) -> dict[str, Fragment]:
+        return fragments(self.stage, self.optimizer, self.parameters, self.mesh.dp_rank)
 
+    def state_pieces(self) -> Iterator[Piece]:
+        if self.stage == 0 and self.mesh.dp_rank != 0:
+            return iter(())
+        tp_rank, moments = self.mesh.tp_rank, self.updates > 0
+        return state_pieces(self._fragments(), self.slices, self.adam, tp_rank=tp_rank, moments=moments)
+
+    @torch.no_grad()
     def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
-        self.state.load(source, optimizer_step)
+        load_state(self._fragments(), self.slices, self.adam, source, optimizer_step)
+        publish(self.stage, self.optimizer)
 
     def scalar_state(self) -> dict[str, Any]:
         scale = None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from llm.config import RunConfig
 from llm.errors import InputError, require
-from llm.train.optim import DynamicLossScale
+from llm.train.engines.shared import DynamicLossScale
 
 _PRECISION = "train.precision"
 _NOT_SET_HERE = "nothing: results must not depend on it"

@@ -23,6 +23,7 @@ from llm.slices import mark, slice_of
 from llm.train.engines.base import DTYPES, MicroBatch, sum_over
 from llm.train.engines.masters import MasterWeightsEngine
 from llm.train.engines.shared import evaluate_batches, gather_slices, sum_of_squares
+from llm.train.engines.state import Fragment
 
 
 class FSDPEngine(MasterWeightsEngine):
@@ -54,10 +55,14 @@ class FSDPEngine(MasterWeightsEngine):
             parameter.tensor_model_parallel = self.split[name]
         super().__init__(config, model, masters, mesh, device)
 
-    def shard(self, name: str) -> tuple[int, int]:
-        rows, *rest = self.parameters[name].shape
-        start = self.mesh.dp_rank * -(-rows // self.mesh.dp_size) * torch.Size(rest).numel()
-        return start, max(0, min(self.masters[name].numel(), self.slices[name].numel - start))
+    def _fragments(self) -> dict[str, Fragment]:
+        found = {}
+        for name, master in self.masters.items():
+            rows, *rest = self.parameters[name].shape
+            start = self.mesh.dp_rank * -(-rows // self.mesh.dp_size) * torch.Size(rest).numel()
+            numel = max(0, min(master.numel(), self.slices[name].numel - start))
+            found[name] = Fragment(master, 0, start, numel)
+        return found
 
     def _reduce(self) -> None:
         """The backward passes have reduced: the masters take the gradients' shards."""

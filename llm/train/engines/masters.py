@@ -13,9 +13,10 @@ from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
 from llm.slices import slice_of
-from llm.train.engines.base import MOMENTS, MicroBatch, StepResult, WeightSource, sum_over
-from llm.train.engines.shared import clip
-from llm.train.optim import DynamicLossScale, adamw, parameter_groups
+from llm.train.engines.base import MicroBatch, StepResult, WeightSource, sum_over
+from llm.train.engines.shared import DynamicLossScale, clip
+from llm.train.engines.state import Fragment, load_state, state_pieces
+from llm.train.optim import adamw, parameter_groups
 
 
 class MasterWeightsEngine:
@@ -49,8 +50,8 @@ class MasterWeightsEngine:
         self.updates = 0
         self.scale = DynamicLossScale() if config.train.precision == "fp16" else None
 
-    def shard(self, name: str) -> tuple[int, int]:
-        """Start and length of the master in the flattened slice of its parameter, without a vocabulary's padding."""
+    def _fragments(self) -> dict[str, Fragment]:
+        """Which part of its parameter's slice each master is."""
         raise NotImplementedError
 
     def _reduce(self) -> None:
@@ -101,30 +102,13 @@ class MasterWeightsEngine:
             group["lr"] = lr
 
     def state_pieces(self) -> Iterator[Piece]:
-        for name, master in self.masters.items():
-            part, (start, numel) = self.slices[name], self.shard(name)
-            written_elsewhere = (self.replicated and self.dp_rank != 0) or (part.is_whole and self.tp_rank != 0)
-            if written_elsewhere or numel == 0:
-                continue
-            tensors = {"master": master.detach()}
-            if self.updates:
-                tensors |= {kind: self.optimizer.state[master][kind] for kind in MOMENTS}
-            for kind, tensor in tensors.items():
-                yield Piece(name, kind, part, start, tensor.flatten()[:numel].cpu())
+        if self.replicated and self.dp_rank != 0:
+            return iter(())
+        moments = self.updates > 0
+        return state_pieces(self._fragments(), self.slices, self.optimizer, tp_rank=self.tp_rank, moments=moments)
 
-    @torch.no_grad()
     def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
-        for name, master in self.masters.items():
-            tensors = {"master": master}
-            if optimizer_step:
-                moments = {kind: torch.zeros_like(master, requires_grad=False) for kind in MOMENTS}
-                step = torch.tensor(float(optimizer_step), device=master.device)
-                self.optimizer.state[master] = {"step": step, **moments}
-                tensors |= moments
-            start, numel = self.shard(name)
-            for kind, tensor in tensors.items() if numel else ():
-                values = source.read_slice(name, kind, self.slices[name]).flatten()
-                tensor.flatten()[:numel].copy_(values.narrow(0, start, numel))
+        load_state(self._fragments(), self.slices, self.optimizer, source, optimizer_step)
         self._publish()
 
     def scalar_state(self) -> dict[str, Any]:

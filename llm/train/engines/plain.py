@@ -13,6 +13,7 @@ from llm.parallel.mesh import Mesh
 from llm.train.engines.base import DTYPES, MicroBatch
 from llm.train.engines.masters import MasterWeightsEngine
 from llm.train.engines.shared import evaluate_batches, global_norm
+from llm.train.engines.state import Fragment
 
 
 class PlainEngine(MasterWeightsEngine):
@@ -25,8 +26,8 @@ class PlainEngine(MasterWeightsEngine):
         masters = {name: fp32_master(parameter) for name, parameter in model.named_parameters()}
         super().__init__(config, model, masters, mesh, device)
 
-    def shard(self, name: str) -> tuple[int, int]:
-        return 0, self.masters[name].numel()
+    def _fragments(self) -> dict[str, Fragment]:
+        return {name: Fragment(master, 0, 0, master.numel()) for name, master in self.masters.items()}
 
     def _accumulate(self) -> None:
         """Add the low-precision gradients of one micro-batch to the fp32 ones of the masters."""
