@@ -14,8 +14,8 @@ from torch import Tensor
 from llm.data.batch import Batch, Step
 from llm.data.samples.sampler import Share
 from llm.data.samples.schedule import Curriculum, SchedulePhase
-from llm.data.tokens.shards import DamagedFile, ShardList
-from llm.errors import InputError
+from llm.data.tokens.shards import ShardList
+from llm.errors import DamagedFile, InputError
 
 RING_BYTES = 1 << 19  # assembled ahead, within these bounds of steps: little, to stay in the processor's cache
 FEWEST_STEPS, MOST_STEPS = 3, 16
@@ -124,9 +124,9 @@ class NativeLoader:
         corpora: Sequence[ShardList],
         curriculum: Curriculum,
         share: Share,
-        *,
         seed: int,
         consumed: int,
+        *,
         packed: bool,
         document_masks: bool,
         skip_damaged: bool,
@@ -134,7 +134,7 @@ class NativeLoader:
     ) -> None:
         """dtype: of the tokens, that of the files or int64."""
         self._native, self._phases, self._share = native, curriculum.phases, share
-        self._dtype, self._masks, self._packed = dtype, document_masks, packed
+        self._dtype, self._masks, self._packed, self._skip = dtype, document_masks, packed, skip_damaged
         cache = native.FileCache()
         opened = []
         for shards in corpora:
@@ -164,7 +164,7 @@ class NativeLoader:
         arrays = [tuple(tensor.numpy() for tensor in vars(slot).values()) for slot in self._slots]
         self._ring = native.Prefetcher(sampler, consumed, arrays, THREADS)
         self._curriculum = curriculum
-        self.consumed, self.skipped, self.wait_seconds = consumed, 0, 0.0
+        self.consumed, self.wait_seconds = consumed, 0.0
 
     def next_step(self) -> Step:
         start = time.perf_counter()
@@ -173,11 +173,11 @@ class NativeLoader:
         except self._native.DamagedFile as error:
             raise DamagedFile(str(error)) from error
         step = self._views.get((slot, phase)) or self._view(slot, phase, target_count)
-        if self._masks:
-            batches = [self._masked(slot, phase, i, n) for i, n in enumerate(documents)]
-            step = Step(batches, target_count, replaced_targets)
+        if self._masks or self._skip:
+            batches = [self._masked(slot, phase, i, n) for i, n in enumerate(documents)] or step.batches
+            changed = replaced_targets if self._skip and self._packed else None
+            step = Step(batches, target_count, skipped if self._skip else None, changed)
         self.consumed += self._phases[phase].global_batch
-        self.skipped += skipped
         self.wait_seconds += time.perf_counter() - start
         return step
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm.data.batch import Batch, Step
 from llm.data.loader import Loader
+from llm.data.tokens.hashes import HashCheck
 from llm.train.engines.base import MicroBatch, micro_batch
 
 
@@ -23,7 +24,6 @@ class Taken(NamedTuple):
     """A step that the loader has given, and what the loader says of itself after it."""
 
     step: Step
-    skipped: int
     epochs: dict[str, float]
     copied: torch.cuda.Event | None
     """Passed once the step is on the GPU."""
@@ -32,16 +32,16 @@ class Taken(NamedTuple):
 class Feed:
     """Hands out `steps` steps of a loader, and asks it for no more."""
 
-    def __init__(self, loader: Loader, device: torch.device, steps: int) -> None:
-        self.loader, self.device = loader, device
+    def __init__(self, loader: Loader, device: torch.device, steps: int, hash_check: HashCheck | None = None) -> None:
+        self.loader, self.device, self.hash_check = loader, device, hash_check
         self.left = steps
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ahead: Taken | None = None
         self.wait_seconds = 0.0
         """Time that the trainer has waited here, for the loader and for copies."""
-        self.skipped = 0
-        """Samples of this rank that were replaced, up to the last step handed out."""
-        self.replaced_targets = 0
+        self.skipped: int | None = None
+        """Samples of this rank that were replaced, up to the last step handed out; None as in Step."""
+        self.replaced_targets: int | None = None
         """Of the last step handed out."""
         self.epochs: dict[str, float] = {}
         """How often each corpus has been seen by then."""
@@ -50,7 +50,7 @@ class Feed:
         """This rank's micro-batches of the next step on the device, and its count of targets over all ranks.
 
         Those of a CPU lie in the loader's buffers: they are valid until the next call. Raises InputError where the
-        loader does.
+        loader does, and where a file is not as its manifest says.
         """
         began = time.perf_counter()
         taken = self.ahead or self._take()
@@ -63,13 +63,16 @@ class Feed:
                     tensor.record_stream(torch.cuda.current_stream(self.device))
             if self.left:
                 self.ahead = self._take()
-        self.skipped, self.epochs = taken.skipped, taken.epochs
-        self.replaced_targets = taken.step.replaced_targets
+        if taken.step.skipped_samples is not None:
+            self.skipped = (self.skipped or 0) + taken.step.skipped_samples
+        self.epochs, self.replaced_targets = taken.epochs, taken.step.replaced_targets
         self.wait_seconds += time.perf_counter() - began
         return [micro_batch(batch, self.device) for batch in taken.step.batches], taken.step.target_count
 
     def _take(self) -> Taken:
         """Ask the loader for a step and start its copy, if there is one to make."""
+        if self.hash_check is not None:
+            self.hash_check.check()
         step = self.loader.next_step()
         self.left -= 1
         copied = None
@@ -79,12 +82,14 @@ class Feed:
                 step = dataclasses.replace(step, batches=batches)
                 copied = torch.cuda.Event()
                 copied.record()
-        return Taken(step, self.loader.skipped, self.loader.epochs(), copied)
+        return Taken(step, self.loader.epochs(), copied)
 
     def close(self) -> None:
         """End the loader, once nothing is copied from its buffers any more."""
         if self.ahead is not None and self.ahead.copied is not None:
             self.ahead.copied.synchronize()
+        if self.hash_check is not None:
+            self.hash_check.close()
         self.loader.close()
 
 

@@ -26,7 +26,7 @@ class Trainer:
         assert run.loader is not None
         config = run.config
         self.run, self.engine = run, run.engine
-        self.feed = Feed(run.loader, run.device, config.train.max_steps - run.step)
+        self.feed = Feed(run.loader, run.device, config.train.max_steps - run.step, run.hash_check)
         self.work = workload(config, run.device, run.mesh.world_size)
         tensorboard = run.folder.tensorboard if config.logging.tensorboard else None
         self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)
@@ -43,7 +43,7 @@ class Trainer:
         lr = learning_rate(config.optim, run.step, config.train.max_steps)
         self.engine.set_lr(lr)
         batches, target_count = self.feed.next_step()
-        if config.data.damaged == "skip" and config.data.packing != "chunk":  # the other ranks cannot know
+        if self.feed.replaced_targets is not None:  # the other ranks cannot know
             target_count += self.sum_over_data(self.feed.replaced_targets)
         loss = self.engine.forward_backward(batches, target_count)
         result = self.engine.step()
@@ -72,15 +72,15 @@ class Trainer:
         )
         if self.feed.epochs:
             record["epochs"] = self.feed.epochs
-        if self.run.config.data.damaged == "skip":
-            self.count_skipped_samples()
+        if self.feed.skipped is not None:
+            self.count_skipped_samples(self.feed.skipped)
             record["skipped_samples"] = self.run.skipped_samples
         self.metrics.write(record)
         self.console.step(record)
 
-    def count_skipped_samples(self) -> None:
+    def count_skipped_samples(self, skipped: int) -> None:
         """Add up what the data-parallel ranks have skipped. Collective."""
-        self.run.skipped_samples = self.skipped_before + self.sum_over_data(self.feed.skipped)
+        self.run.skipped_samples = self.skipped_before + self.sum_over_data(skipped)
 
     def sum_over_data(self, number: int) -> int:
         """The sum of the data-parallel ranks' numbers. Collective."""
@@ -99,15 +99,15 @@ class Trainer:
     def validate(self) -> None:
         batches = (micro_batch(batch, self.run.device, rows) for batch, rows in self.run.validation_batches())
         total, count = self.engine.evaluate(batches)
-        record = validation_record(self.run.step, total / count, self.run.manifest.bytes_per_token)
+        record = validation_record(self.run.step, total / count, self.run.corpora.manifest.bytes_per_token)
         self.metrics.write(record)
         bits = f", {record['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in record else ""
         self.console.say(f"step {self.run.step}: validation loss {record['val_loss']:.4f} nats per token{bits}")
 
     def save(self) -> None:
         run = self.run
-        if run.config.data.damaged == "skip":
-            self.count_skipped_samples()
+        if self.feed.skipped is not None:
+            self.count_skipped_samples(self.feed.skipped)
         path = write_checkpoint(
             run.folder.checkpoints,
             run.step,

@@ -19,12 +19,10 @@ from llm.config import RunConfig
 from llm.config.parse import from_dict, to_dict, to_yaml
 from llm.config.phases import Phase, consumed_samples
 from llm.data.batch import Batch
-from llm.data.corpora import data_identity
-from llm.data.loader import Loader, open_loader
+from llm.data.corpora import Corpora
+from llm.data.loader import Loader, open_loader, validation_batches
 from llm.data.tokenizer import Tokenizer
-from llm.data.tokens.folder import data_folder, load_manifest
-from llm.data.tokens.manifest import Manifest
-from llm.data.validation import validation_batches
+from llm.data.tokens.hashes import HashCheck
 from llm.errors import require
 from llm.parallel.agreement import broadcast, together
 from llm.parallel.mesh import Mesh
@@ -43,9 +41,7 @@ class Run:
 
     config: RunConfig
     folder: RunFolder
-    manifest: Manifest
-    data: dict[str, str]
-    """What tells the training data apart (llm/data/corpora.py)."""
+    corpora: Corpora
     mesh: Mesh
     device: torch.device
     step: int
@@ -53,8 +49,10 @@ class Run:
     skipped_samples: int = 0
     """Samples that could not be read and were replaced, over all ranks, as of the last report or checkpoint."""
     loader: Loader | None = None
+    hash_check: HashCheck | None = None
+    """None: data.verify is none."""
     engine: Engine | None = None
-    """Both None when nothing is left to do."""
+    """Loader and engine are None when nothing is left to do."""
 
     @property
     def lead(self) -> bool:
@@ -63,7 +61,7 @@ class Run:
 
     def validation_batches(self) -> Iterator[tuple[Batch, int]]:
         """This rank's share of the validation samples, and how many rows of each batch count."""
-        return validation_batches(self.config, self.manifest, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
+        return validation_batches(self.corpora, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
 
 
 def claim(config: RunConfig) -> tuple[RunFolder, RunLock]:
@@ -81,21 +79,20 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
     nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
     together(lambda: folder.check_nonce(nonce))
-    manifest = together(lambda: load_manifest(config))
+    corpora = together(lambda: Corpora.open(config))
     reader, warnings = open_latest(folder.checkpoints)
     for warning in warnings:
         say(f"warning: {warning}")
     state = reader.state if reader is not None else None
     if state is not None:
-        together(lambda: _check_resumable(config, manifest, state))
-    data = together(lambda: data_identity(config, manifest))
+        together(lambda: _check_resumable(config, corpora, state))
     step = state["step"] if state is not None else 0
     skipped_samples = state["skipped_samples"] if state is not None else 0
-    run = Run(config, folder, manifest, data, mesh, device, step, skipped_samples)
+    run = Run(config, folder, corpora, mesh, device, step, skipped_samples)
     if step == config.train.max_steps:
         return run
     together(lambda: _open_data(run))
-    together(lambda: _write_folder(config, folder, step) if lead else None)
+    together(lambda: _write_folder(run) if lead else None)
     run.engine = build_engine(config, mesh, device, reader)
     if reader is not None:
         say(f"resumed from step {step} of {config.train.max_steps}")
@@ -106,7 +103,7 @@ def _open_data(run: Run) -> None:
     """Open both splits, and see that the closing sample can be drawn, before anything is allocated."""
     config, mesh = run.config, run.mesh
     run.validation_batches()
-    prompt = Tokenizer.load(data_folder(config) / "tokenizer.json").encode(config.logging.sample_prompt)
+    prompt = Tokenizer.load(run.corpora.folder / "tokenizer.json").encode(config.logging.sample_prompt)
     require(
         config.logging.sample_tokens == 0 or 0 < len(prompt) < config.model.max_seq_len,
         f"logging.sample_prompt has {len(prompt)} tokens; expected at least 1 and fewer than model.max_seq_len "
@@ -114,7 +111,8 @@ def _open_data(run: Run) -> None:
     )
     consumed = consumed_samples(config.phases, run.step)
     ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-    run.loader = open_loader(config, run.manifest, **ranks, consumed=consumed, widen=run.device.type == "cpu")
+    run.loader = open_loader(run.corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu")
+    run.hash_check = run.corpora.hash_check(**ranks)
 
 
 def checkpoint_state(run: Run) -> dict[str, Any]:
@@ -125,12 +123,12 @@ def checkpoint_state(run: Run) -> dict[str, Any]:
         "consumed_samples": consumed_samples(run.config.phases, run.step),
         "skipped_samples": run.skipped_samples,
         "config": to_dict(run.config),
-        "data": run.data,
+        "data": run.corpora.identity(),
         "engine": run.engine.scalar_state(),
     }
 
 
-def _check_resumable(config: RunConfig, manifest: Manifest, state: dict[str, Any]) -> None:
+def _check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
     """Raise InputError if the run of this checkpoint cannot go on under `config`; the same on every rank."""
     saved, current = state["config"], to_dict(config)
     check_same_model(saved["model"], current["model"])
@@ -143,7 +141,7 @@ def _check_resumable(config: RunConfig, manifest: Manifest, state: dict[str, Any
             f"runs/{config.name} was trained with {'.'.join(path)} {before}, the config has {now}; "
             "restore it, or choose another --name",
         )
-    _check_begun(begun(from_dict(saved), state), begun(config, state), manifest, state)
+    _check_begun(begun(from_dict(saved), state), begun(config, state), corpora, state)
     step = state["step"]
     consumed = consumed_samples(config.phases, step)
     require(
@@ -164,7 +162,7 @@ def begun(config: RunConfig, state: dict[str, Any]) -> RunConfig:
     return replace(config, data=replace(config.data, phases=kept))
 
 
-def _check_begun(before: RunConfig, now: RunConfig, manifest: Manifest, state: dict[str, Any]) -> None:
+def _check_begun(before: RunConfig, now: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
     """Raise InputError unless the phases that have begun, and the data they draw from, are as they were."""
     for was, found in zip_longest(before.phases, now.phases):
         require(
@@ -172,7 +170,7 @@ def _check_begun(before: RunConfig, now: RunConfig, manifest: Manifest, state: d
             f"runs/{now.name} was trained with {_described(was)}, the config has {_described(found)}; restore it, or "
             "choose another --name (phases that have not begun may change)",
         )
-    data = data_identity(now, manifest)
+    data = corpora.identity(len(now.phases))
     changed = [name for name in data if state["data"].get(name) != data[name]]
     require(
         not changed,
@@ -190,7 +188,7 @@ def _described(phase: Phase | None) -> str:
     )
 
 
-def _write_folder(config: RunConfig, folder: RunFolder, step: int) -> None:
-    folder.config.write_text(to_yaml(config))
-    shutil.copyfile(data_folder(config) / "tokenizer.json", folder.path / "tokenizer.json")
-    truncate_metrics(folder.metrics, step)
+def _write_folder(run: Run) -> None:
+    run.folder.config.write_text(to_yaml(run.config))
+    shutil.copyfile(run.corpora.folder / "tokenizer.json", run.folder.path / "tokenizer.json")
+    truncate_metrics(run.folder.metrics, run.step)

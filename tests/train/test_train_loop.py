@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,18 +52,17 @@ class MadeUp:
 
     def __init__(self, config: RunConfig, mesh: Mesh, step: int) -> None:
         self.config, self.mesh, self.step = config, mesh, step
-        self.consumed, self.skipped, self.wait_seconds, self.closed = 0, 0, 0.0, False
+        self.consumed, self.wait_seconds, self.closed = 0, 0.0, False
 
     def next_step(self) -> Step:
         phase, size = phase_of_step(self.config.phases, self.step), self.config.train.micro_batch_size
         share = phase.global_batch_size // self.mesh.dp_size
         first = consumed_samples(self.config.phases, self.step) + self.mesh.dp_rank * share
         self.step += 1
-        self.skipped += self.mesh.dp_rank + 1
         starts = range(first, first + share, size)
         batches = [made_up_batch(range(start, start + size), phase.seq_len) for start in starts]
         planned = phase.global_batch_size * phase.seq_len // 2 - sum(range(self.mesh.dp_size + 1))
-        return Step(batches, planned, self.mesh.dp_rank + 1)
+        return Step(batches, planned, self.mesh.dp_rank + 1, self.mesh.dp_rank + 1)
 
     def epochs(self) -> dict[str, float]:
         return {"made up": self.step / 10}
@@ -90,16 +90,19 @@ def trained(config: RunConfig, root: Path, step: int = 0) -> bool:
         folder.create()
     dist.barrier()
     loader, engine = MadeUp(config, mesh, step), build_engine(config, mesh, CPU, reader)
-    run = Unvalidated(config, folder, Unknown(), {"made up": "1"}, mesh, CPU, step, skipped, loader, engine)
+    run = Unvalidated(config, folder, Unknown(), mesh, CPU, step, skipped, loader, None, engine)
     train(run)
     engine.close()
     return loader.closed
 
 
 class Unknown:
-    """A manifest of text whose bytes were not counted."""
+    """Corpora whose text's bytes were not counted."""
 
-    bytes_per_token = None
+    manifest = SimpleNamespace(bytes_per_token=None)
+
+    def identity(self) -> dict[str, str]:
+        return {"made up": "1"}
 
 
 class Unvalidated(Run):

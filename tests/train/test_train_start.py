@@ -10,9 +10,8 @@ import torch
 
 from llm.config import PhaseChange, RunConfig
 from llm.config.parse import to_dict
-from llm.data.samples.schedule import corpus_names
+from llm.data.corpora import blends_of
 from llm.errors import InputError
-from llm.train import start
 from llm.train.start import Run, _check_resumable, checkpoint_state
 from tiny_run import BASE
 
@@ -33,25 +32,27 @@ class NoEngine:
         return {}
 
 
-def identity(config: RunConfig, manifest: Any) -> dict[str, str]:
-    return {name: manifest[name] for name in corpus_names(config)}
+class Digested:
+    """Corpora of which the digests are known."""
+
+    def __init__(self, config: RunConfig, digests: dict[str, str]) -> None:
+        self.config, self.digests = config, digests
+
+    def identity(self, phases: int | None = None) -> dict[str, str]:
+        return {name: self.digests[name] for blend in blends_of(self.config)[:phases] for name in blend}
 
 
 def saved(step: int, config: RunConfig) -> dict[str, Any]:
-    data: Any = identity(config, DIGESTS)
+    corpora: Any = Digested(config, DIGESTS)
     unused: Any = None
     engine: Any = NoEngine()
-    return checkpoint_state(Run(config, unused, unused, data, unused, torch.device("cpu"), step, 5, None, engine))
+    run = Run(config, unused, corpora, unused, torch.device("cpu"), step, 5, engine=engine)
+    return checkpoint_state(run)
 
 
 def resume(step: int, after: RunConfig, digests: dict[str, str] = DIGESTS, before: RunConfig | None = None) -> None:
-    manifest: Any = digests
-    _check_resumable(after, manifest, saved(step, before or config()))
-
-
-@pytest.fixture(autouse=True)
-def known_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "data_identity", identity)
+    corpora: Any = Digested(after, digests)
+    _check_resumable(after, corpora, saved(step, before or config()))
 
 
 def test_a_checkpoint_counts_samples_by_phase() -> None:
@@ -130,8 +131,8 @@ def test_the_data_of_phases_that_have_begun_is_as_it_was() -> None:
 
 def test_a_count_that_is_not_the_configs_is_refused() -> None:
     state = saved(3, config()) | {"consumed_samples": 25}
-    manifest: Any = DIGESTS
+    corpora: Any = Digested(config(), DIGESTS)
     with pytest.raises(InputError, match="has taken 25 samples in 3 steps, by the config they are 24"):
-        _check_resumable(config(), manifest, state)
+        _check_resumable(config(), corpora, state)
     with pytest.raises(InputError, match="has done 11 steps, beyond"):
         resume(11, config())

@@ -5,30 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from llm.config import RunConfig
-from llm.data.corpora import open_corpora
+from llm.data.corpora import Corpora
 from llm.data.prepare.register import TokenCounts, scan_file
 from llm.data.prepare.tokenise import Progress
 from llm.data.samples.packing import NumpyPackPlan
-from llm.data.tokens.folder import data_folder
 from llm.data.tokens.headers import index_path
-from llm.data.tokens.manifest import Manifest, check_file_entry, locate
+from llm.data.tokens.manifest import check_file_entry, locate
 from llm.data.tokens.shards import ShardList, check_file
 from llm.errors import InputError
 
 
-def find_damage(
-    config: RunConfig, manifest: Manifest, progress: Progress = lambda stage, done, total: None
-) -> list[str]:
+def find_damage(corpora: Corpora, progress: Progress = lambda stage, done, total: None) -> list[str]:
     """What is wrong with the files of the run's corpora, the validation split included: a message for each file.
 
     Of files that a manifest lists, sizes and hashes are compared with it; of others every id is looked at. Indexes
     are read whole, and headers of packing plans.
     """
-    corpora = open_corpora(config, manifest).values()
-    listed = {data_folder(config): manifest}
-    listed |= {c.folder: c.manifest for c in corpora if c.folder is not None and c.manifest is not None}
-    bare = [c.shards for c in corpora if c.manifest is None]
+    training = corpora.training.values()
+    listed = {corpora.folder: corpora.manifest}
+    listed |= {c.folder: c.manifest for c in training if c.folder is not None and c.manifest is not None}
+    bare = [c.shards for c in training if c.manifest is None]
     checks = _Checks(progress)
     checks.total = sum(entry.bytes for known in listed.values() for entry in known.all_files().values())
     checks.total += sum(Path(path).stat().st_size for shards in bare for path in shards.paths)

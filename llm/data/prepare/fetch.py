@@ -20,8 +20,8 @@ from typing import Any
 import fsspec
 
 from llm.config import RunConfig
+from llm.data.corpora import corpus_names
 from llm.data.prepare.tokenise import Progress
-from llm.data.samples.schedule import corpus_names
 from llm.data.tokens.folder import copy_folder, is_url, lock
 from llm.data.tokens.manifest import BLOCK, FILE_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_file
 from llm.errors import InputError, require

@@ -16,7 +16,7 @@ from llm.config import RunConfig
 from llm.data.prepare.tokenise import Progress, given_tokenizer
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, is_url
-from llm.data.tokens.headers import DTYPES, DamagedFile, index_path
+from llm.data.tokens.headers import DTYPES, index_path
 from llm.data.tokens.manifest import (
     BLOCK,
     FILE_NAME,
@@ -29,7 +29,7 @@ from llm.data.tokens.manifest import (
     header_bytes,
 )
 from llm.data.tokens.shards import ShardList, check_file, document_lengths, inspect_files
-from llm.errors import InputError, require
+from llm.errors import DamagedFile, InputError, require
 
 
 @dataclass

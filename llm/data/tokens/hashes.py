@@ -15,18 +15,15 @@ class _Ended(Exception):
     """close() was called."""
 
 
-class BackgroundVerifier:
-    """A thread that reads this rank's share of the files once, behind the trainer's back.
+class HashCheck:
+    """A thread that reads this rank's share of the files once, beside the trainer."""
 
-    files: path -> size and hash (`llm.data.corpora.hashed_files`); share: (rank, ranks), every ranks-th file is read.
-    """
-
-    def __init__(self, files: Mapping[str, FileEntry], share: tuple[int, int]) -> None:
-        rank, ranks = share
+    def __init__(self, files: Mapping[str, FileEntry], rank: int, ranks: int) -> None:
+        """files: path -> size and hash; every ranks-th of them is read here."""
         self._files = sorted(files.items())[rank::ranks]
         self._damage: InputError | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="hashes", daemon=True)
         self._thread.start()
 
     def check(self) -> None:

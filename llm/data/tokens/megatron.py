@@ -22,12 +22,11 @@ from llm.data.tokens.headers import (
     HEADER,
     MAGIC,
     VERSION,
-    DamagedFile,
     check_header,
     describe_megatron,
     index_path,
 )
-from llm.errors import InputError
+from llm.errors import DamagedFile, InputError
 
 CHUNK = 1 << 18  # entries of an index handled at a time, so that memory does not grow with it
 

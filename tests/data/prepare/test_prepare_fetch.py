@@ -18,10 +18,10 @@ from conftest import write_shards
 from fsspec.implementations.memory import MemoryFileSystem
 
 from llm.config import DataConfig, ModelConfig, RunConfig
-from llm.data.corpora import training_corpora
+from llm.data.corpora import Corpora
 from llm.data.prepare import fetch as remote
 from llm.data.prepare.fetch import fetch, fetch_corpora
-from llm.data.tokens.folder import copy_folder, load_manifest
+from llm.data.tokens.folder import copy_folder
 from llm.data.tokens.manifest import FileEntry, Manifest, read_manifest, verify_files
 from llm.errors import InputError
 
@@ -234,9 +234,11 @@ def test_the_corpora_of_a_config(origin: Path, tmp_path: Path):
     data = DataConfig(path=URL, cache=str(tmp_path / "cache"), seq_len=16, blend=blend)
     config = RunConfig(model=ModelConfig(vocab_size=500), data=data)
     fetch_corpora(config)
-    found = training_corpora(config, load_manifest(config))
+    found = Corpora.open(config).training
     assert set(found) == set(blend)
-    assert {Path(shards.paths[0]).read_bytes() for shards in found.values()} == {(origin / "train.bin").read_bytes()}
+    assert {Path(corpus.shards.paths[0]).read_bytes() for corpus in found.values()} == {
+        (origin / "train.bin").read_bytes()
+    }
     assert is_whole(copy_folder(config, URL), origin)
 
 

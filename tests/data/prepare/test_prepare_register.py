@@ -11,7 +11,7 @@ import pytest
 from token_files import KINDS, write_file
 
 from llm.config import DataConfig, ModelConfig, RunConfig
-from llm.data.corpora import training_corpora
+from llm.data.corpora import Corpora
 from llm.data.prepare.register import register
 from llm.data.prepare.tokenise import prepare
 from llm.data.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ def test_files_of_every_format(format: str, dtype: str):
     assert (manifest.splits["train"].documents, manifest.splits["train"].bytes) == (10, None)
     listed = {Path(name) for name in manifest.all_files() if name != "tokenizer.json"}
     assert listed == {path.absolute() for path in before}
-    shards = training_corpora(make_config(), manifest)["corpus"]
+    shards = Corpora.open(make_config()).training["corpus"].shards
     corpus = NumpyCorpus(shards)
     expected = [token for text in TEXTS for _ in range(2) for token in tokens_of(text, format == "llm.c")]
     assert corpus.read(0, len(corpus)).tolist() == expected
@@ -97,7 +97,7 @@ def test_a_corpus_of_training_tokens_alone_goes_into_blends():
     register(make_config(), {"train": "corpus/a.bin", "validation": "corpus/b.bin"})
     register(make_config(path="other"), {"train": "other"})
     blend = make_config(blend={"corpus": 1.0, "other": 1.0})
-    assert training_corpora(blend, load_manifest(blend))["other"].tokens == (training_tokens(),) * 2
+    assert Corpora.open(blend).training["other"].shards.tokens == (training_tokens(),) * 2
     with pytest.raises(InputError, match=r"other has no validation split: .* part of data\.blend, not data\.path"):
         load_manifest(make_config(path="other"))
 
