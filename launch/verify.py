@@ -52,7 +52,7 @@ def verify_layout(ranks: Ranks) -> None:
     from llm.parallel.mesh import Mesh
     from llm.parity import report, shrink
     from llm.parity import verify as run
-    from llm.train.build import check_kernels
+    from llm.train.checks import check_kernels
     from llm.train.start import RUNS
 
     device = choose_device(ranks)

@@ -141,23 +141,6 @@ def open_latest(root: Path, group: dist.ProcessGroup | None = None) -> tuple[Che
     return together(open_found, group), warnings
 
 
-def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise InputError, naming each field that differs, unless the `model` configs are equal."""
-    # Through JSON, as the saved one went: a tuple is a list.
-    current = json.loads(json.dumps(current))
-    missing = "no such field"
-    lines = [
-        f"model.{field}: the checkpoint has {saved.get(field, missing)}, the config has {current.get(field, missing)}"
-        for field in dict.fromkeys([*current, *saved])
-        if saved.get(field, missing) != current.get(field, missing)
-    ]
-    if lines:
-        raise InputError(
-            "the checkpoint is of another model; restore these settings or choose another --name"
-            + "".join(f"\n  {line}" for line in lines)
-        )
-
-
 @dataclass(frozen=True)
 class Span:
     """A rectangle of a stored flat range, in global rows and columns.
