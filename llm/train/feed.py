@@ -53,7 +53,7 @@ class Feed:
         self.epochs: dict[str, float] = {}
         """How often each corpus has been seen, up to the last step handed out."""
         self.skipped_before = skipped_samples
-        self.skipped_here: int | None = None
+        self.skipped_locally: int | None = None
         """Samples of this rank that were replaced up to then; None where none may be."""
 
     def next_step(self) -> tuple[list[MicroBatch], int]:
@@ -76,7 +76,7 @@ class Feed:
         self.wait_seconds += time.perf_counter() - start
         step, self.epochs = fetched.step, fetched.epochs
         if step.skipped_samples is not None:
-            self.skipped_here = (self.skipped_here or 0) + step.skipped_samples
+            self.skipped_locally = (self.skipped_here or 0) + step.skipped_samples
         target_count = step.target_count
         if step.replaced_targets is not None:  # which the other ranks cannot know
             target_count += self._over_ranks(step.replaced_targets)
@@ -99,12 +99,12 @@ class Feed:
 
     def skipped_samples(self) -> int:
         """Samples that were replaced since the run began, over all ranks. Collective."""
-        return self.skipped_before + (0 if self.skipped_here is None else self._over_ranks(self.skipped_here))
+        return self.skipped_before + (0 if self.skipped_locally is None else self._over_ranks(self.skipped_here))
 
     def record(self) -> dict[str, Any]:
         """What a metrics line says of the data. Collective."""
         record: dict[str, Any] = {"epochs": self.epochs} if self.epochs else {}
-        return record if self.skipped_here is None else record | {"skipped_samples": self.skipped_samples()}
+        return record if self.skipped_locally is None else record | {"skipped_samples": self.skipped_samples()}
 
     def _over_ranks(self, number: int) -> int:
         total = torch.tensor([number])
