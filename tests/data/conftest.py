@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from llm.data.tokens.manifest import FORMAT, SPLITS, Manifest, Shards, Split, file_entry
+from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.manifest import FORMAT, SPLITS, Manifest, Shards, Split
 from llm.data.tokens.megatron import TokenWriter, token_dtype
 
 MakeData = Callable[..., RunConfig]

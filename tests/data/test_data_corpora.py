@@ -13,7 +13,8 @@ from conftest import write_shards
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig
 from llm.data.corpora import Corpora
 from llm.data.tokens.folder import copy_folder, data_folder
-from llm.data.tokens.manifest import file_entry, plan_name, read_manifest
+from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.manifest import plan_name, read_manifest
 from llm.errors import InputError
 
 URL = "memory://somewhere/corpus"

@@ -7,11 +7,14 @@ then counts from all training tokens. A context v never seen in training falls b
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from llm.errors import require
 
+LARGEST = 100_000_000  # training tokens up to which the model is counted
 HELD_OUT = 0.1
 EM_STEPS = 30
 
@@ -71,3 +74,13 @@ def bigram_loss(
     bigram, unigram, seen = _Counts(train, vocab_size).probabilities(validation)
     weights = np.where(seen, weight, 0.0)
     return float(-np.log(weights * bigram + (1 - weights) * unigram).mean())
+
+
+def folder_loss(folder: Path, dtype: str, vocab_size: int, seq_len: int) -> float | None:
+    """The loss on train.bin and validation.bin of a folder; None: too large a corpus, or no sample of seq_len."""
+    train, validation = (
+        np.memmap(folder / f"{split}.bin", np.dtype(dtype).newbyteorder("<"), "r") for split in ("train", "validation")
+    )
+    if train.size > LARGEST or validation.size <= seq_len:
+        return None
+    return bigram_loss(train, validation, vocab_size, seq_len)

@@ -9,8 +9,9 @@ from llm.data.corpora import Corpora
 from llm.data.prepare.register import TokenCounts, scan_file
 from llm.data.prepare.tokenise import Progress
 from llm.data.samples.packing import NumpyPackPlan
+from llm.data.tokens.hashes import check_hash
 from llm.data.tokens.headers import index_path
-from llm.data.tokens.manifest import check_file_entry, locate
+from llm.data.tokens.manifest import locate
 from llm.data.tokens.shards import ShardList, check_file
 from llm.errors import InputError
 
@@ -31,7 +32,7 @@ def find_damage(corpora: Corpora, progress: Progress = lambda stage, done, total
     for folder, known in listed.items():
         for name, entry in known.all_files().items():
             path = locate(folder, name)
-            checks.run(path, check_file_entry, path, entry, checks.count)
+            checks.run(path, check_hash, path, entry, checks.count)
         for split in known.splits:
             shards = known.shard_list(folder, split)
             checks.structure(shards)

@@ -7,7 +7,6 @@ it and find the work done.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -23,8 +22,9 @@ from llm.config import RunConfig
 from llm.data.corpora import corpus_names
 from llm.data.prepare.tokenise import Progress
 from llm.data.tokens.folder import copy_folder, is_url, lock
-from llm.data.tokens.manifest import BLOCK, FILE_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_file
+from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest, read_manifest
 from llm.errors import InputError, require
+from llm.files import sha256_of
 
 PIECE = 16 << 20  # bytes of one request
 STREAMS = 8  # files under way at a time: one stream seldom fills a line to an object store
@@ -143,23 +143,18 @@ def _copy(remote: _Remote, manifest: Manifest, folder: Path, progress: Progress)
 
 
 def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: Callable[[int], None]) -> None:
-    """Bring one file whole to its place; `count` is told of the bytes that are there."""
+    """Bring one complete file to its place; `count` is called with the bytes that have come."""
     if path.exists():  # of an earlier transfer, maybe of what the remote folder held then
         if path.stat().st_size == entry.bytes:
-            if sha256_file(path, count) == entry.sha256:
+            if sha256_of(path, count) == entry.sha256:
                 return
             count(-entry.bytes)
         path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    digest, done = hashlib.sha256(), 0
-    with part.open("a+b") as file:
-        file.seek(0)
-        while block := file.read(BLOCK):
-            digest.update(block)
-            done += len(block)
-        kept = done
-        count(done)
+    kept = done = part.stat().st_size if part.exists() else 0
+    count(done)
+    with part.open("ab") as file:
         while done < entry.bytes:
             stop = min(done + PIECE, entry.bytes)
             piece = remote.read(name, done, stop)
@@ -169,18 +164,18 @@ def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: 
                 f"manifest says {entry.bytes} bytes in all: the file is cut short, or its server ignores ranges",
             )
             file.write(piece)
-            digest.update(piece)
             done = stop
             count(len(piece))
         file.flush()
         os.fsync(file.fileno())
-    if digest.hexdigest() == entry.sha256:
+    found = sha256_of(part, lambda _: count(0))  # which ends it when the copy is given up
+    if found == entry.sha256:
         part.rename(path)
         return
     part.unlink()
     if not kept:
         raise InputError(
-            f"{remote.url}/{name}: sha256 {digest.hexdigest()} of what came, its manifest says {entry.sha256}; "
+            f"{remote.url}/{name}: sha256 {found} of what came, its manifest says {entry.sha256}; "
             "run again to copy it anew; if that does not help, the file is damaged there"
         )
     count(-done)

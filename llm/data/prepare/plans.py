@@ -22,7 +22,8 @@ from llm.data.native import import_native
 from llm.data.prepare.tokenise import Progress
 from llm.data.samples.packing import HEADER, MAGIC, VERSION, PlanHeader
 from llm.data.tokens.folder import lock
-from llm.data.tokens.manifest import file_entry, plan_name, read_manifest
+from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.manifest import plan_name, read_manifest
 from llm.data.tokens.shards import ShardList, document_ends
 from llm.errors import InputError
 

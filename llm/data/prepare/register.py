@@ -16,20 +16,21 @@ from llm.config import RunConfig
 from llm.data.prepare.tokenise import Progress, given_tokenizer
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, is_url
+from llm.data.tokens.hashes import file_entry
 from llm.data.tokens.headers import DTYPES, index_path
 from llm.data.tokens.manifest import (
-    BLOCK,
     FILE_NAME,
     FORMAT,
     Manifest,
     Shards,
     Split,
     check_files,
-    file_entry,
     header_bytes,
 )
 from llm.data.tokens.shards import ShardList, check_file, document_lengths, inspect_files
 from llm.errors import DamagedFile, InputError, require
+
+BLOCK = 1 << 20  # bytes read at a time
 
 
 @dataclass

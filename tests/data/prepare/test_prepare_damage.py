@@ -13,7 +13,7 @@ from llm.data.corpora import Corpora
 from llm.data.prepare.damage import find_damage
 from llm.data.prepare.plans import write_plans
 from llm.data.tokens.folder import load_manifest
-from llm.data.tokens.manifest import sha256_file
+from llm.files import sha256_of
 
 pytestmark = pytest.mark.usefixtures("two_folders")
 
@@ -74,7 +74,7 @@ def test_files_that_match_a_manifest_must_be_token_files_too():
     Path("two/train.idx").write_bytes(raw)
     text = Path("two/manifest.json").read_text()
     manifest = load_manifest(make_config(path="two"))
-    Path("two/manifest.json").write_text(text.replace(manifest.files["train.idx"].sha256, sha256_file("two/train.idx")))
+    Path("two/manifest.json").write_text(text.replace(manifest.files["train.idx"].sha256, sha256_of("two/train.idx")))
     found = damage_of(make_config(path="two"))
     assert len(found) == 1
     assert "train.idx: does not begin with MMIDIDX" in found[0]

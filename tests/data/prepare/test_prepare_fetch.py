@@ -22,7 +22,8 @@ from llm.data.corpora import Corpora
 from llm.data.prepare import fetch as remote
 from llm.data.prepare.fetch import fetch, fetch_corpora
 from llm.data.tokens.folder import copy_folder
-from llm.data.tokens.manifest import FileEntry, Manifest, read_manifest, verify_files
+from llm.data.tokens.hashes import check_hashes
+from llm.data.tokens.manifest import FileEntry, Manifest, read_manifest
 from llm.errors import InputError
 
 URL = "memory://bucket/corpus"
@@ -48,7 +49,7 @@ def bucket(origin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFile
 
 
 def is_whole(folder: Path, origin: Path) -> bool:
-    verify_files(folder, read_manifest(folder))
+    check_hashes(folder, read_manifest(folder))
     (folder / ".lock").unlink(missing_ok=True)
     return {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in origin.iterdir()}
 

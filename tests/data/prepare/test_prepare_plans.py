@@ -19,7 +19,8 @@ from llm.data.corpora import Corpora
 from llm.data.prepare import plans
 from llm.data.prepare.plans import document_ranges, plan_window, windows, write_plan, write_plans
 from llm.data.samples.packing import NumpyPackPlan
-from llm.data.tokens.manifest import read_manifest, verify_files
+from llm.data.tokens.hashes import check_hashes
+from llm.data.tokens.manifest import read_manifest
 from llm.errors import DamagedFile, InputError
 
 LENGTHS = st.lists(st.one_of(st.integers(1, 12), st.integers(1, 100)), min_size=1, max_size=60)
@@ -50,7 +51,7 @@ def test_each_corpus_gets_those_of_the_lengths_it_is_drawn_in():
     assert sorted(map(str, Path().glob("*/*.plan"))) == sorted(names)
     corpora = Corpora.open(config)
     for folder in ("one", "two"):
-        verify_files(Path(folder), read_manifest(Path(folder)))
+        check_hashes(Path(folder), read_manifest(Path(folder)))
     shards = corpora.training["two"].shards
     plan = NumpyPackPlan(Path(shards.plan(32)), 32, shards.n_tokens)
     assert sum(plan.targets(row) for row in range(len(plan))) > 2900
@@ -79,7 +80,7 @@ def test_processes_that_write_plans_at_once_lose_none(monkeypatch: pytest.Monkey
     listed = read_manifest(Path("one")).files
     assert {name for name in listed if name.endswith(".plan")} == {"train.16.plan", "train.24.plan"}
     assert sorted(written) == [16, 24]
-    verify_files(Path("one"), read_manifest(Path("one")))
+    check_hashes(Path("one"), read_manifest(Path("one")))
 
 
 def tokens_of(pieces: NDArray[np.int64]) -> set[int]:

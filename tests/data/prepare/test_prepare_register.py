@@ -16,7 +16,8 @@ from llm.data.prepare.register import register
 from llm.data.prepare.tokenise import prepare
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import load_manifest
-from llm.data.tokens.manifest import read_manifest, verify_files
+from llm.data.tokens.hashes import check_hashes
+from llm.data.tokens.manifest import read_manifest
 from llm.data.tokens.shards import NumpyCorpus
 from llm.errors import InputError
 
@@ -65,7 +66,7 @@ def test_files_of_every_format(format: str, dtype: str):
     assert sorted(path.name for path in Path("corpus").iterdir()) == ["manifest.json", "tokenizer.json"]
 
     assert manifest == load_manifest(make_config())
-    verify_files(Path("corpus"), manifest)
+    check_hashes(Path("corpus"), manifest)
     split = manifest.splits["validation"]
     assert (split.documents, split.bytes) == (3, sum(len(text.encode()) for text in TEXTS[:3]))
     assert (manifest.splits["train"].documents, manifest.splits["train"].bytes) == (10, None)
@@ -87,7 +88,7 @@ def test_a_folder_with_its_tokens_may_move():
     )
     assert list(manifest.all_files()) == ["a.bin", "b.bin", "tokenizer.json"]
     Path("corpus").rename("moved")
-    verify_files(Path("moved"), read_manifest(Path("moved")))
+    check_hashes(Path("moved"), read_manifest(Path("moved")))
 
 
 def test_a_corpus_of_training_tokens_alone_goes_into_blends():

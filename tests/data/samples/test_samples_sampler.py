@@ -14,7 +14,8 @@ from conftest import MakeData
 from llm.data.corpora import Corpora
 from llm.data.loader import open_loader
 from llm.data.prepare.plans import write_plans
-from llm.data.tokens.manifest import file_entry, plan_name, read_manifest
+from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.manifest import plan_name, read_manifest
 from llm.errors import DamagedFile
 from test_data_loader import KINDS, equal, file_tokens, take, with_batch, with_data
 

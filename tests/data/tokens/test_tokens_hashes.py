@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llm.data.tokens.hashes import HashCheck
-from llm.data.tokens.manifest import FileEntry, file_entry
+from llm.data.tokens.hashes import HashCheck, file_entry
+from llm.data.tokens.manifest import FileEntry
 from llm.errors import InputError
 
 

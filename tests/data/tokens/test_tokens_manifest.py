@@ -15,6 +15,7 @@ from conftest import MakeData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llm.data.tokens.hashes import check_hashes
 from llm.data.tokens.manifest import (
     FORMAT,
     LARGEST_MANIFEST,
@@ -24,7 +25,6 @@ from llm.data.tokens.manifest import (
     Split,
     plan_name,
     read_manifest,
-    verify_files,
 )
 from llm.data.tokens.shards import ShardList
 from llm.errors import InputError
@@ -43,7 +43,7 @@ def test_round_trip(make_data: MakeData):
     manifest = read_manifest(folder)
     manifest.save(folder)
     assert read_manifest(folder) == manifest
-    verify_files(folder, manifest)
+    check_hashes(folder, manifest)
     assert sorted(os.listdir(folder)) == sorted([*manifest.all_files(), "manifest.json"])
 
 
@@ -213,13 +213,13 @@ def test_damaged_files_are_found(folder: Path, make_data: MakeData):
     path.write_bytes(raw)
     manifest = read_manifest(folder)
     with pytest.raises(InputError, match=r"train\.bin: sha256"):
-        verify_files(folder, manifest)
+        check_hashes(folder, manifest)
     path.write_bytes(raw[:-1])
     with pytest.raises(InputError, match=r"train\.bin has 2001 bytes; the manifest says 2002"):
-        verify_files(folder, manifest)
+        check_hashes(folder, manifest)
     path.unlink()
     with pytest.raises(InputError, match="No such file"):
-        verify_files(folder, manifest)
+        check_hashes(folder, manifest)
     assert read_manifest(folder) == manifest  # which touches none of them
 
 
