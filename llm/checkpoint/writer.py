@@ -159,23 +159,12 @@ def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Man
     end = 0
     for piece in shard:
         part, name = piece.slice, (piece.name, piece.kind)
-        stored = Stored(
-            file=file,
-            key=f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}",
-            dim=part.dim,
-            start=part.start,
-            stop=part.stop,
-            offset=piece.start,
-            length=len(piece.data),
-        )
-        if stored.key in header:
-            raise ValueError(f"{stored.key} is given twice")
+        key = f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}"
+        stored = Stored(file, key, part.dim, part.start, part.stop, offset=piece.start, length=len(piece.data))
+        if key in header:
+            raise ValueError(f"{key} is given twice")
         begin, end = end, end + piece.data.nbytes
-        header[stored.key] = {
-            "dtype": "F32",
-            "shape": [stored.length],
-            "data_offsets": [begin, end],
-        }
+        header[key] = {"dtype": "F32", "shape": [stored.length], "data_offsets": [begin, end]}
         before = tensors.get(name, TensorEntry(part.global_shape, ()))
         tensors[name] = TensorEntry(part.global_shape, (*before.pieces, stored))
     text = json.dumps(header).encode()

@@ -87,10 +87,10 @@ class MetricsWriter:
             return
         self._file.write(json.dumps(json_ready(record), allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in scalars(record) if self._events is not None else ():
-            assert self._events is not None
-            group = "validation" if name.startswith("val_") else "train"
-            self._events.add_scalar(f"{group}/{name}", value, record["step"])
+        if self._events is not None:
+            for name, value in scalars(record):
+                group = "validation" if name.startswith("val_") else "train"
+                self._events.add_scalar(f"{group}/{name}", value, record["step"])
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -84,11 +84,6 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", 
     Under ZeRO 0 DeepSpeed neither reports the gradient norm nor shares its clipping with Ingot's,
     so the engine clips there and `gradient_clipping` is 0.
 
-    Args:
-        config: the run, already checked against its world (`check_world`).
-        dp_size: number of data-parallel ranks.
-        device: type of the device that trains.
-
     Raises:
         InputError: fp16 on a CPU, or a key of the `deepspeed` section that Ingot owns or that
             DeepSpeed would ignore, or that is for an offload which parallel.offload does not name.
