@@ -53,7 +53,7 @@ def verify_layout(ranks: Ranks) -> None:
     from llm.parity import report
     from llm.parity.shrink import available_bytes, shrink
     from llm.parity.verify import check_parity
-    from llm.train.build import check_kernels
+    from llm.train.checks import check_kernels
     from llm.train.start import RUNS
 
     device = choose_device(ranks)

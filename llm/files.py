@@ -52,8 +52,8 @@ def write_all(descriptor: int, view: memoryview) -> None:
 def room_for(path: Path) -> int:
     """Bytes that the file may take: those free and those that it has."""
     status = os.statvfs(path.parent)
-    taken = os.lstat(path).st_blocks * 512 if path.exists() else 0
-    return status.f_bavail * status.f_frsize + taken
+    allocated = os.lstat(path).st_blocks * 512 if path.exists() else 0
+    return status.f_bavail * status.f_frsize + allocated
 
 
 def sync_folder(folder: Path) -> None:

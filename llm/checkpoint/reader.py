@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm import files
 from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
-from llm.checkpoint.writer import ExchangeErrors, checkpoints, step_of
+from llm.checkpoint.writer import checkpoints, step_of
 from llm.errors import CheckpointError, InputError
+from llm.parallel.agreement import broadcast, together
 from llm.slices import Slice
 
 HASHING_THREADS = 8
@@ -113,55 +114,31 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
     return CheckpointReader(folder, manifest, state)
 
 
-def open_latest(
-    root: Path,
-    *,
-    rank: int,
-    broadcast_text: Callable[[str], str],
-    exchange_errors: ExchangeErrors,
-) -> tuple[CheckpointReader | None, list[str]]:
-    """Open, on every rank, the checkpoint that rank 0 finds newest. Collective.
+def open_latest(root: Path, group: dist.ProcessGroup | None = None) -> tuple[CheckpointReader | None, list[str]]:
+    """Open, on every rank, the checkpoint that rank 0 finds newest; None where there is none. Collective.
 
-    broadcast_text: gives every rank the text of rank 0, of 200 characters at most. Returns None where
-    there is no checkpoint; the warnings are rank 0's alone. Raises InputError on every rank if there
-    are checkpoints but none is good, or if a rank does not see the same one.
+    The warnings are rank 0's alone. Raises Agreed if there are checkpoints but none is good, or if a rank does not see
+    the same one.
     """
-    name, sha256, error, warnings = None, None, None, []
-    if rank == 0:
+
+    def find() -> tuple[str | None, str | None, list[str]]:
+        if dist.get_rank(group) != 0:
+            return None, None, []
         try:
             folder, warnings = find_latest(root)
-            if folder is not None:
-                name, sha256 = folder.name, load_manifest(folder).sha256
-        except (InputError, CheckpointError, OSError) as failure:
-            error = str(failure)
-    name, sha256 = json.loads(broadcast_text(json.dumps([name, sha256])))
-    reader = None
-    if error is None and name is not None:
+            return (folder.name, load_manifest(folder).sha256, warnings) if folder else (None, None, warnings)
+        except (CheckpointError, OSError) as error:
+            raise InputError(str(error)) from error
+
+    def open_found() -> CheckpointReader | None:
         try:
-            reader = open_checkpoint(root / name, sha256)
-        except CheckpointError as failure:
-            error = f"rank {rank}: {failure}"
-    error = exchange_errors(error)
-    if error is not None:
-        raise InputError(error)
-    return reader, warnings
+            return open_checkpoint(root / name, sha256) if name is not None else None
+        except CheckpointError as error:
+            raise InputError(f"rank {dist.get_rank(group)}: {error}") from error
 
-
-def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise InputError, naming each field that differs, unless the `model` configs are equal."""
-    # Through JSON, as the saved one went: a tuple is a list.
-    current = json.loads(json.dumps(current))
-    missing = "no such field"
-    lines = [
-        f"model.{field}: the checkpoint has {saved.get(field, missing)}, the config has {current.get(field, missing)}"
-        for field in dict.fromkeys([*current, *saved])
-        if saved.get(field, missing) != current.get(field, missing)
-    ]
-    if lines:
-        raise InputError(
-            "the checkpoint is of another model; restore these settings or choose another --name"
-            + "".join(f"\n  {line}" for line in lines)
-        )
+    name, sha256, warnings = together(find, group)
+    name, sha256 = json.loads(broadcast(json.dumps([name, sha256]), group))
+    return together(open_found, group), warnings
 
 
 @dataclass(frozen=True)

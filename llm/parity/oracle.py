@@ -12,8 +12,8 @@ from llm.parity.batches import micro_batches, target_count
 from llm.parity.compare import Check, Scalar, gradient_check, joint_size, norm_check, scalar_checks, state_check
 from llm.parity.layout import Gathered, State, StepRecord
 from llm.train.build import build_model
-from llm.train.engines.base import global_norm
 from llm.train.engines.plain import PlainEngine
+from llm.train.engines.shared import global_norm
 
 
 def oracle_config(config: RunConfig, precision: str) -> RunConfig:

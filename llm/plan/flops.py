@@ -7,9 +7,11 @@ every utilisation is reported with its formula's name.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from llm.config import ModelConfig
+from llm.config.phases import Phase
 from llm.plan.memory import parameters, position_parameters
 
 Formula = Literal["causal", "palm"]
@@ -56,6 +58,18 @@ def flops_per_token(model: ModelConfig, seq_len: int, formula: Formula = "causal
     """
     attention = {"causal": 6, "palm": 12}[formula] * model.n_layer * model.d_model * seq_len
     return 6 * matmul_parameters(model) + attention
+
+
+def flops_of_steps(model: ModelConfig, phases: Sequence[Phase], first: int, last: int, formula: Formula) -> float:
+    """FLOPs over all ranks of the steps after step `first`, up to step `last`.
+
+    Documents that do not attend to one another spare some of attention's, which no formula here leaves out.
+    """
+    total = 0.0
+    for phase, end in zip(phases, [*(later.first_step for later in phases[1:]), last], strict=True):
+        steps = max(0, min(end, last) - max(first, phase.first_step))
+        total += steps * phase.global_batch_size * phase.seq_len * flops_per_token(model, phase.seq_len, formula)
+    return total
 
 
 def peak_tflops(device_name: str, precision: Precision) -> float | None:
