@@ -19,18 +19,20 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/errors.py": set(),
     "llm/slices.py": {"torch"},
     "llm/files.py": {"torch", "llm.errors"},
-    "llm/config": {"llm.config", "llm.errors", "jsonargparse", "yaml"},
+    "llm/typed.py": {"llm.errors"},
+    "llm/config": {"llm.config", "llm.errors", "llm.typed", "yaml"},
     "llm/model": {"torch", "kernels", "llm.config", "llm.errors", "llm.slices", "llm.model"},
     "llm/parallel": {
         "torch", "kernels", "llm.config", "llm.errors", "llm.slices", "llm.model", "llm.parallel",
     },
     "llm/cluster": {"torch", "mpi4py", "triton", "llm.config", "llm.errors", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
-    "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.data"},
+    "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.typed", "llm.data"},
     "llm/data/corpus": {"numpy", "zstandard", "llm.config", "llm.errors", "llm.data.corpus"},
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.data"},
     "llm/checkpoint": {
-        "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.parallel", "llm.checkpoint",
+        "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed", "llm.parallel",
+        "llm.checkpoint",
     },
     "llm/train": {
         "torch", "numpy", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.model",
@@ -45,7 +47,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/generate.py": {
         "torch", "llm.config", "llm.errors", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint", "llm.sampling",
     },
-    "launch": {"launch", "llm", "kernels", "torch", "matplotlib", "rich", "numpy", "deepspeed", "jsonargparse"},
+    "launch": {"launch", "llm", "kernels", "torch", "matplotlib", "rich", "numpy", "deepspeed"},
     "setup.py": None,
     "benchmarks": None,
     "tests": None,

@@ -267,7 +267,7 @@ def test_any_value_gives_a_config_or_an_input_error(key: str, value: str) -> Non
         (["--train.checkpoint_every=2"], ["checkpoint_every is 2", "use train.activation_checkpointing=full"]),
         (["--train.z_loss=-1"], ["train.z_loss is -1", "at least 0"]),
         (["--train.z_loss=.inf"], ["train.z_loss", "finite"]),
-        (["--train.guard_interval=-1"], ["train.guard_interval is -1", "0: replicas are not compared"]),
+        (["--train.guard_interval=-1"], ["train.guard_interval is -1", "at least 0"]),
     ],
 )
 def test_impossible_combinations_name_the_nearest_choice(argv: list[str], words: list[str]) -> None:
@@ -304,9 +304,9 @@ def test_a_config_with_blends_and_phases_reads_back_equal(tmp_path: Path) -> Non
         ("--data.blend=[a, b]", ["data.blend"]),
         ("--data.blend={a: 0}", ["data.blend", "'a' is 0", "above 0"]),
         ("--data.blend={a: -1}", ["data.blend", "'a' is -1"]),
-        ("--data.blend={a: .inf}", ["data.blend", "'a' is inf"]),
-        ("--data.blend={a: .nan}", ["data.blend", "'a' is nan"]),
-        ("--data.blend={a: true}", ["data.blend", "{a: true}"]),
+        ("--data.blend={a: .inf}", ["data.blend.a: found inf", "finite"]),
+        ("--data.blend={a: .nan}", ["data.blend.a: found nan", "finite"]),
+        ("--data.blend={a: true}", ["data.blend.a: found True", "float"]),
         ("--data.blend={a: x}", ["data.blend", "x"]),
         ("--data.blend={1: 2}", ["data.blend", "1"]),
         ("--data.phases=3", ["data.phases", "3"]),
