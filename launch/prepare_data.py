@@ -16,16 +16,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from launch.data_report import describe, progress_bar, summary
 from llm.config import RunConfig
 from llm.config.parse import parse_config
-from llm.data.prepare.damage import find_damage
-from llm.data.prepare.fetch import fetch_corpora
-from llm.data.prepare.inspect import show, statistics
-from llm.data.prepare.plans import write_plans
-from llm.data.prepare.register import register
-from llm.data.prepare.tokenise import prepare
-from llm.data.tokens.folder import data_folder, load_manifest
 from llm.errors import InputError, require
 
 OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify": [], "show": ["sample"], "stats": []}
@@ -33,6 +25,15 @@ OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify"
 
 def run(command: str, options: dict[str, str], config: RunConfig) -> None:
     """Do what `command` says and print what came of it."""
+    from launch.data_report import describe, progress_bar, summary
+    from llm.data.prepare.damage import find_damage
+    from llm.data.prepare.fetch import fetch_corpora
+    from llm.data.prepare.inspect import show, statistics
+    from llm.data.prepare.plans import write_plans
+    from llm.data.prepare.register import register
+    from llm.data.prepare.tokenise import prepare
+    from llm.data.tokens.folder import data_folder, load_manifest
+
     if command == "prepare":
         with progress_bar() as bar:
             fetch_corpora(config, bar)

@@ -3,25 +3,31 @@
 usage: report.py runs/<name>      draws runs/<name>/loss.png; exit code 2: no such run
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import json
+from typing import TYPE_CHECKING
 
-import torch
-
-from launch.plotting import plot_loss
-from llm.data.tokens.folder import load_manifest
-from llm.data.tokens.manifest import Manifest
 from llm.errors import InputError, require
-from llm.generate import Trained, load_trained, stream
-from llm.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from llm.data.tokens.manifest import Manifest
+    from llm.generate import Trained
 
 
 def report(run: Path) -> str:
     """Draw loss.png of a run with a checkpoint and describe the run in a few lines."""
+    import torch
+
+    from launch.plotting import plot_loss
+    from llm.data.tokens.folder import load_manifest
+    from llm.generate import load_trained
+
     require((run / "metrics.jsonl").is_file(), f"{run} is not a run's folder; expected runs/<name>")
     trained = load_trained(run, torch.device("cpu"))
     config, manifest = trained.config, load_manifest(trained.config)
@@ -54,12 +60,18 @@ def units(loss: float, manifest: Manifest) -> str:
 
 def continuation(trained: Trained) -> str:
     """The configured prompt and what the model writes after it."""
+    from llm.generate import stream
+    from llm.sampling import SamplingConfig
+
     settings = trained.config.logging
     sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=trained.config.seed)
     return "".join(stream(trained, [settings.sample_prompt], settings.sample_tokens, sampling))
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv):
+        print(__doc__)
+        sys.exit(0)
     try:
         require(len(sys.argv) == 2, "usage: report.py runs/<name>")
         print(report(Path(sys.argv[1])))
