@@ -115,12 +115,10 @@ def shown(value: Any) -> str:
 
 
 def unknown_key(key: str, valid: Collection[str]) -> InputError:
-    """Name the valid key nearest to `key` if there is a close one, by its last part too (`lr`: `optim.lr`)."""
-    last = key.rpartition(".")[2]
-    ends = {name.rpartition(".")[2]: name for name in valid}
-    same_end = [name for name in valid if name.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(key, same_end, n=1, cutoff=0) or difflib.get_close_matches(key, valid, n=1)
-    near = near or [ends[end] for end in difflib.get_close_matches(last, ends, n=1)]
+    """Name the valid key nearest to `key` whose last part is like that of `key`, if there is one (`lr`: `optim.lr`)."""
+    ends = {name: name.rpartition(".")[2] for name in valid}
+    close = difflib.get_close_matches(key.rpartition(".")[2], ends.values(), n=1)
+    near = difflib.get_close_matches(key, [name for name in valid if ends[name] in close], n=1, cutoff=0)
     few = f"; expected one of {', '.join(valid)}" if len(valid) <= 20 else ""
     return InputError(f"unknown key {shown(key)}" + (f"; the nearest valid key is {near[0]!r}" if near else few))
 

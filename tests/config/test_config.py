@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm.config import DataConfig, ModelConfig, ParallelConfig, PhaseChange, RunConfig, TrainConfig
 from llm.config.parse import from_dict, parse_config, to_dict, to_yaml
 from llm.errors import InputError
+from llm.typed import dotted_keys
 
 PRESETS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.yaml"))
 
@@ -170,7 +171,7 @@ def test_the_launcher_s_local_rank_is_ignored() -> None:
 @given(
     name=st.from_regex(r"[a-c1e][a-c1e._-]{0,9}", fullmatch=True),
     prompt=st.text(),
-    path=st.none() | st.text(min_size=1).filter(lambda s: s not in ("null", "Null", "NULL", "~")),
+    path=st.none() | st.text(min_size=1) | st.sampled_from(["null", "~", "010", "1:30", "1e3"]),
     kv=st.sampled_from([None, 1, 2, 4]),
     lr=st.floats(1e-300, 1e300),
     betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
@@ -224,14 +225,46 @@ def test_any_text_gives_a_config_or_an_input_error(tmp_path_factory, text: str) 
         parse_config([f"--config={path}", f"--deepspeed.x={text}"])
 
 
-@given(
-    st.sampled_from(["optim.lr", "model.n_layer", "model.norm", "data.path", "optim.betas"]),
-    st.text(),
-)
-@settings(deadline=None, max_examples=50)
+KEYS_OF_VALUES = [*dotted_keys(RunConfig), "deepspeed.x", "deepspeed.x.y"]
+
+
+@given(st.sampled_from(KEYS_OF_VALUES), st.text() | st.from_regex(r"0x[0-9a-f]{4000,6000}|[\[{]*|[0-9:_.e+-]*"))
+@settings(deadline=None, max_examples=300)
 def test_any_value_gives_a_config_or_an_input_error(key: str, value: str) -> None:
     with contextlib.suppress(InputError):
         parse_config([f"--{key}={value}"])
+
+
+ARGUMENTS = st.builds(
+    "--{}{}{}".format,
+    st.sampled_from(KEYS_OF_VALUES) | st.text(max_size=8),
+    st.sampled_from(["=", ""]),
+    st.text(max_size=8) | st.sampled_from(["1", "null", "{a: 1}", "[1]"]),
+) | st.sampled_from(
+    ["--help", "--print-config", "--config", "--config=/", "--", "-", "1", "--local_rank=0", "--deepspeed"]
+)
+
+
+@given(st.lists(ARGUMENTS, max_size=4))
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_arguments_give_a_config_a_printed_text_or_an_input_error(
+    capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    try:
+        assert isinstance(parse_config(argv), RunConfig)
+    except InputError:
+        assert "--help" not in argv
+    except SystemExit:
+        assert capsys.readouterr().out
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert parse_config(["--seed=1", "--seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("key", ["init_from", "resume", "x.y"])
+def test_a_key_that_is_near_none_gets_no_suggestion(key: str) -> None:
+    assert refused(f"--{key}=1") == f"unknown key {key!r} (--help lists all)"
 
 
 @pytest.mark.parametrize(
