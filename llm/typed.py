@@ -47,12 +47,7 @@ def read(kind: Any, value: Any, where: str) -> Any:
         if origin is dict:
             return {key: read(parts[1], item, f"{where}.{key}") for key, item in value.items()}
         return _read_record(origin, value, f"{where}." if where else "")
-    near = (
-        difflib.get_close_matches(str(value), map(str, parts), n=1) if origin is Literal and type(value) is str else []
-    )
-    hint = f" (nearest: {near[0]})" if near else " (in quotes)" if str in kinds else ""
-    hint = hint if _is_possible(value) else ", finite and of at most 64 bits"
-    raise InputError(f"{where}: found {shown(value)}; expected {describe(kind)}{hint}")
+    raise InputError(f"{where}: found {shown(value)}; expected {describe(kind)}{_advice(kind, value)}")
 
 
 def _read_record(kind: Any, value: dict[str, Any], prefix: str) -> Any:
@@ -121,6 +116,16 @@ def unknown_key(key: str, valid: Collection[str]) -> InputError:
     near = difflib.get_close_matches(key, [name for name in valid if ends[name] in close], n=1, cutoff=0)
     few = f"; expected one of {', '.join(valid)}" if len(valid) <= 20 else ""
     return InputError(f"unknown key {shown(key)}" + (f"; the nearest valid key is {near[0]!r}" if near else few))
+
+
+def _advice(kind: Any, value: Any) -> str:
+    """What to add to the type that was expected in place of `value`."""
+    if not _is_possible(value):
+        return ", finite and of at most 64 bits"
+    if get_origin(kind) is Literal and isinstance(value, str):
+        near = difflib.get_close_matches(value, map(str, get_args(kind)), n=1)
+        return f" (nearest: {near[0]})" if near else ""
+    return " (in quotes)" if str in alternatives(kind) else ""
 
 
 def _is_possible(value: Any) -> bool:

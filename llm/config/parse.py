@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -78,7 +78,7 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "pretrain.py"
     return config
 
 
-def from_dict(mapping: Mapping[str, Any]) -> RunConfig:
+def from_dict(mapping: dict[str, Any]) -> RunConfig:
     """The RunConfig that a nested mapping, such as a loaded config.yaml, describes.
 
     Raises:
@@ -120,7 +120,7 @@ def _assign(mapping: dict[str, Any], key: str, text: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         mapping = mapping.setdefault(parent, {})
-        require(isinstance(mapping, dict), f"--{key}: the config file gives {parent!r} a single value, not keys")
+        require(isinstance(mapping, dict), f"--{key}: {parent!r} already has a single value, not keys")
     kinds = alternatives(dotted_keys(RunConfig).get(key, Any))
     if str in kinds:
         mapping[last] = None if NoneType in kinds and text in _NULLS else text
