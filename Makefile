@@ -11,7 +11,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help setup pretrain test test-all test-gpu test-cluster fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-parallel clean
+.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-parallel clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -51,15 +51,20 @@ CONFIG ?= launch/configs/$(if $(filter 0,$(GPUS)),tiny-cpu,tiny-gpu).yaml
 
 # Tests of one process run side by side, then those that start several ranks alone.
 define run_tests
-@$(PYTEST) -m "$(1) and not ranks" -n auto --dist worksteal tests
-@$(PYTEST) -m "$(1) and ranks" tests
+@$(PYTEST) -m "$(1) and not ranks" -n auto --dist worksteal $(2) tests
+@$(PYTEST) -m "$(1) and ranks" $(2) tests
 endef
 
 test: setup ## every test that this machine can run, about 14 minutes on 2 cores
 	$(call run_tests,not slow and not gpu and not cluster)
 
-test-all: setup ## the exhaustive lists too
+test-all: setup ## the exhaustive lists too (hours)
 	$(call run_tests,not gpu and not cluster)
+
+# What CI runs of the exhaustive lists: another part for each commit.
+ONE_IN ?= 12
+test-sample: setup ## one in ONE_IN of the tests that only `make test-all` runs, chosen by the commit
+	$(call run_tests,slow and not gpu and not cluster,--one-in $(ONE_IN) --chosen-by $(shell git rev-parse HEAD))
 
 bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
 	@$(BIN)/python benchmarks/step.py

@@ -41,9 +41,10 @@ def main(ranks: Ranks) -> None:
     export(ranks, os.environ)
     import torch
 
-    from llm.generate import load_trained, stream
+    from llm.generate import stream
     from llm.parallel.mesh import Mesh
     from llm.sampling import SamplingConfig
+    from llm.trained import load_trained
 
     sampling = SamplingConfig(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed)
     device = choose_device(ranks)

@@ -17,7 +17,7 @@ from llm.errors import InputError, require
 
 if TYPE_CHECKING:
     from llm.data.tokens.manifest import Manifest
-    from llm.generate import Trained
+    from llm.trained import Trained
 
 
 def report(run: Path) -> str:
@@ -26,7 +26,7 @@ def report(run: Path) -> str:
 
     from launch.plotting import plot_loss
     from llm.data.tokens.folder import load_manifest
-    from llm.generate import load_trained
+    from llm.trained import load_trained
 
     require((run / "metrics.jsonl").is_file(), f"{run} is not a run's folder; expected runs/<name>")
     trained = load_trained(run, torch.device("cpu"))

@@ -2,81 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llm.checkpoint.reader import CheckpointReader, find_latest, open_checkpoint, verify
-from llm.config import ModelConfig, ParallelConfig, RunConfig
-from llm.config.parse import from_dict
-from llm.data.tokenizer import Tokenizer
-from llm.errors import CheckpointError, InputError, require
-from llm.model.gpt import GPT, KVCache
-from llm.model.init import fill
-from llm.parallel.mesh import Mesh
-from llm.parallel.parallelize import choose_layers
+from llm.config import ModelConfig
+from llm.errors import require
+from llm.model.cache import KVCache
+from llm.model.gpt import GPT
 from llm.sampling import SamplingConfig, sample
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model with its weights from a checkpoint, and the tokenizer it was trained with."""
-
-    model: GPT
-    tokenizer: Tokenizer
-    config: RunConfig
-    step: int
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The checkpoint folder and the run folder that `path` names: a run (its newest checkpoint) or one checkpoint."""
-    require(
-        path.is_dir(),
-        f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...",
-    )
-    if not (path / "checkpoints").is_dir():
-        return path, path.parent.parent
-    latest, warnings = find_latest(path / "checkpoints")
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    require(
-        latest is not None,
-        f"{path} holds no complete checkpoint; train first, or choose another run",
-    )
-    assert latest is not None
-    return latest, path
-
-
-def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> Trained:
-    """Read a model written under any layout; with a mesh, this tensor-parallel rank's part of it.
-
-    Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's heads can be cut for.
-    """
-    checkpoint, run = find_checkpoint(path)
-    try:
-        verify(checkpoint)
-        reader = open_checkpoint(checkpoint)
-    except CheckpointError as error:
-        raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
-    config = from_dict(reader.state["config"])
-    # The layout and kernels of the training run do not matter here.
-    parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
-    train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
-    config = replace(config, parallel=parallel, train=train)
-    model = GPT(config.model, choose_layers(config, mesh))
-    load_weights(model, reader)
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
-    return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])
-
-
-def load_weights(model: GPT, reader: CheckpointReader) -> None:
-    """Fill every parameter of `model` with its slice of the checkpoint's master weights."""
-    for name, parameter in model.named_parameters():
-        fill(parameter, reader.read(name, "master"))
+from llm.trained import Trained
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig) -> None:

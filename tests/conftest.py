@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from chosen import is_chosen
 from pool import RankPool
 from runs import Workspace, succeeded
 
@@ -21,15 +22,25 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, help="run one in so many of the selected tests")
+    parser.addoption("--chosen-by", default="", help="a text, such as a commit's hash, that says which ones")
+
+
 RANK_FIXTURES = {"one_rank", "two_ranks", "four_ranks", "workspace"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests that start several ranks: `make test` runs the others side by side, these one at a time."""
     for item in items:
         if RANK_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("ranks")
+    one_in, chosen_by = config.option.one_in, config.option.chosen_by
+    left_out = [item for item in items if not is_chosen(item.nodeid, chosen_by, one_in)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,13 @@ from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from llm.config.parse import to_dict
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
-from llm.generate import generate, load_trained, stream
+from llm.generate import generate, stream
 from llm.model.gpt import GPT
 from llm.parallel.mesh import Mesh
 from llm.sampling import SamplingConfig
 from llm.train.build import build_model
 from llm.train.engines.plain import PlainEngine
+from llm.trained import load_trained
 from pool import RankPool
 
 CPU = torch.device("cpu")

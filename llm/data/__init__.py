@@ -1,0 +1,1 @@
+"""Token files to batches: which tokens a rank trains on in each step."""

@@ -9,7 +9,7 @@
 - feed-forward: GELU, or SwiGLU (Shazeer 2020) whose gate and up rows alternate, so that any even cut is a shard
 - grouped-query attention (Ainslie et al. 2023): rows of qkv are grouped by key/value head,
   [q_1 ... q_R, k, v] for each, so that a cut between groups is a shard
-- documents of a row, where they are told apart, do not attend to one another and count their positions from 0
+- with document masks, a token attends to its own document alone, whose positions count from 0
 - no rank, no group, no device: the factory `layers` decides what a linear is (llm/model/layers.py)
 
 Shapes: B batch, T time (sequence), C model width, H query heads, K key/value heads, R = H / K, D head width,
@@ -18,17 +18,17 @@ F feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple, TypeAlias, cast
+from collections.abc import Iterable
+from typing import Literal, TypeAlias, cast
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.gelu import bias_gelu
 from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
 from llm.config import ModelConfig
-from llm.model.layers import Layers
+from llm.model.cache import KVCache
+from llm.model.layers import Documents, Layers, document_positions, recomputed
 
 Recompute: TypeAlias = Literal["none", "full", "selective"]
 # Dropout sites: the embedding's, then three per block.
@@ -36,51 +36,12 @@ EMBEDDING_SITE = 0
 SITES_PER_BLOCK = 3
 
 
-class Documents(NamedTuple):
-    """The documents that the rows of a batch are made of; a row ends its last one."""
-
-    position_ids: Tensor
-    """int64 [B, T]: of each token in its document, from 0."""
-    cu_seqlens: Tensor
-    """int32 [documents + 1]: where documents begin in the B * T tokens, ascending from 0 to B * T."""
-
-
-class KVCache:
-    """Keys and values [B, S, K, D] of the positions seen so far, for each block; grows as blocks append."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._blocks: dict[int, tuple[Tensor, Tensor, int]] = {}
-
-    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, T, K, D] after those of `block` and return all of them [B, S + T, K, D]."""
-        B, T, K, D = k.shape
-        keys, values, length = self._blocks.get(block, (None, None, 0))
-        if keys is None or values is None:
-            keys, values = k.new_empty(B, self.capacity, K, D), v.new_empty(B, self.capacity, K, D)
-        keys[:, length : length + T] = k
-        values[:, length : length + T] = v
-        self._blocks[block] = (keys, values, length + T)
-        return keys[:, : length + T], values[:, : length + T]
-
-
-def places(positions: Tensor, documents: Documents | None) -> Tensor:
-    """What is encoded as a token's position: its place in the row, int64 [T], or in its document, int64 [B, T]."""
-    return positions if documents is None else documents.position_ids
-
-
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Documents | None) -> Tensor:
-    """function(*inputs), of which the backward pass computes the insides again from the inputs."""
-    # No generator's state is kept: dropout masks are functions of counters.
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
-
-
 class Block(nn.Module):
     """One transformer block: attention and feed-forward, each on the normalised stream and added to it."""
 
     def __init__(self, config: ModelConfig, layers: Layers, index: int, recompute: Recompute = "none") -> None:
         super().__init__()
-        C, D, name, bias = config.d_model, config.head_dim, f"blocks.{index}", config.bias
+        C, D, bias = config.d_model, config.head_dim, config.bias
         site = EMBEDDING_SITE + 1 + SITES_PER_BLOCK * index
         qkv_rows = (config.n_head + 2 * config.kv_heads) * D
         gated = config.activation == "swiglu"
@@ -88,15 +49,13 @@ class Block(nn.Module):
         self.index = index
         self.impl = layers.impl
         self.recompute = recompute
-        self.norm_1 = layers.norm(config.norm, f"{name}.norm_1", C, bias=bias)
-        self.qkv = layers.linear("qkv", f"{name}.qkv", C, qkv_rows, bias=bias)
-        self.attention = layers.attention(config.dropout, site, config.n_head, config.kv_heads)
-        self.attention_output = layers.linear(
-            "attention_output", f"{name}.attention_output", config.n_head * D, C, bias=bias
-        )
-        self.norm_2 = layers.add_norm(config.norm, f"{name}.norm_2", C, bias=bias, p=config.dropout, site=site + 1)
-        self.up = layers.linear("up", f"{name}.up", C, config.ff_dim * (2 if gated else 1), bias=bias)
-        self.down = layers.linear("down", f"{name}.down", config.ff_dim, C, bias=bias)
+        self.norm_1 = layers.norm(config.norm, C, bias=bias)
+        self.qkv = layers.linear("qkv", C, qkv_rows, bias=bias)
+        self.attention = layers.attention(config.dropout, site, config.n_head)
+        self.attention_output = layers.linear("attention_output", config.n_head * D, C, bias=bias)
+        self.norm_2 = layers.add_norm(config.norm, C, bias=bias, p=config.dropout, site=site + 1)
+        self.up = layers.linear("up", C, config.ff_dim * (2 if gated else 1), bias=bias)
+        self.down = layers.linear("down", config.ff_dim, C, bias=bias)
         self.down_dropout = layers.dropout(config.dropout, site + 2)
 
     def forward(
@@ -109,21 +68,22 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, T, C], positions int64 [T] in the row, global sample numbers int64 [B] -> [B, T, C]."""
         attended = self.attend(self.norm_1(x), positions, samples, documents, cache)
-        x, normed = self.norm_2(attended, x, samples, positions)  # x = x + dropout(attended)
+        x, normed = self.norm_2(x, attended, samples, positions)  # x = x + dropout(attended), and its norm
         transformed = self.down(self.activate(self.up(normed)))
-        return self.down_dropout(transformed, samples, positions, residual=x)
+        return self.down_dropout(transformed, samples, positions, residual=x)  # x + dropout(transformed)
 
     def attend(
         self, x: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None
     ) -> Tensor:
+        """Attention from its input to its output projection: [B, T, C] -> [B, T, C]."""
         qkv = self.qkv(x)
         if self.recompute == "selective" and self.training:
-            mixed = recomputed(self.mix, qkv, positions, samples, documents)
+            attended = recomputed(self.core_attention, qkv, positions, samples, documents)
         else:
-            mixed = self.mix(qkv, positions, samples, documents, cache)
-        return self.attention_output(mixed)
+            attended = self.core_attention(qkv, positions, samples, documents, cache)
+        return self.attention_output(attended)
 
-    def mix(
+    def core_attention(
         self,
         qkv: Tensor,
         positions: Tensor,
@@ -131,16 +91,17 @@ class Block(nn.Module):
         documents: Documents | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """What lies between the two matrix products of attention: qkv [B, T, (R + 2) K D] -> [B, T, H D]."""
-        q, k, v = self.heads(qkv, places(positions, documents))
+        """softmax(q k^T) v, between the two projections: qkv [B, T, (R + 2) K D] -> [B, T, H D]."""
+        q, k, v = self.heads(qkv, document_positions(positions, documents))
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         cu_seqlens = None if documents is None else documents.cu_seqlens
         return self.attention(q, k, v, samples, cu_seqlens).flatten(-2)
 
     def heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv [B, T, (R + 2) K D], positions int64 [T] or [B, T] -> q [B, T, H, D], k and v [B, T, K, D], of the heads
-        that are here.
+        """qkv [B, T, (R + 2) K D], positions int64 [T] or [B, T] -> q [B, T, H, D], k and v [B, T, K, D].
+
+        H and K count the heads of this rank.
         """
         R, D = self.config.n_head // self.config.kv_heads, self.config.head_dim
         K = qkv.shape[-1] // ((R + 2) * D)
@@ -176,9 +137,9 @@ class GPT(nn.Module):
         super().__init__()
         C = config.d_model
         self.config = config
-        self.embedding = layers.embedding("embedding", config.vocab_size, C)
+        self.embedding = layers.embedding(config.vocab_size, C)
         if config.position == "learned":
-            self.position_table = layers.position_table("position_table", config.max_seq_len, C)
+            self.position_table = layers.position_table(config.max_seq_len, C)
         self.embedding_dropout = layers.dropout(config.dropout, EMBEDDING_SITE)
         self.blocks = nn.ModuleDict(
             {
@@ -186,15 +147,15 @@ class GPT(nn.Module):
                 for i in (blocks or range(config.n_layer))
             }
         )
-        self.norm = layers.norm(config.norm, "norm", C, bias=config.bias)
+        self.norm = layers.norm(config.norm, C, bias=config.bias)
         tied = self.embedding if config.tie_embeddings else None
-        self.head = layers.lm_head("head", C, config.vocab_size, tied)
+        self.head = layers.lm_head(C, config.vocab_size, tied)
 
     def embed(self, tokens: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None = None) -> Tensor:
         """tokens int64 [B, T] -> [B, T, C]."""
         x = self.embedding(tokens)
         if self.config.position == "learned":
-            x = x + self.position_table(places(positions, documents))
+            x = x + self.position_table(document_positions(positions, documents))
         return self.embedding_dropout(x, samples, positions)
 
     def forward(

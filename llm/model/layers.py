@@ -1,6 +1,6 @@
 """The layers a GPT is made of, behind one factory.
 
-`GPT` (llm/model/gpt.py) asks a `Layers` factory for every layer by its role and its full name. `DenseLayers` gives
+`GPT` (llm/model/gpt.py) asks a `Layers` factory for every layer. `DenseLayers` gives
 plain `torch.nn`; `llm.parallel.layers.TensorParallelLayers` gives Megatron's twins under the same parameter names.
 
 Shapes: B batch, T time (sequence), C model width, H query heads, K key/value heads, D head width, V vocabulary.
@@ -9,69 +9,104 @@ Shapes: B batch, T time (sequence), C model width, H query heads, K key/value he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.dropout import dropout
 from kernels.embedding import embedding
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.philox import DropoutKey
-from llm.model.loss import cross_entropy
+from kernels.vocabulary import Vocabulary
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
-Use: TypeAlias = Callable[[Tensor], Tensor]
-Positions: TypeAlias = Callable[[Tensor], Tensor]
+TensorFunction: TypeAlias = Callable[[Tensor], Tensor]
+# A target of this value is not counted in the loss.
+IGNORED_TARGET = -100
+
+
+class Documents(NamedTuple):
+    """Where the documents of a batch begin; the end of a row ends its last one."""
+
+    position_ids: Tensor
+    """int64 [B, T]: of each token in its document, from 0."""
+    cu_seqlens: Tensor
+    """int32 [documents + 1]: where documents begin in the B * T tokens, ascending from 0 to B * T."""
 
 
 class Layers(Protocol):
-    """What `GPT` needs of its surroundings. `name` is the module's full name, such as "blocks.0.qkv"."""
+    """What `GPT` needs of its surroundings."""
 
     impl: str
     """Which form the kernels take (kernels/dispatch.py)."""
 
-    def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
+    def linear(self, role: LinearRole, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         """[..., in_features] -> [..., out_features]."""
         ...
 
-    def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
+    def embedding(self, vocab_size: int, width: int) -> nn.Module:
         """int [...] -> [..., width]; its table is `.weight`."""
         ...
 
-    def position_table(self, name: str, max_positions: int, width: int) -> nn.Module:
+    def position_table(self, max_positions: int, width: int) -> nn.Module:
         """int [T] or [B, T] -> [..., width], to be added to the token embeddings."""
         ...
 
-    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
+    def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         """`tied`: the embedding whose table is the projection too."""
         ...
 
-    def norm(self, kind: str, name: str, width: int, *, bias: bool) -> nn.Module:
+    def norm(self, kind: str, width: int, *, bias: bool) -> nn.Module:
         """[..., width] -> [..., width]."""
         ...
 
-    def add_norm(self, kind: str, name: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
-        """branch, stream -> (stream + dropout(branch), its norm); the dropout is that of place `site`."""
+    def add_norm(self, kind: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
+        """stream, branch -> (stream + dropout(branch), its norm); `site` numbers the dropout."""
         ...
 
     def dropout(self, p: float, site: int) -> Dropout:
-        """Dropout at a numbered place in the network."""
+        """Dropout; `site` is its number in the network, which keys its masks."""
         ...
 
-    def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
-        """Causal attention, with dropout of probability p on its weights."""
+    def attention(self, p: float, site: int, n_head: int) -> CausalAttention:
+        """Causal attention over `n_head` query heads, with dropout of probability p on its weights."""
         ...
 
 
-def whole(module: nn.Module) -> nn.Module:
-    """Mark every parameter of `module` as holding its whole global tensor."""
+def replicated(module: nn.Module) -> nn.Module:
+    """Mark every parameter of `module` as the full global tensor."""
     for parameter in module.parameters():
         mark(parameter, Slice.whole(tuple(parameter.shape)))
     return module
+
+
+def document_positions(positions: Tensor, documents: Documents | None) -> Tensor:
+    """The positions that are encoded: in the row, int64 [T], or with document masks in the document, int64 [B, T]."""
+    return positions if documents is None else documents.position_ids
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Documents | None) -> Tensor:
+    """function(*inputs), whose activations the backward pass computes again from the inputs (Chen et al. 2016)."""
+    # No generator's state is kept: dropout masks are functions of counters.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+
+
+def cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, z_loss: float, vocabulary: Vocabulary | None = None, impl: str = "auto"
+) -> Tensor:
+    """Sum of the losses of counted tokens: x [..., C], weight [V_tp, C], targets int64 [...] -> fp32 [].
+
+    V_tp is this rank's part of the vocabulary, padding included; the whole of it if `vocabulary` is None.
+    """
+    return linear_cross_entropy(
+        x, weight, targets, z_loss=z_loss, ignore_index=IGNORED_TARGET, vocabulary=vocabulary, impl=impl
+    )
 
 
 class Embedding(nn.Module):
@@ -114,21 +149,25 @@ class LanguageModelHead(nn.Module):
 
 
 class Norm(nn.Module):
-    """Layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019); `use` is applied to a weight before its use."""
+    """Layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019).
 
-    def __init__(self, kind: str, width: int, *, bias: bool, impl: str, use: Use) -> None:
+    on_weight: applied to the weight and the bias in each forward pass (sequence parallelism sums their gradients so).
+    """
+
+    def __init__(self, kind: str, width: int, *, bias: bool, impl: str, on_weight: TensorFunction) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias and kind == "layernorm" else None
         self.kind = kind
         self.impl = impl
-        self.use = use
+        self.on_weight = on_weight
 
-    def used(self) -> tuple[Tensor, Tensor | None]:
-        return self.use(self.weight), None if self.bias is None else self.use(self.bias)
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias as they are applied."""
+        return self.on_weight(self.weight), None if self.bias is None else self.on_weight(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.used()
+        weight, bias = self.affine()
         if self.kind == "rmsnorm":
             return rms_norm(x, weight, impl=self.impl)
         return layer_norm(x, weight, bias, impl=self.impl)
@@ -138,17 +177,27 @@ class AddNorm(Norm):
     """Adds a branch, with dropout, to the stream and normalises the sum: one pass instead of three."""
 
     def __init__(
-        self, kind: str, width: int, *, bias: bool, impl: str, use: Use, key: DropoutKey, here: Positions
+        self,
+        kind: str,
+        width: int,
+        *,
+        bias: bool,
+        impl: str,
+        on_weight: TensorFunction,
+        key: DropoutKey,
+        local_positions: TensorFunction,
     ) -> None:
-        super().__init__(kind, width, bias=bias, impl=impl, use=use)
+        super().__init__(kind, width, bias=bias, impl=impl, on_weight=on_weight)
         self.key = key
-        self.here = here
+        self.local_positions = local_positions
 
-    def forward(self, branch: Tensor, stream: Tensor, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, stream: Tensor, branch: Tensor, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(stream + dropout(branch), its norm), all [B, T, C]; samples int64 [B], positions int64 [T] as in Dropout."""
-        weight, bias = self.used()
+        weight, bias = self.affine()
         key = self.key if self.training and self.key.p > 0 else None
-        options: dict[str, Any] = dict(dropout=key, samples=samples, positions=self.here(positions), impl=self.impl)
+        options: dict[str, Any] = dict(
+            dropout=key, samples=samples, positions=self.local_positions(positions), impl=self.impl
+        )
         if self.kind == "rmsnorm":
             normed, stream = add_rms_norm(branch, stream, weight, **options)
         else:
@@ -159,20 +208,20 @@ class AddNorm(Norm):
 class Dropout(nn.Module):
     """Dropout whose mask is a function of (seed, site, sample, position, channel): no layout changes it.
 
-    here: gives, of the positions of a whole sequence, those that the stream has on this rank.
+    local_positions: takes the positions of a sequence to those that this rank's activations have.
     """
 
-    def __init__(self, key: DropoutKey, *, impl: str, here: Positions) -> None:
+    def __init__(self, key: DropoutKey, *, impl: str, local_positions: TensorFunction) -> None:
         super().__init__()
         self.key = key
         self.impl = impl
-        self.here = here
+        self.local_positions = local_positions
 
     def forward(self, x: Tensor, samples: Tensor, positions: Tensor, residual: Tensor | None = None) -> Tensor:
         """dropout(x) (+ residual): x, residual [B, T, C], global sample numbers int64 [B], positions int64 [T]."""
         if not self.training or self.key.p == 0:
             return x if residual is None else residual + x
-        return dropout(x, self.key, samples, self.here(positions), residual=residual, impl=self.impl)
+        return dropout(x, self.key, samples, self.local_positions(positions), residual=residual, impl=self.impl)
 
 
 class CausalAttention(nn.Module):
@@ -207,40 +256,50 @@ class DenseLayers:
         self.impl = impl
         self.z_loss = z_loss
 
-    def use(self, weight: Tensor) -> Tensor:
-        """A norm's weight or bias as its layer uses it: here, as it is."""
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """What a norm applies to its weight and bias: nothing."""
         return weight
 
-    def here(self, positions: Tensor) -> Tensor:
-        """Of the positions of a whole sequence, those that the stream has on this rank: here, all."""
+    def local_positions(self, positions: Tensor) -> Tensor:
+        """The positions of a sequence that this rank's activations have: all."""
         return positions
 
-    def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
-        return whole(nn.Linear(in_features, out_features, bias=bias))
+    def linear(self, role: LinearRole, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
+        return replicated(nn.Linear(in_features, out_features, bias=bias))
 
-    def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
-        return whole(Embedding(vocab_size, width, impl=self.impl))
+    def embedding(self, vocab_size: int, width: int) -> nn.Module:
+        return replicated(Embedding(vocab_size, width, impl=self.impl))
 
-    def position_table(self, name: str, max_positions: int, width: int) -> nn.Module:
-        return whole(Embedding(max_positions, width, impl=self.impl))
+    def position_table(self, max_positions: int, width: int) -> nn.Module:
+        return replicated(Embedding(max_positions, width, impl=self.impl))
 
-    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
+    def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         if tied is not None:
             return LanguageModelHead(cast(nn.Parameter, tied.weight), z_loss=self.z_loss, impl=self.impl)
         weight = nn.Parameter(torch.empty(vocab_size, width))
         head = LanguageModelHead(weight, z_loss=self.z_loss, impl=self.impl)
-        whole(head)
+        replicated(head)
         return head
 
-    def norm(self, kind: str, name: str, width: int, *, bias: bool) -> nn.Module:
-        return whole(Norm(kind, width, bias=bias, impl=self.impl, use=self.use))
+    def norm(self, kind: str, width: int, *, bias: bool) -> nn.Module:
+        return replicated(Norm(kind, width, bias=bias, impl=self.impl, on_weight=self.on_weight))
 
-    def add_norm(self, kind: str, name: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
+    def add_norm(self, kind: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
         key = DropoutKey(p, self.seed, site)
-        return whole(AddNorm(kind, width, bias=bias, impl=self.impl, use=self.use, key=key, here=self.here))
+        return replicated(
+            AddNorm(
+                kind,
+                width,
+                bias=bias,
+                impl=self.impl,
+                on_weight=self.on_weight,
+                key=key,
+                local_positions=self.local_positions,
+            )
+        )
 
     def dropout(self, p: float, site: int) -> Dropout:
-        return Dropout(DropoutKey(p, self.seed, site), impl=self.impl, here=self.here)
+        return Dropout(DropoutKey(p, self.seed, site), impl=self.impl, local_positions=self.local_positions)
 
-    def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
+    def attention(self, p: float, site: int, n_head: int) -> CausalAttention:
         return CausalAttention(DropoutKey(p, self.seed, site), impl=self.impl)

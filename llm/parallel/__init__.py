@@ -1,0 +1,1 @@
+"""Tensor and sequence parallelism: the device mesh, collectives, split layers."""

@@ -29,9 +29,9 @@ from llm.model.layers import (
     DenseLayers,
     LanguageModelHead,
     LinearRole,
-    whole,
+    cross_entropy,
+    replicated,
 )
-from llm.model.loss import cross_entropy
 from llm.parallel.collectives import (
     all_gather,
     batch_first,
@@ -67,7 +67,7 @@ class TensorParallel:
         start = min(self.rank * part, shape[dim])
         return Slice(shape, dim, start, min(start + part, shape[dim]))
 
-    def positions(self, positions: Tensor) -> Tensor:
+    def local_positions(self, positions: Tensor) -> Tensor:
         """Those of the T positions [T], or [B, T], that activations between split layers have on this rank."""
         return positions.chunk(self.size, dim=-1)[self.rank] if self.sequence_parallel else positions
 
@@ -79,10 +79,10 @@ class TensorParallel:
         """The sum over ranks of [B, T, C], as activations are held between the split layers."""
         return scatter_sequence(partial, self.size, self.name) if self.sequence_parallel else g(partial, self.name)
 
-    def use(self, weight: Tensor) -> Tensor:
-        """A weight that every rank holds whole, as it meets activations between the split layers.
+    def on_weight(self, weight: Tensor) -> Tensor:
+        """A replicated weight, as a layer between the split ones applies it.
 
-        If these are a part of the sequence, then so is each rank's gradient of the weight: f sums it over ranks.
+        With sequence parallelism each rank's gradient of it covers a part of the sequence: f sums it over ranks.
         """
         return f(weight, self.name) if self.sequence_parallel else weight
 
@@ -162,7 +162,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x_tp: Tensor) -> Tensor:
         y = self.tp.leave(F.linear(x_tp, self.weight))
-        return y if self.bias is None else y + self.tp.use(self.bias)
+        return y if self.bias is None else y + self.tp.on_weight(self.bias)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -193,7 +193,7 @@ class PositionTable(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """int64 [T] or [B, T] -> [..., T, C] ([..., T / tp, C])."""
-        return embedding(self.tp.positions(positions), self.tp.use(self.weight), impl=self.impl)
+        return embedding(self.tp.local_positions(positions), self.tp.on_weight(self.weight), impl=self.impl)
 
 
 class VocabularyPart:
@@ -233,26 +233,26 @@ class TensorParallelLayers(DenseLayers):
         super().__init__(seed=seed, impl=impl, z_loss=z_loss)
         self.tp = tp
 
-    def use(self, weight: Tensor) -> Tensor:
-        return self.tp.use(weight)
+    def on_weight(self, weight: Tensor) -> Tensor:
+        return self.tp.on_weight(weight)
 
-    def here(self, positions: Tensor) -> Tensor:
-        return self.tp.positions(positions)
+    def local_positions(self, positions: Tensor) -> Tensor:
+        return self.tp.local_positions(positions)
 
-    def linear(self, role: LinearRole, name: str, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
+    def linear(self, role: LinearRole, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         layer = ColumnParallelLinear if role in ("qkv", "up") else RowParallelLinear
         return layer(in_features, out_features, bias=bias, tp=self.tp)
 
-    def embedding(self, name: str, vocab_size: int, width: int) -> nn.Module:
+    def embedding(self, vocab_size: int, width: int) -> nn.Module:
         return VocabParallelEmbedding(vocab_size, width, tp=self.tp, impl=self.impl)
 
-    def position_table(self, name: str, max_positions: int, width: int) -> nn.Module:
-        return whole(PositionTable(max_positions, width, tp=self.tp, impl=self.impl))
+    def position_table(self, max_positions: int, width: int) -> nn.Module:
+        return replicated(PositionTable(max_positions, width, tp=self.tp, impl=self.impl))
 
-    def lm_head(self, name: str, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
+    def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp, impl=self.impl)
         return VocabParallelHead(cast(nn.Parameter, source.weight), z_loss=self.z_loss, tp=self.tp, impl=self.impl)
 
-    def attention(self, p: float, site: int, n_head: int, n_kv_head: int) -> CausalAttention:
+    def attention(self, p: float, site: int, n_head: int) -> CausalAttention:
         head_offset = self.tp.rank * (n_head // self.tp.size)
         return CausalAttention(DropoutKey(p, self.seed, site), impl=self.impl, head_offset=head_offset)

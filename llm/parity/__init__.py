@@ -1,0 +1,1 @@
+"""Any layout beside one plain process: the proof that they compute the same."""

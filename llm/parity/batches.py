@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from llm.config import RunConfig
-from llm.model.gpt import Documents
-from llm.model.loss import IGNORED_TARGET
+from llm.model.layers import IGNORED_TARGET, Documents
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import MicroBatch
 

@@ -1,0 +1,1 @@
+"""What a step costs in closed form: arithmetic, memory, bytes sent."""

@@ -12,5 +12,5 @@ from llm.cluster.script import run_script  # noqa: E402
 from llm.parallel.layers import TensorParallel  # noqa: E402
 
 if __name__ == "__main__":
-    TensorParallel.use = lambda self, weight: weight
+    TensorParallel.on_weight = lambda self, weight: weight
     run_script(verify_layout)

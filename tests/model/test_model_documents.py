@@ -8,9 +8,10 @@ from torch import Tensor
 
 from kernels.dispatch import KernelError
 from llm.config import ModelConfig
-from llm.model.gpt import GPT, Documents, KVCache, Recompute
+from llm.model.cache import KVCache
+from llm.model.gpt import GPT, Recompute
 from llm.model.init import init_weights
-from llm.model.layers import DenseLayers
+from llm.model.layers import DenseLayers, Documents
 
 # Of the documents in each row of 24 tokens: a whole row, one token, many. An empty document changes nothing.
 LENGTHS = [[24], [1, 7, 16], [5, 1, 1, 0, 17], [12, 12]]

@@ -9,7 +9,8 @@ import torch
 
 from kernels.rope import rope
 from llm.config import ModelConfig
-from llm.model.gpt import GPT, KVCache, Recompute
+from llm.model.cache import KVCache
+from llm.model.gpt import GPT, Recompute
 from llm.model.init import init_weights
 from llm.model.layers import DenseLayers
 

@@ -13,8 +13,7 @@ from kernels import linear_cross_entropy
 from llm.config import ModelConfig
 from llm.model.gpt import GPT
 from llm.model.init import init_weights
-from llm.model.layers import DenseLayers
-from llm.model.loss import IGNORED_TARGET, cross_entropy
+from llm.model.layers import IGNORED_TARGET, DenseLayers, cross_entropy
 
 C, V = 12, 37
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from llm.config import ParallelConfig
 from llm.errors import InputError
-from llm.model.loss import IGNORED_TARGET
+from llm.model.layers import IGNORED_TARGET
 from llm.parallel import collectives
 from llm.parallel.agreement import broadcast, exchange, exchange_errors, together
 from llm.parallel.layers import (
@@ -72,9 +72,9 @@ def sequence_case(size: int, per_row: bool) -> None:
     torch.manual_seed(0)
     B, T, C, O = 2, 8, 6, 12  # noqa: E741
     layers = TensorParallelLayers(tp, seed=0)
-    up = layers.linear("up", "up", C, O, bias=True).double()
-    down = layers.linear("down", "down", O, C, bias=True).double()
-    norm, table = layers.norm("layernorm", "norm", C, bias=True).double(), layers.position_table("table", T, C).double()
+    up = layers.linear("up", C, O, bias=True).double()
+    down = layers.linear("down", O, C, bias=True).double()
+    norm, table = layers.norm("layernorm", C, bias=True).double(), layers.position_table(T, C).double()
     whole = {}
     for module in (norm, up, down, table):
         for parameter in module.parameters():

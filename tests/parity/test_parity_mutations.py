@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.config import RunConfig
-from llm.model.layers import CausalAttention
-from llm.model.loss import IGNORED_TARGET
+from llm.model.layers import IGNORED_TARGET, CausalAttention
 from llm.parallel.collectives import ReduceFromTensorParallel
 from llm.parallel.layers import TensorParallel, TensorParallelLayers
 from llm.parity.layout import Layout

@@ -17,7 +17,7 @@ from rich.console import Console
 from llm.checkpoint.manifest import Piece
 from llm.config import ModelConfig, RunConfig
 from llm.errors import InputError
-from llm.model.loss import IGNORED_TARGET
+from llm.model.layers import IGNORED_TARGET
 from llm.parity import report as reports
 from llm.parity.batches import counted_targets, micro_batches, target_count
 from llm.parity.compare import Check, Scalar, distance, gradient_check, scalar_checks, state_check, worst

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llm.data.batch import Batch, Step
-from llm.model.loss import IGNORED_TARGET
+from llm.model.layers import IGNORED_TARGET
 from llm.train.engines.base import MicroBatch
 
 B, BATCHES = 2, 3

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from feed_cases import BATCHES, OneBuffer, check
 from llm.data.batch import Batch, Step
-from llm.model.loss import IGNORED_TARGET
+from llm.model.layers import IGNORED_TARGET
 from llm.train import feed as feeds
 from llm.train.engines.base import micro_batch
 from llm.train.feed import Feed

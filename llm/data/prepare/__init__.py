@@ -1,0 +1,1 @@
+"""From text to token files, and what is done to such files."""

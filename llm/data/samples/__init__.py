@@ -1,0 +1,1 @@
+"""The order of samples, as a function of the config and the samples consumed."""

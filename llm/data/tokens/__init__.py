@@ -1,0 +1,1 @@
+"""Token files and their manifest, read without conversion."""

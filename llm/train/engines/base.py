@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from llm.checkpoint.manifest import Piece
 from llm.data.batch import Batch
-from llm.model.gpt import Documents
-from llm.model.loss import IGNORED_TARGET
+from llm.model.layers import IGNORED_TARGET, Documents
 from llm.parallel.collectives import all_gather
 from llm.parallel.mesh import Mesh
 from llm.slices import Slice

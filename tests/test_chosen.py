@@ -1,0 +1,15 @@
+"""CI runs a part of the exhaustive lists that the commit chooses; every test has its turn."""
+
+from chosen import is_chosen
+
+
+def test_a_commit_chooses_about_one_in_so_many() -> None:
+    tests = [f"tests/test_a.py::test_b[{i}]" for i in range(2000)]
+    assert 150 < sum(is_chosen(test, "commit", 10) for test in tests) < 250
+    assert all(is_chosen(test, "commit", 1) for test in tests)
+
+
+def test_another_commit_chooses_others() -> None:
+    commits = [str(i) for i in range(200)]
+    assert any(is_chosen("test", commit, 10) for commit in commits)
+    assert not all(is_chosen("test", commit, 10) for commit in commits)
