@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.kernels.activations import case
 from kernels.gelu import gelu
-from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
+from rounding import DTYPES, GPU, GPU_ONLY, check, check_repeats_and_compiles
 
 pytestmark = GPU_ONLY
 
@@ -15,29 +16,15 @@ pytestmark = GPU_ONLY
 @pytest.mark.parametrize("F", [60, 513, 3072, 16384])
 @pytest.mark.parametrize("rows", [1, 199, 4096])
 def test_gelu(rows: int, F: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, dy = (torch.randn(rows, F, device="cuda").to(dtype) for _ in range(2))
-
-    def form(impl: str):
-        return lambda x: gelu(x, impl=impl)
-
-    true = run(form("reference"), [x], dy, torch.float64)
-    plain = run(form("torch"), [x], dy, dtype)
-    assert_within_rounding(run(form("triton"), [x], dy, dtype), plain, true, dtype)
-    strided = torch.cat([x, x], 1)[:, :F]
-    assert torch.equal(form("triton")(strided), form("triton")(x))
+    example = case(GPU, dtype, gelu, rows, F)
+    y, *_ = check(example, dtype)
+    x = example.tensors[0]
+    strided = torch.cat([x, x], 1)[:, : x.shape[1]]
+    assert torch.equal(gelu(strided, impl="triton"), y)
 
 
 def test_repeats_and_compiles_whole() -> None:
-    x, dy = (torch.randn(1000, 1500, device="cuda").bfloat16() for _ in range(2))
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return gelu(x, impl="triton")
-
-    eager = run(function, [x], dy, torch.bfloat16)
-    assert_repeats(lambda: run(function, [x], dy, torch.bfloat16))
-    compiled = run(torch.compile(function, fullgraph=True), [x], dy, torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
+    check_repeats_and_compiles(case(GPU, torch.bfloat16, gelu, 1000, 1500))
 
 
 def test_past_two_to_the_31_elements() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.kernels.activations import case
 from kernels.swiglu import swiglu
-from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
+from rounding import DTYPES, GPU, GPU_ONLY, check, check_repeats_and_compiles
 
 pytestmark = GPU_ONLY
 
@@ -15,29 +16,15 @@ pytestmark = GPU_ONLY
 @pytest.mark.parametrize("F", [60, 513, 2048, 11008])
 @pytest.mark.parametrize("rows", [1, 199, 4096])
 def test_swiglu(rows: int, F: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, dy = (torch.randn(rows, width, device="cuda").to(dtype) for width in (2 * F, F))
-
-    def form(impl: str):
-        return lambda x: swiglu(x, impl=impl)
-
-    true = run(form("reference"), [x], dy, torch.float64)
-    plain = run(form("torch"), [x], dy, dtype)
-    assert_within_rounding(run(form("triton"), [x], dy, dtype), plain, true, dtype)
-    strided = torch.cat([x, x], 1)[:, : 2 * F]
-    assert torch.equal(form("triton")(strided), form("triton")(x))
+    example = case(GPU, dtype, swiglu, rows, F)
+    y, *_ = check(example, dtype)
+    x = example.tensors[0]
+    strided = torch.cat([x, x], 1)[:, : x.shape[1]]
+    assert torch.equal(swiglu(strided, impl="triton"), y)
 
 
 def test_repeats_and_compiles_whole() -> None:
-    x, dy = (torch.randn(1000, width, device="cuda").bfloat16() for width in (3000, 1500))
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return swiglu(x, impl="triton")
-
-    eager = run(function, [x], dy, torch.bfloat16)
-    assert_repeats(lambda: run(function, [x], dy, torch.bfloat16))
-    compiled = run(torch.compile(function, fullgraph=True), [x], dy, torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
+    check_repeats_and_compiles(case(GPU, torch.bfloat16, swiglu, 1000, 1500))
 
 
 def test_past_two_to_the_31_elements() -> None:
