@@ -80,7 +80,7 @@ def row(cells: Sequence[str]) -> str:
 
 def number(x: float) -> str:
     """Three figures at most, or whole."""
-    return f"{x:,.0f}" if x >= 99.95 else f"{x:.3g}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def interval(middle: float, low: float, high: float) -> str:

@@ -64,27 +64,27 @@ def round_stochastically(x, words, DROPPED: tl.constexpr):
 
 @triton.jit
 def adamw_block(
-    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, places, inside,
+    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, offsets, inside,
     scale, step_size, decay, rest1, beta2, rest2, eps, root, words, DROPPED: tl.constexpr,
 ):  # fmt: skip
-    """The update of the elements `places`, of which those `inside` exist (all if None)."""
-    p = tl.load(parameter_ptr + places, inside).to(tl.float32)
-    g = tl.load(gradient_ptr + places, inside).to(tl.float32) * scale
-    m = tl.load(exp_avg_ptr + places, inside).to(tl.float32)
-    v = tl.load(exp_avg_sq_ptr + places, inside).to(tl.float32)
+    """The update of the elements `offsets`, of which those `inside` exist (all if None)."""
+    p = tl.load(parameter_ptr + offsets, inside).to(tl.float32)
+    g = tl.load(gradient_ptr + offsets, inside).to(tl.float32) * scale
+    m = tl.load(exp_avg_ptr + offsets, inside).to(tl.float32)
+    v = tl.load(exp_avg_sq_ptr + offsets, inside).to(tl.float32)
     m += rest1 * (g - m)
     v = beta2 * v + rest2 * g * g
     p = decay * p - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
-    tl.store(exp_avg_ptr + places, m.to(exp_avg_ptr.dtype.element_ty), inside)
-    tl.store(exp_avg_sq_ptr + places, v.to(exp_avg_sq_ptr.dtype.element_ty), inside)
+    tl.store(exp_avg_ptr + offsets, m.to(exp_avg_ptr.dtype.element_ty), inside)
+    tl.store(exp_avg_sq_ptr + offsets, v.to(exp_avg_sq_ptr.dtype.element_ty), inside)
     low = p
     if DROPPED > 0:
         low = round_stochastically(p, words, DROPPED)
     if low_ptr is None:
-        tl.store(parameter_ptr + places, low.to(parameter_ptr.dtype.element_ty), inside)
+        tl.store(parameter_ptr + offsets, low.to(parameter_ptr.dtype.element_ty), inside)
     else:
-        tl.store(parameter_ptr + places, p.to(parameter_ptr.dtype.element_ty), inside)
-        tl.store(low_ptr + places, low.to(low_ptr.dtype.element_ty), inside)
+        tl.store(parameter_ptr + offsets, p.to(parameter_ptr.dtype.element_ty), inside)
+        tl.store(low_ptr + offsets, low.to(low_ptr.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["N", "seed"])
@@ -103,7 +103,7 @@ def adamw_kernel(
     step_size = lr / bias_correction(log_beta1, t)
     root = tl.sqrt_rn(bias_correction(log_beta2, t))
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    places = first + tl.arange(0, BLOCK)
+    offsets = first + tl.arange(0, BLOCK)
     words = None
     if DROPPED > 0:
         key = seed.to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -111,12 +111,12 @@ def adamw_kernel(
     # Without a mask whole blocks are read 16 bytes at a time whatever divides N.
     if first + BLOCK <= N:
         adamw_block(
-            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, places, None,
+            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, offsets, None,
             scale, step_size, decay, rest1, beta2, rest2, eps, root, words, DROPPED,
         )  # fmt: skip
     else:
         adamw_block(
-            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, places, places < N,
+            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, offsets, offsets < N,
             scale, step_size, decay, rest1, beta2, rest2, eps, root, words, DROPPED,
         )  # fmt: skip
 

@@ -80,14 +80,9 @@ def dropout_op(
 
 
 def dropout(
-    x: Tensor,
-    key: DropoutKey,
-    samples: Tensor,
-    positions: Tensor,
-    *,
-    residual: Tensor | None = None,
+    x: Tensor, key: DropoutKey, samples: Tensor, positions: Tensor, *, residual: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """residual + (x / (1 - p) where kept, else 0) (Srivastava et al. 2014).
 
     x [B, T, C]; residual the same shape and dtype, or None; samples int64 [B], global sample numbers; positions int64

@@ -1,9 +1,9 @@
 """Table look-up with a deterministic gradient: N tokens, V rows of the table, C width.
 
 The gradient of a row is the sum of dy over the tokens that name it. Tokens are sorted (stably), so that a row's are
-neighbours, and places in that order are cut into chunks of CHUNK. A piece is the part of a row's tokens in one chunk:
+neighbours, and indices in that order are cut into chunks of CHUNK. A piece is the part of a row's tokens in one chunk:
 
-    pieces   one program per place; where a piece begins, it sums the piece, ROWS tokens at a time. A row that is one
+    pieces   one program per index; where a piece begins, it sums the piece, ROWS tokens at a time. A row that is one
              piece is written; of a longer one, the sum goes to the chunk's partial sums: "tail" where the row begins
              in the chunk, "head" where it continues from the chunk before.
     joined   one program per chunk border; where a row crosses its first border, its tail and heads are added.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, choose, expect, interpretable, launch, padded, wide
+from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
 from kernels.registration import operator
 
 CHUNK = 64
@@ -33,22 +33,22 @@ def embedding_pieces_kernel(
     dy_ptr, ids_ptr, order_ptr, dweight_ptr, partial_ptr, stride_dy, N, V,
     C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Sums the piece that begins at this place of the sorted ids i32 [N], if one does.
+    """Sums the piece that begins at this index of the sorted ids i32 [N], if one does.
 
-    dy [N, C]; order i64 [N], the places of the tokens; dweight [V, C]; partial fp32 [2, chunks, C], heads then tails.
+    dy [N, C]; order i64 [N], the indices of the tokens; dweight [V, C]; partial fp32 [2, chunks, C], heads then tails.
     """
-    place = tl.program_id(0) // TILES
-    row = tl.load(ids_ptr + place)
-    begins = tl.load(ids_ptr + place - 1, place > 0, -1) != row
-    if (begins | (place % CHUNK == 0)) & (row >= 0) & (row < V):
-        border = (place // CHUNK + 1) * CHUNK
-        places = place + tl.arange(0, CHUNK)
-        size = tl.sum((tl.load(ids_ptr + places, places < tl.minimum(border, N), -1) == row).to(tl.int32), 0)
+    index = tl.program_id(0) // TILES
+    row = tl.load(ids_ptr + index)
+    begins = tl.load(ids_ptr + index - 1, index > 0, -1) != row
+    if (begins | (index % CHUNK == 0)) & (row >= 0) & (row < V):
+        border = (index // CHUNK + 1) * CHUNK
+        indices = index + tl.arange(0, CHUNK)
+        size = tl.sum((tl.load(ids_ptr + indices, indices < tl.minimum(border, N), -1) == row).to(tl.int32), 0)
         cols = tl.program_id(0) % TILES * COLS + tl.arange(0, COLS)
         total = tl.zeros((COLS,), tl.float32)
         for start in range(0, size, ROWS):
             which = start + tl.arange(0, ROWS)
-            tokens = tl.load(order_ptr + place + which, which < size, 0)
+            tokens = tl.load(order_ptr + index + which, which < size, 0)
             inside = (which < size)[:, None] & (cols < C)[None, :]
             dy = tl.load(dy_ptr + tokens[:, None] * stride_dy + cols[None, :], inside, 0.0)
             total += tl.sum(dy.to(tl.float32), 0)
@@ -57,7 +57,7 @@ def embedding_pieces_kernel(
             out = dweight_ptr + row.to(tl.int64) * C + cols
             tl.store(out, total.to(dweight_ptr.dtype.element_ty), cols < C)
         else:
-            chunk = (place // CHUNK).to(tl.int64) + begins.to(tl.int64) * tl.cdiv(N, CHUNK)
+            chunk = (index // CHUNK).to(tl.int64) + begins.to(tl.int64) * tl.cdiv(N, CHUNK)
             tl.store(partial_ptr + chunk * C + cols, total, cols < C)
 
 
@@ -68,10 +68,10 @@ def embedding_joined_kernel(
 ):  # fmt: skip
     """Writes the row whose tokens cross this border between chunks, if it is the first that they cross."""
     chunk = tl.program_id(0) // TILES + 1
-    place = chunk * CHUNK
-    row = tl.load(ids_ptr + place)
-    crosses = tl.load(ids_ptr + place - 1) == row
-    earlier = tl.load(ids_ptr + place - CHUNK - 1, chunk > 1, -1) == row
+    index = chunk * CHUNK
+    row = tl.load(ids_ptr + index)
+    crosses = tl.load(ids_ptr + index - 1) == row
+    earlier = tl.load(ids_ptr + index - CHUNK - 1, chunk > 1, -1) == row
     if crosses & (earlier == 0) & (row >= 0) & (row < V):
         chunks = tl.cdiv(N, CHUNK)
         cols = tl.program_id(0) % TILES * COLS + tl.arange(0, COLS)
@@ -97,8 +97,7 @@ def tile_of(C: int) -> tuple[int, int]:
 @operator("embedding_backward", fake=lambda dy, tokens, V: dy.new_empty((V, dy.shape[-1])))
 def embedding_backward_op(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
     """dy [..., C], tokens int [...] -> the gradient of the table [V, C], in the dtype of dy."""
-    (rows,) = interpretable(dy.reshape(-1, dy.shape[-1]))
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    (rows,) = interpretable(last_contiguous(dy.reshape(-1, dy.shape[-1])))
     N, C = rows.shape
     # 32-bit keys take half the passes of a radix sort; what is outside of the table stays outside.
     ids, order = tokens.flatten().clamp(-1, V).to(torch.int32).sort(stable=True)

@@ -52,9 +52,7 @@ def sine_and_cosine(angle):
 def turn_head(
     source, target, cos, sin, inside, D: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr
 ):  # fmt: skip
-    """Copy one head of some tokens, turned if TURN. source, target: pointers to channel 0 [TOKENS, 1]; cos, sin fp32
-    [TOKENS, PAIRS]; inside: which tokens exist [TOKENS, 1].
-    """
+    """Copy one head from pointers source to target [TOKENS, 1], turned by cos, sin fp32 [TOKENS, PAIRS] if TURN."""
     cols = tl.arange(0, PAIRS)[None, :]
     inside = inside & (cols < D // 2)
     a = tl.load(source + cols, inside)
@@ -108,16 +106,16 @@ def rope_kernel(
     for head in range(first, tl.minimum(first + HEADS, heads)):
         group = head // (R + 2)
         member = head % (R + 2)
-        here = packed + head * D
+        packed_head = packed + head * D
         if member < R:
-            there = q + (group * R + member).to(tl.int64) * stride_qh
-            move_head(here, there, cos, sin, inside, D, PAIRS, True, UNPACK)
+            split_head = q + (group * R + member).to(tl.int64) * stride_qh
+            move_head(packed_head, split_head, cos, sin, inside, D, PAIRS, True, UNPACK)
         elif member == R:
-            there = k + group.to(tl.int64) * stride_kh
-            move_head(here, there, cos, sin, inside, D, PAIRS, True, UNPACK)
+            split_head = k + group.to(tl.int64) * stride_kh
+            move_head(packed_head, split_head, cos, sin, inside, D, PAIRS, True, UNPACK)
         else:
-            there = v + group.to(tl.int64) * stride_vh
-            move_head(here, there, cos, sin, inside, D, PAIRS, False, UNPACK)
+            split_head = v + group.to(tl.int64) * stride_vh
+            move_head(packed_head, split_head, cos, sin, inside, D, PAIRS, False, UNPACK)
 
 
 def run(
@@ -209,7 +207,7 @@ def rope_op(x: Tensor, positions: Tensor, frequencies: Tensor, inverse: bool) ->
 
 
 def frequencies_of(D: int, theta: float, device: torch.device) -> Tensor:
-    """theta^(-2i/D), fp32 [D/2]. Every form takes them from here: at position 10^6 a frequency that is rounded
+    """theta^(-2i/D), fp32 [D/2]. All forms use these: at position 10^6 a frequency that is rounded
     differently in its last bit turns by 0.06 more or less.
     """
     return theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
@@ -238,10 +236,7 @@ def stock_qkv(
 
 
 def rope_reference(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tensor:
-    """Pair i of each head turned by position * theta^(-2i/D), an angle in fp32.
-
-    x [B, T, ..., D], positions [T] or [B, T] -> the same shape.
-    """
+    """Turn pair i of heads of x [B, T, ..., D] by position * theta^(-2i/D), in fp32; positions [T] or [B, T]."""
     D = x.shape[-1]
     frequencies = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
     angles = (positions.float()[..., None] * frequencies).to(wide(x).dtype)  # [(B,) T, D/2]
@@ -276,14 +271,8 @@ def check(name: str, x: Tensor, positions: Tensor, head_dim: int) -> None:
 
 
 def rope_qkv(
-    qkv: Tensor,
-    positions: Tensor,
-    *,
-    n_kv_head: int,
-    head_dim: int,
-    theta: float = 10000.0,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, positions: Tensor, *, n_kv_head: int, head_dim: int, theta: float = 10000.0, impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries and keys with rotary position encoding (Su et al. 2021, eq. 34), and values, from their one product.
 
     qkv [B, T, (R + 2) K D], K = n_kv_head, D = head_dim: [q_1 ... q_R, k, v] for each key/value head, any strides (a

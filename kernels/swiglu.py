@@ -22,9 +22,7 @@ TILE_WIDTH = 512  # of tiles with rows; narrow, so that little of the last one l
 
 
 def tile_of(M: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of the result [M, width]. One row is a flattened tensor: its length, which changes
-    with the number of tokens, chooses no tile.
-    """
+    """Return (rows, columns) of a tile of the result [M, width]; of a flattened tensor (M = 1) whatever its width."""
     columns = TILE_ELEMENTS if M == 1 else min(TILE_WIDTH, padded(width))
     return TILE_ELEMENTS // columns, columns
 
@@ -97,9 +95,7 @@ def swiglu_backward_kernel(
 
 
 def as_matrices(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as matrices of equally many rows with the last dimension contiguous, of one row if all tensors are
-    contiguous. Copies only where strides force it.
-    """
+    """Return matrices with contiguous rows, of equally many rows; of one row if all tensors are contiguous."""
     if all(t.is_contiguous() for t in tensors):
         return interpretable(*(t.view(1, -1) for t in tensors))
     return interpretable(*(last_contiguous(t.reshape(-1, t.shape[-1])) for t in tensors))

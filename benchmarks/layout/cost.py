@@ -25,11 +25,10 @@ from llm.model.init import init_weights
 from llm.model.layers import DenseLayers
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import micro_batches, target_count
-from llm.plan.traffic import parameters, weight_bytes
+from llm.plan.memory import TrainingState, training_state
 from llm.train.build import build_engine
 from llm.train.engines.base import DTYPES, MicroBatch
 
-FP32 = 4
 MIB = 2**20
 # By default DeepSpeed keeps parameters below 100,000 elements whole under ZeRO 3, and allocates a bucket for reductions
 # of 500 million elements, however small the model.
@@ -39,18 +38,7 @@ AS_IN_THEORY = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1
 # --- memory of the training state ---
 
 
-class State(NamedTuple):
-    """Bytes of training state on one rank."""
-
-    weights: int
-    """Parameters and, where they are other tensors, fp32 masters."""
-    moments: int
-    """Adam's two."""
-    gradients: int
-    """What is alive between the backward pass and the step and not after it."""
-
-
-def state_memory(config: RunConfig, mesh: Mesh, device: torch.device) -> State:
+def state_memory(config: RunConfig, mesh: Mesh, device: torch.device) -> TrainingState:
     """Measured over the second step: the first one allocates what stays."""
     with LiveStorages(existing=False) as memory:  # earlier engines, full of cycles, may be freed meanwhile
         engine = build_engine(config, mesh, device)
@@ -65,7 +53,7 @@ def state_memory(config: RunConfig, mesh: Mesh, device: torch.device) -> State:
             alive.append(_settled(memory))
         engine.close()
     built, between, after = alive[0], alive[-2], alive[-1]
-    return State(built, after - built, between - after)
+    return TrainingState(built, after - built, between - after)
 
 
 def _settled(memory: LiveStorages) -> int:
@@ -76,36 +64,6 @@ def _settled(memory: LiveStorages) -> int:
         time.sleep(0.02)
         before, now = now, memory.live()
     return now
-
-
-def state_theory(config: RunConfig, world_size: int) -> State:
-    """Rajbhandari et al. 2020, section 3.1 and figure 1, as Ingot sets DeepSpeed up: gradients are kept in fp32.
-
-    For N parameters on a tensor-parallel rank, w bytes each (fp32 4, bf16 and fp16 2), d data-parallel ranks:
-
-        stage   weights          moments   gradients
-        0       w N              8 N       4 N
-        1       w N + 4 N / d    8 N / d   4 N
-        2       w N + 4 N / d    8 N / d   4 N / d
-        3       (w + 4) N / d    8 N / d   4 N / d
-
-    FSDP2 has 4 N / d of weights at either stage: the masters' shards are the parameters. What is measured differs:
-
-    - DeepSpeed at stage 1 in fp32 frees, after the last micro-batch, what belongs to other ranks: 4 N / d are left.
-    - at stage 1 in bf16 it allocates the 4 N for gradients when it is built (they count as weights here), and keeps the
-      last micro-batch's in bf16 beside them: 2 N.
-    - at stage 3 it allocates the 4 N / d for gradients, and a bucket of reduce_bucket_size elements, when it is built.
-    - at stages 1 and 2 in fp32 a parameter that the parts of two ranks share keeps its whole gradient on both.
-    """
-    tp, stage = config.parallel.tensor_parallel, config.parallel.zero_stage
-    n, w, d = parameters(config.model, tp), weight_bytes(config), world_size // tp
-    masters = FP32 * n // d
-    if config.train.engine == "fsdp":
-        return State(masters, 2 * masters, masters)
-    if stage == 0:
-        return State(w * n + (0 if w == FP32 else FP32 * n), 2 * FP32 * n, FP32 * n)
-    weights = w * n // d if stage == 3 else w * n
-    return State(weights + masters, 2 * masters, FP32 * n if stage == 1 else masters)
 
 
 # --- activation checkpointing ---
@@ -195,8 +153,8 @@ def memory_table(config: RunConfig, device: torch.device, rounds: int) -> list[s
     rows = []
     for name, layout in data_layouts(config):
         measured = state_memory(layout, Mesh.create(layout.parallel, device.type), device)
-        theory = state_theory(layout, dist.get_world_size())
+        theory = training_state(layout, dist.get_world_size())
         pairs = [*zip(measured, theory, strict=True), (sum(measured), sum(theory))]
         rows.append([name, *(f"{m / MIB:.2f} / {t / MIB:.2f} = {m / t:.2f}" for m, t in pairs)])
-    title = "MiB on rank 0, measured / theory (`state_theory` says why they differ):"
-    return [title, "", *table(["layout", *State._fields, "between backward pass and step"], rows)]
+    title = "MiB on rank 0, measured / theory (`training_state` says why they differ):"
+    return [title, "", *table(["layout", *TrainingState._fields, "between backward pass and step"], rows)]

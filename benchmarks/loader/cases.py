@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.loader.system import Job
 from benchmarks.loader.tokens import TokenSet
 
 
@@ -43,6 +42,7 @@ class Case:
     item: str
     seq_len: int
     documents: bool = False
+    """Position ids and cu_seqlens too."""
     cold: bool = False
     """Without the files in the page cache."""
     shards: int = 1
@@ -50,14 +50,12 @@ class Case:
     """From the middle of the epoch."""
     huge: bool = False
     """A corpus of sparse files, larger than any disk here."""
-    workers: int = 0
 
     @property
     def label(self) -> str:
         words = [self.task, self.item, f"T={self.seq_len}"]
         words += [name for name in ("documents", "cold", "resume", "huge") if getattr(self, name)]
-        words += [f"{self.shards} shards"] * (self.shards > 1) + [f"{self.workers} workers"] * (self.workers > 0)
-        return " ".join(words)
+        return " ".join(words + [f"{self.shards} shards"] * (self.shards > 1))
 
     def token_set(self, scale: Scale, folder: Path) -> TokenSet:
         """The corpus that it reads."""
@@ -72,9 +70,9 @@ class Case:
         return TokenSet(folder / self.item, self.item, scale.tokens)
 
     @property
-    def job(self) -> Job:
-        rows = 4 if self.task == "check" else BATCH_TOKENS // self.seq_len
-        return Job(self.seq_len, rows, self.documents, self.workers)
+    def rows(self) -> int:
+        """Of a batch (B)."""
+        return 4 if self.task == "check" else BATCH_TOKENS // self.seq_len
 
 
 def parts(scale: Scale) -> Iterator[tuple[int, list[Case]]]:
@@ -83,8 +81,7 @@ def parts(scale: Scale) -> Iterator[tuple[int, list[Case]]]:
     grid = [(item, T, documents) for item in items for T in lengths for documents in (False, True)]
     checks = [Case("check", item, T, documents, shards=n) for item, T, documents in grid for n in (1, 3)]
     yield 1, [case for case in checks if case.shards * case.seq_len < CHECK_TOKENS // 3]
-    workers = [Case("rate", items[0], lengths[len(lengths) // 2], workers=2)] * (scale is FULL)
-    yield scale.rounds, [*(Case("rate", item, T, documents) for item, T, documents in grid), *workers]
+    yield scale.rounds, [Case("rate", item, T, documents) for item, T, documents in grid]
     starts = [Case("start", items[0], lengths[0], shards=n, resume=r) for n in counts for r in (False, True)]
     huge = [Case("start", items[0], lengths[0], shards=max(counts), huge=True, resume=r) for r in (False, True)]
     yield scale.rounds, starts + huge

@@ -11,24 +11,25 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.loader.system import Batch, Job
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batch
 from benchmarks.loader.tokens import DISTINCT_FROM, TokenSet
 
 
-def check(kind: str, tokens: TokenSet, job: Job, batches: Iterator[Batch]) -> str | None:
+def check(kind: str, tokens: TokenSet, case: Case, batches: Iterator[Batch]) -> str | None:
     """What is wrong with an epoch of batches, or None. `kind`: Entry.rows of the loader."""
     corpus = np.concatenate([tokens.read(shard) for shard in range(tokens.shards)]).astype(np.int64)
-    length = {"overlap": job.seq_len, "tile": job.seq_len + 1}.get(kind, job.seq_len)
-    expected = sum((size - (length == job.seq_len)) // length for size in tokens.sizes)
+    length = {"overlap": case.seq_len, "tile": case.seq_len + 1}.get(kind, case.seq_len)
+    expected = sum((size - (length == case.seq_len)) // length for size in tokens.sizes)
     found = []
-    for batch in islice(batches, expected // job.rows):  # the rest may be dropped or begin the next epoch
+    for batch in islice(batches, expected // case.rows):  # the rest may be dropped or begin the next epoch
         inputs, labels = _halves(batch)
-        if inputs.shape != (job.rows, job.seq_len) or labels.shape != inputs.shape:
-            return f"inputs {inputs.shape} and labels {labels.shape}; expected {(job.rows, job.seq_len)}"
+        if inputs.shape != (case.rows, case.seq_len) or labels.shape != inputs.shape:
+            return f"inputs {inputs.shape} and labels {labels.shape}; expected {(case.rows, case.seq_len)}"
         rows = np.concatenate([inputs, labels[:, -1:]], axis=1)
         if not np.array_equal(rows[:, 1:], labels):
             return "the labels are not the inputs' next tokens"
-        if job.documents and (wrong := _wrong_documents(batch, inputs, tokens.eod_id)):
+        if case.documents and (wrong := _wrong_documents(batch, inputs, tokens.eod_id)):
             return wrong
         found.append(rows)
     rows = np.concatenate(found)
@@ -36,9 +37,9 @@ def check(kind: str, tokens: TokenSet, job: Job, batches: Iterator[Batch]) -> st
     if kind == "documents":
         return _wrong_pieces(rows, corpus, tokens.eod_id, first)
     places = np.where(rows[:, 0] == tokens.eod_id, rows[:, 1] - 1, rows[:, 0]) - first
-    if places.min() < 0 or places.max() + job.seq_len >= corpus.size:
+    if places.min() < 0 or places.max() + case.seq_len >= corpus.size:
         return "a row is not of the corpus"
-    if not np.array_equal(rows, corpus[places[:, None] + np.arange(job.seq_len + 1)]):
+    if not np.array_equal(rows, corpus[places[:, None] + np.arange(case.seq_len + 1)]):
         return "a row is not one run of the corpus"
     if kind == "random":
         return None

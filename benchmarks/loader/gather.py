@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.loader.system import Batch, Batches, Job, System
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 
 SOURCE = Path(__file__).with_name("gather.c")
@@ -25,24 +26,24 @@ class Gather(System):
     def prepare(self, tokens: TokenSet, seq_len: int) -> None:
         subprocess.run(["cc", *FLAGS, "-o", str(_library(tokens)), str(SOURCE)], check=True)
 
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         gather = ctypes.CDLL(str(_library(tokens))).gather
         gather.restype, gather.argtypes = (
             ctypes.c_int64,
             [ctypes.c_void_p, *[ctypes.c_int64] * 7, *[ctypes.c_void_p] * 3],
         )
-        B, T, ids = job.rows, job.seq_len, tokens.read(0)
+        B, T, ids = case.rows, case.seq_len, tokens.read(0)
         native = self.form == "native"
         rows = torch.zeros(B, T + 1, dtype=getattr(torch, tokens.item) if native else torch.int64)
         positions, starts = torch.zeros(B, T, dtype=torch.int32), torch.zeros(B * T + 1, dtype=torch.int32)
         batch = Batch(rows, None) if native else Batch(rows[:, :-1], rows[:, 1:])
-        sizes = (tokens.item_size, rows.element_size(), T, B, tokens.eod_id if job.documents else -1)
+        sizes = (tokens.item_size, rows.element_size(), T, B, tokens.eod_id if case.documents else -1)
         buffers = tuple(buffer.data_ptr() for buffer in (rows, positions, starts))
         places, drawn = (ids.size - 1) // T, 0
         while True:
             count = gather(ids.ctypes.data, places, drawn, *sizes, *buffers)
             drawn += B
-            yield batch._replace(position_ids=positions, cu_seqlens=starts[: count + 1]) if job.documents else batch
+            yield batch._replace(position_ids=positions, cu_seqlens=starts[: count + 1]) if case.documents else batch
 
 
 def _library(tokens: TokenSet) -> Path:

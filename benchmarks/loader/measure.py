@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,8 +13,8 @@ import numpy as np
 
 from benchmarks.loader.cases import Case, Scale
 from benchmarks.loader.check import check
-from benchmarks.loader.process import Memory, cpu_seconds, drop, populate, warm
-from benchmarks.loader.system import Batch, Job
+from benchmarks.loader.process import Memory, drop, populate, warm
+from benchmarks.loader.system import Batch
 from benchmarks.loader.systems import SYSTEMS, build
 
 FEWEST = 2  # batches timed, however long they take
@@ -30,23 +29,21 @@ def prepare(name: str, case: Case, scale: Scale, folder: Path) -> Figures:
 
 def measure(name: str, case: Case, scale: Scale, folder: Path) -> Figures:
     """The figures of a case; what a check finds wrong is under `wrong`."""
-    system, tokens, job = build(name), case.token_set(scale, folder), case.job
+    system, tokens = build(name), case.token_set(scale, folder)
     system.begin()
-    if job.workers:  # processes beside the training one are meant for other cores
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     if case.task == "check":
-        with closing(system.open(tokens, job)) as batches:
-            wrong = check(SYSTEMS[name].rows, tokens, job, batches)
+        with closing(system.open(tokens, case)) as batches:
+            wrong = check(SYSTEMS[name].rows, tokens, case, batches)
         return {"wrong": wrong} if wrong else {}
     if not case.huge:
-        (drop if case.cold else warm)(system.files(tokens, job.seq_len))
+        (drop if case.cold else warm)(system.files(tokens, case.seq_len))
     state = None
     if case.resume:
-        state = system.state(tokens, job, (tokens.tokens - 1) // job.seq_len // 2 // job.rows * job.rows)
+        state = system.state(tokens, case, (tokens.tokens - 1) // case.seq_len // 2 // case.rows * case.rows)
     gc.collect()
     memory = Memory()
     began = time.perf_counter()
-    with closing(system.open(tokens, job, state)) as batches:
+    with closing(system.open(tokens, case, state)) as batches:
         next(batches)
         found: Figures = {"first_seconds": time.perf_counter() - began}
         if case.task == "rate":
@@ -55,23 +52,23 @@ def measure(name: str, case: Case, scale: Scale, folder: Path) -> Figures:
                 until = time.perf_counter() + scale.seconds / 3
                 while time.perf_counter() < until:
                     next(batches)
-            found |= _rate(batches, job, scale.seconds)
+            found |= _rate(batches, case, scale.seconds)
         return found | memory.taken()
 
 
-def _rate(batches: Iterator[Batch], job: Job, seconds: float) -> Figures:
+def _rate(batches: Iterator[Batch], case: Case, seconds: float) -> Figures:
     """Tokens per second, CPU time and latencies."""
     gc.collect()
     latencies = []
-    cpu = cpu_seconds()
+    cpu = time.process_time()
     now = began = time.perf_counter_ns()
     while now - began < seconds * 1e9 or len(latencies) < FEWEST:
         next(batches)
         after = time.perf_counter_ns()
         latencies.append(after - now)
         now = after
-    cpu = cpu_seconds() - cpu
-    count = len(latencies) * job.rows * job.seq_len
+    cpu = time.process_time() - cpu
+    count = len(latencies) * case.rows * case.seq_len
     p50, p99 = np.percentile(latencies, [50, 99]) / 1e6
     return {
         "tokens_s": count / (now - began) * 1e9,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.loader.system import Batch, Batches, Job, System
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.data import _native  # noqa: F401  imported before the clock starts, as every library is
+from llm.data.corpora import Corpora, Corpus
 from llm.data.loader import open_loader
 from llm.data.tokens.manifest import FORMAT, FileEntry, Manifest, Shards, Split, read_manifest
 
@@ -24,15 +26,16 @@ class Ingot(System):
         if not (tokens.folder / "manifest.json").exists():
             write_manifest(tokens)
 
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         config = RunConfig(
-            model=ModelConfig(vocab_size=tokens.vocab_size, max_seq_len=job.seq_len),
-            data=DataConfig(path=str(tokens.folder), seq_len=job.seq_len, document_masks=job.documents),
-            train=TrainConfig(engine="plain", global_batch_size=job.rows, micro_batch_size=job.rows),
+            model=ModelConfig(vocab_size=tokens.vocab_size, max_seq_len=case.seq_len),
+            data=DataConfig(path=str(tokens.folder), seq_len=case.seq_len, document_masks=case.documents),
+            train=TrainConfig(engine="plain", global_batch_size=case.rows, micro_batch_size=case.rows),
         )
-        manifest = read_manifest(tokens.folder)
-        widen = self.form == "int64"
-        loader = open_loader(config, manifest, dp_rank=0, dp_size=1, consumed=state or 0, widen=widen)
+        manifest, widen = read_manifest(tokens.folder), self.form == "int64"
+        corpus = Corpus(manifest.shard_list(tokens.folder, "train"), tokens.folder, manifest)
+        corpora = Corpora(config, tokens.folder, manifest, {str(tokens.folder): corpus})  # without a validation split
+        loader = open_loader(corpora, dp_rank=0, dp_size=1, consumed=state or 0, widen=widen)
         try:
             while True:
                 [batch] = loader.next_step().batches

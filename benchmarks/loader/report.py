@@ -13,7 +13,7 @@ from benchmarks.loader.systems import NEEDS, SYSTEMS
 from benchmarks.report import NONE, Curve, Panel, Record, heading, number, plot, spread, table
 
 LIMITS = {"Ingot": "C gather", "Ingot int64": "C gather int64"}  # the same rows into the same types
-PLAIN = {"documents": False, "cold": False, "resume": False, "huge": False, "workers": 0}  # unless a table says else
+PLAIN = {"documents": False, "cold": False, "resume": False, "huge": False}  # unless a table says else
 
 RATES = {
     "warm cache": {},
@@ -114,14 +114,15 @@ def costs(results: Results) -> list[str]:
         return []
     first = [column for column in results.columns if column[0] == results.columns[0][0]]
     item, T = first[len(first) // 2]
-    kinds = {"": {}, ", documents": {"documents": True}, ", 2 worker processes": {"workers": 2}}
     rows = []
-    for suffix, kind in kinds.items():
-        case = {"task": "rate", "item": item, "seq_len": T, **kind}
+    for documents in (False, True):
+        case = {"task": "rate", "item": item, "seq_len": T, "documents": documents}
         for name in results.systems(**case):
             middles = ((results.middle(name, key, **case), form) for key, form in COSTS.values())
             shown = [NONE if middle is None else form.format(middle) for middle, form in middles]
-            rows.append([name + suffix, spread(results.values(name, "tokens_s", **case), 1e-6), *shown])
+            rows.append(
+                [name + ", documents" * documents, spread(results.values(name, "tokens_s", **case), 1e-6), *shown]
+            )
     title = f"**What it costs, {item}, T {T}, warm cache**: medians, beyond a process with its libraries loaded"
     return ["", title, "", *table(["", "million tokens/s", *COSTS], rows)]
 

@@ -30,8 +30,6 @@ class Entry:
     starts: bool = True
     """Whether its start is measured."""
     resumes: bool = True
-    workers: bool = False
-    """Whether it can prepare batches in processes of its own."""
 
 
 def _gather(form: str) -> Entry:
@@ -43,11 +41,11 @@ SYSTEMS: dict[str, Entry] = {
     "Ingot int64": Entry("ours", "Ingot", {"form": "int64"}, "ours", documents=True, starts=False),
     "C gather": _gather("native"),
     "C gather int64": _gather("int64"),
-    "Megatron": Entry("rivals.megatron_gpt", "Megatron", rows="documents", documents=True, workers=True),
+    "Megatron": Entry("rivals.megatron_gpt", "Megatron", rows="documents", documents=True),
     "nanoGPT": Entry("rivals.nanogpt", "NanoGPT", rows="random", shards=False, resumes=False),
-    "torchdata": Entry("rivals.torchdata_rows", "TorchData", workers=True),
-    "MosaicML": Entry("rivals.mosaic", "Mosaic", workers=True),
-    "litdata": Entry("rivals.litdata_rows", "LitData", rows="tile", workers=True),
+    "torchdata": Entry("rivals.torchdata_rows", "TorchData"),
+    "MosaicML": Entry("rivals.mosaic", "Mosaic"),
+    "litdata": Entry("rivals.litdata_rows", "LitData", rows="tile"),
 }
 # What to install for a loader that is absent, with `-c constraints.txt`, so that torch stays the build that is there.
 NEEDS = {
@@ -76,5 +74,4 @@ def runs(name: str, case: Case) -> bool:
         and (entry.shards or case.shards == 1)
         and (entry.starts or case.task != "start")
         and (entry.resumes or not case.resume)
-        and (entry.workers or not case.workers)
     )

@@ -68,7 +68,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def wrong_documents(cu_seqlens: Tensor, tokens: int) -> str | None:
-    """What is wrong with the numbers in cu_seqlens, or None. Reads the tensor."""
+    """Return what is wrong with the numbers in cu_seqlens, or None. Reads the tensor."""
     bounds = cu_seqlens.tolist()
     if bounds[0] == 0 and bounds[-1] == tokens and sorted(bounds) == bounds:
         return None
@@ -80,9 +80,8 @@ def wrong_options(
     q: Tensor, k: Tensor, window: int | None, sparse: Strided | None, cu_seqlens: Tensor | None, softcap: float,
     dropout: DropoutKey | None, samples: Tensor | None,
 ) -> str | None:  # fmt: skip
-    """What is wrong with the arguments beyond q, k and v, or None. It is put in words only where it is wrong:
-    torch.compile cannot trace numbers that change from call to call into a message.
-    """
+    """Return what is wrong with the other arguments, or None."""
+    # Messages are formatted where they are needed: torch.compile cannot trace numbers that change into a string.
     (B, Tq), Tk = q.shape[:2], k.shape[1]
     if window is not None and window < 1:
         return f"found window = {window}, expected at least 1 key"
@@ -167,14 +166,6 @@ def attention_backward_op(
     return backward(do, dlse, q, k, v, o, lse, options_of(*options), samples, cu_seqlens)
 
 
-def _no_stock(sparse: Strided | None, softcap: float, lse: bool) -> str | None:
-    """Why the stock operator cannot do this, beyond dropout."""
-    asked = "a block-sparse pattern" if sparse is not None else "softcap" if softcap > 0 else "lse" if lse else None
-    if asked is None:
-        return None
-    return f"found that {asked} is asked for, which the stock operator has not: use impl=auto, triton or reference"
-
-
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, sparse: Strided | None, cu_seqlens: Tensor | None,
     softcap: float, dropout: DropoutKey | None, samples: Tensor | None, head_offset: int, deterministic: bool,
@@ -186,7 +177,9 @@ def _attention(
     expect(wrong is None, f"attention: {wrong}")
     key = dropout if dropout is not None and dropout.p > 0 else None
     no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p)
-    no_torch = no_torch or _no_stock(sparse, softcap, lse)
+    missing = "a block-sparse pattern" if sparse is not None else "softcap" if softcap > 0 else "lse" if lse else None
+    if missing is not None:
+        no_torch = f"found a request for {missing}, which the stock operator lacks: use impl=auto, triton or reference"
     form = choose(impl, "attention", device=q.device, dtype=q.dtype, no_triton=no_triton, no_torch=no_torch)
     if form == "torch":
         return stock(q, k, v, window=window, cu_seqlens=cu_seqlens), None
@@ -205,36 +198,23 @@ def _attention(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    sparse: Strided | None = None,
-    cu_seqlens: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout: DropoutKey | None = None,
-    samples: Tensor | None = None,
-    head_offset: int = 0,
-    deterministic: bool = True,
-    impl: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sparse: Strided | None = None,
+    cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
+    samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """dropout(softmax(cap(q k^T / sqrt(D)) + mask)) v (Vaswani et al. 2017, eq. 1).
 
-    q [B, Tq, H, D]; k, v [B, Tk, K, D], any strides; H a multiple of K: query head h uses key/value
-    head h // (H / K). Query row i stands at position Tk - Tq + i and sees the keys up to it
-    (decoding with a cache has Tq < Tk), of those:
+    q [B, Tq, H, D]; k, v [B, Tk, K, D], any strides; H a multiple of K: query head h uses key/value head h // (H / K).
+    Query row i stands at position Tk - Tq + i and sees the keys up to it (decoding with a cache has Tq < Tk), of those:
     window: the last `window` ones, its own among them (Beltagy et al. 2020).
     sparse: those of a block-sparse pattern; not together with window.
     cu_seqlens: int32 [documents + 1] on the device of q, ascending from 0 to B * T: where documents begin in the B * T
     tokens, for Tq = Tk = T. A query sees its own document; rows end documents too. Documents may be empty. The numbers
     are checked on a CPU only: on a GPU that would wait for it.
     softcap: cap(s) = softcap * tanh(s / softcap), 0 for none (Gemma 2, 2024).
-    dropout: drops weights by the mask keyed (sample, head, query position, key position), where
-    `samples` int64 [B] are global sample numbers and head_offset is the global number of the first
-    query head here.
-    deterministic: gradients have the same bits on every run; False allows dq to be summed in any order, with fewer
-    operations.
+    dropout: drops weights by the mask keyed (sample, head, query position, key position), where `samples` int64 [B] are
+    global sample numbers and head_offset is the global number of this rank's first query head.
+    deterministic: gradients have the same bits on every run; False sums dq in any order, with fewer operations.
     Returns [B, Tq, H, D] in the dtype of q. Differentiable once. impl: see kernels/dispatch.py; the stock operator has
     no sparse, softcap or dropout. Raises KernelError on arguments that do not fit together or a form that cannot run.
     """
@@ -244,23 +224,11 @@ def attention(
 
 
 def attention_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    sparse: Strided | None = None,
-    cu_seqlens: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout: DropoutKey | None = None,
-    samples: Tensor | None = None,
-    head_offset: int = 0,
-    deterministic: bool = True,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """(attention(...), lse): lse fp32 [B, H, Tq] is the natural logarithm of each query's sum of exp(score) over the
-    keys that it sees, before dropout. Both are differentiable. The stock operator does not give it.
-    """
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sparse: Strided | None = None,
+    cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
+    samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return attention(...) and lse fp32 [B, H, Tq], the natural log-sum-exp of each query's scores before dropout."""
     o, lse = _attention(
         q, k, v, window, sparse, cu_seqlens, softcap, dropout, samples, head_offset, deterministic, impl, True
     )

@@ -29,15 +29,13 @@ MAY_BEGIN = tl.constexpr(2)  # or end
 
 
 @triton.jit
-def place(tiles, section):
-    """(tile, head) of this program. The heads run in sections whose tensors fit the L2 cache together; in a section
-    tile 0 of every head comes first, then every tile 1, and so on.
-    """
+def tile_and_head(tiles, section):
+    """Return (tile, head) of this program. Heads run in sections that fit the L2 cache: tile 0 of each, then tile 1."""
     heads = tl.num_programs(0) // tiles
     first = tl.program_id(0) // (tiles * section) * section
-    here = tl.minimum(section, heads - first)
+    size = tl.minimum(section, heads - first)
     number = tl.program_id(0) - first * tiles
-    return number // here, first + number % here
+    return number // size, first + number % size
 
 
 @triton.jit
@@ -209,9 +207,7 @@ def query_of(step, far, block, SPARSE: tl.constexpr, STRIDE: tl.constexpr):
 def document_bounds_kernel(
     cu_seqlens_ptr, starts_ptr, ends_ptr, documents, steps, T, tokens, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """starts, ends int32 [B, T]: the first and the last token of each token's document, counted from where the token's
-    row begins; outside of the row if the document goes on there. A binary search of cu_seqlens [documents + 1].
-    """
+    """Write the first and last token of each token's document, int32 [B, T], relative to its row (maybe outside)."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros((BLOCK,), tl.int32)
     high = low + documents

@@ -16,14 +16,9 @@ from kernels.philox import DropoutKey, keep_mask
 
 
 def visible(
-    B: int,
-    Tq: int,
-    Tk: int,
-    window: int | None,
-    sparse: Strided | None,
-    cu_seqlens: Tensor | None,
+    B: int, Tq: int, Tk: int, window: int | None, sparse: Strided | None, cu_seqlens: Tensor | None,
     device: torch.device,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """True where a query sees a key: bool [1, Tq, Tk], or [B, Tq, Tk] with documents."""
     rows = torch.arange(Tk - Tq, Tk, device=device)[:, None]
     cols = torch.arange(Tk, device=device)
@@ -41,18 +36,10 @@ def visible(
 
 
 def attention_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    sparse: Strided | None = None,
-    cu_seqlens: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout: DropoutKey | None = None,
-    samples: Tensor | None = None,
-    head_offset: int = 0,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sparse: Strided | None = None,
+    cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
+    samples: Tensor | None = None, head_offset: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(attention(...), lse [B, H, Tq]): the natural logarithm of each query's sum of exp(score), in fp32 or fp64."""
     B, Tq, H, D = q.shape
     Tk, K = k.shape[1], k.shape[2]
@@ -74,18 +61,10 @@ def attention_with_lse(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    sparse: Strided | None = None,
-    cu_seqlens: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout: DropoutKey | None = None,
-    samples: Tensor | None = None,
-    head_offset: int = 0,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sparse: Strided | None = None,
+    cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
+    samples: Tensor | None = None, head_offset: int = 0,
+) -> Tensor:  # fmt: skip
     """dropout(softmax(cap(q k^T / sqrt(D)) + mask)) v; see kernels.attention.attention."""
     return attention_with_lse(
         q, k, v, window=window, sparse=sparse, cu_seqlens=cu_seqlens, softcap=softcap,

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention.options import Options
-from kernels.dispatch import INTERPRETED, interpretable, padded
+from kernels.dispatch import INTERPRETED, interpretable, last_contiguous, padded
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,7 @@ class Tile:
 
 
 def tile_width(D: int) -> int:
-    """The side of a tile that holds a head of width D; 16 is the least that a matrix instruction
-    takes.
-    """
+    """Return the padded width of heads of width D: at least 16, as the matrix instructions need."""
     return padded(D, 16)
 
 
@@ -174,10 +172,9 @@ def tables_for(major: int) -> Tables:
 def tile_for(
     kind: str, D: int, itemsize: int, major: int, *, crowded: bool = False, small: bool = False, described: bool = True
 ) -> Tile:
-    """The tile of `kind` ("forward", "dkdv", "dq", or "fused": the backward pass in one kernel) for heads of width D.
+    """Return the tile of `kind` (one of KINDS) for heads of width D. crowded, small: see Tables.
 
-    itemsize: bytes per element. major: of the compute capability. crowded, small: see Tables. described: whether TMA
-    descriptors can stand for the inputs.
+    itemsize: bytes per element. major: of the compute capability. described: whether inputs fit TMA descriptors.
     """
     key = kind, tile_width(D)
     if itemsize == 4:
@@ -233,14 +230,12 @@ def describable(*inputs: Tensor) -> bool:
 
 
 def loadable(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """The inputs as the kernels may load them: copies of those whose last stride is not 1."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in interpretable(*inputs))
+    """Return the inputs as the kernels may load them: copies of those whose last stride is not 1."""
+    return tuple(last_contiguous(x) for x in interpretable(*inputs))
 
 
 def sources(tile: Tile, *inputs: tuple[Tensor, int]) -> tuple[list[Tensor | TensorDescriptor], list[int]]:
-    """(what the kernels load each input [B, T, H, D] from, three strides of each). inputs: each with the rows of its
-    tiles; TMA descriptors can stand for them if the tile has `tma`.
-    """
+    """Return what inputs (x, rows of its tiles) are loaded from (TMA descriptors if `tile.tma`), and their strides."""
     views = [x for x, _ in inputs]
     strides = [stride for view in views for stride in view.stride()[:3]]
     if not tile.tma:

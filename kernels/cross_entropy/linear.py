@@ -37,10 +37,7 @@ def chunk_tokens(device: torch.device) -> int:
 
 @cache
 def accumulates(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch adds a product of 16-bit matrices to an fp32 matrix, without rounding or storing it first.
-
-    Releases differ in what they accept: it is tried once, on small matrices.
-    """
+    """Try whether this torch adds a product of 16-bit matrices to an fp32 matrix without rounding it first."""
     total, factor = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
@@ -119,10 +116,8 @@ def _fake(x, weight, targets, rows, start, ignore_index, z_loss, softcap, chunk,
 
 
 def scaled(grad_x: Tensor, grad_weight: Tensor, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both times grad [], the weight's rounded once to `dtype`.
-
-    Not in place: the memory that this takes is less than that of a chunk's logits, which are gone by now.
-    """
+    """Return both gradients times grad [], the weight's rounded once to `dtype`."""
+    # Not in place: this takes less memory than a chunk's logits, which are gone by now.
     if grad_weight.dtype == dtype:
         return grad_x * grad, grad_weight * grad
     return grad_x * grad, torch.mul(grad_weight, grad, out=torch.empty_like(grad_weight, dtype=dtype))
@@ -177,21 +172,13 @@ class DividedLinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    z_loss: float = 0.0,
-    ignore_index: int = IGNORED,
-    softcap: float = 0.0,
-    vocabulary: Vocabulary | None = None,
-    chunk: int | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float = 0.0, ignore_index: int = IGNORED,
+    softcap: float = 0.0, vocabulary: Vocabulary | None = None, chunk: int | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """The sum of the cross-entropies of logits x weight^T: fp32 []; the equations are kernels/cross_entropy/rows.py's.
 
     x [..., C], weight [V, C] in one dtype; targets int64 [...], token ids, which are not checked; a target that is
-    `ignore_index` counts nothing. vocabulary: the columns that are here, all of them if None; with others, x's gradient
+    `ignore_index` counts nothing. vocabulary: the columns of this rank, all of them if None; with others, x's gradient
     is this rank's summand. chunk: tokens whose logits exist at once; 4096 on a GPU and 1024 on a CPU unless given.
 
     Differentiable once, with respect to x and weight. impl: see kernels/dispatch.py; triton

@@ -10,14 +10,9 @@ from kernels.dispatch import wide
 
 
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-    softcap: float = 0.0,
+    logits: Tensor, targets: Tensor, *, z_loss: float = 0.0, ignore_index: int = -100, softcap: float = 0.0,
     vocabulary: Vocabulary | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(losses, log-sum-exp without a gradient) [N] each; see kernels.cross_entropy.cross_entropy."""
     vocabulary = vocabulary or WholeVocabulary(logits.shape[-1])
     z = wide(logits)[:, : vocabulary.rows]

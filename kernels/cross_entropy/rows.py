@@ -80,12 +80,12 @@ def row_log_sum(row_ptr, rows, softcap, LANES: tl.constexpr, SOFTCAP: tl.constex
     tile = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     # A finite start: -inf - -inf is not a number.
     top, total = tl.full((LANES,), -1e38, tl.float32), tl.zeros((LANES,), tl.float32)
-    whole = rows // (LANES * VECTOR) * (LANES * VECTOR)
-    for first in range(0, whole, LANES * VECTOR):
+    full = rows // (LANES * VECTOR) * (LANES * VECTOR)
+    for first in range(0, full, LANES * VECTOR):
         top, total = add_tile(top, total, load_tile(row_ptr, first + tile, rows, softcap, False, SOFTCAP))
-    if whole < rows:
-        z = load_tile(row_ptr, whole + tile, rows, softcap, True, SOFTCAP)
-        top, total = add_tile(top, total, tl.where(whole + tile < rows, z, float("-inf")))
+    if full < rows:
+        z = load_tile(row_ptr, full + tile, rows, softcap, True, SOFTCAP)
+        top, total = add_tile(top, total, tl.where(full + tile < rows, z, float("-inf")))
     highest = tl.max(top, 0)
     return highest + tl.log(tl.sum(total * tl.exp2((top - highest) * LOG2E), 0))
 
@@ -107,16 +107,16 @@ def write_gradient(
     """factor * dloss / du of a row, 0 in its padding; out_ptr may be row_ptr."""
     tile = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     weight = factor * (1.0 + 2.0 * z_loss * log_sum)
-    whole = rows // (LANES * VECTOR) * (LANES * VECTOR)
+    full = rows // (LANES * VECTOR) * (LANES * VECTOR)
     # From the end, which was read last and is the likeliest to be in the cache still.
-    for first in range(whole, columns, LANES * VECTOR):
+    for first in range(full, columns, LANES * VECTOR):
         cols = first + tile
         z = load_tile(row_ptr, cols, rows, softcap, True, SOFTCAP)
         gradient = gradient_tile(z, cols, local, log_sum, weight, factor, softcap, SOFTCAP)
         gradient = tl.where(cols < rows, gradient, 0.0)
         tl.store(out_ptr + cols, gradient.to(out_ptr.dtype.element_ty), cols < columns)
-    for done in range(0, whole, LANES * VECTOR):
-        cols = whole - LANES * VECTOR - done + tile
+    for done in range(0, full, LANES * VECTOR):
+        cols = full - LANES * VECTOR - done + tile
         z = load_tile(row_ptr, cols, rows, softcap, False, SOFTCAP)
         gradient = gradient_tile(z, cols, local, log_sum, weight, factor, softcap, SOFTCAP)
         tl.store(out_ptr + cols, gradient.to(out_ptr.dtype.element_ty))
@@ -268,7 +268,7 @@ def scale_rows_op(x: Tensor, factor: Tensor) -> None:
 def combine(
     log_sum: Tensor, target_logit: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """(losses, log-sum-exp) fp32 [n] each over all columns, from the log-sum-exp and target's logit of those here."""
+    """(losses, log-sum-exp) fp32 [n] each over all columns, from the log-sum-exp and target's logit of this rank's."""
     log_sum, target_logit = vocabulary.join(log_sum, target_logit)
     losses = log_sum - target_logit + terms.z_loss * log_sum.square()
     return losses.masked_fill(targets == terms.ignore_index, 0.0), log_sum
@@ -286,15 +286,15 @@ def stock(
     z[:, terms.rows :] = float("-inf")
     counted = targets != terms.ignore_index
     local = targets - terms.start
-    here = counted & (local >= 0) & (local < terms.rows)
-    column = local.masked_fill(~here, 0).unsqueeze(-1)
-    target_logit = z.gather(-1, column).squeeze(-1).masked_fill(~here, 0.0)
+    owned = counted & (local >= 0) & (local < terms.rows)
+    column = local.masked_fill(~owned, 0).unsqueeze(-1)
+    target_logit = z.gather(-1, column).squeeze(-1).masked_fill(~owned, 0.0)
     losses, log_sum = combine(z.logsumexp(dim=-1), target_logit, targets, terms, vocabulary)
     if not differentiate:
         return losses, log_sum, None
     grad = z.sub_(log_sum.unsqueeze(-1)).exp_()  # softmax, in the logits' memory
     grad *= ((1.0 + 2.0 * terms.z_loss * log_sum) * counted).unsqueeze(-1)
-    grad.scatter_add_(-1, column, -here.to(grad.dtype).unsqueeze(-1))
+    grad.scatter_add_(-1, column, -owned.to(grad.dtype).unsqueeze(-1))
     return losses, log_sum, grad.mul_(slope) if terms.softcap > 0 else grad
 
 
@@ -347,20 +347,13 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    z_loss: float = 0.0,
-    ignore_index: int = IGNORED,
-    softcap: float = 0.0,
-    vocabulary: Vocabulary | None = None,
-    inplace: bool = False,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, targets: Tensor, *, z_loss: float = 0.0, ignore_index: int = IGNORED, softcap: float = 0.0,
+    vocabulary: Vocabulary | None = None, inplace: bool = False, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(losses, log-sum-exp) fp32 [N] each, 0 where targets are `ignore_index`; the equations are this file's.
 
     logits [N, V] with any strides; targets int64 [N], token ids, which are not checked. vocabulary: the columns that
-    are here, all of them if None. Differentiable once, with respect to the logits, through the losses.
+    are this rank's, all of them if None. Differentiable once, with respect to the logits, through the losses.
 
     inplace=False: the logits are read once forward and once backward, and their gradient is a new tensor.
     inplace=True: the logits are consumed. Their gradient is computed along with the losses and takes their place; the

@@ -11,7 +11,7 @@ from kernels.dispatch import KernelError
 
 
 class Vocabulary(Protocol):
-    """The columns of the logits [n, V] that are here."""
+    """The columns of the logits [n, V] that this rank has."""
 
     start: int
     """Token id of the first column."""
@@ -19,12 +19,12 @@ class Vocabulary(Protocol):
     """Columns that are token ids; those after them are padding."""
 
     def join(self, log_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-        """log sum_j exp(z_j) and the target's logit (0 if elsewhere) of the columns here -> of all; fp32 [n] each."""
+        """log sum_j exp(z_j) and the target's logit (0 if elsewhere) of this rank -> of all; fp32 [n] each."""
         ...
 
 
 class WholeVocabulary:
-    """Every column is here."""
+    """A vocabulary that one rank holds."""
 
     def __init__(self, rows: int) -> None:
         self.start = 0

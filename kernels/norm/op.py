@@ -126,10 +126,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, impl: str = "auto") -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (Zhang & Sennrich 2019).
-
-    Arguments, result and errors as layer_norm's.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight in fp32 (Zhang & Sennrich 2019); arguments and errors as layer_norm's."""
     return norm("rms_norm", x, weight, None, eps, impl)
 
 

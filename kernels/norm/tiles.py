@@ -68,8 +68,6 @@ def rows_to_tile(C: int) -> int:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x [..., C] as [B, T, C] with the last dimension contiguous; copies only where the strides of other than three
-    dimensions, or of the last, force it.
-    """
+    """Return x [..., C] as [B, T, C] with a contiguous last dimension, copied only where its strides force it."""
     rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
-from kernels.cross_entropy.linear import linear_cross_entropy
-from kernels.cross_entropy.vocabulary import Vocabulary
+from kernels.cross_entropy import Vocabulary, linear_cross_entropy
 from kernels.dropout import dropout
 from kernels.embedding import embedding
 from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm

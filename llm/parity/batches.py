@@ -1,4 +1,4 @@
-"""Made-up batches, the same for a layout and its oracle: no corpus is needed, and every rank can make them."""
+"""Random batches that every rank can make without a corpus: for layouts, their oracle, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llm.config import RunConfig
 from llm.model.layers import IGNORED_TARGET, Documents
 from llm.train.engines.base import MicroBatch
 
-DOCUMENTS = 4  # that begin within a row, on average, where documents are told apart
+DOCUMENTS = 4  # that begin within a row, on average, with data.document_masks
 
 
 def counted_targets(batch: int, length: int) -> list[int]:
@@ -31,9 +31,8 @@ def documents_of(begins: Tensor) -> Documents:
     begins = begins.clone()
     begins[:, 0] = True
     (starts,) = begins.flatten().nonzero(as_tuple=True)
-    places = torch.arange(begins.numel())
     cu_seqlens = torch.cat([starts, torch.tensor([begins.numel()])])
-    position_ids = places - starts.repeat_interleave(cu_seqlens.diff())
+    position_ids = torch.arange(begins.numel()) - starts.repeat_interleave(cu_seqlens.diff())
     return Documents(position_ids.view(begins.shape), cu_seqlens.to(torch.int32))
 
 
@@ -43,7 +42,7 @@ def micro_batches(
     """A data-parallel rank's micro-batches of a step.
 
     Tokens are uniform over the vocabulary, from a generator keyed by the seed and the step, and so are the places where
-    documents begin, with data.document_masks; sample numbers are global. Not ragged: every target counts.
+    documents begin, with data.document_masks; sample numbers are global. Without `ragged` every target counts.
     """
     G, T, size = config.train.global_batch_size, config.data.seq_len, config.train.micro_batch_size
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)

@@ -21,8 +21,7 @@ from llm.model.layers import IGNORED_TARGET
 from llm.parity import report as reports
 from llm.parity.batches import counted_targets, micro_batches, target_count
 from llm.parity.compare import Check, Scalar, distance, gradient_check, scalar_checks, state_check, worst
-from llm.parity.gather import gather_state, shared_names
-from llm.parity.layout import global_shapes
+from llm.parity.layout import gather_state, global_shapes, shared_names
 from llm.parity.oracle import oracle_config
 from llm.parity.report import Report, group_of
 from llm.parity.shrink import _host_bytes, needed_bytes, shrink, smaller

@@ -8,7 +8,8 @@ import torch
 from litdata import StreamingDataLoader, StreamingDataset, TokensLoader  # pyright: ignore[reportMissingImports]
 from litdata.streaming.cache import Cache  # pyright: ignore[reportMissingImports]
 
-from benchmarks.loader.system import Job, Stateful, finished
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Stateful, finished
 from benchmarks.loader.tokens import TokenSet
 
 CHUNK_BYTES = 1 << 26
@@ -36,10 +37,10 @@ class LitData(Stateful):
     def files(self, tokens: TokenSet, seq_len: int) -> list[Path]:
         return list(_folder(tokens).glob("*.bin"))
 
-    def loader(self, tokens: TokenSet, job: Job) -> StreamingDataLoader:
-        loader = TokensLoader(block_size=job.seq_len + 1)
+    def loader(self, tokens: TokenSet, case: Case) -> StreamingDataLoader:
+        loader = TokensLoader(block_size=case.seq_len + 1)
         dataset = StreamingDataset(str(_folder(tokens)), item_loader=loader, shuffle=True, drop_last=True)
-        return StreamingDataLoader(dataset, batch_size=job.rows, num_workers=job.workers, drop_last=True)
+        return StreamingDataLoader(dataset, batch_size=case.rows, drop_last=True)
 
 
 def _folder(tokens: TokenSet) -> Path:

@@ -9,7 +9,8 @@ from streaming import MDSWriter, StreamingDataLoader, StreamingDataset  # pyrigh
 from streaming.base.util import clean_stale_shared_memory  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from benchmarks.loader.system import Batches, Job, Stateful, finished
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batches, Stateful, finished
 from benchmarks.loader.tokens import TokenSet
 
 SHARD_BYTES = 1 << 26  # its default
@@ -37,25 +38,25 @@ class Mosaic(Stateful):
     def begin(self) -> None:
         clean_stale_shared_memory()  # of a process before that was ended: else it refuses to start
 
-    def loader(self, tokens: TokenSet, job: Job) -> StreamingDataLoader:
+    def loader(self, tokens: TokenSet, case: Case) -> StreamingDataLoader:
         dataset = StreamingDataset(
-            local=str(_folder(tokens, job.seq_len)), shuffle=True, batch_size=job.rows, num_canonical_nodes=1
+            local=str(_folder(tokens, case.seq_len)), shuffle=True, batch_size=case.rows, num_canonical_nodes=1
         )
-        return StreamingDataLoader(dataset, batch_size=job.rows, num_workers=job.workers, drop_last=True)
+        return StreamingDataLoader(dataset, batch_size=case.rows, drop_last=True)
 
     def rows(self, found: Any) -> Tensor:
         return found["tokens"]
 
-    def state(self, tokens: TokenSet, job: Job, consumed: int) -> Any:
-        loader = self.loader(tokens, job)
+    def state(self, tokens: TokenSet, case: Case, consumed: int) -> Any:
+        loader = self.loader(tokens, case)
         state = loader.dataset.state_dict(consumed, from_beginning=True)  # pyright: ignore
         del loader
         clean_stale_shared_memory()
         return state | {"epoch": 0}
 
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         try:
-            yield from super().open(tokens, job, state)
+            yield from super().open(tokens, case, state)
         finally:
             clean_stale_shared_memory()
 

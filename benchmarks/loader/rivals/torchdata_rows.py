@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader  # pyright: ignore[reportMissingImports]
 
-from benchmarks.loader.system import Job, Stateful
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Stateful
 from benchmarks.loader.tokens import TokenSet
 
 
@@ -35,7 +36,7 @@ class Rows(Dataset):
 
 
 class TorchData(Stateful):
-    def loader(self, tokens: TokenSet, job: Job) -> StatefulDataLoader:
+    def loader(self, tokens: TokenSet, case: Case) -> StatefulDataLoader:
         torch.manual_seed(0)
-        rows = Rows(tokens, job.seq_len)
-        return StatefulDataLoader(rows, job.rows, shuffle=True, num_workers=job.workers, drop_last=True)
+        rows = Rows(tokens, case.seq_len)
+        return StatefulDataLoader(rows, case.rows, shuffle=True, drop_last=True)

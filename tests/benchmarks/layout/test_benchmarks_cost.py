@@ -10,16 +10,15 @@ import torch
 
 from benchmarks.layout.cost import (
     AS_IN_THEORY,
-    State,
     activation_table,
     activations,
     data_layouts,
     memory_table,
     state_memory,
-    state_theory,
 )
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
+from llm.plan.memory import TrainingState, training_state
 from pool import RankPool
 from tiny_run import case
 
@@ -27,9 +26,9 @@ CPU = torch.device("cpu")
 PARAMETERS = 2 * 12 + 3  # of BASE's model; Adam counts the steps of each, or of each flat group, in 4 bytes
 
 
-def measured(config: RunConfig) -> tuple[State, State]:
+def measured(config: RunConfig) -> tuple[TrainingState, TrainingState]:
     mesh = Mesh.create(config.parallel, "cpu")
-    return state_memory(config, mesh, CPU), state_theory(config, mesh.world_size)
+    return state_memory(config, mesh, CPU), training_state(config, mesh.world_size)
 
 
 EXACT: dict[str, dict[str, Any]] = {

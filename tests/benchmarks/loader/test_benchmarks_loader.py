@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,9 +18,9 @@ from benchmarks.loader import runner, server
 from benchmarks.loader.cases import FULL, Case, parts
 from benchmarks.loader.check import check, documents_of
 from benchmarks.loader.gather import Gather
-from benchmarks.loader.process import Memory, cpu_seconds, descendants, drop, populate, warm
+from benchmarks.loader.process import Memory, drop, populate, warm
 from benchmarks.loader.runner import Runner
-from benchmarks.loader.system import Batch, Job
+from benchmarks.loader.system import Batch
 from benchmarks.loader.systems import NEEDS, SYSTEMS, build, runs
 from benchmarks.loader.tokens import TokenSet
 from llm.data.tokens.megatron import read_index
@@ -79,9 +77,9 @@ def test_tokens_of_an_interrupted_run_are_made_again(tmp_path: Path) -> None:
 def test_the_c_loop_copies_rows_of_the_corpus(
     distinct: dict[str, TokenSet], item: str, form: str, with_documents: bool
 ) -> None:
-    gather, job, tokens = Gather(form), Job(1000, 5, with_documents), distinct[item]
+    gather, case, tokens = Gather(form), Case("check", item, 1000, with_documents), distinct[item]
     gather.prepare(tokens, 1000)
-    batches = gather.open(tokens, job)
+    batches = gather.open(tokens, case)
     first = next(batches).inputs.clone()
     assert first.dtype == {"native": getattr(torch, item), "int64": torch.int64}[form]
     second = next(batches).inputs
@@ -89,7 +87,7 @@ def test_the_c_loop_copies_rows_of_the_corpus(
     ids, rows = tokens.read(0).astype(np.int64), first.numpy().astype(np.int64)
     row = rows[0][:1000]
     assert any(np.array_equal(ids[start : start + 1000], row) for start in range(0, 59_000, 1000))
-    assert check("random", tokens, job, gather.open(tokens, job)) is None
+    assert check("random", tokens, case, gather.open(tokens, case)) is None
 
 
 # tests/benchmarks/loader/test_benchmarks_loader_report.py runs the others
@@ -112,29 +110,29 @@ def documents(inputs: np.ndarray, eod_id: int) -> dict[str, torch.Tensor]:
     return {"position_ids": torch.from_numpy(position_ids), "cu_seqlens": torch.from_numpy(starts)}
 
 
-def right(tokens: TokenSet, job: Job) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def right(tokens: TokenSet, case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and labels of a shuffled epoch."""
-    T, ids = job.seq_len, torch.from_numpy(tokens.read(0).astype(np.int64))
-    for places in torch.randperm((tokens.tokens - 1) // T).split(job.rows):
+    T, ids = case.seq_len, torch.from_numpy(tokens.read(0).astype(np.int64))
+    for places in torch.randperm((tokens.tokens - 1) // T).split(case.rows):
         rows = torch.stack([ids[place * T : place * T + T + 1] for place in places.tolist()])
         yield rows[:, :-1].clone(), rows[:, 1:].clone()
 
 
-def changed(tokens: TokenSet, job: Job, change) -> str | None:
+def changed(tokens: TokenSet, case: Case, change) -> str | None:
     """What check() says of right batches after `change(number, inputs, labels)`."""
 
     def batches():
-        for number, (inputs, labels) in enumerate(right(tokens, job)):
-            more = documents(inputs.numpy(), tokens.eod_id) if job.documents else {}
+        for number, (inputs, labels) in enumerate(right(tokens, case)):
+            more = documents(inputs.numpy(), tokens.eod_id) if case.documents else {}
             change(number, inputs, labels, more)
             yield Batch(inputs, labels, **more)
 
-    return check("overlap", tokens, job, batches())
+    return check("overlap", tokens, case, batches())
 
 
 def test_what_is_wrong_with_batches_is_seen(distinct: dict[str, TokenSet]) -> None:
-    tokens, job = distinct["uint32"], Job(500, 4, documents=True)
-    assert changed(tokens, job, lambda *_: None) is None
+    tokens, case = distinct["uint32"], Case("check", "uint32", 500, documents=True)
+    assert changed(tokens, case, lambda *_: None) is None
 
     def labels(number, inputs, labels, more):
         labels[1, 3] += 1
@@ -172,11 +170,11 @@ def test_what_is_wrong_with_batches_is_seen(distinct: dict[str, TokenSet]) -> No
         shapes: "expected (4, 500)",
     }
     for change, words in expected.items():
-        assert words in (changed(tokens, job, change) or ""), change.__name__
+        assert words in (changed(tokens, case, change) or ""), change.__name__
 
 
 def test_rows_of_shuffled_documents_are_checked_piece_by_piece(distinct: dict[str, TokenSet]) -> None:
-    tokens, job = distinct["uint16"], Job(1000, 1)
+    tokens, case = distinct["uint16"], Case("check", "uint16", 1000)
     ids = tokens.read(0).astype(np.int64)
     ends = np.flatnonzero(ids == 0) + 1
     pieces = np.split(ids, ends[:-1])
@@ -184,7 +182,8 @@ def test_rows_of_shuffled_documents_are_checked_piece_by_piece(distinct: dict[st
 
     def said(stream: np.ndarray) -> str | None:
         rows = [torch.from_numpy(stream[i * 1000 : i * 1000 + 1001].copy()) for i in range((stream.size - 1) // 1000)]
-        return check("documents", tokens, job, (Batch(row[None, :-1], row[None, 1:]) for row in rows))
+        batches = (torch.stack(rows[i : i + 4]) for i in range(0, len(rows), 4))
+        return check("documents", tokens, case, (Batch(batch[:, :-1], batch[:, 1:]) for batch in batches))
 
     assert said(stream) is None
     inside = next(place for place in np.flatnonzero(stream == 0).tolist() if 10 < place % 1000 < 990)
@@ -200,22 +199,14 @@ def test_rows_of_shuffled_documents_are_checked_piece_by_piece(distinct: dict[st
     assert "twice" in (said(np.tile(stream[:whole], 3)) or "")
 
 
-def test_memory_and_cpu_time_of_children_count() -> None:
+def test_memory_is_counted_from_the_beginning() -> None:
+    kept = np.ones(5_000_000)
     memory = Memory()
     assert memory.taken()["peak_mb"] < 5
     block = np.ones(5_000_000)
     assert 38 < memory.taken()["anonymous_mb"] < 60
     del block
-    work = "x = bytearray(60_000_000); sum(range(10**7)); print(1, flush=True); import sys; sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", work], stdin=-1, stdout=-1, text=True) as child:
-        assert child.stdout and child.stdin
-        child.stdout.readline()
-        assert child.pid in descendants(os.getpid())
-        assert memory.taken()["anonymous_mb"] > 55
-        childs = sum(map(int, Path(f"/proc/{child.pid}/stat").read_text().split()[13:15])) / os.sysconf("SC_CLK_TCK")
-        assert cpu_seconds() - time.process_time() > childs - 0.02 > 0.05
-        child.stdin.close()
-    assert memory.taken()["peak_mb"] > 38
+    assert memory.taken()["anonymous_mb"] < 5 < 38 < memory.taken()["peak_mb"] and len(kept)
 
 
 def test_files_are_warmed_and_dropped(tmp_path: Path) -> None:
@@ -375,7 +366,6 @@ def test_what_is_asked_of_whom() -> None:
     assert takers(task="start") == start | {"nanoGPT"}
     assert takers(task="start", shards=1000) == takers(task="start", resume=True) == start
     assert takers(task="start", huge=True) == {"Ingot"}
-    assert takers(workers=2) == {"Megatron", "torchdata", "MosaicML", "litdata"}
     labels = [case.label for _, cases in parts(FULL) for case in cases]
     assert len(set(labels)) == len(labels)
 

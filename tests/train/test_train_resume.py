@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-import torch
 
 from llm.config import PhaseChange, RunConfig
 from llm.config.parse import to_dict
-from llm.data.samples.schedule import corpus_names
+from llm.data.corpora import blends_of
 from llm.errors import InputError
-from llm.train import start
-from llm.train.start import Run, _check_resumable, checkpoint_state
+from llm.train.resume import check_resumable, check_same_model, checkpoint_state
 from tiny_run import BASE
 
 FIRST = PhaseChange(16, seq_len=8)
@@ -28,30 +26,25 @@ def config(**data: Any) -> RunConfig:
     return replace(BASE, data=replace(BASE.data, **{"blend": {"a": 1.0, "c": 2.0}, "phases": PHASES, **data}))
 
 
-class NoEngine:
-    def scalar_state(self) -> dict[str, Any]:
-        return {}
+@dataclass(frozen=True)
+class Digests:
+    """Corpora of which only these digests are known."""
 
+    config: RunConfig
+    digests: dict[str, str]
 
-def identity(config: RunConfig, manifest: Any) -> dict[str, str]:
-    return {name: manifest[name] for name in corpus_names(config)}
+    def identity(self, phases: int | None = None) -> dict[str, str]:
+        return {name: self.digests[name] for blend in blends_of(self.config)[:phases] for name in blend}
 
 
 def saved(step: int, config: RunConfig) -> dict[str, Any]:
-    data: Any = identity(config, DIGESTS)
-    unused: Any = None
-    engine: Any = NoEngine()
-    return checkpoint_state(Run(config, unused, unused, data, unused, torch.device("cpu"), step, 5, None, engine))
+    corpora: Any = Digests(config, DIGESTS)
+    return checkpoint_state(config, corpora, step, 5, {})
 
 
 def resume(step: int, after: RunConfig, digests: dict[str, str] = DIGESTS, before: RunConfig | None = None) -> None:
-    manifest: Any = digests
-    _check_resumable(after, manifest, saved(step, before or config()))
-
-
-@pytest.fixture(autouse=True)
-def known_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "data_identity", identity)
+    corpora: Any = Digests(after, digests)
+    check_resumable(after, corpora, saved(step, before or config()))
 
 
 def test_a_checkpoint_counts_samples_by_phase() -> None:
@@ -130,8 +123,23 @@ def test_the_data_of_phases_that_have_begun_is_as_it_was() -> None:
 
 def test_a_count_that_is_not_the_configs_is_refused() -> None:
     state = saved(3, config()) | {"consumed_samples": 25}
-    manifest: Any = DIGESTS
+    corpora: Any = Digests(config(), DIGESTS)
     with pytest.raises(InputError, match="has taken 25 samples in 3 steps, by the config they are 24"):
-        _check_resumable(config(), manifest, state)
+        check_resumable(config(), corpora, state)
     with pytest.raises(InputError, match="has done 11 steps, beyond"):
         resume(11, config())
+
+
+def test_another_model_is_named_field_by_field() -> None:
+    saved = {"n_layer": 4, "norm": "layernorm", "bias": True, "old": 1}
+    current = {"n_layer": 6, "norm": "layernorm", "bias": False, "sizes": (1, 2)}
+    with pytest.raises(InputError) as caught:
+        check_same_model(saved, current)
+    lines = str(caught.value).split("\n  ")[1:]
+    assert lines == [
+        "model.n_layer: the checkpoint has 4, the config has 6",
+        "model.bias: the checkpoint has True, the config has False",
+        "model.sizes: the checkpoint has no such field, the config has [1, 2]",
+        "model.old: the checkpoint has 1, the config has no such field",
+    ]
+    check_same_model({"sizes": [1, 2]}, {"sizes": (1, 2)})

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from launch.plotting import plot_loss, series, smoothed
 from llm.errors import InputError
+from llm.report import plot_loss, series, smoothed
 
 
 def write(path: Path, records: list[dict]) -> Path:
