@@ -31,7 +31,6 @@ setup(
         "numpy>=2.0",
         "fsspec>=2024.6",
         "ninja>=1.11",
-        "jsonargparse[signatures]>=4.40",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tokenizers>=0.21",

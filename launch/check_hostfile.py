@@ -14,9 +14,9 @@ from llm.errors import InputError
 
 
 def main() -> int:
-    if len(sys.argv) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
+    if sys.argv[1:2] in ([], ["--help"], ["-h"]):
+        print(__doc__, file=sys.stderr if len(sys.argv) < 2 else sys.stdout)
+        return 2 if len(sys.argv) < 2 else 0
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     try:
         hosts = read_hostfile(Path(sys.argv[1]))

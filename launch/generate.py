@@ -15,7 +15,6 @@ from argparse import ArgumentParser, Namespace
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.cluster.script import run_script
 from llm.config import ParallelConfig
-from llm.sampling import SamplingConfig
 
 OPTIONS = {
     "max_new_tokens": (int, 200, "tokens to add"),
@@ -39,14 +38,15 @@ def arguments(argv: list[str]) -> Namespace:
 
 def main(ranks: Ranks) -> None:
     args = arguments(sys.argv[1:])
-    sampling = SamplingConfig(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed)
     export(ranks, os.environ)
     import torch
 
     from llm.generate import stream
     from llm.parallel.mesh import Mesh
+    from llm.sampling import SamplingConfig
     from llm.trained import load_trained
 
+    sampling = SamplingConfig(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed)
     device = choose_device(ranks)
     mesh = None
     if ranks.world_size > 1:

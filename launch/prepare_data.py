@@ -18,15 +18,6 @@ import argparse
 
 from llm.config import RunConfig
 from llm.config.parse import parse_config
-from llm.data.corpora import Corpora
-from llm.data.prepare.console import describe, progress_bar, summary
-from llm.data.prepare.damage import find_damage
-from llm.data.prepare.fetch import fetch_corpora
-from llm.data.prepare.inspect import show, statistics
-from llm.data.prepare.plans import write_plans
-from llm.data.prepare.register import register
-from llm.data.prepare.tokenise import prepare
-from llm.data.tokens.folder import data_folder
 from llm.errors import InputError, require
 
 OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify": [], "show": ["sample"], "stats": []}
@@ -34,6 +25,16 @@ OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify"
 
 def run(command: str, options: dict[str, str], config: RunConfig) -> None:
     """Do what `command` says and print what came of it."""
+    from llm.data.corpora import Corpora
+    from llm.data.prepare.console import describe, progress_bar, summary
+    from llm.data.prepare.damage import find_damage
+    from llm.data.prepare.fetch import fetch_corpora
+    from llm.data.prepare.inspect import show, statistics
+    from llm.data.prepare.plans import write_plans
+    from llm.data.prepare.register import register
+    from llm.data.prepare.tokenise import prepare
+    from llm.data.tokens.folder import data_folder
+
     if command == "prepare":
         with progress_bar() as bar:
             fetch_corpora(config, bar)

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, InputError
 from llm.files import parse_json
 from llm.slices import Slice
+from llm.typed import read, shown
 
 FORMAT, VERSION = "ingot-checkpoint", 1
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -141,52 +142,40 @@ def merge(parts: Iterable[Manifest]) -> Manifest:
 
 def parse(body: dict[str, Any]) -> Manifest:
     """The manifest in a JSON object without its sha256; raises CheckpointError."""
-    files, tensors = {}, {}
-    for name, entry in _object(body.get("files"), "files").items():
-        _expect(NAME.fullmatch(name), f"the manifest has a file named {name!r}")
-        entry = _object(entry, name, FileEntry)
-        _expect(_is_match(SHA256, entry["sha256"]), f"{name} has no valid sha256 in the manifest")
-        files[name] = FileEntry(_integer(entry["size"], 0, name), entry["sha256"])
-    for name, kinds in _object(body.get("tensors"), "tensors").items():
-        _expect(NAME.fullmatch(name), f"the manifest has a tensor named {name!r}")
-        for kind, entry in _object(kinds, name).items():
-            _expect(kind in KINDS, f"{name} has the unknown kind {kind!r}; expected one of {KINDS}")
-            tensors[name, kind] = _parse_tensor(f"{name} ({kind})", entry, files)
-    return Manifest(_integer(body.get("step"), 0, "step"), files, tensors)
-
-
-def _parse_tensor(where: str, entry: Any, files: dict[str, FileEntry]) -> TensorEntry:
-    entry = _object(entry, where, TensorEntry)
-    _expect(isinstance(entry["shape"], list), f"{where} has no shape")
-    _expect(isinstance(entry["pieces"], list), f"{where} has no list of pieces")
-    shape = tuple(_integer(size, 1, where) for size in entry["shape"])
-    pieces = []
-    for found in entry["pieces"]:
-        fields = _object(found, where, Stored)
-        _expect(
-            isinstance(fields["key"], str) and isinstance(fields["file"], str),
-            f"a piece of {where} does not name its tensor and file",
-        )
-        for key in ("dim", "start", "stop", "offset", "length"):
-            _integer(fields[key], 0, where)
-        piece = Stored(**fields)
-        _expect(piece.file in files, f"{where} lies in {piece.file!r}, which is not listed")
-        _check_range(where, shape, piece)
-        pieces.append(piece)
-    return TensorEntry(shape, tuple(pieces))
+    try:
+        step = read(int, body.get("step"), "step")
+        files = read(dict[str, FileEntry], body.get("files"), "files")
+        by_name = read(dict[str, dict[str, TensorEntry]], body.get("tensors"), "tensors")
+    except InputError as error:
+        raise CheckpointError(f"the manifest cannot be read: {error}") from error
+    _expect(step >= 0, f"the manifest has step {step}; expected at least 0")
+    for name, entry in files.items():
+        _expect(NAME.fullmatch(name), f"the manifest has a file named {shown(name)}")
+        _expect(SHA256.fullmatch(entry.sha256), f"{name} has no valid sha256 in the manifest")
+        _expect(entry.size >= 0, f"{name} has {entry.size} bytes in the manifest; expected at least 0")
+    tensors = {(name, kind): entry for name, kinds in by_name.items() for kind, entry in kinds.items()}
+    for (name, kind), entry in tensors.items():
+        _expect(NAME.fullmatch(name), f"the manifest has a tensor named {shown(name)}")
+        _expect(kind in KINDS, f"{name} has the unknown kind {shown(kind)}; expected one of {KINDS}")
+        where = f"{name} ({kind})"
+        _expect(min(entry.shape, default=1) >= 1, f"{where} has the shape {entry.shape}; expected sizes of 1 or more")
+        for piece in entry.pieces:
+            _expect(piece.file in files, f"{where} lies in {shown(piece.file)}, which is not listed")
+            _check_range(where, entry.shape, piece)
+    return Manifest(step, files, tensors)
 
 
 def _check_range(where: str, shape: tuple[int, ...], piece: Stored) -> None:
     """The slice lies in the tensor and the range in the slice."""
     sizes = shape or (1,)
-    _expect(piece.dim < len(sizes), f"{where} has no dimension {piece.dim}")
+    _expect(0 <= piece.dim < len(sizes), f"{where} has no dimension {piece.dim}")
     _expect(
-        piece.start < piece.stop <= sizes[piece.dim],
+        0 <= piece.start < piece.stop <= sizes[piece.dim],
         f"{where}: {piece.start}:{piece.stop} is not a part of its dimension {piece.dim}",
     )
     count = prod(sizes) // sizes[piece.dim] * (piece.stop - piece.start)
     _expect(
-        piece.length >= 1 and piece.offset + piece.length <= count,
+        piece.offset >= 0 and piece.length >= 1 and piece.offset + piece.length <= count,
         f"{where}: elements from {piece.offset}, {piece.length} of them, do not lie in its slice",
     )
 
@@ -234,25 +223,3 @@ def _digest(body: dict[str, Any]) -> str:
 def _expect(condition: Any, message: str) -> None:
     if not condition:
         raise CheckpointError(message)
-
-
-def _object(value: Any, where: str, fields: type | None = None) -> dict[str, Any]:
-    """A JSON object; with exactly the fields of the dataclass `fields` where given."""
-    _expect(isinstance(value, dict), f"the manifest's entry of {where} is not an object")
-    if fields is not None:
-        expected = list(fields.__dataclass_fields__)
-        _expect(
-            sorted(value) == sorted(expected),
-            f"the manifest's entry of {where} has {sorted(value)}; expected {sorted(expected)}",
-        )
-    return value
-
-
-def _integer(value: Any, low: int, where: str) -> int:
-    """An integer >= low: JSON's true and 1.0 are none."""
-    _expect(type(value) is int and value >= low, f"{value!r} in {where} is not an integer >= {low}")
-    return value
-
-
-def _is_match(pattern: re.Pattern[str], value: Any) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from llm.config.phases import Phase
@@ -45,14 +44,6 @@ def _check_batch(batch: int, micro: int, dp: int) -> None:
     )
 
 
-def check_finite(section: str, fields: object) -> None:
-    """Refuse infinities and NaN, which pass many range checks."""
-    for name, value in vars(fields).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            finite = not isinstance(number, float) or math.isfinite(number)
-            require(finite, f"{section}.{name} is {number}; expected a finite number")
-
-
 def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[str, Any]) -> None:
     """Refuse layouts that the engine does not have."""
     engine, precision = train.engine, train.precision
@@ -85,10 +76,7 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
         f"train.engine {engine} reads nothing of the deepspeed section; found {', '.join(deepspeed)}: remove it",
     )
     needed = {"none": 0, "optimizer": 1, "all": 3}[offload]
-    require(
-        stage >= needed,
-        f"parallel.offload {offload} needs parallel.zero_stage {needed} or more; found {stage}",
-    )
+    require(stage >= needed, f"parallel.offload {offload} needs parallel.zero_stage {needed} or more; found {stage}")
     require(
         engine != "fsdp" or offload != "optimizer",
         "train.engine fsdp offloads parameters with the optimizer's state; use parallel.offload=all",

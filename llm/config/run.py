@@ -12,7 +12,6 @@ from typing import Any
 
 from llm.config.checks import (
     check_engine,
-    check_finite,
     check_phases,
     check_sequence_parallel,
     check_tensor_parallel,
@@ -40,19 +39,12 @@ class RunConfig:
     seed: int = 1234
     """Of initial weights, sample order and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The architecture."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The corpus."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimizer."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """The layout over processes."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """The training loop."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Reporting."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for the DeepSpeed config; those that Ingot owns are refused."""
 
@@ -63,8 +55,6 @@ class RunConfig:
             "names the run's folder",
         )
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
-        for name in ("model", "data", "optim", "train"):
-            check_finite(name, getattr(self, name))
         check_phases(self.model, self.phases)
         check_engine(self.train, self.parallel, self.deepspeed)
         check_tensor_parallel(self.model, self.parallel)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -170,7 +168,7 @@ def test_the_launcher_s_local_rank_is_ignored() -> None:
 @given(
     name=st.from_regex(r"[a-c1e][a-c1e._-]{0,9}", fullmatch=True),
     prompt=st.text(),
-    path=st.none() | st.text(min_size=1).filter(lambda s: s not in ("null", "Null", "NULL", "~")),
+    path=st.none() | st.text(min_size=1) | st.sampled_from(["null", "~", "010", "1:30", "1e3"]),
     kv=st.sampled_from([None, 1, 2, 4]),
     lr=st.floats(1e-300, 1e300),
     betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
@@ -198,40 +196,13 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
     assert parse_config([f"--config={write(tmp_path, to_yaml(config))}"]) == config
 
 
-KEYS = st.sampled_from(["name", "seed", "model", "optim", "deepspeed", "n_layer", "lr", "betas"])
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates() | st.binary()
-TREES = st.recursive(
-    SCALARS,
-    lambda t: st.lists(t, max_size=3) | st.dictionaries(KEYS | st.text() | SCALARS, t, max_size=3),
-)
+def test_the_last_of_two_overrides_wins() -> None:
+    assert parse_config(["--seed=1", "--seed=2"]).seed == 2
 
 
-@given(TREES)
-@settings(deadline=None, max_examples=50)
-def test_any_yaml_gives_a_config_or_an_input_error(tmp_path_factory, tree) -> None:
-    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
-    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8", errors="replace")
-    with contextlib.suppress(InputError):
-        assert isinstance(parse_config([f"--config={path}"]), RunConfig)
-
-
-@given(st.text("abc:{}[]-!&*#|>'\"%@`?,. \n01eE+~<<=/\\\x00\t"))
-@settings(deadline=None, max_examples=50)
-def test_any_text_gives_a_config_or_an_input_error(tmp_path_factory, text: str) -> None:
-    path = tmp_path_factory.getbasetemp() / "text.yaml"
-    path.write_text(text)
-    with contextlib.suppress(InputError):
-        parse_config([f"--config={path}", f"--deepspeed.x={text}"])
-
-
-@given(
-    st.sampled_from(["optim.lr", "model.n_layer", "model.norm", "data.path", "optim.betas"]),
-    st.text(),
-)
-@settings(deadline=None, max_examples=50)
-def test_any_value_gives_a_config_or_an_input_error(key: str, value: str) -> None:
-    with contextlib.suppress(InputError):
-        parse_config([f"--{key}={value}"])
+@pytest.mark.parametrize("key", ["init_from", "resume", "x.y"])
+def test_a_key_that_is_near_none_gets_no_suggestion(key: str) -> None:
+    assert refused(f"--{key}=1") == f"unknown key {key!r} (--help lists all)"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +238,7 @@ def test_any_value_gives_a_config_or_an_input_error(key: str, value: str) -> Non
         (["--train.checkpoint_every=2"], ["checkpoint_every is 2", "use train.activation_checkpointing=full"]),
         (["--train.z_loss=-1"], ["train.z_loss is -1", "at least 0"]),
         (["--train.z_loss=.inf"], ["train.z_loss", "finite"]),
-        (["--train.guard_interval=-1"], ["train.guard_interval is -1", "0: replicas are not compared"]),
+        (["--train.guard_interval=-1"], ["train.guard_interval is -1", "at least 0"]),
     ],
 )
 def test_impossible_combinations_name_the_nearest_choice(argv: list[str], words: list[str]) -> None:
@@ -304,9 +275,9 @@ def test_a_config_with_blends_and_phases_reads_back_equal(tmp_path: Path) -> Non
         ("--data.blend=[a, b]", ["data.blend"]),
         ("--data.blend={a: 0}", ["data.blend", "'a' is 0", "above 0"]),
         ("--data.blend={a: -1}", ["data.blend", "'a' is -1"]),
-        ("--data.blend={a: .inf}", ["data.blend", "'a' is inf"]),
-        ("--data.blend={a: .nan}", ["data.blend", "'a' is nan"]),
-        ("--data.blend={a: true}", ["data.blend", "{a: true}"]),
+        ("--data.blend={a: .inf}", ["data.blend.a: found inf", "finite"]),
+        ("--data.blend={a: .nan}", ["data.blend.a: found nan", "finite"]),
+        ("--data.blend={a: true}", ["data.blend.a: found True", "float"]),
         ("--data.blend={a: x}", ["data.blend", "x"]),
         ("--data.blend={1: 2}", ["data.blend", "1"]),
         ("--data.phases=3", ["data.phases", "3"]),

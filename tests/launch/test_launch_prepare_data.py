@@ -105,7 +105,7 @@ def test_what_is_misspelt_is_explained(place: Path):
     assert "register needs --train=GLOB" in refused(place, "register", "--config=c.yaml")
     for sample in ([], ["--sample=-1"], ["--sample=x"]):
         assert "show needs --sample=N" in refused(place, "show", *sample, "--config=c.yaml")
-    assert "unknown config key 'sample'" in refused(place, "stats", "--sample=1", "--config=c.yaml")
+    assert "unknown key 'sample'" in refused(place, "stats", "--sample=1", "--config=c.yaml")
     usage = ok(place, "--help")
     assert "register" in usage
     assert "--data.seq_len" in usage

@@ -74,7 +74,7 @@ def test_python_alone(space: Workspace) -> None:
     [
         (["--steps=0"], "--steps is 0; expected at least 1"),
         (["--steps=many"], "invalid int value: 'many'"),
-        (["--jsn=x"], "unknown config key 'jsn'"),
+        (["--jsn=x"], "unknown key 'jsn'"),
         (["--parallel.tensor_parallel=2"], "world of 1 ranks is not a multiple of parallel.tensor_parallel 2"),
         (["--json=/proc/none/x.json"], "the folder cannot be made"),
     ],

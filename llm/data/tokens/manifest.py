@@ -10,17 +10,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from llm.data.tokens.headers import DTYPES, LLMC_HEADER
 from llm.data.tokens.shards import ShardList
 from llm.errors import InputError, require
+from llm.typed import read, shown
 
 FILE_NAME = "manifest.json"
 FORMAT = "ingot-tokens-2"
@@ -209,58 +210,6 @@ def _are_hashes(found: Sequence[str]) -> bool:
     return set(map(len, found)) == {64} and HEXADECIMAL.fullmatch("".join(found)) is not None
 
 
-KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
-
-
-def _typed(value: Any, expected: str, where: str) -> Any:
-    """`value`, from JSON, as the annotation `expected` (`int`, `float | None`, `tuple[str, ...]`), else InputError."""
-    column = isinstance(value, list)
-    kinds = KINDS[expected.removeprefix("tuple[").removesuffix(", ...]").removesuffix(" | None")]
-    if value is None and expected.endswith(" | None"):
-        return None
-    fits = set(map(type, value if column else [value])) <= set(kinds) and column == expected.startswith("tuple[")
-    fits = fits and not (isinstance(value, float) and not math.isfinite(value))
-    shown = "a list with other values" if column else repr(value)
-    require(fits, f"{where} is {shown}; expected {expected}")
-    return tuple(value) if column else value
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{where} is {value!r}; expected an object")
-    return value
-
-
-def _build(kind: Any, value: Any, where: str, parts: dict[str, Callable[[Any], Any]]) -> Any:
-    """The dataclass `kind` from a JSON object with exactly its fields; `parts` makes those that are objects."""
-    values = _object(value, where)
-    hints = {field.name: str(field.type) for field in fields(kind)}
-    require(set(values) == set(hints), f"{where} has fields {sorted(values)}; expected {sorted(hints)}")
-    made = {
-        name: parts[name](found) if name in parts else _typed(found, hints[name], f"{where}.{name}")
-        for name, found in values.items()
-    }
-    try:
-        return kind(**made)
-    except InputError as error:
-        raise error if kind is Manifest else InputError(f"{where}: {error}") from error
-
-
-def _split(name: str, value: Any) -> Split:
-    where = f"splits.{name}"
-    return _build(Split, value, where, {"shards": lambda shards: _build(Shards, shards, f"{where}.shards", {})})
-
-
-def _files(value: Any) -> dict[str, FileEntry]:
-    try:
-        files = {name: FileEntry(**entry) for name, entry in _object(value, "files").items()}
-    except TypeError as error:
-        raise InputError("files: expected an object with bytes and sha256 for each file") from error
-    for column, entries in zip(("int", "str"), zip(*files.values(), strict=True), strict=False):
-        _typed(list(entries), f"tuple[{column}, ...]", "files")
-    return files
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Load and check manifest.json; the files that it lists are not touched.
 
@@ -278,10 +227,10 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(raw: bytes) -> Manifest:
     """The manifest in the bytes of a manifest.json; InputError says what is wrong with it."""
     try:
-        values = _object(json.loads(raw.decode("utf-8")), "manifest")
+        values = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON: {error}") from error
+    require(isinstance(values, dict), f"found {shown(values)}; expected an object")
     found = values.get("format")
-    require(found == FORMAT, f"format is {found!r}; expected {FORMAT!r}")
-    splits = lambda value: {name: _split(name, split) for name, split in _object(value, "splits").items()}  # noqa: E731
-    return _build(Manifest, values, "manifest", {"splits": splits, "files": _files})
+    require(found == FORMAT, f"format is {shown(found)}; expected {FORMAT!r}")
+    return read(Manifest, values, "")
