@@ -238,7 +238,7 @@ def test_agreement(two_ranks: RankPool) -> None:
         assert found == [[None, "ééé"], None, "only here", "rank 1 cannot", rank, "from 0"]
 
 
-def group_case() -> list[object]:
+def group_case() -> list[list[str | None] | str | None]:
     """Ranks 0 and 2 agree among themselves, and so do ranks 1 and 3."""
     rank = torch.distributed.get_rank()
     groups = [torch.distributed.new_group([first, first + 2]) for first in (0, 1)]
