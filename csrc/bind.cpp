@@ -10,6 +10,7 @@
 #include "core/documents.h"
 #include "core/order.h"
 #include "core/prefetcher.h"
+#include "core/text.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -42,8 +43,8 @@ size_t checked(int64_t count) {
 py::array read_rows(const Corpus& corpus, const Integers& starts, int64_t width) {
   if (starts.ndim() != 1) throw std::invalid_argument("starts must have one dimension");
   if (width < 0 || width > corpus.size())
-    throw std::out_of_range("rows of " + std::to_string(width) + " tokens lie outside the " +
-                            std::to_string(corpus.size()) + " tokens of the corpus");
+    throw std::out_of_range(text("rows of ", width, " tokens lie outside the ", corpus.size(),
+                                 " tokens of the corpus"));
   // Ids of four bytes are int32 to Python whatever the file calls them: they lie below 2^31.
   const int size = corpus.item_size();
   const char* dtype = size == 1 ? "u1" : size == 2 ? "u2" : "i4";
@@ -82,11 +83,10 @@ void bind_corpora(py::module_& module) {
 // ---- The order of samples, blends and schedules ----
 
 Integers positions(uint64_t seed, uint64_t n_samples, uint64_t first, int64_t count) {
-  const SampleOrder order(seed, n_samples);
   Integers out(static_cast<py::ssize_t>(checked(count)));
   int64_t* to = out.mutable_data();
   const py::gil_scoped_release without_gil;
-  order.positions(first, count, to);
+  sample_positions(seed, n_samples, first, count, to);
   return out;
 }
 
@@ -113,11 +113,11 @@ SchedulePhase read_phase(const py::handle& phase) {
           phase.attr("shares").cast<std::vector<uint32_t>>()};
 }
 
-py::tuple places(const Schedule& schedule, int64_t first, int64_t count) {
+py::tuple locate(const Schedule& schedule, int64_t first, int64_t count) {
   std::vector<Place> found(checked(count));
   {
     const py::gil_scoped_release without_gil;
-    schedule.places(first, count, found.data());
+    schedule.locate(first, count, found.data());
   }
   std::vector<int32_t> corpora;
   std::vector<int64_t> within, epochs;
@@ -141,7 +141,7 @@ void bind_order(py::module_& module) {
            }),
            "seed"_a, "phases"_a)
       .def("phase_index", &Schedule::phase_index, "sample"_a)
-      .def("places", &places, "first"_a, "count"_a)
+      .def("locate", &locate, "first"_a, "count"_a)
       .def("after",
            [](const Schedule& schedule, int corpus, int64_t position, uint64_t epoch, size_t phase) {
              return schedule.after({corpus, position, epoch}, phase).position;
@@ -154,10 +154,8 @@ void bind_order(py::module_& module) {
 std::vector<Piece> to_pieces(const Integers& array) {
   if (array.ndim() != 2 || array.shape(1) != 2)
     throw std::invalid_argument("expected pieces [n, 2] of first token and tokens");
-  const auto* values = array.data();
-  std::vector<Piece> pieces(static_cast<size_t>(array.shape(0)));
-  for (size_t i = 0; i < pieces.size(); ++i) pieces[i] = {values[2 * i], values[2 * i + 1]};
-  return pieces;
+  const auto* first = reinterpret_cast<const Piece*>(array.data());
+  return {first, first + array.shape(0)};
 }
 
 Integers from_pieces(const Piece* pieces, size_t count) {
@@ -255,9 +253,8 @@ template <typename T>
 T* memory(py::array& array, int64_t needed) {
   if (needed == 0) return nullptr;
   if (!py::isinstance<py::array_t<T, py::array::c_style>>(array) || array.size() < needed)
-    throw std::invalid_argument("a buffer has " + std::to_string(array.size()) + " items, expected " +
-                                std::to_string(needed) + " of " + std::to_string(sizeof(T)) +
-                                " bytes side by side");
+    throw std::invalid_argument(text("a buffer has ", array.size(), " items, expected ", needed, " of ",
+                                     sizeof(T), " bytes side by side"));
   return static_cast<T*>(array.mutable_data());
 }
 

@@ -16,10 +16,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from launch.data_report import describe, progress_bar, summary
 from llm.config import RunConfig
 from llm.config.parse import parse_config
 from llm.data.corpora import Corpora
+from llm.data.prepare.console import describe, progress_bar, summary
 from llm.data.prepare.damage import find_damage
 from llm.data.prepare.fetch import fetch_corpora
 from llm.data.prepare.inspect import show, statistics

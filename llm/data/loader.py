@@ -1,4 +1,4 @@
-"""Batches for training and validation. A training loader's whole state is the count of consumed samples.
+"""Batches for training and validation. The state of a training loader is one number, the consumed samples.
 
 A step takes the next G samples of the global order (G: global batch of the phase). Rank r of D takes the contiguous
 slice [r G / D, (r + 1) G / D) of them, micro-batch by micro-batch. Which tokens sample i has:
@@ -33,15 +33,10 @@ CHECKED_FILES = 64  # of each corpus when it is opened; the others are checked w
 class Loader(Protocol):
     """Training batches of one data-parallel rank."""
 
-    @property
-    def consumed(self) -> int:
-        """Samples of the global order that all ranks together have taken: the loader's whole state."""
-        ...
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time spent inside next_step() so far."""
-        ...
+    consumed: int
+    """Samples of the global order that all ranks together have taken: the loader's state."""
+    wait_seconds: float
+    """Time spent inside next_step() so far."""
 
     def next_step(self) -> Step:
         """The next step on this rank; the one before it must not be used any more.
@@ -56,7 +51,6 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """End the threads, if any; next_step() must not be called afterwards."""
-        ...
 
 
 class NumpyLoader:

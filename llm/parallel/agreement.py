@@ -1,7 +1,4 @@
-"""Small agreements between ranks, without pickle: strings travel as bytes in tensors.
-
-`group` is the process group that takes part (None: all ranks); ranks are counted within it.
-"""
+"""What the ranks of a process group (by default all) agree on, without pickle: strings travel as bytes in tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ def backend_device(group: dist.ProcessGroup | None = None) -> torch.device:
 
 
 def _pack(text: str | None) -> torch.Tensor:
-    """The text's length + 1 (0: no text) and its bytes, cut to MESSAGE_BYTES."""
+    """uint8 [8 + MESSAGE_BYTES]: the text's length + 1 (0: no text) and its bytes, cut to MESSAGE_BYTES."""
     message = torch.zeros(MESSAGE_BYTES + 8, dtype=torch.uint8)
     if text is not None:
         data = text.encode()[:MESSAGE_BYTES]
@@ -39,10 +36,10 @@ def _unpack(message: torch.Tensor) -> str | None:
 
 
 def exchange(text: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
-    """Every rank's text, by rank; a barrier too. Texts are cut to 4096 bytes."""
+    """Every rank's text, by rank, cut to 4096 bytes. A barrier."""
     message = _pack(text).to(backend_device(group))
     messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(messages, message, group=group)
+    dist.all_gather(messages, message, group)
     return [_unpack(message) for message in messages]
 
 
@@ -52,30 +49,30 @@ def exchange_errors(error: str | None, group: dist.ProcessGroup | None = None) -
 
 
 def broadcast(text: str, group: dist.ProcessGroup | None = None) -> str:
-    """Rank 0's text, on every rank; cut to 4096 bytes."""
+    """The text of the group's rank 0, on every rank; cut to 4096 bytes."""
     message = _pack(text).to(backend_device(group))
-    dist.broadcast(message, group=group, group_src=0)
+    dist.broadcast(message, group_src=0, group=group)
     return _unpack(message) or ""
 
 
 def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `action` on every rank; if it fails on any, every rank raises.
+    """Run `action` on every rank of the group; if it fails on any, every rank raises.
 
     So no rank waits for one that has gone, and all of them exit with the same code. Collective; `action` must not
-    communicate. Of the first rank that failed, raises Agreed with an InputError's message, CheckpointError with that of
-    a CheckpointError, or RuntimeError with that of another failure.
+    communicate. Raises what the first rank that failed has raised: Agreed for an InputError, a CheckpointError, or
+    RuntimeError for any other failure.
     """
-    result, problem, error = None, None, None
+    result, cause, error = None, None, None
     try:
         result = action()
     except InputError as failure:
         error = f"input:{failure}"
     except CheckpointError as failure:
-        problem, error = failure, f"checkpoint:{failure}"
+        cause, error = failure, f"checkpoint:{failure}"
     except Exception as failure:  # noqa: BLE001 - whatever it was, the others must hear of it
-        problem, error = failure, f"other:rank {dist.get_rank(group)}: {type(failure).__name__}: {failure}"
+        cause, error = failure, f"other:rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
     first = exchange_errors(error, group)
     if first is None:
         return result  # pyright: ignore[reportReturnType]
     kind, message = first.split(":", 1)
-    raise {"input": Agreed, "checkpoint": CheckpointError}.get(kind, RuntimeError)(message) from problem
+    raise {"input": Agreed, "checkpoint": CheckpointError, "other": RuntimeError}[kind](message) from cause

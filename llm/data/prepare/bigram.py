@@ -53,10 +53,7 @@ def _estimate_lambda(tokens: NDArray[np.int64], vocab_size: int) -> float:
 
 
 def bigram_loss(
-    train_tokens: NDArray[np.integer],
-    validation_tokens: NDArray[np.integer],
-    vocab_size: int,
-    seq_len: int,
+    train_tokens: NDArray[np.integer], validation_tokens: NDArray[np.integer], vocab_size: int, seq_len: int
 ) -> float:
     """Mean loss, in nats per token, over the target tokens of the validation samples of seq_len.
 
@@ -64,10 +61,7 @@ def bigram_loss(
     """
     n_samples = (validation_tokens.size - 1) // seq_len
     require(train_tokens.size >= 3, "a bigram model needs at least 3 training tokens")
-    require(
-        n_samples >= 1,
-        f"{validation_tokens.size} validation tokens hold no sample of {seq_len} + 1",
-    )
+    require(n_samples >= 1, f"{validation_tokens.size} validation tokens hold no sample of {seq_len} + 1")
     train = train_tokens.astype(np.int64)
     weight = _estimate_lambda(train, vocab_size)
     validation = validation_tokens[: n_samples * seq_len + 1].astype(np.int64)

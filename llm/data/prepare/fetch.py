@@ -1,4 +1,4 @@
-"""Copies of remote corpora, through fsspec: sizes and hashes are checked, and a copy is whole or has no manifest.
+"""Copies of remote corpora, through fsspec: sizes and hashes are checked, and an incomplete copy has no manifest.
 
 The manifest is read first and written last. Each file arrives under its name with `.part` behind it, goes on where
 an earlier transfer stopped, and takes its name when its hash is right. One process at a time copies; others wait for
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,11 @@ def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total
     Raises:
         InputError: it cannot be read, is damaged or incomplete there, or `folder` is a copy of something else.
     """
-    remote = _open_remote(url)
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
+        raise InputError(f"{url} cannot be opened: {error}") from error
+    remote = _Remote(url.rstrip("/"), system, root.rstrip("/"))
     wanted = remote.manifest()
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
@@ -68,8 +71,7 @@ class _Remote:
     root: str
 
     def manifest(self) -> Manifest:
-        with self._explained(FILE_NAME):
-            raw = self.system.cat_file(f"{self.root}/{FILE_NAME}")
+        raw = self.read(FILE_NAME)
         try:
             manifest = parse_manifest(raw)
             away = next((name for name in manifest.all_files() if name.startswith("/")), None)
@@ -78,28 +80,13 @@ class _Remote:
             raise InputError(f"{self.url}/{FILE_NAME}: {error}") from error
         return manifest
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        with self._explained(name):
-            return self.system.cat_file(f"{self.root}/{name}", start=start, end=stop)
-
-    @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         try:
-            yield
-        except InputError:
-            raise
+            return self.system.cat_file(f"{self.root}/{name}", start=start, end=stop)
         except Exception as error:  # each file system raises classes of its own
             raise InputError(
                 f"{self.url}/{name} cannot be read: {type(error).__name__}: {error}; run again to go on from there"
             ) from error
-
-
-def _open_remote(url: str) -> _Remote:
-    try:
-        system, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
-        raise InputError(f"{url} cannot be opened: {error}") from error
-    return _Remote(url.rstrip("/"), system, root.rstrip("/"))
 
 
 def _without_plans(manifest: Manifest) -> Manifest:

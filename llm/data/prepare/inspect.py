@@ -31,7 +31,7 @@ def show(corpora: Corpora, sample: int) -> str:
     end = consumed_samples(config.phases, config.train.max_steps)
     require(0 <= sample < end, f"sample {sample} is not of this run; expected 0 to {end - 1}")
     drawn = corpora.curriculum()
-    numbers, positions, epochs = Schedule(config.seed, drawn.phases).places(sample, 1)
+    numbers, positions, epochs = Schedule(config.seed, drawn.phases).locate(sample, 1)
     number, position = int(numbers[0]), int(positions[0])
     name = drawn.names[number]
     shards = corpora.training[name].shards
@@ -67,7 +67,8 @@ def _describe(shards: ShardList, pieces: Sequence[tuple[int, int]], folder: Path
     for start, count in pieces:
         ids = corpus.read(start, count)
         cuts = np.flatnonzero(ids == shards.eod_id) + (0 if shards.eod_first else 1)
-        parts += [(start + int(at), ids[at:to]) for at, to in _spans(cuts, count)]
+        edges = [0, *(int(cut) for cut in cuts if 0 < cut < count), count]
+        parts += [(start + at, ids[at:to]) for at, to in pairwise(edges)]
     numbers = document_numbers(shards, [start for start, _ in parts])
     for (start, ids), (number, first, length) in zip(parts, numbers, strict=True):
         lines += [
@@ -76,11 +77,6 @@ def _describe(shards: ShardList, pieces: Sequence[tuple[int, int]], folder: Path
             tokenizer.decode([int(i) for i in ids if i != shards.eod_id]),
         ]
     return [*lines, ""]
-
-
-def _spans(cuts: NDArray, count: int) -> Iterable[tuple[int, int]]:
-    edges = [0, *(int(cut) for cut in cuts if 0 < cut < count), count]
-    return pairwise(edges)
 
 
 def _files(shards: ShardList, start: int, count: int) -> list[str]:

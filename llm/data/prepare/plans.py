@@ -37,14 +37,9 @@ def write_plans(corpora: Corpora, progress: Progress = lambda stage, done, total
     Of every corpus for each sequence length that it is drawn in; none unless data.packing is best_fit. Validation
     has no plans: its samples are chunks. Raises InputError for a corpus without a manifest to list them.
     """
-    return [_add_plan(folder, seq_len, progress) for folder, seq_len in _missing(corpora)]
-
-
-def _missing(corpora: Corpora) -> Iterator[tuple[Path, int]]:
-    """(folder, seq_len) of the plans to be written."""
     if corpora.config.data.packing != "best_fit":
-        return
-    wanted = {}
+        return []
+    needed = {}
     for phase, blend in zip(corpora.config.phases, corpora.blends, strict=True):
         for name in blend:
             corpus = corpora.training[name]
@@ -52,10 +47,8 @@ def _missing(corpora: Corpora) -> Iterator[tuple[Path, int]]:
                 raise InputError(
                     f"{name} has no manifest that could list its packing plans; register the files with prepare_data.py"
                 )
-            wanted[corpus.folder, phase.seq_len] = corpus.manifest
-    for (folder, seq_len), listed in wanted.items():
-        if plan_name("train", seq_len) not in listed.files:
-            yield folder, seq_len
+            needed[corpus.folder, phase.seq_len] = plan_name("train", phase.seq_len) in corpus.manifest.files
+    return [_add_plan(folder, seq_len, progress) for (folder, seq_len), listed in needed.items() if not listed]
 
 
 def _add_plan(folder: Path, seq_len: int, progress: Progress) -> Path:
@@ -70,12 +63,9 @@ def _add_plan(folder: Path, seq_len: int, progress: Progress) -> Path:
 
 
 def write_plan(
-    shards: ShardList,
-    seq_len: int,
-    path: Path,
-    progress: Progress = lambda stage, done, total: None,
+    shards: ShardList, seq_len: int, path: Path, progress: Progress = lambda stage, done, total: None
 ) -> PlanHeader:
-    """Plan samples of `seq_len` tokens for a corpus and write the plan, which appears only when whole.
+    """Plan samples of `seq_len` tokens for a corpus and write the plan, which appears only when it is complete.
 
     The same corpus gives the same bytes, in bounded memory. progress(stage, tokens done, tokens in all).
     Raises InputError when a file of the corpus is damaged.
@@ -116,7 +106,7 @@ def document_ranges(shards: ShardList, seq_len: int, block: int) -> Iterator[NDA
 
     Documents are told apart by the end-of-document token, as in samples cut from the stream.
 
-    A document that goes on beyond a block is handed over as far as its whole pieces go; what follows
+    A document that goes on beyond a block is handed over as far as its full pieces go; what follows
     of it begins with the last token of those. So memory does not grow with the longest document.
     """
     begin = 0
@@ -136,9 +126,9 @@ def windows(ranges: Iterable[NDArray[np.int64]], seq_len: int, window: int) -> I
     """The ranges, gathered until they make about `window` pieces."""
     gathered: list[NDArray[np.int64]] = []
     pieces = 0
-    for some in ranges:
-        gathered.append(some)
-        pieces += len(some) + int(some[:, 1].sum()) // seq_len
+    for part in ranges:
+        gathered.append(part)
+        pieces += len(part) + int(part[:, 1].sum()) // seq_len
         if pieces >= window:
             yield np.concatenate(gathered)
             gathered, pieces = [], 0
@@ -155,10 +145,10 @@ def plan_window(documents: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.
     """
     cut = []
     for start, tokens in documents.tolist():
-        whole = (tokens - 1) // seq_len
-        cut += [(start + i * seq_len, seq_len + 1) for i in range(whole)]
-        if tokens - whole * seq_len > 1 or whole == 0:
-            cut.append((start + whole * seq_len, tokens - whole * seq_len))
+        full = (tokens - 1) // seq_len
+        cut += [(start + i * seq_len, seq_len + 1) for i in range(full)]
+        if tokens - full * seq_len > 1 or full == 0:
+            cut.append((start + full * seq_len, tokens - full * seq_len))
     rows: list[list[tuple[int, int]]] = []
     free: list[tuple[int, int, int]] = []  # (free space, -time of the last change, row), sorted
     for time, piece in enumerate(sorted(cut, key=lambda piece: -piece[1])):

@@ -71,7 +71,7 @@ def _scan(config: RunConfig, progress: Progress) -> _Scan:
 
 
 def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Manifest:
-    """Tokenise the corpus into data_folder(config), whole or not at all; return its manifest.
+    """Tokenise the corpus into data_folder(config), completely or not at all; return its manifest.
 
     Does nothing but check the files' hashes when the folder holds the same corpus prepared the same
     way, and nothing at all when it is a copy of a remote corpus or holds files that were registered: there is
@@ -121,10 +121,7 @@ def _tokenizer_origin(config: RunConfig) -> str:
 def _check_prepared(config: RunConfig, folder: Path, scan: _Scan) -> Manifest:
     """The manifest of an existing folder, which must hold what would be written."""
     remedy = "remove the folder or set data.path to another one"
-    require(
-        (folder / FILE_NAME).exists(),
-        f"{folder} exists and is no folder of prepared data; {remedy}",
-    )
+    require((folder / FILE_NAME).exists(), f"{folder} exists and is no folder of prepared data; {remedy}")
     manifest = read_manifest(folder)
     wanted = {
         f"text of {config.data.source}, sha256": (manifest.source_sha256, scan.sha256),
@@ -191,10 +188,7 @@ def _tokenise(config: RunConfig, folder: Path, tokenizer: Tokenizer, scan: _Scan
     """Write the .bin/.idx pairs; the number of tokens of each split."""
     dtype = token_dtype(tokenizer.vocab_size)
     done = 0
-    with (
-        TokenWriter(folder / "train", dtype) as train,
-        TokenWriter(folder / "validation", dtype) as validation,
-    ):
+    with TokenWriter(folder / "train", dtype) as train, TokenWriter(folder / "validation", dtype) as validation:
         writers = {"train": train, "validation": validation}
         for batch in _batches(read_corpus(config.data.source)):
             for document, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):

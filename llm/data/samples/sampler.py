@@ -77,7 +77,7 @@ class NumpySampler:
         index = self._schedule.phase_index(consumed)
         phase, rows = self._phases[index], self._share.rows(self._phases[index])
         first = consumed + self._share.dp_rank * rows
-        corpora, positions, epochs = (column.tolist() for column in self._schedule.places(first, rows))
+        corpora, positions, epochs = (column.tolist() for column in self._schedule.locate(first, rows))
         samples = [self._read(*place, index) for place in zip(corpora, positions, epochs, strict=True)]
         size = self._share.micro_batch
         batches = [
@@ -134,7 +134,7 @@ class NumpySampler:
         """Targets of a step over all ranks that count, as planned."""
         if not self._packed:
             return phase.global_batch * phase.seq_len
-        corpora, positions, _ = self._schedule.places(consumed, phase.global_batch)
+        corpora, positions, _ = self._schedule.locate(consumed, phase.global_batch)
         places = zip(corpora.tolist(), positions.tolist(), strict=True)
         return sum(self._row_targets(corpus, position, phase.seq_len) for corpus, position in places)
 

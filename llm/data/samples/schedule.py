@@ -144,7 +144,7 @@ class Schedule:
         require(sample >= 0, f"the sample number is {sample}; expected at least 0")
         return sum(phase.first_sample <= sample for phase in self._phases) - 1
 
-    def places(self, first: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    def locate(self, first: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """Where the samples first .. first + count - 1 lie: (corpus, position in samples, epoch), each [count].
 
         Raises:

@@ -16,7 +16,6 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
-from types import TracebackType
 from typing import NoReturn
 
 import numpy as np
@@ -61,7 +60,7 @@ class _File:
     def __enter__(self) -> _File:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
     def fail(self, what: str) -> NoReturn:

@@ -87,7 +87,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of manifest.json."""
+    """What manifest.json says."""
 
     format: str
     source: str
@@ -160,7 +160,7 @@ class Manifest:
         )
 
     def save(self, folder: Path) -> None:
-        """Write manifest.json into `folder`, whole or not at all."""
+        """Write manifest.json into `folder`, completely or not at all."""
         plain = asdict(self) | {"files": {name: entry._asdict() for name, entry in self.files.items()}}
         temporary = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
         with temporary.open("w", encoding="utf-8") as file:

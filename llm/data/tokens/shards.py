@@ -19,15 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.tokens import megatron as formats
-from llm.data.tokens.headers import (
-    DTYPES,
-    Header,
-    check_header,
-    check_metadata,
-    check_request,
-    index_path,
-    read_header,
-)
+from llm.data.tokens.headers import DTYPES, Header, check_header, check_metadata, check_request, index_path, read_header
 from llm.data.tokens.megatron import check_rising, read_index, token_dtype
 from llm.errors import DamagedFile, require
 

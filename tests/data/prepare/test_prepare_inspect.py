@@ -75,7 +75,7 @@ def read_shown_bytes(shown: str) -> list[int]:
 
 def expected_tokens(corpora: Corpora, schedule: Schedule, sample: int, seq_len: int) -> list[int]:
     """What the loader reads for a sample."""
-    corpus, position, _ = (int(part[0]) for part in schedule.places(sample, 1))
+    corpus, position, _ = (int(part[0]) for part in schedule.locate(sample, 1))
     shards = list(corpora.training.values())[corpus].shards
     tokens = NumpyCorpus(shards)
     if corpora.config.data.packing == "chunk":

@@ -66,7 +66,7 @@ def places(curriculum: Curriculum, samples: int, form: type = _native.Schedule) 
     phases, schedule = curriculum.phases, form(SEED, curriculum.phases)
     ends = [*(phase.first_sample for phase in phases[1:]), samples]
     parts = [
-        (*schedule.places(phase.first_sample, end - phase.first_sample), np.full(end - phase.first_sample, i))
+        (*schedule.locate(phase.first_sample, end - phase.first_sample), np.full(end - phase.first_sample, i))
         for i, (phase, end) in enumerate(zip(phases, ends, strict=True))
     ]
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
@@ -86,7 +86,7 @@ def test_native_and_numpy_agree_wherever_they_begin(drawn: tuple[Curriculum, int
     for form in (Schedule, _native.Schedule):
         schedule = form(SEED, phases)
         assert schedule.phase_index(first) == index
-        for part, all_of_it in zip(schedule.places(first, count), whole, strict=False):
+        for part, all_of_it in zip(schedule.locate(first, count), whole, strict=False):
             assert part.dtype == all_of_it.dtype and np.array_equal(part, all_of_it[first : first + count])
         after.append(schedule.after(*(int(column[first]) for column in whole)))
     assert after[0] == after[1]
@@ -152,7 +152,7 @@ def test_one_corpus_alone_is_the_plain_order():
     phases = lay_out(config).phases
     expected = Order(SEED, n_samples("a", 32)).positions(250, 700)
     for schedule in (Schedule(SEED, phases), _native.Schedule(SEED, phases)):
-        corpora, positions, epochs = schedule.places(250, 700)
+        corpora, positions, epochs = schedule.locate(250, 700)
         assert not corpora.any() and np.array_equal(positions, expected)
         assert np.array_equal(epochs, np.arange(250, 950) // n_samples("a", 32))
 
@@ -160,7 +160,7 @@ def test_one_corpus_alone_is_the_plain_order():
 def test_each_corpus_has_its_own_order():
     """Two corpora of one size are not read in step."""
     phase = SchedulePhase(0, 2, 8, (Source(0, 500, 0), Source(3, 500, 0)), (32768, 32768))
-    corpora, positions, _ = Schedule(SEED, [phase]).places(0, 1000)
+    corpora, positions, _ = Schedule(SEED, [phase]).locate(0, 1000)
     for corpus in (0, 3):
         assert np.array_equal(positions[corpora == corpus], Order(corpus_seed(SEED, corpus), 500).positions(0, 500))
     assert (positions[corpora == 0] == positions[corpora == 3]).mean() < 0.05
@@ -223,14 +223,14 @@ def test_samples_of_several_phases_and_impossible_ones_are_refused():
     phases = [PHASE, replace(PHASE, first_sample=40)]
     for form, error in ((Schedule, InputError), (_native.Schedule, (ValueError, IndexError))):
         schedule = form(SEED, phases)
-        assert [part.size for part in schedule.places(39, 1)] == [1, 1, 1]
-        assert [part.size for part in schedule.places(39, 0)] == [0, 0, 0]
+        assert [part.size for part in schedule.locate(39, 1)] == [1, 1, 1]
+        assert [part.size for part in schedule.locate(39, 0)] == [0, 0, 0]
         with pytest.raises(error, match="samples 39 to 40 lie in several phases"):
-            schedule.places(39, 2)
+            schedule.locate(39, 2)
         with pytest.raises(error):
-            schedule.places(-1, 1)
+            schedule.locate(-1, 1)
     with pytest.raises(IndexError, match="below 2\\^63"):
-        _native.Schedule(SEED, phases).places(2**63 - 2, 5)
+        _native.Schedule(SEED, phases).locate(2**63 - 2, 5)
 
 
 @pytest.mark.parametrize(
