@@ -67,7 +67,7 @@ test-sample: setup ## one in ONE_IN of the tests that only `make test-all` runs,
 	$(call run_tests,slow and not gpu and not cluster,--one-in $(ONE_IN) --chosen-by $(shell git rev-parse HEAD))
 
 bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
-	@$(BIN)/python benchmarks/step.py
+	@$(BIN)/python -m benchmarks.step
 
 bench-kernels: setup ## every kernel beside every other implementation installed (ARGS="--only attention"; docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks.kernels $(ARGS)
@@ -75,7 +75,7 @@ bench-kernels: setup ## every kernel beside every other implementation installed
 bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--quick": Ingot alone; results: docs/data.md)
 	@$(BIN)/python -m benchmarks.loader $(ARGS)
 
-bench-parallel: setup ## what parallel layers, ZeRO stages and recomputation cost (results: docs/benchmarks.md)
+bench-parallel: setup ## what ZeRO stages and recomputation cost (results: docs/benchmarks.md)
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \
 	  --config $(CONFIG) --train.micro_batch_size=4 $(ARGS)
 

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 native = Pybind11Extension(
     "llm.data._native",
-    [*sorted(glob("csrc/core/*.cpp")), *sorted(glob("csrc/bind/*.cpp")), "csrc/bind.cpp"],
+    [*sorted(glob("csrc/core/*.cpp")), "csrc/bind.cpp"],
     depends=sorted(glob("csrc/*/*.h")),
     include_dirs=["csrc"],
     cxx_std=17,

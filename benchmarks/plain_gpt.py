@@ -1,6 +1,6 @@
 """The tiny config's model in plain PyTorch, one process, for comparison: no DeepSpeed, no parallel layers, no Ingot.
 
-usage: plain_gpt.py TOKENS.bin STEPS      trains on random windows and prints the seconds of each step as JSON
+usage: python -m benchmarks.plain_gpt TOKENS.bin STEPS      prints the seconds of each step as JSON
 """
 
 import json

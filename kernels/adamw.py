@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.dispatch import TRITON_DTYPES, cdiv, choose, expect, interpretable, launch
-from kernels.philox import WORD, signed
+from kernels.dispatch import TRITON_DTYPES, cdiv, choose, expect, interpretable, launch, wide
+from kernels.philox import WORD, philox, signed
+from kernels.registration import operator
 
 # Four elements per thread: then 16-bit and fp32 tensors have one layout, and nothing crosses threads.
 BLOCK = 1024
@@ -39,7 +39,7 @@ def bias_correction(log_beta, t):
 
 @triton.jit
 def random_words(seeds, first, BLOCK: tl.constexpr):
-    """32 random bits for each of the elements from number `first` on; kernels/reference/adamw.py says which."""
+    """32 random bits for each of the elements from number `first` on; `stochastic` says which."""
     groups = first // 4 + tl.arange(0, BLOCK // 4)
     low = (groups & 0xFFFFFFFF).to(tl.uint32)
     high = (groups >> 32).to(tl.uint32)
@@ -64,27 +64,27 @@ def round_stochastically(x, words, DROPPED: tl.constexpr):
 
 @triton.jit
 def adamw_block(
-    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, places, inside,
+    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, offsets, inside,
     scale, step_size, decay, rest1, beta2, rest2, eps, root, words, DROPPED: tl.constexpr,
 ):  # fmt: skip
-    """The update of the elements `places`, of which those `inside` exist (all if None)."""
-    p = tl.load(parameter_ptr + places, inside).to(tl.float32)
-    g = tl.load(gradient_ptr + places, inside).to(tl.float32) * scale
-    m = tl.load(exp_avg_ptr + places, inside).to(tl.float32)
-    v = tl.load(exp_avg_sq_ptr + places, inside).to(tl.float32)
+    """The update of the elements `offsets`, of which those `inside` exist (all if None)."""
+    p = tl.load(parameter_ptr + offsets, inside).to(tl.float32)
+    g = tl.load(gradient_ptr + offsets, inside).to(tl.float32) * scale
+    m = tl.load(exp_avg_ptr + offsets, inside).to(tl.float32)
+    v = tl.load(exp_avg_sq_ptr + offsets, inside).to(tl.float32)
     m += rest1 * (g - m)
     v = beta2 * v + rest2 * g * g
     p = decay * p - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
-    tl.store(exp_avg_ptr + places, m.to(exp_avg_ptr.dtype.element_ty), inside)
-    tl.store(exp_avg_sq_ptr + places, v.to(exp_avg_sq_ptr.dtype.element_ty), inside)
+    tl.store(exp_avg_ptr + offsets, m.to(exp_avg_ptr.dtype.element_ty), inside)
+    tl.store(exp_avg_sq_ptr + offsets, v.to(exp_avg_sq_ptr.dtype.element_ty), inside)
     low = p
     if DROPPED > 0:
         low = round_stochastically(p, words, DROPPED)
     if low_ptr is None:
-        tl.store(parameter_ptr + places, low.to(parameter_ptr.dtype.element_ty), inside)
+        tl.store(parameter_ptr + offsets, low.to(parameter_ptr.dtype.element_ty), inside)
     else:
-        tl.store(parameter_ptr + places, p.to(parameter_ptr.dtype.element_ty), inside)
-        tl.store(low_ptr + places, low.to(low_ptr.dtype.element_ty), inside)
+        tl.store(parameter_ptr + offsets, p.to(parameter_ptr.dtype.element_ty), inside)
+        tl.store(low_ptr + offsets, low.to(low_ptr.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["N", "seed"])
@@ -103,7 +103,7 @@ def adamw_kernel(
     step_size = lr / bias_correction(log_beta1, t)
     root = tl.sqrt_rn(bias_correction(log_beta2, t))
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    places = first + tl.arange(0, BLOCK)
+    offsets = first + tl.arange(0, BLOCK)
     words = None
     if DROPPED > 0:
         key = seed.to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -111,17 +111,17 @@ def adamw_kernel(
     # Without a mask whole blocks are read 16 bytes at a time whatever divides N.
     if first + BLOCK <= N:
         adamw_block(
-            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, places, None,
+            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, offsets, None,
             scale, step_size, decay, rest1, beta2, rest2, eps, root, words, DROPPED,
         )  # fmt: skip
     else:
         adamw_block(
-            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, places, places < N,
+            parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, offsets, offsets < N,
             scale, step_size, decay, rest1, beta2, rest2, eps, root, words, DROPPED,
         )  # fmt: skip
 
 
-@torch.library.custom_op("ingot::adamw_", mutates_args=("parameter", "exp_avg", "exp_avg_sq", "low_precision"))
+@operator("adamw_", fake=lambda *_: None, mutates=("parameter", "exp_avg", "exp_avg_sq", "low_precision"))
 def adamw_op(
     parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low_precision: Tensor | None,
     grad_scale: Tensor | None, step_tensor: Tensor | None, step: float, lr: float, beta1: float, beta2: float,
@@ -142,15 +142,6 @@ def adamw_op(
     for target, written in zip(targets, seen, strict=True):
         if written is not target:
             target.copy_(written)
-
-
-@adamw_op.register_fake
-def _(
-    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low_precision: Tensor | None,
-    grad_scale: Tensor | None, step_tensor: Tensor | None, step: float, lr: float, beta1: float, beta2: float,
-    eps: float, weight_decay: float, seed: int | None,
-) -> None:  # fmt: skip
-    return None
 
 
 def log(beta: float) -> float:
@@ -248,7 +239,7 @@ def adamw_(
         if low_precision is not None:
             low_precision.copy_(parameter)
     else:
-        reference.adamw_(
+        adamw_reference_(
             parameter, gradient, exp_avg, exp_avg_sq,
             grad_scale=grad_scale, low_precision=low_precision, seed=seed, **options,
         )  # fmt: skip
@@ -269,3 +260,49 @@ def stock_adamw_(
         [parameter], [gradient], [exp_avg], [exp_avg_sq], [], [step.float()],
         lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
     )  # fmt: skip
+
+
+def adamw_reference_(
+    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int | Tensor,
+    grad_scale: Tensor | None = None, low_precision: Tensor | None = None, seed: int | None = None,
+) -> None:  # fmt: skip
+    """Algorithm 2 of Loshchilov & Hutter (2019)."""
+    g = wide(gradient) if grad_scale is None else wide(gradient) * grad_scale
+    m = wide(exp_avg) + (1 - betas[0]) * (g - wide(exp_avg))
+    v = betas[1] * wide(exp_avg_sq) + (1 - betas[1]) * g.square()
+    t = int(step)
+    root = (1 - betas[1] ** t) ** 0.5
+    step_size = lr / (1 - betas[0] ** t)
+    p = (1 - lr * weight_decay) * wide(parameter) - step_size * (m / (v.sqrt() / root + eps))
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    target = parameter if low_precision is None else low_precision
+    if target is not parameter:
+        parameter.copy_(p)
+    target.copy_(p if seed is None else stochastic(p, target.dtype, seed, t))
+
+
+def stochastic(x: Tensor, dtype: torch.dtype, seed: int, step: int) -> Tensor:
+    """fp32 x rounded to a neighbour in bfloat16 or float16, up with the share of the gap that lies below x.
+
+    The bits added before cutting off are those of Philox4x32-10 (kernels/philox.py) with
+        key      seed, step
+        counter  low and high word of index // 4, 0, 2^32 - 1 (which no dropout mask has)
+        output   number index % 4 of the four
+    for the element of this index in the flattened tensor.
+    """
+    x = x.float()
+    groups = torch.arange((x.numel() + 3) // 4, device=x.device)
+    zero = torch.zeros_like(groups)
+    words = philox((groups & WORD, groups >> 32, zero, zero + WORD), (seed & WORD, step & WORD))
+    noise = torch.stack(words, -1).flatten()[: x.numel()].view(x.shape)
+    dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]
+    noise = noise & ((1 << dropped) - 1)
+    bits = (x.contiguous().view(torch.int32).long() & WORD) + noise
+    bits = bits >> dropped << dropped
+    rounded = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
+    if dtype == torch.float16:  # subnormal numbers are multiples of 2^-24
+        small = (x.abs() * 2**24 + noise * 2.0**-13).floor() * 2.0**-24
+        rounded = torch.where(x.abs() < 2.0**-14, small.copysign(x), rounded)
+    return torch.where(x.isnan(), x, rounded).to(dtype)

@@ -3,7 +3,7 @@
 triton     the kernels of this package: an NVIDIA GPU, or any device when the process was started under
            TRITON_INTERPRET=1, which runs them in Triton's interpreter (slow; for tests)
 torch      the best stock operator of PyTorch
-reference  the same operation in a few lines of PyTorch, fp32 inside (kernels/reference)
+reference  the same operation in a few lines of PyTorch, fp32 inside, beside each kernel
 auto       triton on a GPU where it can run, else torch, else reference
 """
 
@@ -17,15 +17,12 @@ from triton import knobs
 IMPLS = ("auto", "triton", "torch", "reference")
 LEAST_CAPABILITY = (8, 0)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Triton fixes the mode when a kernel is decorated, that is on import: so does this constant, read
-# on the same import.
+# Triton fixes the mode when a kernel is decorated, on import; this constant is read on the same import.
 INTERPRETED: bool = knobs.runtime.interpret
 
 
 class KernelError(ValueError):
-    """What was asked for cannot run. The message says what was found, what was expected and what to
-    do.
-    """
+    """A request that cannot be served. The message says what was found, what was expected and what to do."""
 
 
 def expect(condition: bool, message: str) -> None:
@@ -50,14 +47,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose(
-    impl: str,
-    op: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    no_triton: str | None = None,
+    impl: str, op: str, *, device: torch.device, dtype: torch.dtype, no_triton: str | None = None,
     no_torch: str | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """The form of `op` to run: "triton", "torch" or "reference". Pure: the caller logs it.
 
     no_triton, no_torch: why the arguments of this call, beyond device and dtype, rule that form out; None if they
@@ -74,15 +66,18 @@ def choose(
     return impl
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that references compute in: float32, or float64 if x is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
 
 
 def padded(width: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `width` and `least`: Triton's tiles have such
-    sides.
-    """
+    """Return the smallest power of two that is at least `width` and `least`, as the sides of Triton's tiles are."""
     return max(least, 1 << (width - 1).bit_length())
 
 
@@ -107,10 +102,9 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def interpretable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as the kernels may read them: bfloat16 as float32 in the interpreter.
+    """Return the tensors as the kernels may read them: in the interpreter bfloat16 as float32.
 
-    The interpreter keeps bfloat16 as bit patterns, multiplies them as integers and truncates
-    instead of rounding. So there the kernels see float32 and the caller rounds their results.
+    The interpreter multiplies bfloat16 as integers and truncates; so the caller rounds the kernels' results.
     """
     if not INTERPRETED:
         return tensors

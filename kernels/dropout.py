@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import philox
 from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch
 from kernels.philox import DropoutKey, keep_tile, signed
+from kernels.registration import operator
 
 ROWS, COLS = 4, 512
 
@@ -41,7 +42,25 @@ def dropout_kernel(
     tl.store(out_ptr + (b * T + rows[:, None]) * C + cols[None, :], out.to(out_ptr.dtype.element_ty), inside)
 
 
-@torch.library.custom_op("ingot::dropout", mutates_args=())
+def _save(ctx, inputs, output) -> None:
+    _, residual, samples, positions, *ctx.key = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(samples, positions)
+
+
+def _backward(ctx, grad):
+    samples, positions = ctx.saved_tensors
+    # The mask is symmetric: the gradient passes through the same operation.
+    grad_x = torch.ops.ingot.dropout(grad, None, samples, positions, *ctx.key)
+    return grad_x, grad if ctx.has_residual else None
+
+
+@operator(
+    "dropout",
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    save=_save,
+    backward=_backward,
+)
 def dropout_op(
     x: Tensor, residual: Tensor | None, samples: Tensor, positions: Tensor, p: float, seed: int, site: int
 ) -> Tensor:
@@ -60,36 +79,10 @@ def dropout_op(
     return out.to(x.dtype)
 
 
-@dropout_op.register_fake
-def _(x: Tensor, residual: Tensor | None, samples: Tensor, positions: Tensor, p: float, seed: int, site: int) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs, output) -> None:
-    _, residual, samples, positions, *ctx.key = inputs
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(samples, positions)
-
-
-def _backward(ctx, grad):
-    samples, positions = ctx.saved_tensors
-    # The mask is symmetric: the gradient passes through the same operation.
-    grad_x = torch.ops.ingot.dropout(grad, None, samples, positions, *ctx.key)
-    return grad_x, grad if ctx.has_residual else None, None, None, None, None, None
-
-
-dropout_op.register_autograd(_backward, setup_context=_save)
-
-
 def dropout(
-    x: Tensor,
-    key: DropoutKey,
-    samples: Tensor,
-    positions: Tensor,
-    *,
-    residual: Tensor | None = None,
+    x: Tensor, key: DropoutKey, samples: Tensor, positions: Tensor, *, residual: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """residual + (x / (1 - p) where kept, else 0) (Srivastava et al. 2014).
 
     x [B, T, C]; residual the same shape and dtype, or None; samples int64 [B], global sample numbers; positions int64

@@ -1,9 +1,9 @@
 """Table look-up with a deterministic gradient: N tokens, V rows of the table, C width.
 
 The gradient of a row is the sum of dy over the tokens that name it. Tokens are sorted (stably), so that a row's are
-neighbours, and places in that order are cut into chunks of CHUNK. A piece is the part of a row's tokens in one chunk:
+neighbours, and indices in that order are cut into chunks of CHUNK. A piece is the part of a row's tokens in one chunk:
 
-    pieces   one program per place; where a piece begins, it sums the piece, ROWS tokens at a time. A row that is one
+    pieces   one program per index; where a piece begins, it sums the piece, ROWS tokens at a time. A row that is one
              piece is written; of a longer one, the sum goes to the chunk's partial sums: "tail" where the row begins
              in the chunk, "head" where it continues from the chunk before.
     joined   one program per chunk border; where a row crosses its first border, its tail and heads are added.
@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, launch, padded
+from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
+from kernels.registration import operator
 
 CHUNK = 64
 ROWS = 4  # of dy that a program reads at once: most tokens of a batch are rare
@@ -33,22 +33,22 @@ def embedding_pieces_kernel(
     dy_ptr, ids_ptr, order_ptr, dweight_ptr, partial_ptr, stride_dy, N, V,
     C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Sums the piece that begins at this place of the sorted ids i32 [N], if one does.
+    """Sums the piece that begins at this index of the sorted ids i32 [N], if one does.
 
-    dy [N, C]; order i64 [N], the places of the tokens; dweight [V, C]; partial fp32 [2, chunks, C], heads then tails.
+    dy [N, C]; order i64 [N], the indices of the tokens; dweight [V, C]; partial fp32 [2, chunks, C], heads then tails.
     """
-    place = tl.program_id(0) // TILES
-    row = tl.load(ids_ptr + place)
-    begins = tl.load(ids_ptr + place - 1, place > 0, -1) != row
-    if (begins | (place % CHUNK == 0)) & (row >= 0) & (row < V):
-        border = (place // CHUNK + 1) * CHUNK
-        places = place + tl.arange(0, CHUNK)
-        size = tl.sum((tl.load(ids_ptr + places, places < tl.minimum(border, N), -1) == row).to(tl.int32), 0)
+    index = tl.program_id(0) // TILES
+    row = tl.load(ids_ptr + index)
+    begins = tl.load(ids_ptr + index - 1, index > 0, -1) != row
+    if (begins | (index % CHUNK == 0)) & (row >= 0) & (row < V):
+        border = (index // CHUNK + 1) * CHUNK
+        indices = index + tl.arange(0, CHUNK)
+        size = tl.sum((tl.load(ids_ptr + indices, indices < tl.minimum(border, N), -1) == row).to(tl.int32), 0)
         cols = tl.program_id(0) % TILES * COLS + tl.arange(0, COLS)
         total = tl.zeros((COLS,), tl.float32)
         for start in range(0, size, ROWS):
             which = start + tl.arange(0, ROWS)
-            tokens = tl.load(order_ptr + place + which, which < size, 0)
+            tokens = tl.load(order_ptr + index + which, which < size, 0)
             inside = (which < size)[:, None] & (cols < C)[None, :]
             dy = tl.load(dy_ptr + tokens[:, None] * stride_dy + cols[None, :], inside, 0.0)
             total += tl.sum(dy.to(tl.float32), 0)
@@ -57,7 +57,7 @@ def embedding_pieces_kernel(
             out = dweight_ptr + row.to(tl.int64) * C + cols
             tl.store(out, total.to(dweight_ptr.dtype.element_ty), cols < C)
         else:
-            chunk = (place // CHUNK).to(tl.int64) + begins.to(tl.int64) * tl.cdiv(N, CHUNK)
+            chunk = (index // CHUNK).to(tl.int64) + begins.to(tl.int64) * tl.cdiv(N, CHUNK)
             tl.store(partial_ptr + chunk * C + cols, total, cols < C)
 
 
@@ -68,10 +68,10 @@ def embedding_joined_kernel(
 ):  # fmt: skip
     """Writes the row whose tokens cross this border between chunks, if it is the first that they cross."""
     chunk = tl.program_id(0) // TILES + 1
-    place = chunk * CHUNK
-    row = tl.load(ids_ptr + place)
-    crosses = tl.load(ids_ptr + place - 1) == row
-    earlier = tl.load(ids_ptr + place - CHUNK - 1, chunk > 1, -1) == row
+    index = chunk * CHUNK
+    row = tl.load(ids_ptr + index)
+    crosses = tl.load(ids_ptr + index - 1) == row
+    earlier = tl.load(ids_ptr + index - CHUNK - 1, chunk > 1, -1) == row
     if crosses & (earlier == 0) & (row >= 0) & (row < V):
         chunks = tl.cdiv(N, CHUNK)
         cols = tl.program_id(0) % TILES * COLS + tl.arange(0, COLS)
@@ -94,22 +94,10 @@ def tile_of(C: int) -> tuple[int, int]:
     return cols, cdiv(C, cols)
 
 
-@torch.library.custom_op("ingot::embedding", mutates_args=())
-def embedding_op(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
-    """[..., C] in the dtype of weight. See `embedding`."""
-    return stock_embedding(tokens, weight, zero_outside)
-
-
-@embedding_op.register_fake
-def _(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
-    return weight.new_empty((*tokens.shape, weight.shape[1]))
-
-
-@torch.library.custom_op("ingot::embedding_backward", mutates_args=())
+@operator("embedding_backward", fake=lambda dy, tokens, V: dy.new_empty((V, dy.shape[-1])))
 def embedding_backward_op(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
     """dy [..., C], tokens int [...] -> the gradient of the table [V, C], in the dtype of dy."""
-    (rows,) = interpretable(dy.reshape(-1, dy.shape[-1]))
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    (rows,) = interpretable(last_contiguous(dy.reshape(-1, dy.shape[-1])))
     N, C = rows.shape
     # 32-bit keys take half the passes of a radix sort; what is outside of the table stays outside.
     ids, order = tokens.flatten().clamp(-1, V).to(torch.int32).sort(stable=True)
@@ -128,26 +116,25 @@ def embedding_backward_op(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
     return dweight.to(dy.dtype)
 
 
-@embedding_backward_op.register_fake
-def _(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
-    return dy.new_empty((V, dy.shape[-1]))
-
-
 def _save(ctx, inputs, output) -> None:
     tokens, weight, _ = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(tokens)
     ctx.V = weight.shape[0]
 
 
 def _backward(ctx, dy):
-    if dy is None:
-        return None, None, None
-    (tokens,) = ctx.saved_tensors
-    return None, torch.ops.ingot.embedding_backward(dy, tokens, ctx.V), None
+    return None, embedding_backward_op(dy, *ctx.saved_tensors, ctx.V)
 
 
-embedding_op.register_autograd(_backward, setup_context=_save)
+@operator(
+    "embedding",
+    fake=lambda tokens, weight, _: weight.new_empty((*tokens.shape, weight.shape[1])),
+    save=_save,
+    backward=_backward,
+)
+def embedding_op(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
+    """[..., C] in the dtype of weight. See `embedding`."""
+    return stock_embedding(tokens, weight, zero_outside)
 
 
 def stock_embedding(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
@@ -156,6 +143,15 @@ def stock_embedding(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tenso
         return F.embedding(tokens, weight)
     outside = (tokens < 0) | (tokens >= weight.shape[0])
     return F.embedding(tokens.masked_fill(outside, 0), weight).masked_fill(outside.unsqueeze(-1), 0.0)
+
+
+def embedding_reference(tokens: Tensor, weight: Tensor, zero_outside: bool = False) -> Tensor:
+    """Rows of weight [V, C] by number: int [...] -> [..., C]."""
+    if not zero_outside:
+        return wide(weight)[tokens].to(weight.dtype)  # wide: the sum of gradients is rounded once
+    inside = (tokens >= 0) & (tokens < len(weight))
+    rows = wide(weight)[tokens.where(inside, 0)]
+    return torch.where(inside.unsqueeze(-1), rows, 0.0).to(weight.dtype)
 
 
 def embedding(tokens: Tensor, weight: Tensor, *, zero_outside: bool = False, impl: str = "auto") -> Tensor:
@@ -178,5 +174,5 @@ def embedding(tokens: Tensor, weight: Tensor, *, zero_outside: bool = False, imp
     if form == "triton":
         return embedding_op(tokens, weight, zero_outside)
     if form == "reference":
-        return reference.embedding(tokens, weight, zero_outside)
+        return embedding_reference(tokens, weight, zero_outside)
     return stock_embedding(tokens, weight, zero_outside)

@@ -1,15 +1,14 @@
 """Dropout masks as a pure function of where they are used: the same bits in PyTorch and in Triton.
 
-The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
-a keyed bijection of a 128-bit counter, so any element of any mask is drawn alone, in any order, on
-any rank, from
+The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), a keyed bijection of
+a 128-bit counter. Any element of any mask is drawn alone, in any order, on any rank, from
 
     key      seed, site
     counter  column // 4, row, sample mod 2^32, head * 2^16 + sample // 2^32
     output   number column % 4 of the four
 
-and is kept if its 32 bits are at least p * 2^32. Sample, row, column and head are global numbers:
-no micro-batch, tile, rank count or split of the heads changes a mask.
+and is kept if its 32 bits are at least p * 2^32. Sample, row, column and head are global numbers: no micro-batch, tile,
+rank count or split of the heads changes a mask.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ WORD = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """What a mask is keyed by beyond its elements' places.
+    """The key of a dropout mask. Raises KernelError outside of the ranges.
 
-    p: probability of dropping, 0 <= p < 1. seed: of the run. site: number of the place in the
-    network (layer and kind). Seed and site are 32-bit. Raises KernelError outside these ranges.
+    p: probability of dropping, 0 <= p < 1. seed: of the run, 32-bit. site: number of the layer and kind, 32-bit.
     """
 
     p: float
@@ -55,15 +53,12 @@ class DropoutKey:
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of int64 tensors holding 32-bit words, which broadcast together -> four such
-    tensors.
-    """
+    """Philox4x32-10 of int64 tensors of 32-bit words, which broadcast together -> four such tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # Products wrap at 2^64: their low and high words are still right. c1 and c3 carry garbage
-        # above their word, which the next round's & removes; c0 and c2 must be clean because they
-        # are multiplied.
+        # Products wrap at 2^64: their low and high words are still right. c1 and c3 carry garbage above their word,
+        # which the next round's & removes; c0 and c2 must be clean because they are multiplied.
         a, b = c0 * ROUND_A, c2 * ROUND_B
         c0 = ((b >> 32) ^ (c1 ^ k0)) & WORD
         c2 = ((a >> 32) ^ (c3 ^ k1)) & WORD
@@ -75,8 +70,8 @@ def philox(
 def keep_mask(key: DropoutKey, samples: Tensor, rows: Tensor, n_cols: int, heads: Tensor | None = None) -> Tensor:
     """True where an element is kept: bool [B, R, n_cols], or with `heads` [B, H, R, n_cols].
 
-    samples int64 [B], global sample numbers under 2^48; rows int64 [R] under 2^32; heads int64 [H],
-    global head numbers under 2^16 (head 0 if None); columns are 0 to n_cols - 1.
+    samples int64 [B], global sample numbers under 2^48; rows int64 [R] under 2^32; heads int64 [H], global head numbers
+    under 2^16 (head 0 if None); columns are 0 to n_cols - 1.
     """
     groups = torch.arange((n_cols + 3) // 4, device=samples.device)
     samples = samples[:, None, None]
@@ -93,9 +88,8 @@ def keep_mask(key: DropoutKey, samples: Tensor, rows: Tensor, n_cols: int, heads
 def dropout(x: Tensor, key: DropoutKey, samples: Tensor, positions: Tensor) -> Tensor:
     """x / (1 - p) where kept, else 0 (Srivastava et al. 2014).
 
-    x [B, T, C]; samples int64 [B], global sample numbers; positions int64 [T]. Returns [B, T, C] in
-    the dtype of x; x itself if p is 0. The mask is that of `keep_mask` with rows = positions,
-    columns = channels.
+    x [B, T, C]; samples int64 [B], global sample numbers; positions int64 [T]. Returns [B, T, C] in the dtype of x; x
+    itself if p is 0. The mask is that of `keep_mask` with rows = positions, columns = channels.
     """
     if key.p == 0:
         return x

@@ -4,21 +4,22 @@ B batch, T time, K key/value heads, R query heads for each, H = K R, D head widt
 at position p is turned by the angle p theta^(-2i/D):
     a' = a cos - b sin;  b' = b cos + a sin
 and the backward turns the gradients back by the same angle and writes them into one dqkv. Nothing but the positions
-is kept. Pairs are channels (i, i + D/2), "half", or (2i, 2i + 1), "interleaved".
+is kept. Pair i is channels i and i + D/2.
 A program turns a few heads of a tile of tokens, of which it computes the angles' sine and cosine once.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded
+from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
+from kernels.registration import operator
 
-LAYOUTS = ("half", "interleaved")
 TILE_PAIRS = 1024
 HEADS = 6  # of a program: enough to share its sines and cosines, few enough to fill a GPU with programs
 
@@ -49,43 +50,30 @@ def sine_and_cosine(angle):
 
 @triton.jit
 def turn_head(
-    source, target, cos, sin, inside,
-    D: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TURN: tl.constexpr,
+    source, target, cos, sin, inside, D: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr
 ):  # fmt: skip
-    """Copy one head of some tokens, turned if TURN. source, target: pointers to channel 0 [TOKENS, 1]; cos, sin fp32
-    [TOKENS, PAIRS]; inside: which tokens exist [TOKENS, 1].
-    """
-    if INTERLEAVED:
-        cols = tl.arange(0, 2 * PAIRS)[None, :]
-        inside = inside & (cols < D)
-        x = tl.load(source + cols, inside)
-        if TURN:
-            a, b = tl.split(x.to(tl.float32).reshape(TOKENS, PAIRS, 2))
-            x = tl.join(a * cos - b * sin, b * cos + a * sin).reshape(TOKENS, 2 * PAIRS)
-        tl.store(target + cols, x.to(target.dtype.element_ty), inside)
-    else:
-        cols = tl.arange(0, PAIRS)[None, :]
-        inside = inside & (cols < D // 2)
-        a = tl.load(source + cols, inside)
-        b = tl.load(source + D // 2 + cols, inside)
-        if TURN:
-            left, right = a.to(tl.float32), b.to(tl.float32)
-            a, b = left * cos - right * sin, right * cos + left * sin
-        tl.store(target + cols, a.to(target.dtype.element_ty), inside)
-        tl.store(target + D // 2 + cols, b.to(target.dtype.element_ty), inside)
+    """Copy one head from pointers source to target [TOKENS, 1], turned by cos, sin fp32 [TOKENS, PAIRS] if TURN."""
+    cols = tl.arange(0, PAIRS)[None, :]
+    inside = inside & (cols < D // 2)
+    a = tl.load(source + cols, inside)
+    b = tl.load(source + D // 2 + cols, inside)
+    if TURN:
+        left, right = a.to(tl.float32), b.to(tl.float32)
+        a, b = left * cos - right * sin, right * cos + left * sin
+    tl.store(target + cols, a.to(target.dtype.element_ty), inside)
+    tl.store(target + D // 2 + cols, b.to(target.dtype.element_ty), inside)
 
 
 @triton.jit
 def move_head(
     packed, split, cos, sin, inside,
-    D: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, TURN: tl.constexpr,
-    UNPACK: tl.constexpr,
+    D: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr, UNPACK: tl.constexpr,
 ):  # fmt: skip
     """turn_head from qkv to q, k or v if UNPACK, else back."""
     if UNPACK:
-        turn_head(packed, split, cos, sin, inside, D, TOKENS, PAIRS, INTERLEAVED, TURN)
+        turn_head(packed, split, cos, sin, inside, D, PAIRS, TURN)
     else:
-        turn_head(split, packed, cos, sin, inside, D, TOKENS, PAIRS, INTERLEAVED, TURN)
+        turn_head(split, packed, cos, sin, inside, D, PAIRS, TURN)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -94,7 +82,7 @@ def rope_kernel(
     stride_xb, stride_xt, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_pb, stride_pt, N, T, R, heads,
     D: tl.constexpr, TOKENS: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, UNPACK: tl.constexpr, INVERSE: tl.constexpr,
+    UNPACK: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """N = B T tokens of `heads` heads, from x [B, T, heads D] to q, k, v [B, T, ..., D] if UNPACK, else from these to
     x; strides are of batch, token and head. The heads of x are grouped: R of q, one of k, one of v. INVERSE: turn back.
@@ -118,21 +106,21 @@ def rope_kernel(
     for head in range(first, tl.minimum(first + HEADS, heads)):
         group = head // (R + 2)
         member = head % (R + 2)
-        here = packed + head * D
+        packed_head = packed + head * D
         if member < R:
-            there = q + (group * R + member).to(tl.int64) * stride_qh
-            move_head(here, there, cos, sin, inside, D, TOKENS, PAIRS, INTERLEAVED, True, UNPACK)
+            split_head = q + (group * R + member).to(tl.int64) * stride_qh
+            move_head(packed_head, split_head, cos, sin, inside, D, PAIRS, True, UNPACK)
         elif member == R:
-            there = k + group.to(tl.int64) * stride_kh
-            move_head(here, there, cos, sin, inside, D, TOKENS, PAIRS, INTERLEAVED, True, UNPACK)
+            split_head = k + group.to(tl.int64) * stride_kh
+            move_head(packed_head, split_head, cos, sin, inside, D, PAIRS, True, UNPACK)
         else:
-            there = v + group.to(tl.int64) * stride_vh
-            move_head(here, there, cos, sin, inside, D, TOKENS, PAIRS, INTERLEAVED, False, UNPACK)
+            split_head = v + group.to(tl.int64) * stride_vh
+            move_head(packed_head, split_head, cos, sin, inside, D, PAIRS, False, UNPACK)
 
 
 def run(
     packed: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, frequencies: Tensor,
-    R: int, heads: int, *, interleaved: bool, unpack: bool, inverse: bool,
+    R: int, heads: int, *, unpack: bool, inverse: bool,
 ) -> None:  # fmt: skip
     """rope_kernel on packed [B, T, heads D], q [B, T, H, D], k, v [B, T, K, D] with contiguous last dimensions."""
     B, T, _, D = q.shape
@@ -142,147 +130,134 @@ def run(
         rope_kernel, cdiv(B * T, TOKENS) * cdiv(heads, HEADS), packed.device,
         packed, q, k, v, positions, frequencies, *packed.stride()[:2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *positions.stride(), B * T, T, R, heads,
-        D, TOKENS, PAIRS, HEADS, interleaved, unpack, inverse,
+        D, TOKENS, PAIRS, HEADS, unpack, inverse,
     )  # fmt: skip
 
 
-@torch.library.custom_op("ingot::rope_qkv", mutates_args=())
-def rope_qkv_op(
-    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int, interleaved: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [B, T, (R + 2) K D], frequencies fp32 [D/2] -> q [B, T, H, D], k and v [B, T, K, D], contiguous."""
-    (packed,) = interpretable(last_contiguous(qkv))
-    heads = qkv.shape[-1] // head_dim
-    sizes = heads - 2 * n_kv_head, n_kv_head, n_kv_head
-    q, k, v = (packed.new_empty(*qkv.shape[:2], size, head_dim) for size in sizes)
-    run(
-        packed, q, k, v, positions, frequencies, heads // n_kv_head - 2, heads,
-        interleaved=interleaved, unpack=True, inverse=False,
-    )  # fmt: skip
-    return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
+def _fake_qkv_backward(dq: Tensor, dk: Tensor, *_: Any) -> Tensor:
+    B, T, H, D = dq.shape
+    return dq.new_empty(B, T, (H + 2 * dk.shape[2]) * D)
 
 
-@rope_qkv_op.register_fake
-def _(
-    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int, interleaved: bool
+@operator("rope_qkv_backward", fake=_fake_qkv_backward)
+def rope_qkv_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """dq [B, T, H, D], dk and dv [B, T, K, D] with any strides -> dqkv [B, T, (R + 2) K D]."""
+    q, k, v = interpretable(last_contiguous(dq), last_contiguous(dk), last_contiguous(dv))
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    packed = q.new_empty(B, T, (H + 2 * K) * D)
+    run(packed, q, k, v, positions, frequencies, H // K, H + 2 * K, unpack=False, inverse=True)
+    return packed.to(dq.dtype)
+
+
+def _fake_qkv(
+    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, W = qkv.shape
     k = qkv.new_empty(B, T, n_kv_head, head_dim)
     return qkv.new_empty(B, T, W // head_dim - 2 * n_kv_head, head_dim), k, torch.empty_like(k)
 
 
-@torch.library.custom_op("ingot::rope_qkv_backward", mutates_args=())
-def rope_qkv_backward_op(
-    dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool
-) -> Tensor:
-    """dq [B, T, H, D], dk and dv [B, T, K, D] with any strides -> dqkv [B, T, (R + 2) K D]."""
-    q, k, v = interpretable(last_contiguous(dq), last_contiguous(dk), last_contiguous(dv))
-    B, T, H, D = q.shape
-    K = k.shape[2]
-    packed = q.new_empty(B, T, (H + 2 * K) * D)
-    run(
-        packed, q, k, v, positions, frequencies, H // K, H + 2 * K,
-        interleaved=interleaved, unpack=False, inverse=True,
-    )  # fmt: skip
-    return packed.to(dq.dtype)
+def _save_qkv(ctx, inputs, output) -> None:
+    qkv, positions, frequencies, K, D = inputs
+    ctx.heads = qkv.shape[-1] // D - 2 * K, K, K
+    ctx.head_dim = D
+    ctx.save_for_backward(positions, frequencies)
 
 
-@rope_qkv_backward_op.register_fake
-def _(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool) -> Tensor:
-    B, T, H, D = dq.shape
-    return dq.new_empty(B, T, (H + 2 * dk.shape[2]) * D)
+def _backward_qkv(ctx, *gradients):
+    given = next(g for g in gradients if g is not None)
+    B, T = given.shape[:2]
+    zero = given.new_zeros(ctx.head_dim)
+    full = [zero.expand(B, T, n, -1) if g is None else g for g, n in zip(gradients, ctx.heads, strict=True)]
+    return rope_qkv_backward_op(*full, *ctx.saved_tensors)
 
 
-@torch.library.custom_op("ingot::rope", mutates_args=())
-def rope_op(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+@operator("rope_qkv", fake=_fake_qkv, save=_save_qkv, backward=_backward_qkv)
+def rope_qkv_op(
+    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, T, (R + 2) K D], frequencies fp32 [D/2] -> q [B, T, H, D], k and v [B, T, K, D], contiguous."""
+    (packed,) = interpretable(last_contiguous(qkv))
+    heads = qkv.shape[-1] // head_dim
+    sizes = heads - 2 * n_kv_head, n_kv_head, n_kv_head
+    q, k, v = (packed.new_empty(*qkv.shape[:2], size, head_dim) for size in sizes)
+    run(packed, q, k, v, positions, frequencies, heads // n_kv_head - 2, heads, unpack=True, inverse=False)
+    return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, positions, frequencies, ctx.inverse = inputs
+    ctx.save_for_backward(positions, frequencies)
+
+
+def _backward(ctx, dy):
+    return rope_op(dy, *ctx.saved_tensors, not ctx.inverse)
+
+
+@operator("rope", fake=lambda x, *_: x.new_empty(x.shape), save=_save, backward=_backward)
+def rope_op(x: Tensor, positions: Tensor, frequencies: Tensor, inverse: bool) -> Tensor:
     """x [B, T, heads, D] -> the same shape, contiguous."""
     (source,) = interpretable(last_contiguous(x))
     B, T, heads, D = x.shape
     packed = source.new_empty(B, T, heads * D)
     # A tensor of query heads alone: no k, no v.
-    run(
-        packed, source, source, source, positions, frequencies, heads, heads,
-        interleaved=interleaved, unpack=False, inverse=inverse,
-    )  # fmt: skip
+    run(packed, source, source, source, positions, frequencies, heads, heads, unpack=False, inverse=inverse)
     return packed.to(x.dtype).view(x.shape)
 
 
-@rope_op.register_fake
-def _(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _save_qkv(ctx, inputs, output) -> None:
-    qkv, positions, frequencies, K, D, ctx.interleaved = inputs
-    ctx.heads = qkv.shape[-1] // D - 2 * K, K, K
-    ctx.head_dim = D
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(positions, frequencies)
-
-
-def _backward_qkv(ctx, *gradients):
-    given = next((g for g in gradients if g is not None), None)
-    if given is None:
-        return (None,) * 6
-    B, T = given.shape[:2]
-    zero = given.new_zeros(ctx.head_dim)
-    full = [zero.expand(B, T, n, -1) if g is None else g for g, n in zip(gradients, ctx.heads, strict=True)]
-    return torch.ops.ingot.rope_qkv_backward(*full, *ctx.saved_tensors, ctx.interleaved), *(None,) * 5
-
-
-rope_qkv_op.register_autograd(_backward_qkv, setup_context=_save_qkv)
-
-
-def _save(ctx, inputs, output) -> None:
-    _, positions, frequencies, ctx.interleaved, ctx.inverse = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(positions, frequencies)
-
-
-def _backward(ctx, dy):
-    if dy is None:
-        return (None,) * 5
-    return rope_op(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
-
-
-rope_op.register_autograd(_backward, setup_context=_save)
-
-
 def frequencies_of(D: int, theta: float, device: torch.device) -> Tensor:
-    """theta^(-2i/D), fp32 [D/2]. Every form takes them from here: at position 10^6 a frequency that is rounded
+    """theta^(-2i/D), fp32 [D/2]. All forms use these: at position 10^6 a frequency that is rounded
     differently in its last bit turns by 0.06 more or less.
     """
     return theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
 
 
-def stock_rotate(x: Tensor, positions: Tensor, theta: float, layout: str) -> Tensor:
+def stock_rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """PyTorch's own operators: x [B, T, ..., D] -> the same shape; the rotation is computed in fp32."""
     frequencies = frequencies_of(x.shape[-1], theta, x.device)
     angles = positions.float()[..., None] * frequencies
     angles = angles.view(*positions.shape, *[1] * (x.dim() - 3), len(frequencies))  # [(B,) T, 1, ..., D/2]
     cos, sin = angles.cos(), angles.sin()
-    if layout == "half":
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def stock_qkv(
-    qkv: Tensor, positions: Tensor, n_kv_head: int, head_dim: int, theta: float, layout: str
+    qkv: Tensor, positions: Tensor, n_kv_head: int, head_dim: int, theta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's own operators; k and v are views."""
     B, T, _ = qkv.shape
     R = qkv.shape[-1] // (n_kv_head * head_dim) - 2
     heads = qkv.view(B, T, n_kv_head, R + 2, head_dim)
     qk, v = heads[:, :, :, : R + 1], heads[:, :, :, R + 1]
-    qk = stock_rotate(qk, positions, theta, layout)
+    qk = stock_rotate(qk, positions, theta)
     return qk[:, :, :, :R].reshape(B, T, n_kv_head * R, head_dim), qk[:, :, :, R], v
 
 
-def check(name: str, x: Tensor, positions: Tensor, head_dim: int, layout: str) -> None:
+def rope_reference(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tensor:
+    """Turn pair i of heads of x [B, T, ..., D] by position * theta^(-2i/D), in fp32; positions [T] or [B, T]."""
+    D = x.shape[-1]
+    frequencies = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
+    angles = (positions.float()[..., None] * frequencies).to(wide(x).dtype)  # [(B,) T, D/2]
+    angles = angles.reshape(*positions.shape, *[1] * (x.dim() - 3), D // 2)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = wide(x).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+def rope_qkv_reference(
+    qkv: Tensor, positions: Tensor, *, n_kv_head: int, head_dim: int, theta: float = 10000.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, T, (R + 2) K D] -> q [B, T, K R, D], k, v [B, T, K, D]."""
+    R = qkv.shape[-1] // (n_kv_head * head_dim) - 2
+    heads = qkv.unflatten(-1, (n_kv_head, R + 2, head_dim))
+    q, k, v = heads[:, :, :, :R].flatten(2, 3), heads[:, :, :, R], heads[:, :, :, R + 1]
+    return rope_reference(q, positions, theta=theta), rope_reference(k, positions, theta=theta), v
+
+
+def check(name: str, x: Tensor, positions: Tensor, head_dim: int) -> None:
     """Raise KernelError unless the arguments that rope and rope_qkv share fit together."""
-    expect(layout in LAYOUTS, f"{name}: found layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     expect(
         head_dim > 0 and head_dim % 2 == 0,
         f"{name}: found heads of width {head_dim}, expected an even width: channels turn in pairs",
@@ -296,24 +271,16 @@ def check(name: str, x: Tensor, positions: Tensor, head_dim: int, layout: str) -
 
 
 def rope_qkv(
-    qkv: Tensor,
-    positions: Tensor,
-    *,
-    n_kv_head: int,
-    head_dim: int,
-    theta: float = 10000.0,
-    layout: str = "half",
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, positions: Tensor, *, n_kv_head: int, head_dim: int, theta: float = 10000.0, impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries and keys with rotary position encoding (Su et al. 2021, eq. 34), and values, from their one product.
 
     qkv [B, T, (R + 2) K D], K = n_kv_head, D = head_dim: [q_1 ... q_R, k, v] for each key/value head, any strides (a
     last dimension that is not contiguous costs a copy).
     positions int64 [T], or [B, T] for each token its own (packed documents). Angles are position theta^(-2i/D) in
-    fp32, and the rotation is computed in fp32. layout: of the pairs, channels i and i + D/2 ("half") or 2i and 2i + 1
-    ("interleaved"). Returns q [B, T, K R, D], k, v [B, T, K, D] in the dtype of qkv; the stock form's k and v are
-    views. Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on arguments that do not fit together
-    or a form that cannot run.
+    fp32, and channels i and i + D/2 are turned in fp32. Returns q [B, T, K R, D], k, v [B, T, K, D] in the dtype of
+    qkv; the stock form's k and v are views. Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on
+    arguments that do not fit together or a form that cannot run.
     """
     expect(
         qkv.dim() == 3 and n_kv_head > 0 and head_dim > 0 and qkv.shape[-1] % (n_kv_head * head_dim) == 0
@@ -321,23 +288,23 @@ def rope_qkv(
         f"rope_qkv: found qkv {tuple(qkv.shape)}, expected [B, T, (R + 2) K D] with K = {n_kv_head}, D = {head_dim} "
         f"and R at least 1",
     )  # fmt: skip
-    check("rope_qkv", qkv, positions, head_dim, layout)
+    check("rope_qkv", qkv, positions, head_dim)
     form = choose(impl, "rope_qkv", device=qkv.device, dtype=qkv.dtype)
     if form == "reference":
-        return reference.rope_qkv(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta, layout=layout)
+        return rope_qkv_reference(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta)
     if form == "torch":
-        return stock_qkv(qkv, positions, n_kv_head, head_dim, theta, layout)
+        return stock_qkv(qkv, positions, n_kv_head, head_dim, theta)
     frequencies = frequencies_of(head_dim, theta, qkv.device)
-    return rope_qkv_op(qkv, positions, frequencies, n_kv_head, head_dim, layout == "interleaved")
+    return rope_qkv_op(qkv, positions, frequencies, n_kv_head, head_dim)
 
 
-def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, layout: str = "half", impl: str = "auto") -> Tensor:
+def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, impl: str = "auto") -> Tensor:
     """x [B, T, heads, D], any strides, turned as `rope_qkv` turns queries -> the same shape and dtype."""
     expect(x.dim() == 4, f"rope: found x {tuple(x.shape)}, expected [B, T, heads, D]")
-    check("rope", x, positions, x.shape[-1], layout)
+    check("rope", x, positions, x.shape[-1])
     form = choose(impl, "rope", device=x.device, dtype=x.dtype)
     if form == "reference":
-        return reference.rope(x, positions, theta=theta, layout=layout)
+        return rope_reference(x, positions, theta=theta)
     if form == "torch":
-        return stock_rotate(x, positions, theta, layout)
-    return rope_op(x, positions, frequencies_of(x.shape[-1], theta, x.device), layout == "interleaved", False)
+        return stock_rotate(x, positions, theta)
+    return rope_op(x, positions, frequencies_of(x.shape[-1], theta, x.device), False)

@@ -2,8 +2,8 @@
 
 M rows (all leading dimensions together), F width of the result; x has 2 F channels. With s = sigmoid(gate):
     y = gate s up;  dgate = dy up s (1 + gate (1 - s));  dup = dy gate s
-The backward computes s again: nothing but x is kept. Gate and up alternate or are two halves. Alternating channels
-of a contiguous tensor know no rows at all: it is one row of M F pairs, loaded in full 16-byte vectors.
+The backward computes s again: nothing but x is kept. Gate and up are the even and odd channels, so a contiguous tensor
+is one row of M F pairs, loaded in full 16-byte vectors.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded
+from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
+from kernels.registration import operator
 
-LAYOUTS = ("alternating", "halves")
 TILE_ELEMENTS = 2048  # of the result
 TILE_WIDTH = 512  # of tiles with rows; narrow, so that little of the last one lies beyond the row
 
 
 def tile_of(M: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of the result [M, width]. One row is a flattened tensor: its length, which changes
-    with the number of tokens, chooses no tile.
-    """
+    """Return (rows, columns) of a tile of the result [M, width]; of a flattened tensor (M = 1) whatever its width."""
     columns = TILE_ELEMENTS if M == 1 else min(TILE_WIDTH, padded(width))
     return TILE_ELEMENTS // columns, columns
 
@@ -40,17 +37,11 @@ def sigmoids(x):
 
 
 @triton.jit
-def load_pair(x_rows, first, width, rows_inside, ROWS: tl.constexpr, COLS: tl.constexpr, ALTERNATING: tl.constexpr):
+def load_pair(x_rows, first, width, rows_inside, ROWS: tl.constexpr, COLS: tl.constexpr):
     """gate and up, fp32 [ROWS, COLS], of the columns from `first`. x_rows: pointers to the rows [ROWS, 1]."""
-    if ALTERNATING:
-        pairs = first * 2 + tl.arange(0, 2 * COLS)[None, :]
-        x = tl.load(x_rows + pairs, rows_inside & (pairs < 2 * width)).to(tl.float32)
-        gate, up = tl.split(x.reshape(ROWS, COLS, 2))
-    else:
-        cols = first + tl.arange(0, COLS)[None, :]
-        gate = tl.load(x_rows + cols, rows_inside & (cols < width)).to(tl.float32)
-        up = tl.load(x_rows + width + cols, rows_inside & (cols < width)).to(tl.float32)
-    return gate, up
+    pairs = first * 2 + tl.arange(0, 2 * COLS)[None, :]
+    x = tl.load(x_rows + pairs, rows_inside & (pairs < 2 * width)).to(tl.float32)
+    return tl.split(x.reshape(ROWS, COLS, 2))
 
 
 @triton.jit
@@ -68,15 +59,16 @@ def tile_place(stride_y, M, ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.c
 
 @triton.jit(do_not_specialize=["M"])
 def swiglu_forward_kernel(
-    x_ptr, y_ptr, stride_x, stride_y, M,
-    ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, ALTERNATING: tl.constexpr,
+    x_ptr, y_ptr, stride_x, stride_y, M, ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
     """One tile: x [M, 2 F] with row stride stride_x -> y [M, F] contiguous, F = stride_y."""
     # Triton types a call from one kernel to another as if it were made from the host.
     rows, rows_inside, first, cols, width = tile_place(  # pyright: ignore[reportGeneralTypeIssues]
         stride_y, M, ROWS, COLS, VECTOR
     )
-    gate, up = load_pair(x_ptr + rows * stride_x, first, width, rows_inside, ROWS, COLS, ALTERNATING)
+    gate, up = load_pair(  # pyright: ignore[reportGeneralTypeIssues]
+        x_ptr + rows * stride_x, first, width, rows_inside, ROWS, COLS
+    )
     y = gate * tl.sigmoid(gate) * up
     tl.store(y_ptr + rows * stride_y + cols, y.to(y_ptr.dtype.element_ty), rows_inside & (cols < width))
 
@@ -84,116 +76,89 @@ def swiglu_forward_kernel(
 @triton.jit(do_not_specialize=["M"])
 def swiglu_backward_kernel(
     dy_ptr, x_ptr, dx_ptr, stride_dy, stride_x, stride_y, M,
-    ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, ALTERNATING: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One tile: dy [M, F] and x [M, 2 F] with their row strides -> dx [M, 2 F] contiguous, F = stride_y."""
     rows, rows_inside, first, cols, width = tile_place(  # pyright: ignore[reportGeneralTypeIssues]
         stride_y, M, ROWS, COLS, VECTOR
     )
-    inside = rows_inside & (cols < width)
-    gate, up = load_pair(x_ptr + rows * stride_x, first, width, rows_inside, ROWS, COLS, ALTERNATING)
-    dy = tl.load(dy_ptr + rows * stride_dy + cols, inside).to(tl.float32)
+    gate, up = load_pair(  # pyright: ignore[reportGeneralTypeIssues]
+        x_ptr + rows * stride_x, first, width, rows_inside, ROWS, COLS
+    )
+    dy = tl.load(dy_ptr + rows * stride_dy + cols, rows_inside & (cols < width)).to(tl.float32)
     s, rest = sigmoids(gate)  # pyright: ignore[reportGeneralTypeIssues]
     dgate = (dy * up * s * (1.0 + gate * rest)).to(dx_ptr.dtype.element_ty)
     dup = (dy * gate * s).to(dx_ptr.dtype.element_ty)
-    dx_rows = dx_ptr + rows * (2 * width)
-    if ALTERNATING:
-        pairs = first * 2 + tl.arange(0, 2 * COLS)[None, :]
-        dx = tl.join(dgate, dup).reshape(ROWS, 2 * COLS)
-        tl.store(dx_rows + pairs, dx, rows_inside & (pairs < 2 * width))
-    else:
-        tl.store(dx_rows + cols, dgate, inside)
-        tl.store(dx_rows + width + cols, dup, inside)
+    pairs = first * 2 + tl.arange(0, 2 * COLS)[None, :]
+    dx = tl.join(dgate, dup).reshape(ROWS, 2 * COLS)
+    tl.store(dx_ptr + rows * (2 * width) + pairs, dx, rows_inside & (pairs < 2 * width))
 
 
-def as_matrices(flatten: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as matrices of equally many rows with the last dimension contiguous; of one row if `flatten` and all
-    are contiguous. Copies only where strides force it.
-    """
-    if flatten and all(t.is_contiguous() for t in tensors):
+def as_matrices(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return matrices with contiguous rows, of equally many rows; of one row if all tensors are contiguous."""
+    if all(t.is_contiguous() for t in tensors):
         return interpretable(*(t.view(1, -1) for t in tensors))
     return interpretable(*(last_contiguous(t.reshape(-1, t.shape[-1])) for t in tensors))
 
 
-def vector_of(x: Tensor, alternating: bool) -> int:
+def vector_of(x: Tensor) -> int:
     """Results that a thread holds side by side after loading 16 bytes of x."""
-    return 16 // x.itemsize // (2 if alternating else 1)
+    return 8 // x.itemsize
 
 
-@torch.library.custom_op("ingot::swiglu", mutates_args=())
-def swiglu_op(x: Tensor, alternating: bool) -> Tensor:
-    """x [..., 2 F] -> [..., F]."""
-    (rows,) = as_matrices(alternating, x)
-    M, width = rows.shape[0], rows.shape[1] // 2
-    y = torch.empty((M, width), dtype=rows.dtype, device=x.device)
-    ROWS, COLS = tile_of(M, width)
-    launch(
-        swiglu_forward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
-        rows, y, rows.stride(0), width, M, ROWS, COLS, vector_of(rows, alternating), alternating,
-    )  # fmt: skip
-    return y.to(x.dtype).view(*x.shape[:-1], x.shape[-1] // 2)
-
-
-@swiglu_op.register_fake
-def _(x: Tensor, alternating: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-
-
-@torch.library.custom_op("ingot::swiglu_backward", mutates_args=())
-def swiglu_backward_op(dy: Tensor, x: Tensor, alternating: bool) -> Tensor:
+@operator("swiglu_backward", fake=lambda dy, x: x.new_empty(x.shape))
+def swiglu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     """dy [..., F], x [..., 2 F] -> dx [..., 2 F]."""
-    dy_rows, rows = as_matrices(alternating, dy, x)
+    dy_rows, rows = as_matrices(dy, x)
     M, width = dy_rows.shape
     dx = torch.empty((M, 2 * width), dtype=rows.dtype, device=x.device)
     ROWS, COLS = tile_of(M, width)
     launch(
         swiglu_backward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
         dy_rows, rows, dx, dy_rows.stride(0), rows.stride(0), width, M,
-        ROWS, COLS, vector_of(rows, alternating), alternating,
+        ROWS, COLS, vector_of(rows),
     )  # fmt: skip
     return dx.to(x.dtype).view(x.shape)
 
 
-@swiglu_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, alternating: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, ctx.alternating = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x)
-
-
 def _backward(ctx, dy):
-    if dy is None:
-        return None, None
-    (x,) = ctx.saved_tensors
-    return torch.ops.ingot.swiglu_backward(dy, x, ctx.alternating), None
+    return swiglu_backward_op(dy, *ctx.saved_tensors)
 
 
-swiglu_op.register_autograd(_backward, setup_context=_save)
+@operator("swiglu", fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), backward=_backward)
+def swiglu_op(x: Tensor) -> Tensor:
+    """x [..., 2 F] -> [..., F]."""
+    (rows,) = as_matrices(x)
+    M, width = rows.shape[0], rows.shape[1] // 2
+    y = torch.empty((M, width), dtype=rows.dtype, device=x.device)
+    ROWS, COLS = tile_of(M, width)
+    launch(
+        swiglu_forward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
+        rows, y, rows.stride(0), width, M, ROWS, COLS, vector_of(rows),
+    )  # fmt: skip
+    return y.to(x.dtype).view(*x.shape[:-1], x.shape[-1] // 2)
 
 
-def stock(x: Tensor, layout: str) -> Tensor:
+def stock(x: Tensor) -> Tensor:
     """PyTorch's own operators."""
-    if layout == "halves":
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
     gate, up = x.unflatten(-1, (-1, 2)).unbind(-1)
     return F.silu(gate.contiguous()) * up  # contiguous: twice as fast on a CPU
 
 
-def swiglu(x: Tensor, *, layout: str = "alternating", impl: str = "auto") -> Tensor:
+def swiglu_reference(x: Tensor) -> Tensor:
+    """gate * sigmoid(gate) * up; x [..., 2 F] -> [..., F]."""
+    gate, up = wide(x)[..., 0::2], wide(x)[..., 1::2]
+    return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+
+
+def swiglu(x: Tensor, *, impl: str = "auto") -> Tensor:
     """silu(gate) * up (Shazeer 2020, eq. 6, without its matrix products).
 
-    x [..., 2 F] with any strides; gate and up are its even and odd channels ("alternating": any even cut of the
-    channels is a shard) or its first and second half ("halves"). A last dimension that is not contiguous, and leading
-    dimensions that do not merge into one stride, cost a copy. Returns [..., F] in the dtype of x; fp32 inside.
-    Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on an odd or empty last dimension, an
-    unknown layout or a form that cannot run.
+    x [..., 2 F] with any strides; gate and up are its even and odd channels, so that any even cut of the channels is a
+    shard. A last dimension that is not contiguous, and leading dimensions that do not merge into one stride, cost a
+    copy. Returns [..., F] in the dtype of x; fp32 inside. Differentiable once. impl: see kernels/dispatch.py. Raises
+    KernelError on an odd or empty last dimension or a form that cannot run.
     """
-    expect(layout in LAYOUTS, f"swiglu: found layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     width = x.shape[-1] if x.dim() else 0
     expect(
         width > 0 and width % 2 == 0,
@@ -201,7 +166,5 @@ def swiglu(x: Tensor, *, layout: str = "alternating", impl: str = "auto") -> Ten
     )
     form = choose(impl, "swiglu", device=x.device, dtype=x.dtype)
     if form == "triton":
-        return swiglu_op(x, layout == "alternating")
-    if form == "reference":
-        return reference.swiglu(x, layout)
-    return stock(x, layout)
+        return swiglu_op(x)
+    return swiglu_reference(x) if form == "reference" else stock(x)

@@ -25,20 +25,21 @@ OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify"
 
 def run(command: str, options: dict[str, str], config: RunConfig) -> None:
     """Do what `command` says and print what came of it."""
-    from launch.data_report import describe, progress_bar, summary
+    from llm.data.corpora import Corpora
+    from llm.data.prepare.console import describe, progress_bar, summary
     from llm.data.prepare.damage import find_damage
     from llm.data.prepare.fetch import fetch_corpora
     from llm.data.prepare.inspect import show, statistics
     from llm.data.prepare.plans import write_plans
     from llm.data.prepare.register import register
     from llm.data.prepare.tokenise import prepare
-    from llm.data.tokens.folder import data_folder, load_manifest
+    from llm.data.tokens.folder import data_folder
 
     if command == "prepare":
         with progress_bar() as bar:
             fetch_corpora(config, bar)
             manifest = prepare(config, bar)
-            write_plans(config, manifest, bar)
+            write_plans(Corpora.open(config), bar)
         print(summary(data_folder(config), manifest))
     elif command == "register":
         require("train" in options, "register needs --train=GLOB")
@@ -48,14 +49,14 @@ def run(command: str, options: dict[str, str], config: RunConfig) -> None:
         print("\n".join([summary(data_folder(config), manifest), *notes]))
     elif command == "verify":
         with progress_bar() as bar:
-            damage = find_damage(config, load_manifest(config), bar)
+            damage = find_damage(Corpora.open(config), bar)
         require(not damage, "\n".join(damage))
         print("no file is damaged")
     elif command == "show":
         require(options.get("sample", "").isdecimal(), "show needs --sample=N, the number of a sample from 0 on")
-        print(show(config, load_manifest(config), int(options["sample"])))
+        print(show(Corpora.open(config), int(options["sample"])))
     else:
-        print("\n\n".join(map(describe, statistics(config, load_manifest(config)))))
+        print("\n\n".join(map(describe, statistics(Corpora.open(config)))))
 
 
 def main(argv: list[str]) -> int:

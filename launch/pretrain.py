@@ -41,7 +41,7 @@ def pretrain(ranks: Ranks) -> None:
         run.engine.close()
     torch.distributed.destroy_process_group()
     if held is not None:
-        from launch.report import report
+        from llm.report import report
 
         if run.engine is None:
             print(f"{held[0].path} is complete: {run.step} steps; raise train.max_steps, or choose another --name")

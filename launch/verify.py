@@ -50,9 +50,10 @@ def verify_layout(ranks: Ranks) -> None:
 
     from llm.parallel.agreement import broadcast, together
     from llm.parallel.mesh import Mesh
-    from llm.parity import report, shrink
-    from llm.parity import verify as run
-    from llm.train.build import check_kernels
+    from llm.parity import report
+    from llm.parity.shrink import available_bytes, shrink
+    from llm.parity.verify import check_parity
+    from llm.train.checks import check_kernels
     from llm.train.start import RUNS
 
     device = choose_device(ranks)
@@ -61,9 +62,9 @@ def verify_layout(ranks: Ranks) -> None:
     mesh = Mesh.create(config.parallel, device.type)
     together(lambda: check_kernels(config, device))
     together(lambda: report.claim(path) if ranks.rank == 0 else None)
-    available = broadcast(str(shrink.available_bytes(device, ranks.local_world_size)))
-    fitted = shrink.shrink(config, int(available), ranks.world_size)
-    result = run.verify(fitted, mesh, device, own.steps)
+    available = broadcast(str(available_bytes(device, ranks.local_world_size)))
+    fitted = shrink(config, int(available), ranks.world_size)
+    result = check_parity(fitted, mesh, device, own.steps)
     torch.distributed.destroy_process_group()
     if ranks.rank == 0:
         result = dataclasses.replace(result, requested=None if fitted is config else config.model)

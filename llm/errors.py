@@ -14,6 +14,13 @@ class Agreed(InputError):
     """An InputError that every rank raises alike, so that one of them may speak for all."""
 
 
+class DamagedFile(InputError):
+    """A token file is missing, cannot be read, or is not what its corpus says of it.
+
+    The message names the file, the byte where there is one, what was found and what was expected.
+    """
+
+
 class ReplicaError(Exception):
     """Ranks that should hold the same weights do not (llm/train/guard.py): raised by every rank; exit code 1."""
 

@@ -1,4 +1,4 @@
-"""Files that are on the disk whole or not at all: private, fsynced, never through a symlink."""
+"""Files that are written completely or not at all: private, fsynced, never through a symlink; and their hashes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ def write_all(descriptor: int, view: memoryview) -> None:
 def room_for(path: Path) -> int:
     """Bytes that the file may take: those free and those that it has."""
     status = os.statvfs(path.parent)
-    taken = os.lstat(path).st_blocks * 512 if path.exists() else 0
-    return status.f_bavail * status.f_frsize + taken
+    allocated = os.lstat(path).st_blocks * 512 if path.exists() else 0
+    return status.f_bavail * status.f_frsize + allocated
 
 
 def sync_folder(folder: Path) -> None:
@@ -107,15 +107,11 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     return found
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 in hex of a regular file; raises CheckpointError."""
-    regular_size(path)
+def sha256_of(path: Path | str, progress: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file in hex; `progress` is called with the bytes read since its last call. Raises OSError."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        with open(descriptor, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            progress(count)
     return digest.hexdigest()

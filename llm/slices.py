@@ -52,9 +52,9 @@ class Slice:
         return global_tensor.narrow(self.dim, self.start, self.stop - self.start)
 
 
-def mark(tensor: Tensor, held: Slice) -> None:
+def mark(tensor: Tensor, part: Slice) -> None:
     """Record on a parameter which slice of its global tensor it holds (`slice_of` reads it)."""
-    tensor.slice = held  # pyright: ignore[reportAttributeAccessIssue]
+    tensor.slice = part  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def slice_of(tensor: Tensor) -> Slice:

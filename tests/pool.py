@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import multiprocessing as mp
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,15 +16,9 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from llm.cluster.preflight import remove_abandoned_locks
-from llm.cluster.ranks import Ranks, export, operator_folder
+from llm.cluster.ranks import Ranks, export, free_port, operator_folder
 
 TIMEOUT_SECONDS = 120
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def serve(rank: int, world_size: int, port: int, path: list[str], connection: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from thread_ranks import ranks_in_threads
 
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
@@ -49,16 +50,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             parameter.mul_(8)
     engine = PlainEngine(CONFIG, model, None, CPU)
-    write_checkpoint(
-        folder / "checkpoints",
-        5,
-        engine.state_pieces(),
-        {"step": 5, "config": to_dict(CONFIG)},
-        rank=0,
-        world=1,
-        keep_last=1,
-        exchange_errors=lambda error: error,
-    )
+    state = {"step": 5, "config": to_dict(CONFIG)}
+    with ranks_in_threads(1):
+        write_checkpoint(folder / "checkpoints", 5, engine.state_pieces(), state, keep_last=1)
     return folder
 
 

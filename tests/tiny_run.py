@@ -9,7 +9,7 @@ import torch
 
 from llm.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from llm.parallel.mesh import Mesh
-from llm.parity.batches import documents_of
+from llm.parity.batches import micro_batches
 from llm.train.build import build_engine, build_model
 from llm.train.engines.base import Engine, MicroBatch
 from llm.train.engines.plain import PlainEngine
@@ -48,22 +48,7 @@ def plain(config: RunConfig, **train: Any) -> RunConfig:
 
 def batches(config: RunConfig, step: int, dp_rank: int, dp_size: int, ragged: bool) -> list[MicroBatch]:
     """This rank's micro-batches of a step; ragged: ever fewer targets count towards the batch's end."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, V, (G, T + 1), generator=generator)
-    targets = tokens[:, 1:].clone()
-    if ragged:
-        for i in range(G):
-            targets[i, T - 2 * i :] = -100
-    begins = torch.rand(G, T, generator=generator) < 0.2
-    samples = torch.arange(step * G, (step + 1) * G)
-    share, size = G // dp_size, config.train.micro_batch_size
-    first = dp_rank * share
-    cuts = [slice(i, i + size) for i in range(first, first + share, size)]
-    documents = [documents_of(begins[c]) if config.data.document_masks else None for c in cuts]
-    return [
-        MicroBatch(tokens[c, :-1], torch.arange(T), samples[c], targets[c], found)
-        for c, found in zip(cuts, documents, strict=True)
-    ]
+    return micro_batches(config, step, torch.device("cpu"), dp_rank=dp_rank, dp_size=dp_size, ragged=ragged)
 
 
 def target_count(ragged: bool) -> int:
@@ -78,8 +63,8 @@ def trajectory(
     names = [name for name, _ in engine.parameters.items()]  # pyright: ignore[reportAttributeAccessIssue]
     for step in range(steps):
         engine.set_lr(config.optim.lr)
-        micro_batches = batches(config, step, dp_rank, dp_size, ragged)
-        losses.append(engine.forward_backward(micro_batches, target_count(ragged)))
+        data = batches(config, step, dp_rank, dp_size, ragged)
+        losses.append(engine.forward_backward(data, target_count(ragged)))
         if step == 0:
             gradients = {name: engine.gradient(name).clone().numpy() for name in names}
         norms.append(engine.step().grad_norm)

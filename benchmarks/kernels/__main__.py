@@ -1,6 +1,6 @@
 """Speed of every kernel beside every other implementation that is installed, on the same tensors in turns.
 
-usage: bench_kernels.py [--only REGEX] [--out FOLDER]      writes results.json, results.md and a plot per kernel
+usage: python -m benchmarks.kernels [--only REGEX] [--out FOLDER]   writes results.jsonl, results.md, a plot per kernel
 
 On a GPU at the shapes that others publish, on a CPU at tiny ones, which proves only that it runs. A rival that is not
 installed is named in the results (docs/benchmarks.md says what to install). Exit code 1: one of our kernels failed or
@@ -8,48 +8,44 @@ computed something else than its reference.
 """
 
 import argparse
-import datetime
-import json
-import shlex
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.kernels.measure import clock_of, machine, machine_limits
-from benchmarks.kernels.report import plots, table
-from benchmarks.kernels.runner import benchmark, ours_failed
+from benchmarks import report
+from benchmarks.clock import clock_of
+from benchmarks.kernels.runner import benchmark, limits_of, ours_failed
+from benchmarks.kernels.tables import plots, text_of
+
+PACKAGES = (
+    "torch", "triton", "liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "flash-attn", "flash-attn-3",
+    "flash-attn-4", "cut-cross-entropy", "apex", "transformer-engine", "deepspeed",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench_kernels.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.kernels", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--only", default="", help="a regular expression to be found in 'kernel part group shape'")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-kernels"), help="folder of the results")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    began, clock = time.perf_counter(), clock_of(device)
-    results: dict[str, Any] = {
-        "command": shlex.join(["benchmarks.kernels", *(sys.argv[1:] if arguments is None else arguments)]),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "machine": machine(device),
-        "method": clock.method,
-        "limits": machine_limits(device, clock),
-        "cases": [],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    for case in benchmark(device, clock, options.only):
-        results["cases"].append(case)
-        ratio = f"{case['ratio']:.2f} ({case['best_other']})" if case["ratio"] else "-"
-        seconds = time.perf_counter() - began
-        print(f"{seconds:4.0f} s  {case['kernel']} {case['part']} {case['shape']}: {ratio}", flush=True)
-        # After each case, so that a run that is stopped keeps what it measured.
-        (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        (options.out / "results.md").write_text(table(results))
-    plots(results, options.out)
-    print(table(results))
-    return 1 if not results["cases"] or any(map(ours_failed, results["cases"])) else 0
+    clock = clock_of(device)
+    head = report.header("benchmarks.kernels", sys.argv[1:] if arguments is None else arguments, device, PACKAGES)
+    head |= {"method": clock.method, "limits": limits_of(device, clock)}
+    file, outcomes = options.out / "results.jsonl", []
+    report.begin(file, head)
+    for outcome in benchmark(device, clock, options.only):
+        outcomes.append(outcome)
+        report.append(file, outcome)
+        (options.out / "results.md").write_text(text_of(head, outcomes))  # a run that is stopped keeps its tables too
+        ratio = f"{outcome['ratio']:.2f} ({outcome['best_other']})" if outcome["ratio"] else "-"
+        print(f"{outcome['kernel']} {outcome['part']} {outcome['shape']}: {ratio}", flush=True)
+    plots(head, outcomes, options.out)
+    print(text_of(head, outcomes))
+    return 1 if not outcomes or any(map(ours_failed, outcomes)) else 0
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@ which is scaled on the way, and 2 written of the bf16 copy. PyTorch's optimizers
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import BenchCase, Setup, Thunk
+from benchmarks.clock import Thunk
+from benchmarks.kernels.case import Case, Contest, Setup, name_of
 from kernels.adamw import adamw_
 
 # Weights of the GPT presets, and of a rank's share of 6.7B.
@@ -22,6 +23,63 @@ COUNTS = {"124M": 124_439_808, "350M": 354_823_168, "6.7B / 8": 832_000_000, "1.
 SMALL = {"tiny": 100_003}
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 FUSED = {"apex FusedAdam": "apex.optimizers", "DeepSpeed FusedAdam": "deepspeed.ops.adam"}
+
+
+def case(
+    device: torch.device, dtype: torch.dtype, N: int, *, gradient: torch.dtype | None = None,
+    low: torch.dtype | None = None, seed: int | None = None, scalars: bool = False,
+) -> Case:  # fmt: skip
+    """One update of N weights in `dtype`, in place. gradient: its dtype, the weights' if None. low: that of the 16-bit
+    copy, if there is one. seed: of stochastic rounding. scalars: the step and the gradient's scale are tensors.
+    """
+    torch.manual_seed(0)
+    p, g, m, v = (torch.randn(N, device=device) for _ in range(4))
+    tensors = (p.to(dtype), g.to(gradient or dtype), (m * 0.1).to(dtype), (v.abs() * 0.1).to(dtype))
+    options: dict[str, Any] = {"step": 10, "seed": seed}
+    if scalars:
+        options |= {"step": torch.full((), 10.0, device=device), "grad_scale": torch.full((), 0.3, device=device)}
+    if low is not None:
+        options["low_precision"] = torch.empty(N, dtype=low, device=device)
+
+    def function(p: Tensor, g: Tensor, m: Tensor, v: Tensor, impl: str) -> list[Tensor]:
+        adamw_(p, g, m, v, impl=impl, **OPTIONS, **options)
+        return [p, m, v, *([] if low is None else [options["low_precision"]])]
+
+    name = f"N={N}" + "".join(f" {what}={name_of(x)}" for what, x in (("gradient", gradient), ("copy", low)) if x)
+    return Case(name + " stochastic" * (seed is not None) + " scalars" * scalars, function, tensors)
+
+
+def compiled(dtype: torch.dtype) -> Iterator[Case]:
+    """Weights in `dtype`; in fp32 also with 16-bit gradients and copies."""
+    kinds: list[tuple[torch.dtype | None, torch.dtype | None]] = [(None, None)]
+    if dtype == torch.float32:
+        for low in (torch.bfloat16, torch.float16):
+            kinds += [(low, None), (low, low), (None, low)]
+    for gradient, low in kinds:
+        for seed in (None, 3) if (low or dtype) != torch.float32 else (None,):
+            for scalars in (False, True):
+                flags = {"gradient": gradient, "low": low, "seed": seed, "scalars": scalars}
+                yield case(torch.device("cpu"), dtype, 3000, **flags)
+
+
+def contests(device: torch.device, small: bool) -> Iterator[Contest]:
+    width = 64 if small else 768
+    tensors = layer_counts(width) * (1 if small else 12)
+    flat = [(name, [count]) for name, count in (SMALL if small else COUNTS).items()]
+    groups = {
+        "fp32 gradient": flat,
+        "bf16 gradient and copy": flat,
+        "tensor by tensor": [(f"{len(tensors)} tensors, C={width}", tensors)],
+    }
+    for group, models in groups.items():
+        for name, counts in models:
+            N, made = sum(counts), rivals(device, counts, mixed=group.startswith("bf16"))
+            yield Contest("adamw", "step", name, "weights", N, torch.float32, 28.0 * N, made, 15.0 * N, group)
+
+
+def layer_counts(C: int) -> list[int]:
+    """Elements of the tensors of one of GPT-2's blocks."""
+    return [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
 
 
 @dataclass(frozen=True)
@@ -34,60 +92,34 @@ class Weights:
     scale: Tensor
 
 
-def cases(device: torch.device, small: bool) -> Iterator[BenchCase]:
-    for mixed, group in ((False, "fp32 gradient"), (True, "bf16 gradient and copy")):
-        for name, count in (SMALL if small else COUNTS).items():
-            yield case(device, name, [count], mixed, group)
-    width = 64 if small else 768
-    shapes = layer_counts(width) * (1 if small else 12)
-    yield case(device, f"{len(shapes)} tensors, C={width}", shapes, False, "tensor by tensor")
-
-
-def layer_counts(C: int) -> list[int]:
-    """Elements of the tensors of one of GPT-2's blocks."""
-    return [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
-
-
-def case(device: torch.device, name: str, counts: list[int], mixed: bool, group: str) -> BenchCase:
-    N = sum(counts)
-    return BenchCase(
-        "adamw", "step", name, "weights", N, "float32", 15.0 * N, 28.0 * N, rivals(device, counts, mixed), group=group
-    )
-
-
 def rivals(device: torch.device, counts: list[int], mixed: bool) -> dict[str, Setup]:
-    """Every optimizer on the same weights, which are made when the first is set up."""
-    made: list[Weights] = []
-
-    def weights() -> Weights:
-        if not made:
-            torch.manual_seed(0)
-            dtype = torch.bfloat16 if mixed else torch.float32
-            parameters = [torch.randn(n, device=device) for n in counts]
-            gradients = [torch.randn(n, device=device, dtype=dtype) for n in counts]
-            copies = [torch.empty_like(g) for g in gradients] if mixed else None
-            made.append(Weights(parameters, gradients, copies, torch.full((), 0.5, device=device)))
-        return made[0]
+    """Every optimizer on the same weights."""
+    torch.manual_seed(0)
+    parameters = [torch.randn(n, device=device) for n in counts]
+    gradients = [torch.randn(n, device=device, dtype=torch.bfloat16 if mixed else torch.float32) for n in counts]
+    copies = [torch.empty_like(g) for g in gradients] if mixed else None
+    weights = Weights(parameters, gradients, copies, torch.full((), 0.5, device=device))
 
     def stock(**options: Any) -> Setup:
-        return lambda: engine_step(weights(), lambda p: torch.optim.AdamW(p, **OPTIONS, **options))
+        return lambda: engine_step(weights, lambda p: torch.optim.AdamW(p, **OPTIONS, **options))
 
     found = {
-        "ingot": lambda: one_pass(weights(), "triton" if device.type == "cuda" else "torch"),
-        "reference": lambda: one_pass(weights(), "reference"),
+        "ingot": lambda: one_pass(weights, "triton" if device.type == "cuda" else "torch"),
+        "reference": lambda: one_pass(weights, "reference"),
         "torch": stock(fused=True),
         "torch foreach": stock(foreach=True),
-        "torch.compile": lambda: compiled(weights()),
+        "torch.compile": lambda: torch.compile(one_pass(weights, "reference")),
     }
     if device.type == "cuda":
         for name, module in FUSED.items():
-            found[name] = lambda module=module: engine_step(weights(), fused_adam(module))
+            found[name] = lambda module=module: engine_step(weights, fused_adam(module))
     return found
 
 
 def one_pass(weights: Weights, impl: str) -> Thunk:
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in weights.parameters]
-    step = torch.full((), 10.0, device=weights.scale.device)
+    # The reference needs the number on the host.
+    step = 10 if impl == "reference" else torch.full((), 10.0, device=weights.scale.device)
     scale = weights.scale if weights.copies else None
     copies = weights.copies or [None] * len(moments)
 
@@ -118,29 +150,7 @@ def engine_step(weights: Weights, make: Callable[[list[Tensor]], Any]) -> Thunk:
     return run
 
 
-def compiled(weights: Weights) -> Thunk:
-    """The reference's formula, with the same casts, fused by the compiler."""
-    parameters, gradients = weights.parameters, weights.gradients
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-    copies = weights.copies or [None] * len(moments)
-    step = torch.full((), 10.0, device=weights.scale.device)
-    (beta1, beta2), lr = OPTIONS["betas"], OPTIONS["lr"]
-
-    @torch.compile
-    def run() -> None:
-        for p, g, (m, v), copy in zip(parameters, gradients, moments, copies, strict=True):
-            wide = g.float() * weights.scale if copy is not None else g
-            m.lerp_(wide, 1 - beta1)
-            v.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
-            denominator = v.sqrt() / (1 - beta2**step).sqrt() + OPTIONS["eps"]
-            p.mul_(1 - lr * OPTIONS["weight_decay"]).sub_(lr / (1 - beta1**step) * m / denominator)
-            if copy is not None:
-                copy.copy_(p)
-
-    return run
-
-
 def fused_adam(module: str) -> Callable[[list[Tensor]], Any]:
     """FusedAdam of apex or DeepSpeed, which is AdamW by its option."""
-    make = importlib.import_module(module).FusedAdam
+    make = import_module(module).FusedAdam
     return lambda parameters: make(parameters, adam_w_mode=True, **OPTIONS)

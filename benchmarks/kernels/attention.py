@@ -6,10 +6,10 @@ positions, T^2 / 2 pairs without a window; backward 2.5 times that, whatever a k
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,145 +17,151 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.kernels.case import BenchCase, Setup
-from kernels.attention import attention
+from benchmarks.kernels.case import Case, Contest, Function, Loader, loaders, setups, timed_dtype
+from kernels.attention import Strided, attention, attention_with_lse
+from kernels.philox import DropoutKey
 
 LONGEST_REFERENCE = 2048  # it stores every weight in fp32
 FLEX_LENGTHS = (2048, 8192)  # FlexAttention compiles for seconds at each shape
-DOCUMENT = 1024  # mean length of a document
 FLASH = {"FA2": "flash_attn.flash_attn_interface", "FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+KEY = DropoutKey(0.1, 1, 2)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """K: key/value heads, 0 for as many as H. window: keys seen by a query. documents: packed ones, B = 1."""
+    """Sizes, and what is switched on. K: key/value heads, 0 for as many as H. window: keys seen by a query. documents:
+    how many are packed into the B * T tokens, 0 for one a row. atomics: the backward pass that is not deterministic.
+    lse: whether it is a result too. expanded: the batch is one row seen B times, which no TMA descriptor can stand for.
+    """
 
-    group: str
     B: int
     T: int
     H: int
     D: int
     K: int = 0
     window: int | None = None
-    documents: bool = False
+    documents: int = 0
+    sparse: Strided | None = None
+    softcap: float = 0.0
+    dropout: DropoutKey | None = None
+    atomics: bool = False
+    lse: bool = False
+    expanded: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={x}" if type(x) is int else name for name, x in vars(self).items() if x)
 
 
 LENGTHS = [(32, 512), (16, 1024), (8, 2048), (4, 4096), (2, 8192), (1, 16384)]
-SHAPES = [
-    *(Shape(f"D={D}", B, T, 2048 // D, D) for D in (64, 128) for B, T in LENGTHS),
-    *(Shape("H=48 D=128", 4, T, 48, 128) for T in (1024, 2048, 4096, 8192)),
+SHAPES = {
+    **{f"D={D}": [Shape(B, T, 2048 // D, D) for B, T in LENGTHS] for D in (64, 128)},
+    "H=48 D=128": [Shape(4, T, 48, 128) for T in (1024, 2048, 4096, 8192)],
     # GPT presets: 124M, 350M, 6.7B at two lengths; 1.3B is among the lengths at D=128.
-    Shape("presets", 16, 1024, 12, 64),
-    Shape("presets", 16, 1024, 16, 64),
-    Shape("presets", 8, 2048, 32, 128),
-    Shape("presets", 4, 4096, 32, 128),
-    Shape("presets", 2, 8192, 32, 128, K=8),
-    Shape("masks", 1, 16384, 16, 128, window=1024),
-    Shape("masks", 1, 16384, 16, 128, documents=True),
-]
-SMALL = [Shape("", 2, 64, 2, 16), Shape("masks", 1, 64, 4, 16, K=2, window=16)]
+    "presets": [
+        Shape(16, 1024, 12, 64), Shape(16, 1024, 16, 64), Shape(8, 2048, 32, 128), Shape(4, 4096, 32, 128),
+        Shape(2, 8192, 32, 128, K=8),
+    ],
+    "masks": [Shape(1, 16384, 16, 128, window=1024), Shape(1, 16384, 16, 128, documents=16)],
+}  # fmt: skip
+SMALL = {"": [Shape(2, 64, 2, 16)], "masks": [Shape(1, 64, 4, 16, K=2, window=16)]}
+
+# Of the kernels that are compiled. Grouped heads, and numbers of them that 16 does not divide: the general case.
+HEAD_WIDTHS = (16, 32, 40, 64, 80, 96, 128, 192, 256)
+PLAIN = Shape(2, 528, 6, 64, K=2)
+ALL = replace(PLAIN, documents=3, softcap=30.0, dropout=KEY)
+SOME_FORMS = [PLAIN, replace(PLAIN, dropout=KEY), ALL, replace(ALL, sparse=Strided(64, 2, 4))]
+FORMS = [
+    *SOME_FORMS, replace(PLAIN, softcap=30.0), replace(PLAIN, window=100), replace(PLAIN, documents=3),
+    replace(PLAIN, T=256), replace(ALL, T=256), replace(PLAIN, sparse=Strided(64, 2, 4)),
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """The tensors of a case. cu_seqlens int32 [documents + 1]: their starts and the end; longest: their longest."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    do: Tensor
-    cu_seqlens: Tensor | None
-    longest: int
-
-
-def cases(device: torch.device, small: bool) -> Iterator[BenchCase]:
-    dtype = torch.float32 if small else torch.bfloat16
-    for shape in SMALL if small else SHAPES:
-        tensors = make(shape, device, dtype)
-        K = shape.K or shape.H
-        heads = f"H={shape.H}" + (f" K={K}" if shape.K else "")
-        mask = f" window={shape.window}" * (shape.window is not None) + " documents" * shape.documents
-        name = f"B={shape.B} T={shape.T} {heads} D={shape.D}{mask}"
-        flops = 4 * shape.H * shape.D * visible_pairs(shape, tensors)
-        queries, keys = (shape.B * shape.T * heads * shape.D * dtype.itemsize for heads in (shape.H, K))
-        lse = 4 * shape.B * shape.T * shape.H
-        costs = {  # q, k, v -> o, lse; then q, k, v, o, do, lse -> dq, dk, dv
-            "forward": (flops, 2 * queries + 2 * keys + lse),
-            "backward": (2.5 * flops, 4 * queries + 4 * keys + lse),
-        }
-        for part, (operations, moved) in costs.items():
-            found = rivals(shape, part, tensors)
-            setups = {rival: part_of(part, make_attend, tensors) for rival, make_attend in found.items()}
-            yield BenchCase(
-                "attention", part, name, "sequence length", shape.T, str(dtype)[6:], operations, moved, setups,
-                group=shape.group,
-            )  # fmt: skip
-
-
-def make(shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensors:
+def case(device: torch.device, dtype: torch.dtype, shape: Shape) -> Case:
     torch.manual_seed(0)
-    B, T, H, D, K = shape.B, shape.T, shape.H, shape.D, shape.K or shape.H
-    q, k, v, do = (torch.randn(B, T, heads, D, device=device, dtype=dtype) for heads in (H, K, K, H))
-    cu_seqlens, longest = None, T
+    rows, T, H, D, K = 1 if shape.expanded else shape.B, shape.T, shape.H, shape.D, shape.K or shape.H
+    q, k, v, do = (
+        torch.randn(rows, T, heads, D, device=device).to(dtype).expand(shape.B, T, heads, D) for heads in (H, K, K, H)
+    )
+    function = partial(attention_with_lse if shape.lse else attention, **options_of(shape, device))
+    gradients = (do, torch.randn(shape.B, H, T, device=device)) if shape.lse else (do,)
+    return Case(str(shape), function, (q, k, v), gradients, may_spill=dtype == torch.float32)
+
+
+def options_of(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """What attention takes beside q, k and v. cu_seqlens int32 [documents + 1]: their starts and the end."""
+    names = ("window", "sparse", "softcap", "dropout")
+    options = {name: getattr(shape, name) for name in names if getattr(shape, name)}
+    if shape.dropout is not None:
+        options["samples"] = torch.arange(shape.B, device=device)
     if shape.documents:
-        inner = (torch.randperm(T - 1)[: T // DOCUMENT - 1] + 1).sort().values
-        starts = torch.cat([torch.tensor([0]), inner, torch.tensor([T])]).to(torch.int32)
-        cu_seqlens, longest = starts.to(device), int(starts.diff().max())
-    return Tensors(q, k, v, do, cu_seqlens, longest)
+        tokens = shape.B * shape.T
+        torch.manual_seed(0)
+        inner = (torch.randperm(tokens - 1)[: shape.documents - 1] + 1).sort().values
+        starts = torch.cat([torch.tensor([0]), inner, torch.tensor([tokens])])
+        options["cu_seqlens"] = starts.to(torch.int32).to(device)
+    return options | ({"deterministic": False} if shape.atomics else {})
 
 
-def visible_pairs(shape: Shape, tensors: Tensors) -> float:
+def compiled(dtype: torch.dtype) -> Iterator[Case]:
+    """Every form at the common widths in bf16, fewer elsewhere; both backward passes; loads by TMA and by pointers."""
+    for D in HEAD_WIDTHS:
+        common = D in (64, 128)
+        forms = FORMS if common else SOME_FORMS
+        if dtype != torch.bfloat16:
+            forms = SOME_FORMS if common else [PLAIN]
+        for form in [replace(form, D=D) for form in forms]:
+            for atomics in (False, True):
+                for expanded in (False, True):
+                    yield case(torch.device("cpu"), dtype, replace(form, atomics=atomics, expanded=expanded))
+        yield case(torch.device("cpu"), dtype, replace(PLAIN, D=D, lse=True))
+
+
+def contests(device: torch.device, small: bool) -> Iterator[Contest]:
+    dtype = timed_dtype(small)
+    for group, shapes in (SMALL if small else SHAPES).items():
+        for shape in shapes:
+            given = case(device, dtype, shape)
+            queries, keys = (t.numel() * t.itemsize for t in given.tensors[:2])
+            lse, flops = 4 * shape.B * shape.T * shape.H, 4 * shape.H * shape.D * visible_pairs(shape)
+            # q, k, v -> o, lse; then q, k, v, o, do, lse -> dq, dk, dv.
+            for part, passes, operations in (("forward", 2, flops), ("backward", 4, 2.5 * flops)):
+                rivals = setups(given, part, found(shape, part, given))
+                moved = passes * (queries + keys) + lse
+                yield Contest(
+                    "attention", part, given.name, "sequence length", shape.T, dtype, moved, rivals, operations, group
+                )
+
+
+def visible_pairs(shape: Shape) -> float:
     """Pairs of a query and a key that it sees, over the batch."""
-    if tensors.cu_seqlens is not None:
-        return float(tensors.cu_seqlens.diff().double().square().sum() / 2)
+    if shape.documents:
+        starts = options_of(shape, torch.device("cpu"))["cu_seqlens"]
+        return float(starts.diff().double().square().sum() / 2)
     if shape.window is not None:
         return shape.B * float((torch.arange(shape.T) + 1).clamp_max(shape.window).sum())
     return shape.B * shape.T**2 / 2
 
 
-def part_of(part: str, make_attend: Callable[[], Attend], tensors: Tensors) -> Setup:
-    """Times the forward pass without autograd, or the backward pass alone."""
-
-    def forward() -> Callable[[], object]:
-        attend = make_attend()
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return attend(tensors.q, tensors.k, tensors.v)
-
-        return run
-
-    def backward() -> Callable[[], object]:
-        inputs = [t.detach().requires_grad_() for t in (tensors.q, tensors.k, tensors.v)]
-        out = make_attend()(*inputs)
-        return lambda: torch.autograd.grad(out, inputs, tensors.do, retain_graph=True)
-
-    return forward if part == "forward" else backward
-
-
-def rivals(shape: Shape, part: str, tensors: Tensors) -> dict[str, Callable[[], Attend]]:
+def found(shape: Shape, part: str, given: Case) -> dict[str, Loader]:
     """Who can attend with this mask, by name."""
-    on_gpu = tensors.q.device.type == "cuda"
-    mask = {"window": shape.window, "cu_seqlens": tensors.cu_seqlens}
-    mask = {name: value for name, value in mask.items() if value is not None}
-    ours = partial(attention, impl="triton" if on_gpu else "torch", **mask)
-    found: dict[str, Callable[[], Attend]] = {"ingot": lambda: ours}
-    if part == "backward" and on_gpu:
-        found["ingot, atomics"] = lambda: partial(ours, deterministic=False)
+    device = given.tensors[0].device
+    options = options_of(shape, device)
+    ours = {"ingot": loaders(given)["ingot"]}
+    if part == "backward" and device.type == "cuda":
+        ours["ingot, atomics"] = lambda: partial(given.function, impl="triton", deterministic=False)
     if shape.T <= LONGEST_REFERENCE:
-        found["reference"] = lambda: partial(attention, impl="reference", **mask)
-    if not on_gpu:
-        return found
-    if not mask:
-        found["SDPA flash"] = lambda: partial(stock, SDPBackend.FLASH_ATTENTION)
-        found["SDPA cuDNN"] = lambda: partial(stock, SDPBackend.CUDNN_ATTENTION)
+        ours["reference"] = loaders(given)["reference"]
+    if device.type != "cuda":
+        return ours
+    others: dict[str, Loader] = {}
+    if not options:
+        others["SDPA flash"] = lambda: partial(stock, SDPBackend.FLASH_ATTENTION)
+        others["SDPA cuDNN"] = lambda: partial(stock, SDPBackend.CUDNN_ATTENTION)
     if shape.documents:
-        found["torch varlen"] = lambda: torch_varlen(tensors)
-    if shape.T in FLEX_LENGTHS or mask:
-        found["FlexAttention"] = lambda: flex(shape, tensors)
-    return found | {name: partial(flash_attention, module, shape, tensors) for name, module in FLASH.items()}
+        others["torch varlen"] = lambda: torch_varlen(options["cu_seqlens"])
+    if shape.T in FLEX_LENGTHS or options:
+        others["FlexAttention"] = lambda: flex(shape.T, device, **options)
+    return ours | others | {name: partial(flash_attention, module, **options) for name, module in FLASH.items()}
 
 
 def stock(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -167,15 +173,13 @@ def stock(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ).transpose(1, 2)  # fmt: skip
 
 
-def flex(shape: Shape, tensors: Tensors) -> Attend:
+def flex(T: int, device: torch.device, window: int | None = None, cu_seqlens: Tensor | None = None) -> Function:
     """FlexAttention, compiled, with the mask as blocks."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    device, T, cu_seqlens = tensors.q.device, shape.T, tensors.cu_seqlens
     document = torch.zeros(T, dtype=torch.int32, device=device)
     if cu_seqlens is not None:
         document = torch.searchsorted(cu_seqlens, torch.arange(T, device=device, dtype=torch.int32), right=True)
-    window = shape.window
 
     def causal(b: Tensor, h: Tensor, row: Tensor, col: Tensor) -> Tensor:
         return row >= col
@@ -186,7 +190,7 @@ def flex(shape: Shape, tensors: Tensors) -> Attend:
     def within_document(b: Tensor, h: Tensor, row: Tensor, col: Tensor) -> Tensor:
         return (row >= col) & (document[row] == document[col])
 
-    rule = within_document if shape.documents else causal if window is None else windowed
+    rule = within_document if cu_seqlens is not None else causal if window is None else windowed
     blocks = create_block_mask(rule, None, None, T, T, device=str(device))
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -198,17 +202,17 @@ def flex(shape: Shape, tensors: Tensors) -> Attend:
     return attend
 
 
-def flash_attention(module: str, shape: Shape, tensors: Tensors) -> Attend:
+def flash_attention(module: str, window: int | None = None, cu_seqlens: Tensor | None = None) -> Function:
     """FlashAttention 2, 3 or 4, whose functions agree in these arguments. Its backward pass adds atomically."""
-    package = importlib.import_module(module)
+    package = import_module(module)
     options: dict[str, Any] = {"causal": True}
-    if shape.window is not None:
-        options["window_size"] = (shape.window - 1, 0)  # the keys before the query's own
-    if tensors.cu_seqlens is None:
+    if window is not None:
+        options["window_size"] = (window - 1, 0)  # the keys before the query's own
+    if cu_seqlens is None:
         function = partial(package.flash_attn_func, **options)
     else:
-        options |= {f"cu_seqlens_{of}": tensors.cu_seqlens for of in "qk"}
-        options |= {f"max_seqlen_{of}": tensors.longest for of in "qk"}
+        options |= {f"cu_seqlens_{of}": cu_seqlens for of in "qk"}
+        options |= {f"max_seqlen_{of}": int(cu_seqlens.diff().max()) for of in "qk"}
         function = packed(partial(package.flash_attn_varlen_func, **options))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -218,16 +222,15 @@ def flash_attention(module: str, shape: Shape, tensors: Tensors) -> Attend:
     return attend
 
 
-def torch_varlen(tensors: Tensors) -> Attend:
+def torch_varlen(starts: Tensor) -> Function:
     """PyTorch's own function for packed documents."""
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = tensors.cu_seqlens, tensors.longest
-    assert starts is not None
+    longest = int(starts.diff().max())
     return packed(lambda q, k, v: varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0)))
 
 
-def packed(function: Callable[..., Any]) -> Attend:
+def packed(function: Callable[..., Any]) -> Function:
     """`function` of q, k, v [B * T, heads, D] as one of [B, T, heads, D]."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,21 +5,21 @@ those that compute it in the forward pass. The least is to read the logits and, 
 Those in place get logits of their own, which they overwrite call after call: they are timed, not compared.
 
 Last layer: `step` is the loss with its gradients with respect to x and the weight, three products. Its backward pass
-alone would be a multiplication by a number. "ingot, products alone" has the same chunks and no loss.
+alone would be a multiplication by a number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.case import BenchCase, Setup
-from kernels.cross_entropy import cross_entropy
-from kernels.linear_cross_entropy import add_product, chunk_tokens, linear_cross_entropy
+from benchmarks.kernels.case import Case, Contest, Function, Loader, Setup, loaders, setups, timed, timed_dtype
+from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 
 LOGITS = [
     *((8192, V) for V in (32000, 50257, 50304, 128256)),
@@ -31,177 +31,146 @@ LAYERS = [
     (16384, 768, 50304), (16384, 1024, 50304), (16384, 2048, 50304), (8192, 4096, 50304), (2048, 4096, 128256),
 ]  # fmt: skip
 SMALL_LOGITS, SMALL_LAYERS = [(64, 500)], [(96, 32, 300)]
+VOCABULARIES = (256, 2048, 8192, 32000, 50304, 128256)  # whose kernels are compiled
 LARGEST_REFERENCE = 2**29  # logits: it keeps several copies in fp32
-UNLIKE = frozenset({"ingot, in place", "Liger, in place", "QuACK, in place", "ingot, products alone"})
-
-Losses = Callable[[Tensor], Tensor]
-Layer = Callable[[Tensor, Tensor], Tensor]
+UNLIKE = frozenset({"ingot, in place", "Liger, in place", "QuACK, in place"})
 
 
-def cases(device: torch.device, small: bool) -> Iterator[BenchCase]:
-    dtype = torch.float32 if small else torch.bfloat16
+class Part:
+    """The first of the parts that ranks hold of a vocabulary; here without the others."""
+
+    def __init__(self, rows: int) -> None:
+        self.start, self.rows = 0, rows
+
+    def join(self, log_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+        return log_sum, target_logit
+
+
+def targets_of(N: int, V: int, device: torch.device) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randint(0, V, (N,), device=device)
+
+
+def case(dtype: torch.dtype, targets: Tensor, V: int, **options: Any) -> Case:
+    """Of logits [N, V] on the device of targets [N]; `options` of cross_entropy. In place they are overwritten."""
+    torch.manual_seed(0)
+    N, device = len(targets), targets.device
+    logits = torch.randn(N, V, device=device).to(dtype)
+
+    def function(logits: Tensor, impl: str) -> Tensor:
+        return cross_entropy(logits, targets, impl=impl, **options)[0]
+
+    named = [f"{name}={value}" for name, value in options.items() if name != "vocabulary"]
+    named += ["part"] * ("vocabulary" in options)
+    return Case(" ".join([f"N={N} V={V}", *named]), function, (logits,), (torch.ones(N, device=device),))
+
+
+def layer_case(dtype: torch.dtype, targets: Tensor, C: int, V: int, **options: Any) -> Case:
+    """Of the last layer, x [N, C] and weight [V, C]; `options` of linear_cross_entropy."""
+    torch.manual_seed(0)
+    N, device = len(targets), targets.device
+    x = torch.randn(N, C, device=device).to(dtype)
+    weight = (torch.randn(V, C, device=device) / C**0.5).to(dtype)
+
+    def function(x: Tensor, weight: Tensor, impl: str) -> Tensor:
+        return linear_cross_entropy(x, weight, targets, impl=impl, **options)
+
+    return Case(f"N={N} C={C} V={V}", function, (x, weight), (torch.ones((), device=device),))
+
+
+def compiled(dtype: torch.dtype) -> Iterator[Case]:
+    """Losses alone with their backward pass, losses with their gradient, and what a part of the vocabulary needs."""
+    for V in VOCABULARIES:
+        targets = targets_of(3, V, torch.device("cpu"))
+        for options in ({}, {"softcap": 30.0}):
+            yield case(dtype, targets, V, **options)
+            yield case(dtype, targets, V, inplace=True, **options)
+            yield case(dtype, targets, V, inplace=True, vocabulary=Part(V), **options)
+    # Its logits are rows of an odd number of columns that begin at multiples of 64.
+    yield layer_case(dtype, targets_of(3, 50257, torch.device("cpu")), 16, 50257)
+
+
+def contests(device: torch.device, small: bool) -> Iterator[Contest]:
+    dtype = timed_dtype(small)
     for N, V in SMALL_LOGITS if small else LOGITS:
-        torch.manual_seed(0)
-        logits = torch.randn(N, V, device=device, dtype=dtype)
-        targets = torch.randint(0, V, (N,), device=device)
+        targets = targets_of(N, V, device)
+        given = case(dtype, targets, V)
         for part, passes in (("forward", 1), ("backward", 2), ("step", 2)):
-            yield BenchCase(
-                "cross_entropy", part, f"N={N} V={V}", "vocabulary", V, str(dtype)[6:], 0.0,
-                passes * N * V * dtype.itemsize, _of_logits(part, logits, targets), f"N={N}", UNLIKE,
+            yield Contest(
+                "cross_entropy", part, given.name, "vocabulary", V, dtype, passes * N * V * dtype.itemsize,
+                of_logits(part, given, targets), group=f"N={N}", unlike=UNLIKE,
             )  # fmt: skip
     for N, C, V in SMALL_LAYERS if small else LAYERS:
-        torch.manual_seed(0)
-        x = torch.randn(N, C, device=device, dtype=dtype)
-        weight = torch.randn(V, C, device=device, dtype=dtype) / C**0.5
-        targets = torch.randint(0, V, (N,), device=device)
+        targets = targets_of(N, V, device)
+        given = layer_case(dtype, targets, C, V)
         for part, products in (("forward", 1), ("step", 3)):
             moved = (1 if part == "forward" else 2) * (N + V) * C * dtype.itemsize
-            yield BenchCase(
-                "linear_cross_entropy", part, f"N={N} C={C} V={V}", "vocabulary", V, str(dtype)[6:],
-                2.0 * products * N * C * V, moved, _of_layer(part, x, weight, targets), unlike=UNLIKE,
+            yield Contest(
+                "linear_cross_entropy", part, given.name, "vocabulary", V, dtype, moved,
+                of_layer(part, given, targets), 2.0 * products * N * C * V,
             )  # fmt: skip
 
 
-def _of_logits(part: str, logits: Tensor, targets: Tensor) -> dict[str, Setup]:
-    ours = "triton" if logits.is_cuda else "torch"
+def of_logits(part: str, given: Case, targets: Tensor) -> dict[str, Setup]:
+    logits = given.tensors[0]
 
     def stock(z: Tensor) -> Tensor:
         return F.cross_entropy(z, targets, reduction="none")
 
-    def quack(inplace: bool) -> Losses:
-        from quack.cross_entropy import cross_entropy as function  # pyright: ignore[reportMissingImports]
-
+    def quack(inplace: bool) -> Function:
+        function: Any = import_module("quack.cross_entropy").cross_entropy
         return lambda z: function(z, targets, reduction="none", inplace_backward=inplace)
 
-    makers: dict[str, Callable[[], Losses]] = {
-        "ingot": lambda: lambda z: cross_entropy(z, targets, impl=ours)[0],
-        "torch": lambda: stock,
-        "torch.compile": lambda: torch.compile(stock),
-        "QuACK": lambda: quack(False),
-    }
-    if logits.numel() <= LARGEST_REFERENCE:
-        makers["reference"] = lambda: lambda z: cross_entropy(z, targets, impl="reference")[0]
+    def liger() -> Function:
+        function: Any = import_module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
+        # weight, ignore_index, lse_square_scale, label_smoothing, reduction
+        return lambda z: function.apply(z, targets, None, -100, 0.0, 0.0, "sum")[0]
+
+    found = loaders(given) | {"torch": lambda: stock, "torch.compile": lambda: torch.compile(stock)}
+    found["QuACK"] = lambda: quack(False)
+    if logits.numel() > LARGEST_REFERENCE:
+        del found["reference"]
+    rivals = setups(given, part, found)
     if part == "step":
-        makers["ingot, in place"] = lambda: lambda z: cross_entropy(z, targets, inplace=True, impl=ours)[0]
-        makers["Liger, in place"] = lambda: _liger(targets)
-        makers["QuACK, in place"] = lambda: quack(True)
-    return {name: _timed(part, make, logits, name.endswith("in place")) for name, make in makers.items()}
+
+        def ours(z: Tensor) -> Tensor:
+            return cross_entropy(z, targets, inplace=True, impl="triton" if z.is_cuda else "torch")[0]
+
+        in_place = {"ingot": lambda: ours, "Liger": liger, "QuACK": lambda: quack(True)}
+        for name, load in in_place.items():
+            gradient = torch.ones(() if name == "Liger" else len(logits), device=logits.device)  # Liger's loss is a sum
+            rivals[f"{name}, in place"] = lambda load=load, g=gradient: timed(part, load, [logits.clone()], [g])
+    return rivals
 
 
-def _liger(targets: Tensor) -> Losses:
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # pyright: ignore[reportMissingImports]
-
-    def losses(z: Tensor) -> Tensor:  # weight, ignore_index, lse_square_scale, label_smoothing, reduction
-        return LigerCrossEntropyFunction.apply(z, targets, None, -100, 0.0, 0.0, "sum")[0]
-
-    return losses
-
-
-def _timed(part: str, make: Callable[[], Losses], logits: Tensor, inplace: bool) -> Setup:
-    def forward() -> Callable[[], object]:
-        function = make()
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return function(logits)
-
-        return run
-
-    def backward() -> Callable[[], object]:
-        leaf = logits.detach().requires_grad_()
-        loss = make()(leaf).sum()
-        return lambda: torch.autograd.grad(loss, leaf, retain_graph=True)
-
-    def step() -> Callable[[], object]:
-        function = make()
-        leaf = (logits.clone() if inplace else logits.detach()).requires_grad_()
-
-        def run() -> tuple[Tensor, ...]:
-            losses = function(leaf)
-            return losses, *torch.autograd.grad(losses.sum(), leaf)
-
-        return run
-
-    return {"forward": forward, "backward": backward, "step": step}[part]
-
-
-def _of_layer(part: str, x: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Setup]:
-    ours = "triton" if x.is_cuda else "torch"
+def of_layer(part: str, given: Case, targets: Tensor) -> dict[str, Setup]:
+    x, weight = given.tensors
 
     def stock(x: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
 
-    makers: dict[str, Callable[[], Layer]] = {
-        "ingot": lambda: lambda a, w: linear_cross_entropy(a, w, targets, impl=ours),
-        "torch": lambda: stock,
-        "torch.compile": lambda: torch.compile(stock),
-    } | _libraries(targets)
-    if len(x) * len(weight) <= LARGEST_REFERENCE:
-        makers["reference"] = lambda: lambda a, w: linear_cross_entropy(a, w, targets, impl="reference")
-    setups: dict[str, Setup] = {name: _layer_timed(part, make, x, weight) for name, make in makers.items()}
-    setups["ingot, products alone"] = lambda: lambda: _products(part, x, weight)
-    return setups
+    found = loaders(given) | {"torch": lambda: stock, "torch.compile": lambda: torch.compile(stock)}
+    if len(x) * len(weight) > LARGEST_REFERENCE:
+        del found["reference"]
+    return setups(given, part, found | libraries(targets))
 
 
-def _libraries(targets: Tensor) -> dict[str, Callable[[], Layer]]:
-    def liger() -> Layer:
-        from liger_kernel.ops import fused_linear_cross_entropy as module  # pyright: ignore[reportMissingImports]
-
-        function: Any = module.LigerFusedLinearCrossEntropyFunction
+def libraries(targets: Tensor) -> dict[str, Loader]:
+    def liger() -> Function:
+        function: Any = import_module(
+            "liger_kernel.ops.fused_linear_cross_entropy"
+        ).LigerFusedLinearCrossEntropyFunction
         # bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss, and the
         # dtype in which the weight's gradient is summed
         options = (None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)
-        return lambda a, w: function.apply(a, w, targets, *options)[0]
+        return lambda x, weight: function.apply(x, weight, targets, *options)[0]
 
-    def quack() -> Layer:
-        from quack import linear_cross_entropy as module  # pyright: ignore[reportMissingImports]
+    def quack() -> Function:
+        function: Any = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+        return lambda x, weight: function(x, weight, targets, chunk_size=4096, reduction="sum")
 
-        return lambda a, w: module.chunked_linear_cross_entropy(a, w, targets, chunk_size=4096, reduction="sum")
+    def apple(**options: Any) -> Function:
+        function: Any = import_module("cut_cross_entropy").linear_cross_entropy
+        return lambda x, weight: function(x, weight, targets, reduction="sum", **options)
 
-    def apple(**options: Any) -> Layer:
-        from cut_cross_entropy import linear_cross_entropy as function  # pyright: ignore[reportMissingImports]
-
-        return lambda a, w: function(a, w, targets, reduction="sum", **options)
-
-    return {
-        "Liger": liger,
-        "QuACK": quack,
-        "CCE": apple,
-        "CCE, unfiltered": lambda: apple(filter_eps=None),
-    }
-
-
-def _layer_timed(part: str, make: Callable[[], Layer], x: Tensor, weight: Tensor) -> Setup:
-    def forward() -> Callable[[], object]:
-        function = make()
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return function(x, weight)
-
-        return run
-
-    def step() -> Callable[[], object]:
-        function = make()
-        leaves = [t.detach().requires_grad_() for t in (x, weight)]
-
-        def run() -> tuple[Tensor, ...]:
-            loss = function(*leaves)
-            return loss.detach(), *torch.autograd.grad(loss, leaves)
-
-        return run
-
-    return forward if part == "forward" else step
-
-
-def _products(part: str, x: Tensor, weight: Tensor) -> None:
-    """The products of our chunks, their results left where ours leaves them."""
-    chunk = chunk_tokens(x.device)
-    logits = x.new_empty(min(chunk, len(x)), len(weight))
-    grad_x, total = torch.empty_like(x), torch.empty_like(weight, dtype=None if len(x) <= chunk else torch.float32)
-    for start in range(0, len(x), chunk):
-        rows = x[start : start + chunk]
-        torch.mm(rows, weight.t(), out=logits[: len(rows)])
-        if part == "step":
-            torch.mm(logits[: len(rows)], weight, out=grad_x[start : start + chunk])
-            add_product(total, logits[: len(rows)].t(), rows, start == 0)
+    return {"Liger": liger, "QuACK": quack, "CCE": apple, "CCE, unfiltered": lambda: apple(filter_eps=None)}

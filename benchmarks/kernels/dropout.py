@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.kernels.case import BenchCase, Setup
+from benchmarks.kernels.case import Case, Contest, loaders, setups, timed_dtype
 from kernels.dropout import dropout
 from kernels.philox import DropoutKey
 
 SHAPES = [(16, 1024, 768), (16, 1024, 2048), (8, 2048, 4096)]
 SMALL = [(2, 16, 64)]
-UNLIKE = frozenset({"torch", "torch.compile"})  # they draw masks of their own
+KEY = DropoutKey(0.1, 1, 2)
 
 
-def cases(device: torch.device, small: bool) -> Iterator[BenchCase]:
-    dtype = torch.float32 if small else torch.bfloat16
+def case(device: torch.device, dtype: torch.dtype, B: int, T: int, C: int, *, residual: bool = True) -> Case:
+    torch.manual_seed(0)
+    tensors = tuple(torch.randn(B, T, C, device=device).to(dtype) for _ in range(1 + residual))
+    dy = torch.randn(B, T, C, device=device).to(dtype)
+    samples, positions = torch.arange(B, device=device), torch.arange(T, device=device)
+
+    def function(x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
+        return dropout(x, KEY, samples, positions, residual=residual, **options)
+
+    return Case(f"B={B} T={T} C={C}{' residual' * residual}", function, tensors, (dy,))
+
+
+def compiled(dtype: torch.dtype) -> Iterator[Case]:
+    """The backward pass is the forward's kernel without a residual."""
+    for C in (768, 1600, 8192):
+        yield case(torch.device("cpu"), dtype, 2, 24, C)
+
+
+def contests(device: torch.device, small: bool) -> Iterator[Contest]:
     for B, T, C in SMALL if small else SHAPES:
-        name = f"B={B} T={T} C={C}"
-        moved = 3 * B * T * C * dtype.itemsize
-        rivals = _rivals(device, (B, T, C), dtype)
-        yield BenchCase("dropout", "forward", name, "width", C, str(dtype)[6:], 0.0, moved, rivals, unlike=UNLIKE)
+        given = case(device, timed_dtype(small), B, T, C)
+        found = loaders(given) | {"torch": lambda: stock, "torch.compile": lambda: torch.compile(stock)}
+        moved = 3 * B * T * C * timed_dtype(small).itemsize
+        yield Contest(
+            "dropout", "forward", given.name, "width", C, timed_dtype(small), moved, setups(given, "forward", found),
+            unlike=frozenset({"torch", "torch.compile"}),
+        )  # fmt: skip
 
 
-def _rivals(device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Setup]:
-    """PyTorch's own dropout draws other masks, which depend on the layout: its row is about speed alone."""
-    x, residual = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-    samples, positions = torch.arange(shape[0], device=device), torch.arange(shape[1], device=device)
-    key = DropoutKey(0.1, 1, 2)
-
-    def form(impl: str) -> Setup:
-        return lambda: lambda: dropout(x, key, samples, positions, residual=residual, impl=impl)
-
-    def stock() -> torch.Tensor:
-        return residual + F.dropout(x, key.p)
-
-    return {
-        "ingot": form("triton" if device.type == "cuda" else "torch"),
-        "reference": form("reference"),
-        "torch": lambda: stock,
-        "torch.compile": lambda: torch.compile(stock),
-    }
+def stock(x: Tensor, residual: Tensor) -> Tensor:
+    """PyTorch's own draws other masks, which depend on the layout: it is about speed alone."""
+    return residual + F.dropout(x, KEY.p)

@@ -5,95 +5,96 @@ Rivals that turn q and k alone leave v a view of qkv: a third less to move, but 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import BenchCase, Setup, Thunk
-from benchmarks.kernels.swiglu import timed
-from kernels.rope import frequencies_of, rope_qkv
+from benchmarks.kernels.case import Case, Contest, Function, loaders, setups, timed, timed_dtype
+from kernels.rope import rope, rope_qkv
 
 # B, T, K, R, D: the GPT presets of 124M, 350M, 1.3B and 6.7B, and grouped queries.
 SHAPES = [
-    (16, 1024, 12, 1, 64),
-    (16, 1024, 16, 1, 64),
-    (8, 2048, 16, 1, 128),
-    (4, 4096, 32, 1, 128),
-    (2, 8192, 8, 4, 128),
-]
+    (16, 1024, 12, 1, 64), (16, 1024, 16, 1, 64), (8, 2048, 16, 1, 128), (4, 4096, 32, 1, 128), (2, 8192, 8, 4, 128),
+]  # fmt: skip
 SMALL = [(2, 16, 2, 2, 8)]
-UNLIKE = frozenset({"Liger", "flash_attn in place"})
+HEAD_WIDTHS = (64, 80, 128, 256)  # whose kernels are compiled
+THETA = 10000.0
 
 
-def cases(device: torch.device, small: bool) -> Iterator[BenchCase]:
-    dtype = torch.float32 if small else torch.bfloat16
+def case(
+    device: torch.device, dtype: torch.dtype, B: int, T: int, K: int, R: int, D: int, *, first: int = 0
+) -> Case:  # fmt: skip
+    """first: the position where the rows begin."""
+    torch.manual_seed(0)
+    qkv = torch.randn(B, T, K * (R + 2) * D, device=device).to(dtype)
+    gradients = tuple(torch.randn(B, T, heads, D, device=device).to(dtype) for heads in (K * R, K, K))
+    positions = torch.arange(T, device=device) + first
+
+    def function(qkv: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return rope_qkv(qkv, positions, n_kv_head=K, head_dim=D, theta=THETA, **options)
+
+    return Case(f"B={B} T={T} H={K * R} K={K} D={D}", function, (qkv,), gradients, may_spill=dtype == torch.float32)
+
+
+def of_queries(device: torch.device, dtype: torch.dtype, B: int, T: int, H: int, D: int) -> Case:
+    """`rope`, which turns all heads of one tensor."""
+    torch.manual_seed(0)
+    x, dy = (torch.randn(B, T, H, D, device=device).to(dtype) for _ in range(2))
+    positions = torch.arange(T, device=device)
+
+    def function(x: Tensor, **options: Any) -> Tensor:
+        return rope(x, positions, theta=THETA, **options)
+
+    return Case(f"B={B} T={T} H={H} D={D}", function, (x,), (dy,), may_spill=dtype == torch.float32)
+
+
+def compiled(dtype: torch.dtype) -> Iterator[Case]:
+    for D in HEAD_WIDTHS:
+        yield case(torch.device("cpu"), dtype, 2, 24, 2, 3, D)
+        yield of_queries(torch.device("cpu"), dtype, 2, 24, 6, D)
+
+
+def contests(device: torch.device, small: bool) -> Iterator[Contest]:
     for shape in SMALL if small else SHAPES:
-        B, T, K, R, D = shape
+        given = case(device, timed_dtype(small), *shape)
+        (qkv,) = given.tensors
         for part in ("forward", "backward"):
-            qkv = torch.randn(B, T, K * (R + 2) * D, device=device, dtype=dtype)
-            gradients = [torch.randn(B, T, n, D, device=device, dtype=dtype) for n in (K * R, K, K)]
-            name = f"B={B} T={T} H={K * R} K={K} D={D}"
-            moved = 2 * qkv.numel() * dtype.itemsize
-            rivals = _rivals(qkv, gradients, shape, part) | _in_place(qkv, gradients, shape, part)
-            yield BenchCase(
-                "rope", part, name, "width", qkv.shape[-1], str(dtype)[6:], 0.0, moved, rivals, unlike=UNLIKE
-            )
+            rivals = setups(given, part, loaders(given) | {"flash_attn": lambda shape=shape: flash_attn(device, shape)})
+            q, k, dq, dk = (g.clone().transpose(1, 2) for g in given.gradients[:2] * 2)
+            rivals["Liger"] = partial(timed, part, partial(liger, device, shape), [q, k], [dq, dk])
+            yield Contest(
+                "rope", part, given.name, "width", qkv.shape[-1], qkv.dtype, 2 * qkv.numel() * qkv.itemsize, rivals,
+                unlike=frozenset({"Liger"}),
+            )  # fmt: skip
 
 
-def _rivals(qkv: Tensor, gradients: list[Tensor], shape: tuple[int, ...], part: str) -> dict[str, Setup]:
+def flash_attn(device: torch.device, shape: tuple[int, ...]) -> Function:
+    """Two kernels, for q and k; sine and cosine come from a table."""
     _, T, K, R, D = shape
-    positions = torch.arange(T, device=qkv.device)
+    turn = import_module("flash_attn.layers.rotary").apply_rotary_emb
+    cos, sin = tables(T, D, device)
 
-    def form(impl: str) -> Callable[[Tensor], Any]:
-        return lambda qkv: rope_qkv(qkv, positions, n_kv_head=K, head_dim=D, impl=impl)
+    def function(qkv: Tensor) -> tuple[Tensor, ...]:
+        heads = qkv.unflatten(-1, (K, R + 2, D))
+        q, k = heads[:, :, :, :R].flatten(2, 3), heads[:, :, :, R]
+        return turn(q, cos, sin), turn(k, cos, sin), heads[:, :, :, R + 1]
 
-    def flash_attn() -> Thunk:
-        """Two kernels, for q and k; sine and cosine come from a table."""
-        turn = importlib.import_module("flash_attn.layers.rotary").apply_rotary_emb
-        cos, sin = tables(positions, D)
-
-        def function(qkv: Tensor) -> tuple[Tensor, ...]:
-            heads = qkv.unflatten(-1, (K, R + 2, D))
-            q, k = heads[:, :, :, :R].flatten(2, 3), heads[:, :, :, R]
-            return turn(q, cos, sin), turn(k, cos, sin), heads[:, :, :, R + 1]
-
-        return timed(function, part, [qkv], gradients)
-
-    ours = form("triton" if qkv.is_cuda else "torch")
-    return {
-        "ingot": lambda: timed(ours, part, [qkv], gradients),
-        "reference": lambda: timed(form("reference"), part, [qkv], gradients),
-        "torch": lambda: timed(form("torch"), part, [qkv], gradients),
-        "torch.compile": lambda: timed(torch.compile(form("torch")), part, [qkv], gradients),
-        "flash_attn": flash_attn,
-    }
+    return function
 
 
-def _in_place(qkv: Tensor, gradients: list[Tensor], shape: tuple[int, ...], part: str) -> dict[str, Setup]:
-    """Rivals that turn q and k where they stand, each call further, after a split that is not timed."""
-    B, T, K, R, D = shape
-    positions = torch.arange(T, device=qkv.device)
-
-    def liger() -> Thunk:
-        turn = importlib.import_module("liger_kernel.ops.rope").LigerRopeFunction.apply
-        cos, sin = (table.repeat(1, 2)[None] for table in tables(positions, D))
-        q, k = (torch.randn_like(g).transpose(1, 2) for g in gradients[:2])
-        turned = [g.clone().transpose(1, 2) for g in gradients[:2]]
-        return timed(lambda q, k: turn(q, k, cos, sin)[:2], part, [q, k], turned)
-
-    def flash_attn() -> Thunk:
-        turn = importlib.import_module("flash_attn.layers.rotary").apply_rotary_emb_qkv_
-        cos, sin = tables(positions, D)
-        heads = qkv.clone().view(B, T, K * (R + 2), D)
-        return timed(lambda qkv: turn(qkv, cos, sin, num_heads_q=K * R), part, [heads], [])
-
-    return {"Liger": liger} | ({"flash_attn in place": flash_attn} if part == "forward" else {})
+def liger(device: torch.device, shape: tuple[int, ...]) -> Function:
+    """Turns q and k where they stand, each call further, after a split that is not timed."""
+    turn: Any = import_module("liger_kernel.ops.rope").LigerRopeFunction.apply
+    cos, sin = (table.repeat(1, 2)[None] for table in tables(shape[1], shape[4], device))
+    return lambda q, k: turn(q, k, cos, sin)[:2]
 
 
-def tables(positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
+def tables(T: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each position's angles, fp32 [T, D/2]."""
-    angles = positions.float()[:, None] * frequencies_of(D, 10000.0, positions.device)
+    frequencies = THETA ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    angles = torch.arange(T, device=device)[:, None] * frequencies
     return angles.cos(), angles.sin()

@@ -1,8 +1,7 @@
-"""Runs the cases: every rival on the same tensors, in turns, compared before it is timed."""
+"""Runs the contests: every rival on the same tensors, in turns, compared before it is timed."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,15 +12,13 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from benchmarks.kernels.case import BenchCase, Setup, Thunk
-from benchmarks.kernels.measure import Clock, Sample, summary
+from benchmarks.clock import Clock, Sample, Thunk, alternate, compare, summary
+from benchmarks.kernels.case import FAMILIES, Contest, Setup, name_of
 
-# Modules of this package with `cases(device, small)`.
-FAMILIES = ("attention", "cross_entropy", "dropout", "adamw", "embedding", "gelu", "rope", "swiglu", "norm")
 OURS, STANDARD = "ingot", "reference"
 COMPILED = "torch.compile"  # on a CPU compiling takes longer than everything else together
 # Largest norm of the difference over norm of the standard's; fp32's leaves room for TF32.
-TOLERANCE = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 2e-3, "float64": 1e-6}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 2e-3, torch.float64: 1e-6}
 WARM_UP = 3  # calls: what is compiled or tuned on the way is not timed
 
 Found = dict[str, Any]  # of a rival: its figures, or "error"; "wrong" if its result is not the standard's
@@ -32,27 +29,27 @@ T = TypeVar("T")
 def benchmark(
     device: torch.device, clock: Clock, only: str = "", families: Sequence[str] = FAMILIES
 ) -> Iterator[Outcome]:
-    """The outcome of each case whose "kernel part group shape" `only` is found in; tiny shapes on a CPU."""
+    """The outcome of each contest in whose "kernel part group shape" `only` is found; tiny shapes on a CPU."""
     small = device.type == "cpu"
     for family in families:
         try:
-            for case in importlib.import_module(f"benchmarks.kernels.{family}").cases(device, small):
-                if re.search(only, f"{case.kernel} {case.part} {case.group} {case.shape}"):
-                    yield run_case(case, device, clock)
+            for contest in importlib.import_module(f"benchmarks.kernels.{family}").contests(device, small):
+                if re.search(only, f"{contest.kernel} {contest.part} {contest.group} {contest.shape}"):
+                    yield run_contest(contest, device, clock)
         except Exception as error:  # noqa: BLE001  a family that breaks must not cost the others their figures
-            yield outcome(BenchCase(family, "", "", "", 0, "", 0.0, 0.0, {}), {OURS: {"error": reason(error)}})
+            yield outcome(Contest(family, "", "", "", 0, torch.float32, 0.0, {}), {OURS: {"error": reason(error)}})
 
 
-def run_case(case: BenchCase, device: torch.device, clock: Clock) -> Outcome:
-    """Set up, compare and time every rival of a case."""
-    found: dict[str, Found] = {name: {} for name in case.rivals}
+def run_contest(contest: Contest, device: torch.device, clock: Clock) -> Outcome:
+    """Set up, compare and time every rival of a contest."""
+    found: dict[str, Found] = {name: {} for name in contest.rivals}
     # By default a compiled backward pass refuses to run twice on one graph. The setting is a thread's own, so autograd
     # has to stay in this one.
     with functorch_config.patch(donated_buffer=False), torch.autograd.set_multithreading_enabled(False):
-        thunks = prepare(case, device, found)
+        thunks = prepare(contest, device, found)
         samples: dict[str, list[Sample]] = {name: [] for name in thunks}
-        for _ in range(clock.rounds):  # in turns, so that a slow spell of the machine hits each rival
-            for name in [name for name in thunks if "error" not in found[name]]:
+        for name in alternate(list(thunks), clock.rounds):
+            if "error" not in found[name]:
                 samples[name] += attempt(found[name], partial(clock.turn, thunks[name])) or []
     for name, calls in samples.items():
         if "error" not in found[name]:
@@ -61,10 +58,10 @@ def run_case(case: BenchCase, device: torch.device, clock: Clock) -> Outcome:
         thunks.clear()
         torch.compiler.reset()  # else the ninth shape of a function runs eagerly
         torch.cuda.empty_cache()
-    return outcome(case, found)
+    return outcome(contest, found)
 
 
-def prepare(case: BenchCase, device: torch.device, found: Mapping[str, Found]) -> dict[str, Thunk]:
+def prepare(contest: Contest, device: torch.device, found: Mapping[str, Found]) -> dict[str, Thunk]:
     """The thunks of the rivals that run; what is wrong with a rival is noted in `found`.
 
     Results are compared with the reference's, or with ours where there is none.
@@ -75,9 +72,9 @@ def prepare(case: BenchCase, device: torch.device, found: Mapping[str, Found]) -
 
     def admit(name: str) -> None:
         nonlocal standard, ours
-        thunk, outputs = first_call(case.rivals[name], device)
-        tolerance = TOLERANCE[case.dtype]
-        if name not in case.unlike:
+        thunk, outputs = first_call(contest.rivals[name], device)
+        tolerance = TOLERANCE[contest.dtype]
+        if name not in contest.unlike:
             judged = found[OURS if name == STANDARD else name]
             judged |= comparison(outputs, standard, tolerance)
             standard = outputs if name in (OURS, STANDARD) else standard
@@ -90,7 +87,7 @@ def prepare(case: BenchCase, device: torch.device, found: Mapping[str, Found]) -
         thunks[name] = thunk
 
     # Ours first: if memory runs out, it is a rival that goes without.
-    for name in sorted(case.rivals, key=lambda name: (name != OURS, name != STANDARD)):
+    for name in sorted(contest.rivals, key=lambda name: (name != OURS, name != STANDARD)):
         if device.type == "cpu" and name.startswith(COMPILED):
             found[name]["error"] = "not timed on a CPU"
         else:
@@ -148,22 +145,33 @@ def reason(error: Exception) -> str:
     return f"{'not installed' if isinstance(error, ImportError) else type(error).__name__}: {first_line}"
 
 
-def outcome(case: BenchCase, found: Mapping[str, Found]) -> Outcome:
-    """What goes into the JSON: the case, each rival's figures, and how ours stands to the best other."""
+def outcome(contest: Contest, found: Mapping[str, Found]) -> Outcome:
+    """What is recorded: the contest, each rival's figures, and how ours stands to the best other."""
     for record in found.values():
         if "ms" in record:
-            record["gb_s"], record["tflop_s"] = (x / record["ms"] * 1e3 for x in (case.bytes / 1e9, case.flops / 1e12))
-    others = {
-        name: record["ms"]
-        for name, record in found.items()
-        if "ms" in record and "wrong" not in record and not name.startswith(OURS)
-    }
-    best = min(others, key=lambda name: others[name], default=None)
-    ratio = others[best] / found[OURS]["ms"] if best and "ms" in found[OURS] else None
-    fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case) if f.name not in ("rivals", "unlike")}
-    return fields | {"rivals": dict(found), "best_other": best, "ratio": ratio}
+            record["gb_s"] = contest.bytes / 1e9 / record["ms"] * 1e3
+            record["tflop_s"] = contest.flops / 1e12 / record["ms"] * 1e3
+    right = {name: record["ms"] for name, record in found.items() if "ms" in record and "wrong" not in record}
+    best = min((name for name in right if not name.startswith(OURS)), key=lambda name: right[name], default=None)
+    ratio = right[best] / found[OURS]["ms"] if best and "ms" in found[OURS] else None
+    fields = {name: value for name, value in vars(contest).items() if name != "unlike"}
+    return fields | {"dtype": name_of(contest.dtype), "rivals": dict(found), "best_other": best, "ratio": ratio}
 
 
 def ours_failed(result: Outcome) -> bool:
     """Whether our kernel did not run, or gave another result than the reference."""
     return bool({"error", "wrong"} & result["rivals"][OURS].keys())
+
+
+def limits_of(device: torch.device, clock: Clock) -> dict[str, float]:
+    """GB/s of a copy, bytes read plus bytes written, and TFLOP/s of a square matrix product, on random data."""
+    size, dtype, copied = 512, torch.float32, 2**26
+    if device.type == "cuda":
+        size, dtype, copied = 8192, torch.bfloat16, 2**30
+    source = torch.randint(0, 100, (copied,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    thunks = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
+    ms = {name: summary(samples)["ms"] for name, samples in compare(clock, thunks, rounds=5).items()}
+    return {"copy_gb_s": 2 * copied / ms["copy"] / 1e6, "matmul_tflop_s": 2 * size**3 / ms["matmul"] / 1e9}

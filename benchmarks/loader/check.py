@@ -11,26 +11,25 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.loader.gather import Gather
-from benchmarks.loader.system import Batch, Job
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batch
 from benchmarks.loader.tokens import DISTINCT_FROM, TokenSet
 
 
-def check(kind: str, tokens: TokenSet, job: Job, batches: Iterator[Batch]) -> str | None:
+def check(kind: str, tokens: TokenSet, case: Case, batches: Iterator[Batch]) -> str | None:
     """What is wrong with an epoch of batches, or None. `kind`: Entry.rows of the loader."""
     corpus = np.concatenate([tokens.read(shard) for shard in range(tokens.shards)]).astype(np.int64)
-    length = {"overlap": job.seq_len, "tile": job.seq_len + 1}.get(kind, job.seq_len)
-    expected = sum((size - (length == job.seq_len)) // length for size in tokens.sizes)
-    whole = expected // job.rows  # the rest may be dropped or begin the next epoch
+    length = {"overlap": case.seq_len, "tile": case.seq_len + 1}.get(kind, case.seq_len)
+    expected = sum((size - (length == case.seq_len)) // length for size in tokens.sizes)
     found = []
-    for batch in islice(batches, whole):
+    for batch in islice(batches, expected // case.rows):  # the rest may be dropped or begin the next epoch
         inputs, labels = _halves(batch)
-        if inputs.shape != (job.rows, job.seq_len) or labels.shape != inputs.shape:
-            return f"inputs {inputs.shape} and labels {labels.shape}; expected {(job.rows, job.seq_len)}"
+        if inputs.shape != (case.rows, case.seq_len) or labels.shape != inputs.shape:
+            return f"inputs {inputs.shape} and labels {labels.shape}; expected {(case.rows, case.seq_len)}"
         rows = np.concatenate([inputs, labels[:, -1:]], axis=1)
         if not np.array_equal(rows[:, 1:], labels):
             return "the labels are not the inputs' next tokens"
-        if job.documents and (wrong := _wrong_documents(batch, inputs, tokens.eod_id)):
+        if case.documents and (wrong := _wrong_documents(batch, inputs, tokens.eod_id)):
             return wrong
         found.append(rows)
     rows = np.concatenate(found)
@@ -38,9 +37,9 @@ def check(kind: str, tokens: TokenSet, job: Job, batches: Iterator[Batch]) -> st
     if kind == "documents":
         return _wrong_pieces(rows, corpus, tokens.eod_id, first)
     places = np.where(rows[:, 0] == tokens.eod_id, rows[:, 1] - 1, rows[:, 0]) - first
-    if places.min() < 0 or places.max() + job.seq_len >= corpus.size:
+    if places.min() < 0 or places.max() + case.seq_len >= corpus.size:
         return "a row is not of the corpus"
-    if not np.array_equal(rows, corpus[places[:, None] + np.arange(job.seq_len + 1)]):
+    if not np.array_equal(rows, corpus[places[:, None] + np.arange(case.seq_len + 1)]):
         return "a row is not one run of the corpus"
     if kind == "random":
         return None
@@ -96,26 +95,3 @@ def _wrong_pieces(rows: NDArray[np.int64], corpus: NDArray[np.int64], eod_id: in
             return "a document ends early"
     inputs = rows[:, :-1][rows[:, :-1] != eod_id]
     return None if np.unique(inputs).size == inputs.size else "tokens come twice in an epoch"
-
-
-def check_gather(system: Gather, tokens: TokenSet, job: Job) -> str | None:
-    """The C program's checksum of its first batch beside one computed here."""
-    T, ids = job.seq_len, tokens.read(0).astype(np.int64)
-    drawn = [_mix64(number + 1) % ((ids.size - 1) // T) for number in range(job.rows)]
-    rows = np.stack([ids[place * T : place * T + T + 1] for place in drawn])
-    form = np.dtype(tokens.item if system.form == "native" else "int64")
-    parts = [rows.astype(form).view(np.uint8).ravel()]
-    if job.documents:
-        position_ids, starts = documents_of(rows[:, :-1], tokens.eod_id)
-        parts += [position_ids.ravel(), starts[:-1]]
-    expected = sum(int((part.astype(np.int64) * np.arange(1, part.size + 1)).sum()) for part in parts)
-    found = system.rate(tokens, job, 0, mapped=False)["checksum"]
-    return None if found == expected else f"the checksum is {found}; expected {expected}"
-
-
-def _mix64(x: int) -> int:
-    """splitmix64's finaliser."""
-    mask = 2**64 - 1
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
-    return x ^ (x >> 31)

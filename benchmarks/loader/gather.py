@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loader.system import Job, System
+import torch
+
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 
 SOURCE = Path(__file__).with_name("gather.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 
 
 class Gather(System):
-    """form: as of ours.Ingot. It has no batches to hand out; `rate` takes the place of timing them."""
+    """Rows drawn with replacement from one file. form: as of ours.Ingot."""
 
     def __init__(self, form: str) -> None:
         self.form = form
 
     def prepare(self, tokens: TokenSet, seq_len: int) -> None:
-        subprocess.run(["cc", *FLAGS, "-o", str(_program(tokens)), str(SOURCE)], check=True)
+        subprocess.run(["cc", *FLAGS, "-o", str(_library(tokens)), str(SOURCE)], check=True)
 
-    def rate(self, tokens: TokenSet, job: Job, seconds: float, mapped: bool) -> dict[str, Any]:
-        """Tokens, seconds, CPU seconds and checksum of one run; seconds 0: of one batch."""
-        out = tokens.item_size if self.form == "native" else 8
-        eod = tokens.eod_id if job.documents else -1
-        arguments = (tokens.paths[0], tokens.item_size, out, job.seq_len, job.rows, seconds, eod, int(mapped))
-        command = [str(_program(tokens)), *map(str, arguments)]
-        words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        count, took, cpu, checksum = int(words[0]), float(words[1]), float(words[2]), int(words[3])
-        return {"tokens": count, "seconds": took, "cpu_seconds": cpu, "checksum": checksum}
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
+        gather = ctypes.CDLL(str(_library(tokens))).gather
+        gather.restype, gather.argtypes = (
+            ctypes.c_int64,
+            [ctypes.c_void_p, *[ctypes.c_int64] * 7, *[ctypes.c_void_p] * 3],
+        )
+        B, T, ids = case.rows, case.seq_len, tokens.read(0)
+        native = self.form == "native"
+        rows = torch.zeros(B, T + 1, dtype=getattr(torch, tokens.item) if native else torch.int64)
+        positions, starts = torch.zeros(B, T, dtype=torch.int32), torch.zeros(B * T + 1, dtype=torch.int32)
+        batch = Batch(rows, None) if native else Batch(rows[:, :-1], rows[:, 1:])
+        sizes = (tokens.item_size, rows.element_size(), T, B, tokens.eod_id if case.documents else -1)
+        buffers = tuple(buffer.data_ptr() for buffer in (rows, positions, starts))
+        places, drawn = (ids.size - 1) // T, 0
+        while True:
+            count = gather(ids.ctypes.data, places, drawn, *sizes, *buffers)
+            drawn += B
+            yield batch._replace(position_ids=positions, cu_seqlens=starts[: count + 1]) if case.documents else batch
 
 
-def _program(tokens: TokenSet) -> Path:
-    return tokens.folder / "gather"
+def _library(tokens: TokenSet) -> Path:
+    return tokens.folder / "gather.so"

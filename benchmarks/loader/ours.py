@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from benchmarks.loader.system import Batch, Batches, Job, System
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.data import _native  # noqa: F401  imported before the clock starts, as every library is
+from llm.data.corpora import Corpora, Corpus
 from llm.data.loader import open_loader
 from llm.data.tokens.manifest import FORMAT, FileEntry, Manifest, Shards, Split, read_manifest
 
@@ -26,25 +26,21 @@ class Ingot(System):
         if not (tokens.folder / "manifest.json").exists():
             write_manifest(tokens)
 
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         config = RunConfig(
-            model=ModelConfig(vocab_size=tokens.vocab_size, max_seq_len=job.seq_len),
-            data=DataConfig(path=str(tokens.folder), seq_len=job.seq_len, document_masks=job.documents),
-            train=TrainConfig(engine="plain", global_batch_size=job.rows, micro_batch_size=job.rows),
+            model=ModelConfig(vocab_size=tokens.vocab_size, max_seq_len=case.seq_len),
+            data=DataConfig(path=str(tokens.folder), seq_len=case.seq_len, document_masks=case.documents),
+            train=TrainConfig(engine="plain", global_batch_size=case.rows, micro_batch_size=case.rows),
         )
-        manifest = read_manifest(tokens.folder)
-        widen = self.form == "int64"
-        loader = open_loader(config, manifest, dp_rank=0, dp_size=1, consumed=state or 0, widen=widen)
-        halves: dict[int, tuple[Tensor, Tensor]] = {}  # inputs and labels of each of the loader's buffers
+        manifest, widen = read_manifest(tokens.folder), self.form == "int64"
+        corpus = Corpus(manifest.shard_list(tokens.folder, "train"), tokens.folder, manifest)
+        corpora = Corpora(config, tokens.folder, manifest, {str(tokens.folder): corpus})  # without a validation split
+        loader = open_loader(corpora, dp_rank=0, dp_size=1, consumed=state or 0, widen=widen)
         try:
             while True:
                 [batch] = loader.next_step().batches
-                inputs, labels = batch.tokens, None
-                if widen:
-                    buffer = batch.tokens.data_ptr()
-                    if buffer not in halves:
-                        halves[buffer] = batch.tokens[:, :-1], batch.tokens[:, 1:]
-                    inputs, labels = halves[buffer]
+                rows = batch.tokens
+                inputs, labels = (rows[:, :-1], rows[:, 1:]) if widen else (rows, None)
                 yield Batch(inputs, labels, batch.position_ids, batch.cu_seqlens)
         finally:
             loader.close()

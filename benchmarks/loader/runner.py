@@ -1,4 +1,4 @@
-"""Runs the cases: loaders in turns, each measurement in a process of its own, every result a line of JSON."""
+"""Runs the cases: loaders in turns, each in a process of its own, every result a line of JSON."""
 
 from __future__ import annotations
 
@@ -7,124 +7,96 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from benchmarks.clock import rotated
 from benchmarks.loader.cases import FULL, QUICK, Case, Scale, parts
 from benchmarks.loader.systems import QUICK as QUICK_SYSTEMS
 from benchmarks.loader.systems import SYSTEMS, runs
+from benchmarks.report import Record, append, begin, read
 from llm.errors import InputError, require
 
-Record = dict[str, Any]
 ROOT = Path(__file__).parents[2]  # of the checkout, from where `llm` is imported
 PREPARING_SECONDS = 900.0  # after which the conversion of a corpus is ended
-EACH_SECONDS = 0.5  # beside what is timed, that a measurement takes about
+MEASURING_SECONDS = 60.0  # and a measurement
+FAILURES = {"wrong", "error", "absent"}  # keys of a record without figures
 
 
 @dataclass
 class Runner:
-    """out: the folder of results.jsonl, continued where it ends, and of the corpora. minutes: a bound on rounds."""
+    """out: the folder of results.jsonl, continued where it ends, and of the corpora."""
 
     out: Path
     quick: bool
-    minutes: float
     only: str = ""
     rounds: int | None = None
-    """Of every part; None: as the scale says."""
-    earlier: int = 0
-    """Records that an earlier run left."""
-    _began: float = field(default_factory=time.monotonic)
+    """Of every part that has several; None: as the scale says."""
+    head: Record = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
     _servers: dict[str, subprocess.Popen] = field(default_factory=dict)
-    _records: list[Record] = field(default_factory=list)
-    _given_up: set[tuple[str, str]] = field(default_factory=set)
-    """(system, kin of the case) of what is not to be tried again; (system, "") of a loader that is not there."""
     _prepared: set[tuple] = field(default_factory=set)
 
     @property
     def scale(self) -> Scale:
         return QUICK if self.quick else FULL
 
-    def run(self, machine: Record) -> Iterator[Record]:
-        """Every record, those of an earlier run of the same folder first.
+    def run(self, head: Record) -> Iterator[Record]:
+        """Measure what an earlier run of the same folder has not, and yield its records; `records` holds all.
 
         Raises:
             InputError: the folder holds results of another kind of run, or `only` names nothing.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._load(machine)
-        yield from self._records
+        self._resume(head | {"quick": self.quick})
         try:
-            for number, (name, rounds, cases) in enumerate(parts(self.scale)):
-                for turn in range(self.rounds or rounds if rounds > 1 else rounds):
-                    began = time.monotonic()
-                    yield from self._round(name, turn, cases)
-                    if self._late(number, time.monotonic() - began):
-                        break
+            for rounds, cases in parts(self.scale):
+                for turn in range(self.rounds or rounds if rounds > 1 else 1):
+                    yield from self._round(turn, cases)
         finally:
             for server in self._servers.values():
                 _end(server)
-        require(
-            any("task" in record for record in self._records),
-            f"--only {self.only!r} is found in no 'system task item T=...', such as 'Ingot rate uint16 T=1024'",
-        )
+        expected = "such as 'Ingot rate uint16 T=1024'"
+        require(bool(self.records), f"--only {self.only!r} is found in no 'system task item T=...', {expected}")
 
-    def _load(self, machine: Record) -> None:
+    def _resume(self, head: Record) -> None:
         path = self.out / "results.jsonl"
-        header = {"run": machine | {"quick": self.quick}}
         if not path.exists():
-            self._write(header)
-            return
+            begin(path, head)
         try:
-            self._records += [json.loads(line) for line in path.read_text().splitlines()]
-            self.earlier = len(self._records)
-            before = self._records[0]["run"]
-            require(
-                before["quick"] == self.quick and before["cpu"] == machine["cpu"],
-                f"{path} is of another machine or of a {'quick' if before['quick'] else 'whole'} run; "
-                "choose another --out",
-            )
-        except (ValueError, KeyError, IndexError) as error:
+            self.head, self.records = read(path)
+            same = all(self.head[key] == head[key] for key in ("quick", "cpu"))
+            kind = "quick" if self.head["quick"] else "full"
+        except (ValueError, KeyError) as error:
             raise InputError(f"{path} is damaged ({error}); remove it or choose another --out") from error
-        for record in self._records:
-            if "absent" in record:
-                continue  # it may have been installed since
-            if record.keys() & {"wrong", "error"}:
-                case = {field.name: record[field.name] for field in fields(Case)}
-                self._given_up.add((record["system"], Case(**case).kin))
+        require(same, f"{path} is of another machine or of a {kind} run; choose another --out")
+        # A package that was absent may have been installed since.
+        self.records = [record for record in self.records if "absent" not in record]
 
-    def _late(self, part: int, round_seconds: float) -> bool:
-        """Whether another round of this part would leave too little time for one round of each later part."""
-        later = list(parts(self.scale))[part + 1 :]
-        systems = [name for name in SYSTEMS if not self.quick or name in QUICK_SYSTEMS]
-        measurements = sum(runs(name, case) for _, _, cases in later for case in cases for name in systems)
-        reserved = measurements * (1.4 * self.scale.seconds + EACH_SECONDS)
-        return time.monotonic() - self._began + round_seconds + reserved > 60 * self.minutes
-
-    def _round(self, part: str, turn: int, cases: list[Case]) -> Iterator[Record]:
-        done = {(r["system"], r["label"], r["round"]) for r in self._records if "label" in r and "absent" not in r}
+    def _round(self, turn: int, cases: list[Case]) -> Iterator[Record]:
         names = [name for name in SYSTEMS if not self.quick or name in QUICK_SYSTEMS]
-        names = names[turn % len(names) :] + names[: turn % len(names)]  # nobody is always first
         for case in cases:
-            for name in names:
-                wanted = runs(name, case) and re.search(self.only, f"{name} {case.label}") is not None
-                if not wanted or (name, case.label, turn) in done or self._pointless(name, case):
-                    continue
-                record = {"system": name, "label": case.label, "part": part, "round": turn} | asdict(case)
-                record |= self._measured(name, case) | {"load": os.getloadavg()[0]}
-                if "absent" in record:
-                    self._given_up.add((name, ""))
-                elif record.keys() & {"wrong", "error"}:
-                    self._given_up.add((name, case.kin))
-                self._write(record)
-                yield record
+            for name in rotated(names, turn):
+                wanted = runs(name, case) and re.search(self.only, f"{name} {case.label}")
+                if wanted and not self._settled(name, case, turn):
+                    record = {"system": name, "label": case.label, "round": turn} | asdict(case)
+                    record |= self._measured(name, case) | {"load": os.getloadavg()[0]}
+                    self.records.append(record)
+                    append(self.out / "results.jsonl", record)
+                    yield record
 
-    def _pointless(self, name: str, case: Case) -> bool:
-        """Whether the loader is not there, failed at this before, or gives wrong batches of this kind."""
+    def _settled(self, name: str, case: Case, turn: int) -> bool:
+        """Whether this was measured, or is pointless: no package, failed before, or wrong batches of this kind."""
         checked = Case("check", case.item, case.seq_len, case.documents).label
-        return bool(self._given_up & {(name, ""), (name, case.kin), (name, checked)})
+        hopeless = (replace(case, resume=False).label, case.label, checked)  # what cannot start cannot start resumed
+        for record in self.records:
+            if record["system"] == name and (
+                "absent" in record
+                or (record.keys() & FAILURES and record["label"] in hopeless)
+                or (record["label"], record["round"]) == (case.label, turn)
+            ):
+                return True
+        return False
 
     def _measured(self, name: str, case: Case) -> Record:
         tokens = case.token_set(self.scale, self.out / "tokens")
@@ -132,11 +104,11 @@ class Runner:
         if key not in self._prepared:
             tokens.make()
             found = self._ask(name, "prepare", case, PREPARING_SECONDS)
-            if found.keys() & {"absent", "error"}:
+            if found.keys() & FAILURES:
                 return found
             os.sync()  # else pages that are not written yet could not be dropped
             self._prepared.add(key)
-        return self._ask(name, "measure", case, self.scale.patience)
+        return self._ask(name, "measure", case, MEASURING_SECONDS)
 
     def _ask(self, name: str, action: str, case: Case, patience: float) -> Record:
         server = self._server(SYSTEMS[name].module)
@@ -158,11 +130,6 @@ class Runner:
                     command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
                 )
         return self._servers[module]
-
-    def _write(self, record: Record) -> None:
-        self._records.append(record)
-        with (self.out / "results.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def _end(server: subprocess.Popen) -> None:

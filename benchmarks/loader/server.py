@@ -13,7 +13,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import traceback
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     try:
         importlib.import_module(f"benchmarks.loader.{module}")
     except Exception as error:  # noqa: BLE001  foreign code: whatever keeps it from loading is its result
-        absent = f"{type(error).__name__}: {error}"
+        absent = describe(error)
     for line in sys.stdin:
         request = json.loads(line)
         found = {"absent": absent} if absent else in_fork(request, Path(folder))
@@ -82,19 +82,13 @@ def _answer(request: dict[str, Any], folder: Path, answer: IO[str]) -> None:
         scale = QUICK if request["quick"] else FULL
         found = ACTIONS[request["action"]](request["system"], Case(**request["case"]), scale, folder)
     except Exception as error:  # noqa: BLE001  foreign code: whatever it raises is its result
-        found = {"error": " / ".join(map(describe, reversed(list(causes(error)))))}
+        traceback.print_exc()  # into the log
+        found = {"error": describe(error)}
     answer.write(json.dumps(found) + "\n")
     answer.flush()
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, the one that it followed from, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def describe(error: BaseException) -> str:
+def describe(error: Exception) -> str:
     text = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {text[0][:200]}"
 

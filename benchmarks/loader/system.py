@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Generator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from benchmarks.loader.cases import Case
 from benchmarks.loader.tokens import TokenSet
 
 
@@ -28,19 +30,6 @@ class Batch(NamedTuple):
 Batches = Generator[Batch, None, None]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is asked of a loader."""
-
-    seq_len: int
-    rows: int
-    """Of a batch (B)."""
-    documents: bool = False
-    """Position ids and cu_seqlens too."""
-    workers: int = 0
-    """Processes that prepare batches, for loaders that have them."""
-
-
 class System:
     """A loader. Subclasses say how its batches are made, and what it needs before."""
 
@@ -51,25 +40,47 @@ class System:
         """What it reads, for warming and dropping caches."""
         return tokens.paths
 
-    def forget(self, tokens: TokenSet) -> None:
-        """Remove what it keeps on disk from one start to the next."""
-
     def begin(self) -> None:
         """What a training process does anyway before it opens a loader; not timed."""
 
-    def state(self, tokens: TokenSet, job: Job, consumed: int) -> Any:
+    def state(self, tokens: TokenSet, case: Case, consumed: int) -> Any:
         """What it is resumed from after `consumed` samples."""
         return consumed
 
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         """Its batches without end, from the start or from a state. Closing the iterator ends the loader."""
         raise NotImplementedError
 
 
+class Stateful(System):
+    """A loader of batches of rows of T + 1 tokens, with state_dict and load_state_dict."""
+
+    def loader(self, tokens: TokenSet, case: Case) -> Any:
+        raise NotImplementedError
+
+    def rows(self, found: Any) -> Tensor:
+        """The rows, [B, T + 1], of what the loader yields."""
+        return found
+
+    def state(self, tokens: TokenSet, case: Case, consumed: int) -> Any:
+        loader = self.loader(tokens, case)
+        for done, _ in enumerate(loader, 1):
+            if done * case.rows >= consumed:
+                break
+        return loader.state_dict()
+
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
+        loader = self.loader(tokens, case)
+        if state is not None:
+            loader.load_state_dict(state)
+        while True:
+            for found in loader:
+                rows = self.rows(found).to(torch.int64)
+                yield Batch(rows[:, :-1], rows[:, 1:])
+
+
 def finished(folder: Path) -> bool:
     """Whether a conversion into `folder` is complete; what an interrupted one left is removed."""
-    import shutil
-
     if not (folder / "made").exists():
         shutil.rmtree(folder, ignore_errors=True)
         return False

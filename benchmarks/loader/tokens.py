@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 VOCABULARIES = {"uint16": 50257, "uint32": 128256}  # GPT-2's and Llama 3's
 MEGATRON_CODES = {"uint16": 8, "uint32": 4}  # its four-byte type is int32: the same bytes, as ids lie below 2^31
 MEAN_LENGTH, SIGMA = 906, 1.2  # documents' lengths in tokens, lognormal: close to web text
-BLOCK = 1 << 24  # tokens written at a time
 DISTINCT_FROM = {"uint16": 1, "uint32": 100_000}  # beyond what two bytes hold
 
 
@@ -69,30 +68,25 @@ class TokenSet:
         rng = np.random.default_rng(0)
         first = 0
         for path, size in zip(self.paths, self.sizes, strict=True):
-            with path.open("wb") as file:
-                if self.kind == "sparse":
-                    file.truncate(size * self.item_size)
-                    continue
-                lengths = _lengths(rng, size)
-                for block in self._blocks(rng, lengths, first):
-                    block.tofile(file)
+            if self.kind == "sparse":
+                path.touch()
+                os.truncate(path, size * self.item_size)
+                continue
+            lengths = _lengths(rng, size)
+            self._ids(rng, lengths, first).tofile(path)
             _write_index(path.with_suffix(".idx"), lengths, MEGATRON_CODES[self.item], self.item_size)
             first += size
         done.touch()
 
-    def _blocks(self, rng: np.random.Generator, lengths: NDArray[np.int64], first: int) -> Iterator[NDArray]:
+    def _ids(self, rng: np.random.Generator, lengths: NDArray[np.int64], first: int) -> NDArray:
         """The ids of a file whose documents have these lengths; the ids of the file begin at place `first`."""
         ends = np.cumsum(lengths)
-        for start in range(0, int(ends[-1]), BLOCK):
-            stop = min(start + BLOCK, int(ends[-1]))
-            if self.kind == "distinct":
-                ids = np.arange(first + start, first + stop) + DISTINCT_FROM[self.item]
-                ids = ids.astype(self.item)
-            else:
-                ids = rng.integers(0, self.vocab_size - 1, stop - start, dtype=self.item)
-            here = ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop, "right")]
-            ids[here - 1 - start] = self.eod_id
-            yield ids
+        if self.kind == "distinct":
+            ids = (np.arange(first, first + ends[-1]) + DISTINCT_FROM[self.item]).astype(self.item)
+        else:
+            ids = rng.integers(0, self.vocab_size - 1, ends[-1], dtype=self.item)
+        ids[ends - 1] = self.eod_id
+        return ids
 
 
 def _lengths(rng: np.random.Generator, size: int) -> NDArray[np.int64]:

@@ -39,8 +39,8 @@ class BlendTable {
  private:
   std::vector<uint32_t> shares_;
   std::vector<uint16_t> source_, ordinal_;  // of the samples of a period; none for one source
-  // Source s has the samples places_[first_[s]] .. places_[first_[s + 1] - 1] of the period.
-  std::vector<uint16_t> places_;
+  // Source s has the samples slots_[first_[s]] .. slots_[first_[s + 1] - 1] of the period.
+  std::vector<uint16_t> slots_;
   std::vector<uint32_t> first_;
 };
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/clones.h"
+#include "core/text.h"
 
 namespace ingot {
 namespace {
@@ -54,16 +55,14 @@ INGOT_COPY(widen32, uint32_t, int64_t)
 #undef INGOT_COPY
 
 uint32_t copy_ids(const unsigned char* from, int item_size, int64_t count, void* to, bool widen) {
-  auto* wide = static_cast<int64_t*>(to);
-  if (item_size == 1) {
-    return widen ? widen8(from, count, wide) : copy8(from, count, static_cast<uint8_t*>(to));
-  }
-  if (item_size == 2) {
-    const auto* ids = reinterpret_cast<const uint16_t*>(from);
-    return widen ? widen16(ids, count, wide) : copy16(ids, count, static_cast<uint16_t*>(to));
-  }
-  const auto* ids = reinterpret_cast<const uint32_t*>(from);
-  return widen ? widen32(ids, count, wide) : copy32(ids, count, static_cast<uint32_t*>(to));
+  const auto run = [&](auto id, auto copy, auto widened) {
+    const auto* ids = reinterpret_cast<const decltype(id)*>(from);
+    return widen ? widened(ids, count, static_cast<int64_t*>(to))
+                 : copy(ids, count, static_cast<decltype(id)*>(to));
+  };
+  if (item_size == 1) return run(uint8_t{}, copy8, widen8);
+  if (item_size == 2) return run(uint16_t{}, copy16, widen16);
+  return run(uint32_t{}, copy32, widen32);
 }
 
 }  // namespace
@@ -87,10 +86,10 @@ uint64_t FileCache::reserve(size_t files) {
 std::shared_ptr<const TokenFile> FileCache::get(
     uint64_t number, const std::function<std::shared_ptr<const TokenFile>()>& open) {
   const auto find = [&]() -> std::shared_ptr<const TokenFile> {
-    const auto place = places_.find(number);
-    if (place == places_.end()) return nullptr;
-    recent_.splice(recent_.begin(), recent_, place->second);
-    return place->second->file;
+    const auto found = entries_.find(number);
+    if (found == entries_.end()) return nullptr;
+    recent_.splice(recent_.begin(), recent_, found->second);
+    return found->second->file;
   };
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -102,9 +101,9 @@ std::shared_ptr<const TokenFile> FileCache::get(
   ++opened_;
   if (auto other = find()) return other;  // another thread was faster
   recent_.push_front({number, file});
-  places_[number] = recent_.begin();
+  entries_[number] = recent_.begin();
   if (recent_.size() > capacity_) {
-    places_.erase(recent_.back().number);
+    entries_.erase(recent_.back().number);
     closing.splice(closing.begin(), recent_, std::prev(recent_.end()));
   }
   return file;
@@ -123,12 +122,10 @@ size_t FileCache::held() const {
 Corpus::Corpus(CorpusSpec spec, std::shared_ptr<FileCache> cache)
     : spec_(std::move(spec)), cache_(std::move(cache)) {
   if (spec_.paths.empty() || spec_.paths.size() != spec_.tokens.size())
-    throw std::invalid_argument("a corpus needs files and the token count of each; found " +
-                                std::to_string(spec_.paths.size()) + " files and " +
-                                std::to_string(spec_.tokens.size()) + " counts");
+    throw std::invalid_argument(text("a corpus needs files and the token count of each; found ",
+                                     spec_.paths.size(), " files and ", spec_.tokens.size(), " counts"));
   if (spec_.vocab_size < 1 || spec_.vocab_size > int64_t{1} << 31)
-    throw std::invalid_argument("vocab_size " + std::to_string(spec_.vocab_size) +
-                                "; expected 1 to 2^31");
+    throw std::invalid_argument(text("vocab_size ", spec_.vocab_size, "; expected 1 to 2^31"));
   ends_.reserve(spec_.tokens.size());
   int64_t end = 0, bytes = 0;
   for (size_t i = 0; i < spec_.tokens.size(); ++i) {
@@ -164,9 +161,8 @@ void Corpus::Reader::take(size_t shard) {
 void Corpus::Reader::read(int64_t start, int64_t count, void* out, bool widen) {
   // Written so that no sum can overflow.
   if (start < 0 || count < 0 || start > corpus_->size() || count > corpus_->size() - start)
-    throw std::out_of_range(std::to_string(count) + " tokens from " + std::to_string(start) +
-                            " lie outside the " + std::to_string(corpus_->size()) +
-                            " tokens of the corpus");
+    throw std::out_of_range(text(count, " tokens from ", start, " lie outside the ", corpus_->size(),
+                                 " tokens of the corpus"));
   const int size = corpus_->spec_.item_size;
   auto* to = static_cast<unsigned char*>(out);
   while (count > 0) {
@@ -187,10 +183,8 @@ void Corpus::Reader::report(int64_t start, int64_t count) const {
   uint32_t id = 0;
   for (int64_t i = 0; i < count && id < corpus_->spec_.vocab_size; ++i, ++start, at += size)
     std::memcpy(&id, at, size);
-  throw DamagedFile(file_->path() + ": the id at byte " +
-                    std::to_string(file_->byte_of(start - 1 - begin_)) + " is " +
-                    std::to_string(id) + ", expected ids below " +
-                    std::to_string(corpus_->spec_.vocab_size));
+  throw DamagedFile(text(file_->path(), ": the id at byte ", file_->byte_of(start - 1 - begin_), " is ",
+                         id, ", expected ids below ", corpus_->spec_.vocab_size));
 }
 
 void Corpus::Reader::will_need(int64_t start, int64_t count) noexcept {

@@ -47,7 +47,7 @@ class FileCache {
   uint64_t reserved_ = 0;
   size_t opened_ = 0;
   std::list<Entry> recent_;  // last used first
-  std::unordered_map<uint64_t, std::list<Entry>::iterator> places_;
+  std::unordered_map<uint64_t, std::list<Entry>::iterator> entries_;
 };
 
 struct CorpusSpec {

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <string>
 
 #include "core/clones.h"
+#include "core/text.h"
 
 namespace ingot {
 namespace {
@@ -15,8 +15,8 @@ constexpr int64_t kBlock = 64;  // tokens compared at once, a multiple of 8
 
 void check_row(int64_t T, int32_t base) {
   if (T < 1 || base < 0 || T > std::numeric_limits<int32_t>::max() - base)
-    throw std::invalid_argument("a row of " + std::to_string(T) + " tokens from " +
-                                std::to_string(base) + " on does not fit 32-bit positions");
+    throw std::invalid_argument(
+        text("a row of ", T, " tokens from ", base, " on does not fit 32-bit positions"));
 }
 
 INGOT_VECTOR_CLONES void number_positions(int64_t from, int64_t to, int32_t* position_ids) {
@@ -81,8 +81,7 @@ int64_t scan_documents(const void* row, int item_size, int64_t T, uint32_t eod, 
                        int32_t base, int32_t* position_ids, int32_t* starts) {
   check_row(T, base);
   if (item_size != 1 && item_size != 2 && item_size != 4 && item_size != 8)
-    throw std::invalid_argument("item size is " + std::to_string(item_size) +
-                                ", expected 1, 2, 4 or 8");
+    throw std::invalid_argument(text("item size is ", item_size, ", expected 1, 2, 4 or 8"));
   // Input t begins a document if input t - 1 ends one, or if it is itself what begins one.
   const unsigned char* tokens =
       static_cast<const unsigned char*>(row) + (eod_first ? item_size : 0);
@@ -105,8 +104,8 @@ int64_t lay_out_pieces(const Piece* pieces, int64_t n, int64_t T, int32_t base,
   for (int64_t i = 0; i < n; ++i) {
     const int64_t tokens = pieces[i].tokens;
     if (tokens < 1 || tokens > T + 1 - slot)
-      throw std::invalid_argument("a piece of " + std::to_string(tokens) + " tokens does not fit " +
-                                  std::to_string(T + 1 - slot) + " free slots");
+      throw std::invalid_argument(
+          text("a piece of ", tokens, " tokens does not fit ", T + 1 - slot, " free slots"));
     begin_document();
     number_positions(slot, std::min(slot + tokens, T), position_ids);
     slot += tokens;

@@ -17,8 +17,7 @@ namespace {
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;  // splitmix64's increment, 2^64 / golden ratio
 
 int half_bits(uint64_t n) {
-  int bits = 0;
-  for (uint64_t largest = n - 1; largest != 0; largest >>= 1) ++bits;
+  const int bits = n > 1 ? 64 - __builtin_clzll(n - 1) : 0;
   return bits < 2 ? 1 : (bits + 1) / 2;
 }
 
@@ -90,21 +89,18 @@ void Permutation::range(uint64_t first, int64_t count, int64_t* out) const {
   }
 }
 
-SampleOrder::SampleOrder(uint64_t seed, uint64_t n) : seed_(seed), n_(n) {
+void sample_positions(uint64_t seed, uint64_t n, uint64_t first, int64_t count, int64_t* out) {
   if (n == 0 || n > uint64_t{1} << 62)
     throw std::invalid_argument("number of samples must be between 1 and 2^62");
-}
-
-void SampleOrder::positions(uint64_t first, int64_t count, int64_t* out) const {
   const auto largest = static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
   if (count < 0 || first > largest || static_cast<uint64_t>(count) > largest - first)
     throw std::out_of_range("sample numbers must stay below 2^63");
   for (int64_t done = 0; done < count;) {  // one turn per epoch that the range touches
     const uint64_t sample = first + static_cast<uint64_t>(done);
-    const uint64_t i = sample % n_;
-    const int64_t n = std::min(static_cast<int64_t>(n_ - i), count - done);
-    Permutation(seed_, sample / n_, n_).range(i, n, out + done);
-    done += n;
+    const uint64_t i = sample % n;
+    const int64_t part = std::min(static_cast<int64_t>(n - i), count - done);
+    Permutation(seed, sample / n, n).range(i, part, out + done);
+    done += part;
   }
 }
 

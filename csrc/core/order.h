@@ -29,16 +29,9 @@ class Permutation {
   std::array<uint64_t, kRounds> keys_;
 };
 
-// Ordinal of a sample in its corpus -> position: epoch i / n, permuted place of i % n.
-class SampleOrder {
- public:
-  SampleOrder(uint64_t seed, uint64_t n);  // 1 <= n <= 2^62, else std::invalid_argument
-  // Writes positions of first, first + 1, ... to out[0..count). std::out_of_range beyond 2^63.
-  void positions(uint64_t first, int64_t count, int64_t* out) const;
-
- private:
-  uint64_t seed_;
-  uint64_t n_;
-};
+// Writes the positions of a corpus's samples first, first + 1, ... to out[0..count): sample i lies in
+// epoch i / n, at the permuted place of i % n. std::invalid_argument unless 1 <= n <= 2^62,
+// std::out_of_range beyond 2^63.
+void sample_positions(uint64_t seed, uint64_t n, uint64_t first, int64_t count, int64_t* out);
 
 }  // namespace ingot

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "core/text.h"
+
 namespace ingot {
 namespace {
 
@@ -36,60 +38,55 @@ PackPlan::PackPlan(const std::string& path, int64_t seq_len, int64_t corpus_toke
 
 PackPlan::~PackPlan() { munmap(map_, n_bytes_); }
 
-void PackPlan::fail(const std::string& what) const {
-  throw std::runtime_error("packing plan " + file_.path() + " " + what);
+template <typename... Parts>
+void PackPlan::fail(const Parts&... what) const {
+  throw std::runtime_error(text("packing plan ", file_.path(), " ", what...));
 }
 
 void PackPlan::read_header() {
   n_bytes_ = static_cast<size_t>(file_.size());
-  const std::string size = "has " + std::to_string(n_bytes_) + " bytes, ";
-  if (n_bytes_ < sizeof(Header)) fail(size + "less than a header; it is truncated");
+  if (n_bytes_ < sizeof(Header))
+    fail("has ", n_bytes_, " bytes, less than a header; it is truncated");
   Header header;
   file_.read(0, &header, sizeof(header));
   if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0)
     fail("does not begin with INGOTPLN as a packing plan does");
-  const auto expect = [&](const std::string& what, uint64_t found, uint64_t expected) {
+  const auto expect = [&](const char* what, uint64_t found, uint64_t expected) {
     if (found != expected)
-      fail("is of " + what + " " + std::to_string(found) + "; expected " +
-           std::to_string(expected) + "; prepare the data again");
+      fail("is of ", what, " ", found, "; expected ", expected, "; prepare the data again");
   };
   expect("version", header.version, kVersion);
   expect("seq_len", header.seq_len, static_cast<uint64_t>(seq_len_));
   expect("a corpus of tokens", header.corpus_tokens, static_cast<uint64_t>(corpus_tokens_));
-  const std::string rows = std::to_string(header.rows) + " rows";
   // The pieces are bounded first, so that no sum or product can overflow.
   if (header.rows < 1 || header.rows > header.pieces || header.pieces > n_bytes_ / sizeof(Piece) ||
       n_bytes_ != sizeof(Header) + header.pieces * sizeof(Piece) + header.rows * sizeof(int64_t))
-    fail(size + "which cannot be " + rows + " of " + std::to_string(header.pieces) +
+    fail("has ", n_bytes_, " bytes, which cannot be ", header.rows, " rows of ", header.pieces,
          " pieces; it is truncated or damaged");
   uint64_t slots = 0;
   if (__builtin_mul_overflow(header.rows, header.seq_len + 1, &slots) ||
       header.piece_tokens < header.corpus_tokens || header.piece_tokens > slots)
-    fail("has " + std::to_string(header.piece_tokens) + " tokens in " + rows +
-         ", which cannot be a corpus of " + std::to_string(header.corpus_tokens) +
-         "; it is damaged");
+    fail("has ", header.piece_tokens, " tokens in ", header.rows,
+         " rows, which cannot be a corpus of ", header.corpus_tokens, "; it is damaged");
   rows_ = static_cast<int64_t>(header.rows);
   n_pieces_ = static_cast<int64_t>(header.pieces);
 }
 
 Pieces PackPlan::pieces(int64_t row) const {
   if (row < 0 || row >= rows_)
-    throw std::out_of_range("packing plan " + file_.path() + ": row " + std::to_string(row) +
-                            " lies outside its " + std::to_string(rows_) + " rows");
+    throw std::out_of_range(
+        text("packing plan ", file_.path(), ": row ", row, " lies outside its ", rows_, " rows"));
   const int64_t first = row == 0 ? 0 : row_ends_[row - 1], last = row_ends_[row];
   if (first < 0 || first >= last || last > n_pieces_)
-    fail("is damaged: row " + std::to_string(row) + " has pieces " + std::to_string(first) +
-         " to " + std::to_string(last) + " of " + std::to_string(n_pieces_));
+    fail("is damaged: row ", row, " has pieces ", first, " to ", last, " of ", n_pieces_);
   int64_t free = seq_len_ + 1;
   for (int64_t i = first; i < last; ++i) {
     const Piece& piece = pieces_[i];
     if (piece.tokens < 1 || piece.tokens > free || piece.start < 0 ||
         piece.start > corpus_tokens_ - piece.tokens)
-      fail("is damaged at byte " +
-           std::to_string(sizeof(Header) + static_cast<size_t>(i) * sizeof(Piece)) + ": row " +
-           std::to_string(row) + " has " + std::to_string(piece.tokens) + " tokens from " +
-           std::to_string(piece.start) + " on, which do not fit " + std::to_string(free) +
-           " free slots and a corpus of " + std::to_string(corpus_tokens_) + " tokens");
+      fail("is damaged at byte ", sizeof(Header) + static_cast<size_t>(i) * sizeof(Piece), ": row ", row,
+           " has ", piece.tokens, " tokens from ", piece.start, " on, which do not fit ", free,
+           " free slots and a corpus of ", corpus_tokens_, " tokens");
     free -= piece.tokens;
   }
   return {pieces_ + first, pieces_ + last};
@@ -104,8 +101,7 @@ int64_t PackPlan::targets(int64_t row) const {
 void PackPlan::check_not_truncated() const {
   const int64_t found = file_.size();
   if (found < static_cast<int64_t>(n_bytes_))
-    fail("was cut to " + std::to_string(found) + " bytes while in use; expected " +
-         std::to_string(n_bytes_));
+    fail("was cut to ", found, " bytes while in use; expected ", n_bytes_);
 }
 
 }  // namespace ingot

@@ -27,15 +27,11 @@ struct Piece {
 };
 
 // The pieces of one row.
-class Pieces {
- public:
-  Pieces(const Piece* first, const Piece* last) : first_(first), last_(last) {}
-  const Piece* begin() const { return first_; }
-  const Piece* end() const { return last_; }
-  size_t size() const { return static_cast<size_t>(last_ - first_); }
-
- private:
-  const Piece *first_, *last_;
+struct Pieces {
+  const Piece *first, *last;
+  const Piece* begin() const { return first; }
+  const Piece* end() const { return last; }
+  size_t size() const { return static_cast<size_t>(last - first); }
 };
 
 // A plan mapped read-only. What a row says is checked when it is asked for, never all of the file.
@@ -60,7 +56,8 @@ class PackPlan {
   void check_not_truncated() const;
 
  private:
-  [[noreturn]] void fail(const std::string& what) const;
+  template <typename... Parts>
+  [[noreturn]] void fail(const Parts&... what) const;
   void read_header();
 
   File file_;

@@ -1,9 +1,10 @@
 // plan_window: best-fit decreasing in time proportional to the pieces.
 #include <limits>
+#include <numeric>
 #include <stdexcept>
-#include <string>
 
 #include "core/packing.h"
+#include "core/text.h"
 
 namespace ingot {
 namespace {
@@ -108,8 +109,8 @@ std::vector<Piece> cut(const std::vector<Piece>& documents, int64_t T) {
   for (const Piece& document : documents) {
     if (document.tokens < 1 || document.start < 0 ||
         document.start > std::numeric_limits<int64_t>::max() - document.tokens)
-      throw std::invalid_argument("a document of " + std::to_string(document.tokens) +
-                                  " tokens from " + std::to_string(document.start) + " on");
+      throw std::invalid_argument(
+          text("a document of ", document.tokens, " tokens from ", document.start, " on"));
     const int64_t whole = (document.tokens - 1) / T, rest = document.tokens - whole * T;
     for (int64_t i = 0; i < whole; ++i) pieces.push_back({document.start + i * T, T + 1});
     if (rest > 1 || whole == 0) pieces.push_back({document.start + whole * T, rest});
@@ -132,8 +133,8 @@ std::vector<Piece> sorted(const std::vector<Piece>& pieces, int64_t longest) {
 
 PackedRows plan_window(const std::vector<Piece>& documents, int64_t seq_len) {
   if (seq_len < 1 || seq_len >= std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument("seq_len is " + std::to_string(seq_len) +
-                                ", expected at least 1 and less than 2^31 - 1");
+    throw std::invalid_argument(
+        text("seq_len is ", seq_len, ", expected at least 1 and less than 2^31 - 1"));
   const std::vector<Piece> pieces = sorted(cut(documents, seq_len), seq_len + 1);
   OpenRows rows(seq_len + 1);
   std::vector<int64_t> row_of(pieces.size());
@@ -141,12 +142,7 @@ PackedRows plan_window(const std::vector<Piece>& documents, int64_t seq_len) {
   PackedRows out{std::vector<Piece>(pieces.size()), std::vector<int64_t>(rows.size(), 0)};
   // First how many pieces each row has, then where they begin; filling moves that to their end.
   for (const int64_t row : row_of) ++out.row_ends[static_cast<size_t>(row)];
-  int64_t before = 0;
-  for (int64_t& end : out.row_ends) {
-    const int64_t count = end;
-    end = before;
-    before += count;
-  }
+  std::exclusive_scan(out.row_ends.begin(), out.row_ends.end(), out.row_ends.begin(), int64_t{0});
   for (size_t i = 0; i < pieces.size(); ++i) {
     int64_t& at = out.row_ends[static_cast<size_t>(row_of[i])];
     out.pieces[static_cast<size_t>(at++)] = pieces[i];

@@ -2,10 +2,10 @@
 
 #include <limits>
 #include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "core/documents.h"
+#include "core/text.h"
 
 namespace ingot {
 namespace {
@@ -32,15 +32,14 @@ Sampler::Sampler(std::vector<SampledCorpus> corpora, std::shared_ptr<const Sched
   for (const SampledCorpus& corpus : corpora_)
     if (corpus.tokens->item_size() != corpora_.front().tokens->item_size())
       throw std::invalid_argument("the corpora of a blend have ids of different sizes");
-  for (size_t i = 0; i < schedule_->phases().size(); ++i) {
-    const SchedulePhase& phase = schedule_->phases()[i];
+  for (const SchedulePhase& phase : schedule_->phases()) {
     const auto largest = std::numeric_limits<int32_t>::max();
     if (phase.global_batch % (share.dp_size * share.micro_batch) != 0)
       throw std::invalid_argument("global_batch must be a multiple of dp_size * micro_batch");
     if (phase.seq_len > largest / 8 || phase.global_batch > largest ||
         share.micro_batch > largest / (phase.seq_len + 1))
-      throw std::invalid_argument("a micro-batch of " + std::to_string(share.micro_batch) + " x " +
-                                  std::to_string(phase.seq_len) + " tokens is too large");
+      throw std::invalid_argument(text("a micro-batch of ", share.micro_batch, " x ", phase.seq_len,
+                                       " tokens is too large"));
     for (const Source& source : phase.sources) {
       if (source.corpus < 0 || static_cast<size_t>(source.corpus) >= corpora_.size())
         throw std::invalid_argument("the schedule names a corpus that is not there");
@@ -49,10 +48,9 @@ Sampler::Sampler(std::vector<SampledCorpus> corpora, std::shared_ptr<const Sched
       const int64_t samples = packed_ ? plan(source.corpus, phase.seq_len).rows()
                                       : (corpus.tokens->size() - 1) / phase.seq_len;
       if (samples < 1 || source.n_samples != static_cast<uint64_t>(samples))
-        throw std::invalid_argument("corpus " + std::to_string(source.corpus) + " has " +
-                                    std::to_string(samples) + " samples of " +
-                                    std::to_string(phase.seq_len) + " tokens, the schedule says " +
-                                    std::to_string(source.n_samples));
+        throw std::invalid_argument(text("corpus ", source.corpus, " has ", samples, " samples of ",
+                                         phase.seq_len, " tokens, the schedule says ",
+                                         source.n_samples));
     }
   }
 }
@@ -61,8 +59,8 @@ const PackPlan& Sampler::plan(int32_t corpus, int64_t seq_len) const {
   const auto& plans = corpora_[static_cast<size_t>(corpus)].plans;
   const auto found = plans.find(seq_len);
   if (found == plans.end())
-    throw std::invalid_argument("corpus " + std::to_string(corpus) + " has no plan for samples of " +
-                                std::to_string(seq_len) + " tokens");
+    throw std::invalid_argument(
+        text("corpus ", corpus, " has no plan for samples of ", seq_len, " tokens"));
   return *found->second;
 }
 
@@ -124,7 +122,7 @@ bool Sampler::read_row(Readers& readers, Place& place, size_t phase, unsigned ch
 int64_t Sampler::targets_of_step(int64_t consumed, const SchedulePhase& phase) const {
   if (!packed_) return phase.global_batch * phase.seq_len;
   std::vector<Place> all(static_cast<size_t>(phase.global_batch));
-  schedule_->places(consumed, phase.global_batch, all.data());
+  schedule_->locate(consumed, phase.global_batch, all.data());
   int64_t targets = 0;
   for (const Place& place : all) targets += plan(place.corpus, phase.seq_len).targets(place.position);
   return targets;
@@ -138,7 +136,7 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
   const int64_t rows = phase.global_batch / share_.dp_size, T = phase.seq_len;
   const int64_t first = consumed + share_.dp_rank * rows;
   std::vector<Place> places(static_cast<size_t>(rows));
-  schedule_->places(first, rows, places.data());
+  schedule_->locate(first, rows, places.data());
   if (packed_)
     for (const Source& source : phase.sources) plan(source.corpus, T).check_not_truncated();
   Readers readers(corpora_.size());

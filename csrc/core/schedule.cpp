@@ -3,34 +3,32 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "core/order.h"
+#include "core/text.h"
 
 namespace ingot {
 namespace {
 
 constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
+template <typename... Parts>
+void require(bool condition, const Parts&... message) {
+  if (!condition) throw std::invalid_argument(text(message...));
 }
 
 void check_phase(const SchedulePhase& phase, const SchedulePhase* before) {
-  if (before == nullptr) {
-    require(phase.first_sample == 0, "the first phase begins at sample " +
-                                         std::to_string(phase.first_sample) + ", expected 0");
-  } else {
-    require(phase.first_sample > before->first_sample,
-            "a phase begins at sample " + std::to_string(phase.first_sample) +
-                ", the one before it at " + std::to_string(before->first_sample));
-  }
+  if (before == nullptr)
+    require(phase.first_sample == 0, "the first phase begins at sample ", phase.first_sample,
+            ", expected 0");
+  else
+    require(phase.first_sample > before->first_sample, "a phase begins at sample ",
+            phase.first_sample, ", the one before it at ", before->first_sample);
   require(phase.global_batch >= 1 && phase.seq_len >= 1,
           "expected global_batch >= 1 and seq_len >= 1");
-  require(phase.sources.size() == phase.shares.size(),
-          std::to_string(phase.sources.size()) + " sources and " +
-              std::to_string(phase.shares.size()) + " shares");
+  require(phase.sources.size() == phase.shares.size(), phase.sources.size(), " sources and ",
+          phase.shares.size(), " shares");
   std::vector<int> corpora;
   for (const Source& source : phase.sources) {
     require(source.corpus >= 0, "expected the number of a corpus, found a negative one");
@@ -75,8 +73,8 @@ uint64_t Schedule::seed_of(int corpus) const {
 void Schedule::draw(const Source& source, uint64_t ordinal, const size_t* slots, size_t count,
                     Place* out) const {
   std::vector<int64_t> positions(count);
-  SampleOrder(seed_of(source.corpus), source.n_samples)
-      .positions(ordinal, static_cast<int64_t>(count), positions.data());
+  sample_positions(seed_of(source.corpus), source.n_samples, ordinal, static_cast<int64_t>(count),
+                   positions.data());
   uint64_t epoch = ordinal / source.n_samples, left = source.n_samples - ordinal % source.n_samples;
   for (size_t i = 0; i < count; ++i, --left) {
     if (left == 0) {
@@ -87,14 +85,13 @@ void Schedule::draw(const Source& source, uint64_t ordinal, const size_t* slots,
   }
 }
 
-void Schedule::places(int64_t first, int64_t count, Place* out) const {
+void Schedule::locate(int64_t first, int64_t count, Place* out) const {
   if (count < 0 || first > kLargest - count)
     throw std::out_of_range("sample numbers must stay below 2^63");
   const size_t index = phase_index(first);
   if (count == 0) return;
-  require(phase_index(first + count - 1) == index,
-          "samples " + std::to_string(first) + " to " + std::to_string(first + count - 1) +
-              " lie in several phases");
+  require(phase_index(first + count - 1) == index, "samples ", first, " to ", first + count - 1,
+          " lie in several phases");
   const std::vector<Source>& sources = phases_[index].sources;
   const auto begin = static_cast<uint64_t>(first - phases_[index].first_sample);
   // The samples of each source follow one another in its order, so they are drawn together. A
@@ -125,7 +122,7 @@ Place Schedule::after(const Place& place, size_t phase) const {
     const uint64_t next = permute(static_cast<uint64_t>(place.position));
     return {place.corpus, static_cast<int64_t>(next), place.epoch};
   }
-  throw std::out_of_range("the phase does not draw from corpus " + std::to_string(place.corpus));
+  throw std::out_of_range(text("the phase does not draw from corpus ", place.corpus));
 }
 
 }  // namespace ingot

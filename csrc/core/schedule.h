@@ -48,7 +48,7 @@ class Schedule {
 
   // Writes the places of samples first, first + 1, ... to out[0..count). std::invalid_argument
   // unless they lie in one phase, std::out_of_range beyond 2^63.
-  void places(int64_t first, int64_t count, Place* out) const;
+  void locate(int64_t first, int64_t count, Place* out) const;
 
   // The place that is read instead of one that cannot be read: the epoch's permutation applied to
   // its position once more. std::out_of_range when the phase does not draw from its corpus.

@@ -11,6 +11,8 @@
 #include <system_error>
 #include <utility>
 
+#include "core/text.h"
+
 namespace ingot {
 namespace {
 
@@ -20,32 +22,26 @@ constexpr int64_t kLlmcHeader = 256 * 4;
 constexpr int64_t kMegatronHeader = 34;
 constexpr char kMegatronMagic[] = "MMIDIDX\0";  // with the literal's own end: 9 bytes
 
-[[noreturn]] void fail(const File& file, const std::string& what) {
-  throw DamagedFile(file.path() + ": " + what);
-}
-
-[[noreturn]] void fail(const File& file, int64_t offset, const std::string& name, int64_t found,
-                       int64_t expected) {
-  fail(file, name + " at byte " + std::to_string(offset) + " is " + std::to_string(found) +
-                 ", expected " + std::to_string(expected));
+template <typename... Parts>
+[[noreturn]] void fail(const File& file, const Parts&... what) {
+  throw DamagedFile(text(file.path(), ": ", what...));
 }
 
 // Compares the `Number` at `offset` with what it must be.
 template <typename Number>
-void expect(const File& file, int64_t offset, const std::string& name, int64_t expected) {
-  Number found;
-  file.read(offset, &found, sizeof found);
-  // A uint64 beyond 2^63 turns negative, which is never expected.
-  if (static_cast<int64_t>(found) != expected)
-    fail(file, offset, name, static_cast<int64_t>(found), expected);
+void expect(const File& file, int64_t offset, const char* name, int64_t expected) {
+  Number number;
+  file.read(offset, &number, sizeof number);
+  const auto found = static_cast<int64_t>(number);  // of 2^63 or more: negative, never expected
+  if (found != expected)
+    fail(file, name, " at byte ", offset, " is ", found, ", expected ", expected);
 }
 
 void expect_size(const File& file, int64_t header, int item_size, int64_t n_tokens) {
   const int64_t found = file.size(), expected = header + n_tokens * item_size;
   if (found != expected)
-    fail(file, "has " + std::to_string(found) + " bytes, expected " + std::to_string(expected) +
-                   " (" + std::to_string(n_tokens) + " tokens of " + std::to_string(item_size) +
-                   " bytes)");
+    fail(file, "has ", found, " bytes, expected ", expected, " (", n_tokens, " tokens of ", item_size,
+         " bytes)");
 }
 
 void check_llmc(const File& file, int item_size, int64_t n_tokens) {
@@ -67,23 +63,22 @@ void check_megatron(const std::string& path, int item_size, int64_t n_tokens) {
   file.read(18, counts, sizeof counts);
   const int64_t sequences = counts[0];
   if (sequences < 1 || counts[1] < 2)
-    fail(file, "holds no document: " + std::to_string(sequences) + " sequences and " +
-                   std::to_string(counts[1]) + " boundaries at byte 18");
+    fail(file, "holds no document: ", sequences, " sequences and ", counts[1],
+         " boundaries at byte 18");
   if (__builtin_mul_overflow(sequences, 12, &lengths) ||
       __builtin_mul_overflow(counts[1], 8, &boundaries) ||
       __builtin_add_overflow(lengths, boundaries, &size) ||
       __builtin_add_overflow(size, kMegatronHeader, &size) || size != file.size())
-    fail(file, "has " + std::to_string(file.size()) + " bytes, which is not what its " +
-                   std::to_string(sequences) + " sequences and " + std::to_string(counts[1]) +
-                   " boundaries take");
+    fail(file, "has ", file.size(), " bytes, which is not what its ", sequences, " sequences and ",
+         counts[1], " boundaries take");
   expect<uint8_t>(file, 17, "the dtype code", item_size == 1 ? 1 : item_size == 2 ? 8 : 4);
   const int64_t offsets_at = kMegatronHeader + 4 * sequences;
   const int64_t bounds_at = offsets_at + 8 * sequences;
   int32_t last;
   file.read(offsets_at - 4, &last, sizeof last);
   if (last < 1 || last > n_tokens)
-    fail(file, "the last sequence, at byte " + std::to_string(offsets_at - 4) + ", has " +
-                   std::to_string(last) + " of " + std::to_string(n_tokens) + " tokens");
+    fail(file, "the last sequence, at byte ", offsets_at - 4, ", has ", last, " of ", n_tokens,
+         " tokens");
   expect<int64_t>(file, offsets_at, "the first offset", 0);
   expect<int64_t>(file, bounds_at - 8, "the last offset", (n_tokens - last) * item_size);
   expect<int64_t>(file, bounds_at, "the first boundary", 0);
@@ -93,8 +88,7 @@ void check_megatron(const std::string& path, int item_size, int64_t n_tokens) {
 void check_datatrove(const std::string& path, int64_t n_tokens) {
   const File file(path + ".index");
   const int64_t size = file.size();
-  if (size < 8 || size % 8 != 0)
-    fail(file, "has " + std::to_string(size) + " bytes, expected 8 for each document");
+  if (size < 8 || size % 8 != 0) fail(file, "has ", size, " bytes, expected 8 for each document");
   expect<uint64_t>(file, size - 8, "the end of the last document", n_tokens);
 }
 
@@ -112,17 +106,17 @@ Format format_named(const std::string& name) {
   if (name == "megatron") return Format::megatron;
   if (name == "llm.c") return Format::llmc;
   if (name == "datatrove") return Format::datatrove;
-  throw std::invalid_argument("format \"" + name +
-                              "\"; expected raw, megatron, llm.c or datatrove");
+  throw std::invalid_argument(
+      text("format \"", name, "\"; expected raw, megatron, llm.c or datatrove"));
 }
 
 void check_token_file(const std::string& path, Format format, int item_size, int64_t n_tokens) {
   const bool any_width = format == Format::raw || format == Format::megatron;
   if (item_size != 2 && item_size != 4 && !(item_size == 1 && any_width))
-    throw std::invalid_argument(path + ": ids of " + std::to_string(item_size) +
-                                " bytes; expected " + (any_width ? "1, 2 or 4" : "2 or 4"));
+    throw std::invalid_argument(text(path, ": ids of ", item_size, " bytes; expected ",
+                                     any_width ? "1, 2 or 4" : "2 or 4"));
   if (n_tokens < 1 || n_tokens > (std::numeric_limits<int64_t>::max() - kLlmcHeader) / item_size)
-    throw std::invalid_argument(path + ": impossible token count " + std::to_string(n_tokens));
+    throw std::invalid_argument(text(path, ": impossible token count ", n_tokens));
   const bool bin = path.size() >= 4 && path.compare(path.size() - 4, 4, ".bin") == 0;
   if (format == Format::megatron && !bin)
     throw std::invalid_argument(path + ": a token file of Megatron ends in .bin");
@@ -139,23 +133,22 @@ File::File(std::string path) : path_(std::move(path)) {
   }
   if (errno == EMFILE || errno == ENFILE || errno == ENOMEM)
     throw std::system_error(errno, std::generic_category(), path_ + ": cannot be opened");
-  fail(*this, std::string("cannot be opened: ") + std::strerror(errno));
+  fail(*this, "cannot be opened: ", std::strerror(errno));
 }
 
 File::~File() { close(fd_); }
 
 int64_t File::size() const {
   struct stat info {};
-  if (fstat(fd_, &info) != 0)
-    fail(*this, std::string("cannot be examined: ") + std::strerror(errno));
+  if (fstat(fd_, &info) != 0) fail(*this, "cannot be examined: ", std::strerror(errno));
   return static_cast<int64_t>(info.st_size);
 }
 
 void File::read(int64_t offset, void* out, size_t count) const {
   const ssize_t found = pread(fd_, out, count, static_cast<off_t>(offset));
   if (found == static_cast<ssize_t>(count)) return;
-  fail(*this, "cannot be read at byte " + std::to_string(offset) + ": " +
-                  (found < 0 ? std::strerror(errno) : "it ends there, truncated"));
+  fail(*this, "cannot be read at byte ", offset, ": ",
+       found < 0 ? std::strerror(errno) : "it ends there, truncated");
 }
 
 TokenFile::TokenFile(const std::string& path, Format format, int item_size, int64_t n_tokens)
@@ -184,8 +177,7 @@ TokenFile::~TokenFile() {
 void TokenFile::check_not_truncated() const {
   const int64_t found = file_.size();
   if (found < n_bytes_)
-    fail(file_, "was cut to " + std::to_string(found) + " bytes while in use, expected " +
-                    std::to_string(n_bytes_));
+    fail(file_, "was cut to ", found, " bytes while in use, expected ", n_bytes_);
 }
 
 void TokenFile::will_need(int64_t start, int64_t count) const noexcept {

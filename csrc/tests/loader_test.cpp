@@ -63,7 +63,7 @@ void test_steps(const std::string& path, size_t depth, int threads, bool masks, 
     CHECK(ready.info.documents.size() == (masks ? kRows / kMicro : 0));
     const int64_t first = 37 + step * kBatch + kRows;
     std::vector<Place> places(kRows);
-    schedule->places(first, kRows, places.data());
+    schedule->locate(first, kRows, places.data());
     for (int64_t row = 0; row < kRows; ++row) {
       CHECK(slot.ids[static_cast<size_t>(row)] == first + row);
       for (int64_t t = 0; t <= kT; ++t) {

@@ -25,13 +25,15 @@ void test_permutation() {
   }
   const uint64_t huge = uint64_t{1} << 62;
   CHECK(Permutation(1, 1, huge - 3)(huge - 4) < huge - 3);
-  check_throws<std::invalid_argument>([] { SampleOrder(1, 0); }, "between 1 and 2^62");
-  check_throws<std::invalid_argument>([&] { SampleOrder(1, huge + 1); }, "between 1 and 2^62");
   int64_t out[4];
-  const SampleOrder order(1, 10);
-  order.positions(static_cast<uint64_t>(kLargest) - 4, 4, out);
-  check_throws<std::out_of_range>([&] { order.positions(kLargest - 3, 4, out); }, "below 2^63");
-  check_throws<std::out_of_range>([&] { order.positions(0, -1, out); }, "below 2^63");
+  const auto draw = [&](uint64_t n, uint64_t first, int64_t count) {
+    sample_positions(1, n, first, count, out);
+  };
+  check_throws<std::invalid_argument>([&] { draw(0, 0, 1); }, "between 1 and 2^62");
+  check_throws<std::invalid_argument>([&] { draw(huge + 1, 0, 1); }, "between 1 and 2^62");
+  draw(10, static_cast<uint64_t>(kLargest) - 4, 4);
+  check_throws<std::out_of_range>([&] { draw(10, kLargest - 3, 4); }, "below 2^63");
+  check_throws<std::out_of_range>([&] { draw(10, 0, -1); }, "below 2^63");
 }
 
 void test_blend() {
@@ -56,15 +58,15 @@ void test_schedule() {
   const SchedulePhase second{80, 4, 16, {{0, 100, 49}}, {65536}};
   const Schedule schedule(3, {first, second});
   std::vector<Place> places(80), parts(80);
-  schedule.places(0, 80, places.data());
-  for (int64_t i = 0; i < 80; i += 5) schedule.places(i, 5, parts.data() + i);
+  schedule.locate(0, 80, places.data());
+  for (int64_t i = 0; i < 80; i += 5) schedule.locate(i, 5, parts.data() + i);
   for (size_t i = 0; i < 80; ++i) {
     CHECK(places[i].corpus == parts[i].corpus && places[i].position == parts[i].position);
     CHECK(schedule.after(places[i], 0).position < 100);
   }
   CHECK(schedule.phase_index(79) == 0 && schedule.phase_index(80) == 1);
-  check_throws<std::invalid_argument>([&] { schedule.places(76, 8, places.data()); }, "phases");
-  check_throws<std::out_of_range>([&] { schedule.places(kLargest - 1, 8, places.data()); }, "2^63");
+  check_throws<std::invalid_argument>([&] { schedule.locate(76, 8, places.data()); }, "phases");
+  check_throws<std::out_of_range>([&] { schedule.locate(kLargest - 1, 8, places.data()); }, "2^63");
   check_throws<std::out_of_range>([&] { schedule.phase_index(-1); }, "negative");
   check_throws<std::invalid_argument>([] { Schedule(3, {}); }, "at least one phase");
   check_throws<std::invalid_argument>([&] { Schedule(3, {second}); }, "expected 0");

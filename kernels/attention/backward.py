@@ -20,20 +20,18 @@ from torch import Tensor
 
 from kernels.attention.dkdv import attention_dkdv_kernel
 from kernels.attention.dq import attention_dq_kernel
-from kernels.attention.host import (
-    LOG2_E,
-    Options,
+from kernels.attention.options import LOG2_E, Options, flags, scalars
+from kernels.attention.parts import MAY_END, document_bounds, head_of, load_tile
+from kernels.attention.tiles import (
+    Tile,
     describable,
-    document_bounds,
-    flags,
     loadable,
     origin_of,
-    scalars,
     section_of,
     sources,
+    tile_here,
+    tile_width,
 )  # fmt: skip
-from kernels.attention.parts import MAY_END, head_of, load_tile
-from kernels.attention.tiles import Tile, tile_here, tile_width
 from kernels.dispatch import cdiv, launch
 
 DELTA_ROWS = 16
@@ -46,9 +44,7 @@ def attention_delta_kernel(
     Tq, H, log2_e,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta fp32 [B, H, Tq]: each row of o [B, Tq, H, D], contiguous, times that of its gradient, less the gradient of
-    lse [B, H, Tq], which is in base 2, if there is one.
-    """
+    """Write delta fp32 [B, H, Tq], the rowsum of o do (o [B, Tq, H, D] contiguous) less the base-2 gradient of lse."""
     tiles = tl.cdiv(Tq, BLOCK_M)
     first = tl.program_id(0) % tiles * BLOCK_M
     head = tl.program_id(0) // tiles
@@ -74,7 +70,7 @@ def scale_and_cast_kernel(x_ptr, y_ptr, elements, scale, BLOCK: tl.constexpr):
 
 
 def delta_of(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
-    """rowsum(do * o) less the gradient of lse, fp32 [B, H, Tq]."""
+    """Return rowsum(do * o) less the gradient of lse, fp32 [B, H, Tq]."""
     B, Tq, H, D = o.shape
     delta = torch.empty((B, H, Tq), dtype=torch.float32, device=o.device)
     dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
@@ -89,7 +85,7 @@ def launch_dkdv(
     inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], samples: Tensor | None, ends: Tensor | None,
     gradients: tuple[Tensor | None, ...], options: Options, switched: tuple, tile: Tile,
 ) -> None:  # fmt: skip
-    """inputs: q, k, v, do. saved: lse, delta. gradients: fp32 sums for dq, or None if not fused; dk, dv."""
+    """inputs: q, k, v, do. saved: lse, delta. gradients: fp32 sums for dq (None if not fused), dk, dv."""
     q, k, v, do = inputs
     (B, Tq, H, D), (_, Tk, K, _) = q.shape, k.shape
     m, n = tile.block_m, tile.block_n
@@ -126,10 +122,7 @@ def backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
     samples: Tensor | None = None, cu_seqlens: Tensor | None = None, tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv), contiguous, from do [B, Tq, H, D], dlse [B, H, Tq] and what the forward took and gave.
-
-    tiles: of the dkdv (or fused) and of the dq kernel; by default those of kernels/attention/tiles.py.
-    """
+    """Return (dq, dk, dv), contiguous. tiles: of the dkdv (or fused) and the dq kernel; by default from the tables."""
     dtype = q.dtype
     q, k, v, do, o = loadable(q, k, v, do, o)
     switched = flags(options, cu_seqlens)

@@ -16,12 +16,12 @@ from kernels.attention.parts import (
     inside,
     last_query,
     load_tile,
-    place,
     queries_seeing,
     query_of,
     rows_inside,
     store_tile,
     tanh_of_half,
+    tile_and_head,
 )  # fmt: skip
 from kernels.philox import keep_tile
 
@@ -45,9 +45,7 @@ def walk_queries(
     SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
     FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the query rows of one head give to dk and dv (and dq), without their scale. Everything is transposed,
-    [keys, queries], so that P and dS are left operands.
-    """
+    """Add one query head's part of dk, dv (and dq), unscaled; [keys, queries], so that P and dS are left operands."""
     begin, far, end, full, block = walk
     cols = first_col + tl.arange(0, BLOCK_N)
     CHECK: tl.constexpr = MAY_BEGIN if SPARSE else MAY_END
@@ -102,13 +100,11 @@ def attention_dkdv_kernel(
     SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr,
     TMA: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [B, Tk, K, D] contiguous: one tile of keys of one head, over its R query heads; with FUSED also its part
-    of dq fp32 [B, Tq, H, D], without its scale.
-    """
+    """Write dk, dv [B, Tk, K, D] of one tile of keys over R query heads. FUSED: add to dq [B, Tq, H, D], unscaled."""
     K = H // R
     # Keys early in the sequence are seen by the most queries: the longest start first.
     tiles = tl.cdiv(Tk, BLOCK_N)
-    tile, head = place(tiles, section)
+    tile, head = tile_and_head(tiles, section)
     b, kv_head = head // K, head % K
     first_col = tile * BLOCK_N
     sample = b

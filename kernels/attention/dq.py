@@ -15,10 +15,10 @@ from kernels.attention.parts import (
     key_of,
     keys_seen,
     load_tile,
-    place,
     rows_inside,
     store_tile,
     tanh_of_half,
+    tile_and_head,
 )  # fmt: skip
 from kernels.philox import keep_tile
 
@@ -29,10 +29,7 @@ def walk_keys(
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add what steps first to last - 1 of the walk over the keys give to dq [BLOCK_M, WIDTH] (without its scale).
-
-    MASKED: the diagonal may cross these tiles; then the keys may end in one of them too.
-    """
+    """Add steps first to last - 1 of the walk over the keys to dq, unscaled. MASKED: tiles the diagonal may cross."""
     begin, near, full, block = walk
     CHECK: tl.constexpr = MAY_END if MASKED else INSIDE
     for step in range(first, last, BLOCK_N):
@@ -77,7 +74,7 @@ def attention_dq_kernel(
 ):  # fmt: skip
     """dq [B, Tq, H, D] contiguous of one tile of queries of one head."""
     tiles = tl.cdiv(Tk - origin, BLOCK_M)
-    tile, head = place(tiles, section)
+    tile, head = tile_and_head(tiles, section)
     b, h = head // H, head % H
     position = origin + (tiles - 1 - tile) * BLOCK_M
     row = position - (Tk - Tq)

@@ -1,7 +1,7 @@
 """The forward pass: one program computes one tile of queries of one head.
 
-Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): scores are scaled by log2(e)
-/ sqrt(D) in fp32, and lse = log2(sum of 2^score) is kept for the backward pass.
+Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): scores are scaled by log2(e) / sqrt(D) in fp32,
+and lse = log2(sum of 2^score) is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.host import (
-    Options,
-    describable,
-    document_bounds,
-    flags,
-    loadable,
-    origin_of,
-    scalars,
-    section_of,
-    sources,
-)  # fmt: skip
+from kernels.attention.options import Options, flags, scalars
 from kernels.attention.parts import (
     INSIDE,
     MAY_BEGIN,
     MAY_END,
     UNSEEN,
+    document_bounds,
     first_key,
     head_of,
     key_of,
     keys_seen,
     load_tile,
-    place,
     rows_inside,
     store_tile,
     tanh_of_half,
+    tile_and_head,
 )  # fmt: skip
-from kernels.attention.tiles import Tile, tile_here, tile_width
+from kernels.attention.tiles import (
+    Tile,
+    describable,
+    loadable,
+    origin_of,
+    section_of,
+    sources,
+    tile_here,
+    tile_width,
+)  # fmt: skip
 from kernels.dispatch import cdiv, launch
 from kernels.philox import keep_tile
 
@@ -48,10 +48,7 @@ def attend(
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Fold steps first to last - 1 of the walk over the keys into (weighted sum, running maximum, running total).
-
-    MASKED: the diagonal may cross these tiles; then the keys may end in one of them too.
-    """
+    """Fold steps first to last - 1 of the walk over the keys into the sums. MASKED: tiles the diagonal may cross."""
     begin, near, full, block = walk
     CHECK: tl.constexpr = MAY_END if MASKED else INSIDE
     for step in range(first, last, BLOCK_N):
@@ -91,9 +88,9 @@ def attention_forward_kernel(
     SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """o [B, Tq, H, D] contiguous and lse fp32 [B, H, Tq] of one tile of rows of one head."""
+    """Write o [B, Tq, H, D] contiguous and lse fp32 [B, H, Tq] of one tile of queries of one head."""
     tiles = tl.cdiv(Tk - origin, BLOCK_M)
-    tile, head = place(tiles, section)
+    tile, head = tile_and_head(tiles, section)
     b, h = head // H, head % H
     # The last tile has the most keys: the longest start first.
     position = origin + (tiles - 1 - tile) * BLOCK_M
@@ -135,10 +132,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, options: Options, samples: Tensor | None = None, cu_seqlens: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o [B, Tq, H, D] in the dtype of q, lse in base 2, fp32 [B, H, Tq]).
-
-    tile: by default that of kernels/attention/tiles.py.
-    """
+    """Return o [B, Tq, H, D] in the dtype of q and lse in base 2, fp32 [B, H, Tq]. tile: by default from the tables."""
     dtype = q.dtype
     q, k, v = loadable(q, k, v)
     B, Tq, H, D = q.shape

@@ -6,19 +6,21 @@ B batch, Tq queries, Tk keys, H query heads, K key/value heads, D head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention.host import wrong_documents
-from kernels.attention.pattern import Strided
-from kernels.attention.registration import attention_op
+from kernels.attention import reference
+from kernels.attention.backward import backward
+from kernels.attention.forward import forward
+from kernels.attention.options import Options, Strided
+from kernels.attention.reference import visible
 from kernels.dispatch import choose, expect
 from kernels.philox import DropoutKey
-from kernels.reference import attention as reference_attention
-from kernels.reference.attention import attention_with_lse as reference_with_lse
-from kernels.reference.attention import visible
+from kernels.registration import operator
 
 MAX_HEAD_WIDTH = 256  # one tile holds a head
 
@@ -65,13 +67,21 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     )
 
 
+def wrong_documents(cu_seqlens: Tensor, tokens: int) -> str | None:
+    """Return what is wrong with the numbers in cu_seqlens, or None. Reads the tensor."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] == 0 and bounds[-1] == tokens and sorted(bounds) == bounds:
+        return None
+    shown = ", ".join(map(str, bounds[:8])) + ", ..." * (len(bounds) > 8)
+    return f"found cu_seqlens [{shown}], expected numbers that ascend from 0 to B * T = {tokens}"
+
+
 def wrong_options(
     q: Tensor, k: Tensor, window: int | None, sparse: Strided | None, cu_seqlens: Tensor | None, softcap: float,
     dropout: DropoutKey | None, samples: Tensor | None,
 ) -> str | None:  # fmt: skip
-    """What is wrong with the arguments beyond q, k and v, or None. It is put in words only where it is wrong:
-    torch.compile cannot trace numbers that change from call to call into a message.
-    """
+    """Return what is wrong with the other arguments, or None."""
+    # Messages are formatted where they are needed: torch.compile cannot trace numbers that change into a string.
     (B, Tq), Tk = q.shape[:2], k.shape[1]
     if window is not None and window < 1:
         return f"found window = {window}, expected at least 1 key"
@@ -95,12 +105,65 @@ def wrong_options(
     return None
 
 
-def _no_stock(sparse: Strided | None, softcap: float, lse: bool) -> str | None:
-    """Why the stock operator cannot do this, beyond dropout."""
-    asked = "a block-sparse pattern" if sparse is not None else "softcap" if softcap > 0 else "lse" if lse else None
-    if asked is None:
-        return None
-    return f"found that {asked} is asked for, which the stock operator has not: use impl=auto, triton or reference"
+# `attention`'s options as its operators take them. window 0: none; sparse: [] or [block, local, stride].
+OPTIONS = (
+    "Tensor? samples, Tensor? cu_seqlens, SymInt window, SymInt[] sparse, float softcap, float p, SymInt seed, "
+    "SymInt site, SymInt head_offset, bool deterministic"
+)
+
+
+def options_of(
+    window: int, sparse: Sequence[int], softcap: float, p: float, seed: int, site: int, head_offset: int,
+    deterministic: bool,
+) -> Options:  # fmt: skip
+    key = DropoutKey(p, seed, site) if p > 0 else None
+    return Options(window or None, Strided(*sparse) if sparse else None, softcap, key, head_offset, deterministic)
+
+
+def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, Tq, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, samples, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, samples, cu_seqlens)
+
+
+def _backward(ctx, do, dlse):
+    q, k, v, o, lse, samples, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    return attention_backward_op(do, dlse, q, k, v, o, lse, samples, cu_seqlens, *ctx.options)
+
+
+@operator(
+    "attention",
+    schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, samples: Tensor | None, cu_seqlens: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """(o [B, Tq, H, D], lse in base 2, fp32 [B, H, Tq])."""
+    return forward(q, k, v, options_of(*options), samples, cu_seqlens)
+
+
+@operator(
+    "attention_backward",
+    schema=(
+        "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+        f"{OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    ),
+    fake=lambda do, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+)
+def attention_backward_op(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, samples: Tensor | None,
+    cu_seqlens: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv)."""
+    return backward(do, dlse, q, k, v, o, lse, options_of(*options), samples, cu_seqlens)
 
 
 def _attention(
@@ -114,14 +177,18 @@ def _attention(
     expect(wrong is None, f"attention: {wrong}")
     key = dropout if dropout is not None and dropout.p > 0 else None
     no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p)
-    no_torch = no_torch or _no_stock(sparse, softcap, lse)
+    missing = "a block-sparse pattern" if sparse is not None else "softcap" if softcap > 0 else "lse" if lse else None
+    if missing is not None:
+        no_torch = f"found a request for {missing}, which the stock operator lacks: use impl=auto, triton or reference"
     form = choose(impl, "attention", device=q.device, dtype=q.dtype, no_triton=no_triton, no_torch=no_torch)
     if form == "torch":
         return stock(q, k, v, window=window, cu_seqlens=cu_seqlens), None
     if form == "reference":
         options = {"window": window, "sparse": sparse, "cu_seqlens": cu_seqlens, "softcap": softcap}
         options |= {"dropout": key, "samples": samples, "head_offset": head_offset}
-        return reference_with_lse(q, k, v, **options) if lse else (reference_attention(q, k, v, **options), None)
+        return (
+            reference.attention_with_lse(q, k, v, **options) if lse else (reference.attention(q, k, v, **options), None)
+        )
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
     o, base_2 = attention_op(
@@ -131,36 +198,23 @@ def _attention(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    sparse: Strided | None = None,
-    cu_seqlens: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout: DropoutKey | None = None,
-    samples: Tensor | None = None,
-    head_offset: int = 0,
-    deterministic: bool = True,
-    impl: str = "auto",
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sparse: Strided | None = None,
+    cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
+    samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """dropout(softmax(cap(q k^T / sqrt(D)) + mask)) v (Vaswani et al. 2017, eq. 1).
 
-    q [B, Tq, H, D]; k, v [B, Tk, K, D], any strides; H a multiple of K: query head h uses key/value
-    head h // (H / K). Query row i stands at position Tk - Tq + i and sees the keys up to it
-    (decoding with a cache has Tq < Tk), of those:
+    q [B, Tq, H, D]; k, v [B, Tk, K, D], any strides; H a multiple of K: query head h uses key/value head h // (H / K).
+    Query row i stands at position Tk - Tq + i and sees the keys up to it (decoding with a cache has Tq < Tk), of those:
     window: the last `window` ones, its own among them (Beltagy et al. 2020).
     sparse: those of a block-sparse pattern; not together with window.
     cu_seqlens: int32 [documents + 1] on the device of q, ascending from 0 to B * T: where documents begin in the B * T
     tokens, for Tq = Tk = T. A query sees its own document; rows end documents too. Documents may be empty. The numbers
     are checked on a CPU only: on a GPU that would wait for it.
     softcap: cap(s) = softcap * tanh(s / softcap), 0 for none (Gemma 2, 2024).
-    dropout: drops weights by the mask keyed (sample, head, query position, key position), where
-    `samples` int64 [B] are global sample numbers and head_offset is the global number of the first
-    query head here.
-    deterministic: gradients have the same bits on every run; False allows dq to be summed in any order, with fewer
-    operations.
+    dropout: drops weights by the mask keyed (sample, head, query position, key position), where `samples` int64 [B] are
+    global sample numbers and head_offset is the global number of this rank's first query head.
+    deterministic: gradients have the same bits on every run; False sums dq in any order, with fewer operations.
     Returns [B, Tq, H, D] in the dtype of q. Differentiable once. impl: see kernels/dispatch.py; the stock operator has
     no sparse, softcap or dropout. Raises KernelError on arguments that do not fit together or a form that cannot run.
     """
@@ -170,23 +224,11 @@ def attention(
 
 
 def attention_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    sparse: Strided | None = None,
-    cu_seqlens: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout: DropoutKey | None = None,
-    samples: Tensor | None = None,
-    head_offset: int = 0,
-    deterministic: bool = True,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """(attention(...), lse): lse fp32 [B, H, Tq] is the natural logarithm of each query's sum of exp(score) over the
-    keys that it sees, before dropout. Both are differentiable. The stock operator does not give it.
-    """
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sparse: Strided | None = None,
+    cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
+    samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return attention(...) and lse fp32 [B, H, Tq], the natural log-sum-exp of each query's scores before dropout."""
     o, lse = _attention(
         q, k, v, window, sparse, cu_seqlens, softcap, dropout, samples, head_offset, deterministic, impl, True
     )

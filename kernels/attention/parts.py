@@ -10,8 +10,14 @@ from one query to the next. So the first and the last query of a tile tell which
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kernels.dispatch import cdiv, launch
+
+DOCUMENT_TOKENS = 128  # of a program of the kernel that finds documents' bounds
 
 # Stands for minus infinity where a row may meet tiles of which it sees nothing: differences stay finite, and what such
 # a tile added is multiplied by zero once the row sees a key.
@@ -23,15 +29,13 @@ MAY_BEGIN = tl.constexpr(2)  # or end
 
 
 @triton.jit
-def place(tiles, section):
-    """(tile, head) of this program. The heads run in sections whose tensors fit the L2 cache together; in a section
-    tile 0 of every head comes first, then every tile 1, and so on.
-    """
+def tile_and_head(tiles, section):
+    """Return (tile, head) of this program. Heads run in sections that fit the L2 cache: tile 0 of each, then tile 1."""
     heads = tl.num_programs(0) // tiles
     first = tl.program_id(0) // (tiles * section) * section
-    here = tl.minimum(section, heads - first)
+    size = tl.minimum(section, heads - first)
     number = tl.program_id(0) - first * tiles
-    return number // here, first + number % here
+    return number // size, first + number % size
 
 
 @triton.jit
@@ -197,3 +201,35 @@ def query_of(step, far, block, SPARSE: tl.constexpr, STRIDE: tl.constexpr):
         past = step - far
         position = tl.where(step < far, step, (block + past // SPARSE * STRIDE) * SPARSE + past % SPARSE)
     return position
+
+
+@triton.jit(do_not_specialize=["documents", "steps", "T", "tokens"])
+def document_bounds_kernel(
+    cu_seqlens_ptr, starts_ptr, ends_ptr, documents, steps, T, tokens, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write the first and last token of each token's document, int32 [B, T], relative to its row (maybe outside)."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros((BLOCK,), tl.int32)
+    high = low + documents
+    for _ in range(steps):
+        middle = (low + high) // 2
+        begun = tl.load(cu_seqlens_ptr + middle) <= token
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    row = token // T * T
+    tl.store(starts_ptr + token, tl.load(cu_seqlens_ptr + low) - row, token < tokens)
+    tl.store(ends_ptr + token, tl.load(cu_seqlens_ptr + low + 1) - row - 1, token < tokens)
+
+
+def document_bounds(cu_seqlens: Tensor | None, B: int, T: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(starts, ends) int32 [B, T] as document_bounds_kernel gives them."""
+    if cu_seqlens is None:
+        return None, None
+    cu_seqlens = cu_seqlens.contiguous()
+    documents = cu_seqlens.numel() - 1
+    starts, ends = (torch.empty((B, T), dtype=torch.int32, device=cu_seqlens.device) for _ in range(2))
+    launch(
+        document_bounds_kernel, cdiv(B * T, DOCUMENT_TOKENS), cu_seqlens.device,
+        cu_seqlens, starts, ends, documents, documents.bit_length(), T, B * T, DOCUMENT_TOKENS,
+    )  # fmt: skip
+    return starts, ends

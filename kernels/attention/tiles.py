@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dispatch import INTERPRETED, padded
+from kernels.attention.options import Options
+from kernels.dispatch import INTERPRETED, interpretable, last_contiguous, padded
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,7 @@ class Tile:
 
 
 def tile_width(D: int) -> int:
-    """The side of a tile that holds a head of width D; 16 is the least that a matrix instruction
-    takes.
-    """
+    """Return the padded width of heads of width D: at least 16, as the matrix instructions need."""
     return padded(D, 16)
 
 
@@ -172,10 +172,9 @@ def tables_for(major: int) -> Tables:
 def tile_for(
     kind: str, D: int, itemsize: int, major: int, *, crowded: bool = False, small: bool = False, described: bool = True
 ) -> Tile:
-    """The tile of `kind` ("forward", "dkdv", "dq", or "fused": the backward pass in one kernel) for heads of width D.
+    """Return the tile of `kind` (one of KINDS) for heads of width D. crowded, small: see Tables.
 
-    itemsize: bytes per element. major: of the compute capability. crowded, small: see Tables. described: whether TMA
-    descriptors can stand for the inputs.
+    itemsize: bytes per element. major: of the compute capability. described: whether inputs fit TMA descriptors.
     """
     key = kind, tile_width(D)
     if itemsize == 4:
@@ -195,7 +194,7 @@ def capability(device: torch.device) -> int:
 
 
 def tile_here(kind: str, q: Tensor, switched: tuple[bool, bool, bool, int, int, int], described: bool) -> Tile:
-    """The tile of `kind` for q [B, Tq, H, D] on its device. switched: as kernels/attention/host.py's flags gives it."""
+    """The tile of `kind` for q [B, Tq, H, D] on its device. switched: what `flags` returns."""
     if INTERPRETED:
         return INTERPRETER
     dropout, softcap, _, sparse, _, _ = switched
@@ -207,3 +206,44 @@ def tile_here(kind: str, q: Tensor, switched: tuple[bool, bool, bool, int, int, 
 
 def l2_bytes(device: torch.device) -> int:
     return INTERPRETER_L2 if INTERPRETED else tables_for(capability(device)).l2
+
+
+def origin_of(Tq: int, Tk: int, options: Options, tile: Tile) -> int:
+    """The position where the first tile of queries begins (kernels/attention/parts.py)."""
+    first = Tk - Tq
+    return first if options.sparse is None else first // tile.block_m * tile.block_m
+
+
+def section_of(x: Tensor, head_bytes: int, group: int) -> int:
+    """How many heads run together, a multiple of `group`: those whose `head_bytes` fit the L2 cache of x's device."""
+    fit = max(1, l2_bytes(x.device) // max(1, head_bytes))
+    return (1 << (fit.bit_length() - 1)) * group
+
+
+def describable(*inputs: Tensor) -> bool:
+    """Whether TMA descriptors can stand for tensors [B, T, H, D] as they lie in memory."""
+    return all(
+        x.shape[-1] == tile_width(x.shape[-1]) and x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(-1) == 1
+        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+        for x in inputs
+    )  # fmt: skip
+
+
+def loadable(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return the inputs as the kernels may load them: copies of those whose last stride is not 1."""
+    return tuple(last_contiguous(x) for x in interpretable(*inputs))
+
+
+def sources(tile: Tile, *inputs: tuple[Tensor, int]) -> tuple[list[Tensor | TensorDescriptor], list[int]]:
+    """Return what inputs (x, rows of its tiles) are loaded from (TMA descriptors if `tile.tma`), and their strides."""
+    views = [x for x, _ in inputs]
+    strides = [stride for view in views for stride in view.stride()[:3]]
+    if not tile.tma:
+        return list(views), strides
+    # The sides of length 1 stand first: only then does Triton copy tiles straight to where the products read them.
+    heads_first = [view.transpose(1, 2) for view in views]
+    described: list[Tensor | TensorDescriptor] = [
+        TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, rows, view.shape[3]])
+        for view, (_, rows) in zip(heads_first, inputs, strict=True)
+    ]
+    return described, strides

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.dispatch import cdiv, interpretable, launch
 from kernels.norm.forward import Drop, drop_arguments
-from kernels.norm.tiles import WIDE_FORWARD_COLS, column_blocks, rows_of
+from kernels.norm.tiles import MEAN_COLS, column_blocks, rows_of
 from kernels.philox import keep_tile
 
 # Programs. About two per SM of a large GPU; a constant, not the SM count, so that the sums do not depend on the GPU.
@@ -28,22 +28,22 @@ SUM_ROWS, SUM_COLS = 64, 32
 
 
 @triton.jit
-def load_gradient(dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weight, here, cols, C: tl.constexpr):
+def load_gradient(dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weight, exists, cols, C: tl.constexpr):
     """(dy, xhat, g), fp32 tiles [rows, cols]; dy and g are zero outside."""
-    inside = here[:, None] & (cols < C)[None, :]
+    inside = exists[:, None] & (cols < C)[None, :]
     x = tl.load(x_ptr + x_at[:, None] + cols[None, :], inside, 0.0).to(tl.float32)
     dy = tl.load(dy_ptr + dy_at[:, None] + cols[None, :], inside, 0.0).to(tl.float32)
     return dy, (x - mean[:, None]) * rstd[:, None], dy * weight[None, :]
 
 
 @triton.jit(do_not_specialize=["M", "T"])
-def wide_projections_kernel(
+def projections_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, projections_ptr, stride_yb, stride_yt, stride_xb, stride_xt, M, T,
     C: tl.constexpr, COLS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """mean(g) and mean(g * xhat) of one row -> fp32 [2, M]."""
     rows = tl.program_id(0) + tl.arange(0, 1)
-    here = rows < M
+    exists = rows < M
     b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
     rstd = tl.load(rstd_ptr + rows)
     mean = tl.zeros((1,), tl.float32) if RMS else tl.load(mean_ptr + rows)
@@ -53,7 +53,7 @@ def wide_projections_kernel(
         cols = start + tl.arange(0, COLS)
         weight = tl.load(weight_ptr + cols, cols < C, 0.0).to(tl.float32)
         _, xhat, g = load_gradient(
-            dy_ptr, x_ptr, b * stride_yb + t * stride_yt, b * stride_xb + t * stride_xt, mean, rstd, weight, here,
+            dy_ptr, x_ptr, b * stride_yb + t * stride_yt, b * stride_xb + t * stride_xt, mean, rstd, weight, exists,
             cols, C,
         )  # fmt: skip
         sums += g
@@ -83,7 +83,7 @@ def load_weights(
 
 @triton.jit
 def load_gradients(
-    dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weights, here, cols, dweights, dbiases,
+    dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weights, exists, cols, dweights, dbiases,
     C: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """(xhat, g, dweight so far, dbias so far), by chunk."""
@@ -94,7 +94,7 @@ def load_gradients(
     for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
         at = cols + c * COLS
         dy, xhat, g = load_gradient(  # pyright: ignore[reportGeneralTypeIssues]
-            dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weights[c], here, at, C
+            dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weights[c], exists, at, C
         )
         xhats += (xhat,)
         gs += (g,)
@@ -119,19 +119,19 @@ def projections_of(xhats, gs, C: tl.constexpr, CHUNKS: tl.constexpr, RMS: tl.con
 
 @triton.jit
 def store_gradient(
-    dx, dstream_ptr, dresidual_ptr, dx_ptr, samples_ptr, positions_ptr, dstream_at, row_at, b, t, here, first_col,
+    dx, dstream_ptr, dresidual_ptr, dx_ptr, samples_ptr, positions_ptr, dstream_at, row_at, b, t, exists, first_col,
     keep_scale, seed, site, threshold,
     C: tl.constexpr, COLS: tl.constexpr, HAS_DSTREAM: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """One tile of dresidual = dx + dstream, and of its dropout."""
     cols = first_col + tl.arange(0, COLS)
-    inside = here[:, None] & (cols < C)[None, :]
+    inside = exists[:, None] & (cols < C)[None, :]
     if HAS_DSTREAM:
         dx += tl.load(dstream_ptr + dstream_at[:, None] + cols[None, :], inside, 0.0).to(tl.float32)
     tl.store(dresidual_ptr + row_at[:, None] + cols[None, :], dx.to(dresidual_ptr.dtype.element_ty), inside)
     if DROPOUT:
-        sample = tl.load(samples_ptr + b, here, 0)[:, None]
-        position = tl.load(positions_ptr + t, here, 0).to(tl.int32)
+        sample = tl.load(samples_ptr + b, exists, 0)[:, None]
+        position = tl.load(positions_ptr + t, exists, 0).to(tl.int32)
         keep = keep_tile(seed, site, threshold, sample, tl.zeros((), tl.int32), position, first_col, COLS)
         dx = tl.where(keep, dx * keep_scale, 0.0)
         tl.store(dx_ptr + row_at[:, None] + cols[None, :], dx.to(dx_ptr.dtype.element_ty), inside)
@@ -158,17 +158,17 @@ def norm_backward_kernel(
     last = tl.minimum(first + rows_per_program, M)
     for start in tl.range(first, last, ROWS, num_stages=2):
         rows = start + tl.arange(0, ROWS)
-        here = rows < last
+        exists = rows < last
         b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
-        rstd = tl.load(rstd_ptr + rows, here, 0.0)
-        mean = tl.zeros((ROWS,), tl.float32) if RMS else tl.load(mean_ptr + rows, here, 0.0)
+        rstd = tl.load(rstd_ptr + rows, exists, 0.0)
+        mean = tl.zeros((ROWS,), tl.float32) if RMS else tl.load(mean_ptr + rows, exists, 0.0)
         xhats, gs, dweights, dbiases = load_gradients(
-            dy_ptr, x_ptr, b * stride_yb + t * stride_yt, b * stride_xb + t * stride_xt, mean, rstd, weights, here,
+            dy_ptr, x_ptr, b * stride_yb + t * stride_yt, b * stride_xb + t * stride_xt, mean, rstd, weights, exists,
             cols, dweights, dbiases, C, COLS, CHUNKS, HAS_BIAS,
         )  # fmt: skip
         if WIDE:
-            mean_g = tl.load(projections_ptr + rows, here, 0.0)
-            projection = tl.load(projections_ptr + M + rows, here, 0.0)
+            mean_g = tl.load(projections_ptr + rows, exists, 0.0)
+            projection = tl.load(projections_ptr + M + rows, exists, 0.0)
         else:
             mean_g, projection = projections_of(  # pyright: ignore[reportGeneralTypeIssues]
                 xhats, gs, C, CHUNKS, RMS
@@ -177,7 +177,7 @@ def norm_backward_kernel(
             dx = (gs[c] - mean_g[:, None] - xhats[c] * projection[:, None]) * rstd[:, None]
             store_gradient(
                 dx, dstream_ptr, dresidual_ptr, dx_ptr, samples_ptr, positions_ptr, b * stride_sb + t * stride_st,
-                rows.to(tl.int64) * C, b, t, here, block + c * COLS, keep_scale, seed, site, threshold,
+                rows.to(tl.int64) * C, b, t, exists, block + c * COLS, keep_scale, seed, site, threshold,
                 C, COLS, HAS_DSTREAM, DROPOUT,
             )  # fmt: skip
     at = partials_ptr + program.to(tl.int64) * (C * (1 + HAS_BIAS)) + cols
@@ -203,10 +203,7 @@ def backward(
     dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     has_bias: bool, rms: bool, drop: Drop | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dresidual in the dtype of x, dx the same or [0] without dropout, [dweight] or [dweight, dbias] in weight's).
-
-    x: what was normalised. dstream: the gradient of x beside this, or None.
-    """
+    """Return dresidual, dx ([0] without dropout) and sums [1 or 2, C] (dweight, dbias), from what was normalised, x."""
     dy_rows, rows = interpretable(rows_of(dy), rows_of(x))
     added = None if dstream is None else interpretable(rows_of(dstream))[0]
     (wide_weight,) = interpretable(weight.contiguous())
@@ -224,8 +221,8 @@ def backward(
     if blocks > 1:
         projections = torch.empty((2, M), dtype=torch.float32, device=x.device)
         launch(
-            wide_projections_kernel, M, x.device, dy_rows, rows, wide_weight, mean, rstd, projections,
-            *strides[:2], *strides[4:], M, T, C, WIDE_FORWARD_COLS, rms, warps=16,
+            projections_kernel, M, x.device, dy_rows, rows, wide_weight, mean, rstd, projections,
+            *strides[:2], *strides[4:], M, T, C, MEAN_COLS, rms, warps=16,
         )  # fmt: skip
     tensors, numbers = drop_arguments(drop)
     launch(

@@ -15,10 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import cdiv, interpretable, launch
-from kernels.norm.tiles import FORWARD_WIDTH, WIDE_FORWARD_COLS, forward_tile, rows_of
+from kernels.norm.tiles import forward_tile, rows_of
 from kernels.philox import DropoutKey, keep_tile, signed
-
-RUNTIME = ["M", "T", "seed", "site", "threshold"]
 
 
 class Drop(NamedTuple):
@@ -40,7 +38,7 @@ def drop_arguments(drop: Drop | None) -> tuple[tuple[Tensor | None, ...], tuple[
 
 @triton.jit
 def load_stream(
-    x_ptr, residual_ptr, stream_ptr, samples_ptr, positions_ptr, x_at, residual_at, row_at, b, t, here, first_col,
+    x_ptr, residual_ptr, stream_ptr, samples_ptr, positions_ptr, x_at, residual_at, row_at, b, t, exists, first_col,
     keep_scale, seed, site, threshold, C: tl.constexpr, COLS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """The tile of what is normalised, fp32 [rows, COLS]: x, or the stream, which is stored and read as stored.
@@ -48,12 +46,12 @@ def load_stream(
     x_at, residual_at, row_at: offsets of the rows in x, residual and contiguous tensors. b, t: their batch and time.
     """
     cols = first_col + tl.arange(0, COLS)
-    inside = here[:, None] & (cols < C)[None, :]
+    inside = exists[:, None] & (cols < C)[None, :]
     x = tl.load(x_ptr + x_at[:, None] + cols[None, :], inside, 0.0).to(tl.float32)
     if ADD:
         if DROPOUT:
-            sample = tl.load(samples_ptr + b, here, 0)[:, None]
-            position = tl.load(positions_ptr + t, here, 0).to(tl.int32)
+            sample = tl.load(samples_ptr + b, exists, 0)[:, None]
+            position = tl.load(positions_ptr + t, exists, 0).to(tl.int32)
             keep = keep_tile(seed, site, threshold, sample, tl.zeros((), tl.int32), position, first_col, COLS)
             # Scaled before the choice, which keeps product and sum apart: PyTorch rounds both, an FMA would round once.
             x = tl.where(keep, x * keep_scale, 0.0)
@@ -65,18 +63,18 @@ def load_stream(
 
 
 @triton.jit
-def store_normalised(centred, rstd, weight_ptr, bias_ptr, y_ptr, row_at, here, first_col,
+def store_normalised(centred, rstd, weight_ptr, bias_ptr, y_ptr, row_at, exists, first_col,
                      C: tl.constexpr, COLS: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
     """One tile of y."""
     cols = first_col + tl.arange(0, COLS)
     y = centred * rstd[:, None] * tl.load(weight_ptr + cols, cols < C, 0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, cols < C, 0.0).to(tl.float32)[None, :]
-    inside = here[:, None] & (cols < C)[None, :]
+    inside = exists[:, None] & (cols < C)[None, :]
     tl.store(y_ptr + row_at[:, None] + cols[None, :], y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=["M", "T", "seed", "site", "threshold"])
 def norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, samples_ptr, positions_ptr, y_ptr, stream_ptr, mean_ptr, rstd_ptr,
     stride_xb, stride_xt, stride_rb, stride_rt, M, T, eps, keep_scale, seed, site, threshold,
@@ -85,7 +83,7 @@ def norm_forward_kernel(
 ):  # fmt: skip
     """ROWS rows, held in registers as CHUNKS chunks: y and the stream [M, C] contiguous, mean and rstd fp32 [M]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = rows < M
+    exists = rows < M
     b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
     row_at = rows.to(tl.int64) * C
     chunks = ()
@@ -93,7 +91,7 @@ def norm_forward_kernel(
     for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
         x = load_stream(
             x_ptr, residual_ptr, stream_ptr, samples_ptr, positions_ptr,
-            b * stride_xb + t * stride_xt, b * stride_rb + t * stride_rt, row_at, b, t, here, c * COLS,
+            b * stride_xb + t * stride_xt, b * stride_rb + t * stride_rt, row_at, b, t, exists, c * COLS,
             keep_scale, seed, site, threshold, C, COLS, ADD, DROPOUT,
         )  # fmt: skip
         chunks += (x,)
@@ -103,7 +101,7 @@ def norm_forward_kernel(
         squares = total
     else:
         mean = tl.sum(total, 1) / C
-        tl.store(mean_ptr + rows, mean, here)
+        tl.store(mean_ptr + rows, mean, exists)
         centred = ()
         squares = tl.zeros((ROWS, COLS), tl.float32)
         for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -112,63 +110,15 @@ def norm_forward_kernel(
             centred += (x,)
             squares += x * x
     rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / C + eps)
-    tl.store(rstd_ptr + rows, rstd, here)
+    tl.store(rstd_ptr + rows, rstd, exists)
     for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
-        store_normalised(centred[c], rstd, weight_ptr, bias_ptr, y_ptr, row_at, here, c * COLS, C, COLS, HAS_BIAS)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def wide_norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, samples_ptr, positions_ptr, y_ptr, stream_ptr, mean_ptr, rstd_ptr,
-    stride_xb, stride_xt, stride_rb, stride_rt, M, T, eps, keep_scale, seed, site, threshold,
-    C: tl.constexpr, COLS: tl.constexpr,
-    RMS: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """One row of any width, read twice: its statistics, then y. Arguments as above."""
-    rows = tl.program_id(0) + tl.arange(0, 1)
-    here = rows < M
-    b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
-    row_at = rows.to(tl.int64) * C
-    x_at = b * stride_xb + t * stride_xt
-    mean = tl.zeros((1,), tl.float32)
-    squares = tl.zeros((1,), tl.float32)  # of the distances to the mean, as far as read
-    for start in tl.range(0, C, COLS):
-        x = load_stream(
-            x_ptr, residual_ptr, stream_ptr, samples_ptr, positions_ptr,
-            x_at, b * stride_rb + t * stride_rt, row_at, b, t, here, start,
-            keep_scale, seed, site, threshold, C, COLS, ADD, DROPOUT,
-        )  # fmt: skip
-        if RMS:
-            squares += tl.sum(x * x, 1)
-        else:  # the chunk's mean and squares, merged into the row's (Chan et al. 1979)
-            count = tl.minimum(COLS, C - start)
-            chunk_mean = tl.sum(x, 1) / count
-            distance = tl.where((start + tl.arange(0, COLS) < C)[None, :], x - chunk_mean[:, None], 0.0)
-            shift = chunk_mean - mean
-            weight = count / (start + count)
-            squares += tl.sum(distance * distance, 1) + shift * shift * weight * start
-            mean += shift * weight
-    rstd = 1.0 / tl.sqrt_rn(squares / C + eps)
-    tl.store(rstd_ptr + rows, rstd, here)
-    if not RMS:
-        tl.store(mean_ptr + rows, mean, here)
-    if ADD:  # threads need not read what they wrote themselves
-        tl.debug_barrier()
-    for start in tl.range(0, C, COLS):
-        cols = start + tl.arange(0, COLS)
-        from_ptr = stream_ptr + row_at if ADD else x_ptr + x_at
-        x = tl.load(from_ptr[:, None] + cols[None, :], (cols < C)[None, :], 0.0).to(tl.float32)
-        store_normalised(
-            x - mean[:, None], rstd, weight_ptr, bias_ptr, y_ptr, row_at, here, start, C, COLS, HAS_BIAS
-        )  # fmt: skip
+        store_normalised(centred[c], rstd, weight_ptr, bias_ptr, y_ptr, row_at, exists, c * COLS, C, COLS, HAS_BIAS)
 
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, drop: Drop | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, the stream or [0] without a residual, both in the dtype of what is normalised; mean, [0] for RMS, and rstd,
-    fp32 [M]).
-    """
+    """Return y, the stream ([0] without residual), mean ([0] for RMS) and rstd, fp32 [M]."""
     (rows,) = interpretable(rows_of(x))
     (weight,) = interpretable(weight.contiguous())
     bias = None if bias is None else interpretable(bias.contiguous())[0]
@@ -182,12 +132,11 @@ def forward(
     mean = torch.empty(0 if rms else M, dtype=torch.float32, device=x.device)
     tensors, numbers = drop_arguments(drop)
     strides = (*rows.stride()[:2], *((0, 0) if added is None else added.stride()[:2]))
-    arguments = (rows, added, weight, bias, *tensors, y, stream, mean, rstd, *strides, M, T, eps, *numbers)
-    flags = (rms, bias is not None, added is not None, drop is not None)
-    if C > FORWARD_WIDTH:
-        launch(wide_norm_forward_kernel, M, x.device, *arguments, C, WIDE_FORWARD_COLS, *flags, warps=16)
-    else:
-        ROWS, COLS, CHUNKS, warps = forward_tile(C, drop is not None)
-        launch(norm_forward_kernel, cdiv(M, ROWS), x.device, *arguments, C, ROWS, COLS, CHUNKS, *flags, warps=warps)
+    ROWS, COLS, CHUNKS, warps = forward_tile(C, drop is not None)
+    launch(
+        norm_forward_kernel, cdiv(M, ROWS), x.device,
+        rows, added, weight, bias, *tensors, y, stream, mean, rstd, *strides, M, T, eps, *numbers,
+        C, ROWS, COLS, CHUNKS, rms, bias is not None, added is not None, drop is not None, warps=warps,
+    )  # fmt: skip
     dtype = x.dtype if residual is None else residual.dtype
     return y.to(dtype), stream.to(dtype), mean, rstd

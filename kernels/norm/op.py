@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import philox, reference
+from kernels import philox
 from kernels.dispatch import choose, expect
+from kernels.norm import reference
 from kernels.norm.backward import backward
 from kernels.norm.forward import Drop, forward
+from kernels.norm.tiles import MAX_WIDTH
 from kernels.philox import DropoutKey
+from kernels.registration import operator
 
 
 def drop_of(samples: Tensor | None, positions: Tensor | None, p: float, seed: int, site: int) -> Drop | None:
@@ -19,27 +22,12 @@ def drop_of(samples: Tensor | None, positions: Tensor | None, p: float, seed: in
     return Drop(DropoutKey(p, seed, site), samples, positions)
 
 
-@torch.library.custom_op("ingot::norm", mutates_args=())
-def norm_op(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
-    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, stream, mean, rstd), see kernels/norm/forward.py; dropout if there are samples and positions."""
-    return forward(x, residual, weight, bias, eps, rms, drop_of(samples, positions, p, seed, site))
+def _fake_backward(dy, dstream, x, weight, mean, rstd, samples, positions, has_bias, *_) -> tuple[Tensor, ...]:
+    dx = x.new_empty(0 if samples is None else x.shape)
+    return x.new_empty(x.shape), dx, weight.new_empty((1 + has_bias, weight.shape[0]))
 
 
-@norm_op.register_fake
-def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
-    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    like = x if residual is None else residual
-    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    stream = like.new_empty(0 if residual is None else x.shape)
-    return like.new_empty(x.shape), stream, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
-
-
-@torch.library.custom_op("ingot::norm_backward", mutates_args=())
+@operator("norm_backward", fake=_fake_backward)
 def norm_backward_op(
     dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     samples: Tensor | None, positions: Tensor | None,
@@ -50,21 +38,17 @@ def norm_backward_op(
     return backward(dy, dstream, x, weight, mean, rstd, has_bias, rms, drop)
 
 
-@norm_backward_op.register_fake
-def _(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    samples: Tensor | None, positions: Tensor | None,
-    has_bias: bool, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = x.new_empty(0 if samples is None else x.shape)
-    return x.new_empty(x.shape), dx, weight.new_empty((1 + has_bias, weight.shape[0]))
+def _fake(x, residual, weight, bias, samples, positions, eps, rms, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = x if residual is None else residual
+    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    stream = like.new_empty(0 if residual is None else x.shape)
+    return like.new_empty(x.shape), stream, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
 
 
 def _save(ctx, inputs, output) -> None:
     x, residual, weight, bias, samples, positions, _, *ctx.rms_and_key = inputs
     _, stream, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd, *([stream] if residual is None else []))
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else stream, weight, mean, rstd, samples, positions)
     ctx.x_dtype, ctx.has_residual = x.dtype, residual is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -74,7 +58,7 @@ def _backward(ctx, dy, dstream, dmean, drstd):
     x, weight, mean, rstd, samples, positions = ctx.saved_tensors
     dweight = dbias = None
     if dy is not None:
-        dresidual, dx, sums = torch.ops.ingot.norm_backward(
+        dresidual, dx, sums = norm_backward_op(
             dy, dstream, x, weight, mean, rstd, samples, positions, ctx.bias_dtype is not None, *ctx.rms_and_key
         )
         dweight = sums[0]
@@ -82,14 +66,18 @@ def _backward(ctx, dy, dstream, dmean, drstd):
         dx = dresidual if samples is None else dx
     else:
         drop = drop_of(samples, positions, *ctx.rms_and_key[1:])
-        dresidual = dx = dstream
-        if dstream is not None and drop is not None:
-            dx = philox.dropout(dstream, *drop)
-    dx = None if dx is None else dx.to(ctx.x_dtype)
-    return dx, dresidual if ctx.has_residual else None, dweight, dbias, *[None] * 7
+        dresidual = dstream
+        dx = dstream if drop is None else philox.dropout(dstream, *drop)
+    return dx.to(ctx.x_dtype), dresidual if ctx.has_residual else None, dweight, dbias
 
 
-norm_op.register_autograd(_backward, setup_context=_save)
+@operator("norm", fake=_fake, save=_save, backward=_backward)
+def norm_op(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
+    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, stream, mean, rstd), see kernels/norm/forward.py; dropout if there are samples and positions."""
+    return forward(x, residual, weight, bias, eps, rms, drop_of(samples, positions, p, seed, site))
 
 
 def stock(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
@@ -109,10 +97,17 @@ def expect_weights(op: str, x: Tensor, *weights: Tensor | None) -> None:
     )
 
 
+def no_triton(x: Tensor) -> str | None:
+    """Why the Triton form cannot normalise rows as wide as those of x, or None."""
+    if x.shape[-1] <= MAX_WIDTH:
+        return None
+    return f"found rows of width {x.shape[-1]}, expected at most {MAX_WIDTH}: use impl=torch or reference"
+
+
 def norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: str) -> Tensor:
     expect_weights(op, x, weight, bias)
     rms = op == "rms_norm"
-    form = choose(impl, op, device=x.device, dtype=x.dtype)
+    form = choose(impl, op, device=x.device, dtype=x.dtype, no_triton=no_triton(x))
     if form == "triton":
         return norm_op(x, None, weight, bias, None, None, eps, rms, 0.0, 0, 0)[0]
     if form == "torch":
@@ -123,17 +118,15 @@ def norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, im
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, impl: str = "auto") -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in fp32 (Ba et al. 2016).
 
-    x [..., C] with any strides; weight, bias [C], of any dtype; bias may be None. Returns [..., C] in the dtype of x.
-    Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on wrong shapes or a form that cannot run.
+    x [..., C] with any strides, C at most 16,384 in the triton form; weight, bias [C], of any dtype; bias may be None.
+    Returns [..., C] in the dtype of x. Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on wrong
+    shapes or a form that cannot run.
     """
     return norm("layer_norm", x, weight, bias, eps, impl)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, impl: str = "auto") -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (Zhang & Sennrich 2019).
-
-    Arguments, result and errors as layer_norm's.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight in fp32 (Zhang & Sennrich 2019); arguments and errors as layer_norm's."""
     return norm("rms_norm", x, weight, None, eps, impl)
 
 
@@ -155,7 +148,8 @@ def add_norm(
             f"dropout masks are drawn from their numbers",
         )
     rms = op == "add_rms_norm"
-    form = choose(impl, op, device=x.device, dtype=torch.promote_types(x.dtype, residual.dtype))
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    form = choose(impl, op, device=x.device, dtype=dtype, no_triton=no_triton(x))
     if form == "triton":
         drop = (samples, positions) if key else (None, None)
         numbers = (key.p, key.seed, key.site) if key else (0.0, 0, 0)

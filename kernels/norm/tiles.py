@@ -9,9 +9,11 @@ from torch import Tensor
 from kernels.dispatch import cdiv, padded
 
 LEAST_COLS = 128
-# Wider rows are not held in registers but read twice.
-FORWARD_WIDTH, BACKWARD_WIDTH, DROPOUT_BACKWARD_WIDTH = 16384, 8192, 6144
-WIDE_FORWARD_COLS, WIDE_BACKWARD_COLS = 8192, 4096
+MAX_WIDTH = 16384  # the forward holds a row in registers
+# The backward holds a row of at most this width in registers, and reads a wider one twice: for the two means of the row
+# (MEAN_COLS at a time), then in blocks of BLOCK_COLS.
+BACKWARD_WIDTH, DROPOUT_BACKWARD_WIDTH = 8192, 6144
+MEAN_COLS, BLOCK_COLS = 8192, 4096
 
 
 class Tile(NamedTuple):
@@ -35,7 +37,7 @@ def chunks_of(C: int) -> tuple[int, int]:
 
 
 def forward_tile(C: int, dropout: bool) -> Tile:
-    """For rows of at most FORWARD_WIDTH: 16 to 48 elements a thread, half of that where random words come on top."""
+    """16 to 48 elements a thread, half of that where random words come on top."""
     cols, chunks = chunks_of(C)
     warps = min(16, max(4, padded(cols * chunks // 1024 + 1) // 2))
     return Tile(rows_to_tile(C), cols, chunks, min(16, warps * 2) if dropout else warps)
@@ -58,7 +60,7 @@ def column_blocks(C: int, dropout: bool) -> tuple[Tile, int]:
     widest = DROPOUT_BACKWARD_WIDTH if dropout else BACKWARD_WIDTH
     if widest >= C:
         return backward_tile(C, dropout), 1
-    return backward_tile(WIDE_BACKWARD_COLS, dropout), cdiv(C, WIDE_BACKWARD_COLS)
+    return backward_tile(BLOCK_COLS, dropout), cdiv(C, BLOCK_COLS)
 
 
 def rows_to_tile(C: int) -> int:
@@ -66,8 +68,6 @@ def rows_to_tile(C: int) -> int:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x [..., C] as [B, T, C] with the last dimension contiguous; copies only where the strides of other than three
-    dimensions, or of the last, force it.
-    """
+    """Return x [..., C] as [B, T, C] with a contiguous last dimension, copied only where its strides force it."""
     rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm import files
 from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
-from llm.checkpoint.writer import ExchangeErrors, checkpoints, step_of
+from llm.checkpoint.writer import checkpoints, step_of
 from llm.errors import CheckpointError, InputError
+from llm.parallel.agreement import broadcast, together
 from llm.slices import Slice
 
 HASHING_THREADS = 8
@@ -59,11 +60,20 @@ def verify(folder: Path) -> Manifest:
     manifest = load_manifest(folder)
     names = list(manifest.files)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the GIL
-        digests = list(pool.map(lambda name: files.sha256_of(folder / name), names))
+        digests = list(pool.map(lambda name: _sha256(folder / name), names))
     for name, digest in zip(names, digests, strict=True):
         if digest != manifest.files[name].sha256:
             raise CheckpointError(f"{folder / name} is damaged: its sha256 is not that of the manifest")
     return manifest
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 in hex of a regular file; raises CheckpointError."""
+    files.regular_size(path)
+    try:
+        return files.sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def find_latest(root: Path) -> tuple[Path | None, list[str]]:
@@ -98,61 +108,37 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
         raise CheckpointError(f"{folder} is not the checkpoint that rank 0 sees; is the folder shared by all nodes?")
     if "state.json" not in manifest.files:
         raise CheckpointError(f"{folder} has no state.json")
-    if files.sha256_of(folder / "state.json") != manifest.files["state.json"].sha256:
+    if _sha256(folder / "state.json") != manifest.files["state.json"].sha256:
         raise CheckpointError(f"{folder / 'state.json'} is damaged")
     state = files.parse_json(files.read_regular(folder / "state.json"), f"{folder / 'state.json'}")
     return CheckpointReader(folder, manifest, state)
 
 
-def open_latest(
-    root: Path,
-    *,
-    rank: int,
-    broadcast_text: Callable[[str], str],
-    exchange_errors: ExchangeErrors,
-) -> tuple[CheckpointReader | None, list[str]]:
-    """Open, on every rank, the checkpoint that rank 0 finds newest. Collective.
+def open_latest(root: Path, group: dist.ProcessGroup | None = None) -> tuple[CheckpointReader | None, list[str]]:
+    """Open, on every rank, the checkpoint that rank 0 finds newest; None where there is none. Collective.
 
-    broadcast_text: gives every rank the text of rank 0, of 200 characters at most. Returns None where
-    there is no checkpoint; the warnings are rank 0's alone. Raises InputError on every rank if there
-    are checkpoints but none is good, or if a rank does not see the same one.
+    The warnings are rank 0's alone. Raises Agreed if there are checkpoints but none is good, or if a rank does not see
+    the same one.
     """
-    name, sha256, error, warnings = None, None, None, []
-    if rank == 0:
+
+    def find() -> tuple[str | None, str | None, list[str]]:
+        if dist.get_rank(group) != 0:
+            return None, None, []
         try:
             folder, warnings = find_latest(root)
-            if folder is not None:
-                name, sha256 = folder.name, load_manifest(folder).sha256
-        except (InputError, CheckpointError, OSError) as failure:
-            error = str(failure)
-    name, sha256 = json.loads(broadcast_text(json.dumps([name, sha256])))
-    reader = None
-    if error is None and name is not None:
+            return (folder.name, load_manifest(folder).sha256, warnings) if folder else (None, None, warnings)
+        except (CheckpointError, OSError) as error:
+            raise InputError(str(error)) from error
+
+    def open_found() -> CheckpointReader | None:
         try:
-            reader = open_checkpoint(root / name, sha256)
-        except CheckpointError as failure:
-            error = f"rank {rank}: {failure}"
-    error = exchange_errors(error)
-    if error is not None:
-        raise InputError(error)
-    return reader, warnings
+            return open_checkpoint(root / name, sha256) if name is not None else None
+        except CheckpointError as error:
+            raise InputError(f"rank {dist.get_rank(group)}: {error}") from error
 
-
-def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise InputError, naming each field that differs, unless the `model` configs are equal."""
-    # Through JSON, as the saved one went: a tuple is a list.
-    current = json.loads(json.dumps(current))
-    missing = "no such field"
-    lines = [
-        f"model.{field}: the checkpoint has {saved.get(field, missing)}, the config has {current.get(field, missing)}"
-        for field in dict.fromkeys([*current, *saved])
-        if saved.get(field, missing) != current.get(field, missing)
-    ]
-    if lines:
-        raise InputError(
-            "the checkpoint is of another model; restore these settings or choose another --name"
-            + "".join(f"\n  {line}" for line in lines)
-        )
+    name, sha256, warnings = together(find, group)
+    name, sha256 = json.loads(broadcast(json.dumps([name, sha256]), group))
+    return together(open_found, group), warnings
 
 
 @dataclass(frozen=True)

@@ -19,26 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from llm import files
-from llm.checkpoint.manifest import (
-    KINDS,
-    FileEntry,
-    Manifest,
-    Piece,
-    Stored,
-    TensorEntry,
-    merge,
-)
+from llm.checkpoint.manifest import KINDS, FileEntry, Manifest, Piece, Stored, TensorEntry, merge
 from llm.errors import CheckpointError
+from llm.parallel.agreement import together
 
 # Pieces are gathered up to this many bytes before they are written: the most that a rank holds.
 SHARD_BYTES = 1 << 29
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
-
-ExchangeErrors = Callable[[str | None], str | None]
-"""Takes this rank's error or None, waits for all ranks, and gives every rank the error of the
-lowest rank that has one, or None."""
 
 
 def write_checkpoint(
@@ -47,30 +37,36 @@ def write_checkpoint(
     pieces: Iterable[Piece],
     state: dict[str, Any],
     *,
-    rank: int,
-    world: int,
     keep_last: int,
-    exchange_errors: ExchangeErrors,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Save root/step-<step>/ and return its path. Collective over the `world` ranks.
+    """Save root/step-<step>/ and return its path. Collective over `group` (None: all ranks).
 
-    pieces: what this rank writes, each element of the model on exactly one rank; they are taken one
-    by one, and taking them must not communicate. state: JSON, written as rank 0 gives it. An
-    existing checkpoint of the step is replaced. The newest `keep_last` checkpoints are kept.
+    An existing checkpoint of the step is replaced. The newest `keep_last` checkpoints are kept.
 
-    Raises the same CheckpointError on every rank if any of them fails; then the previous checkpoint
-    is as it was and the partial folder is gone.
+    Args:
+        pieces: what this rank writes, each element of the model on exactly one rank; they are taken one by one, and
+            taking them must not communicate.
+        state: JSON, written as rank 0 gives it.
+
+    Raises:
+        CheckpointError: the same on every rank if any of them fails; then the previous checkpoint is as it was and the
+            partial folder is gone.
     """
     partial = root / f"{folder_name(step)}.tmp"
-    first = rank == 0
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+
+    def on_all_ranks(action: Callable[[], None]) -> None:
+        together(lambda: _attempt(action), group)
+
     try:
-        _together(exchange_errors, lambda: _prepare(root, partial) if first else None)
-        _together(exchange_errors, lambda: _write_rank(partial, step, rank, pieces))
-        _together(exchange_errors, lambda: _seal(partial, world, state) if first else None)
-        _together(exchange_errors, lambda: _commit(root, step, keep_last) if first else None)
+        on_all_ranks(lambda: _prepare(root, partial) if rank == 0 else None)
+        on_all_ranks(lambda: _write_rank(partial, step, rank, pieces))
+        on_all_ranks(lambda: _seal(partial, world, state) if rank == 0 else None)
+        on_all_ranks(lambda: _commit(root, step, keep_last) if rank == 0 else None)
     except CheckpointError:
-        # No rank writes any more: the exchange came after everybody's work.
-        if first:
+        # No rank writes any more: the ranks met after everybody's work.
+        if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return root / folder_name(step)
@@ -94,18 +90,14 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def _together(exchange_errors: ExchangeErrors, action: Callable[[], None]) -> None:
-    """Do this rank's part, then learn of all failures; raises CheckpointError on every rank."""
-    error, cause = None, None
+def _attempt(action: Callable[[], None]) -> None:
+    """Run a part of saving; whatever goes wrong is raised as a CheckpointError."""
     try:
         action()
-    except CheckpointError as failure:
-        error, cause = str(failure), failure
-    except Exception as failure:  # noqa: BLE001 - the others must not wait for us
-        error, cause = f"saving failed: {type(failure).__name__}: {failure}", failure
-    first = exchange_errors(error)
-    if first is not None:
-        raise CheckpointError(first) from cause
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"saving failed: {type(error).__name__}: {error}") from error
 
 
 def _prepare(root: Path, partial: Path) -> None:
@@ -167,23 +159,12 @@ def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Man
     end = 0
     for piece in shard:
         part, name = piece.slice, (piece.name, piece.kind)
-        stored = Stored(
-            file=file,
-            key=f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}",
-            dim=part.dim,
-            start=part.start,
-            stop=part.stop,
-            offset=piece.start,
-            length=len(piece.data),
-        )
-        if stored.key in header:
-            raise ValueError(f"{stored.key} is given twice")
+        key = f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}"
+        stored = Stored(file, key, part.dim, part.start, part.stop, offset=piece.start, length=len(piece.data))
+        if key in header:
+            raise ValueError(f"{key} is given twice")
         begin, end = end, end + piece.data.nbytes
-        header[stored.key] = {
-            "dtype": "F32",
-            "shape": [stored.length],
-            "data_offsets": [begin, end],
-        }
+        header[key] = {"dtype": "F32", "shape": [stored.length], "data_offsets": [begin, end]}
         before = tensors.get(name, TensorEntry(part.global_shape, ()))
         tensors[name] = TensorEntry(part.global_shape, (*before.pieces, stored))
     text = json.dumps(header).encode()

@@ -1,8 +1,7 @@
 """The hostfile and all else that DeepSpeed hands to a shell on other hosts, checked before it does.
 
-DeepSpeed's runner passes the first word of a hostfile line to ssh, where `-oProxyCommand=...` is an
-option that runs a command, and writes variables and arguments into a remote command line without
-quoting `$` or backticks.
+`deepspeed` passes the first word of a hostfile line to ssh, where `-oProxyCommand=...` is an option that runs a
+command, and writes variables and arguments into a remote command line without quoting `$` or backticks.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 from llm.errors import InputError, require
 
 MAX_SLOTS = 64
-# What DeepSpeed's runner exports from its own environment, on CPU and CUDA machines.
+# What `deepspeed` exports from its own environment, on CPU and CUDA machines.
 EXPORTED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 SAFE_ARGUMENT = r"[\w@+=:,./\[\] -]*"
 
@@ -22,9 +21,8 @@ SAFE_ARGUMENT = r"[\w@+=:,./\[\] -]*"
 def read_hostfile(path: Path) -> dict[str, int]:
     """Host -> slots (processes on it), in the file's order.
 
-    Raises InputError, with the line, unless every line is `host slots=N`, blank or a comment, with
-    a host name that starts with a letter or digit and goes on with those, dots and hyphens, N from
-    1 to 64, and no host twice.
+    Raises InputError, with the line, unless every line is `host slots=N`, blank or a comment, with a host name that
+    starts with a letter or digit and goes on with those, dots and hyphens, N from 1 to 64, and no host twice.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -48,11 +46,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def check_remote_words(environ: Mapping[str, str], env_files: Sequence[Path], arguments: Sequence[str]) -> None:
-    """Refuse what a remote shell would interpret in what DeepSpeed's runner hands to it.
+    """Refuse what a remote shell would interpret in what `deepspeed` hands to it.
 
-    `environ` is the runner's environment, `env_files` the `.deepspeed_env` files that it reads,
-    `arguments` those of the training script. Raises InputError naming the variable, line or
-    argument; the values of variables are not shown, for they may be secret.
+    `environ` is its environment, `env_files` the `.deepspeed_env` files that it reads, `arguments` those of the launch
+    script. Raises InputError naming the variable, line or argument; the values of variables are not shown, for they may
+    be secret.
     """
     for name, value in environ.items():
         if name.startswith(EXPORTED_PREFIXES):
@@ -64,8 +62,8 @@ def check_remote_words(environ: Mapping[str, str], env_files: Sequence[Path], ar
     for argument in arguments:
         require(
             re.fullmatch(SAFE_ARGUMENT, argument, re.ASCII) is not None,
-            f"argument {argument!r} has a character that a shell on another host would interpret; "
-            "expected letters, digits, spaces and _@+=:,./[]- (other values: in the config file)",
+            f"argument {argument!r} has a character that a shell on another host would interpret; expected letters, "
+            "digits, spaces and _@+=:,./[]- (other values: in the config file)",
         )
 
 
@@ -73,10 +71,10 @@ def _check_export(where: str, line: str) -> None:
     name, equals, value = line.partition("=")
     require(
         bool(equals) and re.fullmatch(r"\s*[A-Za-z_]\w*\s*", name, re.ASCII) is not None,
-        f"{where} is not NAME=value; DeepSpeed's runner would fail or run it as a command",
+        f"{where} is not NAME=value; DeepSpeed would fail or run it as a command",
     )
     require(
         re.search(r'[$`"\\\n\r%]', value) is None,
-        f'{where} has one of $ ` " \\ % or a line end in its value, which a shell on another host '
-        "would interpret; unset it or give it a plain value",
+        f'{where} has one of $ ` " \\ % or a line end in its value, which a shell on another host would interpret; '
+        "unset it or give it a plain value",
     )

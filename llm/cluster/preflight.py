@@ -1,6 +1,6 @@
-"""What must be true of the machine before a run allocates anything or talks to other ranks.
+"""Checks of the machine, before a run allocates anything or talks to other ranks.
 
-Reads package metadata instead of importing torch, so a wrong machine is told so in a second.
+Versions are read from package metadata and torch is not imported: a wrong machine is refused in a second.
 """
 
 from __future__ import annotations
@@ -71,16 +71,14 @@ def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None])
         expected = f"at least {_dotted(least)}" + (f", below {_dotted(too_new)}" if too_new else "")
         require(version is not None, f"{name} is not installed; expected {expected}: {INSTALL}")
         found = _numbers(name, version or "")
-        require(
-            least <= found and (too_new is None or found < too_new),
-            f"{name} is {version}; expected {expected}: {INSTALL}",
-        )
+        supported = least <= found and (too_new is None or found < too_new)
+        require(supported, f"{name} is {version}; expected {expected}: {INSTALL}")
     triton, numpy = installed.get("triton"), installed.get("numpy")
     if triton and numpy:
         require(
             _numbers("triton", triton) >= (3, 7, 1) or _numbers("numpy", numpy) < (2, 4),
-            f"triton is {triton} and numpy {numpy}; expected triton 3.7.1 or later beside "
-            f"numpy 2.4: {INSTALL}, or numpy below 2.4",
+            f"triton is {triton} and numpy {numpy}; expected triton 3.7.1 or later beside numpy 2.4: {INSTALL}, or "
+            "numpy below 2.4",
         )
 
 
@@ -95,46 +93,44 @@ def check_import_names() -> None:
             module = importlib.import_module(name)
         except ImportError as error:
             raise InputError(
-                f"`import {name}` fails ({error}); expected Ingot's own package: run the script "
-                "from the checkout, or `pip install -e .` there"
+                f"`import {name}` fails ({error}); expected Ingot's own package: run the script from the checkout, or "
+                "`pip install -e .` there"
             ) from error
         require(
             module.__file__ is not None,
-            f"`{name}` is {module}, a folder without __init__.py; expected Ingot's own package: "
-            "remove that folder from the path (PYTHONPATH, the current folder)",
+            f"`{name}` is {module}, a folder without __init__.py; expected Ingot's own package: remove that folder "
+            "from the path (PYTHONPATH, the current folder)",
         )
         folders[name] = Path(str(module.__file__)).resolve().parents[1]
     version = getattr(importlib.import_module("kernels"), "__version__", None)
     require(
         folders["kernels"] == folders["llm"] and version == KERNELS_VERSION,
-        f"`kernels` {version} comes from {folders['kernels']} and `llm` from {folders['llm']}; "
-        f"expected Ingot's own two ({KERNELS_VERSION}), side by side: another package of that name "
-        "comes first on the path; uninstall it or use a clean virtual environment",
+        f"`kernels` {version} comes from {folders['kernels']} and `llm` from {folders['llm']}; expected Ingot's own "
+        f"two ({KERNELS_VERSION}), side by side: another package of that name comes first on the path; uninstall it or "
+        "use a clean virtual environment",
     )
 
 
 def check_build_tools(
-    environ: Mapping[str, str],
-    scripts: Path = Path(sys.executable).parent,
-    headers: Path = HEADERS,
+    environ: Mapping[str, str], python: Path = Path(sys.executable).parent, headers: Path = HEADERS
 ) -> None:
-    """Raise InputError unless a C++ compiler and ninja are on PATH, or in `scripts`, and Python's headers are there.
+    """Raise InputError unless a C++ compiler and ninja are on PATH, or in `python`, and Python's headers are there.
 
-    DeepSpeed compiles a small operator when it starts; without these it dies in init_distributed.
-    `scripts`, by default the folder of this Python, joins PATH in llm.cluster.ranks.export.
+    DeepSpeed compiles a small operator when it starts; without these it dies in init_distributed. `python`, by default
+    the folder of this Python, joins PATH in llm.cluster.ranks.export.
     """
-    path = os.pathsep.join([environ.get("PATH", os.defpath), str(scripts)])
+    path = os.pathsep.join([environ.get("PATH", os.defpath), str(python)])
     compiler = (environ.get("CXX") or "c++").split()[0]
     require(
         shutil.which(compiler, path=path) is not None,
-        f"no C++ compiler: {compiler!r} ({'CXX' if environ.get('CXX') else 'the default'}) is not "
-        "on PATH; DeepSpeed compiles an operator when it starts: install one (Debian: apt-get "
-        "install g++), set CXX, or use --train.engine=plain",
+        f"no C++ compiler: {compiler!r} ({'CXX' if environ.get('CXX') else 'the default'}) is not on PATH; DeepSpeed "
+        "compiles an operator when it starts: install one (Debian: apt-get install g++), set CXX, or use "
+        "--train.engine=plain",
     )
     require(
         shutil.which("ninja", path=path) is not None,
-        "ninja is not on PATH; DeepSpeed compiles an operator with it when it starts: `pip install "
-        "ninja` in this environment, or use --train.engine=plain",
+        "ninja is not on PATH; DeepSpeed compiles an operator with it when it starts: `pip install ninja` in this "
+        "environment, or use --train.engine=plain",
     )
     require(
         (headers / "Python.h").is_file(),
@@ -146,8 +142,8 @@ def check_build_tools(
 def remove_abandoned_locks(folder: Path, proc: Path = Path("/proc")) -> None:
     """Remove the build locks under `folder` that no process of this host holds any more.
 
-    torch guards the build of an operator with a file that its holder keeps open and removes at the
-    end. A holder that was killed leaves it, and every later start would wait for it for ever.
+    torch guards the build of an operator with a file that its holder keeps open and removes at the end. A holder that
+    was killed leaves it, and every later start would wait for it for ever.
     """
     for lock in folder.glob("*/lock"):
         before = _identity(lock)
@@ -181,8 +177,8 @@ def check_native_loader() -> None:
         importlib.import_module("llm.data._native")
     except ImportError as error:
         raise InputError(
-            f"the C++ loader llm.data._native cannot be imported ({error}); build it with "
-            "`make setup`, or use --data.loader=numpy"
+            f"the C++ loader llm.data._native cannot be imported ({error}); build it with `make setup`, or use "
+            "--data.loader=numpy"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Who am I among the processes of this run: the one place that reads rank variables.
+"""The place of this process among those of the run: the one module that reads rank variables.
 
-`deepspeed`, `torchrun`, `mpirun` (Open MPI, MPICH, Intel MPI), `srun` and plain `python` start the
-same script; `discover_ranks` turns what each leaves in the environment into one `Ranks`.
+`deepspeed`, `torchrun`, `mpirun` (Open MPI, MPICH, Intel MPI), `srun` and plain `python` start the same script;
+`discover_ranks` turns what each sets in the environment into one `Ranks`.
 """
 
 from __future__ import annotations
@@ -47,35 +47,31 @@ class Ranks:
     """deepspeed, torchrun, openmpi, mpich, slurm, environment (set by hand), or python (alone)."""
 
     def __post_init__(self) -> None:
-        for name, number, size in (
-            ("rank", self.rank, self.world_size),
-            ("local rank", self.local_rank, self.local_world_size),
-        ):
-            require(
-                0 <= number < size,
-                f"{self.launcher}: {name} {number} of {size} processes; expected 0 to {size - 1}",
-            )
+        numbers = (("rank", self.rank, self.world_size), ("local rank", self.local_rank, self.local_world_size))
+        for name, number, size in numbers:
+            expected = f"expected 0 to {size - 1}"
+            require(0 <= number < size, f"{self.launcher}: {name} {number} of {size} processes; {expected}")
         require(
             self.local_world_size <= self.world_size,
             f"{self.launcher}: {self.local_world_size} processes on this host but a world size of "
             f"{self.world_size}; unset the rank variable that is left over from another run",
         )
-        require(
-            0 < self.master_port < 65536,
-            f"MASTER_PORT is {self.master_port}; expected a port from 1 to 65535",
-        )
+        port = self.master_port
+        require(0 < port < 65536, f"MASTER_PORT is {port}; expected a port from 1 to 65535")
 
 
 def discover_ranks(environ: Mapping[str, str]) -> Ranks:
     """The place of this process, from the variables that its launcher set in `environ`.
 
-    The most explicit wins: RANK and its companions (`torchrun` under `srun` has both), then Open
-    MPI's, MPICH's, then those of an `srun` step. None of these: one process, with a free port.
+    The most explicit wins: RANK and its companions (`torchrun` under `srun` has both), then Open MPI's, MPICH's, then
+    those of an `srun` step. None of these: one process, with a free port.
 
-    Raises InputError, which names the variable, when a set of variables is incomplete, contradicts
-    itself or is not made of integers.
+    Raises InputError, which names the variable, when a set of variables is incomplete, contradicts itself or is not
+    made of integers.
     """
-    if any(name in environ for name in ("RANK", "LOCAL_RANK")) or _world_size_alone(environ):
+    # `deepspeed --launcher mpich` gives WORLD_SIZE to MPICH's launcher, which sets the rest.
+    of_mpi_or_slurm = any(name in environ for name in (*OPENMPI, *MPICH, "SLURM_PROCID"))
+    if "RANK" in environ or "LOCAL_RANK" in environ or ("WORLD_SIZE" in environ and not of_mpi_or_slurm):
         return _from_rank_variables(environ)
     if any(name in environ for name in OPENMPI):
         return _from_mpi(environ, "openmpi", OPENMPI)
@@ -90,11 +86,10 @@ def discover_ranks(environ: Mapping[str, str]) -> Ranks:
 def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
     """Set in `environ` (os.environ) what torch and DeepSpeed read: once, by the launch script.
 
-    DeepSpeed looks for MPI unless all of these are set. The folder of the Python in use comes first in
-    PATH, because DeepSpeed compiles an operator with the `ninja` that pip put there, and neither ssh nor
-    an environment that was not activated has it; another version of ninja would compile it anew.
-    LOCAL_SIZE goes: where it equals the world size, DeepSpeed leaves 66 MB per rank in /dev/shm for an
-    all-reduce that training does not use.
+    DeepSpeed looks for MPI unless all of these are set. The folder of the Python in use comes first in PATH, because
+    DeepSpeed compiles an operator with the `ninja` that pip put there, and neither ssh nor an environment that was not
+    activated has it; another version of ninja would compile it anew. LOCAL_SIZE goes: where it equals the world size,
+    DeepSpeed leaves 66 MB per rank in /dev/shm for an all-reduce that training does not use.
     """
     environ["RANK"] = str(ranks.rank)
     environ["LOCAL_RANK"] = str(ranks.local_rank)
@@ -104,9 +99,9 @@ def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
     environ["MASTER_ADDR"] = ranks.master_addr
     environ["MASTER_PORT"] = str(ranks.master_port)
     environ.setdefault("TORCH_EXTENSIONS_DIR", str(operator_folder()))
-    scripts = str(Path(sys.executable).parent)
-    others = [folder for folder in environ.get("PATH", os.defpath).split(os.pathsep) if folder != scripts]
-    environ["PATH"] = os.pathsep.join([scripts, *others])
+    python = str(Path(sys.executable).parent)
+    others = [folder for folder in environ.get("PATH", os.defpath).split(os.pathsep) if folder != python]
+    environ["PATH"] = os.pathsep.join([python, *others])
 
 
 def operator_folder() -> Path:
@@ -115,24 +110,25 @@ def operator_folder() -> Path:
     Each host has its own, so that llm.cluster.preflight can tell the lock of a build that was killed.
     """
     name = f"ingot-{os.uname().nodename}-{sys.implementation.cache_tag}"
-    return Path.home() / ".cache" / "torch_extensions" / name
+    return Path.home() / ".cache/torch_extensions" / name
 
 
 def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) -> None:
     """Make the default process group: NCCL when `device` is a CUDA device, else Gloo.
 
-    Every later collective on it ends with an error after `timeout_seconds`. Raises RendezvousError,
-    with what to look at, when the ranks do not all meet within that time.
+    Every later collective on it ends with an error after `timeout_seconds`. Raises RendezvousError, with what to look
+    at, when the ranks do not all meet within that time.
     """
     import torch
     import torch.distributed as dist
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    host = f"[{ranks.master_addr}]" if ":" in ranks.master_addr else ranks.master_addr  # an IPv6 address in a URL
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{_url_host(ranks.master_addr)}:{ranks.master_port}",
+            init_method=f"tcp://{host}:{ranks.master_port}",
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timedelta(seconds=timeout_seconds),
@@ -141,13 +137,12 @@ def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) ->
         hint = "that no other program listens on the port"
         if ranks.world_size > ranks.local_world_size:
             hint += (
-                ", that every host was started, reaches that address, and has GLOO_SOCKET_IFNAME "
-                "or NCCL_SOCKET_IFNAME set to its interface on that network"
+                ", that every host was started, reaches that address, and has GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME "
+                "set to its interface on that network"
             )
         raise RendezvousError(
-            f"rank {ranks.rank} of {ranks.world_size} did not meet the others at "
-            f"{ranks.master_addr}:{ranks.master_port} within {timeout_seconds:g} s; "
-            f"check {hint}. Cause: {error}"
+            f"rank {ranks.rank} of {ranks.world_size} did not meet the others at {ranks.master_addr}:"
+            f"{ranks.master_port} within {timeout_seconds:g} s; check {hint}. Cause: {error}"
         ) from error
 
 
@@ -187,29 +182,17 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name)
     if text is None:
         raise InputError(
-            f"{name} is not set, but other rank variables are; start with deepspeed, torchrun, "
-            "mpirun or srun, or unset RANK, LOCAL_RANK, WORLD_SIZE for a single process"
+            f"{name} is not set, but other rank variables are; start with deepspeed, torchrun, mpirun or srun, or "
+            "unset RANK, LOCAL_RANK, WORLD_SIZE for a single process"
         )
-    require(
-        re.fullmatch(r"[0-9]{1,9}", text) is not None,
-        f"{name} is {text!r}; expected a whole number",
-    )
+    require(re.fullmatch(r"[0-9]{1,9}", text) is not None, f"{name} is {text!r}; expected a whole number")
     return int(text)
 
 
-def _master_addr(environ: Mapping[str, str]) -> str:
+def _master(environ: Mapping[str, str]) -> tuple[str, int]:
+    """MASTER_ADDR and MASTER_PORT."""
     require(bool(environ.get("MASTER_ADDR")), "MASTER_ADDR is not set; expected the host of rank 0")
-    return environ["MASTER_ADDR"]
-
-
-def _url_host(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _world_size_alone(environ: Mapping[str, str]) -> bool:
-    # `deepspeed --launcher mpich` gives WORLD_SIZE to MPICH's launcher, which sets the rest.
-    others = (*OPENMPI, *MPICH, "SLURM_PROCID")
-    return "WORLD_SIZE" in environ and not any(name in environ for name in others)
+    return environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
 
 
 def _from_rank_variables(environ: Mapping[str, str]) -> Ranks:
@@ -217,29 +200,22 @@ def _from_rank_variables(environ: Mapping[str, str]) -> Ranks:
     sizes = {_integer(environ, name) for name in local or ["LOCAL_WORLD_SIZE"]}
     require(
         len(sizes) == 1,
-        f"LOCAL_WORLD_SIZE is {environ.get('LOCAL_WORLD_SIZE')} but LOCAL_SIZE is "
-        f"{environ.get('LOCAL_SIZE')}; expected the same number: unset the stray one",
+        f"LOCAL_WORLD_SIZE is {environ.get('LOCAL_WORLD_SIZE')} but LOCAL_SIZE is {environ.get('LOCAL_SIZE')}; "
+        "expected the same number: unset the stray one",
     )
     launcher = "environment"
     if "TORCHELASTIC_RUN_ID" in environ:
         launcher = "torchrun"
     elif "CROSS_RANK" in environ:
         launcher = "deepspeed"
-    return Ranks(
-        rank=_integer(environ, "RANK"),
-        local_rank=_integer(environ, "LOCAL_RANK"),
-        world_size=_integer(environ, "WORLD_SIZE"),
-        local_world_size=sizes.pop(),
-        master_addr=_master_addr(environ),
-        master_port=_integer(environ, "MASTER_PORT"),
-        launcher=launcher,
-    )
+    rank, local_rank, world_size = (_integer(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return Ranks(rank, local_rank, world_size, sizes.pop(), *_master(environ), launcher)
 
 
 def _from_mpi(environ: Mapping[str, str], launcher: str, names: Sequence[str]) -> Ranks:
     rank, local_rank, world_size, local_world_size = (_integer(environ, name) for name in names)
     if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
-        address, port = _master_addr(environ), _integer(environ, "MASTER_PORT")
+        address, port = _master(environ)
     else:
         address, port = _agree_through_mpi(rank, world_size, one_host=local_world_size == world_size)
     return Ranks(rank, local_rank, world_size, local_world_size, address, port, launcher)
@@ -248,8 +224,8 @@ def _from_mpi(environ: Mapping[str, str], launcher: str, names: Sequence[str]) -
 def _agree_through_mpi(rank: int, world_size: int, *, one_host: bool) -> tuple[str, int]:
     """Rank 0's address and a free port there, told to all by an MPI broadcast.
 
-    MPI is closed again at once: a process that left it open would wait at its exit for the others,
-    and an error on one rank would hang.
+    MPI is closed again at once: a process that left it open would wait at its exit for the others, and an error on one
+    rank would hang.
     """
     try:
         import mpi4py
@@ -259,30 +235,26 @@ def _agree_through_mpi(rank: int, world_size: int, *, one_host: bool) -> tuple[s
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
         raise InputError(
-            "mpirun started this process without MASTER_ADDR and MASTER_PORT, and mpi4py, through "
-            f"which the ranks would agree on them, does not work here ({error}); install mpi4py "
-            "and an MPI library (Debian: apt-get install openmpi-bin), or set both variables "
-            "(Open MPI: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500)"
+            "mpirun started this process without MASTER_ADDR and MASTER_PORT, and mpi4py, through which the ranks "
+            f"would agree on them, does not work here ({error}); install mpi4py and an MPI library (Debian: apt-get "
+            "install openmpi-bin), or set both variables (Open MPI: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500)"
         ) from error
     MPI.Init()
     found = MPI.COMM_WORLD.Get_size()
-    place = bytearray(256)
+    message = bytearray(256)
     if rank == 0:
         address = LOOPBACK if one_host else _own_address()
         text = f"{address} {free_port()}".encode()
-        place[: len(text)] = text
-    MPI.COMM_WORLD.Bcast(place, root=0)
+        message[: len(text)] = text
+    MPI.COMM_WORLD.Bcast(message, root=0)
     MPI.Finalize()
     require(
         found == world_size,
-        f"mpirun started {world_size} processes but mpi4py's MPI library sees {found}; "
-        "use the mpirun of the library that mpi4py loads",
+        f"mpirun started {world_size} processes but mpi4py's MPI library sees {found}; use the mpirun of the library "
+        "that mpi4py loads",
     )
-    address, port = place.rstrip(b"\0").decode().split(" ")
-    require(
-        address != "",
-        "the host of rank 0 has only loopback addresses; set MASTER_ADDR and MASTER_PORT",
-    )
+    address, port = message.rstrip(b"\0").decode().split(" ")
+    require(address != "", "the host of rank 0 has only loopback addresses; set MASTER_ADDR and MASTER_PORT")
     return address, int(port)
 
 
@@ -315,8 +287,8 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     node = _integer(environ, "SLURM_NODEID")
     require(
         node < len(per_node) and sum(per_node) == world_size,
-        f"SLURM_NODEID is {node} and SLURM_STEP_NUM_TASKS {world_size}, which do not fit "
-        f"SLURM_STEP_TASKS_PER_NODE = {per_node}",
+        f"SLURM_NODEID is {node} and SLURM_STEP_NUM_TASKS {world_size}, which do not fit SLURM_STEP_TASKS_PER_NODE = "
+        f"{per_node}",
     )
     # Below Linux's ephemeral ports; two steps of one job get two ports.
     job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")

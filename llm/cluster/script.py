@@ -1,4 +1,4 @@
-"""How a script that several ranks run begins and ends: its place, its watch, what it says of a failure, exit codes."""
+"""Start and end of a launch script on every rank: watching its launcher, explaining a failure, the exit code."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """Ranks end themselves when their launcher dies.
 
-`kill -9` of the `deepspeed` runner leaves its child `deepspeed.launcher.launch` and all ranks
-running, with nobody to stop them and the GPUs taken. So each rank watches the processes that
-started it. A thread polls: it is visible, needs no signal, and works where the launcher is not the
-direct parent, which PR_SET_PDEATHSIG does not. A rank that hangs while it holds the interpreter's
-lock cannot poll; the other ranks end, and then `deepspeed.launcher.launch` ends it.
+`kill -9` of `deepspeed` leaves its child `deepspeed.launcher.launch` and all ranks running, with nobody to stop them
+and the GPUs taken. So each rank watches the processes that started it. A thread polls: it is visible, needs no signal,
+and works where the launcher is not the direct parent, which PR_SET_PDEATHSIG does not. A rank that hangs while it holds
+the interpreter's lock cannot poll; the other ranks end, and then `deepspeed.launcher.launch` ends it.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ MODULES = {
     *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
     *("torch.distributed.run", "torch.distributed.launch"),
 }
-# What launchers run on other hosts through ssh. Users do not type these, so an ssh session whose
-# command holds one belongs to the job, while `ssh host 'nohup deepspeed ... &'` may end before it.
+# What launchers run on other hosts through ssh. Users do not type these, so an ssh session whose command holds one
+# belongs to the job, while `ssh host 'nohup deepspeed ... &'` may end before it.
 REMOTE = ("deepspeed.launcher.launch", "orted", "prted", "hydra_pmi_proxy", "hydra_bstrap_proxy")
 
 
@@ -80,8 +79,8 @@ def is_launcher(argv: Sequence[str]) -> bool:
 def launcher_chain(pid: int, proc: Path = PROC) -> list[Process]:
     """The ancestors of `pid` up to the launcher that the user started, nearest first.
 
-    Climbs while the ancestor is a launcher, or a shell between two of them; over ssh, up to the
-    session (sshd) that runs the launcher's part on this host. Empty: no launcher started it.
+    Climbs while the ancestor is a launcher, or a shell between two of them; over ssh, up to the session (sshd) that
+    runs the launcher's part on this host. Empty: no launcher started it.
     """
     chain: list[Process] = []
     shells: list[Process] = []
@@ -101,7 +100,7 @@ def launcher_chain(pid: int, proc: Path = PROC) -> list[Process]:
 
 
 def orphaned(chain: Sequence[Process], proc: Path = PROC) -> bool:
-    """Whether the runner above DeepSpeed's per-host launcher had died before `chain` was read."""
+    """Whether `deepspeed`, above its launcher on this host, had died before `chain` was read."""
     if not chain or "deepspeed.launcher.launch" not in chain[-1].argv:
         return False
     parent = read_process(chain[-1].parent, proc)
@@ -128,13 +127,14 @@ class LauncherWatch:
     def start(cls) -> LauncherWatch:
         """Find the launcher and watch it from now on; plain `python` starts no thread.
 
-        Call it first in the launch script: a launcher that dies before this call is noticed only
-        when it is DeepSpeed's. Without /proc (macOS) the parent is watched, whatever it is.
+        Call it first in the launch script: a launcher that dies before this call is noticed only when it is
+        DeepSpeed's. Without /proc (macOS) the parent is watched, whatever it is.
         """
-        watch = cls(launcher_chain(os.getpid()) if PROC.joinpath("self/stat").exists() else ())
+        has_proc = PROC.joinpath("self/stat").exists()
+        watch = cls(launcher_chain(os.getpid()) if has_proc else ())
         if orphaned(watch.chain):
             _end("the launcher that started this process")
-        if watch.chain or not PROC.joinpath("self/stat").exists():
+        if watch.chain or not has_proc:
             threading.Thread(target=watch._run, name="launcher-watch", daemon=True).start()
         return watch
 

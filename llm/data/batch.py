@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -29,6 +31,17 @@ class Step:
 
     batches: list[Batch]
     target_count: int
-    """Targets that count, over all ranks, as long as no packed sample was replaced."""
-    replaced_targets: int = 0
-    """By how much replacing damaged samples changed this rank's targets: the sum over ranks belongs to target_count."""
+    """Targets that count, over all ranks, as planned: before any sample is replaced."""
+    skipped_samples: int | None = None
+    """Samples of this rank that could not be read and were replaced; None: data.damaged is stop."""
+    replaced_targets: int | None = None
+    """By how much that changed this rank's targets: the sum over the data-parallel ranks belongs to target_count.
+    None where it cannot: data.damaged is stop, or samples are chunks."""
+
+
+def batch_of(*arrays: NDArray | None) -> Batch:
+    """The fields of a Batch, in order, as tensors over the same memory; pinned, by a copy, when there is a GPU."""
+    tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
+    if torch.cuda.is_available():
+        tensors = [None if tensor is None else tensor.pin_memory() for tensor in tensors]
+    return Batch(*tensors)  # pyright: ignore[reportArgumentType]

@@ -14,8 +14,8 @@ from torch import Tensor
 from llm.data.batch import Batch, Step
 from llm.data.samples.sampler import Share
 from llm.data.samples.schedule import Curriculum, SchedulePhase
-from llm.data.tokens.shards import DamagedFile, ShardList
-from llm.errors import InputError
+from llm.data.tokens.shards import ShardList
+from llm.errors import DamagedFile, InputError
 
 RING_BYTES = 1 << 19  # assembled ahead, within these bounds of steps: little, to stay in the processor's cache
 FEWEST_STEPS, MOST_STEPS = 3, 16
@@ -89,30 +89,26 @@ class Slot:
     def n_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in vars(self).values())
 
-    def batches(self, phase: SchedulePhase, share: Share, dtype: torch.dtype, masks: bool, packed: bool) -> list[Batch]:
+    def batches(self, phase: SchedulePhase, share: Share, dtype: torch.dtype) -> list[Batch]:
         """Its micro-batches in a phase, with room for any number of documents in cu_seqlens."""
         rows, T, B = share.rows(phase), phase.seq_len, share.micro_batch
-        tokens = self.tokens[: rows * (T + 1) * dtype.itemsize].view(dtype).view(-1, B, T + 1)
-        position_ids = self.position_ids[: rows * T].view(-1, B, T) if masks else None
-        starts = self.cu_seqlens[: rows // B * (B * T + 1)].view(-1, B * T + 1) if masks else None
-        counted = self.counted[: rows * T].view(-1, B, T) if packed else None
-        return [
-            Batch(
-                tokens[i],
-                self.sample_ids[i * B : (i + 1) * B],
-                None if position_ids is None else position_ids[i],
-                None if starts is None else starts[i],
-                None if counted is None else counted[i],
-            )
-            for i in range(rows // B)
-        ]
+        views = {
+            "tokens": self.tokens[: rows * (T + 1) * dtype.itemsize].view(dtype).view(-1, B, T + 1),
+            "sample_ids": self.sample_ids[:rows].view(-1, B),
+        }
+        if self.position_ids.numel():
+            views["position_ids"] = self.position_ids[: rows * T].view(-1, B, T)
+            views["cu_seqlens"] = self.cu_seqlens[: rows // B * (B * T + 1)].view(-1, B * T + 1)
+        if self.counted.numel():
+            views["counted"] = self.counted[: rows * T].view(-1, B, T)
+        return [Batch(**{name: view[i] for name, view in views.items()}) for i in range(rows // B)]
 
 
 def masked(views: dict[tuple[int, int], Step], slot: int, phase: int, batch: int, documents: int) -> Batch:
     """A micro-batch of a slot in a phase when it has so many documents."""
-    whole = views[slot, phase].batches[batch]
-    assert whole.cu_seqlens is not None
-    return dataclasses.replace(whole, cu_seqlens=whole.cu_seqlens[: documents + 1])
+    view = views[slot, phase].batches[batch]
+    assert view.cu_seqlens is not None
+    return dataclasses.replace(view, cu_seqlens=view.cu_seqlens[: documents + 1])
 
 
 class NativeLoader:
@@ -124,9 +120,9 @@ class NativeLoader:
         corpora: Sequence[ShardList],
         curriculum: Curriculum,
         share: Share,
-        *,
         seed: int,
         consumed: int,
+        *,
         packed: bool,
         document_masks: bool,
         skip_damaged: bool,
@@ -134,13 +130,13 @@ class NativeLoader:
     ) -> None:
         """dtype: of the tokens, that of the files or int64."""
         self._native, self._phases, self._share = native, curriculum.phases, share
-        self._dtype, self._masks, self._packed = dtype, document_masks, packed
+        self._dtype, self._masks, self._packed, self._skip = dtype, document_masks, packed, skip_damaged
         cache = native.FileCache()
         opened = []
         for shards in corpora:
             tokens = NativeCorpus(native, shards, cache)
-            used = shards.plans if packed else {}
-            plans = {T: native.PackPlan(path, T, len(tokens)) for T, path in used.items()}
+            listed = shards.plans if packed else {}
+            plans = {T: native.PackPlan(path, T, len(tokens)) for T, path in listed.items()}
             opened.append((tokens.inner, shards.eod_id, shards.eod_first, plans))
         sampler = native.Sampler(
             corpora=opened,
@@ -164,7 +160,7 @@ class NativeLoader:
         arrays = [tuple(tensor.numpy() for tensor in vars(slot).values()) for slot in self._slots]
         self._ring = native.Prefetcher(sampler, consumed, arrays, THREADS)
         self._curriculum = curriculum
-        self.consumed, self.skipped, self.wait_seconds = consumed, 0, 0.0
+        self.consumed, self.wait_seconds = consumed, 0.0
 
     def next_step(self) -> Step:
         start = time.perf_counter()
@@ -173,17 +169,17 @@ class NativeLoader:
         except self._native.DamagedFile as error:
             raise DamagedFile(str(error)) from error
         step = self._views.get((slot, phase)) or self._view(slot, phase, target_count)
-        if self._masks:
-            batches = [self._masked(slot, phase, i, n) for i, n in enumerate(documents)]
-            step = Step(batches, target_count, replaced_targets)
+        if self._masks or self._skip:
+            batches = [self._masked(slot, phase, i, n) for i, n in enumerate(documents)] or step.batches
+            changed = replaced_targets if self._skip and self._packed else None
+            step = Step(batches, target_count, skipped if self._skip else None, changed)
         self.consumed += self._phases[phase].global_batch
-        self.skipped += skipped
         self.wait_seconds += time.perf_counter() - start
         return step
 
     def _view(self, slot: int, phase: int, target_count: int) -> Step:
         """The tensors of a slot in a phase; without masks they and the count of targets are the same each time."""
-        batches = self._slots[slot].batches(self._phases[phase], self._share, self._dtype, self._masks, self._packed)
+        batches = self._slots[slot].batches(self._phases[phase], self._share, self._dtype)
         self._views[slot, phase] = Step(batches, target_count)
         return self._views[slot, phase]
 

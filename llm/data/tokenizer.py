@@ -42,10 +42,7 @@ class Tokenizer:
         kinds = (parts["model"]["type"], (parts["decoder"] or {}).get("type"))
         require(kinds == ("BPE", "ByteLevel"), f"the tokenizer is {kinds}; expected byte-level BPE")
         vocabulary = inner.get_vocab(with_added_tokens=True)
-        require(
-            END_OF_DOCUMENT in vocabulary,
-            f"the tokenizer has no end-of-document token {END_OF_DOCUMENT}",
-        )
+        require(END_OF_DOCUMENT in vocabulary, f"the tokenizer has no end-of-document token {END_OF_DOCUMENT}")
         self._inner = inner
         self._added = {int(i) for i in inner.get_added_tokens_decoder()}
         self.vocab_size: int = max(vocabulary.values()) + 1

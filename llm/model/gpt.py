@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias, cast
 
 from torch import Tensor, nn
 
-from kernels.gelu import bias_gelu
+from kernels.gelu import gelu
 from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
 from llm.config import ModelConfig
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         if self.config.activation == "gelu":
-            return bias_gelu(x, None, impl=self.impl)
+            return gelu(x, impl=self.impl)
         return swiglu(x, impl=self.impl)
 
 

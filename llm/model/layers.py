@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
+from kernels.cross_entropy import Vocabulary, linear_cross_entropy
 from kernels.dropout import dropout
 from kernels.embedding import embedding
-from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.philox import DropoutKey
-from kernels.vocabulary import Vocabulary
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
@@ -137,7 +136,7 @@ class LanguageModelHead(nn.Module):
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """[..., C], int64 [...] -> fp32 []: the sum of -log p(target) over targets that are not IGNORED_TARGET.
 
-        In training the z-loss is added to it (kernels/linear_cross_entropy.py).
+        In training the z-loss is added to it (kernels/cross_entropy/linear.py).
         """
         return self(x, targets)
 

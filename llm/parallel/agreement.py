@@ -1,4 +1,4 @@
-"""Small agreements between ranks, without pickle: strings travel as bytes in tensors."""
+"""What the ranks of a process group (by default all) agree on, without pickle: strings travel as bytes in tensors."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from llm.errors import Agreed, InputError
+from llm.errors import Agreed, CheckpointError, InputError
 
 T = TypeVar("T")
 MESSAGE_BYTES = 4096
 
 
-def backend_device() -> torch.device:
-    """Where the default group's backend can see a tensor."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+def backend_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where the group's backend can see a tensor."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def _pack(text: str | None) -> torch.Tensor:
-    """The text's length + 1 (0: no text) and its bytes, cut to MESSAGE_BYTES."""
+    """uint8 [8 + MESSAGE_BYTES]: the text's length + 1 (0: no text) and its bytes, cut to MESSAGE_BYTES."""
     message = torch.zeros(MESSAGE_BYTES + 8, dtype=torch.uint8)
     if text is not None:
         data = text.encode()[:MESSAGE_BYTES]
         message[:8] = torch.tensor([len(data) + 1]).view(torch.uint8)
         message[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else message[:0]
-    return message.to(backend_device())
+    return message
 
 
 def _unpack(message: torch.Tensor) -> str | None:
@@ -35,41 +35,44 @@ def _unpack(message: torch.Tensor) -> str | None:
     return None if length < 0 else bytes(message[8 : 8 + length].tolist()).decode(errors="replace")
 
 
-def exchange(text: str | None) -> list[str | None]:
-    """Every rank's text, by rank; a barrier too. Texts are cut to 4096 bytes."""
-    mine = _pack(text)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return [_unpack(message) for message in everyone]
+def exchange(text: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
+    """Every rank's text, by rank, cut to 4096 bytes. A barrier."""
+    message = _pack(text).to(backend_device(group))
+    messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(messages, message, group)
+    return [_unpack(message) for message in messages]
 
 
-def exchange_errors(error: str | None) -> str | None:
+def exchange_errors(error: str | None, group: dist.ProcessGroup | None = None) -> str | None:
     """The first rank's error, on every rank; None if no rank had one. A barrier."""
-    return next((text for text in exchange(error) if text is not None), None)
+    return next((text for text in exchange(error, group) if text is not None), None)
 
 
-def broadcast(text: str) -> str:
-    """Rank 0's text, on every rank; cut to 4096 bytes."""
-    message = _pack(text)
-    dist.broadcast(message, src=0)
+def broadcast(text: str, group: dist.ProcessGroup | None = None) -> str:
+    """The text of the group's rank 0, on every rank; cut to 4096 bytes."""
+    message = _pack(text).to(backend_device(group))
+    dist.broadcast(message, group_src=0, group=group)
     return _unpack(message) or ""
 
 
-def together(action: Callable[[], T]) -> T:
-    """Run `action` on every rank; if it fails on any, every rank raises.
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `action` on every rank of the group; if it fails on any, every rank raises.
 
     So no rank waits for one that has gone, and all of them exit with the same code. Collective; `action` must not
-    communicate. Raises Agreed with the first InputError's message, or RuntimeError with that of another failure.
+    communicate. Raises what the first rank that failed has raised: Agreed for an InputError, a CheckpointError, or
+    RuntimeError for any other failure.
     """
-    result, problem, error = None, None, None
+    result, cause, error = None, None, None
     try:
         result = action()
     except InputError as failure:
         error = f"input:{failure}"
+    except CheckpointError as failure:
+        cause, error = failure, f"checkpoint:{failure}"
     except Exception as failure:  # noqa: BLE001 - whatever it was, the others must hear of it
-        problem, error = failure, f"other:rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
-    first = exchange_errors(error)
+        cause, error = failure, f"other:rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
+    first = exchange_errors(error, group)
     if first is None:
         return result  # pyright: ignore[reportReturnType]
     kind, message = first.split(":", 1)
-    raise Agreed(message) if kind == "input" else RuntimeError(message) from problem
+    raise {"input": Agreed, "checkpoint": CheckpointError, "other": RuntimeError}[kind](message) from cause

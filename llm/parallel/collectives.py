@@ -67,8 +67,8 @@ def batch_first(x: Tensor, size: int) -> Tensor:
 class CopyToTensorParallel(torch.autograd.Function):
     """f: identity forward, all-reduce backward.
 
-    It stands where what every rank holds whole is used by each rank for a part of the result: a replicated activation
-    that enters a split layer, or a replicated weight that meets a part of the sequence.
+    For a replicated tensor of which each rank makes a part of the result: an activation that enters a split layer, or a
+    weight that is applied to a part of the sequence.
     """
 
     @staticmethod
@@ -82,10 +82,7 @@ class CopyToTensorParallel(torch.autograd.Function):
 
 
 class ReduceFromTensorParallel(torch.autograd.Function):
-    """g: all-reduce forward, identity backward.
-
-    It stands where each rank holds a partial sum of a replicated activation.
-    """
+    """g: all-reduce forward, identity backward, for an activation of which each rank holds a partial sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:

@@ -62,17 +62,17 @@ class TensorParallel:
         return TensorParallel(group.rank(), group.size(), group.group_name, sequence_parallel)
 
     def slice(self, shape: tuple[int, ...], dim: int) -> Slice:
-        """This rank's slice along `dim`, in equal parts; the last ranks' are cut short where it does not divide."""
+        """This rank's slice along `dim`: equal parts, of which the last are shorter where `dim` does not divide."""
         part = -(-shape[dim] // self.size)
         start = min(self.rank * part, shape[dim])
         return Slice(shape, dim, start, min(start + part, shape[dim]))
 
     def local_positions(self, positions: Tensor) -> Tensor:
-        """Those of the T positions [T], or [B, T], that activations between split layers have on this rank."""
+        """[T] or [B, T] -> the positions of this rank's activations between the split layers."""
         return positions.chunk(self.size, dim=-1)[self.rank] if self.sequence_parallel else positions
 
     def enter(self, x: Tensor) -> Tensor:
-        """An activation from between the split layers, whole, as the ranks share its use."""
+        """The input [B, T, C] of a split layer, from an activation between the split layers."""
         return gather_sequence(x, self.size, self.name) if self.sequence_parallel else f(x, self.name)
 
     def leave(self, partial: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ColumnLinear(torch.autograd.Function):
     """y_tp = x W_tp^T + b_tp for x as it is held between the split layers.
 
     Backward computes the input's gradient first and sends it to the other ranks while it computes the weight's. With
-    sequence parallelism only this rank's part of x is kept; the whole is gathered again, while the input's gradient is
+    sequence parallelism only this rank's part of x is kept; all of x is gathered again, while the input's gradient is
     computed.
     """
 

@@ -1,4 +1,4 @@
-"""Made-up batches, the same for a layout and its oracle: no corpus is needed, and every rank can make them."""
+"""Random batches that every rank can make without a corpus: for layouts, their oracle, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from torch import Tensor
 
 from llm.config import RunConfig
 from llm.model.layers import IGNORED_TARGET, Documents
-from llm.parallel.mesh import Mesh
 from llm.train.engines.base import MicroBatch
 
-DOCUMENTS = 4  # that begin within a row, on average, where documents are told apart
+DOCUMENTS = 4  # that begin within a row, on average, with data.document_masks
 
 
 def counted_targets(batch: int, length: int) -> list[int]:
@@ -21,9 +20,10 @@ def counted_targets(batch: int, length: int) -> list[int]:
     return [length - length * i // batch for i in range(batch)]
 
 
-def target_count(config: RunConfig) -> int:
+def target_count(config: RunConfig, *, ragged: bool = True) -> int:
     """Targets of a global batch that count."""
-    return sum(counted_targets(config.train.global_batch_size, config.data.seq_len))
+    G, T = config.train.global_batch_size, config.data.seq_len
+    return sum(counted_targets(G, T)) if ragged else G * T
 
 
 def documents_of(begins: Tensor) -> Documents:
@@ -31,28 +31,30 @@ def documents_of(begins: Tensor) -> Documents:
     begins = begins.clone()
     begins[:, 0] = True
     (starts,) = begins.flatten().nonzero(as_tuple=True)
-    places = torch.arange(begins.numel())
     cu_seqlens = torch.cat([starts, torch.tensor([begins.numel()])])
-    position_ids = places - starts.repeat_interleave(cu_seqlens.diff())
+    position_ids = torch.arange(begins.numel()) - starts.repeat_interleave(cu_seqlens.diff())
     return Documents(position_ids.view(begins.shape), cu_seqlens.to(torch.int32))
 
 
-def micro_batches(config: RunConfig, step: int, device: torch.device, mesh: Mesh | None = None) -> list[MicroBatch]:
-    """A data-parallel rank's micro-batches of a step; without a mesh those of the whole global batch.
+def micro_batches(
+    config: RunConfig, step: int, device: torch.device, *, dp_rank: int = 0, dp_size: int = 1, ragged: bool = True
+) -> list[MicroBatch]:
+    """A data-parallel rank's micro-batches of a step.
 
     Tokens are uniform over the vocabulary, from a generator keyed by the seed and the step, and so are the places where
-    documents begin, with data.document_masks; sample numbers are global.
+    documents begin, with data.document_masks; sample numbers are global. Without `ragged` every target counts.
     """
     G, T, size = config.train.global_batch_size, config.data.seq_len, config.train.micro_batch_size
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     tokens = torch.randint(0, config.model.vocab_size, (G, T + 1), generator=generator)
     targets = tokens[:, 1:].clone()
-    for sample, counted in enumerate(counted_targets(G, T)):
-        targets[sample, counted:] = IGNORED_TARGET
+    if ragged:
+        for sample, counted in enumerate(counted_targets(G, T)):
+            targets[sample, counted:] = IGNORED_TARGET
     begins = torch.rand(G, T, generator=generator) < DOCUMENTS / T
     samples = torch.arange(step * G, (step + 1) * G)
-    share = G // mesh.dp_size if mesh is not None else G
-    first = mesh.dp_rank * share if mesh is not None else 0
+    share = G // dp_size
+    first = dp_rank * share
     positions = torch.arange(T, device=device)
     batches = []
     for start in range(first, first + share, size):

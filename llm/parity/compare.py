@@ -1,4 +1,4 @@
-"""How far two results may lie apart, and whether they do.
+"""How far two results may lie apart, and whether they lie further.
 
 The bounds are those of two correct programs that add the same numbers in another order. |.| is the 2-norm of a whole
 tensor or of a scalar, g_all all gradients together; o is the oracle's result in the layout's precision, e in fp32:
@@ -89,11 +89,11 @@ def joint_size(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(size(tensor) ** 2 for tensor in tensors))
 
 
-def gradient_check(name: str, step: int, found: Tensor, own: Tensor, exact: Tensor, whole: float) -> Check:
-    """`own`: the oracle's in the layout's precision; `exact`: in fp32, the same tensor where that is the precision."""
+def gradient_check(name: str, step: int, found: Tensor, own: Tensor, exact: Tensor, all_gradients: float) -> Check:
+    """`own`: the oracle's in the layout's precision; `exact`: in fp32 (the same tensor); `all_gradients`: |g_all|."""
     expected = size(exact)
     bound = GRADIENT * expected if own is exact else LOW_PRECISION * distance(own, exact)
-    return Check("gradient", name, step, distance(found, exact), bound + NORM_SHARE * whole, expected)
+    return Check("gradient", name, step, distance(found, exact), bound + NORM_SHARE * all_gradients, expected)
 
 
 def norm_check(step: int, found: float, gradients: Iterable[Tensor]) -> Check:
@@ -104,8 +104,8 @@ def norm_check(step: int, found: float, gradients: Iterable[Tensor]) -> Check:
 
 def state_check(kind: str, name: str, step: int, found: Tensor, expected: Tensor, *, same: bool) -> Check:
     """A weight (`kind` "master") or moment after an update; `same`: there was none, so that no bit may change."""
-    quantity, whole = {"master": "weight"}.get(kind, kind), size(expected)
-    return Check(quantity, name, step, distance(found, expected), 0.0 if same else UPDATE * whole, whole)
+    quantity, norm = {"master": "weight"}.get(kind, kind), size(expected)
+    return Check(quantity, name, step, distance(found, expected), 0.0 if same else UPDATE * norm, norm)
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,31 @@
-"""The layout that is verified: its engine, and each of its steps as what the oracle needs to judge it."""
+"""The layout that is compared: its engine, and each of its steps gathered on rank 0 for the oracle."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
 from llm.model.gpt import GPT
 from llm.model.layers import DenseLayers
-from llm.parallel.agreement import exchange
+from llm.parallel.agreement import backend_device, exchange
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import micro_batches, target_count
-from llm.parity.gather import Shapes, State, gather_gradients, gather_state, shared_names
-from llm.slices import slice_of
+from llm.slices import Slice, slice_of
 from llm.train.build import build_engine
-from llm.train.engines.base import MOMENTS, StepResult
+from llm.train.engines.base import MOMENTS, Engine, MicroBatch, StepResult
 from llm.train.guard import compare_replicas
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+State: TypeAlias = dict[tuple[str, str], Tensor]
+"""By (parameter, kind): fp32 on the CPU, in the global shape."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def global_shapes(config: RunConfig) -> Shapes:
 
 
 class Layout:
-    """An engine built as a run would build it. Every method is collective."""
+    """The engine, built as a run builds it, and its state on rank 0. Every method is collective."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
@@ -67,19 +72,22 @@ class Layout:
 
     def step(self, number: int) -> StepRecord:
         before, scalars = self.state, self.engine.scalar_state()
-        batches = micro_batches(self.config, number, self.device, self.mesh)
-        loss = self.engine.forward_backward(batches, target_count(self.config))
+        loss = self.engine.forward_backward(self._batches(number), target_count(self.config))
         gradients = gather_gradients(self.engine, self.names)
         result = self.engine.step()
-        self._agree(number, loss=loss, grad_norm=result.grad_norm, skipped=result.skipped)
+        self._note_differences(number, loss=loss, grad_norm=result.grad_norm, skipped=result.skipped)
         self.note([f"step {number}: {finding}" for finding in compare_replicas(self.engine, self.mesh)])
         self.updates += not result.skipped
         self.state = self._gather()
         return StepRecord(number, before, scalars, loss, gradients, result, self.state)
 
     def validation_loss(self, number: int) -> float:
-        total, count = self.engine.evaluate(micro_batches(self.config, number, self.device, self.mesh))
+        total, count = self.engine.evaluate(self._batches(number))
         return total / count if count else math.nan
+
+    def _batches(self, number: int) -> list[MicroBatch]:
+        mesh = self.mesh
+        return micro_batches(self.config, number, self.device, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
 
     def _gather(self) -> State:
         kinds = ("master", *MOMENTS) if self.updates else ("master",)
@@ -87,9 +95,103 @@ class Layout:
         self.note(problems)
         return state
 
-    def _agree(self, number: int, **values: float) -> None:
-        """Note what the ranks do not report alike."""
+    def _note_differences(self, number: int, **values: float) -> None:
+        """Note the values that are not equal on all ranks."""
         for name, value in values.items():
             found = exchange(repr(value))
             if len(set(found)) > 1:
                 self.note([f"step {number}: ranks differ in {name}: {', '.join(map(str, found))}"])
+
+
+# --- gradients and state as global tensors on rank 0 ---
+#
+# No engine is asked which elements it holds: every piece says so itself. Tensors travel one at a time.
+
+
+class Gathered:
+    """A gathered state as the WeightSource that an engine loads from."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def read_slice(self, name: str, kind: str, part: Slice) -> Tensor:
+        return part.take(self.state[name, kind]).clone()  # the engine may keep it as its own
+
+
+def shared_names(names: Iterable[str], expected: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The expected names that every rank has, and what is wrong with the rest. Collective."""
+    expected, names = list(expected), set(names)
+    present = torch.tensor([name in names for name in expected], dtype=torch.int32)
+    on_all = _all_reduce(present, dist.ReduceOp.MIN)
+    missing = [name for name, found in zip(expected, on_all, strict=True) if not found]
+    problems = [f"{name}: the oracle has this parameter, the layout does not" for name in missing]
+    problems += [f"{name}: the layout has this parameter, the oracle does not" for name in names - set(expected)]
+    return [name for name in expected if name not in missing], _of_all_ranks(problems)
+
+
+def gather_gradients(engine: Engine, names: Sequence[str]) -> dict[str, Tensor]:
+    """Every accumulated gradient on rank 0, nothing on the others. Collective."""
+    gradients = {}
+    for name in names:
+        gradient = engine.gradient(name)
+        if dist.get_rank() == 0:
+            gradients[name] = gradient.detach().float().clone()
+    return gradients
+
+
+def gather_state(pieces: Iterable[Piece], shapes: Shapes, kinds: Sequence[str]) -> tuple[State, list[str]]:
+    """Master weights and moments on rank 0 (nothing on the others), and what is wrong with the ranks' pieces of them.
+
+    Every element of every tensor must be in exactly one piece. A sum over ranks of tensors that are zero elsewhere is
+    then exact; a second sum counts. Collective.
+    """
+    held: dict[tuple[str, str], list[Piece]] = {}
+    for piece in pieces:
+        held.setdefault((piece.name, piece.kind), []).append(piece)
+    unexpected = {key for key in held if key[0] not in shapes or key[1] not in kinds}
+    problems = [f"{name} ({kind}): a piece that was not expected" for name, kind in unexpected]
+    state: State = {}
+    for name, shape in shapes.items():
+        for kind in kinds:
+            values, counts = torch.zeros(shape), torch.zeros(shape, dtype=torch.uint8)
+            for piece in held.get((name, kind), []):
+                problem = _add_piece(piece, values, counts)
+                problems += [f"{name} ({kind}): {problem}"] if problem else []
+            values, counts = _all_reduce(values), _all_reduce(counts)
+            if dist.get_rank() == 0:
+                state[name, kind] = values
+                problems += [f"{name} ({kind}): {text}" for text in _uncovered(counts)]
+    return state, _of_all_ranks(problems)
+
+
+def _add_piece(piece: Piece, values: Tensor, counts: Tensor) -> str | None:
+    """Add a piece to the global tensor and its elements to the counts; what is wrong with it."""
+    part, stop = piece.slice, piece.start + piece.data.numel()
+    if part.global_shape != tuple(values.shape):
+        return f"a piece of a tensor of shape {part.global_shape}; expected {tuple(values.shape)}"
+    if piece.start < 0 or stop > part.numel:
+        return f"a piece of elements {piece.start} to {stop} of a slice of {part.numel}"
+    for target, data in ((values, piece.data.float()), (counts, torch.ones(len(piece.data), dtype=torch.uint8))):
+        flat = torch.zeros(part.numel, dtype=target.dtype)
+        flat[piece.start : stop] = data
+        part.take(target).add_(flat.view(part.shape))
+    return None
+
+
+def _uncovered(counts: Tensor) -> list[str]:
+    none, many = int((counts == 0).sum()), int((counts > 1).sum())
+    texts = ((none, "in no rank's state"), (many, "in more than one piece"))
+    return [f"{n} of {counts.numel()} elements are {where}" for n, where in texts if n]
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """A CPU tensor reduced over all ranks, through the device that their backend can see."""
+    reduced = tensor.to(backend_device())
+    dist.all_reduce(reduced, operation)
+    return reduced.cpu()
+
+
+def _of_all_ranks(problems: Sequence[str]) -> list[str]:
+    """Every rank's problems, each once and the same on all ranks; the first 4096 bytes of each rank's. Collective."""
+    texts = exchange("\n".join(sorted(problems)) or None)
+    return list(dict.fromkeys(line for text in texts if text for line in text.split("\n")))

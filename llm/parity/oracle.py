@@ -1,4 +1,4 @@
-"""The oracle: the plain PyTorch engine, dense and alone in rank 0's process, and the comparison with it."""
+"""The oracle: the plain PyTorch engine, dense and on rank 0 alone, and the comparison with it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from llm.config import ParallelConfig, RunConfig
 from llm.parity.batches import micro_batches, target_count
 from llm.parity.compare import Check, Scalar, gradient_check, joint_size, norm_check, scalar_checks, state_check
-from llm.parity.gather import Gathered, State
-from llm.parity.layout import StepRecord
+from llm.parity.layout import Gathered, State, StepRecord
 from llm.train.build import build_model
-from llm.train.engines.base import global_norm
 from llm.train.engines.plain import PlainEngine
+from llm.train.engines.shared import global_norm
 
 
 def oracle_config(config: RunConfig, precision: str) -> RunConfig:
-    """The same run for one process: no layout, nothing computed twice."""
-    whole: dict[str, Any] = {"engine": "plain", "activation_checkpointing": "none", "checkpoint_every": 1}
-    train = replace(config.train, precision=precision, **whole)
+    """The same run for one process, without recomputation."""
+    train = replace(
+        config.train, engine="plain", precision=precision, activation_checkpointing="none", checkpoint_every=1
+    )
     return replace(config, train=train, parallel=ParallelConfig(), deepspeed={})
 
 
 class Oracle:
-    """What the layout's results are compared with, on its device; collects the checks."""
+    """Makes the layout's steps on rank 0's device and collects the checks."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -48,7 +48,7 @@ class Oracle:
 
     def check_step(self, record: StepRecord) -> None:
         """Compare gradients at equal weights, then weights and moments after equal gradients."""
-        self._take(record.before, record.scalars_before)
+        self._load(record.before, record.scalars_before)
         batches, count = micro_batches(self.config, record.number, self.device), target_count(self.config)
         losses = [engine.forward_backward(batches, count) for engine in self.engines]
         if not record.result.skipped:  # what overflowed cannot be compared
@@ -61,7 +61,7 @@ class Oracle:
 
     def check_validation(self, number: int, state: State, found: float) -> None:
         """Compare the validation loss at the layout's weights."""
-        self._take(state, {"optimizer_step": 0, "loss_scale": None})
+        self._load(state, {"optimizer_step": 0, "loss_scale": None})
         batches = micro_batches(self.config, number, self.device)
         totals = [engine.evaluate(batches) for engine in self.engines]
         own, exact = (total / count for total, count in (totals[0], totals[-1]))
@@ -71,17 +71,17 @@ class Oracle:
         """Every check, after the last step."""
         return self.checks + scalar_checks(self.scalars, self.precision, target_count(self.config))
 
-    def _take(self, state: State, scalars: dict[str, Any]) -> None:
+    def _load(self, state: State, scalars: dict[str, Any]) -> None:
         for engine in self.engines:
             engine.load_scalar_state(scalars)
             engine.load_pieces(Gathered(state), scalars["optimizer_step"])
 
     def _check_gradients(self, record: StepRecord, losses: list[float]) -> None:
         number, names = record.number, record.gradients
-        whole = joint_size(self.exact.gradient(name) for name in names)
+        all_gradients = joint_size(self.exact.gradient(name) for name in names)
         for name, gradient in record.gradients.items():
             own, exact = self.own.gradient(name), self.exact.gradient(name)
-            self.checks.append(gradient_check(name, number, gradient, own, exact, whole))
+            self.checks.append(gradient_check(name, number, gradient, own, exact, all_gradients))
         self.checks.append(norm_check(number, record.result.grad_norm, record.gradients.values()))
         norms = [float(global_norm(list(engine.masters.values()), None)) for engine in self.engines]
         self.scalars.append(Scalar("loss", number, record.loss, losses[0], losses[-1]))
@@ -92,5 +92,5 @@ class Oracle:
         for piece in expected.state_pieces():
             found = state.get((piece.name, piece.kind))
             if found is not None:  # else the layout has a problem of its own
-                whole = piece.data.view(piece.slice.global_shape)
-                self.checks.append(state_check(piece.kind, piece.name, number, found, whole, same=same))
+                tensor = piece.data.view(piece.slice.global_shape)
+                self.checks.append(state_check(piece.kind, piece.name, number, found, tensor, same=same))

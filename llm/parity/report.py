@@ -1,4 +1,4 @@
-"""What `verify` says: a table by groups of parameters, and all numbers as JSON."""
+"""The report of a comparison: a table by groups of parameters, and all numbers as JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def group_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a verification. On ranks other than 0 there are no checks."""
+    """The outcome of a comparison. On ranks other than 0 there are no checks."""
 
     config: RunConfig
     """Of what was verified: a shrunk model, where `requested` is given."""
@@ -97,8 +97,8 @@ def table(report: Report) -> Table:
     for group in GROUPS:
         by_quantity = [report.of(quantity, group) for quantity in TENSORS]
         checks = [check for checks in by_quantity for check in checks]
-        if checks:
-            result.add_row(group, *map(_cell, by_quantity), _name(worst(checks)), _verdict(checks))
+        if (most := worst(checks)) is not None:
+            result.add_row(group, *map(_cell, by_quantity), f"{most.name} {most.quantity}", _verdict(checks))
     for quantity in SCALARS:
         checks = report.of(quantity)
         result.add_row(quantity, _cell(checks), "", "", "", "", _verdict(checks))
@@ -111,10 +111,6 @@ def table(report: Report) -> Table:
 def _cell(checks: Sequence[Check]) -> str:
     most = worst(checks)
     return "" if most is None else f"{most.relative:.1e} ({most.share:.2g})"
-
-
-def _name(check: Check | None) -> str:
-    return "" if check is None else f"{check.name} {check.quantity}"
 
 
 def _verdict(checks: Sequence[Check]) -> str:

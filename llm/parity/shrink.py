@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import torch
 
-from kernels.linear_cross_entropy import GPU_CHUNK
+from kernels.cross_entropy.linear import GPU_CHUNK
 from llm.config import ModelConfig, RunConfig
 from llm.errors import InputError
-from llm.parity.layout import global_shapes
+from llm.plan.memory import parameters
 
 # Bytes per parameter. Of the oracle: weights, gradients and moments; in bf16 and fp16 their masters and low-precision
 # copies, and a second oracle. Gathered: weights and moments before and after a step, gradients. Of the layout: at most.
@@ -25,10 +24,10 @@ USABLE = 0.8
 SMALLEST_VOCABULARY, SMALLEST_HEAD = 1024, 8
 
 
-def available_bytes(device: torch.device, ranks_here: int) -> int:
-    """What rank 0 may use: its GPU's free memory, and no more than its share of this host's, which holds states."""
-    here = _host_bytes() // ranks_here
-    return min(here, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else here
+def available_bytes(device: torch.device, local_world_size: int) -> int:
+    """What rank 0 may use: its share of the host's memory, where states are gathered, and at most its GPU's."""
+    share = _host_bytes() // local_world_size
+    return min(share, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else share
 
 
 def _host_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
@@ -37,9 +36,9 @@ def _host_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     lines = (line.split() for line in proc.read_text().splitlines())
     free = next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
-    most, used = group / "memory.max", group / "memory.current"
-    if most.is_file() and used.is_file() and (limit := most.read_text().strip()) != "max":
-        return min(free, max(0, int(limit) - int(used.read_text())))
+    maximum, current = group / "memory.max", group / "memory.current"
+    if maximum.is_file() and current.is_file() and (limit := maximum.read_text().strip()) != "max":
+        return min(free, max(0, int(limit) - int(current.read_text())))
     return free
 
 
@@ -50,13 +49,12 @@ def needed_bytes(config: RunConfig, world_size: int) -> int:
     twice that in fp32; the second term, the attention weights, exists only where dropout acts on them.
     """
     model, parallel = config.model, config.parallel
-    parameters = sum(prod(shape) for shape in global_shapes(config).values())
     ranks = world_size if parallel.zero_stage == 3 or config.train.engine == "fsdp" else parallel.tensor_parallel
     tokens, T = config.train.micro_batch_size * config.data.seq_len, config.data.seq_len
     weights = 5 * model.n_head * T if model.dropout > 0 else 0
     activations = 2 * model.n_layer * tokens * (34 * model.d_model + weights)
     logits = 3 * 4 * min(tokens, GPU_CHUNK) * model.vocab_size
-    states = parameters * (ORACLE[config.train.precision] + GATHERED + LAYOUT // ranks)
+    states = parameters(model) * (ORACLE[config.train.precision] + GATHERED + LAYOUT // ranks)
     return states + activations + logits
 
 
@@ -69,13 +67,14 @@ def shrink(config: RunConfig, available: int, world_size: int) -> RunConfig:
     limit = int(USABLE * available)
     if needed_bytes(config, world_size) <= limit:
         return config
-    tried = config
+    smallest = config
     for model in smaller(config.model, config.parallel.tensor_parallel):
-        tried = replace(config, model=model)
-        if needed_bytes(tried, world_size) <= limit:
-            return tried
+        smallest = replace(config, model=model)
+        if needed_bytes(smallest, world_size) <= limit:
+            return smallest
     raise InputError(
-        f"verify needs {needed_bytes(tried, world_size) / 1e9:.2f} GB on rank 0 even for a model of {tried.model}; "
+        f"verify needs {needed_bytes(smallest, world_size) / 1e9:.2f} GB on rank 0 "
+        f"even for a model of {smallest.model}; "
         f"{limit / 1e9:.2f} GB can be used: lower train.micro_batch_size or data.seq_len"
     )
 

@@ -1,4 +1,4 @@
-"""Run a layout and its oracle side by side."""
+"""Run a layout beside its oracle: the check behind launch/verify.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm.parity.report import Report
 SKIPPED_STEPS = 16
 
 
-def verify(config: RunConfig, mesh: Mesh, device: torch.device, steps: int) -> Report:
+def check_parity(config: RunConfig, mesh: Mesh, device: torch.device, steps: int) -> Report:
     """Make `steps` updates under the layout of `config` and compare each with the plain engine's.
 
     The oracle is on rank 0, dense and in one process, with the same micro-batches. It makes each step from the layout's

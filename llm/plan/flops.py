@@ -1,22 +1,24 @@
 """Model FLOPs by named formulas, and the peak of the GPU they are compared with.
 
-Figures of different systems compare only under the same formula (they differ by 12 % and more at
-long sequences), so every utilisation is reported with its formula's name.
+Figures of different systems compare only under the same formula (they differ by 12 % and more at long sequences), so
+every utilisation is reported with its formula's name.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from llm.config import ModelConfig
+from llm.config.phases import Phase
+from llm.plan.memory import parameters, position_parameters
 
 Formula = Literal["causal", "palm"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# Dense peaks in TFLOP/s from NVIDIA's data sheets, without structured sparsity, by the name that
-# torch.cuda.get_device_name gives. bf16 and fp16: tensor cores with fp32 accumulation; fp32: no
-# tensor cores (TF32 is off by default).
+# Dense peaks in TFLOP/s from NVIDIA's data sheets, without structured sparsity, by torch.cuda.get_device_name. bf16 and
+# fp16: tensor cores with fp32 accumulation; fp32: no tensor cores (TF32 is off by default).
 PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
     r"Tesla T4": {"fp16": 65, "fp32": 8.1},
     r"Tesla V100-SXM2-(16|32)GB": {"fp16": 125, "fp32": 15.7},
@@ -40,17 +42,11 @@ PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
 def matmul_parameters(model: ModelConfig) -> int:
     """N of the formulas: the parameters that every token is multiplied with.
 
-    All blocks (biases and norms included), the last norm and the output projection [V, C], which
-    counts once whether it is tied or not. Not counted: the embedding and position tables, which
-    are looked up.
+    All blocks (biases and norms included), the last norm and the output projection [V, C], tied or not; not the
+    embedding and position tables, which are looked up.
     """
-    C, F, bias = model.d_model, model.ff_dim, int(model.bias)
-    qkv = (model.n_head + 2 * model.kv_heads) * model.head_dim
-    up = 2 * F if model.activation == "swiglu" else F
-    norm = C if model.norm == "rmsnorm" else C * (1 + bias)
-    linears = ((C, qkv), (C, C), (C, up), (F, C))
-    block = 2 * norm + sum(wide * (narrow + bias) for narrow, wide in linears)
-    return model.n_layer * block + norm + model.vocab_size * C
+    embedding = 0 if model.tie_embeddings else model.vocab_size * model.d_model
+    return parameters(model) - embedding - position_parameters(model)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> float:
@@ -62,6 +58,18 @@ def flops_per_token(model: ModelConfig, seq_len: int, formula: Formula = "causal
     """
     attention = {"causal": 6, "palm": 12}[formula] * model.n_layer * model.d_model * seq_len
     return 6 * matmul_parameters(model) + attention
+
+
+def flops_of_steps(model: ModelConfig, phases: Sequence[Phase], first: int, last: int, formula: Formula) -> float:
+    """FLOPs over all ranks of the steps after step `first`, up to step `last`.
+
+    Documents that do not attend to one another spare some of attention's, which no formula here leaves out.
+    """
+    total = 0.0
+    for phase, end in zip(phases, [*(later.first_step for later in phases[1:]), last], strict=True):
+        steps = max(0, min(end, last) - max(first, phase.first_step))
+        total += steps * phase.global_batch_size * phase.seq_len * flops_per_token(model, phase.seq_len, formula)
+    return total
 
 
 def peak_tflops(device_name: str, precision: Precision) -> float | None:

@@ -1,8 +1,8 @@
-"""What a step of training sends, in closed form: bytes of each collective, for one rank, by the layout.
+"""Bytes that one rank sends in a step of training, in closed form: of each collective, by the layout.
 
 m micro-batches on a rank; B, T, C of one; L blocks, R of them recomputed whole; k ranks in a group; w bytes of a weight
 (and of an activation's element); N parameters on a tensor-parallel rank, those of the blocks N_L. Tests compare these
-formulas with what is counted (benchmarks/layout/counters.py), to the byte.
+formulas with what is counted (tests/traffic_count.py), to the byte.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple, TypeAlias
 
-from llm.config import ModelConfig, RunConfig
+from llm.config import RunConfig
+from llm.plan.memory import FP32, block_parameters, parameters, replicated_parameters, weight_bytes
 
 
 class Collective(NamedTuple):
-    """A kind of collective among so many ranks."""
+    """A kind of collective and the size of its group."""
 
     kind: str
     """all_reduce, all_gather, reduce_scatter, broadcast or reduce"""
@@ -32,7 +33,6 @@ class Collective(NamedTuple):
 
 
 Payload: TypeAlias = "Counter[Collective]"
-FP32 = 4
 
 
 def payload(config: RunConfig, world_size: int) -> Payload:
@@ -43,16 +43,13 @@ def payload(config: RunConfig, world_size: int) -> Payload:
     """
     tp = config.parallel.tensor_parallel
     dp = world_size // tp
+    m = config.train.global_batch_size // (dp * config.train.micro_batch_size)
     result: Payload = Counter()
     if tp > 1:
-        result += tensor_parallel(config, tp, micro_batches(config, dp))
+        result += tensor_parallel(config, tp, m)
     if dp > 1:
-        result += data_parallel(config, dp)
+        result += data_parallel(config, dp, m)
     return result
-
-
-def micro_batches(config: RunConfig, dp: int) -> int:
-    return config.train.global_batch_size // (dp * config.train.micro_batch_size)
 
 
 def tensor_parallel(config: RunConfig, tp: int, m: int) -> Payload:
@@ -79,21 +76,21 @@ def tensor_parallel(config: RunConfig, tp: int, m: int) -> Payload:
     # 2 L columns again for its weight's gradient; recomputed: into the columns.
     result[Collective("all_gather", tp)] += m * (6 * blocks + 2 + 2 * recomputed) * activation
     result[Collective("reduce_scatter", tp)] = m * (4 * blocks + 2 + recomputed) * activation
-    # Gradients of what every rank holds whole: norms, biases of rows, the position table.
-    result[Collective("all_reduce", tp)] = m * whole_parameters(model) * w
+    # Gradients of what every rank holds in full: norms, biases of rows, the position table.
+    result[Collective("all_reduce", tp)] = m * replicated_parameters(model) * w
     return result
 
 
-def data_parallel(config: RunConfig, dp: int) -> Payload:
+def data_parallel(config: RunConfig, dp: int, m: int) -> Payload:
     """Gradients in fp32, each element once per reduction, and weights in their own precision.
 
     Rajbhandari et al. 2020, section 7, count 2 N for the all-reduce of stage 0, and for stages 1 and 2 a
     reduce-scatter and an all-gather, 2 N too. DeepSpeed all-reduces gradients at stages 1 and 2 as well, and at
     stage 2 after every micro-batch.
     """
-    m, stage, w = micro_batches(config, dp), config.parallel.zero_stage, weight_bytes(config)
-    tp = config.parallel.tensor_parallel
-    n, gradients = parameters(config.model, tp), FP32 * parameters(config.model, tp)
+    tp, stage, w = config.parallel.tensor_parallel, config.parallel.zero_stage, weight_bytes(config)
+    n = parameters(config.model, tp)
+    gradients = FP32 * n
     reduce, gather, scatter = (Collective(kind, dp) for kind in ("all_reduce", "all_gather", "reduce_scatter"))
     if config.train.engine == "fsdp":
         # At stage 3 the blocks are gathered for the backward pass again, but for the last, which is still there.
@@ -104,32 +101,3 @@ def data_parallel(config: RunConfig, dp: int) -> Payload:
     if stage == 0:
         return Counter({reduce: gradients})
     return Counter({reduce: gradients * (m if stage == 2 else 1), gather: n * w})
-
-
-def weight_bytes(config: RunConfig) -> int:
-    return FP32 if config.train.precision == "fp32" else 2
-
-
-def parameters(model: ModelConfig, tp: int) -> int:
-    """N: elements of all parameters on one of `tp` ranks, the vocabulary padded to a multiple of tp."""
-    tables = (1 if model.tie_embeddings else 2) * -(-model.vocab_size // tp) * model.d_model
-    positions = model.max_seq_len * model.d_model if model.position == "learned" else 0
-    return tables + positions + _norm(model) + block_parameters(model, tp)
-
-
-def block_parameters(model: ModelConfig, tp: int) -> int:
-    """N_L: elements of the blocks' parameters on one of `tp` ranks."""
-    C, F, bias = model.d_model, model.ff_dim, int(model.bias)
-    columns = (model.n_head + 2 * model.kv_heads) * model.head_dim + F * (2 if model.activation == "swiglu" else 1)
-    split = columns * (C + bias) + C * C + F * C
-    return model.n_layer * (split // tp + 2 * bias * C + 2 * _norm(model))
-
-
-def whole_parameters(model: ModelConfig) -> int:
-    """Elements that every tensor-parallel rank holds whole: norms, biases of rows, the position table."""
-    positions = model.max_seq_len if model.position == "learned" else 0
-    return (positions + 2 * int(model.bias) * model.n_layer) * model.d_model + (2 * model.n_layer + 1) * _norm(model)
-
-
-def _norm(model: ModelConfig) -> int:
-    return model.d_model * (1 if model.norm == "rmsnorm" else 1 + int(model.bias))

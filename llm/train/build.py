@@ -4,70 +4,36 @@ from __future__ import annotations
 
 import torch
 
-from kernels.attention.op import limits as attention_limits
-from kernels.dispatch import KernelError, choose
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
-from llm.errors import InputError
 from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, init_weights
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
-from llm.train.engines.base import DTYPES, Engine
-
-
-def check_kernels(config: RunConfig, device: torch.device) -> str:
-    """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
-    model, dtype = config.model, DTYPES[config.train.precision]
-    no_triton, no_torch = attention_limits(model.head_dim, model.dropout)
-    limits = {"attention": {"no_triton": no_triton, "no_torch": no_torch}}
-    others = {
-        "embedding": True,
-        "rope": model.position == "rope",
-        "layer_norm": model.norm == "layernorm",
-        "rms_norm": model.norm == "rmsnorm",
-        "dropout": model.dropout > 0,
-        "gelu": model.activation == "gelu",
-        "swiglu": model.activation == "swiglu",
-        "cross_entropy": True,
-    }
-    limits |= {op: {} for op, used in others.items() if used}
-    chosen: dict[str, list[str]] = {}
-    try:
-        for op, limit in limits.items():
-            form = choose(config.train.impl, op, device=device, dtype=dtype, **limit)
-            chosen.setdefault(form, []).append(op)
-    except KernelError as error:
-        raise InputError(f"train.impl: {error}") from error
-    return "; ".join(f"{form}: {', '.join(ops)}" for form, ops in chosen.items())
+from llm.train.engines.base import Engine
 
 
 def build_model(config: RunConfig, mesh: Mesh | None) -> GPT:
     """This rank's slices of the model, fp32 on the CPU, with their initial weights."""
-    model = _skeleton(config, mesh)
+    model = _model(config, mesh)
     init_weights(model, config.model, config.seed)
     return model
 
 
-def _skeleton(config: RunConfig, mesh: Mesh | None) -> GPT:
+def _model(config: RunConfig, mesh: Mesh | None) -> GPT:
     """The model before its weights have values."""
-    train = config.train
-    return GPT(
-        config.model,
-        choose_layers(config, mesh),
-        recompute=train.activation_checkpointing,
-        recompute_every=train.checkpoint_every,
-    )
+    recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
+    return GPT(config.model, choose_layers(config, mesh), recompute=recompute, recompute_every=every)
 
 
 def build_engine(
     config: RunConfig, mesh: Mesh, device: torch.device, checkpoint: CheckpointReader | None = None
 ) -> Engine:
     """The engine that the config names, with the weights of `checkpoint` or else the initial ones. Collective."""
-    # Engines that give each rank a part of every weight take them without memory, so that the whole never exists.
+    # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
     parts = config.train.engine == "fsdp" or (config.train.engine == "deepspeed" and config.parallel.zero_stage == 3)
     with torch.device("meta" if parts else "cpu"):
-        model = _skeleton(config, mesh)
+        model = _model(config, mesh)
     engine = _engine(config, model, mesh, device)
     if checkpoint is None:
         engine.load_pieces(InitialWeights(config.model, config.seed), 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console as Terminal
@@ -39,7 +38,7 @@ class Console:
         self.file = file or sys.stdout
         self.seconds_between_lines = seconds_between_lines
         self.clock = clock
-        self.began = self.last_line = clock()
+        self.start = self.last_line = clock()
         self.progress: Progress | None = None
         terminal = Terminal(file=self.file)
         if enabled and terminal.is_terminal:
@@ -49,11 +48,11 @@ class Console:
             self.task = self.progress.add_task("", total=max_steps, completed=first_step)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Report the metrics of a step (`metrics.step_record`)."""
+        """Report the metrics of a step (`Reporter.step`)."""
         if not self.enabled:
             return
         now, step = self.clock(), record["step"]
-        left = (now - self.began) / max(1, step - self.first_step) * (self.max_steps - step)
+        left = (now - self.start) / max(1, step - self.first_step) * (self.max_steps - step)
         text = f"{clock_text(left)} left  {step_text(record)}"
         if self.progress is not None:
             self.progress.update(self.task, completed=step, description=text)
@@ -79,12 +78,7 @@ class Console:
             self.progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.progress is not None:
             self.progress.stop()
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llm.data.batch import Batch, Step
 from llm.data.loader import Loader
-from llm.train.engines.base import MicroBatch, micro_batch
+from llm.data.tokens.hashes import HashCheck
+from llm.train.engines.base import MicroBatch, micro_batch, sum_over
 
 
-class Taken(NamedTuple):
-    """A step that the loader has given, and what the loader says of itself after it."""
+class Fetched(NamedTuple):
+    """A step of the loader, and how often each corpus has been seen after it."""
 
     step: Step
-    skipped: int
     epochs: dict[str, float]
     copied: torch.cuda.Event | None
     """Passed once the step is on the GPU."""
@@ -32,46 +33,61 @@ class Taken(NamedTuple):
 class Feed:
     """Hands out `steps` steps of a loader, and asks it for no more."""
 
-    def __init__(self, loader: Loader, device: torch.device, steps: int) -> None:
-        self.loader, self.device = loader, device
-        self.left = steps
+    def __init__(
+        self,
+        loader: Loader,
+        device: torch.device,
+        steps: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        hash_check: HashCheck | None = None,
+        skipped_samples: int = 0,
+    ) -> None:
+        """group: the data-parallel ranks, None if alone; skipped_samples: of all of them, before this process."""
+        self.loader, self.device, self.steps, self.group = loader, device, steps, group
+        self.hash_check = hash_check
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ahead: Taken | None = None
+        self.ahead: Fetched | None = None
         self.wait_seconds = 0.0
         """Time that the trainer has waited here, for the loader and for copies."""
-        self.skipped = 0
-        """Samples of this rank that were replaced, up to the last step handed out."""
-        self.replaced_targets = 0
-        """Of the last step handed out."""
         self.epochs: dict[str, float] = {}
-        """How often each corpus has been seen by then."""
+        """How often each corpus has been seen, up to the last step handed out."""
+        self.skipped_before = skipped_samples
+        self.skipped_locally: int | None = None
+        """Samples of this rank that were replaced up to then; None where none may be."""
 
     def next_step(self) -> tuple[list[MicroBatch], int]:
-        """This rank's micro-batches of the next step on the device, and its count of targets over all ranks.
+        """This rank's micro-batches of the next step on the device, and the count of targets over all ranks.
 
         Those of a CPU lie in the loader's buffers: they are valid until the next call. Raises InputError where the
-        loader does.
+        loader does, or where a token file was found damaged. Collective.
         """
-        began = time.perf_counter()
-        taken = self.ahead or self._take()
+        start = time.perf_counter()
+        fetched = self.ahead or self._fetch()
         self.ahead = None
-        if taken.copied is not None:
-            taken.copied.synchronize()
+        if fetched.copied is not None:
+            fetched.copied.synchronize()
             # The copies belong to the other stream: their memory must not go back to it before this one has used them.
-            for batch in taken.step.batches:
+            for batch in fetched.step.batches:
                 for tensor in tensors(batch).values():
                     tensor.record_stream(torch.cuda.current_stream(self.device))
-            if self.left:
-                self.ahead = self._take()
-        self.skipped, self.epochs = taken.skipped, taken.epochs
-        self.replaced_targets = taken.step.replaced_targets
-        self.wait_seconds += time.perf_counter() - began
-        return [micro_batch(batch, self.device) for batch in taken.step.batches], taken.step.target_count
+            if self.steps:
+                self.ahead = self._fetch()
+        self.wait_seconds += time.perf_counter() - start
+        step, self.epochs = fetched.step, fetched.epochs
+        if step.skipped_samples is not None:
+            self.skipped_locally = (self.skipped_here or 0) + step.skipped_samples
+        target_count = step.target_count
+        if step.replaced_targets is not None:  # which the other ranks cannot know
+            target_count += self._over_ranks(step.replaced_targets)
+        return [micro_batch(batch, self.device) for batch in step.batches], target_count
 
-    def _take(self) -> Taken:
+    def _fetch(self) -> Fetched:
         """Ask the loader for a step and start its copy, if there is one to make."""
+        if self.hash_check is not None:
+            self.hash_check.check()
         step = self.loader.next_step()
-        self.left -= 1
+        self.steps -= 1
         copied = None
         if self.stream is not None:
             with torch.cuda.stream(self.stream):
@@ -79,12 +95,28 @@ class Feed:
                 step = dataclasses.replace(step, batches=batches)
                 copied = torch.cuda.Event()
                 copied.record()
-        return Taken(step, self.loader.skipped, self.loader.epochs(), copied)
+        return Fetched(step, self.loader.epochs(), copied)
+
+    def skipped_samples(self) -> int:
+        """Samples that were replaced since the run began, over all ranks. Collective."""
+        return self.skipped_before + (0 if self.skipped_locally is None else self._over_ranks(self.skipped_here))
+
+    def record(self) -> dict[str, Any]:
+        """What a metrics line says of the data. Collective."""
+        record: dict[str, Any] = {"epochs": self.epochs} if self.epochs else {}
+        return record if self.skipped_locally is None else record | {"skipped_samples": self.skipped_samples()}
+
+    def _over_ranks(self, number: int) -> int:
+        total = torch.tensor([number])
+        sum_over(total, self.group, self.device)
+        return int(total)
 
     def close(self) -> None:
         """End the loader, once nothing is copied from its buffers any more."""
         if self.ahead is not None and self.ahead.copied is not None:
             self.ahead.copied.synchronize()
+        if self.hash_check is not None:
+            self.hash_check.close()
         self.loader.close()
 
 

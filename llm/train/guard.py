@@ -54,10 +54,10 @@ def compare_replicas(engine: Engine, mesh: Mesh) -> list[str]:
     if not expected:
         return []
     device = backend_device()
-    mine = torch.stack([checksum(engine.held(name)).to(device) for name in expected])
-    everyone = [torch.empty_like(mine) for _ in range(mesh.world_size)]
-    dist.all_gather(everyone, mine)
-    sums = torch.stack(everyone).t().tolist()  # [parameter][rank]
+    local = torch.stack([checksum(engine.local_weight(name)).to(device) for name in expected])
+    gathered = [torch.empty_like(local) for _ in range(mesh.world_size)]
+    dist.all_gather(gathered, local)
+    sums = torch.stack(gathered).t().tolist()  # [parameter][rank]
     return [
         f"{name} differs: ranks {wrong} from ranks {right}"
         for (name, groups), by_rank in zip(expected.items(), sums, strict=True)

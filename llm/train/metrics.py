@@ -10,9 +10,7 @@ import json
 import math
 import resource
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,78 +19,27 @@ from llm.config import RunConfig
 from llm.config.phases import consumed_samples, consumed_tokens
 from llm.plan import flops
 
-
-@dataclass(frozen=True)
-class Workload:
-    """What the steps of a run are, phase by phase, for turning their time into rates."""
-
-    config: RunConfig
-    formula: flops.Formula
-    """Of the FLOPs and the MFU (llm/plan/flops.py)."""
-    peak_tflops: float | None
-    """Of one device; None where it is not known."""
-    world_size: int
-
-    def flops(self, first: int, last: int) -> float:
-        """FLOPs over all ranks of the steps after step `first`, up to step `last`.
-
-        Documents that do not attend to one another spare some of attention's, which no formula here leaves out.
-        """
-        parts, total = self.config.phases, 0.0
-        for phase, end in zip(parts, [*(later.first_step for later in parts[1:]), last], strict=True):
-            steps = max(0, min(end, last) - max(first, phase.first_step))
-            tokens = steps * phase.global_batch_size * phase.seq_len
-            total += tokens * flops.flops_per_token(self.config.model, phase.seq_len, self.formula)
-        return total
+FORMULA: flops.Formula = "causal"  # of the FLOPs and the MFU
 
 
-def workload(config: RunConfig, device: torch.device, world_size: int, formula: flops.Formula = "causal") -> Workload:
-    """The workload of a run on `world_size` devices like `device`."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return Workload(config, formula, flops.peak_tflops(name, config.train.precision), world_size)
-
-
-def step_record(
-    work: Workload,
-    *,
-    step: int,
-    since: int,
-    loss: float,
-    lr: float,
-    grad_norm: float,
-    skipped_steps: int,
-    seconds: float,
-    wait_seconds: float,
-    memory_bytes: int,
+def step_rates(
+    config: RunConfig, since: int, step: int, seconds: float, *, world_size: int, peak_tflops: float | None
 ) -> dict[str, Any]:
-    """The metrics line of a step.
+    """What the run has done after `step` steps, and its rates when the steps after `since` took `seconds` together.
 
-    Args:
-        step: steps done, this one included.
-        since: steps done at the last report.
-        loss: nats per token, mean over the global batch.
-        grad_norm: before clipping.
-        skipped_steps: all so far, whose gradients overflowed.
-        seconds: that the steps since then took together.
-        wait_seconds: the part of them that this rank waited for data.
-        memory_bytes: this rank's peak (`peak_memory`).
+    peak_tflops: of one device; None where it is not known.
     """
-    tokens = consumed_tokens(work.config.phases, step)
-    tflops = flops.achieved_tflops(work.flops(since, step), seconds, work.world_size)
+    tokens = consumed_tokens(config.phases, step)
+    work = flops.flops_of_steps(config.model, config.phases, since, step, FORMULA)
+    tflops = flops.achieved_tflops(work, seconds, world_size)
     return {
         "step": step,
-        "samples": consumed_samples(work.config.phases, step),
+        "samples": consumed_samples(config.phases, step),
         "tokens": tokens,
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": grad_norm,
-        "tokens_per_second": (tokens - consumed_tokens(work.config.phases, since)) / seconds,
+        "tokens_per_second": (tokens - consumed_tokens(config.phases, since)) / seconds,
         "tflops": tflops,
-        "mfu": flops.mfu(tflops, work.peak_tflops),
-        "mfu_formula": work.formula,
-        "data_wait_share": wait_seconds / seconds,
-        "memory_bytes": memory_bytes,
-        "skipped_steps": skipped_steps,
+        "mfu": flops.mfu(tflops, peak_tflops),
+        "mfu_formula": FORMULA,
         "step_seconds": seconds / (step - since),
     }
 
@@ -140,27 +87,18 @@ class MetricsWriter:
             return
         self._file.write(json.dumps(json_ready(record), allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in scalars(record) if self._events is not None else ():
-            assert self._events is not None
-            group = "validation" if name.startswith("val_") else "train"
-            self._events.add_scalar(f"{group}/{name}", value, record["step"])
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
         if self._events is not None:
-            self._events.close()
+            for name, value in scalars(record):
+                group = "validation" if name.startswith("val_") else "train"
+                self._events.add_scalar(f"{group}/{name}", value, record["step"])
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

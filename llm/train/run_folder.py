@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import secrets
 import socket
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from llm import files
 from llm.errors import InputError, require
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # A run that was just killed may have ranks that are still ending.
 LOCK_PATIENCE_SECONDS = 5.0
 
@@ -34,16 +32,10 @@ class RunLock:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder <root>/<name>; nothing is made before `create`."""
+    """The folder <root>/<name>, which the config has checked; nothing is made before `create`."""
 
     root: Path
     name: str
-
-    def __post_init__(self) -> None:
-        require(
-            NAME.fullmatch(self.name) is not None,
-            f"name is {self.name!r}; expected letters, digits, '_', '.' and '-', the first a letter or digit",
-        )
 
     @property
     def path(self) -> Path:

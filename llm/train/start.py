@@ -7,34 +7,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llm.checkpoint.reader import CheckpointReader, check_same_model, open_latest
+from llm.checkpoint.reader import open_latest
 from llm.config import RunConfig
-from llm.config.parse import from_dict, to_dict, to_yaml
-from llm.config.phases import Phase, consumed_samples
-from llm.data.batch import Batch
-from llm.data.corpora import data_identity
-from llm.data.loader import Loader, open_loader
-from llm.data.tokenizer import Tokenizer
-from llm.data.tokens.folder import data_folder, load_manifest
-from llm.data.tokens.manifest import Manifest
-from llm.data.validation import validation_batches
-from llm.errors import Agreed, InputError, require
-from llm.parallel.agreement import broadcast, exchange_errors, together
+from llm.config.parse import to_yaml
+from llm.config.phases import consumed_samples
+from llm.data.corpora import Corpora
+from llm.data.loader import open_loader, validation_batches
+from llm.parallel.agreement import broadcast, together
 from llm.parallel.mesh import Mesh
-from llm.train.build import build_engine, check_kernels
-from llm.train.engines.base import Engine
+from llm.train.build import build_engine
+from llm.train.checks import check_kernels, check_prompt
+from llm.train.engines.base import Engine, MicroBatch, micro_batch
+from llm.train.feed import Feed
+from llm.train.resume import check_resumable
 from llm.train.run_folder import RunFolder, RunLock, truncate_metrics
 
 RUNS = Path("runs")
-# What a restart may not change: beside the model and the phases that have begun, the order and content of the data.
-FIXED = (("seed",), ("data", "seq_len"), ("data", "packing"), ("data", "document_masks"))
 
 
 @dataclass
@@ -43,16 +36,12 @@ class Run:
 
     config: RunConfig
     folder: RunFolder
-    manifest: Manifest
-    data: dict[str, str]
-    """What tells the training data apart (llm/data/corpora.py)."""
+    corpora: Corpora
     mesh: Mesh
     device: torch.device
     step: int
     """Steps that are done."""
-    skipped_samples: int = 0
-    """Samples that could not be read and were replaced, over all ranks, as of the last report or checkpoint."""
-    loader: Loader | None = None
+    feed: Feed | None = None
     engine: Engine | None = None
     """Both None when nothing is left to do."""
 
@@ -61,9 +50,10 @@ class Run:
         """Whether this is the rank that reports."""
         return self.mesh.rank == 0
 
-    def validation_batches(self) -> Iterator[tuple[Batch, int]]:
-        """This rank's share of the validation samples, and how many rows of each batch count."""
-        return validation_batches(self.config, self.manifest, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
+    def validation_batches(self) -> Iterator[MicroBatch]:
+        """This rank's share of the validation samples. Raises InputError at once where the split cannot be used."""
+        batches = validation_batches(self.corpora, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
+        return (micro_batch(batch, self.device, rows) for batch, rows in batches)
 
 
 def claim(config: RunConfig) -> tuple[RunFolder, RunLock]:
@@ -81,126 +71,41 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
     nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
     together(lambda: folder.check_nonce(nonce))
-    manifest = together(lambda: load_manifest(config))
-    reader = _find_checkpoint(folder, mesh, say)
-    state = reader.state if reader is not None else None
-    if state is not None:
-        together(lambda: _check_resumable(config, manifest, state))
-    data = together(lambda: data_identity(config, manifest))
-    step = state["step"] if state is not None else 0
-    skipped_samples = state["skipped_samples"] if state is not None else 0
-    run = Run(config, folder, manifest, data, mesh, device, step, skipped_samples)
+    corpora = together(lambda: Corpora.open(config))
+    checkpoint, warnings = open_latest(folder.checkpoints)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    step = skipped_samples = 0
+    if checkpoint is not None:
+        together(lambda: check_resumable(config, corpora, checkpoint.state))
+        step, skipped_samples = checkpoint.state["step"], checkpoint.state["skipped_samples"]
+    run = Run(config, folder, corpora, mesh, device, step)
     if step == config.train.max_steps:
         return run
-    together(lambda: _open_data(run))
-    together(lambda: _write_folder(config, folder, step) if lead else None)
-    run.engine = build_engine(config, mesh, device, reader)
-    if reader is not None:
+    together(lambda: check_prompt(config, corpora.folder))
+    together(run.validation_batches)
+    run.feed = together(lambda: _open_feed(run, skipped_samples))
+    together(lambda: _write_folder(run) if lead else None)
+    run.engine = build_engine(config, mesh, device, checkpoint)
+    if checkpoint is not None:
         say(f"resumed from step {step} of {config.train.max_steps}")
     return run
 
 
-def _find_checkpoint(folder: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> CheckpointReader | None:
-    try:
-        reader, warnings = open_latest(
-            folder.checkpoints, rank=mesh.rank, broadcast_text=broadcast, exchange_errors=exchange_errors
-        )
-    except InputError as error:
-        raise Agreed(str(error)) from error
-    for warning in warnings:
-        say(f"warning: {warning}")
-    return reader
-
-
-def _open_data(run: Run) -> None:
-    """Open both splits, and see that the closing sample can be drawn, before anything is allocated."""
-    config, mesh = run.config, run.mesh
-    run.validation_batches()
-    prompt = Tokenizer.load(data_folder(config) / "tokenizer.json").encode(config.logging.sample_prompt)
-    require(
-        config.logging.sample_tokens == 0 or 0 < len(prompt) < config.model.max_seq_len,
-        f"logging.sample_prompt has {len(prompt)} tokens; expected at least 1 and fewer than model.max_seq_len "
-        f"({config.model.max_seq_len}), or logging.sample_tokens=0",
-    )
-    consumed = consumed_samples(config.phases, run.step)
+def _open_feed(run: Run, skipped_samples: int) -> Feed:
+    mesh, consumed = run.mesh, consumed_samples(run.config.phases, run.step)
     ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-    run.loader = open_loader(config, run.manifest, **ranks, consumed=consumed, widen=run.device.type == "cpu")
-
-
-def checkpoint_state(run: Run) -> dict[str, Any]:
-    """state.json of a checkpoint after `run.step` steps."""
-    assert run.engine is not None
-    return {
-        "step": run.step,
-        "consumed_samples": consumed_samples(run.config.phases, run.step),
-        "skipped_samples": run.skipped_samples,
-        "config": to_dict(run.config),
-        "data": run.data,
-        "engine": run.engine.scalar_state(),
-    }
-
-
-def _check_resumable(config: RunConfig, manifest: Manifest, state: dict[str, Any]) -> None:
-    """Raise InputError if the run of this checkpoint cannot go on under `config`; the same on every rank."""
-    saved, current = state["config"], to_dict(config)
-    check_same_model(saved["model"], current["model"])
-    for path in FIXED:
-        before, now = saved, current
-        for key in path:
-            before, now = before[key], now[key]
-        require(
-            before == now,
-            f"runs/{config.name} was trained with {'.'.join(path)} {before}, the config has {now}; "
-            "restore it, or choose another --name",
-        )
-    _check_begun(begun(from_dict(saved), state), begun(config, state), manifest, state)
-    step = state["step"]
-    consumed = consumed_samples(config.phases, step)
-    require(
-        state["consumed_samples"] == consumed,
-        f"runs/{config.name} has taken {state['consumed_samples']} samples in {step} steps, by the config they are "
-        f"{consumed}; restore train.global_batch_size and data.phases, or choose another --name",
-    )
-    require(
-        step <= config.train.max_steps,
-        f"runs/{config.name} has done {step} steps, beyond train.max_steps {config.train.max_steps}; "
-        "raise it, or choose another --name",
+    return Feed(
+        open_loader(run.corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu"),
+        run.device,
+        run.config.train.max_steps - run.step,
+        mesh.dp_group,
+        hash_check=run.corpora.hash_check(**ranks),
+        skipped_samples=skipped_samples,
     )
 
 
-def begun(config: RunConfig, state: dict[str, Any]) -> RunConfig:
-    """The config without the phases of which no sample was taken when `state` was saved: these may still change."""
-    kept = tuple(change for change in config.data.phases if change.samples < state["consumed_samples"])
-    return replace(config, data=replace(config.data, phases=kept))
-
-
-def _check_begun(before: RunConfig, now: RunConfig, manifest: Manifest, state: dict[str, Any]) -> None:
-    """Raise InputError unless the phases that have begun, and the data they draw from, are as they were."""
-    for was, found in zip_longest(before.phases, now.phases):
-        require(
-            was == found,
-            f"runs/{now.name} was trained with {_described(was)}, the config has {_described(found)}; restore it, or "
-            "choose another --name (phases that have not begun may change)",
-        )
-    data = data_identity(now, manifest)
-    changed = [name for name in data if state["data"].get(name) != data[name]]
-    require(
-        not changed,
-        f"runs/{now.name} was trained on other data than there is now: {', '.join(changed)}; "
-        "restore the data, or choose another --name",
-    )
-
-
-def _described(phase: Phase | None) -> str:
-    if phase is None:
-        return "no such phase"
-    return (
-        f"data.seq_len {phase.seq_len}, train.global_batch_size {phase.global_batch_size}, data.blend {phase.blend} "
-        f"from sample {phase.first_sample}"
-    )
-
-
-def _write_folder(config: RunConfig, folder: RunFolder, step: int) -> None:
-    folder.config.write_text(to_yaml(config))
-    shutil.copyfile(data_folder(config) / "tokenizer.json", folder.path / "tokenizer.json")
-    truncate_metrics(folder.metrics, step)
+def _write_folder(run: Run) -> None:
+    run.folder.config.write_text(to_yaml(run.config))
+    shutil.copyfile(run.corpora.folder / "tokenizer.json", run.folder.path / "tokenizer.json")
+    truncate_metrics(run.folder.metrics, run.step)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from thread_ranks import on_thread_ranks
 from torch import Tensor
 
 from llm.checkpoint.manifest import KINDS, Piece
 from llm.checkpoint.reader import CheckpointReader
-from llm.checkpoint.writer import ExchangeErrors, write_checkpoint
+from llm.checkpoint.writer import write_checkpoint
 from llm.slices import Slice
 
 # Global shape, and the dimension that tensor parallelism cuts (None: every rank holds it whole).
@@ -64,41 +63,6 @@ def pieces_of(tensors: Tensors, rank: int, tp: int, dp: int) -> Iterator[Piece]:
                 yield Piece(name, kind, piece, start, flat[start:stop])
 
 
-def exchanges(world: int) -> tuple[list[ExchangeErrors], threading.Barrier]:
-    """exchange_errors of each rank, for threads as ranks."""
-    barrier = threading.Barrier(world, timeout=30)
-    errors: list[str | None] = [None] * world
-
-    def of_rank(rank: int) -> ExchangeErrors:
-        def exchange(error: str | None) -> str | None:
-            errors[rank] = error
-            barrier.wait()
-            first = next((found for found in errors if found is not None), None)
-            barrier.wait()
-            return first
-
-        return exchange
-
-    return [of_rank(rank) for rank in range(world)], barrier
-
-
-def on_ranks(world: int, action: Callable[[int, ExchangeErrors], Any]) -> list[Any]:
-    """What action(rank, exchange_errors) returns, or the exception it raises, for each rank."""
-    each, barrier = exchanges(world)
-
-    def guarded(rank: int) -> Any:
-        try:
-            return action(rank, each[rank])
-        except Exception as error:  # noqa: BLE001 - the test looks at it
-            return error
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(guarded, range(world)))
-
-
 def save(
     root: Path,
     step: int,
@@ -110,17 +74,10 @@ def save(
     pieces: Callable[[Tensors, int, int, int], Iterator[Piece]] = pieces_of,
 ) -> list[Any]:
     """Save with tp * dp ranks; each rank's result or exception."""
-    return on_ranks(
+    return on_thread_ranks(
         tp * dp,
-        lambda rank, exchange: write_checkpoint(
-            root,
-            step,
-            pieces(tensors, rank, tp, dp),
-            {"step": step, "rank": rank},
-            rank=rank,
-            world=tp * dp,
-            keep_last=keep_last,
-            exchange_errors=exchange,
+        lambda rank: write_checkpoint(
+            root, step, pieces(tensors, rank, tp, dp), {"step": step, "rank": rank}, keep_last=keep_last
         ),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from checkpoint_helpers import make_tensors, pieces_of, same, save
+from thread_ranks import ranks_in_threads
 
 from llm.checkpoint import writer
 from llm.checkpoint.reader import find_latest, open_checkpoint
@@ -40,8 +41,8 @@ def killed_at(root: Path, point: int, step: int) -> bool:
 
         for name in CALLS:
             setattr(os, name, deadly(name, getattr(os, name)))
-        options = {"rank": 0, "world": 1, "keep_last": 2, "exchange_errors": lambda error: error}
-        writer.write_checkpoint(root, step, pieces_of(NEW, 0, 1, 1), {}, **options)
+        with ranks_in_threads(1):
+            writer.write_checkpoint(root, step, pieces_of(NEW, 0, 1, 1), {}, keep_last=2)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)

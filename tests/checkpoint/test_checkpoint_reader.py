@@ -7,25 +7,18 @@ import json
 import os
 import pickle
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import make_tensors, on_ranks, same, save
+from checkpoint_helpers import make_tensors, same, save
+from thread_ranks import on_thread_ranks
 
 from llm.checkpoint.manifest import Manifest
-from llm.checkpoint.reader import (
-    CheckpointReader,
-    check_same_model,
-    find_latest,
-    open_checkpoint,
-    open_latest,
-    verify,
-)
-from llm.errors import CheckpointError, InputError
+from llm.checkpoint.reader import find_latest, open_checkpoint, open_latest, verify
+from llm.errors import Agreed, CheckpointError, InputError
 from llm.slices import Slice
 
 OLD, NEW = make_tensors(1), make_tensors(2)
@@ -238,30 +231,14 @@ def test_what_is_not_there_is_refused(root: Path) -> None:
         reader.read_slice("norm.weight", "master", Slice.whole((5,)))
 
 
-class Ranks:
-    """Two ranks that open what rank 0 finds; each may have its own view of the folder."""
-
-    def __init__(self, roots: list[Path]) -> None:
-        self.roots = roots
-        self.barrier = threading.Barrier(len(roots), timeout=30)
-        self.text = ""
-
-    def open(self) -> list[Any]:
-        def action(rank: int, exchange: Any) -> tuple[CheckpointReader | None, list[str]]:
-            def broadcast(text: str) -> str:
-                assert len(text) <= 200
-                self.text = text if rank == 0 else self.text
-                self.barrier.wait()
-                return self.text
-
-            return open_latest(self.roots[rank], rank=rank, broadcast_text=broadcast, exchange_errors=exchange)
-
-        return on_ranks(len(self.roots), action)
+def opened(roots: list[Path]) -> list[Any]:
+    """What ranks open, each with its own view of the folder, that is the newest to rank 0; or what they raise."""
+    return on_thread_ranks(len(roots), lambda rank: open_latest(roots[rank]))
 
 
 def test_all_ranks_open_what_rank_0_finds(root: Path) -> None:
     truncate(root / "step-00000002")
-    results = Ranks([root, root]).open()
+    results = opened([root, root])
     for reader, _ in results:
         assert same(reader, OLD)
         assert reader.state["step"] == 1
@@ -269,7 +246,7 @@ def test_all_ranks_open_what_rank_0_finds(root: Path) -> None:
 
 
 def test_no_checkpoint_on_any_rank(tmp_path: Path) -> None:
-    assert Ranks([tmp_path, tmp_path]).open() == [(None, []), (None, [])]
+    assert opened([tmp_path, tmp_path]) == [(None, []), (None, [])]
 
 
 def test_ranks_with_other_views_all_refuse(root: Path, tmp_path: Path) -> None:
@@ -279,8 +256,8 @@ def test_ranks_with_other_views_all_refuse(root: Path, tmp_path: Path) -> None:
         ([root, other], "rank 1: .* is not the checkpoint that rank 0 sees"),
         ([root, tmp_path / "nothing"], "rank 1: .* cannot be read"),
     ):
-        results = Ranks(roots).open()
-        assert [type(result) for result in results] == [InputError, InputError]
+        results = opened(roots)
+        assert [type(result) for result in results] == [Agreed, Agreed]
         assert len({str(result) for result in results}) == 1
         with pytest.raises(InputError, match=words):
             raise results[0]
@@ -289,21 +266,6 @@ def test_ranks_with_other_views_all_refuse(root: Path, tmp_path: Path) -> None:
 def test_damage_everywhere_stops_all_ranks(root: Path) -> None:
     lose_manifest(root / "step-00000001")
     truncate(root / "step-00000002")
-    results = Ranks([root, root]).open()
-    assert [type(result) for result in results] == [InputError, InputError]
+    results = opened([root, root])
+    assert [type(result) for result in results] == [Agreed, Agreed]
     assert "step-00000001" in str(results[1])
-
-
-def test_another_model_is_named_field_by_field() -> None:
-    saved = {"n_layer": 4, "norm": "layernorm", "bias": True, "old": 1}
-    current = {"n_layer": 6, "norm": "layernorm", "bias": False, "sizes": (1, 2)}
-    with pytest.raises(InputError) as caught:
-        check_same_model(saved, current)
-    lines = str(caught.value).split("\n  ")[1:]
-    assert lines == [
-        "model.n_layer: the checkpoint has 4, the config has 6",
-        "model.bias: the checkpoint has True, the config has False",
-        "model.sizes: the checkpoint has no such field, the config has [1, 2]",
-        "model.old: the checkpoint has 1, the config has no such field",
-    ]
-    check_same_model({"sizes": [1, 2]}, {"sizes": (1, 2)})

@@ -132,28 +132,20 @@ def test_a_replaced_checkpoint_without_an_heir_counts(tmp_path: Path) -> None:
     assert same(open_checkpoint(tmp_path / "step-00000001"), NEW)
 
 
-def test_a_file_that_rank_0_does_not_see_whole(tmp_path: Path) -> None:
+def test_a_file_that_rank_0_does_not_see_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, OLD)
-    agreements = 0
+    together, agreements = writer.together, 0
 
-    def exchange(error: str | None) -> str | None:
+    def agree(action: Callable[[], Any], group: Any) -> Any:
         nonlocal agreements
+        found = together(action, group)
         agreements += 1
         if agreements == 2:  # every rank has written
             os.truncate(tmp_path / "step-00000002.tmp" / "rank-00000-00000.safetensors", 100)
-        return error
+        return found
 
-    with pytest.raises(CheckpointError, match="has 100 bytes"):
-        writer.write_checkpoint(
-            tmp_path,
-            2,
-            pieces_of(NEW, 0, 1, 1),
-            {},
-            rank=0,
-            world=1,
-            keep_last=2,
-            exchange_errors=exchange,
-        )
+    monkeypatch.setattr(writer, "together", agree)
+    refused(save(tmp_path, 2, NEW), "has 100 bytes")
     check_untouched(tmp_path)
 
 

@@ -11,10 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from llm.data.tokens.manifest import FORMAT, SPLITS, Manifest, Shards, Split, file_entry
+from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.manifest import FORMAT, SPLITS, Manifest, Shards, Split
 from llm.data.tokens.megatron import TokenWriter, token_dtype
 
-MakeData = Callable[..., tuple[RunConfig, Manifest]]
+MakeData = Callable[..., RunConfig]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,7 +64,7 @@ def two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_data(tmp_path: Path) -> MakeData:
-    """make_data(train tokens, validation tokens, ..., further keys of data) -> (config, manifest) over random ids."""
+    """make_data(train tokens, validation tokens, ..., further keys of data): the config of random ids."""
 
     def make(
         n_train: int = 1001,
@@ -77,15 +78,15 @@ def make_data(tmp_path: Path) -> MakeData:
         loader: str = "numpy",
         validation_samples: int | None = None,
         **data: Any,
-    ) -> tuple[RunConfig, Manifest]:
+    ) -> RunConfig:
         rng = np.random.default_rng(n_train)
         tokens = {
             "train": rng.integers(0, vocab_size, n_train),
             "validation": rng.integers(0, vocab_size, n_validation),
         }
         folder = tmp_path / f"{n_train}-{n_validation}-{vocab_size}"
-        manifest = write_shards(folder, tokens, vocab_size)
-        config = RunConfig(
+        write_shards(folder, tokens, vocab_size)
+        return RunConfig(
             seed=seed,
             model=ModelConfig(vocab_size=vocab_size, max_seq_len=2048),
             data=DataConfig(
@@ -97,6 +98,5 @@ def make_data(tmp_path: Path) -> MakeData:
             ),
             train=TrainConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
         )
-        return config, manifest
 
     return make

@@ -11,9 +11,10 @@ import pytest
 from conftest import write_shards
 
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig
-from llm.data.corpora import data_identity, hashed_files, packing_plan, training_corpora
-from llm.data.tokens.folder import copy_folder, data_folder, load_manifest
-from llm.data.tokens.manifest import file_entry, plan_name, read_manifest
+from llm.data.corpora import Corpora
+from llm.data.tokens.folder import copy_folder, data_folder
+from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.manifest import plan_name, read_manifest
 from llm.errors import InputError
 
 URL = "memory://somewhere/corpus"
@@ -38,49 +39,51 @@ def make_config(vocab_size: int = 500, **data) -> RunConfig:
 
 def test_a_folder_alone():
     config = make_config()
-    manifest = load_manifest(config)
-    assert training_corpora(config, manifest) == {"one": manifest.shard_list(Path("one"), "train")}
-    assert list(data_identity(config, manifest)) == ["tokenizer", "train"]
+    corpora = Corpora.open(config)
+    assert (corpora.folder, corpora.manifest) == (Path("one"), read_manifest(Path("one")))
+    assert corpora.training["one"].shards == corpora.manifest.shard_list(Path("one"), "train")
+    assert list(corpora.identity()) == ["tokenizer", "train"]
 
 
 def test_every_corpus_of_every_phase():
     shutil.copytree("two", "three")
     phases = (PhaseChange(samples=32, blend={"three": 1.0, "one": 2.0}),)
     config = make_config(blend={"two": 1.0, "one": 1.0}, phases=phases)
-    found = training_corpora(config, load_manifest(config))
-    assert list(found) == ["one", "two", "three"]
-    for name, shards in found.items():
-        assert shards == read_manifest(Path(name)).shard_list(Path(name), "train", name)
+    corpora = Corpora.open(config)
+    assert list(corpora.training) == ["one", "two", "three"]
+    assert list(corpora.identity(1)) == ["tokenizer", "train", "two"], "of the first phase alone"
+    for name, corpus in corpora.training.items():
+        assert corpus.shards == read_manifest(Path(name)).shard_list(Path(name), "train", name)
 
 
 def test_token_files_without_a_manifest():
     np.arange(300, dtype="<u2").tofile("a.bin")
     np.arange(200, dtype="<u2").tofile("b.bin")
     config = make_config(blend={"?.bin": 1.0, "one": 1.0})
-    manifest = load_manifest(config)
-    found = training_corpora(config, manifest)["?.bin"]
+    corpora = Corpora.open(config)
+    found = corpora.training["?.bin"].shards
     assert (found.format, found.dtype, found.paths, found.tokens) == ("raw", "uint16", ("a.bin", "b.bin"), (300, 200))
     assert (found.vocab_size, found.eod_id) == (500, 0)
-    before = data_identity(config, manifest)
+    before = corpora.identity()
     assert before["?.bin"].startswith("sizes ")
     np.arange(201, dtype="<u2").tofile("b.bin")
-    assert data_identity(config, manifest)["?.bin"] != before["?.bin"]
+    assert Corpora.open(config).identity()["?.bin"] != before["?.bin"]
     with pytest.raises(InputError, match=r"\?\.bin have no manifest.*register them.*data\.verify=none"):
-        hashed_files(config, manifest)
+        corpora.hashed_files()
 
 
 def test_a_remote_corpus_is_read_from_its_copy():
     config = make_config(path=URL, cache="copies")
     with pytest.raises(InputError, match=r"holds no prepared data; run python launch/prepare_data\.py"):
-        load_manifest(config)
+        Corpora.open(config)
     shutil.copytree("two", data_folder(config))
     assert data_folder(config).parent == Path("copies")
-    shards = training_corpora(config, load_manifest(config))[URL]
+    shards = Corpora.open(config).training[URL].shards
     assert (shards.name, shards.paths) == (URL, (f"{data_folder(config)}/train.bin",))
 
     config = make_config(blend={URL: 1.0}, cache="elsewhere")
     with pytest.raises(InputError, match=f"elsewhere holds no copy of {URL}; run python"):
-        training_corpora(config, load_manifest(config))
+        Corpora.open(config)
 
 
 def test_copies_have_names_of_their_own():
@@ -101,7 +104,6 @@ def test_copies_have_names_of_their_own():
 
 def test_corpora_must_fit_together():
     config = make_config(blend={"one": 1.0, "two": 1.0})
-    manifest = load_manifest(config)
     other = read_manifest(Path("two"))
     for changes, message in [
         ({"tokenizer_sha256": "1"}, "two and one were tokenised differently: tokenizer_sha256 1 and"),
@@ -109,30 +111,29 @@ def test_corpora_must_fit_together():
     ]:
         dataclasses.replace(other, **changes).save(Path("two"))
         with pytest.raises(InputError, match=message):
-            training_corpora(config, manifest)
+            Corpora.open(config)
     shutil.rmtree("two")
     write_tokens(Path("two"), 1, vocab_size=501)
     with pytest.raises(InputError, match="vocab_size 501 and 500"):
-        training_corpora(config, manifest)
+        Corpora.open(config)
 
 
 def test_identity_follows_the_contents_alone():
     config = make_config(blend={"one": 1.0, "two": 1.0})
-    manifest = load_manifest(config)
-    before = data_identity(config, manifest)
+    before = Corpora.open(config).identity()
     assert sorted(before) == ["tokenizer", "train", "two"]
     Path("one").rename("moved")
     moved = make_config(path="moved", blend={"moved": 1.0, "two": 1.0})
-    assert data_identity(moved, load_manifest(moved)) == before
+    assert Corpora.open(moved).identity() == before
     write_tokens(Path("two"), 7)
-    after = data_identity(moved, load_manifest(moved))
+    after = Corpora.open(moved).identity()
     assert {name for name in before if before[name] != after[name]} == {"two"}
 
-    own = load_manifest(moved)
+    own = read_manifest(Path("moved"))
     read_otherwise = dataclasses.replace(own.splits["train"].shards, format="raw")
     split = dataclasses.replace(own.splits["train"], shards=read_otherwise)
-    otherwise = dataclasses.replace(own, splits=own.splits | {"train": split})
-    assert data_identity(moved, otherwise)["train"] != after["train"]
+    dataclasses.replace(own, splits=own.splits | {"train": split}).save(Path("moved"))
+    assert Corpora.open(moved).identity()["train"] != after["train"]
 
 
 def add_plan(folder: Path, seq_len: int, contents: str) -> None:
@@ -143,24 +144,24 @@ def add_plan(folder: Path, seq_len: int, contents: str) -> None:
 
 def test_packing_plans():
     config = make_config(packing="best_fit", document_masks=True)
-    shards = training_corpora(config, load_manifest(config))["one"]
+    shards = Corpora.open(config).training["one"].shards
     with pytest.raises(InputError, match="one has no packing plan for samples of 16 tokens; run python launch/prepare"):
-        packing_plan(shards, 16)
+        shards.plan(16)
     add_plan(Path("one"), 16, "plan")
     add_plan(Path("one"), 32, "of no phase")
-    manifest = load_manifest(config)
-    assert packing_plan(training_corpora(config, manifest)["one"], 16) == "one/train.16.plan"
-    before = data_identity(config, manifest)
+    corpora = Corpora.open(config)
+    assert corpora.training["one"].shards.plan(16) == "one/train.16.plan"
+    before = corpora.identity()
     assert list(before) == ["tokenizer", "train", "train train.16.plan"]
     add_plan(Path("one"), 16, "another")
-    assert {key for key, value in data_identity(config, load_manifest(config)).items() if value != before[key]} == {
+    assert {key for key, value in Corpora.open(config).identity().items() if value != before[key]} == {
         "train train.16.plan"
     }
-    assert list(hashed_files(config, manifest)) == ["one/train.bin", "one/train.16.plan"]
-    assert "train train.16.plan" not in data_identity(make_config(), manifest)
+    assert list(corpora.hashed_files()) == ["one/train.bin", "one/train.16.plan"]
+    assert "train train.16.plan" not in Corpora.open(make_config()).identity()
 
 
 def test_hashed_files_are_those_of_training():
     config = make_config(blend={"one": 1.0, "two": 1.0})
-    found = hashed_files(config, load_manifest(config))
+    found = Corpora.open(config).hashed_files()
     assert found == {path: file_entry(path) for path in ("one/train.bin", "two/train.bin")}

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from llm.config import PhaseChange
 from llm.config.phases import consumed_samples
+from llm.data.corpora import Corpora
 from llm.data.loader import open_loader
 from llm.data.samples.order import Order
-from llm.data.tokens.manifest import Manifest
+from llm.data.tokens.manifest import read_manifest
 from llm.errors import InputError
 
 FIELDS = ("tokens", "sample_ids", "position_ids", "cu_seqlens", "counted")
@@ -36,9 +37,9 @@ def take(loader, steps: int) -> list[list[dict[str, np.ndarray]]]:
     return taken
 
 
-def stream(config, manifest, dp_size: int, steps: int, consumed: int = 0) -> tuple[np.ndarray, list[int]]:
+def stream(config, dp_size: int, steps: int, consumed: int = 0) -> tuple[np.ndarray, list[int]]:
     """Tokens and numbers of each step's samples over all ranks, joined in rank order."""
-    loaders = [open_loader(config, manifest, dp_rank=r, dp_size=dp_size, consumed=consumed) for r in range(dp_size)]
+    loaders = [open_loader(Corpora.open(config), dp_rank=r, dp_size=dp_size, consumed=consumed) for r in range(dp_size)]
     taken = [take(loader, steps) for loader in loaders]
     assert len({loader.consumed for loader in loaders}) == 1
     batches = [batch for step in range(steps) for rank in taken for batch in rank[step]]
@@ -69,8 +70,8 @@ def file_tokens(config, split: str, dtype="<u2") -> np.ndarray:
 
 @KINDS
 def test_a_step_is_the_next_samples_of_the_order(make_data: MakeData, kind: str):
-    config, manifest = make_data(n_train=1001, loader=kind)  # 100 samples, 8.3 steps an epoch
-    rows, ids = stream(config, manifest, 1, 20)
+    config = make_data(n_train=1001, loader=kind)  # 100 samples, 8.3 steps an epoch
+    rows, ids = stream(config, 1, 20)
     tokens, positions = file_tokens(config, "train"), Order(config.seed, 100).positions(0, 240)
     assert ids == list(range(240))
     for row, position in zip(rows, positions, strict=True):
@@ -81,20 +82,20 @@ def test_a_step_is_the_next_samples_of_the_order(make_data: MakeData, kind: str)
 @KINDS
 @pytest.mark.parametrize(("dp_size", "micro"), [(1, 12), (1, 1), (2, 3), (3, 4), (4, 1), (12, 1)])
 def test_no_layout_changes_the_stream(make_data: MakeData, kind: str, dp_size: int, micro: int):
-    config, manifest = make_data(loader=kind)
-    expected, _ = stream(config, manifest, 1, 10, consumed=7)
+    config = make_data(loader=kind)
+    expected, _ = stream(config, 1, 10, consumed=7)
     other = with_batch(config, micro_batch_size=micro)
-    rows, ids = stream(other, manifest, dp_size, 10, consumed=7)
+    rows, ids = stream(other, dp_size, 10, consumed=7)
     assert np.array_equal(rows, expected)
     assert ids == list(range(7, 127))
-    step = open_loader(other, manifest, dp_rank=dp_size - 1, dp_size=dp_size).next_step()
+    step = open_loader(Corpora.open(other), dp_rank=dp_size - 1, dp_size=dp_size).next_step()
     assert [tuple(b.tokens.shape) for b in step.batches] == [(micro, 11)] * (12 // dp_size // micro)
     assert step.target_count == 12 * 10
 
 
 def blended(make_data: MakeData, tmp_path: Path, **options):
     """A run of two corpora and three phases, over more than two epochs of the smaller one."""
-    config, manifest = make_data(n_train=6001, global_batch=576, micro_batch=1, seq_len=10, **options)
+    config = make_data(n_train=6001, global_batch=576, micro_batch=1, seq_len=10, **options)
     rng = np.random.default_rng(5)
     tokens = {split: rng.integers(0, 500, 4001) for split in ("train", "validation")}
     write_shards(tmp_path / "other", tokens, 500)
@@ -103,18 +104,18 @@ def blended(make_data: MakeData, tmp_path: Path, **options):
         PhaseChange(576 * 2, seq_len=7),
         PhaseChange(576 * 4, blend={one: 1.0, other: 3.0}, global_batch_size=1152),
     )
-    return with_data(config, blend={one: 0.6, other: 0.4}, phases=changes), manifest
+    return with_data(config, blend={one: 0.6, other: 0.4}, phases=changes)
 
 
 def test_a_whole_epoch_has_one_hash_on_any_world(make_data: MakeData, tmp_path: Path):
-    config, manifest = blended(make_data, tmp_path, loader="native", document_masks=True)
+    config = blended(make_data, tmp_path, loader="native", document_masks=True)
     steps = 8
     hashes = set()
     for dp_size in (1, 2, 3, 8, 64):
         for micro in (1, 3):
             digest = hashlib.sha256()
             other = with_batch(config, micro_batch_size=micro)
-            loaders = [open_loader(other, manifest, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
+            loaders = [open_loader(Corpora.open(other), dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
             taken = [take(loader, steps) for loader in loaders]
             assert {loader.consumed for loader in loaders} == {576 * 4 + 1152 * 4}
             for step in range(steps):
@@ -130,16 +131,16 @@ def test_a_whole_epoch_has_one_hash_on_any_world(make_data: MakeData, tmp_path: 
 
 @KINDS
 def test_resumed_on_another_world_equals_uninterrupted(make_data: MakeData, tmp_path: Path, kind: str):
-    config, manifest = blended(make_data, tmp_path, loader=kind, document_masks=True)
+    config = blended(make_data, tmp_path, loader=kind, document_masks=True)
     expected = [np.concatenate([b["tokens"] for b in step]) for step in take(
-        open_loader(config, manifest, dp_rank=0, dp_size=1), 7)]  # fmt: skip
+        open_loader(Corpora.open(config), dp_rank=0, dp_size=1), 7)]  # fmt: skip
     rng = np.random.default_rng()
     for dp_size in (1, 2, 3, 8, 64) if kind == "native" else (1, 3):
         done = int(rng.integers(0, 7))
         other = with_batch(config, micro_batch_size=int(rng.choice([1, 3])))
         consumed = consumed_samples(other.phases, done)
         resumed = [
-            take(open_loader(other, manifest, dp_rank=r, dp_size=dp_size, consumed=consumed), 7 - done)
+            take(open_loader(Corpora.open(other), dp_rank=r, dp_size=dp_size, consumed=consumed), 7 - done)
             for r in range(dp_size)
         ]
         for i, step in enumerate(expected[done:]):
@@ -151,7 +152,7 @@ def test_resumed_on_another_world_equals_uninterrupted(make_data: MakeData, tmp_
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_native_equals_numpy(make_data: MakeData, data: st.DataObject):
     dp_size, micro, accumulation = (data.draw(st.integers(1, 4)) for _ in range(3))
-    config, manifest = make_data(
+    config = make_data(
         data.draw(st.sampled_from([12, 101, 350])),
         vocab_size=data.draw(st.sampled_from([3, 300, 70_000])),
         seq_len=data.draw(st.integers(1, 11)),
@@ -166,28 +167,28 @@ def test_native_equals_numpy(make_data: MakeData, data: st.DataObject):
         "consumed": data.draw(st.integers(0, 2**40)),
         "widen": data.draw(st.booleans()),
     }
-    native = take(open_loader(with_data(config, loader="native"), manifest, **where), 4)
-    equal(native, take(open_loader(config, manifest, **where), 4))
+    native = take(open_loader(Corpora.open(with_data(config, loader="native")), **where), 4)
+    equal(native, take(open_loader(Corpora.open(config), **where), 4))
 
 
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_native_equals_numpy_in_blends_and_phases(make_data: MakeData, tmp_path: Path, data: st.DataObject):
-    config, manifest = blended(make_data, tmp_path, document_masks=data.draw(st.booleans()))
+    config = blended(make_data, tmp_path, document_masks=data.draw(st.booleans()))
     dp_size = data.draw(st.sampled_from([1, 3, 64]))
     where = {"dp_rank": data.draw(st.integers(0, dp_size - 1)), "dp_size": dp_size}
     done = data.draw(st.integers(0, 9))
     where |= {"consumed": consumed_samples(config.phases, done), "widen": data.draw(st.booleans())}
-    native = take(open_loader(with_data(config, loader="native"), manifest, **where), 5)
-    equal(native, take(open_loader(config, manifest, **where), 5))
+    native = take(open_loader(Corpora.open(with_data(config, loader="native")), **where), 5)
+    equal(native, take(open_loader(Corpora.open(config), **where), 5))
 
 
 @KINDS
 @pytest.mark.parametrize("vocab_size", [200, 500, 70_000])
 def test_widened_tokens_are_the_same(make_data: MakeData, kind: str, vocab_size: int):
-    config, manifest = make_data(vocab_size=vocab_size, loader=kind, document_masks=True)
-    narrow = take(open_loader(config, manifest, dp_rank=0, dp_size=1), 9)
-    wide = take(open_loader(config, manifest, dp_rank=0, dp_size=1, widen=True), 9)
+    config = make_data(vocab_size=vocab_size, loader=kind, document_masks=True)
+    narrow = take(open_loader(Corpora.open(config), dp_rank=0, dp_size=1), 9)
+    wide = take(open_loader(Corpora.open(config), dp_rank=0, dp_size=1, widen=True), 9)
     assert {batch["tokens"].dtype for step in wide for batch in step} == {np.dtype(np.int64)}
     for batch in (batch for step in narrow for batch in step):
         batch["tokens"] = batch["tokens"].astype(np.int64)
@@ -195,11 +196,11 @@ def test_widened_tokens_are_the_same(make_data: MakeData, kind: str, vocab_size:
 
 
 def test_huge_sample_numbers(make_data: MakeData):
-    config, manifest = make_data()
+    config = make_data()
     for consumed in (2**32 - 6, 2**53 + 1, 2**63 - 100):
         where = {"dp_rank": 0, "dp_size": 2, "consumed": consumed}
-        native = open_loader(with_data(config, loader="native"), manifest, **where)
-        equal(take(native, 3), take(open_loader(config, manifest, **where), 3))
+        native = open_loader(Corpora.open(with_data(config, loader="native")), **where)
+        equal(take(native, 3), take(open_loader(Corpora.open(config), **where), 3))
 
 
 def threads() -> int:
@@ -207,9 +208,9 @@ def threads() -> int:
 
 
 def test_threads_end(make_data: MakeData):
-    config, manifest = make_data(loader="native", document_masks=True)
+    config = make_data(loader="native", document_masks=True)
     before = threads()
-    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    loader = open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
     assert threads() > before
     loader.next_step()
     loader.close()
@@ -217,7 +218,7 @@ def test_threads_end(make_data: MakeData):
     assert threads() == before
     with pytest.raises(RuntimeError, match="closed"):
         loader.next_step()
-    unclosed = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    unclosed = open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
     unclosed.next_step()
     assert threads() > before
     del unclosed
@@ -225,9 +226,9 @@ def test_threads_end(make_data: MakeData):
 
 
 def test_a_step_stays_until_the_next_and_memory_is_reused(make_data: MakeData):
-    config, manifest = make_data(loader="native", document_masks=True)
-    twin = open_loader(with_data(config, loader="numpy"), manifest, dp_rank=0, dp_size=1)
-    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    config = make_data(loader="native", document_masks=True)
+    twin = open_loader(Corpora.open(with_data(config, loader="numpy")), dp_rank=0, dp_size=1)
+    loader = open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
     places = set()
     for _ in range(100):
         step, expected = loader.next_step(), twin.next_step()
@@ -246,51 +247,54 @@ def test_a_step_stays_until_the_next_and_memory_is_reused(make_data: MakeData):
 
 @KINDS
 def test_waiting_is_counted(make_data: MakeData, kind: str):
-    config, manifest = make_data(loader=kind)
-    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    config = make_data(loader=kind)
+    loader = open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
     assert loader.wait_seconds == 0
     loader.next_step()
     assert loader.wait_seconds > 0
     loader.close()
 
 
-def refused(config, manifest, match: str, **ranks) -> None:
+def refused(config, match: str, **ranks) -> None:
     arguments = {"dp_rank": 0, "dp_size": 1} | ranks
     with pytest.raises(InputError, match=match):
-        open_loader(config, manifest, **arguments)
+        open_loader(Corpora.open(config), **arguments)
 
 
 @KINDS
 def test_unfit_data_is_refused(make_data: MakeData, kind: str):
-    config, manifest = make_data(loader=kind)
-    refused(with_data(config, seq_len=1001), manifest, "has no sample of data.seq_len 1001")
+    config = make_data(loader=kind)
+    refused(with_data(config, seq_len=1001), "has no sample of data.seq_len 1001")
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=501))
-    refused(wider, manifest, "vocabulary of 500, model.vocab_size is 501")
-    refused(config, manifest, "12 is not a multiple of 5", dp_size=5)
-    refused(config, manifest, "rank 2 of 2", dp_rank=2, dp_size=2)
-    refused(config, manifest, "-1 consumed", consumed=-1)
+    refused(wider, "vocabulary of 500, model.vocab_size is 501")
+    refused(config, "12 is not a multiple of 5", dp_size=5)
+    refused(config, "rank 2 of 2", dp_rank=2, dp_size=2)
+    refused(config, "-1 consumed", consumed=-1)
+    folder = Path(config.data.path or "")
+    manifest = read_manifest(folder)
     shards = manifest.splits["train"].shards
     shards = dataclasses.replace(shards, tokens=(1000,), bytes=(2000,))
     splits = manifest.splits | {"train": dataclasses.replace(manifest.splits["train"], tokens=1000, shards=shards)}
-    lying: Manifest = dataclasses.replace(manifest, splits=splits)
-    refused(config, lying, "1001.*1000|1000.*1001")
-    path = Path(config.data.path or "") / "train.bin"
+    dataclasses.replace(manifest, splits=splits).save(folder)
+    refused(config, "1001.*1000|1000.*1001")
+    manifest.save(folder)
+    path = folder / "train.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    refused(config, manifest, "train.bin.*2000.*2002")
+    refused(config, "train.bin.*2000.*2002")
 
 
 def test_corpora_of_other_widths_are_not_blended(make_data: MakeData, tmp_path: Path):
-    config, manifest = make_data(vocab_size=500)
+    config = make_data(vocab_size=500)
     header = np.zeros(256, "<i4")
     header[:3] = 20240801, 7, 100
     with (tmp_path / "wide.bin").open("wb") as file:
         file.write(header.tobytes() + np.arange(100, dtype="<u4").tobytes())
     mixed = with_data(config, blend={str(config.data.path): 1.0, str(tmp_path / "wide.bin"): 1.0})
-    refused(mixed, manifest, "ids of one size")
+    refused(mixed, "ids of one size")
 
 
 def test_a_missing_extension_is_explained(make_data: MakeData, monkeypatch: pytest.MonkeyPatch):
-    config, manifest = make_data(loader="native")
+    config = make_data(loader="native")
     real_import = builtins.__import__
 
     def without_native(name, globals=None, locals=None, fromlist=(), level=0):
@@ -299,24 +303,14 @@ def test_a_missing_extension_is_explained(make_data: MakeData, monkeypatch: pyte
         return real_import(name, globals, locals, fromlist, level)
 
     monkeypatch.setattr(builtins, "__import__", without_native)
-    refused(config, manifest, "no extension here.*run make setup")
+    refused(config, "no extension here.*run make setup")
 
 
 @KINDS
-def test_hashes_are_compared_while_training(make_data: MakeData, kind: str):
-    config, manifest = make_data(loader=kind, verify="background")
-    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
-    loader._verifier.wait()
+def test_what_a_loader_says_of_itself(make_data: MakeData, kind: str):
+    config = make_data(loader=kind)
+    loader = open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
     loader.next_step()
-    assert (loader.consumed, loader.skipped) == (12, 0)
+    assert loader.consumed == 12
     assert loader.epochs()[config.data.path] == 0.12
-    loader.close()
-    path = Path(config.data.path) / "train.bin"
-    tokens = np.fromfile(path, "<u2")
-    tokens[5] ^= 1  # still an id of the vocabulary, in a sample that may come much later
-    tokens.tofile(path)
-    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
-    loader._verifier.wait()
-    with pytest.raises(InputError, match=r"train\.bin: sha256 \w+, the manifest says"):
-        loader.next_step()
     loader.close()

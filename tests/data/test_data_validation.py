@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import MakeData
 
+from llm.data.corpora import Corpora
+from llm.data.loader import validation_batches
 from llm.data.samples.documents import scan_documents
-from llm.data.validation import validation_batches
 from llm.errors import InputError
 from test_data_loader import KINDS, file_tokens, with_data
 
@@ -21,12 +22,10 @@ from test_data_loader import KINDS, file_tokens, with_data
 def test_validation_covers_each_sample_once(
     make_data: MakeData, kind: str, wanted: int | None, dp_size: int, micro: int
 ):
-    config, manifest = make_data(
-        n_validation=200, loader=kind, validation_samples=wanted, micro_batch=micro, global_batch=60
-    )
+    config = make_data(n_validation=200, loader=kind, validation_samples=wanted, micro_batch=micro, global_batch=60)
     tokens, seen, counts = file_tokens(config, "validation"), [], []
     for rank in range(dp_size):
-        batches = list(validation_batches(config, manifest, dp_rank=rank, dp_size=dp_size))
+        batches = list(validation_batches(Corpora.open(config), dp_rank=rank, dp_size=dp_size))
         counts.append(len(batches))
         for batch, valid in batches:
             assert batch.tokens.shape == (micro, 11)
@@ -41,8 +40,8 @@ def test_validation_covers_each_sample_once(
 
 @KINDS
 def test_documents_are_masked_in_validation_too(make_data: MakeData, kind: str):
-    config, manifest = make_data(loader=kind, vocab_size=5, document_masks=True)
-    batch, _ = next(validation_batches(config, manifest, dp_rank=0, dp_size=1))
+    config = make_data(loader=kind, vocab_size=5, document_masks=True)
+    batch, _ = next(validation_batches(Corpora.open(config), dp_rank=0, dp_size=1))
     position_ids, cu_seqlens = scan_documents(batch.tokens.numpy(), 0, False)
     assert np.array_equal(batch.position_ids, position_ids)
     assert np.array_equal(batch.cu_seqlens, cu_seqlens)
@@ -50,11 +49,11 @@ def test_documents_are_masked_in_validation_too(make_data: MakeData, kind: str):
 
 @KINDS
 def test_unfit_validation_data_is_refused(make_data: MakeData, kind: str):
-    config, manifest = make_data(loader=kind)
+    config = make_data(loader=kind)
 
     def refused(match: str, **changes) -> None:
         with pytest.raises(InputError, match=match):
-            validation_batches(with_data(config, **changes), manifest, dp_rank=0, dp_size=1)
+            validation_batches(Corpora.open(with_data(config, **changes)), dp_rank=0, dp_size=1)
 
     refused(r"validation_samples is 20; .* has 19 samples", validation_samples=20)
     refused(r"the validation split has 200 tokens; .* 200 needs 201", seq_len=200)
@@ -62,7 +61,7 @@ def test_unfit_validation_data_is_refused(make_data: MakeData, kind: str):
     path.write_bytes(path.read_bytes()[:-2])
     refused(r"validation.bin.*398.*400")
     with pytest.raises(InputError, match="rank 1 of 1"):
-        validation_batches(config, manifest, dp_rank=1, dp_size=1)
+        validation_batches(Corpora.open(config), dp_rank=1, dp_size=1)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=501))
     with pytest.raises(InputError, match=r"model\.vocab_size is 501"):
-        validation_batches(other, manifest, dp_rank=0, dp_size=1)
+        validation_batches(Corpora.open(other), dp_rank=0, dp_size=1)

@@ -77,7 +77,7 @@ CORPORA = {"native": NativeCorpus, "numpy": NumpyCorpus}
 
 def failure(call) -> str | None:
     """The message of the damage that `call` finds, if any; anything else that is raised passes."""
-    from llm.data.tokens.shards import DamagedFile
+    from llm.errors import DamagedFile
 
     try:
         call()

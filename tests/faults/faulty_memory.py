@@ -20,7 +20,7 @@ healthy_step = Trainer.step
 def step(self: Trainer) -> Any:
     result = healthy_step(self)
     if self.run.step == 6 and self.run.mesh.rank == 1:
-        self.engine.held("blocks.0.norm_1.weight").view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+        self.engine.local_weight("blocks.0.norm_1.weight").view(-1)[:1].view(torch.int32).bitwise_xor_(1)
     return result
 
 

@@ -2,89 +2,65 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterator
+from dataclasses import replace
 
-from kernels.adamw import adamw_
-from kernels.attention import Strided, attention
-from kernels.cross_entropy import cross_entropy
-from kernels.dropout import dropout
-from kernels.embedding import embedding
-from kernels.gelu import bias_gelu
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+import torch
+
+from benchmarks.kernels import activations, adamw, attention, cross_entropy, dropout, embedding, norm, rope
+from benchmarks.kernels.attention import Shape
+from benchmarks.kernels.case import DTYPES, Case
+from kernels.attention import Strided
+from kernels.attention import attention as attend
 from kernels.philox import DropoutKey
-from kernels.rope import rope_qkv
-from kernels.swiglu import swiglu
 
 KEY = DropoutKey(0.2, 2**32 - 5, 7)
 
 
-def differentiate(*outputs: Tensor) -> None:
-    sum(o.float().square().sum() for o in outputs if o.requires_grad).backward()
-
-
-def leaf(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-
-
-def run_attention(device: torch.device, dtype: torch.dtype) -> None:
-    samples = torch.arange(2, device=device)
-    documents = torch.tensor([0, 0, 1, 60, 67, 134], dtype=torch.int32, device=device)
+def of_attention(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     features = [
-        {}, {"window": 9}, {"sparse": Strided(64, 1, 2)}, {"cu_seqlens": documents}, {"softcap": 5.0},
-        {"dropout": KEY, "samples": samples}, {"deterministic": False},
+        {}, {"window": 9}, {"sparse": Strided(64, 1, 2)}, {"documents": 5}, {"softcap": 5.0}, {"dropout": KEY},
+        {"atomics": True}, {"lse": True},
     ]  # fmt: skip
     for D in (40, 64, 128, 256):
         for feature in features:
-            q = leaf(2, 67, 4, D, device=device, dtype=dtype)
-            k, v = (leaf(2, 67, 2, D, device=device, dtype=dtype) for _ in range(2))
-            differentiate(attention(q, k, v, impl="triton", **feature))
-        differentiate(attention(leaf(2, 5, 4, D, device=device, dtype=dtype), k, v, impl="triton"))
+            yield attention.case(device, dtype, replace(Shape(2, 67, 4, D, K=2), **feature))
+        _, k, v = attention.case(device, dtype, Shape(2, 67, 4, D, K=2)).tensors
+        q = torch.randn(2, 5, 4, D, device=device).to(dtype)
+        yield Case("decoding", attend, (q, k, v), (torch.randn_like(q),))
 
 
-def run_rows(device: torch.device, dtype: torch.dtype) -> None:
+def of_rows(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Norms, dropout, activations, rotation."""
-    samples, positions = torch.arange(2, device=device), torch.arange(33, device=device)
-    keyed = {"dropout": KEY, "samples": samples, "positions": positions}
-    for C in (40, 770, 20_000):
-        x, residual = (leaf(2, 33, C, device=device, dtype=dtype) for _ in range(2))
-        weight, bias = (leaf(C, device=device, dtype=torch.float32) for _ in range(2))
-        differentiate(layer_norm(x, weight, bias, impl="triton"), rms_norm(x, weight, impl="triton"))
-        differentiate(*add_layer_norm(x, residual, weight, bias, impl="triton", **keyed))
-        differentiate(*add_rms_norm(x, residual, weight, impl="triton", **keyed))
-        differentiate(dropout(x, KEY, samples, positions, residual=residual, impl="triton"))
-        differentiate(swiglu(x, impl="triton"), swiglu(x, layout="halves", impl="triton"))
-        differentiate(bias_gelu(x, bias, impl="triton"))
-    for layout in ("half", "interleaved"):
-        qkv = leaf(2, 33, 2 * 5 * 40, device=device, dtype=dtype)
-        differentiate(*rope_qkv(qkv, positions, n_kv_head=2, head_dim=40, layout=layout, impl="triton"))
+    for C in (40, 770, 10_000):
+        for op in norm.OPS:
+            key = KEY if op.startswith("add") else None
+            yield norm.case(device, dtype, op, 2, 33, C, dropout=key, weights=torch.float32)
+        yield dropout.case(device, dtype, 2, 33, C)
+        for function in (activations.gelu, activations.swiglu):
+            yield activations.case(device, dtype, function, 66, C)
+            yield activations.case(device, dtype, function, 66, C, strided=True)
+    yield rope.case(device, dtype, 2, 33, 2, 3, 40)
+    yield rope.of_queries(device, dtype, 2, 33, 5, 40)
 
 
-def run_vocabulary(device: torch.device, dtype: torch.dtype) -> None:
+def of_vocabulary(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Embedding, cross-entropy, AdamW."""
     V, C = 5003, 40
-    weight = leaf(V, C, device=device, dtype=dtype)
-    tokens = torch.randint(0, V, (3, 67), device=device)
-    tokens[0] = 1
-    x = embedding(tokens, weight, impl="triton")
-    linear_cross_entropy(x, weight, tokens, z_loss=1e-4, chunk=64, impl="triton").backward()
+    tokens = embedding.tokens_of(201, V).to(device)
+    tokens[:67] = 1
+    yield embedding.case(dtype, tokens, C, V)
+    yield cross_entropy.layer_case(dtype, tokens, C, V, z_loss=1e-4, chunk=64)
     for inplace in (False, True):
-        logits = leaf(67, V, device=device, dtype=dtype)
-        cross_entropy(logits * 1, tokens[1], softcap=30.0, inplace=inplace, impl="triton")[0].sum().backward()
-    flat = [torch.rand(10_007, device=device) for _ in range(4)]
-    copy = torch.empty(10_007, device=device, dtype=torch.bfloat16)
-    adamw_(
-        *flat, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1, low_precision=copy, seed=3,
-        impl="triton",
-    )  # fmt: skip
+        yield cross_entropy.case(dtype, tokens[67:134], V, softcap=30.0, inplace=inplace)
+    yield adamw.case(device, torch.float32, 10_007, low=torch.bfloat16, seed=3)
 
 
 def main(device: torch.device) -> None:
-    torch.manual_seed(0)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for part in (run_attention, run_rows, run_vocabulary):
-            part(device, dtype)
+    for dtype in DTYPES.values():
+        for cases in (of_attention, of_rows, of_vocabulary):
+            for case in cases(device, dtype):
+                case.results("triton")
     if device.type == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

@@ -5,11 +5,13 @@ the kernel's own dtype, plus one rounding of the largest value.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.case import Case
 from kernels.dispatch import INTERPRETED
 
 # `pytestmark = GPU_ONLY` in a file of GPU tests.
@@ -18,6 +20,7 @@ GPU_ONLY = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
     pytest.mark.skipif(INTERPRETED, reason="the kernels are interpreted: run `make test-gpu`"),
 ]
+GPU = torch.device("cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REPEATS = 100  # of a deterministic kernel, which must give the same bits each time
 
@@ -43,3 +46,17 @@ def assert_repeats(function: Callable[[], Sequence[Tensor]]) -> None:
     first = function()
     for _ in range(REPEATS):
         assert all(torch.equal(a, b) for a, b in zip(first, function(), strict=True))
+
+
+def check(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """The kernels' results of a case in `dtype`, which are within rounding of the reference's in float64."""
+    ours = case.results("triton", dtype)
+    assert_within_rounding(ours, case.results("torch", dtype), case.results("reference", torch.float64), dtype)
+    return ours
+
+
+def check_repeats_and_compiles(case: Case) -> None:
+    """The kernels give the same bits every time, and when Inductor compiles the call as a whole."""
+    assert_repeats(lambda: case.results("triton"))
+    compiled = replace(case, function=torch.compile(case.function, fullgraph=True))
+    assert all(torch.equal(a, b) for a, b in zip(compiled.results("triton"), case.results("triton"), strict=True))

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.attention import Strided, attention, attention_with_lse
+from kernels.attention import Strided, attention, attention_with_lse, reference
+from kernels.attention.reference import attention_with_lse as oracle_with_lse
+from kernels.attention.reference import visible
 from kernels.philox import DropoutKey
-from kernels.reference.attention import attention_with_lse as oracle_with_lse
-from kernels.reference.attention import visible
 from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
 
 pytestmark = GPU_ONLY

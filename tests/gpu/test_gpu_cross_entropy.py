@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
-from kernels.cross_entropy import cross_entropy
-from kernels.linear_cross_entropy import GPU_CHUNK, accumulates, linear_cross_entropy
-from kernels.vocabulary import WholeVocabulary
+from kernels.cross_entropy import cross_entropy, reference
+from kernels.cross_entropy.linear import GPU_CHUNK, accumulates, linear_cross_entropy
+from kernels.cross_entropy.vocabulary import WholeVocabulary
 from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
 
 pytestmark = GPU_ONLY

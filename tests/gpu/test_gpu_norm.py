@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.norm import KEY, case
 from kernels import philox
-from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from kernels.norm import add_layer_norm, layer_norm, rms_norm
 from kernels.philox import DropoutKey
-from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
+from rounding import DTYPES, GPU, GPU_ONLY, assert_repeats, check, run
 
 pytestmark = GPU_ONLY
-
-WIDTHS = [16, 192, 760, 768, 1024, 1600, 4096, 5120, 8192, 16384, 40000]
-Form = Callable[[str], Callable[..., Tensor]]
+WIDTHS = [16, 192, 760, 768, 1024, 1600, 4096, 5120, 8192, 12000, 16384]
 
 
 def drop(B: int, T: int, p: float) -> dict[str, Any]:
@@ -29,29 +28,12 @@ def weights(C: int) -> list[Tensor]:
     return [torch.rand(C, device="cuda") + 0.5, torch.randn(C, device="cuda")]
 
 
-def check(form: Form, tensors: list[Tensor], gradient: Tensor, dtype: torch.dtype) -> None:
-    tensors = [t.to(dtype) for t in tensors]
-    true = run(form("reference"), tensors, gradient, torch.float64)
-    plain = run(form("torch"), tensors, gradient, dtype)
-    assert_within_rounding(run(form("triton"), tensors, gradient, dtype), plain, true, dtype)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["layer_norm", "layer_norm without bias", "rms_norm"])
+@pytest.mark.parametrize(("op", "bias"), [("layer_norm", True), ("layer_norm", False), ("rms_norm", False)])
 @pytest.mark.parametrize("C", WIDTHS)
 @pytest.mark.parametrize("rows", [1, 199, 8192])
-def test_norm(rows: int, C: int, kind: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    if rows * C > 2**27:
-        rows = 1024
-    x, dy = (torch.randn(rows, C, device="cuda").to(dtype) for _ in range(2))
-    weight, bias = weights(C)
-    if kind == "layer_norm":
-        check(lambda impl: lambda *a: layer_norm(*a, impl=impl), [x, weight, bias], dy, dtype)
-    elif kind == "rms_norm":
-        check(lambda impl: lambda *a: rms_norm(*a, impl=impl), [x, weight], dy, dtype)
-    else:
-        check(lambda impl: lambda *a: layer_norm(*a, None, impl=impl), [x, weight], dy, dtype)
+def test_norm(rows: int, C: int, op: str, bias: bool, dtype: torch.dtype) -> None:
+    check(case(GPU, dtype, op, rows if rows * C <= 2**27 else 1024, C, bias=bias), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,21 +41,8 @@ def test_norm(rows: int, C: int, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("C", WIDTHS)
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 67), (2, 1024)])
 def test_added_norm(B: int, T: int, C: int, p: float, dtype: torch.dtype) -> None:
-    """The gradient reaches both results: the stream's is the half of the last dimension that is not y's."""
-    torch.manual_seed(0)
-    what = drop(B, T, p)
-    x, residual = (torch.randn(B, T, C, device="cuda") for _ in range(2))
-    dy = torch.randn(B, T, 2 * C, device="cuda")
-    weight, bias = weights(C)
-
-    def layer(impl: str) -> Callable[..., Tensor]:
-        return lambda *a: torch.cat(add_layer_norm(*a, **what, impl=impl), -1)
-
-    def rms(impl: str) -> Callable[..., Tensor]:
-        return lambda *a: torch.cat(add_rms_norm(*a, **what, impl=impl), -1)
-
-    check(layer, [x, residual, weight, bias], dy, dtype)
-    check(rms, [x, residual, weight], dy, dtype)
+    for op in ("add_layer_norm", "add_rms_norm"):
+        check(case(GPU, dtype, op, B, T, C, dropout=replace(KEY, p=p)), dtype)
 
 
 @pytest.mark.parametrize("C", WIDTHS)
@@ -90,16 +59,11 @@ def test_the_stream_has_the_bits_of_the_unfused_sum(C: int) -> None:
 
 @pytest.mark.parametrize("C", [768, 4096, 16384])
 def test_the_same_bits_each_time(C: int) -> None:
-    x, residual, dy = (torch.randn(4, 512, C, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    tensors, what = [x, residual, *weights(C)], drop(4, 512, 0.1)
-
-    def results() -> list[Tensor]:
-        return run(lambda *a: add_layer_norm(*a, **what, impl="triton")[0], tensors, dy, torch.bfloat16)
-
-    assert_repeats(results)
+    example = case(GPU, torch.bfloat16, "add_layer_norm", 4, 512, C, dropout=KEY)
+    assert_repeats(lambda: example.results("triton"))
 
 
-@pytest.mark.parametrize("C", [4096, 65536])
+@pytest.mark.parametrize("C", [4096, 16384])
 def test_more_than_2_to_the_31_elements(C: int) -> None:
     rows = 2**31 // C + 3
     x = torch.zeros(rows, C, device="cuda", dtype=torch.bfloat16)

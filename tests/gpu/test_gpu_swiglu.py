@@ -5,53 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.swiglu import LAYOUTS, swiglu
-from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
+from benchmarks.kernels.activations import case
+from kernels.swiglu import swiglu
+from rounding import DTYPES, GPU, GPU_ONLY, check, check_repeats_and_compiles
 
 pytestmark = GPU_ONLY
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("F", [60, 513, 2048, 11008])
 @pytest.mark.parametrize("rows", [1, 199, 4096])
-def test_swiglu(rows: int, F: int, layout: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, dy = (torch.randn(rows, width, device="cuda").to(dtype) for width in (2 * F, F))
-
-    def form(impl: str):
-        return lambda x: swiglu(x, layout=layout, impl=impl)
-
-    true = run(form("reference"), [x], dy, torch.float64)
-    plain = run(form("torch"), [x], dy, dtype)
-    assert_within_rounding(run(form("triton"), [x], dy, dtype), plain, true, dtype)
-    strided = torch.cat([x, x], 1)[:, : 2 * F]
-    assert torch.equal(form("triton")(strided), form("triton")(x))
+def test_swiglu(rows: int, F: int, dtype: torch.dtype) -> None:
+    example = case(GPU, dtype, swiglu, rows, F)
+    y, *_ = check(example, dtype)
+    x = example.tensors[0]
+    strided = torch.cat([x, x], 1)[:, : x.shape[1]]
+    assert torch.equal(swiglu(strided, impl="triton"), y)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_repeats_and_compiles_whole(layout: str) -> None:
-    x, dy = (torch.randn(1000, width, device="cuda").bfloat16() for width in (3000, 1500))
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return swiglu(x, layout=layout, impl="triton")
-
-    eager = run(function, [x], dy, torch.bfloat16)
-    assert_repeats(lambda: run(function, [x], dy, torch.bfloat16))
-    compiled = run(torch.compile(function, fullgraph=True), [x], dy, torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
+def test_repeats_and_compiles_whole() -> None:
+    check_repeats_and_compiles(case(GPU, torch.bfloat16, swiglu, 1000, 1500))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_past_two_to_the_31_elements(layout: str) -> None:
+def test_past_two_to_the_31_elements() -> None:
     rows, F = 2**17 + 3, 2**13 + 64
     x = torch.zeros(rows, 2 * F, device="cuda", dtype=torch.bfloat16)
     x[-1] = torch.randn(2 * F, device="cuda")
     x.requires_grad_()
-    y = swiglu(x, layout=layout, impl="triton")
+    y = swiglu(x, impl="triton")
     (dx,) = torch.autograd.grad(y, x, torch.ones((), device="cuda", dtype=x.dtype).expand_as(y))
     last = x[-1:].detach().requires_grad_()
-    expected = swiglu(last, layout=layout, impl="triton")
+    expected = swiglu(last, impl="triton")
     assert torch.equal(y[-1:], expected)
     assert torch.equal(dx[-1:], torch.autograd.grad(expected.sum(), last)[0])
     assert not y[:-1].any()

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import reference
-from kernels.attention import Strided, attention, attention_with_lse, backward, forward
-from kernels.attention.host import Options, describable
-from kernels.attention.registration import attention_op
-from kernels.attention.tiles import KINDS, Tile, tile_for
+from kernels.attention import Strided, attention, attention_with_lse, backward, forward, reference
+from kernels.attention.op import attention_op
+from kernels.attention.options import Options
+from kernels.attention.tiles import KINDS, Tile, describable, tile_for
 from kernels.dispatch import KernelError
 from kernels.philox import DropoutKey, keep_mask
 

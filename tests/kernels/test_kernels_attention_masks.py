@@ -14,10 +14,10 @@ from attention_cases import SAMPLES, Case, assert_close, drawn, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import Strided, attention, attention_with_lse, host, tiles
-from kernels.attention.registration import attention_op
+from kernels.attention import Strided, attention, attention_with_lse, tiles
+from kernels.attention.op import attention_op
+from kernels.attention.reference import visible
 from kernels.philox import DropoutKey
-from kernels.reference.attention import visible
 
 
 def check(case: Case) -> None:
@@ -170,8 +170,8 @@ def test_bulk_copies_change_nothing(name: str, deterministic: bool, monkeypatch:
     tensors, gradients = case.inputs()
     pointers = run(case, "triton", tensors, gradients)
     descriptors = []
-    describe = host.TensorDescriptor
-    monkeypatch.setattr(host, "TensorDescriptor", lambda *a: descriptors.append(a) or describe(*a))
+    describe = tiles.TensorDescriptor
+    monkeypatch.setattr(tiles, "TensorDescriptor", lambda *a: descriptors.append(a) or describe(*a))
     monkeypatch.setattr(tiles, "INTERPRETER", replace(tiles.INTERPRETER, tma=True))
     bulk = run(case, "triton", tensors, gradients)
     assert len(descriptors) == (11 if deterministic else 7)  # three in the forward pass, four in each of the backward's

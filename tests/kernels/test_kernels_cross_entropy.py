@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import reference
-from kernels.cross_entropy import (
+from kernels.cross_entropy import reference
+from kernels.cross_entropy.rows import (
     cross_entropy,
     cross_entropy_backward_op,
     cross_entropy_forward_op,
     scale_rows_op,
     tile_of,
 )
+from kernels.cross_entropy.vocabulary import WholeVocabulary
 from kernels.dispatch import KernelError
-from kernels.vocabulary import WholeVocabulary
 
 # Columns and those of them that are token ids: less than a tile, a ragged tile, several, and padding of whole tiles.
 WIDTHS = [(1, 1), (3, 3), (37, 37), (40, 33), (256, 256), (700, 600), (1100, 1100), (1500, 5), (9000, 8291)]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import reference
 from kernels.dispatch import KernelError
-from kernels.rope import HEADS, LAYOUTS, rope, rope_op, rope_qkv, rope_qkv_backward_op, rope_qkv_op
+from kernels.rope import HEADS, rope, rope_op, rope_qkv, rope_qkv_backward_op, rope_qkv_op, rope_qkv_reference
 
 # B, T, K, R, D: one token, an odd half width, more heads than a program takes, tiles of tokens across samples, grouped
 # queries, one key/value head, none at all.
@@ -46,16 +45,15 @@ def form(impl: str, positions: Tensor, sizes: dict[str, int], **options: Any) ->
 
 
 def in_float64(qkv: Tensor, positions: Tensor, gradients: list[Tensor], sizes: dict[str, int], **options: Any) -> Any:
-    return run(lambda qkv: reference.rope_qkv(qkv, positions, **sizes, **options), qkv.double(), gradients)
+    return run(lambda qkv: rope_qkv_reference(qkv, positions, **sizes, **options), qkv.double(), gradients)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(shape: tuple[int, ...], layout: str, impl: str) -> None:
+def test_against_float64(shape: tuple[int, ...], impl: str) -> None:
     qkv, positions, gradients, sizes = inputs(shape)
-    ours = run(form(impl, positions, sizes, layout=layout), qkv, gradients)
-    for mine, theirs in zip(ours, in_float64(qkv, positions, gradients, sizes, layout=layout), strict=True):
+    ours = run(form(impl, positions, sizes), qkv, gradients)
+    for mine, theirs in zip(ours, in_float64(qkv, positions, gradients, sizes), strict=True):
         assert mine.shape == theirs.shape
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-6)
 
@@ -71,28 +69,21 @@ def test_far_positions_turn_by_the_angle_of_fp32(first: int) -> None:
 def test_turning_is_what_the_paper_says() -> None:
     """Scores depend on distances alone, and pair i at position p turns by p theta^(-2i/D)."""
     q, k = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
-    for layout in LAYOUTS:
 
-        def at(x: Tensor, p: int, layout: str = layout) -> Tensor:
-            return rope(x, torch.tensor([p]), theta=100.0, layout=layout, impl="reference")
+    def at(x: Tensor, p: int) -> Tensor:
+        return rope(x, torch.tensor([p]), theta=100.0, impl="reference")
 
-        torch.testing.assert_close((at(q, 9) * at(k, 4)).sum(), (at(q, 25) * at(k, 20)).sum(), rtol=1e-5, atol=1e-5)
-        one = torch.zeros(8).double()
-        pair = (1, 5) if layout == "half" else (2, 3)
-        one[pair[0]] = 1
-        angle = torch.tensor(3 * 100 ** (-2 * 1 / 8)).double()
-        turned = at(one.view(1, 1, 1, 8), 3).flatten()
-        torch.testing.assert_close(turned[list(pair)], torch.stack([angle.cos(), angle.sin()]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((at(q, 9) * at(k, 4)).sum(), (at(q, 25) * at(k, 20)).sum(), rtol=1e-5, atol=1e-5)
+    one = torch.zeros(8).double()
+    one[1] = 1
+    angle = torch.tensor(3 * 100 ** (-2 * 1 / 8)).double()
+    turned = at(one.view(1, 1, 1, 8), 3).flatten()
+    torch.testing.assert_close(turned[[1, 5]], torch.stack([angle.cos(), angle.sin()]), rtol=1e-6, atol=1e-6)
 
 
 def test_the_references_gradient() -> None:
     qkv, positions, _, sizes = inputs((2, 3, 1, 2, 4), torch.float64)
-    for layout in LAYOUTS:
-
-        def function(qkv: Tensor, layout: str = layout) -> Any:
-            return reference.rope_qkv(qkv, positions, **sizes, layout=layout)
-
-        assert torch.autograd.gradcheck(function, qkv.requires_grad_())
+    assert torch.autograd.gradcheck(lambda qkv: rope_qkv_reference(qkv, positions, **sizes), qkv.requires_grad_())
 
 
 def models_own(qkv: Tensor, positions: Tensor, K: int, R: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,12 +114,11 @@ def test_the_stock_form_is_the_models_own_to_the_bit(dtype: torch.dtype) -> None
             assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_inputs_round_only_the_results(dtype: torch.dtype, layout: str) -> None:
+def test_16_bit_inputs_round_only_the_results(dtype: torch.dtype) -> None:
     qkv, positions, gradients, sizes = inputs((2, 9, 2, 2, 20), dtype)
-    ours = run(form("triton", positions, sizes, layout=layout), qkv, gradients)
-    for mine, theirs in zip(ours, in_float64(qkv, positions, gradients, sizes, layout=layout), strict=True):
+    ours = run(form("triton", positions, sizes), qkv, gradients)
+    for mine, theirs in zip(ours, in_float64(qkv, positions, gradients, sizes), strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine.double(), theirs, rtol=1.02 * torch.finfo(dtype).eps / 2, atol=1e-6)
 
@@ -154,19 +144,18 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["transposed", "heads first", "last dimension strided", "rows of a wider tensor"])
-def test_strides_change_nothing(which: str, layout: str) -> None:
+def test_strides_change_nothing(which: str) -> None:
     qkv, positions, gradients, sizes = inputs((2, 5, 2, 2, 12))
-    function = form("triton", torch.stack([positions, positions], -1)[:, 0], sizes, layout=layout)
+    function = form("triton", torch.stack([positions, positions], -1)[:, 0], sizes)
     plain = run(function, qkv, gradients)
     for n in range(3):
         mixed = [layouts(g)[which] if i <= n else g for i, g in enumerate(gradients)]
         for mine, theirs in zip(run(function, layouts(qkv)[which], mixed), plain, strict=True):
             assert torch.equal(mine, theirs)
     x = gradients[0]
-    turned = rope(layouts(x)[which], positions, layout=layout, impl="triton")
-    assert torch.equal(turned, rope(x, positions, layout=layout, impl="triton"))
+    turned = rope(layouts(x)[which], positions, impl="triton")
+    assert torch.equal(turned, rope(x, positions, impl="triton"))
 
 
 def test_expanded_and_missing_gradients() -> None:
@@ -185,13 +174,12 @@ def test_expanded_and_missing_gradients() -> None:
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_rope_alone_is_that_of_the_queries(impl: str, layout: str) -> None:
+def test_rope_alone_is_that_of_the_queries(impl: str) -> None:
     qkv, positions, gradients, sizes = inputs((2, 9, 4, 2, 10))
     q = qkv.unflatten(-1, (4, 4, 10))[:, :, :, :2].flatten(2, 3).requires_grad_()
-    alone = rope(q, positions, layout=layout, impl=impl)
-    whole = run(form(impl, positions, sizes, layout=layout), qkv, gradients)
+    alone = rope(q, positions, impl=impl)
+    whole = run(form(impl, positions, sizes), qkv, gradients)
     assert torch.equal(alone, whole[0])
     (dq,) = torch.autograd.grad(alone, q, gradients[0])
     assert torch.equal(dq, whole[3].unflatten(-1, (4, 4, 10))[:, :, :, :2].flatten(2, 3))
@@ -201,19 +189,18 @@ def test_random_shapes() -> None:
     draw = random.Random(0)
     for _ in range(12):
         shape = (*(draw.randint(1, n) for n in (3, 40, 5, 4)), 2 * draw.randint(1, 20))
-        layout = draw.choice(LAYOUTS)
         qkv, positions, gradients, sizes = inputs(shape, first=draw.randint(0, 100_000))
-        ours = run(form("triton", positions, sizes, layout=layout), qkv, gradients)
-        for mine, theirs in zip(ours, in_float64(qkv, positions, gradients, sizes, layout=layout), strict=True):
-            torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-6, msg=f"{shape} {layout}")
+        ours = run(form("triton", positions, sizes), qkv, gradients)
+        for mine, theirs in zip(ours, in_float64(qkv, positions, gradients, sizes), strict=True):
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-6, msg=f"{shape}")
 
 
 def test_opcheck() -> None:
     qkv, positions, gradients, _ = inputs((2, 5, 2, 2, 12))
     frequencies = torch.rand(6)
-    torch.library.opcheck(rope_qkv_backward_op, (*gradients, positions, frequencies, True))
-    torch.library.opcheck(rope_qkv_op, (qkv.requires_grad_(), positions, frequencies, 2, 12, False))
-    torch.library.opcheck(rope_op, (gradients[0].requires_grad_(), positions, frequencies, False, False))
+    torch.library.opcheck(rope_qkv_backward_op, (*gradients, positions, frequencies))
+    torch.library.opcheck(rope_qkv_op, (qkv.requires_grad_(), positions, frequencies, 2, 12))
+    torch.library.opcheck(rope_op, (gradients[0].requires_grad_(), positions, frequencies, False))
 
 
 def test_compiles_whole_and_recomputes() -> None:
@@ -221,7 +208,7 @@ def test_compiles_whole_and_recomputes() -> None:
 
     def function(qkv: Tensor) -> tuple[Tensor, ...]:
         q, k, v = rope_qkv(qkv, positions, **sizes, impl="triton")
-        return rope(q, positions, impl="triton", layout="interleaved"), k, v
+        return rope(q, positions, impl="triton"), k, v
 
     eager = run(function, qkv, gradients)
     others = {
@@ -249,8 +236,6 @@ def test_wrong_arguments_are_named() -> None:
         rope_qkv(qkv, positions[:4], **sizes)
     with pytest.raises(KernelError, match=r"found positions torch.int32"):
         rope_qkv(qkv, positions.int(), **sizes)
-    with pytest.raises(KernelError, match="found layout 'thirds', expected one of half, interleaved"):
-        rope_qkv(qkv, positions, **sizes, layout="thirds")
     with pytest.raises(KernelError, match="float64, expected float32"):
         rope_qkv(qkv.double(), positions, **sizes, impl="triton")
     with pytest.raises(KernelError, match=r"found x \(2, 5, 96\), expected \[B, T, heads, D\]"):

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import reference
 from kernels.dispatch import KernelError
-from kernels.swiglu import LAYOUTS, swiglu, swiglu_backward_op, swiglu_op
+from kernels.swiglu import swiglu, swiglu_backward_op, swiglu_op, swiglu_reference
 
 # One pair, odd widths, more than a tile of one row, several column tiles with a ragged last one, several row tiles.
 SHAPES = [(2,), (1, 6), (7, 14), (2, 3, 2062), (2, 1, 4100), (70, 34), (2, 0, 4), (0, 8)]
@@ -32,12 +31,11 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(shape: tuple[int, ...], layout: str, impl: str) -> None:
+def test_against_float64(shape: tuple[int, ...], impl: str) -> None:
     x, dy = inputs(shape)
-    ours = run(lambda x: swiglu(x, layout=layout, impl=impl), x, dy)
-    oracle = run(lambda x: reference.swiglu(x, layout), x.double(), dy)
+    ours = run(lambda x: swiglu(x, impl=impl), x, dy)
+    oracle = run(swiglu_reference, x.double(), dy)
     for mine, theirs in zip(ours, oracle, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=2e-6, atol=2e-6)
 
@@ -55,16 +53,14 @@ def test_the_stock_form_is_the_models_own_to_the_bit() -> None:
 
 def test_the_references_gradient() -> None:
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    for layout in LAYOUTS:
-        assert torch.autograd.gradcheck(lambda x, layout=layout: reference.swiglu(x, layout), x)
+    assert torch.autograd.gradcheck(swiglu_reference, x)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_inputs_round_only_the_results(dtype: torch.dtype, layout: str) -> None:
+def test_16_bit_inputs_round_only_the_results(dtype: torch.dtype) -> None:
     x, dy = inputs((9, 80), dtype)
-    ours = run(lambda x: swiglu(x, layout=layout, impl="triton"), x, dy)
-    oracle = run(lambda x: reference.swiglu(x, layout), x.double(), dy)
+    ours = run(lambda x: swiglu(x, impl="triton"), x, dy)
+    oracle = run(swiglu_reference, x.double(), dy)
     for mine, theirs in zip(ours, oracle, strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine.double(), theirs, rtol=1.02 * torch.finfo(dtype).eps / 2, atol=1e-6)
@@ -74,7 +70,7 @@ def test_16_bit_inputs_round_only_the_results(dtype: torch.dtype, layout: str) -
 def test_large_gates_do_not_overflow() -> None:
     x, dy = torch.tensor([[-200.0, 1.0, 200.0, 1.0, -88.5, 2.0]]), torch.ones(1, 3)
     ours = run(lambda x: swiglu(x, impl="triton"), x, dy)
-    for mine, theirs in zip(ours, run(reference.swiglu, x.double(), dy), strict=True):
+    for mine, theirs in zip(ours, run(swiglu_reference, x.double(), dy), strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-30)
 
 
@@ -87,23 +83,21 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["transposed", "last dimension strided", "rows of a wider tensor"])
-def test_strides_change_nothing(which: str, layout: str) -> None:
+def test_strides_change_nothing(which: str) -> None:
     x, dy = inputs((3, 5, 12))
-    plain = run(lambda x: swiglu(x, layout=layout, impl="triton"), x, dy)
+    plain = run(lambda x: swiglu(x, impl="triton"), x, dy)
     for given, gradient in ((layouts(x)[which], dy), (x, layouts(dy)[which]), (layouts(x)[which], layouts(dy)[which])):
-        ours = run(lambda x: swiglu(x, layout=layout, impl="triton"), given, gradient)
+        ours = run(lambda x: swiglu(x, impl="triton"), given, gradient)
         for mine, theirs in zip(ours, plain, strict=True):
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_expanded_gradients(layout: str) -> None:
+def test_expanded_gradients() -> None:
     x, _ = inputs((3, 5, 12))
     for scale in (torch.tensor(0.5), torch.randn(6)):
-        ours = run(lambda x: swiglu(x, layout=layout, impl="triton"), x, scale.expand(3, 5, 6))
-        dense = run(lambda x: swiglu(x, layout=layout, impl="triton"), x, scale.expand(3, 5, 6).contiguous())
+        ours = run(lambda x: swiglu(x, impl="triton"), x, scale.expand(3, 5, 6))
+        dense = run(lambda x: swiglu(x, impl="triton"), x, scale.expand(3, 5, 6).contiguous())
         for mine, theirs in zip(ours, dense, strict=True):
             assert torch.equal(mine, theirs)
 
@@ -111,29 +105,27 @@ def test_expanded_gradients(layout: str) -> None:
 def test_random_shapes() -> None:
     draw = random.Random(0)
     for _ in range(12):
-        layout, M, width = draw.choice(LAYOUTS), draw.randint(1, 40), draw.choice([draw.randint(1, 40), 513])
+        M, width = draw.randint(1, 40), draw.choice([draw.randint(1, 40), 513])
         x, dy = inputs((M, 2 * width))
         x = torch.cat([x, x], 1)[:, : 2 * width] if draw.random() < 0.5 else x
-        ours = run(lambda x, layout=layout: swiglu(x, layout=layout, impl="triton"), x, dy)
-        oracle = run(lambda x, layout=layout: reference.swiglu(x, layout), x.double(), dy)
+        ours = run(lambda x: swiglu(x, impl="triton"), x, dy)
+        oracle = run(swiglu_reference, x.double(), dy)
         for mine, theirs in zip(ours, oracle, strict=True):
-            torch.testing.assert_close(mine.double(), theirs, rtol=2e-6, atol=2e-6, msg=f"{layout} {M} x {width}")
+            torch.testing.assert_close(mine.double(), theirs, rtol=2e-6, atol=2e-6, msg=f"{M} x {width}")
 
 
 def test_opcheck() -> None:
     x, dy = inputs((3, 5, 12))
-    for alternating in (True, False):
-        torch.library.opcheck(swiglu_op, (x.requires_grad_(), alternating))
-        torch.library.opcheck(swiglu_backward_op, (dy, x.detach(), alternating))
+    torch.library.opcheck(swiglu_op, (x.requires_grad_(),))
+    torch.library.opcheck(swiglu_backward_op, (dy, x.detach()))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiles_whole_and_recomputes(layout: str) -> None:
+def test_compiles_whole_and_recomputes() -> None:
     x, dy = inputs((3, 5, 24))
     dy = dy[..., :6]
 
     def twice(x: Tensor) -> Tensor:
-        return swiglu(swiglu(x, layout=layout, impl="triton"), layout=layout, impl="triton")
+        return swiglu(swiglu(x, impl="triton"), impl="triton")
 
     eager = run(twice, x, dy)
     others = {
@@ -156,7 +148,5 @@ def test_wrong_arguments_are_named() -> None:
         swiglu(torch.zeros(2, 0))
     with pytest.raises(KernelError, match=r"found x \(\)"):
         swiglu(torch.zeros(()))
-    with pytest.raises(KernelError, match="found layout 'thirds', expected one of alternating, halves"):
-        swiglu(torch.zeros(2, 4), layout="thirds")
     with pytest.raises(KernelError, match="float64, expected float32"):
         swiglu(torch.zeros(2, 4).double(), impl="triton")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear_cross_entropy
+from kernels.cross_entropy import linear as linear_cross_entropy
 from llm.config import ModelConfig
 from llm.model.gpt import GPT
 from llm.model.init import init_weights

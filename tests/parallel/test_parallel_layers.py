@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llm.config import ParallelConfig
-from llm.errors import InputError
+from llm.errors import CheckpointError, InputError
 from llm.model.layers import IGNORED_TARGET
 from llm.parallel import collectives
 from llm.parallel.agreement import broadcast, exchange, exchange_errors, together
@@ -236,6 +236,27 @@ def agreement_case() -> list[object]:
 def test_agreement(two_ranks: RankPool) -> None:
     for rank, found in enumerate(two_ranks.run(agreement_case)):
         assert found == [[None, "ééé"], None, "only here", "rank 1 cannot", rank, "from 0"]
+
+
+def group_agreement_case() -> list[object]:
+    """Ranks 0 and 1 are one group, 2 and 3 the other; rank 3 fails."""
+    rank, group = torch.distributed.get_rank(), Mesh.create(ParallelConfig(tensor_parallel=2), "cpu").tp_group
+
+    def fail() -> None:
+        if rank == 3:
+            raise CheckpointError("rank 3 cannot")
+
+    try:
+        together(fail, group)
+        raised = None
+    except CheckpointError as error:
+        raised = str(error)
+    return [exchange(str(rank), group), raised, broadcast(f"from {rank}", group)]
+
+
+def test_agreement_of_a_group(four_ranks: RankPool) -> None:
+    first, second = [["0", "1"], None, "from 0"], [["2", "3"], "rank 3 cannot", "from 2"]
+    assert four_ranks.run(group_agreement_case) == [first, first, second, second]
 
 
 def mesh_case(tp: int) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ import torch
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
 from llm.parity.report import Report
-from llm.parity.verify import verify
+from llm.parity.verify import check_parity
 from tiny_run import case
 
 Case: TypeAlias = dict[str, Any]
@@ -133,4 +133,4 @@ def config_of(chosen: Case) -> RunConfig:
 
 def verified(config: RunConfig, steps: int = 2) -> Report:
     """`verify` on this rank of a pool, on the CPU. Collective."""
-    return verify(config, Mesh.create(config.parallel, "cpu"), torch.device("cpu"), steps)
+    return check_parity(config, Mesh.create(config.parallel, "cpu"), torch.device("cpu"), steps)

@@ -21,8 +21,7 @@ from llm.model.layers import IGNORED_TARGET
 from llm.parity import report as reports
 from llm.parity.batches import counted_targets, micro_batches, target_count
 from llm.parity.compare import Check, Scalar, distance, gradient_check, scalar_checks, state_check, worst
-from llm.parity.gather import gather_state, shared_names
-from llm.parity.layout import global_shapes
+from llm.parity.layout import gather_state, global_shapes, shared_names
 from llm.parity.oracle import oracle_config
 from llm.parity.report import Report, group_of
 from llm.parity.shrink import _host_bytes, needed_bytes, shrink, smaller
@@ -101,11 +100,17 @@ def test_ranks_and_micro_batches_count_unequally() -> None:
     assert torch.cat([b.samples for b in batches]).tolist() == list(range(8, 16))
 
 
+def test_every_target_may_count() -> None:
+    batches = micro_batches(BASE, 1, torch.device("cpu"), ragged=False)
+    counts = [int((b.targets != IGNORED_TARGET).sum()) for b in batches]
+    assert sum(counts) == target_count(BASE, ragged=False) == sum(b.targets.numel() for b in batches)
+
+
 def shares(config: RunConfig) -> list[torch.Tensor]:
     from llm.parallel.mesh import Mesh
 
     mesh = Mesh.create(config.parallel, "cpu")
-    batches = micro_batches(config, 3, torch.device("cpu"), mesh)
+    batches = micro_batches(config, 3, torch.device("cpu"), dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     return [torch.cat([getattr(b, field) for b in batches]) for field in ("tokens", "targets", "samples")]
 
 

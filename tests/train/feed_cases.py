@@ -28,10 +28,6 @@ class OneBuffer:
             )
             self.batches.append(Batch(*(t.pin_memory() if pinned else t for t in vars(batch).values())))
 
-    @property
-    def skipped(self) -> int:
-        return 10 * self.asked
-
     def epochs(self) -> dict[str, float]:
         return {"corpus": self.asked / 4}
 
@@ -40,7 +36,7 @@ class OneBuffer:
         for i, batch in enumerate(self.batches):
             for mine, wanted in zip(vars(batch).values(), contents(self.asked, i, batch), strict=True):
                 mine.copy_(wanted)
-        return Step(self.batches, 1000 + self.asked, -self.asked)
+        return Step(self.batches, 1000 + self.asked, skipped_samples=10, replaced_targets=-self.asked)
 
     def close(self) -> None:
         self.closed = True
@@ -61,7 +57,7 @@ def contents(step: int, i: int, like: Batch) -> list[torch.Tensor]:
 
 def check(found: list[MicroBatch], count: int, step: int, T: int) -> None:
     """Raise unless these are the micro-batches of that step, widened."""
-    assert count == 1000 + step and len(found) == BATCHES
+    assert count == 1000 and len(found) == BATCHES
     for i, batch in enumerate(found):
         number = BATCHES * step + i
         assert (batch.tokens == 60000 + number).all() and batch.tokens.shape == (B, T)

@@ -9,7 +9,8 @@ import torch
 
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
-from llm.train.build import build_engine, build_model, check_kernels
+from llm.train.build import build_engine, build_model
+from llm.train.checks import check_kernels
 from llm.train.engines.plain import PlainEngine
 from pool import RankPool
 from tiny_run import BASE, batches, case, plain, target_count

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from torch import Tensor
 
 from feed_cases import BATCHES, OneBuffer, check
 from llm.data.batch import Batch, Step
+from llm.errors import InputError
 from llm.model.layers import IGNORED_TARGET
 from llm.train import feed as feeds
 from llm.train.engines.base import micro_batch
 from llm.train.feed import Feed
+from pool import RankPool
 
 CPU, T = torch.device("cpu"), 5
 
@@ -27,7 +31,7 @@ def test_a_cpu_takes_each_step_when_it_is_due_and_copies_nothing() -> None:
         found, count = feed.next_step()
         check(found, count, step, T)
         assert loader.asked == step
-        assert (feed.skipped, feed.epochs, feed.replaced_targets) == (10 * step, {"corpus": step / 4}, -step)
+        assert feed.record() == {"epochs": {"corpus": step / 4}, "skipped_samples": 10 * step}
         assert [b.samples.data_ptr() for b in found] == [b.sample_ids.data_ptr() for b in loader.batches]
     feed.close()
     assert loader.closed
@@ -102,8 +106,8 @@ def test_a_gpu_is_one_step_ahead_and_no_buffer_is_taken_back_while_it_is_copied(
         found, count = feed.next_step()
         check(found, count, step, T)
         assert loader.asked == min(step + 1, 4), "the loader is asked for what is handed out, one step ahead"
-        assert (feed.skipped, feed.epochs) == (10 * step, {"corpus": step / 4}), "of the step handed out"
-        assert feed.replaced_targets == -step
+        expected = {"epochs": {"corpus": step / 4}, "skipped_samples": 10 * step}
+        assert feed.record() == expected, "of the step handed out"
         assert len(gpu.recorded) == 5 * BATCHES * step
     feed.close()
     assert loader.closed
@@ -130,3 +134,58 @@ def test_the_time_of_waiting_is_counted() -> None:
     time.sleep(0.1)
     feed.next_step()
     assert 0.1 <= feed.wait_seconds < 0.2
+
+
+def over_ranks(first: int) -> list[Any]:
+    """Counts of two steps on this rank of a pool, where rank r replaces r + 1 samples more in each; of all ranks."""
+    rank = torch.distributed.get_rank()
+
+    class Replacing(OneBuffer):
+        def next_step(self) -> Step:
+            return dataclasses.replace(super().next_step(), skipped_samples=rank + 1, replaced_targets=10 * rank)
+
+    feed = Feed(Replacing(T), CPU, 2, torch.distributed.group.WORLD, skipped_samples=first)
+    found = [(feed.next_step()[1], feed.skipped_samples()) for _ in range(2)]
+    return [*found, feed.record()["skipped_samples"]]
+
+
+def test_what_is_replaced_counts_over_the_ranks(two_ranks: RankPool) -> None:
+    expected = [(1001 + 10, 5 + 3), (1002 + 10, 5 + 6), 5 + 6]
+    assert two_ranks.run(over_ranks, 5) == [expected, expected]
+
+
+def test_what_may_not_be_replaced_is_not_counted() -> None:
+    class Stopping(OneBuffer):
+        def next_step(self) -> Step:
+            return dataclasses.replace(super().next_step(), skipped_samples=None, replaced_targets=None)
+
+    feed = Feed(Stopping(T), CPU, 2, skipped_samples=5)
+    assert feed.next_step()[1] == 1001
+    assert feed.record() == {"epochs": {"corpus": 0.25}} and feed.skipped_samples() == 5, "what an earlier process did"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_damaged_file_ends_the_run(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Check:
+        """Finds a damaged file in the second of its looks."""
+
+        looks, closed = 0, False
+
+        def check(self) -> None:
+            self.looks += 1
+            if self.looks == 2:
+                raise InputError("damaged")
+
+        def close(self) -> None:
+            self.closed = True
+
+    SlowGpu(monkeypatch)
+    check, loader = Check(), OneBuffer(T)
+    feed = Feed(loader, torch.device(device), 4, hash_check=check)  # pyright: ignore[reportArgumentType]
+    if device == "cpu":  # a GPU looks when it fetches the second step, ahead
+        feed.next_step()
+    with pytest.raises(InputError, match="damaged"):
+        feed.next_step()
+    assert loader.asked == 1
+    feed.close()
+    assert check.closed and loader.closed

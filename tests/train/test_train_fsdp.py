@@ -133,15 +133,15 @@ def overflow(config: RunConfig) -> tuple[int, int, float, bool, bool]:
     engine, mesh = built(config)
     assert engine.scale is not None
     engine.scale = type(engine.scale)(scale=2.0**40)
-    before = {name: engine.held(name).clone() for name in engine.parameters}
+    before = {name: engine.local_weight(name).clone() for name in engine.parameters}
     skipped, kept = 0, True
     for step in range(60):
         forward_backward(engine, config, mesh, step)
         if not engine.step().skipped:
             break
         skipped += 1
-        kept &= all(torch.equal(engine.held(name), value) for name, value in before.items())
-    changed = not all(torch.equal(engine.held(name), value) for name, value in before.items())
+        kept &= all(torch.equal(engine.local_weight(name), value) for name, value in before.items())
+    changed = not all(torch.equal(engine.local_weight(name), value) for name, value in before.items())
     return skipped, engine.updates, engine.scalar_state()["loss_scale"]["scale"], kept, changed
 
 
@@ -174,7 +174,7 @@ def residents(config: RunConfig) -> dict[str, Any]:
     forward_backward(engine, config, mesh)
     engine.step()
     engine.evaluate(batches(config, 1, mesh.dp_rank, mesh.dp_size, False))
-    held = {name: engine.held(name).numel() for name in engine.parameters}
+    held = {name: engine.local_weight(name).numel() for name in engine.parameters}
     moments = sum(s["exp_avg"].numel() for s in engine.optimizer.state.values())
     gathered = [name for name, p in engine.model.named_parameters() if not isinstance(p, DTensor)]
     table = engine.parameters["embedding.weight"].full_tensor()

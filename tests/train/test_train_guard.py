@@ -103,7 +103,7 @@ def findings_after_a_flip(config: Any, name: str, rank: int) -> list[str]:
     mesh = Mesh.create(config.parallel, "cpu")
     engine = build_engine(config, mesh, torch.device("cpu"))
     if mesh.rank == rank:
-        flip(engine.held(name), index=1)
+        flip(engine.local_weight(name), index=1)
     found = compare_replicas(engine, mesh)
     engine.close()
     return found
@@ -133,7 +133,7 @@ def test_one_flipped_bit_is_found_and_named(flipped: tuple[str, int, int], four_
 def held_of(config: Any, name: str) -> int:
     mesh = Mesh.create(config.parallel, "cpu")
     engine = build_engine(config, mesh, torch.device("cpu"))
-    numel = engine.held(name).numel()
+    numel = engine.local_weight(name).numel()
     engine.close()
     return numel
 

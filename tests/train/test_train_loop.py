@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from llm.data.batch import Batch, Step
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import documents_of
 from llm.train.build import build_engine
+from llm.train.engines.base import micro_batch
+from llm.train.feed import Feed
 from llm.train.loop import train
 from llm.train.run_folder import RunFolder
 from llm.train.start import Run
@@ -51,18 +54,17 @@ class MadeUp:
 
     def __init__(self, config: RunConfig, mesh: Mesh, step: int) -> None:
         self.config, self.mesh, self.step = config, mesh, step
-        self.consumed, self.skipped, self.wait_seconds, self.closed = 0, 0, 0.0, False
+        self.consumed, self.wait_seconds, self.closed = 0, 0.0, False
 
     def next_step(self) -> Step:
         phase, size = phase_of_step(self.config.phases, self.step), self.config.train.micro_batch_size
         share = phase.global_batch_size // self.mesh.dp_size
         first = consumed_samples(self.config.phases, self.step) + self.mesh.dp_rank * share
         self.step += 1
-        self.skipped += self.mesh.dp_rank + 1
         starts = range(first, first + share, size)
         batches = [made_up_batch(range(start, start + size), phase.seq_len) for start in starts]
         planned = phase.global_batch_size * phase.seq_len // 2 - sum(range(self.mesh.dp_size + 1))
-        return Step(batches, planned, self.mesh.dp_rank + 1)
+        return Step(batches, planned, skipped_samples=self.mesh.dp_rank + 1, replaced_targets=self.mesh.dp_rank + 1)
 
     def epochs(self) -> dict[str, float]:
         return {"made up": self.step / 10}
@@ -90,21 +92,26 @@ def trained(config: RunConfig, root: Path, step: int = 0) -> bool:
         folder.create()
     dist.barrier()
     loader, engine = MadeUp(config, mesh, step), build_engine(config, mesh, CPU, reader)
-    run = Unvalidated(config, folder, Unknown(), {"made up": "1"}, mesh, CPU, step, skipped, loader, engine)
+    feed = Feed(loader, CPU, config.train.max_steps - step, mesh.dp_group, skipped_samples=skipped)
+    corpora: Any = MadeUpCorpora()
+    run = MadeUpRun(config, folder, corpora, mesh, CPU, step, feed, engine)
     train(run)
     engine.close()
     return loader.closed
 
 
-class Unknown:
-    """A manifest of text whose bytes were not counted."""
+class MadeUpCorpora:
+    """Text whose bytes were not counted."""
 
-    bytes_per_token = None
+    manifest = SimpleNamespace(bytes_per_token=None)
+
+    def identity(self) -> dict[str, str]:
+        return {"made up": "1"}
 
 
-class Unvalidated(Run):
+class MadeUpRun(Run):
     def validation_batches(self) -> Any:
-        return iter([(made_up_batch(range(2), 16), 2)])
+        return iter([micro_batch(made_up_batch(range(2), 16), CPU)])
 
 
 def lines(root: Path, name: str = "run") -> list[dict[str, Any]]:
@@ -130,6 +137,15 @@ def test_samples_and_tokens_follow_the_phases(whole: Path) -> None:
     assert [line["epochs"] for line in found] == [{"made up": step / 10} for step in range(1, 7)]
     for step, samples in ((2, 16), (4, 40), (6, 60)):
         assert open_checkpoint(whole / f"run/checkpoints/step-{step:08}").state["consumed_samples"] == samples
+
+
+def test_a_line_of_metrics_is_complete(whole: Path) -> None:
+    expected = {"step", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "tflops", "mfu",
+                "mfu_formula", "data_wait_share", "memory_bytes", "skipped_steps", "step_seconds", "epochs",
+                "skipped_samples"}  # fmt: skip
+    for line in steps(whole):
+        assert line.keys() == expected and line["skipped_steps"] == 0
+        assert 0 <= line["data_wait_share"] < 1 and line["memory_bytes"] > 2**20
 
 
 def test_the_loss_is_the_mean_over_the_targets_that_count(whole: Path) -> None:

@@ -1,8 +1,12 @@
-"""What weight decay applies to, and AdamW against the paper's algorithm."""
+"""What weight decay applies to, AdamW against the paper, learning rates against their closed forms, and loss scales."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
+import random
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,7 +15,8 @@ from torch import nn
 
 from llm.config import ModelConfig, OptimConfig, RunConfig
 from llm.train.build import build_model
-from llm.train.optim import KernelAdamW, adamw, decays, parameter_groups
+from llm.train.engines.shared import DynamicLossScale
+from llm.train.optim import KernelAdamW, adamw, decays, learning_rate, parameter_groups
 
 
 def small_model(**model) -> nn.Module:
@@ -137,3 +142,102 @@ def test_the_kernel_s_optimizer_leaves_to_torch_what_it_cannot_update() -> None:
         assert torch.equal(pairs[0][i], pairs[1][i])
     torch.testing.assert_close(pairs[0][2], pairs[1][2])
     assert torch.equal(pairs[0][3], given[3])
+
+
+# -- Learning rate --
+
+
+COSINE = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=10, schedule="cosine")
+WSD = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=10, schedule="wsd", decay_fraction=0.2)
+
+
+def rates(config: OptimConfig, max_steps: int) -> list[float]:
+    return [learning_rate(config, step, max_steps) for step in range(max_steps)]
+
+
+@pytest.mark.parametrize("config", [COSINE, WSD])
+def test_warm_up_rises_in_equal_parts_to_the_peak(config: OptimConfig) -> None:
+    assert rates(config, 100)[:10] == pytest.approx([1e-2 * (i + 1) / 10 for i in range(10)])
+
+
+@pytest.mark.parametrize("config", [COSINE, WSD])
+def test_the_last_update_and_all_beyond_have_min_lr(config: OptimConfig) -> None:
+    assert learning_rate(config, 99, 100) == pytest.approx(1e-3, rel=1e-12)
+    assert learning_rate(config, 500, 100) == 1e-3
+    assert learning_rate(config, 98, 100) > 1e-3
+
+
+def test_cosine_by_its_formula() -> None:
+    for done, rate in enumerate(rates(COSINE, 100), 1):
+        if done > 10:
+            cosine = (1 + math.cos(math.pi * (done - 10) / 90)) / 2
+            assert rate == pytest.approx(1e-3 + 9e-3 * cosine)
+    assert learning_rate(COSINE, 54, 100) == pytest.approx((1e-2 + 1e-3) / 2)  # half way
+
+
+def test_wsd_is_stable_then_falls_in_equal_parts() -> None:
+    found = rates(WSD, 100)
+    assert found[10:80] == [1e-2] * 70
+    falls = [a - b for a, b in itertools.pairwise(found[79:])]
+    assert falls == pytest.approx([9e-3 / 20] * 20)
+
+
+def test_no_warm_up_and_warm_ups_as_long_as_the_run() -> None:
+    no_warmup = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=0)
+    assert learning_rate(no_warmup, 0, 1) == 0.0
+    assert learning_rate(no_warmup, 0, 1000) == pytest.approx(1.0, abs=1e-5)
+    assert rates(COSINE, 4) == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])  # cut off by the end
+    assert rates(COSINE, 10)[-1] == 1e-2
+
+
+def test_a_long_decay_waits_for_the_warm_up() -> None:
+    config = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=50, schedule="wsd", decay_fraction=0.9)
+    found = rates(config, 100)
+    assert max(found) == found[49] == 1.0
+    assert found[74] == pytest.approx(0.5)
+
+
+# -- Loss scale --
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch):
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)
+    return loss_scaler.DynamicLossScaler
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_scales_are_deepspeed_s(seed: int, theirs) -> None:
+    rng = random.Random(seed)
+    window, hysteresis = rng.choice([1, 2, 3, 5, 10]), rng.choice([1, 2, 3])
+    share = rng.choice([0.02, 0.1, 0.3, 0.6])
+    reference = theirs(2.0**16, window, 1.0, hysteresis, False)
+    state = DynamicLossScale(window=window, hysteresis=hysteresis, remaining=hysteresis)
+    for _ in range(300):
+        overflow = rng.random() < share
+        try:
+            reference.update_scale(overflow)
+        except Exception:  # noqa: BLE001 - they raise no narrower one
+            with pytest.raises(FloatingPointError, match="smallest loss scale"):
+                state.update(overflow)
+            return
+        state = state.update(overflow)
+        assert state.scale == reference.cur_scale
+
+
+def test_the_defaults_are_deepspeed_s() -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+
+    config, state = DeepSpeedFP16Config(enabled=True), DynamicLossScale()
+    assert state.scale == 2.0**config.initial_scale_power
+    assert (state.window, state.hysteresis) == (config.loss_scale_window, config.hysteresis)
+    assert (state.minimum, state.remaining) == (config.min_loss_scale, config.hysteresis)
+
+
+def test_a_saved_state_goes_on_where_it_was() -> None:
+    state = DynamicLossScale(window=3)
+    for i in range(20):
+        state = state.update(i % 5 == 0)
+        assert DynamicLossScale(**asdict(state)) == state

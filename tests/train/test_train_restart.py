@@ -13,7 +13,6 @@ import torch
 from llm.checkpoint.reader import find_latest, open_checkpoint
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import RunConfig
-from llm.parallel.agreement import exchange_errors
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model
 from pool import RankPool
@@ -33,16 +32,7 @@ def steps(engine: Any, config: RunConfig, mesh: Mesh, first: int, count: int) ->
 
 
 def save(engine: Any, mesh: Mesh, root: Path, step: int) -> None:
-    write_checkpoint(
-        root,
-        step,
-        engine.state_pieces(),
-        {"engine": engine.scalar_state()},
-        rank=mesh.rank,
-        world=mesh.world_size,
-        keep_last=9,
-        exchange_errors=exchange_errors,
-    )
+    write_checkpoint(root, step, engine.state_pieces(), {"engine": engine.scalar_state()}, keep_last=9)
 
 
 def first_half(config: RunConfig, root: Path) -> list[float]:

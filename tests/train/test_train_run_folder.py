@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llm.config import RunConfig
 from llm.errors import InputError
 from llm.train import run_folder
 from llm.train.run_folder import RunFolder, truncate_metrics
@@ -46,9 +47,9 @@ def hold(tmp_path: Path, seconds: float) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/a", "-x", ".x", "a b", "a\n", "é"])
-def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
+def test_bad_names_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="name is"):
-        RunFolder(tmp_path, name)
+        RunConfig(name=name)
 
 
 def test_paths(folder: RunFolder, tmp_path: Path) -> None:

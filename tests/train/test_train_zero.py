@@ -10,11 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.layout.counters import LiveStorages
 from llm.config import RunConfig
 from llm.model.gpt import GPT
 from llm.model.init import initial_tensor
@@ -43,28 +40,6 @@ def with_zero_keys(config: RunConfig, **keys: Any) -> RunConfig:
 # Construction
 
 
-class LiveBytes(TorchDispatchMode):
-    """The largest number of bytes that the storages of this process's real tensors had at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.seen = self.peak = 0  # seen: with storages that may be gone
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                self.seen += storage.nbytes()
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        if self.seen > self.peak:
-            self.storages = {key: kept for key, kept in self.storages.items() if not kept[0].expired()}
-            self.seen = sum(size for _, size in self.storages.values())
-            self.peak = max(self.peak, self.seen)
-        return result
-
-
 def skeleton(config: RunConfig, mesh: Mesh) -> GPT:
     with torch.device("meta"):
         return GPT(config.model, choose_layers(config, mesh))
@@ -86,10 +61,10 @@ def partitioned(config: RunConfig, mesh: Mesh) -> GPT:
 def bytes_of_construction(config: RunConfig) -> dict[str, int]:
     mesh = Mesh.create(config.parallel, "cpu")
     sizes = [4 * p.numel() for p in skeleton(config, mesh).parameters()]
-    with LiveBytes() as parameters:
+    with LiveStorages(existing=False) as parameters:
         model = partitioned(config, mesh)
     held = sum(4 * p.ds_tensor.numel() for p in model.parameters())  # pyright: ignore[reportAttributeAccessIssue]
-    with LiveBytes() as build:
+    with LiveStorages(existing=False) as build:
         build_engine(config, mesh, CPU).close()
     return {
         "total": sum(sizes),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from litdata import StreamingDataLoader, StreamingDataset, TokensLoader  # pyright: ignore[reportMissingImports]
 from litdata.streaming.cache import Cache  # pyright: ignore[reportMissingImports]
 
-from benchmarks.loader.system import Batch, Batches, Job, System, finished
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Stateful, finished
 from benchmarks.loader.tokens import TokenSet
 
 CHUNK_BYTES = 1 << 26
@@ -17,7 +17,7 @@ PIECE = 1 << 20  # tokens handed to the writer at a time
 STORED = {"uint16": "uint16", "uint32": "int32"}  # PyTorch types that it knows
 
 
-class LitData(System):
+class LitData(Stateful):
     def prepare(self, tokens: TokenSet, seq_len: int) -> None:
         folder = _folder(tokens)
         if finished(folder):
@@ -37,26 +37,10 @@ class LitData(System):
     def files(self, tokens: TokenSet, seq_len: int) -> list[Path]:
         return list(_folder(tokens).glob("*.bin"))
 
-    def _loader(self, tokens: TokenSet, job: Job) -> StreamingDataLoader:
-        loader = TokensLoader(block_size=job.seq_len + 1)
+    def loader(self, tokens: TokenSet, case: Case) -> StreamingDataLoader:
+        loader = TokensLoader(block_size=case.seq_len + 1)
         dataset = StreamingDataset(str(_folder(tokens)), item_loader=loader, shuffle=True, drop_last=True)
-        return StreamingDataLoader(dataset, batch_size=job.rows, num_workers=job.workers, drop_last=True)
-
-    def state(self, tokens: TokenSet, job: Job, consumed: int) -> Any:
-        loader = self._loader(tokens, job)
-        for done, _ in enumerate(loader, 1):
-            if done * job.rows >= consumed:
-                break
-        return loader.state_dict()
-
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
-        loader = self._loader(tokens, job)
-        if state is not None:
-            loader.load_state_dict(state)
-        while True:
-            for found in loader:
-                rows = found.to(torch.int64)
-                yield Batch(rows[:, :-1], rows[:, 1:])
+        return StreamingDataLoader(dataset, batch_size=case.rows, drop_last=True)
 
 
 def _folder(tokens: TokenSet) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # pyright: ignore[reportMissingImports]
 from torch.utils.data import DataLoader
 
-from benchmarks.loader.system import Batch, Batches, Job, System
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 
 
@@ -39,10 +39,9 @@ class Consecutive:
 
 
 class Megatron(System):
-    """dense_mask: with its default T x T attention mask; without it cu_seqlens are read off the position ids here."""
+    """Without its default T x T attention mask; cu_seqlens are read off the position ids here."""
 
-    def __init__(self, dense_mask: bool = False) -> None:
-        self.dense_mask = dense_mask
+    def __init__(self) -> None:
         logging.disable(logging.WARNING)
 
     def begin(self) -> None:
@@ -51,30 +50,27 @@ class Megatron(System):
     def files(self, tokens: TokenSet, seq_len: int) -> list[Path]:
         return [*tokens.paths, *(path.with_suffix(".idx") for path in tokens.paths), *_cache(tokens).glob("*")]
 
-    def forget(self, tokens: TokenSet) -> None:
-        shutil.rmtree(_cache(tokens), ignore_errors=True)
-
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
-        samples = (tokens.tokens - 1) // job.seq_len
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
+        samples = (tokens.tokens - 1) // case.seq_len
         config = GPTDatasetConfig(
             random_seed=1234,
-            sequence_length=job.seq_len,
+            sequence_length=case.seq_len,
             blend=([str(path.with_suffix("")) for path in tokens.paths], None),
             split="1,0,0",
             path_to_cache=str(_cache(tokens)),
             tokenizer=Tokenizer(tokens),  # pyright: ignore[reportArgumentType]
-            reset_position_ids=job.documents,
-            reset_attention_mask=job.documents,
+            reset_position_ids=case.documents,
+            reset_attention_mask=case.documents,
             eod_mask_loss=False,
-            create_attention_mask=self.dense_mask,
+            create_attention_mask=False,
         )
         dataset = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[0]
         first = state or 0
         while True:
-            sampler = Consecutive(first, samples, job.rows)
-            for found in DataLoader(dataset, batch_sampler=sampler, num_workers=job.workers):
+            sampler = Consecutive(first, samples, case.rows)
+            for found in DataLoader(dataset, batch_sampler=sampler):
                 batch = Batch(found["tokens"], found["labels"])
-                yield batch._replace(**_documents(found["position_ids"])) if job.documents else batch
+                yield batch._replace(**_documents(found["position_ids"])) if case.documents else batch
             first = 0
 
 

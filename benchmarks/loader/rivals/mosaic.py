@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset  # pyright: ignore[reportMissingImports]
 from streaming.base.util import clean_stale_shared_memory  # pyright: ignore[reportMissingImports]
+from torch import Tensor
 
-from benchmarks.loader.system import Batch, Batches, Job, System, finished
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batches, Stateful, finished
 from benchmarks.loader.tokens import TokenSet
 
 SHARD_BYTES = 1 << 26  # its default
 
 
-class Mosaic(System):
+class Mosaic(Stateful):
     def prepare(self, tokens: TokenSet, seq_len: int) -> None:
         folder = _folder(tokens, seq_len)
         if finished(folder):
@@ -37,30 +38,26 @@ class Mosaic(System):
     def begin(self) -> None:
         clean_stale_shared_memory()  # of a process before that was ended: else it refuses to start
 
-    def _loader(self, tokens: TokenSet, job: Job) -> StreamingDataLoader:
+    def loader(self, tokens: TokenSet, case: Case) -> StreamingDataLoader:
         dataset = StreamingDataset(
-            local=str(_folder(tokens, job.seq_len)), shuffle=True, batch_size=job.rows, num_canonical_nodes=1
+            local=str(_folder(tokens, case.seq_len)), shuffle=True, batch_size=case.rows, num_canonical_nodes=1
         )
-        return StreamingDataLoader(dataset, batch_size=job.rows, num_workers=job.workers, drop_last=True)
+        return StreamingDataLoader(dataset, batch_size=case.rows, drop_last=True)
 
-    def state(self, tokens: TokenSet, job: Job, consumed: int) -> Any:
-        loader = self._loader(tokens, job)
+    def rows(self, found: Any) -> Tensor:
+        return found["tokens"]
+
+    def state(self, tokens: TokenSet, case: Case, consumed: int) -> Any:
+        loader = self.loader(tokens, case)
         state = loader.dataset.state_dict(consumed, from_beginning=True)  # pyright: ignore
         del loader
         clean_stale_shared_memory()
         return state | {"epoch": 0}
 
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
-        loader = self._loader(tokens, job)
-        if state is not None:
-            loader.load_state_dict(state)
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         try:
-            while True:
-                for found in loader:
-                    rows = found["tokens"].to(torch.int64)
-                    yield Batch(rows[:, :-1], rows[:, 1:])
+            yield from super().open(tokens, case, state)
         finally:
-            del loader
             clean_stale_shared_memory()
 
 

@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.loader.system import Batch, Batches, Job, System
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 
 
 class NanoGPT(System):
     """Drawn with replacement: it has no epochs and no place to resume at."""
 
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
-        T = job.seq_len
+    def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
+        T = case.seq_len
         while True:
             ids = np.memmap(tokens.paths[0], dtype=tokens.item, mode="r")
-            starts = torch.randint(len(ids) - T, (job.rows,))
+            starts = torch.randint(len(ids) - T, (case.rows,))
             inputs, labels = (
                 torch.stack(
                     [torch.from_numpy(ids[start + shift : start + shift + T].astype(np.int64)) for start in starts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader  # pyright: ignore[reportMissingImports]
 
-from benchmarks.loader.system import Batch, Batches, Job, System
+from benchmarks.loader.cases import Case
+from benchmarks.loader.system import Stateful
 from benchmarks.loader.tokens import TokenSet
 
 
@@ -35,35 +35,8 @@ class Rows(Dataset):
         return torch.from_numpy(self.files[shard][start : start + self.seq_len + 1].astype(np.int64))
 
 
-class Blank(Dataset):
-    """As many rows of nothing: to get at the loader's state without reading half of the tokens."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> int:
-        return 0
-
-
-class TorchData(System):
-    def _loader(self, dataset: Dataset, job: Job) -> StatefulDataLoader:
+class TorchData(Stateful):
+    def loader(self, tokens: TokenSet, case: Case) -> StatefulDataLoader:
         torch.manual_seed(0)
-        return StatefulDataLoader(dataset, job.rows, shuffle=True, num_workers=job.workers, drop_last=True)
-
-    def state(self, tokens: TokenSet, job: Job, consumed: int) -> Any:
-        loader = self._loader(Blank(len(Rows(tokens, job.seq_len))), job)
-        for done, _ in enumerate(loader, 1):
-            if done * job.rows >= consumed:
-                break
-        return loader.state_dict()
-
-    def open(self, tokens: TokenSet, job: Job, state: Any = None) -> Batches:
-        loader = self._loader(Rows(tokens, job.seq_len), job)
-        if state is not None:
-            loader.load_state_dict(state)
-        while True:
-            for rows in loader:
-                yield Batch(rows[:, :-1], rows[:, 1:])
+        rows = Rows(tokens, case.seq_len)
+        return StatefulDataLoader(rows, case.rows, shuffle=True, drop_last=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,15 +9,6 @@ from llm.data.corpus.files import list_files, read_documents
 from llm.data.corpus.stdlib import stdlib_files
 
 STDLIB = "stdlib"
-
-
-def source_name(source: str) -> str:
-    """A short name for a corpus: `stdlib`, or the file's or folder's name without its suffixes."""
-    if source == STDLIB:
-        return STDLIB
-    name = Path(source).resolve().name
-    name = re.sub(r"\.(txt|jsonl|jsonl\.gz|jsonl\.zst)$", "", name)
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "corpus"
 
 
 def describe_source(source: str) -> str:

@@ -25,15 +25,9 @@ def list_files(source: Path) -> list[Path]:
     Hidden files are left out. Any other file of a folder that is no text file is an InputError.
     """
     if source.is_file():
-        require(
-            _is_text(source),
-            f"data.source {source}: expected a name that ends in one of {SUFFIXES}",
-        )
+        require(_is_text(source), f"data.source {source}: expected a name that ends in one of {SUFFIXES}")
         return [source]
-    require(
-        source.is_dir(),
-        f"data.source {source} does not exist; expected `stdlib`, a file or a folder",
-    )
+    require(source.is_dir(), f"data.source {source} does not exist; expected `stdlib`, a file or a folder")
     files = sorted(_walk(source), key=lambda path: path.relative_to(source).as_posix())
     others = [str(path) for path in files if not (_is_text(path) and path.is_file())]
     require(not others, f"data.source {source} holds {others[:3]}; expected only files in {SUFFIXES}")
@@ -115,7 +109,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses zstd. The library's own reader takes a file that was cut short for whole."""
+    """Decompresses zstd. The library's own reader takes a file that was cut short for a complete one."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -7,11 +7,14 @@ then counts from all training tokens. A context v never seen in training falls b
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from llm.errors import require
 
+LARGEST = 100_000_000  # training tokens up to which the model is counted
 HELD_OUT = 0.1
 EM_STEPS = 30
 
@@ -50,10 +53,7 @@ def _estimate_lambda(tokens: NDArray[np.int64], vocab_size: int) -> float:
 
 
 def bigram_loss(
-    train_tokens: NDArray[np.integer],
-    validation_tokens: NDArray[np.integer],
-    vocab_size: int,
-    seq_len: int,
+    train_tokens: NDArray[np.integer], validation_tokens: NDArray[np.integer], vocab_size: int, seq_len: int
 ) -> float:
     """Mean loss, in nats per token, over the target tokens of the validation samples of seq_len.
 
@@ -61,13 +61,20 @@ def bigram_loss(
     """
     n_samples = (validation_tokens.size - 1) // seq_len
     require(train_tokens.size >= 3, "a bigram model needs at least 3 training tokens")
-    require(
-        n_samples >= 1,
-        f"{validation_tokens.size} validation tokens hold no sample of {seq_len} + 1",
-    )
+    require(n_samples >= 1, f"{validation_tokens.size} validation tokens hold no sample of {seq_len} + 1")
     train = train_tokens.astype(np.int64)
     weight = _estimate_lambda(train, vocab_size)
     validation = validation_tokens[: n_samples * seq_len + 1].astype(np.int64)
     bigram, unigram, seen = _Counts(train, vocab_size).probabilities(validation)
     weights = np.where(seen, weight, 0.0)
     return float(-np.log(weights * bigram + (1 - weights) * unigram).mean())
+
+
+def folder_loss(folder: Path, dtype: str, vocab_size: int, seq_len: int) -> float | None:
+    """The loss on train.bin and validation.bin of a folder; None: too large a corpus, or no sample of seq_len."""
+    train, validation = (
+        np.memmap(folder / f"{split}.bin", np.dtype(dtype).newbyteorder("<"), "r") for split in ("train", "validation")
+    )
+    if train.size > LARGEST or validation.size <= seq_len:
+        return None
+    return bigram_loss(train, validation, vocab_size, seq_len)

@@ -1,4 +1,4 @@
-"""Copies of remote corpora, through fsspec: sizes and hashes are checked, and a copy is whole or has no manifest.
+"""Copies of remote corpora, through fsspec: sizes and hashes are checked, and an incomplete copy has no manifest.
 
 The manifest is read first and written last. Each file arrives under its name with `.part` behind it, goes on where
 an earlier transfer stopped, and takes its name when its hash is right. One process at a time copies; others wait for
@@ -7,12 +7,10 @@ it and find the work done.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ from typing import Any
 import fsspec
 
 from llm.config import RunConfig
+from llm.data.corpora import corpus_names
 from llm.data.prepare.tokenise import Progress
-from llm.data.samples.schedule import corpus_names
 from llm.data.tokens.folder import copy_folder, is_url, lock
-from llm.data.tokens.manifest import BLOCK, FILE_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_file
+from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest, read_manifest
 from llm.errors import InputError, require
+from llm.files import sha256_of
 
 PIECE = 16 << 20  # bytes of one request
 STREAMS = 8  # files under way at a time: one stream seldom fills a line to an object store
@@ -42,7 +41,11 @@ def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total
     Raises:
         InputError: it cannot be read, is damaged or incomplete there, or `folder` is a copy of something else.
     """
-    remote = _open_remote(url)
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
+        raise InputError(f"{url} cannot be opened: {error}") from error
+    remote = _Remote(url.rstrip("/"), system, root.rstrip("/"))
     wanted = remote.manifest()
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
@@ -68,8 +71,7 @@ class _Remote:
     root: str
 
     def manifest(self) -> Manifest:
-        with self._explained(FILE_NAME):
-            raw = self.system.cat_file(f"{self.root}/{FILE_NAME}")
+        raw = self.read(FILE_NAME)
         try:
             manifest = parse_manifest(raw)
             away = next((name for name in manifest.all_files() if name.startswith("/")), None)
@@ -78,28 +80,13 @@ class _Remote:
             raise InputError(f"{self.url}/{FILE_NAME}: {error}") from error
         return manifest
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        with self._explained(name):
-            return self.system.cat_file(f"{self.root}/{name}", start=start, end=stop)
-
-    @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         try:
-            yield
-        except InputError:
-            raise
+            return self.system.cat_file(f"{self.root}/{name}", start=start, end=stop)
         except Exception as error:  # each file system raises classes of its own
             raise InputError(
                 f"{self.url}/{name} cannot be read: {type(error).__name__}: {error}; run again to go on from there"
             ) from error
-
-
-def _open_remote(url: str) -> _Remote:
-    try:
-        system, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
-        raise InputError(f"{url} cannot be opened: {error}") from error
-    return _Remote(url.rstrip("/"), system, root.rstrip("/"))
 
 
 def _without_plans(manifest: Manifest) -> Manifest:
@@ -143,23 +130,18 @@ def _copy(remote: _Remote, manifest: Manifest, folder: Path, progress: Progress)
 
 
 def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: Callable[[int], None]) -> None:
-    """Bring one file whole to its place; `count` is told of the bytes that are there."""
+    """Bring one complete file to its place; `count` is called with the bytes that have come."""
     if path.exists():  # of an earlier transfer, maybe of what the remote folder held then
         if path.stat().st_size == entry.bytes:
-            if sha256_file(path, count) == entry.sha256:
+            if sha256_of(path, count) == entry.sha256:
                 return
             count(-entry.bytes)
         path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    digest, done = hashlib.sha256(), 0
-    with part.open("a+b") as file:
-        file.seek(0)
-        while block := file.read(BLOCK):
-            digest.update(block)
-            done += len(block)
-        kept = done
-        count(done)
+    kept = done = part.stat().st_size if part.exists() else 0
+    count(done)
+    with part.open("ab") as file:
         while done < entry.bytes:
             stop = min(done + PIECE, entry.bytes)
             piece = remote.read(name, done, stop)
@@ -169,18 +151,18 @@ def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: 
                 f"manifest says {entry.bytes} bytes in all: the file is cut short, or its server ignores ranges",
             )
             file.write(piece)
-            digest.update(piece)
             done = stop
             count(len(piece))
         file.flush()
         os.fsync(file.fileno())
-    if digest.hexdigest() == entry.sha256:
+    found = sha256_of(part, lambda _: count(0))  # which ends it when the copy is given up
+    if found == entry.sha256:
         part.rename(path)
         return
     part.unlink()
     if not kept:
         raise InputError(
-            f"{remote.url}/{name}: sha256 {digest.hexdigest()} of what came, its manifest says {entry.sha256}; "
+            f"{remote.url}/{name}: sha256 {found} of what came, its manifest says {entry.sha256}; "
             "run again to copy it anew; if that does not help, the file is damaged there"
         )
     count(-done)

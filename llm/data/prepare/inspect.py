@@ -11,32 +11,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.config import RunConfig
 from llm.config.phases import consumed_samples
-from llm.data.corpora import curriculum_of, packing_plan, training_corpora
+from llm.data.corpora import Corpora
 from llm.data.samples.packing import NumpyPackPlan, read_header
-from llm.data.samples.schedule import Schedule, blend_of
+from llm.data.samples.schedule import Schedule
 from llm.data.tokenizer import Tokenizer
-from llm.data.tokens.folder import data_folder
-from llm.data.tokens.manifest import Manifest, header_bytes
+from llm.data.tokens.manifest import header_bytes
 from llm.data.tokens.shards import NumpyCorpus, ShardList, document_lengths
 from llm.errors import require
 
 
-def show(config: RunConfig, manifest: Manifest, sample: int) -> str:
+def show(corpora: Corpora, sample: int) -> str:
     """A sample of the run's global order, for people: files, bytes, documents and text.
 
     Raises:
         InputError: no such sample, or its files cannot be read.
     """
+    config = corpora.config
     end = consumed_samples(config.phases, config.train.max_steps)
     require(0 <= sample < end, f"sample {sample} is not of this run; expected 0 to {end - 1}")
-    corpora = training_corpora(config, manifest)
-    drawn = curriculum_of(config, corpora)
-    numbers, positions, epochs = Schedule(config.seed, drawn.phases).places(sample, 1)
+    drawn = corpora.curriculum()
+    numbers, positions, epochs = Schedule(config.seed, drawn.phases).locate(sample, 1)
     number, position = int(numbers[0]), int(positions[0])
     name = drawn.names[number]
-    shards = corpora[name]
+    shards = corpora.training[name].shards
     index = [phase.first_sample <= sample for phase in drawn.phases].count(True) - 1
     phase = config.phases[index]
     n_samples = next(s.n_samples for s in drawn.phases[index].sources if s.corpus == number)
@@ -45,19 +43,19 @@ def show(config: RunConfig, manifest: Manifest, sample: int) -> str:
         f"sample {sample}: step {step + 1}, phase {index + 1} of {len(drawn.phases)}, {phase.seq_len} tokens",
         f"corpus {name}: epoch {int(epochs[0]) + 1}, place {position} of {n_samples}",
     ]
-    if len(blend := blend_of(config, phase)) > 1:
+    if len(blend := corpora.blends[index]) > 1:
         head[1] += f", weight {blend[name]:g} of {sum(blend.values()):g}"
-    pieces = _pieces(config, shards, phase.seq_len, position)
+    pieces = _pieces(shards, config.data.packing, phase.seq_len, position)
     padding = phase.seq_len + 1 - sum(count for _, count in pieces)
     tail = [f"padding: {padding} tokens"] if padding else []
-    return "\n".join([*head, *_describe(shards, pieces, data_folder(config)), *tail])
+    return "\n".join([*head, *_describe(shards, pieces, corpora.folder), *tail])
 
 
-def _pieces(config: RunConfig, shards: ShardList, seq_len: int, position: int) -> list[tuple[int, int]]:
+def _pieces(shards: ShardList, packing: str, seq_len: int, position: int) -> list[tuple[int, int]]:
     """(first token in the corpus, tokens) of each piece of the sample at a position."""
-    if config.data.packing == "chunk":
+    if packing == "chunk":
         return [(position * seq_len, seq_len + 1)]
-    plan = NumpyPackPlan(Path(packing_plan(shards, seq_len)), seq_len, shards.n_tokens)
+    plan = NumpyPackPlan(Path(shards.plan(seq_len)), seq_len, shards.n_tokens)
     return [(int(start), int(count)) for start, count in plan.pieces(position)]
 
 
@@ -69,7 +67,8 @@ def _describe(shards: ShardList, pieces: Sequence[tuple[int, int]], folder: Path
     for start, count in pieces:
         ids = corpus.read(start, count)
         cuts = np.flatnonzero(ids == shards.eod_id) + (0 if shards.eod_first else 1)
-        parts += [(start + int(at), ids[at:to]) for at, to in _spans(cuts, count)]
+        edges = [0, *(int(cut) for cut in cuts if 0 < cut < count), count]
+        parts += [(start + at, ids[at:to]) for at, to in pairwise(edges)]
     numbers = document_numbers(shards, [start for start, _ in parts])
     for (start, ids), (number, first, length) in zip(parts, numbers, strict=True):
         lines += [
@@ -78,11 +77,6 @@ def _describe(shards: ShardList, pieces: Sequence[tuple[int, int]], folder: Path
             tokenizer.decode([int(i) for i in ids if i != shards.eod_id]),
         ]
     return [*lines, ""]
-
-
-def _spans(cuts: NDArray, count: int) -> Iterable[tuple[int, int]]:
-    edges = [0, *(int(cut) for cut in cuts if 0 < cut < count), count]
-    return pairwise(edges)
 
 
 def _files(shards: ShardList, start: int, count: int) -> list[str]:
@@ -162,16 +156,16 @@ class Statistics:
     """How often the run goes through it."""
 
 
-def statistics(config: RunConfig, manifest: Manifest) -> list[Statistics]:
+def statistics(corpora: Corpora) -> list[Statistics]:
     """Of every training corpus of the run. InputError where one cannot be read or lacks a packing plan."""
-    corpora = training_corpora(config, manifest)
-    epochs = curriculum_of(config, corpora).epochs(consumed_samples(config.phases, config.train.max_steps))
+    config = corpora.config
+    epochs = corpora.curriculum().epochs(consumed_samples(config.phases, config.train.max_steps))
     return [
         Statistics(
-            shards,
-            Lengths.of(document_lengths(shards)),
-            {seq_len: read_header(Path(plan)).padding_share for seq_len, plan in sorted(shards.plans.items())},
+            corpus.shards,
+            Lengths.of(document_lengths(corpus.shards)),
+            {seq_len: read_header(Path(plan)).padding_share for seq_len, plan in sorted(corpus.shards.plans.items())},
             epochs[name],
         )
-        for name, shards in corpora.items()
+        for name, corpus in corpora.training.items()
     ]

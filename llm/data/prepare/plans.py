@@ -1,49 +1,54 @@
-"""Packing plans of the corpora of a run: written ahead of training, beside the tokens, and listed in the manifest."""
+"""Packing plans of the corpora of a run: written ahead of training, beside the tokens, and listed in the manifest.
+
+What a plan is and how its file is read: llm/data/samples/packing.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import secrets
+import shutil
+import tempfile
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llm.config import RunConfig
-from llm.data.corpora import open_corpora
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.data.corpora import Corpora
+from llm.data.native import import_native
 from llm.data.prepare.tokenise import Progress
-from llm.data.samples.packing import write_plan
-from llm.data.samples.schedule import blend_of
+from llm.data.samples.packing import HEADER, MAGIC, VERSION, PlanHeader
 from llm.data.tokens.folder import lock
-from llm.data.tokens.manifest import Manifest, file_entry, plan_name, read_manifest
+from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.manifest import plan_name, read_manifest
+from llm.data.tokens.shards import ShardList, document_ends
 from llm.errors import InputError
 
+WINDOW = 1 << 20  # pieces that are packed together
+BLOCK = 1 << 20  # tokens searched for the ends of documents at a time
 
-def write_plans(
-    config: RunConfig, manifest: Manifest, progress: Progress = lambda stage, done, total: None
-) -> list[Path]:
+
+def write_plans(corpora: Corpora, progress: Progress = lambda stage, done, total: None) -> list[Path]:
     """Write the packing plans that the run needs and does not have; returns their paths.
 
     Of every corpus for each sequence length that it is drawn in; none unless data.packing is best_fit. Validation
     has no plans: its samples are chunks. Raises InputError for a corpus without a manifest to list them.
     """
-    return [_add_plan(folder, seq_len, progress) for folder, seq_len in _missing(config, manifest)]
-
-
-def _missing(config: RunConfig, manifest: Manifest) -> Iterator[tuple[Path, int]]:
-    """(folder, seq_len) of the plans to be written."""
-    if config.data.packing != "best_fit":
-        return
-    corpora = open_corpora(config, manifest)
-    wanted = {}
-    for phase in config.phases:
-        for name in blend_of(config, phase):
-            corpus = corpora[name]
+    if corpora.config.data.packing != "best_fit":
+        return []
+    needed = {}
+    for phase, blend in zip(corpora.config.phases, corpora.blends, strict=True):
+        for name in blend:
+            corpus = corpora.training[name]
             if corpus.folder is None or corpus.manifest is None:
                 raise InputError(
                     f"{name} has no manifest that could list its packing plans; register the files with prepare_data.py"
                 )
-            wanted[corpus.folder, phase.seq_len] = corpus.manifest
-    for (folder, seq_len), listed in wanted.items():
-        if plan_name("train", seq_len) not in listed.files:
-            yield folder, seq_len
+            needed[corpus.folder, phase.seq_len] = plan_name("train", phase.seq_len) in corpus.manifest.files
+    return [_add_plan(folder, seq_len, progress) for (folder, seq_len), listed in needed.items() if not listed]
 
 
 def _add_plan(folder: Path, seq_len: int, progress: Progress) -> Path:
@@ -55,3 +60,105 @@ def _add_plan(folder: Path, seq_len: int, progress: Progress) -> Path:
             write_plan(shards, seq_len, path, progress)
             dataclasses.replace(manifest, files=manifest.files | {path.name: file_entry(path)}).save(folder)
     return path
+
+
+def write_plan(
+    shards: ShardList, seq_len: int, path: Path, progress: Progress = lambda stage, done, total: None
+) -> PlanHeader:
+    """Plan samples of `seq_len` tokens for a corpus and write the plan, which appears only when it is complete.
+
+    The same corpus gives the same bytes, in bounded memory. progress(stage, tokens done, tokens in all).
+    Raises InputError when a file of the corpus is damaged.
+    """
+    native, total = import_native(), shards.n_tokens
+
+    def ranges() -> Iterator[NDArray[np.int64]]:
+        for i, found in enumerate(document_ranges(shards, seq_len, BLOCK), 1):
+            yield found
+            progress(f"packing samples of {seq_len} tokens", min(i * BLOCK, total), total)
+
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    rows = pieces = piece_tokens = 0
+    try:
+        with temporary.open("wb") as file, tempfile.TemporaryFile(dir=path.parent) as ends:
+            file.write(bytes(HEADER.size))
+            for window in windows(ranges(), seq_len, WINDOW):
+                packed, row_ends = native.plan_window(window, seq_len)
+                file.write(packed.astype("<i8", copy=False).data)
+                ends.write((row_ends + pieces).astype("<i8", copy=False).data)
+                rows += len(row_ends)
+                pieces += len(packed)
+                piece_tokens += int(packed[:, 1].sum())
+            ends.seek(0)
+            shutil.copyfileobj(ends, file, BLOCK)
+            file.seek(0)
+            file.write(HEADER.pack(MAGIC, VERSION, seq_len, total, rows, pieces, piece_tokens))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return PlanHeader(seq_len, total, rows, pieces, piece_tokens)
+
+
+def document_ranges(shards: ShardList, seq_len: int, block: int) -> Iterator[NDArray[np.int64]]:
+    """Documents of a corpus in order, as ranges [n, 2] (first token, tokens), for each `block` tokens read.
+
+    Documents are told apart by the end-of-document token, as in samples cut from the stream.
+
+    A document that goes on beyond a block is handed over as far as its full pieces go; what follows
+    of it begins with the last token of those. So memory does not grow with the longest document.
+    """
+    begin = 0
+    for stop, ends in document_ends(shards, block):
+        bounds = np.concatenate(([begin], ends))
+        ranges = np.stack([bounds[:-1], np.diff(bounds)], axis=1)
+        begin = int(bounds[-1])
+        # The last token read may be the document's last, which only what follows it can tell.
+        pieces = (stop - 2 - begin) // seq_len
+        if pieces > 0:
+            ranges = np.concatenate((ranges, [[begin, pieces * seq_len + 1]]))
+            begin += pieces * seq_len
+        yield ranges
+
+
+def windows(ranges: Iterable[NDArray[np.int64]], seq_len: int, window: int) -> Iterator[NDArray[np.int64]]:
+    """The ranges, gathered until they make about `window` pieces."""
+    gathered: list[NDArray[np.int64]] = []
+    pieces = 0
+    for part in ranges:
+        gathered.append(part)
+        pieces += len(part) + int(part[:, 1].sum()) // seq_len
+        if pieces >= window:
+            yield np.concatenate(gathered)
+            gathered, pieces = [], 0
+    if pieces:
+        yield np.concatenate(gathered)
+
+
+def plan_window(documents: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pieces [P, 2] of the documents [n, 2], row by row, and the pieces up to the end of each row [R].
+
+    Best-fit decreasing: pieces from the longest to the shortest, equal ones in their order, each into
+    the row with the least free space that suffices, among equals the one changed last; else into a
+    new row. The twin of `_native.plan_window`, which write_plan uses.
+    """
+    cut = []
+    for start, tokens in documents.tolist():
+        full = (tokens - 1) // seq_len
+        cut += [(start + i * seq_len, seq_len + 1) for i in range(full)]
+        if tokens - full * seq_len > 1 or full == 0:
+            cut.append((start + full * seq_len, tokens - full * seq_len))
+    rows: list[list[tuple[int, int]]] = []
+    free: list[tuple[int, int, int]] = []  # (free space, -time of the last change, row), sorted
+    for time, piece in enumerate(sorted(cut, key=lambda piece: -piece[1])):
+        best = bisect_left(free, (piece[1],))
+        space, row = seq_len + 1, len(rows)
+        if best < len(free):
+            space, _, row = free.pop(best)
+        else:
+            rows.append([])
+        rows[row].append(piece)
+        insort(free, (space - piece[1], -time, row))
+    pieces = np.array([piece for row in rows for piece in row], np.int64).reshape(-1, 2)
+    return pieces, np.cumsum([len(row) for row in rows], dtype=np.int64)

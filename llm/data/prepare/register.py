@@ -16,20 +16,13 @@ from llm.config import RunConfig
 from llm.data.prepare.tokenise import Progress, given_tokenizer
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, is_url
-from llm.data.tokens.headers import DTYPES, DamagedFile, index_path
-from llm.data.tokens.manifest import (
-    BLOCK,
-    FILE_NAME,
-    FORMAT,
-    Manifest,
-    Shards,
-    Split,
-    check_files,
-    file_entry,
-    header_bytes,
-)
+from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.headers import DTYPES, index_path
+from llm.data.tokens.manifest import FILE_NAME, FORMAT, Manifest, Shards, Split, check_files, header_bytes
 from llm.data.tokens.shards import ShardList, check_file, document_lengths, inspect_files
-from llm.errors import InputError, require
+from llm.errors import DamagedFile, InputError, require
+
+BLOCK = 1 << 20  # bytes read at a time
 
 
 @dataclass
@@ -89,8 +82,8 @@ def register(
 ) -> Manifest:
     """Check the token files of each split and write a manifest of them into data_folder(config).
 
-    patterns: split -> a file, folder or glob. data.tokenizer is copied beside the manifest. `say` is told what the
-    user should know. raw_dtype: of files that say nothing of it (None: as `inspect_files`).
+    patterns: split -> a file, folder or glob. data.tokenizer is copied beside the manifest. `say` gets what the user
+    should know. raw_dtype: of files that say nothing of it (None: as `inspect_files`).
 
     Raises:
         InputError: a file that is damaged or of another vocabulary, or a folder that has a manifest already.
@@ -193,8 +186,8 @@ def _scan_split(split: str, shards: ShardList, folder: Path, tokenizer: Tokenize
 
 def _text_bytes(per_id: NDArray[np.int64], tokenizer: Tokenizer) -> int:
     """Bytes of the text that tokens stand for, end-of-document tokens apart."""
-    used = (i for i in np.flatnonzero(per_id).tolist() if i != tokenizer.eod_id)
-    return sum(int(per_id[i]) * len(tokenizer.token_bytes(i)) for i in used)
+    found = np.flatnonzero(per_id).tolist()
+    return sum(int(per_id[i]) * len(tokenizer.token_bytes(i)) for i in found if i != tokenizer.eod_id)
 
 
 def _compare_with_index(split: str, shards: ShardList, documents: int, say: Callable[[str], None]) -> None:

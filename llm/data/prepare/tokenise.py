@@ -14,18 +14,18 @@ import numpy as np
 
 from llm.config import RunConfig
 from llm.data.corpus import describe_source, read_corpus
-from llm.data.prepare.bigram import bigram_loss
+from llm.data.prepare.bigram import folder_loss
 from llm.data.tokenizer import Tokenizer
-from llm.data.tokens import manifest as manifests
 from llm.data.tokens.folder import data_folder, is_registered, is_url, load_manifest
-from llm.data.tokens.manifest import SPLITS, Manifest, Shards, Split
+from llm.data.tokens.hashes import check_hashes, file_entry
+from llm.data.tokens.manifest import FILE_NAME, FORMAT, SPLITS, Manifest, Shards, Split, read_manifest
 from llm.data.tokens.megatron import TokenWriter, token_dtype
 from llm.errors import require
+from llm.files import sha256_of
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, bytes of text done, and bytes in all (0: not known yet)."""
 
-LARGEST_BIGRAM = 100_000_000  # training tokens up to which the bigram model is counted
 BATCH_CHARACTERS = 1 << 20  # text tokenised at a time
 
 
@@ -71,7 +71,7 @@ def _scan(config: RunConfig, progress: Progress) -> _Scan:
 
 
 def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Manifest:
-    """Tokenise the corpus into data_folder(config), whole or not at all; return its manifest.
+    """Tokenise the corpus into data_folder(config), completely or not at all; return its manifest.
 
     Does nothing but check the files' hashes when the folder holds the same corpus prepared the same
     way, and nothing at all when it is a copy of a remote corpus or holds files that were registered: there is
@@ -93,7 +93,7 @@ def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: N
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not (folder / manifests.FILE_NAME).exists():
+            if not (folder / FILE_NAME).exists():
                 raise
             return _check_prepared(config, folder, scan)  # another process was faster
         return manifest
@@ -115,17 +115,14 @@ def given_tokenizer(config: RunConfig) -> Tokenizer:
 def _tokenizer_origin(config: RunConfig) -> str:
     """What the manifest says of the tokenizer's origin: `train` or the given file's hash."""
     name = config.data.tokenizer
-    return name if name == "train" else manifests.sha256_file(Path(name))
+    return name if name == "train" else sha256_of(name)
 
 
 def _check_prepared(config: RunConfig, folder: Path, scan: _Scan) -> Manifest:
     """The manifest of an existing folder, which must hold what would be written."""
     remedy = "remove the folder or set data.path to another one"
-    require(
-        (folder / manifests.FILE_NAME).exists(),
-        f"{folder} exists and is no folder of prepared data; {remedy}",
-    )
-    manifest = manifests.read_manifest(folder)
+    require((folder / FILE_NAME).exists(), f"{folder} exists and is no folder of prepared data; {remedy}")
+    manifest = read_manifest(folder)
     wanted = {
         f"text of {config.data.source}, sha256": (manifest.source_sha256, scan.sha256),
         "data.tokenizer": (manifest.tokenizer, _tokenizer_origin(config)),
@@ -138,7 +135,7 @@ def _check_prepared(config: RunConfig, folder: Path, scan: _Scan) -> Manifest:
             f"{folder} was prepared from {manifest.source} with another {name}: "
             f"found {found}, expected {asked}; {remedy}",
         )
-    manifests.verify_files(folder, manifest)
+    check_hashes(folder, manifest)
     return manifest
 
 
@@ -153,14 +150,14 @@ def _write(config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _
     tokens = _tokenise(config, folder, tokenizer, scan, progress)
     shards = {}
     for name in SPLITS:
-        entry = manifests.file_entry(folder / f"{name}.bin")
+        entry = file_entry(folder / f"{name}.bin")
         shards[name] = Shards("megatron", dtype, (f"{name}.bin",), (tokens[name],), (entry.bytes,), (entry.sha256,))
     names = ["tokenizer.json", *(f"{split}.idx" for split in SPLITS)]
-    entries = {name: manifests.file_entry(folder / name) for name in names}
+    entries = {name: file_entry(folder / name) for name in names}
     progress("counting bigrams", scan.total, scan.total)
-    bigram = _bigram(config, folder, dtype, tokens)
+    bigram = folder_loss(folder, dtype, tokenizer.vocab_size, config.data.seq_len)
     manifest = Manifest(
-        format=manifests.FORMAT,
+        format=FORMAT,
         source=describe_source(config.data.source),
         source_sha256=scan.sha256,
         validation_fraction=config.data.validation_fraction,
@@ -191,10 +188,7 @@ def _tokenise(config: RunConfig, folder: Path, tokenizer: Tokenizer, scan: _Scan
     """Write the .bin/.idx pairs; the number of tokens of each split."""
     dtype = token_dtype(tokenizer.vocab_size)
     done = 0
-    with (
-        TokenWriter(folder / "train", dtype) as train,
-        TokenWriter(folder / "validation", dtype) as validation,
-    ):
+    with TokenWriter(folder / "train", dtype) as train, TokenWriter(folder / "validation", dtype) as validation:
         writers = {"train": train, "validation": validation}
         for batch in _batches(read_corpus(config.data.source)):
             for document, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
@@ -221,11 +215,3 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _bigram(config: RunConfig, folder: Path, dtype: str, tokens: dict[str, int]) -> float | None:
-    """The baseline's loss; None when the corpus is too large for it or holds no whole sample."""
-    if tokens["train"] > LARGEST_BIGRAM or tokens["validation"] <= config.data.seq_len:
-        return None
-    train, validation = (np.memmap(folder / f"{split}.bin", np.dtype(dtype).newbyteorder("<"), "r") for split in SPLITS)
-    return bigram_loss(train, validation, config.model.vocab_size, config.data.seq_len)

@@ -58,27 +58,27 @@ class BlendTable:
         self._shares = np.asarray(shares, dtype=np.int64)
         self._sources = _sources_of_period(shares)
         order = np.argsort(self._sources, kind="stable")
-        self._places = np.split(order, np.cumsum(self._shares)[:-1])  # of each source, in the period
+        self._slots = np.split(order, np.cumsum(self._shares)[:-1])  # of each source, in the period
         self._ordinals = np.empty(PERIOD, dtype=np.int64)
-        for places in self._places:
-            self._ordinals[places] = np.arange(places.size)
+        for slots in self._slots:
+            self._ordinals[slots] = np.arange(slots.size)
 
     def entries(self, first: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """(source, ordinal among its samples) of the blend's samples first .. first + count - 1, each [count]."""
-        period, place = np.divmod(np.arange(first, first + count), PERIOD)
-        source = self._sources[place]
-        return source, period * self._shares[source] + self._ordinals[place]
+        period, slot = np.divmod(np.arange(first, first + count), PERIOD)
+        source = self._sources[slot]
+        return source, period * self._shares[source] + self._ordinals[slot]
 
     def count(self, source: int, n: int) -> int:
         """Samples of `source` among the first n of the blend."""
-        period, place = divmod(n, PERIOD)
-        return period * int(self._shares[source]) + int(np.searchsorted(self._places[source], place))
+        period, slot = divmod(n, PERIOD)
+        return period * int(self._shares[source]) + int(np.searchsorted(self._slots[source], slot))
 
 
 def _sources_of_period(shares: Sequence[int]) -> NDArray[np.int32]:
     """The sources of one period, [PERIOD].
 
-    Sample j of a source (from 0) has a window of places (from 1) in which it keeps the source within the bound: with
+    Sample j of a source (from 0) has a window of slots (from 1) in which it keeps the source within the bound: with
     share a of P, those k for which a k / P >= j + 1 / (2n - 2) and a (k - 1) / P <= j + 1 - 1 / (2n - 2). Of the
     samples whose window is open, the one whose window closes first is drawn, the lowest source of equals. That some
     order fits every window is Tijdeman's theorem, and for unit jobs the earliest deadline first then finds one.
@@ -98,12 +98,12 @@ def _sources_of_period(shares: Sequence[int]) -> NDArray[np.int32]:
     open_: list[tuple[int, int]] = []
     heapq.heapify(closed)
     out = np.empty(PERIOD, dtype=np.int32)
-    for place in range(1, PERIOD + 1):
-        while closed and closed[0][0] <= place:
+    for slot in range(1, PERIOD + 1):
+        while closed and closed[0][0] <= slot:
             s = heapq.heappop(closed)[1]
             heapq.heappush(open_, (closes(s), s))
         s = heapq.heappop(open_)[1]
-        out[place - 1] = s
+        out[slot - 1] = s
         drawn[s] += 1
         heapq.heappush(closed, (opens(s), s))
     return out

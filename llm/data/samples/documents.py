@@ -46,7 +46,7 @@ def lay_out_pieces(
 
 
 def _number(begins: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    places = np.arange(begins.shape[1], dtype=np.int32)
-    last_begin = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    slots = np.arange(begins.shape[1], dtype=np.int32)
+    last_begin = np.maximum.accumulate(np.where(begins, slots, 0), axis=1)
     cu_seqlens = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
-    return places - last_begin, cu_seqlens
+    return slots - last_begin, cu_seqlens

@@ -65,10 +65,7 @@ class Order:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**64, f"seed is {self.seed}; expected 0 <= seed < 2^64")
-        require(
-            1 <= self.n_samples <= 2**62,
-            f"the data has {self.n_samples} samples; expected between 1 and 2^62",
-        )
+        require(1 <= self.n_samples <= 2**62, f"the data has {self.n_samples} samples; expected between 1 and 2^62")
 
     def positions(self, first: int, count: int) -> NDArray[np.int64]:
         """Positions [count] of the samples first .. first + count - 1.

@@ -7,18 +7,16 @@ the same places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.config import RunConfig
 from llm.config.phases import Phase
 from llm.data.samples.blend import BlendTable, shares
 from llm.data.samples.order import Order, corpus_seed, permute
-from llm.data.tokens.folder import data_folder
 from llm.errors import require
 
 
@@ -27,7 +25,7 @@ class Source:
     """A corpus as one phase draws from it."""
 
     corpus: int
-    """Its number among the run's corpora (`corpus_names`)."""
+    """Its number among the run's corpora."""
     n_samples: int
     """Samples of the phase's sequence length in an epoch of it."""
     first_ordinal: int
@@ -52,17 +50,6 @@ class Table(Protocol):
     def count(self, source: int, n: int) -> int: ...
 
 
-def blend_of(config: RunConfig, phase: Phase) -> dict[str, float]:
-    """The corpora of a phase and their weights, in the order of their names: that of a mapping means nothing."""
-    blend = phase.blend or {config.data.path or str(data_folder(config)): 1.0}
-    return dict(sorted(blend.items()))
-
-
-def corpus_names(config: RunConfig) -> tuple[str, ...]:
-    """The run's training corpora; a corpus's number is its place here, which a phase added later does not change."""
-    return tuple(dict.fromkeys(name for phase in config.phases for name in blend_of(config, phase)))
-
-
 class Curriculum:
     """What a run draws from each of its corpora, phase by phase."""
 
@@ -73,24 +60,28 @@ class Curriculum:
 
     def __init__(
         self,
-        config: RunConfig,
+        phases: Sequence[Phase],
+        blends: Sequence[Mapping[str, float]],
         n_samples: Callable[[str, int], int],
         table: Callable[[Sequence[int]], Table] = BlendTable,
     ):
-        """Lay out a run; `n_samples(corpus, seq_len)` are the samples in an epoch, `table` the form of BlendTable used.
+        """Lay out a run.
+
+        blends: of each phase, the weights of its corpora. n_samples(corpus, seq_len): samples in an epoch.
+        table: the form of BlendTable that is used.
 
         Raises:
             InputError: a corpus that has no sample of a phase's length.
         """
         self._new_table, self._tables = table, {}
-        self.names = corpus_names(config)
+        self.names = tuple(dict.fromkeys(name for blend in blends for name in blend))
         self.phases = ()
         numbers = {name: number for number, name in enumerate(self.names)}
-        for phase in config.phases:
+        for phase, blend in zip(phases, blends, strict=True):
             passed = {  # of a corpus that several phases had, the last
                 source.corpus: (last, source, drawn) for last, source, drawn in self._drawn(phase.first_sample)
             }
-            sources, blend = [], blend_of(config, phase)
+            sources = []
             for name in blend:
                 corpus, n = numbers[name], n_samples(name, phase.seq_len)
                 require(
@@ -153,7 +144,7 @@ class Schedule:
         require(sample >= 0, f"the sample number is {sample}; expected at least 0")
         return sum(phase.first_sample <= sample for phase in self._phases) - 1
 
-    def places(self, first: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    def locate(self, first: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """Where the samples first .. first + count - 1 lie: (corpus, position in samples, epoch), each [count].
 
         Raises:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm.config import RunConfig
-from llm.data.corpus import source_name
 from llm.data.tokens.manifest import FILE_NAME, Manifest, read_manifest
 from llm.errors import require
 
@@ -37,6 +36,13 @@ def data_folder(config: RunConfig) -> Path:
     return copy_folder(config, path) if is_url(path) else Path(path)
 
 
+def source_name(source: str) -> str:
+    """A short name for a source of text: `stdlib`, or the file's or folder's name without its suffixes."""
+    name = source if source == "stdlib" else Path(source).resolve().name
+    name = re.sub(r"\.(txt|jsonl|jsonl\.gz|jsonl\.zst)$", "", name)
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "corpus"
+
+
 def load_manifest(config: RunConfig) -> Manifest:
     """The manifest of the data that `config` asks for; InputError says what does not fit."""
     folder = data_folder(config)
@@ -45,7 +51,11 @@ def load_manifest(config: RunConfig) -> Manifest:
         f"{folder} holds no prepared data; run python launch/prepare_data.py --config <the same config>",
     )
     manifest = read_manifest(folder)
-    check_vocabulary(config, manifest)
+    require(
+        manifest.vocab_size == config.model.vocab_size,
+        f"the data in {folder} has a vocabulary of {manifest.vocab_size}, model.vocab_size is "
+        f"{config.model.vocab_size}; set the same or prepare other data",
+    )
     require(
         "validation" in manifest.splits,
         f"{folder} has no validation split: it can be part of data.blend, not data.path; register it with --validation",
@@ -64,12 +74,3 @@ def lock(folder: Path) -> Iterator[None]:
 def is_registered(folder: Path) -> bool:
     """Whether the folder holds a manifest of token files that were made elsewhere."""
     return (folder / FILE_NAME).exists() and read_manifest(folder).source_sha256 is None
-
-
-def check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
-    """Token ids of the data must be rows of the model's embedding."""
-    require(
-        manifest.vocab_size == config.model.vocab_size,
-        f"the data in {data_folder(config)} has a vocabulary of {manifest.vocab_size}, "
-        f"model.vocab_size is {config.model.vocab_size}; set the same or prepare other data",
-    )

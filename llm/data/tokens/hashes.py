@@ -1,32 +1,56 @@
-"""Compares the SHA-256 of token files with their manifests while a run trains."""
+"""The SHA-256 of token files beside what their manifests say: at once, or in the background while a run trains."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from llm.data.tokens.manifest import FileEntry, check_file_entry
-from llm.errors import InputError
+from llm.data.tokens.manifest import FileEntry, Manifest, locate
+from llm.errors import InputError, require
+from llm.files import sha256_of
+
+
+def file_entry(path: Path | str) -> FileEntry:
+    """The manifest's entry for an existing file."""
+    return FileEntry(os.stat(path).st_size, sha256_of(path))
+
+
+def check_hash(path: str, entry: FileEntry, progress: Callable[[int], None] = lambda count: None) -> None:
+    """Read the file and compare it with its entry; InputError says how it differs."""
+    try:
+        size = os.stat(path).st_size
+        found = sha256_of(path, progress) if size == entry.bytes else ""
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    require(size == entry.bytes, f"{path} has {size} bytes; the manifest says {entry.bytes}")
+    require(found == entry.sha256, f"{path}: sha256 {found}, the manifest says {entry.sha256}; the file is damaged")
+
+
+def check_hashes(folder: Path, manifest: Manifest) -> None:
+    """Read every file of the corpus and compare its size and hash; InputError names one that differs."""
+    for name, entry in manifest.all_files().items():
+        try:
+            check_hash(locate(folder, name), entry)
+        except InputError as error:
+            raise InputError(f"{error}: remove the folder and prepare the data again") from error
 
 
 class _Ended(Exception):
     """close() was called."""
 
 
-class BackgroundVerifier:
-    """A thread that reads this rank's share of the files once, behind the trainer's back.
+class HashCheck:
+    """A thread that reads this rank's share of the files once, beside the trainer."""
 
-    files: path -> size and hash (`llm.data.corpora.hashed_files`); share: (rank, ranks), every ranks-th file is read.
-    """
-
-    def __init__(self, files: Mapping[str, FileEntry], share: tuple[int, int]) -> None:
-        rank, ranks = share
+    def __init__(self, files: Mapping[str, FileEntry], rank: int, ranks: int) -> None:
+        """files: path -> size and hash; every ranks-th of them is read here."""
         self._files = sorted(files.items())[rank::ranks]
         self._damage: InputError | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="hashes", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -50,7 +74,7 @@ class BackgroundVerifier:
             os.setpriority(os.PRIO_PROCESS, 0, 19)
         try:
             for path, entry in self._files:
-                check_file_entry(path, entry, self._go_on)
+                check_hash(path, entry, self._go_on)
         except InputError as error:
             self._damage = error
         except _Ended:

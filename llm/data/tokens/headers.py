@@ -16,12 +16,11 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
-from types import TracebackType
 from typing import NoReturn
 
 import numpy as np
 
-from llm.errors import InputError
+from llm.errors import DamagedFile
 
 # Megatron's index: magic, version, dtype code, count of sequences, count of document boundaries (documents + 1).
 MAGIC = b"MMIDIDX\x00\x00"
@@ -39,13 +38,6 @@ DTYPES = {
     "datatrove": ("uint16", "uint32"),
 }
 MACHINE_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing of the file
-
-
-class DamagedFile(InputError):
-    """A token file is missing, cannot be read, or is not what its corpus says of it.
-
-    The message names the file, the byte where there is one, what was found and what was expected.
-    """
 
 
 class _File:
@@ -68,7 +60,7 @@ class _File:
     def __enter__(self) -> _File:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
     def fail(self, what: str) -> NoReturn:

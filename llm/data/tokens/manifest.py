@@ -6,12 +6,11 @@ checked when they are first read (llm/data/tokens/shards.py) and by `prepare_dat
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,7 +29,6 @@ SPLITS = ("train", "validation")
 SAFE_LINES = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*[/\n])*")
 HEXADECIMAL = re.compile(r"[0-9a-f]*")
 LARGEST_MANIFEST = 1 << 26  # bytes; 10,000 shards with an index each take 3 MB
-BLOCK = 1 << 20  # bytes hashed at a time
 
 
 class FileEntry(NamedTuple):
@@ -90,7 +88,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of manifest.json."""
+    """What manifest.json says."""
 
     format: str
     source: str
@@ -163,7 +161,7 @@ class Manifest:
         )
 
     def save(self, folder: Path) -> None:
-        """Write manifest.json into `folder`, whole or not at all."""
+        """Write manifest.json into `folder`, completely or not at all."""
         plain = asdict(self) | {"files": {name: entry._asdict() for name, entry in self.files.items()}}
         temporary = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
         with temporary.open("w", encoding="utf-8") as file:
@@ -236,38 +234,3 @@ def parse_manifest(raw: bytes) -> Manifest:
     found = values.get("format")
     require(found == FORMAT, f"format is {shown(found)}; expected {FORMAT!r}")
     return read(Manifest, values, "")
-
-
-def sha256_file(path: Path | str, progress: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256 of a file, in hexadecimal; `progress` is called with the bytes read since the last call."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            progress(len(block))
-    return digest.hexdigest()
-
-
-def file_entry(path: Path | str) -> FileEntry:
-    """The manifest's entry for an existing file."""
-    return FileEntry(os.stat(path).st_size, sha256_file(path))
-
-
-def check_file_entry(path: str, entry: FileEntry, progress: Callable[[int], None] = lambda done: None) -> None:
-    """Read the file and compare it with its entry; InputError says how it differs."""
-    try:
-        size = os.stat(path).st_size
-        found = sha256_file(path, progress) if size == entry.bytes else ""
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    require(size == entry.bytes, f"{path} has {size} bytes; the manifest says {entry.bytes}")
-    require(found == entry.sha256, f"{path}: sha256 {found}, the manifest says {entry.sha256}; the file is damaged")
-
-
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Read every file of the corpus and compare its size and hash; InputError names one that differs."""
-    for name, entry in manifest.all_files().items():
-        try:
-            check_file_entry(locate(folder, name), entry)
-        except InputError as error:
-            raise InputError(f"{error}: remove the folder and prepare the data again") from error

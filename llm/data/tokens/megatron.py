@@ -12,22 +12,12 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.tokens.headers import (
-    CODES,
-    HEADER,
-    MAGIC,
-    VERSION,
-    DamagedFile,
-    check_header,
-    describe_megatron,
-    index_path,
-)
-from llm.errors import InputError
+from llm.data.tokens.headers import CODES, HEADER, MAGIC, VERSION, check_header, describe_megatron, index_path
+from llm.errors import DamagedFile, InputError
 
 CHUNK = 1 << 18  # entries of an index handled at a time, so that memory does not grow with it
 
@@ -38,7 +28,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class TokenWriter:
-    """Writes one pair of files in constant memory; they appear under their names only when whole.
+    """Writes one pair of files in constant memory; they appear under their names only when complete.
 
     Use as a context manager: leaving it normally completes the files, an exception removes them.
     """
@@ -66,7 +56,7 @@ class TokenWriter:
     def __enter__(self) -> TokenWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._lengths.close()
             if kind is None:
@@ -123,7 +113,7 @@ class TokenIndex:
 
 
 def read_index(prefix: Path) -> TokenIndex:
-    """Open and check the whole of `<prefix>.idx`, and the size of `<prefix>.bin` against it.
+    """Open `<prefix>.idx` and check all of it, and the size of `<prefix>.bin` against it.
 
     Raises DamagedFile when a file is unreadable, truncated, of another format or inconsistent.
     """

@@ -19,18 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.tokens import megatron as formats
-from llm.data.tokens.headers import (
-    DTYPES,
-    DamagedFile,
-    Header,
-    check_header,
-    check_metadata,
-    check_request,
-    index_path,
-    read_header,
-)
+from llm.data.tokens.headers import DTYPES, Header, check_header, check_metadata, check_request, index_path, read_header
 from llm.data.tokens.megatron import check_rising, read_index, token_dtype
-from llm.errors import require
+from llm.errors import DamagedFile, require
 
 SUFFIXES = (".bin", ".ds")
 COMPANIONS = (".idx", ".ds.index", ".ds.metadata", ".ds.loss")  # lie beside token files and hold no tokens
@@ -75,6 +66,15 @@ class ShardList:
     @property
     def n_tokens(self) -> int:
         return sum(self.tokens)
+
+    def plan(self, seq_len: int) -> str:
+        """The path of the packing plan for this length; InputError when there is none."""
+        require(
+            seq_len in self.plans,
+            f"{self.name} has no packing plan for samples of {seq_len} tokens; "
+            "run python launch/prepare_data.py --config <the same config>",
+        )
+        return self.plans[seq_len]
 
 
 def inspect_files(name: str, pattern: str, *, vocab_size: int, eod_id: int, raw_dtype: str | None = None) -> ShardList:

@@ -1,4 +1,4 @@
-"""What the training loop needs of an engine, and the parts that engines share."""
+"""What the training loop needs of an engine, and what it gives it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from llm.checkpoint.manifest import Piece
 from llm.data.batch import Batch
 from llm.model.layers import IGNORED_TARGET, Documents
-from llm.parallel.collectives import all_gather
-from llm.parallel.mesh import Mesh
 from llm.slices import Slice
 
 # Adam's moments, by the names that checkpoints, torch and DeepSpeed use.
@@ -83,11 +81,11 @@ class Engine(Protocol):
 
     @property
     def replicated(self) -> bool:
-        """Whether every data-parallel rank holds the same weights (`held`), rather than a part of them."""
+        """Whether every data-parallel rank holds the same weights, rather than a part of them."""
         ...
 
-    def held(self, name: str) -> Tensor:
-        """The weights of a parameter that this rank keeps between steps, as the forward pass uses them; not collective.
+    def local_weight(self, name: str) -> Tensor:
+        """What this rank keeps of a parameter between steps, as the forward pass uses it; not collective.
 
         All of its tensor-parallel slice, or under ZeRO 3 and FSDP this rank's partition of it.
         """
@@ -128,61 +126,10 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def evaluate_batches(
-    model: nn.Module, micro_batches: Iterable[MicroBatch], group: dist.ProcessGroup | None
-) -> tuple[float, int]:
-    """Engine.evaluate for a model that is called directly; `group`: the data-parallel ranks, None if alone."""
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
-    device = torch.device("cpu")
-    with torch.no_grad():
-        for batch in micro_batches:
-            device = batch.targets.device  # not the parameters', which may be offloaded
-            total[0] += model(*batch).double().cpu()
-            total[1] += (batch.targets != IGNORED_TARGET).sum().cpu()
-    model.train()
-    sum_over(total, group, device)
-    return float(total[0]), int(total[1])
-
-
 def sum_over(values: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> None:
     """All-reduce a small CPU tensor in place through `device`, where the group's backend can see it."""
     if group is None or group.size() == 1:
         return
-    there = values.to(device)
-    dist.all_reduce(there, group=group)
-    values.copy_(there)
-
-
-def global_norm(parameters: Sequence[Tensor], mesh: Mesh | None) -> Tensor:
-    """2-norm of all gradients of the model, fp32: a tensor-parallel shard counts once, a replica once."""
-    grads = {True: [], False: []}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            grads[getattr(parameter, "tensor_model_parallel", False)].append(parameter.grad)
-    squares = {split: sum_of_squares(tensors) for split, tensors in grads.items()}
-    if mesh is not None and mesh.tp_size > 1:
-        dist.all_reduce(squares[True], group=mesh.tp_group)
-    return (squares[True] + squares[False]).sqrt()
-
-
-def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    if not tensors:
-        return torch.zeros(())
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
-
-
-def clip(parameters: Sequence[Tensor], norm: Tensor, limit: float) -> None:
-    """Scale all gradients by limit / norm if the norm is above the limit (Pascanu et al. 2013); 0: no limit."""
-    if limit > 0 and norm > limit:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_mul_(grads, limit / (norm + 1e-6))
-
-
-def gather_slices(local: Tensor, held: Slice, mesh: Mesh | None) -> Tensor:
-    """The global tensor of which every tensor-parallel rank holds the slice `held` (perhaps with padding rows)."""
-    if held.is_whole or mesh is None or mesh.tp_size == 1:
-        return local
-    parts = all_gather(local, mesh.tp_size, mesh.tp_group.group_name)
-    joined = torch.cat(list(parts), dim=held.dim)
-    return joined.narrow(held.dim, 0, held.global_shape[held.dim])
+    on_device = values.to(device)
+    dist.all_reduce(on_device, group=group)
+    values.copy_(on_device)

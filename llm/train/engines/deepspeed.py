@@ -17,83 +17,13 @@ from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
 from llm.errors import InputError
 from llm.parallel.mesh import Mesh
-from llm.slices import Slice, slice_of
-from llm.train.engines.base import (
-    DTYPES,
-    MOMENTS,
-    MicroBatch,
-    StepResult,
-    WeightSource,
-    clip,
-    evaluate_batches,
-    gather_slices,
-    global_norm,
-    sum_over,
-)
+from llm.slices import slice_of
+from llm.train.engines.base import DTYPES, MicroBatch, StepResult, WeightSource, sum_over
 from llm.train.engines.deepspeed_config import deepspeed_config
-from llm.train.engines.fragments import Fragment, fragment, publish
-from llm.train.loss_scale import DynamicLossScale
+from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches, gather_slices, global_norm
+from llm.train.engines.state import Fragment, load_state, state_pieces
+from llm.train.engines.zero_state import fragments, publish
 from llm.train.optim import adamw, parameter_groups
-
-
-class Grid:
-    """Our mesh as the `mpu` object that DeepSpeed asks for groups."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-
-    def get_model_parallel_rank(self) -> int:
-        return self.mesh.tp_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.mesh.tp_size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.tp_group
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self.mesh.dp_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.mesh.dp_size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.dp_group
-
-
-def _initialize(**arguments: Any) -> tuple[deepspeed.DeepSpeedEngine, Any]:
-    """deepspeed.initialize; a key of the `deepspeed` section that it refuses is the user's to mend."""
-    try:
-        engine, optimizer, _, _ = deepspeed.initialize(**arguments)
-    except ValidationError as error:
-        raise InputError(f"DeepSpeed refuses its part of the config (deepspeed.*): {error}") from error
-    return engine, optimizer
-
-
-@torch.no_grad()
-def partition(
-    model: nn.Module, generated: dict[str, Any], mesh: Mesh, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Give a model on the "meta" device its memory, filled with zeros, of which every data-parallel rank keeps a part.
-
-    One parameter is whole at a time. Each stays the same object, so that ties and marks (llm/slices.py) hold.
-    DeepSpeed's own group would be the world, which would spread one tensor-parallel rank's slice over its peers.
-    `generated`: the DeepSpeed config. Collective.
-    """
-    for parameter in model.parameters():
-        real = nn.Parameter(torch.zeros_like(parameter, dtype=dtype, device=device), parameter.requires_grad)
-        vars(real).update(vars(parameter))
-        torch.utils.swap_tensors(parameter, real)
-        deepspeed.zero.Init(
-            nn.ParameterList([parameter]),
-            data_parallel_group=mesh.dp_group,
-            config_dict_or_path=generated,
-            mpu=Grid(mesh),
-        )
 
 
 class DeepSpeedEngine:
@@ -107,25 +37,24 @@ class DeepSpeedEngine:
         self.fp16 = config.train.precision == "fp16"
         self.grad_clip = config.optim.grad_clip
         self.parameters = dict(model.named_parameters())
-        # Before ZeRO 3 partitions them the parameters still have their shapes.
-        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        self.slices = {name: slice_of(p) for name, p in self.parameters.items()}
+        self.shapes = {name: p.shape for name, p in self.parameters.items()}  # before ZeRO 3 partitions them
         generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; each would warn once per call site.
         warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         if self.stage == 3:
             partition(model, generated, mesh, device, DTYPES[config.train.precision])
-        groups = parameter_groups(model, config.optim.weight_decay)
-        optimizer = adamw(groups, config.optim, config.train.impl)
-        self.engine, self.optimizer = _initialize(
-            model=model,
-            optimizer=optimizer,
-            config=generated,
-            mpu=Grid(mesh),
-            dist_init_required=False,
-        )
-        # The AdamW above, whose parameters ZeRO has replaced by its flat fp32 tensors.
-        self.adam: torch.optim.Optimizer = optimizer
+        # ZeRO will replace its parameters by flat fp32 tensors.
+        self.adam = adamw(parameter_groups(model, config.optim.weight_decay), config.optim, config.train.impl)
+        self.engine: deepspeed.DeepSpeedEngine
+        self.optimizer: Any
+        try:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=self.adam, config=generated, mpu=Grid(mesh), dist_init_required=False
+            )
+        except ValidationError as error:  # a key of the `deepspeed` section is the user's to mend
+            raise InputError(f"DeepSpeed refuses its part of the config (deepspeed.*): {error}") from error
         self.updates = 0
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
@@ -167,13 +96,13 @@ class DeepSpeedEngine:
         parameter = self.parameters[name]
         local = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
         assert local is not None, f"no gradient of {name}: call forward_backward first"
-        return gather_slices(local.float().view(self.shapes[name]), self._slice(name), self.mesh)
+        return gather_slices(local.float().view(self.shapes[name]), self.slices[name], self.mesh)
 
     @property
     def replicated(self) -> bool:
         return self.stage < 3
 
-    def held(self, name: str) -> Tensor:
+    def local_weight(self, name: str) -> Tensor:
         parameter: Any = self.parameters[name]
         if self.stage < 3:
             return parameter.detach()
@@ -184,45 +113,18 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def _slice(self, name: str) -> Slice:
-        return slice_of(self.parameters[name])
-
-    def _fragment(self, name: str) -> Fragment | None:
-        """This rank's fragment without the padding rows of a vocabulary, which come last in the flat order."""
-        held = fragment(self.stage, self.optimizer, self.parameters[name], self.mesh.dp_rank)
-        if held is None:
-            return None
-        numel = min(held.numel, self._slice(name).numel - held.start)
-        return held._replace(numel=numel) if numel > 0 else None
+    def _fragments(self) -> dict[str, Fragment]:
+        return fragments(self.stage, self.optimizer, self.parameters, self.mesh.dp_rank)
 
     def state_pieces(self) -> Iterator[Piece]:
         if self.stage == 0 and self.mesh.dp_rank != 0:
-            return
-        for name in self.parameters:
-            held, part = self._slice(name), self._fragment(name)
-            if part is None or (held.is_whole and self.mesh.tp_rank != 0):
-                continue
-            yield Piece(name, "master", held, part.start, part.master.float().cpu())
-            for kind in MOMENTS if self.updates else ():
-                moment = part.moment(self.adam, kind)
-                yield Piece(name, kind, held, part.start, moment.float().cpu())
+            return iter(())
+        tp_rank, moments = self.mesh.tp_rank, self.updates > 0
+        return state_pieces(self._fragments(), self.slices, self.adam, tp_rank=tp_rank, moments=moments)
 
     @torch.no_grad()
     def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
-        for name in self.parameters:
-            held, part = self._slice(name), self._fragment(name)
-            if part is None:
-                continue
-            targets = {"master": part.master}
-            if optimizer_step:
-                if part.flat not in self.adam.state:
-                    moments = {kind: torch.zeros_like(part.flat) for kind in MOMENTS}
-                    step = torch.tensor(float(optimizer_step), device=part.flat.device)
-                    self.adam.state[part.flat] = {"step": step, **moments}
-                targets |= {kind: part.moment(self.adam, kind) for kind in MOMENTS}
-            for kind, target in targets.items():
-                local = source.read_slice(name, kind, held).flatten()
-                target.copy_(local.narrow(0, part.start, part.numel))
+        load_state(self._fragments(), self.slices, self.adam, source, optimizer_step)
         publish(self.stage, self.optimizer)
 
     def scalar_state(self) -> dict[str, Any]:
@@ -242,3 +144,54 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+class Grid:
+    """Our mesh as the `mpu` object that DeepSpeed asks for groups."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tp_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.tp_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.dp_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.dp_group
+
+
+@torch.no_grad()
+def partition(
+    model: nn.Module, generated: dict[str, Any], mesh: Mesh, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a model on the "meta" device its memory, filled with zeros, of which every data-parallel rank keeps a part.
+
+    One parameter is whole at a time. Each stays the same object, so that ties and marks (llm/slices.py) hold.
+    DeepSpeed's own group would be the world, which would spread one tensor-parallel rank's slice over its peers.
+    `generated`: the DeepSpeed config. Collective.
+    """
+    for parameter in model.parameters():
+        real = nn.Parameter(torch.zeros_like(parameter, dtype=dtype, device=device), parameter.requires_grad)
+        vars(real).update(vars(parameter))
+        torch.utils.swap_tensors(parameter, real)
+        deepspeed.zero.Init(
+            nn.ParameterList([parameter]),
+            data_parallel_group=mesh.dp_group,
+            config_dict_or_path=generated,
+            mpu=Grid(mesh),
+        )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from llm.config import RunConfig
 from llm.errors import InputError, require
-from llm.train.loss_scale import DynamicLossScale
+from llm.train.engines.shared import DynamicLossScale
 
 _PRECISION = "train.precision"
 _NOT_SET_HERE = "nothing: results must not depend on it"
@@ -83,11 +83,6 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", 
 
     Under ZeRO 0 DeepSpeed neither reports the gradient norm nor shares its clipping with Ingot's,
     so the engine clips there and `gradient_clipping` is 0.
-
-    Args:
-        config: the run, already checked against its world (`check_world`).
-        dp_size: number of data-parallel ranks.
-        device: type of the device that trains.
 
     Raises:
         InputError: fp16 on a CPU, or a key of the `deepspeed` section that Ingot owns or that

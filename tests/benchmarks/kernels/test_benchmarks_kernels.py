@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import benchmarks.kernels
+from benchmarks.clock import CpuClock, Sample, Thunk
 from benchmarks.kernels import runner
-from benchmarks.kernels.case import BenchCase, Setup, Thunk
-from benchmarks.kernels.measure import CpuClock, Sample, clock_of, machine_limits, quantile, summary
-from benchmarks.kernels.runner import FAMILIES, benchmark, comparison, ours_failed, run_case
+from benchmarks.kernels.case import FAMILIES, Contest, Setup
+from benchmarks.kernels.runner import benchmark, comparison, limits_of, ours_failed, run_contest
 
 CPU = torch.device("cpu")
 ONES = torch.ones(4)
@@ -58,13 +58,13 @@ def raising(error: Exception) -> Setup:
     return setup
 
 
-def case(rivals: dict[str, Setup], **fields) -> BenchCase:
-    values = {"flops": 8e12, "bytes": 4e9, "dtype": "float32"} | fields
-    return BenchCase(kernel="k", part="forward", shape="N=4", axis="N", width=4, rivals=rivals, **values)
+def contest(rivals: dict[str, Setup], **fields) -> Contest:
+    values = {"flops": 8e12, "bytes": 4e9, "dtype": torch.float32} | fields
+    return Contest(kernel="k", part="forward", shape="N=4", axis="N", width=4, rivals=rivals, **values)
 
 
 def judged(rivals: dict[str, Setup], **fields) -> dict:
-    return run_case(case(rivals, **fields), CPU, FakeClock())
+    return run_contest(contest(rivals, **fields), CPU, FakeClock())
 
 
 def test_the_ratio_is_to_the_best_other() -> None:
@@ -77,8 +77,8 @@ def test_the_ratio_is_to_the_best_other() -> None:
 
 def test_rivals_are_timed_in_turns() -> None:
     clock = FakeClock()
-    run_case(case({"ingot": rival(1.0), "other": rival(2.0)}), CPU, clock)
-    assert clock.turns == [1, 2] * 3
+    run_contest(contest({"ingot": rival(1.0), "other": rival(2.0)}), CPU, clock)
+    assert clock.turns == [1, 2, 2, 1, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -159,17 +159,17 @@ def test_compiling_is_left_out_on_a_cpu() -> None:
 
 
 def test_a_family_that_breaks_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cases(device: torch.device, small: bool) -> Iterator[BenchCase]:
-        yield case({"ingot": rival(1.0)})
+    def contests(device: torch.device, small: bool) -> Iterator[Contest]:
+        yield contest({"ingot": rival(1.0)})
         raise RuntimeError("out of something")
 
-    def good(device: torch.device, small: bool) -> Iterator[BenchCase]:
+    def good(device: torch.device, small: bool) -> Iterator[Contest]:
         assert small
-        yield case({"ingot": rival(1.0)}, group="this")
-        yield case({"ingot": rival(1.0)}, group="that")
+        yield contest({"ingot": rival(1.0)}, group="this")
+        yield contest({"ingot": rival(1.0)}, group="that")
 
-    modules: dict[str, Callable] = {"benchmarks.kernels.broken": cases, "benchmarks.kernels.good": good}
-    monkeypatch.setattr(runner.importlib, "import_module", lambda name: SimpleNamespace(cases=modules[name]))
+    modules: dict[str, Callable] = {"benchmarks.kernels.broken": contests, "benchmarks.kernels.good": good}
+    monkeypatch.setattr(runner.importlib, "import_module", lambda name: SimpleNamespace(contests=modules[name]))
     results = list(benchmark(CPU, FakeClock(), families=["broken", "good"]))
     assert [ours_failed(r) for r in results] == [False, True, False, False]
     assert results[1]["rivals"]["ingot"]["error"] == "RuntimeError: out of something"
@@ -178,17 +178,11 @@ def test_a_family_that_breaks_costs_only_itself(monkeypatch: pytest.MonkeyPatch)
 
 def test_every_module_with_cases_is_a_family() -> None:
     names = [module.name for module in pkgutil.iter_modules(benchmarks.kernels.__path__)]
-    found = {name for name in names if hasattr(import_module(f"benchmarks.kernels.{name}"), "cases")}
-    assert found == set(FAMILIES)
-
-
-def test_quantiles_interpolate() -> None:
-    assert [quantile([3.0, 1.0, 2.0], q) for q in (0, 0.25, 0.5, 1)] == [1, 1.5, 2, 3]
-    samples = [Sample(s / 1e3, 1e-3) for s in (5, 1, 4, 2, 3, 6)]
-    assert summary(samples) == pytest.approx({"ms": 3.5, "ms_p20": 2, "ms_p80": 5, "host_ms": 1, "calls": 6})
+    for function in ("compiled", "contests"):
+        assert {name for name in names if hasattr(import_module(f"benchmarks.kernels.{name}"), function)} == set(
+            FAMILIES
+        )
 
 
 def test_the_machine_is_measured() -> None:
-    clock = clock_of(CPU)
-    assert isinstance(clock, CpuClock)
-    assert all(value > 0 for value in machine_limits(CPU, clock).values())
+    assert all(value > 0 for value in limits_of(CPU, CpuClock()).values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,11 +13,12 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from benchmarks import report
+from benchmarks.clock import Clock, Thunk, machine
 from benchmarks.kernels import __main__ as bench_kernels
-from benchmarks.kernels.case import BenchCase, Setup, Thunk
-from benchmarks.kernels.measure import Clock
-from benchmarks.kernels.report import table, unit
-from benchmarks.kernels.runner import run_case
+from benchmarks.kernels.case import Contest, Setup
+from benchmarks.kernels.runner import run_contest
+from benchmarks.kernels.tables import text_of, unit
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -31,34 +31,35 @@ def softmax(width: int, dim: int = -1) -> Setup:
     return lambda: lambda: torch.ones(2, width).softmax(dim)
 
 
-def softmax_case(part: str, width: int, ours: Setup) -> BenchCase:
+def softmax_contest(part: str, width: int, ours: Setup) -> Contest:
     rivals = {"ingot": ours, "reference": softmax(width), "torch": softmax(width), "Liger": missing}
-    return BenchCase("soft max", part, f"N={width}", "width", width, "float32", 0.0, 16.0 * width, rivals)
+    return Contest("soft max", part, f"N={width}", "width", width, torch.float32, 16.0 * width, rivals)
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[BenchCase]], tuple[int, dict]]:
-    """Runs the script's main on made-up cases: its exit code and results.json."""
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Contest]], tuple[int, dict, list[dict]]]:
+    """Runs the script's main on made-up contests: its exit code, and what results.jsonl holds."""
 
-    def run(cases: list[BenchCase]) -> tuple[int, dict]:
+    def run(contests: list[Contest]) -> tuple[int, dict, list[dict]]:
         def outcomes(device: torch.device, clock: Clock, only: str) -> Iterator[dict]:
-            yield from (run_case(case, device, clock) for case in cases)
+            yield from (run_contest(contest, device, clock) for contest in contests)
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(bench_kernels, "benchmark", outcomes)
         code = bench_kernels.main(["--out", str(tmp_path)])
-        return code, json.loads((tmp_path / "results.json").read_text())
+        return code, *report.read(tmp_path / "results.jsonl")
 
     return run
 
 
 def test_figures_table_and_plots_are_written(bench, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    code, results = bench([softmax_case(part, n, softmax(n)) for part in ("forward", "backward") for n in (8, 16)])
+    parts = ("forward", "backward")
+    code, head, outcomes = bench([softmax_contest(part, n, softmax(n)) for part in parts for n in (8, 16)])
     assert code == 0
-    assert results["command"] == f"benchmarks.kernels --out {tmp_path}"
-    assert results["machine"]["packages"]["torch"] == version("torch")
-    assert results["limits"]["copy_gb_s"] > 0
-    first = results["cases"][0]
+    assert head["command"] == f"python -m benchmarks.kernels --out {tmp_path}"
+    assert head["packages"]["torch"] == version("torch")
+    assert head["limits"]["copy_gb_s"] > 0
+    first = outcomes[0]
     assert (first["kernel"], first["part"], first["width"], first["axis"]) == ("soft max", "forward", 8, "width")
     assert first["best_other"] in {"reference", "torch"}
     assert first["ratio"] == first["rivals"][first["best_other"]]["ms"] / first["rivals"]["ingot"]["ms"]
@@ -66,7 +67,7 @@ def test_figures_table_and_plots_are_written(bench, tmp_path: Path, capsys: pyte
     text = (tmp_path / "results.md").read_text()
     assert text in capsys.readouterr().out
     assert text.count("### soft max") == 2
-    assert text.count("Liger") == text.count("\nNot installed: Liger (results.json says what each needs).\n") == 1
+    assert text.count("Liger") == text.count("\nNot installed: Liger (results.jsonl says what each needs).\n") == 1
     assert first["rivals"]["Liger"] == {"error": "not installed: No module named 'liger_kernel'"}
     assert "| shape | ms | host ms | of copy | ingot | reference | torch | best other | ratio |" in text
     assert imread(tmp_path / "soft_max.png").shape[:2] == (450, 1400)  # two panels side by side
@@ -77,14 +78,13 @@ def test_figures_table_and_plots_are_written(bench, tmp_path: Path, capsys: pyte
     ("ours", "found"), [(missing, "Not installed: Liger, ingot"), (softmax(16, 0), "- ingot: the result")]
 )
 def test_ours_failing_or_wrong_exits_1(bench, tmp_path: Path, ours: Setup, found: str) -> None:
-    code, results = bench([softmax_case("forward", 8, softmax(8)), softmax_case("backward", 16, ours)])
+    code, _, outcomes = bench([softmax_contest("forward", 8, softmax(8)), softmax_contest("backward", 16, ours)])
     assert code == 1
-    assert len(results["cases"]) == 2
+    assert len(outcomes) == 2
     assert found in (tmp_path / "results.md").read_text()
 
 
-def test_nothing_timed_exits_1(bench, tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text('{"cases": []}')
+def test_nothing_timed_exits_1(bench) -> None:
     assert bench([])[0] == 1
 
 
@@ -95,12 +95,17 @@ def figures(ms: float) -> dict[str, float]:
 def test_the_table_names_the_best_and_what_does_not_count() -> None:
     rivals = {"ingot": figures(2.0), "fast": figures(4.0), "wrong": figures(1.0) | {"wrong": "the result differs"}}
     fields = {"kernel": "k", "part": "forward", "group": "g", "dtype": "bfloat16", "axis": "N", "width": 4}
-    case = fields | {"shape": "N=4", "flops": 1e12, "bytes": 2e9, "rivals": rivals, "best_other": "fast", "ratio": 2.0}
-    machine = {"device": "GPU", "python": "3", "packages": {"torch": "2", "triton": "3"}}
-    limits = {"copy_gb_s": 2.0, "matmul_tflop_s": 2.0}
-    results = {"date": "2026-01-01T", "machine": machine, "command": "c", "method": "m", "limits": limits}
-    lines = table(results | {"cases": [case]}).splitlines()
-    assert lines[0] == "2026-01-01, GPU, Python 3, torch 2, triton 3, `c`."
+    outcome = fields | {
+        "shape": "N=4",
+        "flops": 1e12,
+        "bytes": 2e9,
+        "rivals": rivals,
+        "best_other": "fast",
+        "ratio": 2.0,
+    }
+    head = {"date": "2026-01-01T", "command": "c", "method": "m", "limits": {"copy_gb_s": 2.0, "matmul_tflop_s": 2.0}}
+    lines = text_of(machine(torch.device("cpu"), []) | head, [outcome]).splitlines()
+    assert lines[1] == "Copy 2 GB/s, matmul 2 TFLOP/s in the same run. Timed by m."
     assert "### k forward g bfloat16, GB/s" in lines
     assert "| N=4 | 2 (2 to 2) | 0.01 | 50% | 1 | 0.5 | (2) | fast | 2.00 |" in lines
     assert lines[-1] == "- wrong: the result differs"
@@ -118,4 +123,4 @@ def test_the_real_thing_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.kernels", "--only", "dropout|attention .*H=2", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "attention.png", "dropout.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "results.md", "attention.png", "dropout.png"}

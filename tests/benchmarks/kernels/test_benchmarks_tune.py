@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.clock import CpuClock
 from benchmarks.kernels import tune
-from benchmarks.kernels.measure import CpuClock
-from benchmarks.kernels.tune import Timing
-from benchmarks.kernels.tune_attention import main
+from benchmarks.kernels.attention import Shape
+from benchmarks.kernels.tune import Timing, main
 from kernels.attention.tiles import INTERPRETER, KINDS, Tile, table
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ["--widths", "16", "--lengths", "16", "--dtypes", "fp32", "--tokens", "16", "--channels", "16"]
-SMALL = tune.Problem(32, 16, "fp32", "", 32, 16)
+SMALL = Shape(1, 32, 1, 16)
+FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def without_interpreter(*command: str) -> subprocess.CompletedProcess[str]:
@@ -54,8 +55,8 @@ def test_a_tile_with_other_results_is_named_and_left_out(monkeypatch: pytest.Mon
     broken, sound = Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)
     monkeypatch.setattr(tune, "pass_of", lambda *a: lambda tile: [torch.ones(4) * (2 if tile == broken else 1)])
     device = torch.device("cpu")
-    timings = tune.tune("dq", SMALL, device, CpuClock(), [broken, sound])
-    now = tune.present("dq", SMALL, device)
+    timings = tune.tune("dq", SMALL, FP32, device, CpuClock(), [broken, sound])
+    now = tune.present("dq", SMALL, FP32, device)
     assert {timing.tile for timing in timings} == {broken, sound, now}
     printed = list(tune.ranking("dq", SMALL, timings, now, 9))
     assert printed[0].startswith("# dq D=16 16x16x4x1: the result differs by 1.0e+00")
@@ -67,31 +68,34 @@ def test_a_tile_with_other_results_is_named_and_left_out(monkeypatch: pytest.Mon
         Timing(sound, 3.0),
         Timing(now, 4.0),
     ]
-    assert tune.line("dq", [(SMALL, fastest)], device).split('"')[1].split()[:2] == ["32x16x4x1", tune.cell(now)]
+    assert tune.line("dq", [(SMALL, fastest)], FP32, device).split('"')[1].split()[:2] == ["32x16x4x1", tune.cell(now)]
 
 
 def test_the_grid_keeps_tiles_in_their_blocks() -> None:
-    assert max(tile.block_m for tile in tune.grid(tune.Problem(64, 64, "bf16"), 9)) == 128
-    assert max(tile.block_m for tile in tune.grid(tune.Problem(64, 64, "bf16", " sparse"), 9)) == 64
-    assert any(tile.tma for tile in tune.grid(tune.Problem(64, 64, "bf16"), 9))
-    assert not any(tile.tma for tile in tune.grid(tune.Problem(64, 80, "bf16"), 9))
-    assert not any(tile.tma for tile in tune.grid(tune.Problem(64, 64, "bf16"), 8))
+    dense = Shape(1, 64, 1, 64)
+    assert max(tile.block_m for tile in tune.grid(dense, BF16, 9)) == 128
+    assert max(tile.block_m for tile in tune.grid(replace(dense, **tune.FORMS["sparse"]), BF16, 9)) == 64
+    assert any(tile.tma for tile in tune.grid(dense, BF16, 9))
+    assert not any(tile.tma for tile in tune.grid(replace(dense, D=80), BF16, 9))
+    assert not any(tile.tma for tile in tune.grid(dense, BF16, 8))
 
 
 def test_a_machine_without_a_gpu_is_refused() -> None:
-    done = without_interpreter("-m", "benchmarks.kernels.tune_attention")
+    done = without_interpreter("-m", "benchmarks.kernels.tune")
     assert done.returncode == 2
-    assert "error: tune_attention.py: found tensors on 'cpu', expected 'cuda'" in done.stderr
+    assert "error: benchmarks.kernels.tune: found tensors on 'cpu', expected 'cuda'" in done.stderr
 
 
 @pytest.mark.slow
 def test_candidates_are_those_that_the_compiler_finds_no_fault_with() -> None:
     code = """
-from kernels.attention.tiles import INTERPRETER, KINDS, Tile, table
-from benchmarks.kernels.tune import Problem, fits
+import torch
+from benchmarks.kernels.attention import Shape
+from benchmarks.kernels.tune import fits
+from kernels.attention.tiles import Tile
 for tile in (Tile(64, 64, 4, 2), Tile(128, 128, 4, 3), Tile(24, 64, 4, 1)):
-    print(fits(90, "dkdv", Problem(64, 128, "bf16"), tile))
+    print(fits(90, "dkdv", Shape(1, 64, 16, 128), torch.bfloat16, tile))
 """
     done = without_interpreter("-c", code)
     assert done.stdout.split()[1:] == ["False", "False"], done.stderr  # spills; not a power of two
-    assert without_interpreter("-c", code.replace('128, "bf16"', '64, "bf16"')).stdout.split()[0] == "True"
+    assert without_interpreter("-c", code.replace("16, 128)", "16, 64)")).stdout.split()[0] == "True"

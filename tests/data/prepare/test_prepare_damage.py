@@ -9,10 +9,11 @@ import pytest
 from token_files import write_file
 
 from llm.config import DataConfig, ModelConfig, RunConfig
+from llm.data.corpora import Corpora
 from llm.data.prepare.damage import find_damage
 from llm.data.prepare.plans import write_plans
 from llm.data.tokens.folder import load_manifest
-from llm.data.tokens.manifest import sha256_file
+from llm.files import sha256_of
 
 pytestmark = pytest.mark.usefixtures("two_folders")
 
@@ -23,7 +24,7 @@ def make_config(**data) -> RunConfig:
 
 
 def damage_of(config: RunConfig) -> list[str]:
-    return find_damage(config, load_manifest(config))
+    return find_damage(Corpora.open(config))
 
 
 def flip(path: str, at: int) -> None:
@@ -36,7 +37,7 @@ def test_whole_corpora_and_the_progress():
     stages = []
     write_file(Path("."), "more", "llm.c", "uint16", [[0, 1], [0, 2]])
     config = make_config(blend={"two": 1.0, "more.bin": 1.0})
-    assert find_damage(config, load_manifest(config), lambda *stage: stages.append(stage)) == []
+    assert find_damage(Corpora.open(config), lambda *stage: stages.append(stage)) == []
     files = [path for name in ("one", "two") for path in Path(name).iterdir() if path.name != "manifest.json"]
     total = sum(path.stat().st_size for path in [*files, Path("more.bin")])
     assert stages[-1] == ("verifying", total, total)
@@ -45,7 +46,7 @@ def test_whole_corpora_and_the_progress():
 @pytest.mark.parametrize("name", ["train.bin", "train.idx", "validation.bin", "tokenizer.json", "train.16.plan"])
 def test_a_flipped_bit_of_any_file_is_found_once(name: str):
     config = make_config(blend={"two": 1.0, "one": 1.0}, packing="best_fit", document_masks=True)
-    write_plans(config, load_manifest(config))
+    write_plans(Corpora.open(config))
     flip(f"two/{name}" if name != "validation.bin" else "one/validation.bin", -1)
     found = damage_of(config)
     assert len(found) == 1
@@ -73,7 +74,7 @@ def test_files_that_match_a_manifest_must_be_token_files_too():
     Path("two/train.idx").write_bytes(raw)
     text = Path("two/manifest.json").read_text()
     manifest = load_manifest(make_config(path="two"))
-    Path("two/manifest.json").write_text(text.replace(manifest.files["train.idx"].sha256, sha256_file("two/train.idx")))
+    Path("two/manifest.json").write_text(text.replace(manifest.files["train.idx"].sha256, sha256_of("two/train.idx")))
     found = damage_of(make_config(path="two"))
     assert len(found) == 1
     assert "train.idx: does not begin with MMIDIDX" in found[0]

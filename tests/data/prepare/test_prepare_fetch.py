@@ -18,11 +18,12 @@ from conftest import write_shards
 from fsspec.implementations.memory import MemoryFileSystem
 
 from llm.config import DataConfig, ModelConfig, RunConfig
-from llm.data.corpora import training_corpora
+from llm.data.corpora import Corpora
 from llm.data.prepare import fetch as remote
 from llm.data.prepare.fetch import fetch, fetch_corpora
-from llm.data.tokens.folder import copy_folder, load_manifest
-from llm.data.tokens.manifest import FileEntry, Manifest, read_manifest, verify_files
+from llm.data.tokens.folder import copy_folder
+from llm.data.tokens.hashes import check_hashes
+from llm.data.tokens.manifest import FileEntry, Manifest, read_manifest
 from llm.errors import InputError
 
 URL = "memory://bucket/corpus"
@@ -48,7 +49,7 @@ def bucket(origin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFile
 
 
 def is_whole(folder: Path, origin: Path) -> bool:
-    verify_files(folder, read_manifest(folder))
+    check_hashes(folder, read_manifest(folder))
     (folder / ".lock").unlink(missing_ok=True)
     return {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in origin.iterdir()}
 
@@ -234,9 +235,11 @@ def test_the_corpora_of_a_config(origin: Path, tmp_path: Path):
     data = DataConfig(path=URL, cache=str(tmp_path / "cache"), seq_len=16, blend=blend)
     config = RunConfig(model=ModelConfig(vocab_size=500), data=data)
     fetch_corpora(config)
-    found = training_corpora(config, load_manifest(config))
+    found = Corpora.open(config).training
     assert set(found) == set(blend)
-    assert {Path(shards.paths[0]).read_bytes() for shards in found.values()} == {(origin / "train.bin").read_bytes()}
+    assert {Path(corpus.shards.paths[0]).read_bytes() for corpus in found.values()} == {
+        (origin / "train.bin").read_bytes()
+    }
     assert is_whole(copy_folder(config, URL), origin)
 
 

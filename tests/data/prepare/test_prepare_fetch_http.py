@@ -14,7 +14,8 @@ from conftest import write_shards
 
 from llm.data.prepare import fetch as remote
 from llm.data.prepare.fetch import fetch
-from llm.data.tokens.manifest import read_manifest, verify_files
+from llm.data.tokens.hashes import check_hashes
+from llm.data.tokens.manifest import read_manifest
 from llm.errors import InputError
 
 pytest.importorskip("aiohttp", reason="fsspec's http:// needs aiohttp")
@@ -78,7 +79,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def check_whole(folder: Path, server: Server) -> None:
-    verify_files(folder, read_manifest(folder))
+    check_hashes(folder, read_manifest(folder))
     for path in server.folder.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
 

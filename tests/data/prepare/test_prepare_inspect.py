@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 from token_files import write_file
 
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig, TrainConfig
-from llm.data.corpora import curriculum_of, training_corpora
+from llm.data.corpora import Corpora
 from llm.data.prepare.inspect import Lengths, document_numbers, show, statistics
 from llm.data.prepare.plans import write_plans
 from llm.data.prepare.register import register
 from llm.data.samples.packing import NumpyPackPlan
 from llm.data.samples.schedule import Schedule
 from llm.data.tokenizer import Tokenizer
-from llm.data.tokens.folder import load_manifest
-from llm.data.tokens.manifest import Manifest
 from llm.data.tokens.shards import NumpyCorpus, inspect_files
 from llm.errors import InputError
 
@@ -46,14 +44,14 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def opened(max_steps: int = 50, **data) -> tuple[RunConfig, Manifest]:
+def opened(max_steps: int = 50, **data) -> Corpora:
     config = RunConfig(
         model=ModelConfig(vocab_size=257),
         data=DataConfig(**{"path": "a", "seq_len": 32} | data),
         train=TrainConfig(global_batch_size=4, micro_batch_size=2, max_steps=max_steps),
     )
-    write_plans(config, load_manifest(config))
-    return config, load_manifest(config)
+    write_plans(Corpora.open(config))
+    return Corpora.open(config)
 
 
 def texts_of(shown: str) -> list[str]:
@@ -75,12 +73,12 @@ def read_shown_bytes(shown: str) -> list[int]:
     return ids
 
 
-def expected_tokens(config: RunConfig, corpora: dict, schedule: Schedule, sample: int, seq_len: int) -> list[int]:
+def expected_tokens(corpora: Corpora, schedule: Schedule, sample: int, seq_len: int) -> list[int]:
     """What the loader reads for a sample."""
-    corpus, position, _ = (int(part[0]) for part in schedule.places(sample, 1))
-    shards = list(corpora.values())[corpus]
+    corpus, position, _ = (int(part[0]) for part in schedule.locate(sample, 1))
+    shards = list(corpora.training.values())[corpus].shards
     tokens = NumpyCorpus(shards)
-    if config.data.packing == "chunk":
+    if corpora.config.data.packing == "chunk":
         return tokens.read(position * seq_len, seq_len + 1).tolist()
     plan = NumpyPackPlan(Path(shards.plans[seq_len]), seq_len, shards.n_tokens)
     return [i for start, count in plan.pieces(position) for i in tokens.read(int(start), int(count)).tolist()]
@@ -89,14 +87,14 @@ def expected_tokens(config: RunConfig, corpora: dict, schedule: Schedule, sample
 @pytest.mark.parametrize("packing", ["chunk", "best_fit"])
 def test_a_shown_sample_is_the_one_that_is_trained_on(packing: str):
     phases = (PhaseChange(samples=40, seq_len=20, blend={"b": 3.0, "a": 1.0}), PhaseChange(samples=80, seq_len=32))
-    config, manifest = opened(phases=phases, packing=packing, document_masks=True)
-    corpora = training_corpora(config, manifest)
-    tokenizer, schedule = Tokenizer.load(Path("t.json")), Schedule(config.seed, curriculum_of(config, corpora).phases)
+    corpora = opened(phases=phases, packing=packing, document_masks=True)
+    tokenizer = Tokenizer.load(Path("t.json"))
+    schedule = Schedule(corpora.config.seed, corpora.curriculum().phases)
     seen = set()
     for sample in [0, 39, *range(40, 48), 79, 80, 119]:
         seq_len = 20 if 40 <= sample < 80 else 32
-        shown = show(config, manifest, sample)
-        ids = expected_tokens(config, corpora, schedule, sample, seq_len)
+        shown = show(corpora, sample)
+        ids = expected_tokens(corpora, schedule, sample, seq_len)
         assert read_shown_bytes(shown) == ids
         assert "".join(texts_of(shown)) == tokenizer.decode([i for i in ids if i != 0])
         name = shown.splitlines()[1].split(":")[0].removeprefix("corpus ")
@@ -111,8 +109,8 @@ def test_a_shown_sample_is_the_one_that_is_trained_on(packing: str):
 
 
 def test_the_words_of_a_sample():
-    config, manifest = opened(phases=(PhaseChange(samples=40, seq_len=20, blend={"b": 3.0, "a": 1.0}),))
-    lines = show(config, manifest, 41).splitlines()
+    corpora = opened(phases=(PhaseChange(samples=40, seq_len=20, blend={"b": 3.0, "a": 1.0}),))
+    lines = show(corpora, 41).splitlines()
     assert lines[0] == "sample 41: step 11, phase 2 of 2, 20 tokens"
     assert re.fullmatch(r"corpus [ab]: epoch \d+, place \d+ of \d+, weight [31] of 4", lines[1])
     assert re.fullmatch(r"[ab]/\w+\.bin: bytes \d+ to \d+, tokens \d+ to \d+ of the corpus", lines[2])
@@ -120,10 +118,10 @@ def test_the_words_of_a_sample():
 
 
 def test_samples_that_are_not_of_the_run():
-    config, manifest = opened()
+    corpora = opened()
     for sample in (-1, 200):
         with pytest.raises(InputError, match=f"sample {sample} is not of this run; expected 0 to 199"):
-            show(config, manifest, sample)
+            show(corpora, sample)
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -155,8 +153,7 @@ def test_lengths_equal_those_of_numpy(parts: list[list[int]]):
 
 def test_statistics():
     phases = (PhaseChange(samples=100, blend={"b": 1.0}),)
-    config, manifest = opened(phases=phases, packing="best_fit", document_masks=True)
-    a, b = statistics(config, manifest)
+    a, b = statistics(opened(phases=phases, packing="best_fit", document_masks=True))
     for found, name in ((a, "a"), (b, "b")):
         plan = NumpyPackPlan(Path(found.shards.plans[32]), 32, found.shards.n_tokens)
         assert found.epochs == 100 / len(plan)

@@ -11,12 +11,13 @@ import pytest
 from token_files import KINDS, write_file
 
 from llm.config import DataConfig, ModelConfig, RunConfig
-from llm.data.corpora import training_corpora
+from llm.data.corpora import Corpora
 from llm.data.prepare.register import register
 from llm.data.prepare.tokenise import prepare
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import load_manifest
-from llm.data.tokens.manifest import read_manifest, verify_files
+from llm.data.tokens.hashes import check_hashes
+from llm.data.tokens.manifest import read_manifest
 from llm.data.tokens.shards import NumpyCorpus
 from llm.errors import InputError
 
@@ -65,13 +66,13 @@ def test_files_of_every_format(format: str, dtype: str):
     assert sorted(path.name for path in Path("corpus").iterdir()) == ["manifest.json", "tokenizer.json"]
 
     assert manifest == load_manifest(make_config())
-    verify_files(Path("corpus"), manifest)
+    check_hashes(Path("corpus"), manifest)
     split = manifest.splits["validation"]
     assert (split.documents, split.bytes) == (3, sum(len(text.encode()) for text in TEXTS[:3]))
     assert (manifest.splits["train"].documents, manifest.splits["train"].bytes) == (10, None)
     listed = {Path(name) for name in manifest.all_files() if name != "tokenizer.json"}
     assert listed == {path.absolute() for path in before}
-    shards = training_corpora(make_config(), manifest)["corpus"]
+    shards = Corpora.open(make_config()).training["corpus"].shards
     corpus = NumpyCorpus(shards)
     expected = [token for text in TEXTS for _ in range(2) for token in tokens_of(text, format == "llm.c")]
     assert corpus.read(0, len(corpus)).tolist() == expected
@@ -87,7 +88,7 @@ def test_a_folder_with_its_tokens_may_move():
     )
     assert list(manifest.all_files()) == ["a.bin", "b.bin", "tokenizer.json"]
     Path("corpus").rename("moved")
-    verify_files(Path("moved"), read_manifest(Path("moved")))
+    check_hashes(Path("moved"), read_manifest(Path("moved")))
 
 
 def test_a_corpus_of_training_tokens_alone_goes_into_blends():
@@ -97,7 +98,7 @@ def test_a_corpus_of_training_tokens_alone_goes_into_blends():
     register(make_config(), {"train": "corpus/a.bin", "validation": "corpus/b.bin"})
     register(make_config(path="other"), {"train": "other"})
     blend = make_config(blend={"corpus": 1.0, "other": 1.0})
-    assert training_corpora(blend, load_manifest(blend))["other"].tokens == (training_tokens(),) * 2
+    assert Corpora.open(blend).training["other"].shards.tokens == (training_tokens(),) * 2
     with pytest.raises(InputError, match=r"other has no validation split: .* part of data\.blend, not data\.path"):
         load_manifest(make_config(path="other"))
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from llm.data.loader import open_loader
+from llm.data.corpora import Corpora
+from llm.data.loader import open_loader, validation_batches
 from llm.data.prepare import tokenise as preparing
 from llm.data.prepare.bigram import bigram_loss
 from llm.data.prepare.tokenise import prepare, split_of
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, load_manifest
 from llm.data.tokens.megatron import read_index
-from llm.data.validation import validation_batches
 from llm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -247,13 +247,13 @@ def test_a_validation_split_shorter_than_a_sample():
     assert manifest.splits["validation"].tokens <= 128
     assert manifest.bigram_nats_per_token is None
     with pytest.raises(InputError, match=r"the validation split has .* needs 129"):
-        validation_batches(config, manifest, dp_rank=0, dp_size=1)
+        validation_batches(Corpora.open(config), dp_rank=0, dp_size=1)
 
 
 def test_prepared_data_loads():
     config = make_config()
-    manifest = prepare(config)
-    loader = open_loader(config, manifest, dp_rank=0, dp_size=1)
+    prepare(config)
+    loader = open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
     batches = loader.next_step().batches
     loader.close()
     assert [tuple(batch.tokens.shape) for batch in batches] == [(2, 17)] * 2

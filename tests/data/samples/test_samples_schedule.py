@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig, TrainConfig
 from llm.data import _native
+from llm.data.corpora import blends_of, corpus_names
 from llm.data.samples.blend import PERIOD
 from llm.data.samples.order import Order, corpus_seed
-from llm.data.samples.schedule import Curriculum, Schedule, SchedulePhase, Source, corpus_names
+from llm.data.samples.schedule import Curriculum, Schedule, SchedulePhase, Source
 from llm.errors import InputError
 
 TOKENS = {"a": 9001, "b": 2300, "c": 501, "d": 70_000}
@@ -37,6 +38,10 @@ def run(phases: list[dict[str, Any]]) -> RunConfig:
     )
 
 
+def lay_out(config: RunConfig, samples: Callable[[str, int], int] = n_samples, *table: Any) -> Curriculum:
+    return Curriculum(config.phases, blends_of(config), samples, *table)
+
+
 BLENDS = st.dictionaries(st.sampled_from(sorted(TOKENS)), st.floats(0.01, 10), min_size=1)
 
 
@@ -53,7 +58,7 @@ def runs(draw: Callable, lengths: tuple[int, ...] = (32, 64, 100)) -> tuple[Curr
         }
         samples += phase["global_batch_size"] * draw(st.integers(1, 60))
         phases.append(phase)
-    return Curriculum(run(phases), n_samples, _native.BlendTable), samples
+    return lay_out(run(phases), n_samples, _native.BlendTable), samples
 
 
 def places(curriculum: Curriculum, samples: int, form: type = _native.Schedule) -> list[np.ndarray]:
@@ -61,7 +66,7 @@ def places(curriculum: Curriculum, samples: int, form: type = _native.Schedule) 
     phases, schedule = curriculum.phases, form(SEED, curriculum.phases)
     ends = [*(phase.first_sample for phase in phases[1:]), samples]
     parts = [
-        (*schedule.places(phase.first_sample, end - phase.first_sample), np.full(end - phase.first_sample, i))
+        (*schedule.locate(phase.first_sample, end - phase.first_sample), np.full(end - phase.first_sample, i))
         for i, (phase, end) in enumerate(zip(phases, ends, strict=True))
     ]
     return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
@@ -81,7 +86,7 @@ def test_native_and_numpy_agree_wherever_they_begin(drawn: tuple[Curriculum, int
     for form in (Schedule, _native.Schedule):
         schedule = form(SEED, phases)
         assert schedule.phase_index(first) == index
-        for part, all_of_it in zip(schedule.places(first, count), whole, strict=False):
+        for part, all_of_it in zip(schedule.locate(first, count), whole, strict=False):
             assert part.dtype == all_of_it.dtype and np.array_equal(part, all_of_it[first : first + count])
         after.append(schedule.after(*(int(column[first]) for column in whole)))
     assert after[0] == after[1]
@@ -144,10 +149,10 @@ def test_what_was_drawn_is_counted(drawn: tuple[Curriculum, int], data: st.DataO
 
 def test_one_corpus_alone_is_the_plain_order():
     config = RunConfig(data=DataConfig(path="a", seq_len=32))
-    phases = Curriculum(config, n_samples).phases
+    phases = lay_out(config).phases
     expected = Order(SEED, n_samples("a", 32)).positions(250, 700)
     for schedule in (Schedule(SEED, phases), _native.Schedule(SEED, phases)):
-        corpora, positions, epochs = schedule.places(250, 700)
+        corpora, positions, epochs = schedule.locate(250, 700)
         assert not corpora.any() and np.array_equal(positions, expected)
         assert np.array_equal(epochs, np.arange(250, 950) // n_samples("a", 32))
 
@@ -155,7 +160,7 @@ def test_one_corpus_alone_is_the_plain_order():
 def test_each_corpus_has_its_own_order():
     """Two corpora of one size are not read in step."""
     phase = SchedulePhase(0, 2, 8, (Source(0, 500, 0), Source(3, 500, 0)), (32768, 32768))
-    corpora, positions, _ = Schedule(SEED, [phase]).places(0, 1000)
+    corpora, positions, _ = Schedule(SEED, [phase]).locate(0, 1000)
     for corpus in (0, 3):
         assert np.array_equal(positions[corpora == corpus], Order(corpus_seed(SEED, corpus), 500).positions(0, 500))
     assert (positions[corpora == 0] == positions[corpora == 3]).mean() < 0.05
@@ -170,7 +175,7 @@ def test_phases_by_hand():
             {"samples": 25, "seq_len": 100, "blend": {"b": 1, "c": 3}},  # b goes on, c begins its fifth epoch
         ]
     )
-    first, second, third, fourth = Curriculum(config, n_samples).phases
+    first, second, third, fourth = lay_out(config).phases
     assert first == SchedulePhase(0, 4, 100, (Source(0, 22, 0), Source(1, 5, 0)), (32768, 32768))
     assert second == SchedulePhase(16, 4, 100, (Source(1, 5, 8),), (65536,))
     assert third == SchedulePhase(20, 5, 50, (Source(1, 10, 30),), (65536,))
@@ -181,10 +186,10 @@ def test_numbers_of_corpora_depend_neither_on_the_order_of_keys_nor_on_later_pha
     first = {"samples": 0, "seq_len": 32, "global_batch_size": 2, "blend": {"c": 1, "b": 2}}
     swapped = {**first, "blend": {"b": 2, "c": 1}}
     assert corpus_names(run([first])) == corpus_names(run([swapped])) == ("b", "c")
-    assert Curriculum(run([first]), n_samples).phases == Curriculum(run([swapped]), n_samples).phases
+    assert lay_out(run([first])).phases == lay_out(run([swapped])).phases
     longer = run([first, {"samples": 20, "blend": {"a": 1, "c": 1}}])
     assert corpus_names(longer) == ("b", "c", "a")
-    assert Curriculum(longer, n_samples).phases[:1] == Curriculum(run([first]), n_samples).phases
+    assert lay_out(longer).phases[:1] == lay_out(run([first])).phases
 
 
 def test_a_run_without_a_blend_reads_the_prepared_folder():
@@ -197,7 +202,7 @@ def test_a_run_without_a_blend_reads_the_prepared_folder():
 def test_a_corpus_without_a_sample_is_named():
     config = run([{"samples": 0, "seq_len": 128, "global_batch_size": 1, "blend": {"a": 1, "c": 1}}])
     with pytest.raises(InputError, match="c has no sample of data\\.seq_len 128"):
-        Curriculum(config, lambda corpus, seq_len: {"a": 70, "c": 0}[corpus])
+        lay_out(config, lambda corpus, seq_len: {"a": 70, "c": 0}[corpus])
 
 
 def test_the_place_after_walks_through_the_epoch_s_permutation():
@@ -218,14 +223,14 @@ def test_samples_of_several_phases_and_impossible_ones_are_refused():
     phases = [PHASE, replace(PHASE, first_sample=40)]
     for form, error in ((Schedule, InputError), (_native.Schedule, (ValueError, IndexError))):
         schedule = form(SEED, phases)
-        assert [part.size for part in schedule.places(39, 1)] == [1, 1, 1]
-        assert [part.size for part in schedule.places(39, 0)] == [0, 0, 0]
+        assert [part.size for part in schedule.locate(39, 1)] == [1, 1, 1]
+        assert [part.size for part in schedule.locate(39, 0)] == [0, 0, 0]
         with pytest.raises(error, match="samples 39 to 40 lie in several phases"):
-            schedule.places(39, 2)
+            schedule.locate(39, 2)
         with pytest.raises(error):
-            schedule.places(-1, 1)
+            schedule.locate(-1, 1)
     with pytest.raises(IndexError, match="below 2\\^63"):
-        _native.Schedule(SEED, phases).places(2**63 - 2, 5)
+        _native.Schedule(SEED, phases).locate(2**63 - 2, 5)
 
 
 @pytest.mark.parametrize(

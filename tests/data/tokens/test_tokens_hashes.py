@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llm.data.tokens.hashes import BackgroundVerifier
-from llm.data.tokens.manifest import FileEntry, file_entry
+from llm.data.tokens.hashes import HashCheck, file_entry
+from llm.data.tokens.manifest import FileEntry
 from llm.errors import InputError
 
 
@@ -42,11 +42,11 @@ def flip_a_bit(path: str) -> None:
 
 
 def test_whole_files_are_let_pass(files: dict[str, FileEntry]):
-    verifier = BackgroundVerifier(files, (0, 1))
-    verifier.check()
-    verifier.wait()
-    verifier.check()
-    verifier.close()
+    check = HashCheck(files, 0, 1)
+    check.check()
+    check.wait()
+    check.check()
+    check.close()
 
 
 def test_each_file_is_read_by_one_rank(files: dict[str, FileEntry]):
@@ -55,13 +55,13 @@ def test_each_file_is_read_by_one_rank(files: dict[str, FileEntry]):
         flip_a_bit(damaged)
         found = []
         for rank in range(3):
-            verifier = BackgroundVerifier(files, (rank, 3))
-            verifier.wait()
+            check = HashCheck(files, rank, 3)
+            check.wait()
             try:
-                verifier.check()
+                check.check()
             except InputError as error:
                 found.append(str(error))
-            verifier.close()
+            check.close()
         assert len(found) == 1
         assert f"{damaged}: sha256 " in found[0]
         assert f"the manifest says {files[damaged].sha256}" in found[0]
@@ -72,30 +72,30 @@ def test_each_file_is_read_by_one_rank(files: dict[str, FileEntry]):
 def test_other_damage_is_told_too(files: dict[str, FileEntry], damage):
     path = list(files)[3]
     damage(path)
-    verifier = BackgroundVerifier(files, (0, 1))
-    verifier.wait()
+    check = HashCheck(files, 0, 1)
+    check.wait()
     for _ in range(2):  # it stays damaged
         with pytest.raises(InputError, match=path):
-            verifier.check()
-    verifier.close()
+            check.check()
+    check.close()
 
 
 def test_close_ends_the_thread_promptly(giant: dict[str, FileEntry]):
-    verifier = BackgroundVerifier(giant, (0, 1))
+    check = HashCheck(giant, 0, 1)
     time.sleep(0.05)
     start = time.perf_counter()
-    verifier.close()
+    check.close()
     assert time.perf_counter() - start < 5
-    assert not [thread for thread in threading.enumerate() if thread.name == "verify"]
-    verifier.check()
+    assert not [thread for thread in threading.enumerate() if thread.name == "hashes"]
+    check.check()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
 def test_the_trainer_goes_first(giant: dict[str, FileEntry]):
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    verifier = BackgroundVerifier(giant, (0, 1))
+    check = HashCheck(giant, 0, 1)
     time.sleep(0.1)
-    thread = next(thread for thread in threading.enumerate() if thread.name == "verify")
+    thread = next(thread for thread in threading.enumerate() if thread.name == "hashes")
     assert os.getpriority(os.PRIO_PROCESS, thread.native_id or 0) == 19
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
-    verifier.close()
+    check.close()

@@ -13,8 +13,9 @@ import pytest
 from token_files import CORPORA, KINDS, LLMC, NativeCorpus, corpus_of, failure, megatron_index, write_file
 
 from llm.data import _native
-from llm.data.tokens.headers import DamagedFile, read_header
+from llm.data.tokens.headers import read_header
 from llm.data.tokens.shards import check_file
+from llm.errors import DamagedFile
 
 DOCUMENTS = [[5, 6, 0], [0], [7, 250, 9, 0]]
 TOKENS = 8

@@ -15,6 +15,7 @@ from conftest import MakeData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llm.data.tokens.hashes import check_hashes
 from llm.data.tokens.manifest import (
     FORMAT,
     LARGEST_MANIFEST,
@@ -24,7 +25,6 @@ from llm.data.tokens.manifest import (
     Split,
     plan_name,
     read_manifest,
-    verify_files,
 )
 from llm.data.tokens.shards import ShardList
 from llm.errors import InputError
@@ -32,22 +32,25 @@ from llm.errors import InputError
 
 @pytest.fixture
 def folder(make_data: MakeData) -> Path:
-    config, _ = make_data()
+    config = make_data()
     assert config.data.path is not None
     return Path(config.data.path)
 
 
 def test_round_trip(make_data: MakeData):
-    config, manifest = make_data()
+    config = make_data()
     folder = Path(config.data.path or "")
+    manifest = read_manifest(folder)
+    manifest.save(folder)
     assert read_manifest(folder) == manifest
-    verify_files(folder, manifest)
+    check_hashes(folder, manifest)
     assert sorted(os.listdir(folder)) == sorted([*manifest.all_files(), "manifest.json"])
 
 
 def test_shard_list(make_data: MakeData):
-    config, manifest = make_data()
+    config = make_data()
     folder = Path(config.data.path or "")
+    manifest = read_manifest(folder)
     entry = manifest.files["train.idx"]
     plans = {plan_name("train", 64): entry, "/elsewhere/train.32.plan": entry, plan_name("validation", 16): entry}
     manifest = dataclasses.replace(manifest, files=manifest.files | plans)
@@ -96,7 +99,8 @@ def test_many_shards_are_read_without_touching_one(tmp_path: Path):
 
 
 def test_bits_per_byte(make_data: MakeData):
-    _, manifest = make_data(n_validation=200)  # bytes == tokens there
+    config = make_data(n_validation=200)
+    manifest = read_manifest(Path(config.data.path or ""))  # bytes == tokens there
     assert manifest.bits_per_byte(math.log(8)) == pytest.approx(3.0)
 
 
@@ -216,13 +220,13 @@ def test_damaged_files_are_found(folder: Path, make_data: MakeData):
     path.write_bytes(raw)
     manifest = read_manifest(folder)
     with pytest.raises(InputError, match=r"train\.bin: sha256"):
-        verify_files(folder, manifest)
+        check_hashes(folder, manifest)
     path.write_bytes(raw[:-1])
     with pytest.raises(InputError, match=r"train\.bin has 2001 bytes; the manifest says 2002"):
-        verify_files(folder, manifest)
+        check_hashes(folder, manifest)
     path.unlink()
     with pytest.raises(InputError, match="No such file"):
-        verify_files(folder, manifest)
+        check_hashes(folder, manifest)
     assert read_manifest(folder) == manifest  # which touches none of them
 
 
@@ -237,7 +241,7 @@ JSON = st.recursive(
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_manifest_confuses_the_reader(make_data: MakeData, data: st.DataObject):
     """Any value anywhere gives InputError or a manifest of the right types."""
-    config, _ = make_data()
+    config = make_data()
     folder = Path(config.data.path or "")
     values = json.loads((folder / "manifest.json").read_text())
     node, key = values, data.draw(st.sampled_from(sorted(values)))

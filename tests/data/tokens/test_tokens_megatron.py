@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm.data.tokens import megatron as formats
-from llm.data.tokens.headers import DamagedFile
 from llm.data.tokens.megatron import TokenWriter, read_index, token_dtype
-from llm.errors import InputError
+from llm.errors import DamagedFile, InputError
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16") -> Path:

@@ -18,8 +18,8 @@ from token_files import CORPORA, KINDS, NativeCorpus, corpus_of, failure, write_
 from llm.data import _native
 from llm.data.tokens import megatron as formats
 from llm.data.tokens import shards
-from llm.data.tokens.shards import DamagedFile, NumpyCorpus, ShardList, document_lengths, inspect_files
-from llm.errors import InputError
+from llm.data.tokens.shards import NumpyCorpus, ShardList, document_lengths, inspect_files
+from llm.errors import DamagedFile, InputError
 
 
 def write_shards(folder: Path, format: str, dtype: str, sizes: list[int], vocab_size: int = 200) -> ShardList:

@@ -1,0 +1,45 @@
+"""Which part of the vocabulary a rank's logits are, and what joins it with the parts of other ranks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import KernelError
+
+
+class Vocabulary(Protocol):
+    """The columns of the logits [n, V] that this rank has."""
+
+    start: int
+    """Token id of the first column."""
+    rows: int
+    """Columns that are token ids; those after them are padding."""
+
+    def join(self, log_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+        """log sum_j exp(z_j) and the target's logit (0 if elsewhere) of this rank -> of all; fp32 [n] each."""
+        ...
+
+
+class WholeVocabulary:
+    """A vocabulary that one rank holds."""
+
+    def __init__(self, rows: int) -> None:
+        self.start = 0
+        self.rows = rows
+
+    def join(self, log_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+        return log_sum, target_logit
+
+
+def check(op: str, shape: tuple[int, int], targets: Tensor, vocabulary: Vocabulary) -> None:
+    """KernelError unless targets and vocabulary fit logits of `shape` [N, V]."""
+    N, V = shape
+    # Not by `expect`: torch.compile cannot make a message of sizes that it does not know.
+    if targets.shape != (N,) or targets.dtype != torch.int64:
+        found = f"targets {targets.dtype} of shape {tuple(targets.shape)}"
+        raise KernelError(f"{op}: found {found}, expected torch.int64 of ({N},)")
+    if vocabulary.rows > V:
+        raise KernelError(f"{op}: found {V} columns of logits, expected at least the vocabulary's {vocabulary.rows}")

@@ -1,0 +1,96 @@
+"""Registration of this package's operators with PyTorch.
+
+torch.compile, activation checkpointing and dispatch modes see an operator as one node. torch.library.custom_op does the
+same with more host time per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from kernels.dispatch import expect
+
+LIBRARY = torch.library.Library("ingot", "FRAGMENT")
+
+
+def save_inputs(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def operator(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    schema: str | None = None,
+    mutates: Sequence[str] = (),
+    backward: Callable[..., Any] | None = None,
+    save: Callable[..., None] = save_inputs,
+) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Decorator that registers a function as ingot::name, for every device, and returns the operator.
+
+    fake: returns empty results for the same arguments. schema: by default that of the function's annotations. mutates:
+    names of the arguments that are written to. backward(ctx, *gradients) returns the gradients of the first inputs (the
+    others have none) from those of the results, None where a result has none; it makes the operator differentiable
+    once. save(ctx, inputs, output) keeps what it needs, as setup_context of a torch.autograd.Function does.
+    """
+
+    def register(function: Callable[..., Any]) -> OpOverload:
+        signature = schema or torch.library.infer_schema(function, mutates_args=mutates)
+        LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ingot::{name}", fake, lib=LIBRARY)
+        op: OpOverload = getattr(torch.ops.ingot, name).default
+        if mutates:
+            LIBRARY.impl(name, version_kernel(op), "ADInplaceOrView")
+        if backward is not None:
+            LIBRARY.impl(name, autograd_kernel(op, save, backward), "Autograd")
+        return op
+
+    return register
+
+
+def version_kernel(op: OpOverload) -> Callable[..., Any]:
+    """Raises the version of what `op` writes to, by which autograd finds saved tensors that were overwritten."""
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def kernel(*inputs: Any) -> Any:
+        torch.autograd.graph.increment_version([inputs[i] for i in written if inputs[i] is not None])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op(*inputs)
+
+    return kernel
+
+
+def autograd_kernel(op: OpOverload, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs `op` below autograd and records `backward`."""
+    twice = f"{op}: found create_graph=True, but the operator is differentiable once"
+    nothing = (None,) * len(op._schema.arguments)
+
+    def below(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    class Node(torch.autograd.Function):
+        # Not with setup_context, for which torch binds the arguments to a signature on every call.
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = below(*inputs)
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            # once_differentiable would detach a second derivative in silence where no gradient from above has one.
+            expect(not torch.is_grad_enabled(), twice)
+            if all(gradient is None for gradient in gradients):
+                return nothing
+            found = backward(ctx, *gradients)
+            found = found if isinstance(found, tuple) else (found,)
+            return found + nothing[len(found) :]
+
+    return lambda *inputs: Node.apply(*inputs) if torch.is_grad_enabled() else below(*inputs)

@@ -1,0 +1,51 @@
+"""What is wrong with a request although its config is right, found before anything is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kernels.attention.op import limits as attention_limits
+from kernels.dispatch import KernelError, choose
+from llm.config import RunConfig
+from llm.data.tokenizer import Tokenizer
+from llm.errors import InputError, require
+from llm.train.engines.base import DTYPES
+
+
+def check_kernels(config: RunConfig, device: torch.device) -> str:
+    """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
+    model, dtype = config.model, DTYPES[config.train.precision]
+    no_triton, no_torch = attention_limits(model.head_dim, model.dropout)
+    limits = {"attention": {"no_triton": no_triton, "no_torch": no_torch}}
+    others = {
+        "embedding": True,
+        "rope": model.position == "rope",
+        "layer_norm": model.norm == "layernorm",
+        "rms_norm": model.norm == "rmsnorm",
+        "dropout": model.dropout > 0,
+        "gelu": model.activation == "gelu",
+        "swiglu": model.activation == "swiglu",
+        "cross_entropy": True,
+    }
+    limits |= {op: {} for op, needed in others.items() if needed}
+    chosen: dict[str, list[str]] = {}
+    try:
+        for op, limit in limits.items():
+            form = choose(config.train.impl, op, device=device, dtype=dtype, **limit)
+            chosen.setdefault(form, []).append(op)
+    except KernelError as error:
+        raise InputError(f"train.impl: {error}") from error
+    return "; ".join(f"{form}: {', '.join(ops)}" for form, ops in chosen.items())
+
+
+def check_prompt(config: RunConfig, folder: Path) -> None:
+    """Raise InputError unless the closing sample can be drawn; folder: of the data, with its tokenizer."""
+    prompt = Tokenizer.load(folder / "tokenizer.json").encode(config.logging.sample_prompt)
+    longest = config.model.max_seq_len
+    require(
+        config.logging.sample_tokens == 0 or 0 < len(prompt) < longest,
+        f"logging.sample_prompt has {len(prompt)} tokens; expected at least 1 and fewer than model.max_seq_len "
+        f"({longest}), or logging.sample_tokens=0",
+    )

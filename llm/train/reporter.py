@@ -1,0 +1,67 @@
+"""What a run reports while it trains, to metrics.jsonl, TensorBoard and the console."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from llm.plan.flops import peak_tflops
+from llm.train.console import Console
+from llm.train.metrics import MetricsWriter, peak_memory, step_rates, validation_record
+from llm.train.start import Run
+
+
+class Reporter:
+    """Measures the steps of a run; rank 0 alone writes and prints."""
+
+    def __init__(self, run: Run) -> None:
+        assert run.feed is not None and run.engine is not None
+        self.run, self.feed, self.engine = run, run.feed, run.engine
+        tensorboard = run.folder.tensorboard if run.config.logging.tensorboard else None
+        self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)
+        self.console = Console(run.config.train.max_steps, run.step, enabled=run.lead)
+        device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+        self.peak_tflops = peak_tflops(device, run.config.train.precision)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Measure from here on: what came between steps is not part of the next one's time."""
+        self.start, self.waited, self.since = time.perf_counter(), self.feed.wait_seconds, self.run.step
+
+    def step(self, loss: float, lr: float, grad_norm: float) -> None:
+        """Report the step just made, and the rates of all steps since the clock was started. Collective.
+
+        loss: nats per token, mean over the global batch; grad_norm: before clipping.
+        """
+        run, seconds = self.run, time.perf_counter() - self.start
+        rates = step_rates(
+            run.config,
+            self.since,
+            run.step,
+            seconds,
+            world_size=run.mesh.world_size,
+            peak_tflops=self.peak_tflops,
+        )
+        record = rates | {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "skipped_steps": run.step - self.engine.scalar_state()["optimizer_step"],
+            "data_wait_share": (self.feed.wait_seconds - self.waited) / seconds,
+            "memory_bytes": peak_memory(run.device),
+        }
+        self.restart_clock()
+        record |= self.feed.record()
+        self.metrics.write(record)
+        self.console.step(record)
+
+    def validation(self, loss: float) -> None:
+        """Report the validation loss, nats per token, after the steps made so far."""
+        record = validation_record(self.run.step, loss, self.run.corpora.manifest.bytes_per_token)
+        self.metrics.write(record)
+        bits = f", {record['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in record else ""
+        self.say(f"step {self.run.step}: validation loss {loss:.4f} nats per token{bits}")
+
+    def say(self, text: str) -> None:
+        self.console.say(text)

@@ -1,0 +1,70 @@
+"""What Ingot 0.1.0 wrote on four ranks (tensor parallel 2, ZeRO 1) is read, and goes on as then."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm.checkpoint.manifest import KINDS
+from llm.checkpoint.reader import open_checkpoint, verify
+from pool import free_port
+from runs import BIN, ROOT, Workspace, succeeded
+
+FIXTURE = Path(__file__).with_name("fixture-0.1.0")
+STEP_FOLDER = Path("runs/fixture/checkpoints/step-00000006")
+EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
+# The hardware, and so the rounding, is not that of expected.json.
+TOLERANCE = {"loss": 1e-5, "val_loss": 1e-5, "grad_norm": 1e-4}
+
+
+def test_every_tensor_is_read() -> None:
+    verify(FIXTURE / STEP_FOLDER)
+    reader = open_checkpoint(FIXTURE / STEP_FOLDER)
+    found = {}
+    for name in reader.names:
+        found[name] = {"shape": list(reader.shape(name))}
+        for kind in KINDS:
+            data = reader.read(name, kind).contiguous().numpy().astype("<f4").tobytes()
+            found[name][kind] = hashlib.sha256(data).hexdigest()
+    assert found == EXPECTED["tensors"]
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Workspace:
+    """A copy of the fixture, in which the run can go on."""
+    space = Workspace(tmp_path / "space")
+    shutil.copytree(FIXTURE, space.path, dirs_exist_ok=True)
+    return space
+
+
+def goes_on(space: Workspace, launcher: list[str], layout: list[str]) -> None:
+    arguments = ["--config", "runs/fixture/config.yaml", *layout]
+    result = space.run([*launcher, str(ROOT / "launch/pretrain.py"), *arguments])
+    succeeded(result)
+    assert "resumed from step 6 of 12" in result.stdout
+    assert list(space.losses("fixture")) == list(range(1, 13))
+    assert (space.path / "runs/fixture/checkpoints/latest").read_text() == "step-00000012\n"
+    merged: dict[int, dict[str, Any]] = {}
+    for record in space.metrics("fixture"):
+        merged[record["step"]] = merged.get(record["step"], {}) | record
+    for step, numbers in EXPECTED["steps"].items():
+        for key, expected in numbers.items():
+            assert merged[int(step)][key] == pytest.approx(expected, rel=TOLERANCE[key]), f"step {step}: {key}"
+
+
+def test_a_run_goes_on_with_the_plain_engine(copied: Workspace) -> None:
+    plain = ["--train.engine=plain", "--parallel.tensor_parallel=1", "--parallel.zero_stage=0"]
+    goes_on(copied, [sys.executable], plain)
+
+
+@pytest.mark.ranks
+def test_a_run_goes_on_with_deepspeed(copied: Workspace) -> None:
+    """Its own config, with as many ranks as tensor parallelism takes."""
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    goes_on(copied, launcher, [])

@@ -1,0 +1,82 @@
+"""Operators registered by the package's helper: gradients, versions of what is written, dispatch modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.dispatch import KernelError
+from kernels.registration import operator
+
+
+def save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def backward(ctx, dy):
+    x, y = ctx.saved_tensors
+    return dy * y / x * 2
+
+
+@operator("test_square", fake=lambda x: torch.empty_like(x), save=save, backward=backward)
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+@operator("test_fill_", fake=lambda *_: None, mutates=("x", "maybe"))
+def fill_(x: Tensor, maybe: Tensor | None, value: float) -> None:
+    for target in (x, maybe):
+        if target is not None:
+            target.detach().numpy().fill(value)  # as a kernel writes: unseen by autograd
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(square, (torch.rand(3, requires_grad=True),))
+    torch.library.opcheck(square, (torch.rand(3),))
+
+
+def test_gradients_are_recorded_only_where_wanted() -> None:
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(square(x), x, torch.ones(2))
+    assert torch.equal(gradient, 2 * x)
+    with torch.no_grad():
+        assert not square(x).requires_grad
+    assert not square(x.detach()).requires_grad
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.tensor([2.0], requires_grad=True)
+    with pytest.raises(KernelError, match=r"ingot.test_square.default: found create_graph=True"):
+        torch.autograd.grad(square(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_what_is_written_has_a_new_version(second: bool) -> None:
+    x, maybe = torch.rand(3), torch.rand(3) if second else None
+    saved = torch.rand(3, requires_grad=True) * (x if maybe is None else maybe)
+    fill_(x, maybe, 2.0)
+    assert x.tolist() == [2.0] * 3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+class Record(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_one_operator() -> None:
+    x = torch.rand(3, requires_grad=True)
+    with Record() as record:
+        square(x)
+    assert record.names.count("ingot.test_square.default") == 1
+    assert "aten.mul.Tensor" not in record.names
