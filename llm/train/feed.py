@@ -76,7 +76,7 @@ class Feed:
         self.wait_seconds += time.perf_counter() - start
         step, self.epochs = fetched.step, fetched.epochs
         if step.skipped_samples is not None:
-            self.skipped_locally = (self.skipped_here or 0) + step.skipped_samples
+            self.skipped_locally = (self.skipped_locally or 0) + step.skipped_samples
         target_count = step.target_count
         if step.replaced_targets is not None:  # which the other ranks cannot know
             target_count += self._over_ranks(step.replaced_targets)
@@ -99,7 +99,7 @@ class Feed:
 
     def skipped_samples(self) -> int:
         """Samples that were replaced since the run began, over all ranks. Collective."""
-        return self.skipped_before + (0 if self.skipped_locally is None else self._over_ranks(self.skipped_here))
+        return self.skipped_before + (0 if self.skipped_locally is None else self._over_ranks(self.skipped_locally))
 
     def record(self) -> dict[str, Any]:
         """What a metrics line says of the data. Collective."""
