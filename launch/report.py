@@ -3,8 +3,6 @@
 usage: report.py runs/<name>      draws runs/<name>/loss.png; exit code 2: no such run
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -76,6 +76,7 @@ def _json_value(value: Any, where: str) -> Any:
     return same
 
 
+@cache
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """The types of a union, or the type itself."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)

@@ -179,7 +179,7 @@ def _attention(
     no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p)
     missing = "a block-sparse pattern" if sparse is not None else "softcap" if softcap > 0 else "lse" if lse else None
     if missing is not None:
-        no_torch = f"found a request for {missing}, which the stock operator lacks: use impl=auto, triton or reference"
+        no_torch = f"found {missing} asked for, which the stock operator has not: use impl=auto, triton or reference"
     form = choose(impl, "attention", device=q.device, dtype=q.dtype, no_triton=no_triton, no_torch=no_torch)
     if form == "torch":
         return stock(q, k, v, window=window, cu_seqlens=cu_seqlens), None

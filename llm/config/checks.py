@@ -48,11 +48,10 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
     """Refuse layouts that the engine does not have."""
     engine, precision = train.engine, train.precision
     stage, offload = parallel.zero_stage, parallel.offload
+    found = f"found parallel.zero_stage {stage}"
     if engine == "plain":
         require(
-            stage == 0,
-            f"train.engine plain has no ZeRO; found parallel.zero_stage {stage}, "
-            "use parallel.zero_stage=0 or train.engine=deepspeed",
+            stage == 0, f"train.engine plain has no ZeRO; {found}, use parallel.zero_stage=0 or train.engine=deepspeed"
         )
         require(
             parallel.tensor_parallel == 1,
@@ -62,8 +61,8 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
     elif engine == "fsdp":
         require(
             stage in (2, 3),
-            f"train.engine fsdp shards parameters; found parallel.zero_stage {stage}, use parallel.zero_stage=3, or 2 "
-            "to keep them gathered between the forward and the backward pass",
+            f"train.engine fsdp shards parameters; {found}, use parallel.zero_stage=3, or 2 to keep them gathered "
+            "between the forward and the backward pass",
         )
     else:
         require(
@@ -85,11 +84,8 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
 
 def check_phases(model: ModelConfig, phases: tuple[Phase, ...]) -> None:
     """Refuse sequences that the model has no positions for."""
-    for phase in phases:
-        require(
-            phase.seq_len <= model.max_seq_len,
-            f"data.seq_len {phase.seq_len} is above model.max_seq_len {model.max_seq_len}",
-        )
+    longest = max(phase.seq_len for phase in phases)
+    require(longest <= model.max_seq_len, f"data.seq_len {longest} is above model.max_seq_len {model.max_seq_len}")
 
 
 def check_sequence_parallel(parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:

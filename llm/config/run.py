@@ -10,13 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from llm.config.checks import (
-    check_engine,
-    check_phases,
-    check_sequence_parallel,
-    check_tensor_parallel,
-    check_world,
-)
+from llm.config import checks
 from llm.config.phases import Phase, phases_of
 from llm.config.sections import (
     CheckpointConfig,
@@ -55,10 +49,10 @@ class RunConfig:
             "names the run's folder",
         )
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
-        check_phases(self.model, self.phases)
-        check_engine(self.train, self.parallel, self.deepspeed)
-        check_tensor_parallel(self.model, self.parallel)
-        check_sequence_parallel(self.parallel, self.phases)
+        checks.check_phases(self.model, self.phases)
+        checks.check_engine(self.train, self.parallel, self.deepspeed)
+        checks.check_tensor_parallel(self.model, self.parallel)
+        checks.check_sequence_parallel(self.parallel, self.phases)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -67,4 +61,4 @@ class RunConfig:
 
     def check_world(self, world_size: int) -> None:
         """Check that `world_size` ranks can share this run's layers and batch (llm/config/checks.py)."""
-        check_world(self.parallel, self.train.micro_batch_size, self.phases, world_size)
+        checks.check_world(self.parallel, self.train.micro_batch_size, self.phases, world_size)

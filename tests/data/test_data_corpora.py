@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +166,23 @@ def test_hashed_files_are_those_of_training():
     config = make_config(blend={"one": 1.0, "two": 1.0})
     found = Corpora.open(config).hashed_files()
     assert found == {path: file_entry(path) for path in ("one/train.bin", "two/train.bin")}
+
+
+def test_hashes_are_compared_where_the_config_asks():
+    assert Corpora.open(make_config()).hash_check(0, 1) is None
+    corpora = Corpora.open(make_config(blend={"one": 1.0, "two": 1.0}, verify="background"))
+    path = Path("two/train.bin")
+    tokens = np.fromfile(path, "<u2")
+    tokens[5] ^= 1  # still an id of the vocabulary, in a sample that may come much later
+    tokens.tofile(path)
+    for rank, damaged in enumerate([False, True]):
+        check = corpora.hash_check(rank, 2)
+        assert check is not None
+        check.wait()
+        with (
+            pytest.raises(InputError, match=r"two/train\.bin: sha256 \w+, the manifest says")
+            if damaged
+            else nullcontext()
+        ):
+            check.check()
+        check.close()

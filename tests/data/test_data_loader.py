@@ -19,7 +19,7 @@ from llm.config import PhaseChange
 from llm.config.phases import consumed_samples
 from llm.data.corpora import Corpora
 from llm.data.loader import open_loader
-from llm.data.samples.order import Order
+from llm.data.samples.order import sample_positions
 from llm.data.tokens.manifest import read_manifest
 from llm.errors import InputError
 
@@ -72,7 +72,7 @@ def file_tokens(config, split: str, dtype="<u2") -> np.ndarray:
 def test_a_step_is_the_next_samples_of_the_order(make_data: MakeData, kind: str):
     config = make_data(n_train=1001, loader=kind)  # 100 samples, 8.3 steps an epoch
     rows, ids = stream(config, 1, 20)
-    tokens, positions = file_tokens(config, "train"), Order(config.seed, 100).positions(0, 240)
+    tokens, positions = file_tokens(config, "train"), sample_positions(config.seed, 100, 0, 240)
     assert ids == list(range(240))
     for row, position in zip(rows, positions, strict=True):
         assert np.array_equal(row, tokens[position * 10 : position * 10 + 11])

@@ -7,8 +7,6 @@ splitmix64's finaliser (Steele et al. 2014). csrc/core/order.cpp computes the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,28 +54,19 @@ def permute(indices: NDArray[np.integer], seed: int, epoch: int, n: int) -> NDAr
     return out.astype(np.int64)
 
 
-@dataclass(frozen=True)
-class Order:
-    """Number of a sample in its corpus's order -> position in the corpus, in samples."""
+def sample_positions(seed: int, n_samples: int, first: int, count: int) -> NDArray[np.int64]:
+    """Positions [count] in a corpus, in samples, of the samples first .. first + count - 1 of its order.
 
-    seed: int
-    n_samples: int
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**64, f"seed is {self.seed}; expected 0 <= seed < 2^64")
-        require(1 <= self.n_samples <= 2**62, f"the data has {self.n_samples} samples; expected between 1 and 2^62")
-
-    def positions(self, first: int, count: int) -> NDArray[np.int64]:
-        """Positions [count] of the samples first .. first + count - 1.
-
-        Sample i belongs to epoch i // N and sits at the permuted place of i % N.
-        """
-        require(first >= 0 and first + count < 2**63, "sample numbers must stay below 2^63")
-        out = np.empty(count, dtype=np.int64)
-        done = 0
-        while done < count:  # one turn per epoch that the range touches
-            epoch, i = divmod(first + done, self.n_samples)
-            n = min(self.n_samples - i, count - done)
-            out[done : done + n] = permute(np.arange(i, i + n), self.seed, epoch, self.n_samples)
-            done += n
-        return out
+    Sample i belongs to epoch i // N and sits where the epoch's permutation puts i % N.
+    """
+    require(0 <= seed < 2**64, f"seed is {seed}; expected 0 <= seed < 2^64")
+    require(1 <= n_samples <= 2**62, f"the data has {n_samples} samples; expected between 1 and 2^62")
+    require(first >= 0 and first + count < 2**63, "sample numbers must stay below 2^63")
+    out = np.empty(count, dtype=np.int64)
+    done = 0
+    while done < count:  # one turn per epoch that the range touches
+        epoch, i = divmod(first + done, n_samples)
+        n = min(n_samples - i, count - done)
+        out[done : done + n] = permute(np.arange(i, i + n), seed, epoch, n_samples)
+        done += n
+    return out

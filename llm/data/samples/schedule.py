@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llm.config.phases import Phase
 from llm.data.samples.blend import BlendTable, shares
-from llm.data.samples.order import Order, corpus_seed, permute
+from llm.data.samples.order import corpus_seed, permute, sample_positions
 from llm.errors import require
 
 
@@ -161,9 +161,9 @@ class Schedule:
         for i in np.unique(which):
             source, slots = phase.sources[i], np.flatnonzero(which == i)  # in its order, none left out
             ordinal = source.first_ordinal + int(ordinals[slots[0]])
-            order = Order(corpus_seed(self._seed, source.corpus), source.n_samples)
+            seed = corpus_seed(self._seed, source.corpus)
             corpora[slots] = source.corpus
-            positions[slots] = order.positions(ordinal, slots.size)
+            positions[slots] = sample_positions(seed, source.n_samples, ordinal, slots.size)
             epochs[slots] = (ordinal + np.arange(slots.size)) // source.n_samples
         return corpora, positions, epochs
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data import _native
-from llm.data.samples.order import Order, corpus_seed, mix64, permute
+from llm.data.samples.order import corpus_seed, mix64, permute, sample_positions
 from llm.errors import InputError
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 4095, 4096, 4097, 65537]
@@ -28,9 +28,9 @@ def test_mix64_is_splitmix64():
 
 def test_the_order_of_a_seed_is_for_ever():
     """A run that is resumed with a later version must go on in the order it began in."""
-    assert Order(1234, 10).positions(0, 20).tolist() == [5, 8, 3, 7, 4, 9, 2, 0, 1, 6, 1, 3, 4, 5, 0, 9, 8, 6, 7, 2]
-    assert Order(1234, 10**6).positions(999_998, 4).tolist() == [347911, 407100, 665702, 595107]
-    assert Order(2**64 - 1, 2**62).positions(2**62, 2).tolist() == [502648295972854655, 4398783239886934442]
+    assert sample_positions(1234, 10, 0, 20).tolist() == [5, 8, 3, 7, 4, 9, 2, 0, 1, 6, 1, 3, 4, 5, 0, 9, 8, 6, 7, 2]
+    assert sample_positions(1234, 10**6, 999_998, 4).tolist() == [347911, 407100, 665702, 595107]
+    assert sample_positions(2**64 - 1, 2**62, 2**62, 2).tolist() == [502648295972854655, 4398783239886934442]
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -48,7 +48,7 @@ def test_each_epoch_is_a_permutation(n: int):
 )
 @settings(max_examples=200, deadline=None)
 def test_native_and_numpy_agree(n: int, seed: int, first: int, count: int):
-    ours = Order(seed, n).positions(first, count)
+    ours = sample_positions(seed, n, first, count)
     assert np.array_equal(ours, _native.positions(seed, n, first, count))
     assert ours.size == 0 or (ours.min() >= 0 and ours.max() < n)
 
@@ -56,16 +56,15 @@ def test_native_and_numpy_agree(n: int, seed: int, first: int, count: int):
 @pytest.mark.parametrize("n", [1, 2, 10, 97])
 def test_a_range_over_epochs_is_the_epochs_joined(n: int):
     expected = np.concatenate([permute(np.arange(n), 5, epoch, n) for epoch in range(4)])
-    order = Order(5, n)
-    assert np.array_equal(order.positions(0, 4 * n), expected)
-    assert np.array_equal(order.positions(n - 1, n + 2), expected[n - 1 : 2 * n + 1])
+    assert np.array_equal(sample_positions(5, n, 0, 4 * n), expected)
+    assert np.array_equal(sample_positions(5, n, n - 1, n + 2), expected[n - 1 : 2 * n + 1])
     assert np.array_equal(_native.positions(5, n, n - 1, n + 2), expected[n - 1 : 2 * n + 1])
 
 
 @pytest.mark.parametrize("n", [1, 3, 33, 70, 257, 4097])
 def test_native_gives_the_same_however_a_range_is_cut(n: int):
     """The native order permutes samples in blocks, whose edges must not show."""
-    whole = Order(7, n).positions(0, 3 * n)
+    whole = sample_positions(7, n, 0, 3 * n)
     for count in (1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 65, 3 * n):
         cuts = [_native.positions(7, n, at, min(count, 3 * n - at)) for at in range(0, 3 * n, count)]
         assert np.array_equal(np.concatenate(cuts), whole), count
@@ -99,11 +98,11 @@ def test_places_are_uniform_over_seeds(n: int):
 
 def test_impossible_orders_are_refused():
     with pytest.raises(InputError, match="seed is -1"):
-        Order(-1, 5)
+        sample_positions(-1, 5, 0, 1)
     with pytest.raises(InputError, match="has 0 samples"):
-        Order(1, 0)
+        sample_positions(1, 0, 0, 1)
     with pytest.raises(InputError, match="below 2\\^63"):
-        Order(1, 5).positions(2**63 - 2, 5)
+        sample_positions(1, 5, 2**63 - 2, 5)
     with pytest.raises(ValueError, match="between 1 and 2\\^62"):
         _native.positions(1, 0, 0, 1)
     with pytest.raises(IndexError, match="below 2\\^63"):

@@ -17,7 +17,7 @@ from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig, TrainCon
 from llm.data import _native
 from llm.data.corpora import blends_of, corpus_names
 from llm.data.samples.blend import PERIOD
-from llm.data.samples.order import Order, corpus_seed
+from llm.data.samples.order import corpus_seed, sample_positions
 from llm.data.samples.schedule import Curriculum, Schedule, SchedulePhase, Source
 from llm.errors import InputError
 
@@ -115,7 +115,7 @@ def test_phases_of_one_length_read_every_epoch_to_its_end(drawn: tuple[Curriculu
     corpora, positions, epochs, _ = places(curriculum, samples)
     for number, name in enumerate(curriculum.names):
         found, n = positions[corpora == number], n_samples(name, 100)
-        assert np.array_equal(found, Order(corpus_seed(SEED, number), n).positions(0, found.size))
+        assert np.array_equal(found, sample_positions(corpus_seed(SEED, number), n, 0, found.size))
         assert np.array_equal(epochs[corpora == number], np.arange(found.size) // n)
 
 
@@ -150,7 +150,7 @@ def test_what_was_drawn_is_counted(drawn: tuple[Curriculum, int], data: st.DataO
 def test_one_corpus_alone_is_the_plain_order():
     config = RunConfig(data=DataConfig(path="a", seq_len=32))
     phases = lay_out(config).phases
-    expected = Order(SEED, n_samples("a", 32)).positions(250, 700)
+    expected = sample_positions(SEED, n_samples("a", 32), 250, 700)
     for schedule in (Schedule(SEED, phases), _native.Schedule(SEED, phases)):
         corpora, positions, epochs = schedule.locate(250, 700)
         assert not corpora.any() and np.array_equal(positions, expected)
@@ -162,7 +162,7 @@ def test_each_corpus_has_its_own_order():
     phase = SchedulePhase(0, 2, 8, (Source(0, 500, 0), Source(3, 500, 0)), (32768, 32768))
     corpora, positions, _ = Schedule(SEED, [phase]).locate(0, 1000)
     for corpus in (0, 3):
-        assert np.array_equal(positions[corpora == corpus], Order(corpus_seed(SEED, corpus), 500).positions(0, 500))
+        assert np.array_equal(positions[corpora == corpus], sample_positions(corpus_seed(SEED, corpus), 500, 0, 500))
     assert (positions[corpora == 0] == positions[corpora == 3]).mean() < 0.05
 
 
@@ -208,7 +208,7 @@ def test_a_corpus_without_a_sample_is_named():
 def test_the_place_after_walks_through_the_epoch_s_permutation():
     phase = SchedulePhase(0, 1, 8, (Source(2, 40, 0), Source(5, 300, 0)), (10_000, 55_536))
     schedule = Schedule(SEED, [phase])
-    permutation = Order(corpus_seed(SEED, 5), 300).positions(900, 300)
+    permutation = sample_positions(corpus_seed(SEED, 5), 300, 900, 300)
     for form in (schedule, _native.Schedule(SEED, [phase])):
         assert [form.after(5, i, 3, 0) for i in range(300)] == permutation.tolist()
     for bad in [(0, 0, 0, 0), (5, 300, 0, 0), (5, -1, 0, 0), (5, 0, 0, 1)]:
