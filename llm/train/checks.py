@@ -19,11 +19,16 @@ def check_kernels(config: RunConfig, device: torch.device) -> str:
     """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
     model, dtype = config.model, DTYPES[config.train.precision]
     no_triton, no_torch = attention_limits(model.head_dim, model.dropout)
-    limits: dict[str, dict[str, str | None]] = {"attention": {"no_triton": no_triton, "no_torch": no_torch}}
-    limits["layer_norm" if model.norm == "layernorm" else "rms_norm"] = {"no_triton": norm_limit(model.d_model)}
-    needed = {"rope": model.position == "rope", "dropout": model.dropout > 0}
-    others = ["embedding", *(op for op, is_needed in needed.items() if is_needed), model.activation, "cross_entropy"]
-    limits |= {op: {} for op in others}
+    norm = "layer_norm" if model.norm == "layernorm" else "rms_norm"
+    limits: dict[str, dict[str, str | None]] = {
+        "attention": {"no_triton": no_triton, "no_torch": no_torch},
+        "embedding": {},
+        **({"rope": {}} if model.position == "rope" else {}),
+        norm: {"no_triton": norm_limit(model.d_model)},
+        **({"dropout": {}} if model.dropout > 0 else {}),
+        model.activation: {},
+        "cross_entropy": {},
+    }
     chosen: dict[str, list[str]] = {}
     try:
         for op, limit in limits.items():
