@@ -19,7 +19,7 @@ class Permutation {
  public:
   Permutation(uint64_t seed, uint64_t epoch, uint64_t n);  // n >= 1, else std::invalid_argument
   uint64_t operator()(uint64_t i) const;                   // i < n, else std::out_of_range
-  // Writes the places of first, first + 1, ... to out[0..count); all below n, else out_of_range.
+  // Writes the positions of first, first + 1, ... to out[0..count); all below n, else out_of_range.
   void range(uint64_t first, int64_t count, int64_t* out) const;
 
  private:
@@ -30,7 +30,7 @@ class Permutation {
 };
 
 // Writes the positions of a corpus's samples first, first + 1, ... to out[0..count): sample i lies in
-// epoch i / n, at the permuted place of i % n. std::invalid_argument unless 1 <= n <= 2^62,
+// epoch i / n, at the permuted position of i % n. std::invalid_argument unless 1 <= n <= 2^62,
 // std::out_of_range beyond 2^63.
 void sample_positions(uint64_t seed, uint64_t n, uint64_t first, int64_t count, int64_t* out);
 

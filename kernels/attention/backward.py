@@ -29,7 +29,7 @@ from kernels.attention.tiles import (
     origin_of,
     section_of,
     sources,
-    tile_here,
+    tile_for_device,
     tile_width,
 )  # fmt: skip
 from kernels.dispatch import cdiv, launch
@@ -128,7 +128,7 @@ def backward(
     switched = flags(options, cu_seqlens)
     first = "dkdv" if options.deterministic else "fused"
     described = describable(q, k, v, do)
-    dkdv, rows = tiles or (tile_here(kind, q, switched, described) for kind in (first, "dq"))
+    dkdv, rows = tiles or (tile_for_device(kind, q, switched, described) for kind in (first, "dq"))
     starts, ends = document_bounds(cu_seqlens, q.shape[0], k.shape[1])
     inputs, saved = (q, k, v, do), (lse, delta_of(do, o.contiguous(), dlse))
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))

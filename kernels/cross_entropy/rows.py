@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cross_entropy import reference
-from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary, check
+from kernels.cross_entropy.vocabulary import FullVocabulary, Vocabulary, check
 from kernels.dispatch import KernelError, cdiv, choose, interpretable, launch, padded
 from kernels.registration import operator
 
@@ -302,7 +302,7 @@ def triton_forward(
     logits: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(losses, log-sum-exp) fp32 [N] each, and the losses' gradient in `gradient`, which may be the logits."""
-    if isinstance(vocabulary, WholeVocabulary):
+    if isinstance(vocabulary, FullVocabulary):
         return cross_entropy_forward_op(logits, targets, gradient, *terms, True)
     target_logit, log_sum = cross_entropy_forward_op(logits, targets, None, *terms, False)
     losses, log_sum = combine(log_sum, target_logit, targets, terms, vocabulary)
@@ -363,7 +363,7 @@ def cross_entropy(
     impl: see kernels/dispatch.py; only triton keeps 16-bit gradients in 16 bits. Raises KernelError on wrong shapes or
     a form that cannot run.
     """
-    vocabulary = vocabulary or WholeVocabulary(logits.shape[-1])
+    vocabulary = vocabulary or FullVocabulary(logits.shape[-1])
     if logits.ndim != 2:
         raise KernelError(f"cross_entropy: found logits of shape {tuple(logits.shape)}, expected two dimensions")
     check("cross_entropy", (logits.shape[0], logits.shape[1]), targets, vocabulary)

@@ -23,7 +23,7 @@ class Vocabulary(Protocol):
         ...
 
 
-class WholeVocabulary:
+class FullVocabulary:
     """A vocabulary that one rank holds."""
 
     def __init__(self, rows: int) -> None:

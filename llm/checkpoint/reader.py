@@ -178,7 +178,7 @@ class CheckpointReader:
 
     def read(self, name: str, kind: str = "master") -> Tensor:
         """The whole tensor, float32 on the CPU; raises CheckpointError."""
-        return self.read_slice(name, kind, Slice.whole(self.shape(name, kind)))
+        return self.read_slice(name, kind, Slice.full(self.shape(name, kind)))
 
     def read_slice(self, name: str, kind: str, part: Slice) -> Tensor:
         """The slice of the tensor, float32 [part.shape] on the CPU; raises CheckpointError."""
@@ -188,7 +188,7 @@ class CheckpointReader:
                 f"{name} ({kind}) has shape {entry.shape} in {self.folder}; the model has {part.global_shape}"
             )
         stored = entry.pieces[0]
-        if part.is_whole:
+        if part.is_full:
             aligned = replace(part, dim=stored.dim, start=0, stop=(entry.shape or (1,))[stored.dim])
         elif part.dim == stored.dim:
             aligned = part

@@ -42,7 +42,7 @@ class Documents(NamedTuple):
 def replicated(module: nn.Module) -> nn.Module:
     """Mark every parameter of `module` as the full global tensor."""
     for parameter in module.parameters():
-        mark(parameter, Slice.whole(tuple(parameter.shape)))
+        mark(parameter, Slice.full(tuple(parameter.shape)))
     return module
 
 

@@ -158,7 +158,7 @@ class RowParallelLinear(nn.Module):
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features))
-            mark(self.bias, Slice.whole((out_features,)))
+            mark(self.bias, Slice.full((out_features,)))
 
     def forward(self, x_tp: Tensor) -> Tensor:
         y = self.tp.leave(F.linear(x_tp, self.weight))

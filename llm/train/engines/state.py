@@ -38,7 +38,7 @@ def state_pieces(
 ) -> Iterator[Piece]:
     """What a rank writes of its fragments: of what all tensor-parallel ranks hold, the first one's."""
     for name, fragment in fragments.items():
-        if fragment.numel == 0 or (slices[name].is_whole and tp_rank != 0):
+        if fragment.numel == 0 or (slices[name].is_full and tp_rank != 0):
             continue
         for kind, tensor in fragment.tensors(optimizer, moments=moments).items():
             yield Piece(name, kind, slices[name], fragment.start, tensor.float().cpu())
