@@ -6,7 +6,7 @@ gradient overwrites them (kernels/cross_entropy/rows.py), and from it come
     dL/dx = dL/dz W,        dL/dW = sum over chunks of (dL/dz)^T x, in fp32
 
 so that no product is computed twice (as in Liger Kernel, Hsu et al. 2024). The backward pass only multiplies by the
-gradient from above. The three products are the vendor's. docs/decisions/0006 says why.
+upstream gradient. The three products are the vendor's. docs/decisions/0006 says why.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Starts a run: opens its folder and its data, builds its engine, and loads the checkpoint that it resumes from.
 
-All ranks together find here everything that can be wrong with the request, before anything is trained.
+All ranks together find everything that can be wrong with the request, before anything is trained.
 """
 
 from __future__ import annotations
