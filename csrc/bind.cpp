@@ -1,4 +1,4 @@
-// Python module llm.data._native: arrays in and out; the work itself runs without the GIL.
+// The Python module llm.data._native: arrays in and out. The work itself runs without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-"""Which part of a global tensor a rank holds: the model, its layers and checkpoints share it."""
+"""Describes the part of a global tensor that a rank holds, for the model, its layers and checkpoints."""
 
 from __future__ import annotations
 

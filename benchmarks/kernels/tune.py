@@ -4,10 +4,10 @@ usage: python -m benchmarks.kernels.tune [--widths 64 128] [--lengths 1024 4096]
            [--kinds forward dkdv dq fused] [--forms plain dropout softcap window sparse] [--best 5] [--tokens 16384]
            [--channels 2048]
 
-For each dtype, length and form: the fastest tiles with the time of the whole pass, forward or backward, the present one
-among them, then the line for the table. The candidates are those that the compiler's report finds no fault with, and
-their results are compared with the present tile's. Minutes for each width and kind: every candidate is compiled. Exit
-code 2: the kernels run on no GPU here.
+For each dtype, length and form it prints the fastest tiles and the present one, with the time of the complete forward
+or backward pass, and then the line for the table. Candidates are compiled first: those that spill or do not fit are
+dropped, and so are those whose results differ from the present tile's. Each width and kind takes minutes. The exit code
+is 2 on a machine where the kernels run on no GPU.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// What one data-parallel rank computes in a step, written into buffers of the caller.
-// llm/data/samples/sampler.py is the twin.
+// Assembles the samples of one data-parallel rank's step in buffers of the caller.
+// llm/data/samples/sampler.py does the same with NumPy.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""The forward pass: one program computes one tile of queries of one head.
+"""The forward pass of attention: one program computes one tile of queries of one head.
 
 Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): scores are scaled by log2(e) / sqrt(D) in fp32,
 and lse = log2(sum of 2^score) is kept for the backward pass.

@@ -1,4 +1,4 @@
-"""How attention is cut into tiles on each architecture."""
+"""Chooses the tiles of attention on each architecture."""
 
 from __future__ import annotations
 

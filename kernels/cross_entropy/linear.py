@@ -1,12 +1,12 @@
 """The language model's last layer and its loss, a chunk of tokens at a time: the logits of a batch never exist.
 
 N tokens, n those of a chunk, C model width, V rows of the weight. While the logits z = x W^T of a chunk exist, their
-gradient is computed in their place (kernels/cross_entropy/rows.py), and with it
+gradient overwrites them (kernels/cross_entropy/rows.py), and from it come
 
     dL/dx = dL/dz W,        dL/dW = sum over chunks of (dL/dz)^T x, in fp32
 
-so that no product is computed twice (as in Liger Kernel, Hsu et al. 2024); the backward pass only multiplies by what
-comes from above. The three products are the vendor's. docs/decisions/0006 says why.
+so that no product is computed twice (as in Liger Kernel, Hsu et al. 2024). The backward pass only multiplies by the
+upstream gradient. The three products are the vendor's. docs/decisions/0006 says why.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Cross-entropy of logits, with z-loss and soft-cap, over a vocabulary that is whole or spread over ranks.
+"""Cross-entropy of logits, with z-loss and soft-cap, over a vocabulary on one rank or split over several.
 
 N tokens, V columns of logits, of which the first `rows` are token ids and the others padding. With softcap c > 0 a
-logit u counts as z = c tanh(u / c) (Gemma 2, 2024), else z = u. Of a token with target t and lse = log sum_j exp(z_j)
+logit u counts as z = c tanh(u / c) (Gemma 2, 2024), else z = u. For a token with target t and lse = log sum_j exp(z_j)
 
     loss = lse - z_t + z_loss lse^2                                     (z-loss: Chowdhery et al. 2022, section 5)
     dloss / du_j = ((1 + 2 z_loss lse) exp(z_j - lse) - [j = t]) (1 - (z_j / c)^2)         (last factor if c > 0)
 
-One program owns a row: it reads the row for an online log-sum-exp and, where the gradient follows at once, reads it
-again, then from the cache, and writes the gradient. All sums have a fixed order: the same bits on every run.
+One program works on a row. It reads the row for an online log-sum-exp. If the gradient follows at once, it reads the
+row again, then from the cache, and writes the gradient. All sums have a fixed order: the same bits on every run.
 """
 
 from __future__ import annotations

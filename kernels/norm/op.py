@@ -1,4 +1,4 @@
-"""The public functions, and their registration as operators for torch.compile, autograd and checkpointing."""
+"""The public functions of the norms, registered as operators for torch.compile, autograd and checkpointing."""
 
 from __future__ import annotations
 

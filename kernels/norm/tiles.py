@@ -1,4 +1,4 @@
-"""How rows are cut into tiles, and tensors into rows. M rows, C width."""
+"""Chooses the tiles of the norms, and views tensors as rows. M rows, C width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the newest checkpoint that is whole and reads any part of it, whatever layout wrote it."""
+"""Finds the newest complete checkpoint and reads any part of it, whatever layout wrote it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Saves a checkpoint: it exists whole and verified, or it does not exist.
+"""Saves a checkpoint: it exists complete and verified, or not at all.
 
     step-00001000.tmp/    every rank writes and fsyncs its files and a report of them
-    manifest.json         rank 0 merges the reports and checks that nothing is missing or doubled
+    manifest.json         rank 0 merges the reports and checks that nothing is missing or there twice
     step-00001000/        rank 0 renames: from here on the checkpoint exists
     latest                rank 0 points to it, then deletes what `keep_last` does not keep
 

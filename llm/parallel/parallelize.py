@@ -1,4 +1,4 @@
-"""Which layers a rank builds its model of."""
+"""Chooses the layers that a rank builds its model of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a request although its config is right, found before anything is allocated."""
+"""Finds requests that cannot run although their config is right, before anything is allocated."""
 
 from __future__ import annotations
 

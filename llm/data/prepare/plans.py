@@ -1,6 +1,6 @@
-"""Packing plans of the corpora of a run: written ahead of training, beside the tokens, and listed in the manifest.
+"""Writes packing plans of a run's corpora ahead of training, beside the tokens, and lists them in the manifest.
 
-What a plan is and how its file is read: llm/data/samples/packing.py.
+llm/data/samples/packing.py says what a plan is, and reads its file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What engines share: fp16's loss scale, validation, the gradient's norm and clipping, gathering of slices."""
+"""Functions that engines share: fp16's loss scale, validation, gradient norm and clipping, gathering of slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fp32 state of an optimizer as checkpoints see it: flat ranges of the slices of named parameters."""
+"""The fp32 optimizer state as checkpoints see it: flat ranges of the slices of named parameters."""
 
 from __future__ import annotations
 
