@@ -48,8 +48,7 @@ def load_manifest(folder: Path) -> Manifest:
         if size != entry.size:
             raise CheckpointError(f"{folder / name} has {size} bytes; expected {entry.size}")
     # Hidden files are not ours: file systems and desktops leave some.
-    extra = {name for name in found if not name.startswith(".")}
-    extra -= manifest.files.keys() | {"manifest.json"}
+    extra = {name for name in found - manifest.files.keys() - {"manifest.json"} if not name.startswith(".")}
     if extra:
         raise CheckpointError(f"{folder} holds {min(extra)}, which its manifest does not list")
     return manifest
