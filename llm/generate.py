@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llm.config import ModelConfig
+from llm.data.tokenizer import TextStream
 from llm.errors import require
 from llm.model.cache import KVCache
 from llm.model.gpt import GPT
@@ -85,7 +86,7 @@ def stream(trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampli
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     steps = generate(trained.model, ids, max_new_tokens=max_new_tokens, end=tokenizer.eod_id, sampling=sampling)
     if len(prompts) == 1:
-        pieces = tokenizer.stream()
+        pieces = TextStream(tokenizer)
         yield prompts[0]
         for row in steps:
             if row[0] is not None:
