@@ -10,38 +10,32 @@ from llm.errors import InputError, require
 
 
 def check_world(parallel: ParallelConfig, micro_batch_size: int, phases: tuple[Phase, ...], world_size: int) -> None:
-    """Check that `world_size` ranks can share this run's layers and batch.
+    """Refuse a world that cannot share this run's layers and batch, with the nearest valid choice.
 
-    The data-parallel size is world_size / tensor_parallel; each of those ranks takes
-    global_batch_size / dp samples of a step, in micro-batches of micro_batch_size.
-
-    Raises:
-        InputError: with the numbers and the nearest valid choice.
+    Each of dp = world_size / tensor_parallel data-parallel ranks takes global_batch_size / dp samples of a step, in
+    micro-batches of micro_batch_size.
     """
-    tp = parallel.tensor_parallel
-    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    tp, micro = parallel.tensor_parallel, micro_batch_size
     require(
         world_size % tp == 0,
         f"the world of {world_size} ranks is not a multiple of parallel.tensor_parallel {tp}; "
-        f"use parallel.tensor_parallel={min(divisors, key=lambda n: abs(n - tp))}",
+        f"use parallel.tensor_parallel={_nearest_divisor(world_size, tp)}",
     )
     dp = world_size // tp
-    for phase in phases:
-        _check_batch(phase.global_batch_size, micro_batch_size, dp)
-
-
-def _check_batch(batch: int, micro: int, dp: int) -> None:
-    if batch % (dp * micro) == 0:
-        return
-    if batch % dp == 0:
-        fitting = [n for n in range(1, batch // dp + 1) if batch // dp % n == 0]
-        advice = f"train.micro_batch_size={min(fitting, key=lambda n: abs(n - micro))}"
-    else:
+    for batch in (phase.global_batch_size for phase in phases):
+        if batch % (dp * micro) == 0:
+            continue
         advice = f"train.global_batch_size={max(1, round(batch / (dp * micro))) * dp * micro}"
-    raise InputError(
-        f"train.global_batch_size {batch} is not a multiple of {dp} data-parallel ranks x "
-        f"train.micro_batch_size {micro} = {dp * micro}; use {advice}"
-    )
+        if batch % dp == 0:
+            advice = f"train.micro_batch_size={_nearest_divisor(batch // dp, micro)}"
+        raise InputError(
+            f"train.global_batch_size {batch} is not a multiple of {dp} data-parallel ranks x "
+            f"train.micro_batch_size {micro} = {dp * micro}; use {advice}"
+        )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wanted))
 
 
 def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[str, Any]) -> None:
