@@ -38,12 +38,15 @@ def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> No
 
     `engine` is train.engine, `loader` is data.loader, `environ` supplies PATH and CXX.
     """
-    packages = ["torch", "numpy"]
+    installed = dict.fromkeys(["torch", "numpy"])
     if sys.platform == "linux":
-        packages.append("triton")
+        installed["triton"] = None
     if engine == "deepspeed":
-        packages.append("deepspeed")
-    check_versions(sys.version_info[:2], {name: installed_version(name) for name in packages})
+        installed["deepspeed"] = None
+    for name in installed:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    check_versions(sys.version_info[:2], installed)
     check_import_names()
     if engine == "deepspeed":
         check_build_tools(environ)
@@ -52,16 +55,8 @@ def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> No
         check_native_loader()
 
 
-def installed_version(package: str) -> str | None:
-    """The version in the package's metadata, or None when it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None]) -> None:
-    """Raise InputError unless Python and every package of `installed` has a supported version."""
+    """Raise InputError unless Python and every package (None: not installed) has a supported version."""
     require(
         python >= PYTHON,
         f"Python is {_dotted(python)}; expected at least {_dotted(PYTHON)}: make .venv with a newer one",
@@ -121,22 +116,18 @@ def check_build_tools(
     """
     path = os.pathsep.join([environ.get("PATH", os.defpath), str(python)])
     compiler = (environ.get("CXX") or "c++").split()[0]
-    require(
-        shutil.which(compiler, path=path) is not None,
-        f"no C++ compiler: {compiler!r} ({'CXX' if environ.get('CXX') else 'the default'}) is not on PATH; DeepSpeed "
-        "compiles an operator when it starts: install one (Debian: apt-get install g++), set CXX, or use "
-        "--train.engine=plain",
-    )
-    require(
-        shutil.which("ninja", path=path) is not None,
-        "ninja is not on PATH; DeepSpeed compiles an operator with it when it starts: `pip install ninja` in this "
-        "environment, or use --train.engine=plain",
-    )
-    require(
-        (headers / "Python.h").is_file(),
-        f"Python's C headers are missing: no {headers / 'Python.h'}; DeepSpeed compiles an operator against them when "
-        "it starts: install them (Debian: apt-get install python3-dev), or use --train.engine=plain",
-    )
+    header, origin = headers / "Python.h", "CXX" if environ.get("CXX") else "the default"
+    missing, remedy = "", ""
+    if not shutil.which(compiler, path=path):
+        missing = f"no C++ compiler: {compiler!r} ({origin}) is not on PATH"
+        remedy = "install one (Debian: apt-get install g++), set CXX"
+    elif not shutil.which("ninja", path=path):
+        missing, remedy = "ninja is not on PATH", "`pip install ninja` in this environment"
+    elif not header.is_file():
+        missing = f"Python's C headers are missing: no {header}"
+        remedy = "install them (Debian: apt-get install python3-dev)"
+    why = "DeepSpeed compiles an operator when it starts"
+    require(not missing, f"{missing}; {why}: {remedy}, or use --train.engine=plain")
 
 
 def remove_abandoned_locks(folder: Path, proc: Path = Path("/proc")) -> None:
