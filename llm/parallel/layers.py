@@ -24,14 +24,7 @@ from torch import Tensor, nn
 
 from kernels.embedding import embedding
 from kernels.philox import DropoutKey
-from llm.model.layers import (
-    CausalAttention,
-    DenseLayers,
-    LanguageModelHead,
-    LinearRole,
-    cross_entropy,
-    replicated,
-)
+from llm.model.layers import CausalAttention, DenseLayers, LanguageModelHead, LinearRole, cross_entropy, replicated
 from llm.parallel.collectives import (
     all_gather,
     batch_first,
