@@ -31,20 +31,14 @@ class Trained:
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """The checkpoint folder and the run folder that `path` names: a run (its newest checkpoint) or one checkpoint."""
-    require(
-        path.is_dir(),
-        f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...",
-    )
+    require(path.is_dir(), f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...")
     if not (path / "checkpoints").is_dir():
         return path, path.parent.parent
     latest, warnings = find_latest(path / "checkpoints")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    require(
-        latest is not None,
-        f"{path} holds no complete checkpoint; train first, or choose another run",
-    )
-    assert latest is not None
+    if latest is None:
+        raise InputError(f"{path} holds no complete checkpoint; train first, or choose another run")
     return latest, path
 
 
