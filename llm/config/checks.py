@@ -82,22 +82,8 @@ def check_phases(model: ModelConfig, phases: tuple[Phase, ...]) -> None:
     require(longest <= model.max_seq_len, f"data.seq_len {longest} is above model.max_seq_len {model.max_seq_len}")
 
 
-def check_sequence_parallel(parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:
-    """Refuse sequences that tensor-parallel ranks cannot share evenly."""
-    tp = parallel.tensor_parallel
-    if not parallel.sequence_parallel:
-        return
-    require(tp > 1, "parallel.sequence_parallel needs parallel.tensor_parallel of 2 or more; found 1")
-    for seq_len in (phase.seq_len for phase in phases):
-        require(
-            seq_len % tp == 0,
-            f"data.seq_len {seq_len} is not a multiple of parallel.tensor_parallel {tp}, which "
-            f"parallel.sequence_parallel needs; use data.seq_len={max(tp, seq_len // tp * tp)}",
-        )
-
-
-def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse a degree that does not cut heads and feed-forward width into equal parts."""
+def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:
+    """Refuse a degree that does not cut heads, feed-forward width and shared sequences into equal parts."""
     tp = parallel.tensor_parallel
     require(
         tp <= model.kv_heads,
@@ -111,4 +97,14 @@ def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
             width % tp == 0,
             f"model.{name} {width} is not a multiple of parallel.tensor_parallel {tp}; "
             f"use parallel.tensor_parallel={valid[-1]}",
+        )
+    require(
+        not parallel.sequence_parallel or tp > 1,
+        "parallel.sequence_parallel needs parallel.tensor_parallel of 2 or more; found 1",
+    )
+    for seq_len in (phase.seq_len for phase in phases):
+        require(
+            not parallel.sequence_parallel or seq_len % tp == 0,
+            f"data.seq_len {seq_len} is not a multiple of parallel.tensor_parallel {tp}, which "
+            f"parallel.sequence_parallel needs; use data.seq_len={max(tp, seq_len // tp * tp)}",
         )

@@ -42,8 +42,7 @@ class RunConfig:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
         checks.check_phases(self.model, self.phases)
         checks.check_engine(self.train, self.parallel, self.deepspeed)
-        checks.check_tensor_parallel(self.model, self.parallel)
-        checks.check_sequence_parallel(self.parallel, self.phases)
+        checks.check_tensor_parallel(self.model, self.parallel, self.phases)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
