@@ -16,6 +16,7 @@ import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 from llm.cluster.ranks import operator_folder
 from llm.errors import InputError, require
@@ -52,7 +53,7 @@ def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> No
         check_build_tools(environ)
         remove_abandoned_locks(operator_folder())
     if loader == "native":
-        check_native_loader()
+        _import("llm.data._native", "build the C++ loader with `make setup`, or use --data.loader=numpy")
 
 
 def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None]) -> None:
@@ -84,13 +85,8 @@ def check_import_names() -> None:
     """
     folders: dict[str, Path] = {}
     for name in ("llm", "kernels"):
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:
-            raise InputError(
-                f"`import {name}` fails ({error}); expected Ingot's own package: run the script from the checkout, or "
-                "`pip install -e .` there"
-            ) from error
+        remedy = "expected Ingot's own package: run the script from the checkout, or `pip install -e .` there"
+        module = _import(name, remedy)
         require(
             module.__file__ is not None,
             f"`{name}` is {module}, a folder without __init__.py; expected Ingot's own package: remove that folder "
@@ -162,15 +158,11 @@ def _is_open(path: Path, proc: Path) -> bool:
     return False
 
 
-def check_native_loader() -> None:
-    """Raise InputError unless the C++ extension imports."""
+def _import(name: str, remedy: str) -> ModuleType:
     try:
-        importlib.import_module("llm.data._native")
+        return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(
-            f"the C++ loader llm.data._native cannot be imported ({error}); build it with `make setup`, or use "
-            "--data.loader=numpy"
-        ) from error
+        raise InputError(f"`import {name}` fails ({error}); {remedy}") from error
 
 
 def _numbers(name: str, version: str) -> tuple[int, ...]:
