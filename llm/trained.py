@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint.reader import CheckpointReader, find_latest, open_checkpoint, verify
+from llm.checkpoint.reader import find_latest, open_checkpoint, verify
 from llm.config import ParallelConfig, RunConfig
 from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
@@ -59,12 +59,7 @@ def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> 
     train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
     config = replace(config, parallel=parallel, train=train)
     model = GPT(config.model, choose_layers(config, mesh))
-    load_weights(model, reader)
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
-    return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])
-
-
-def load_weights(model: GPT, reader: CheckpointReader) -> None:
-    """Fill every parameter of `model` with its slice of the checkpoint's master weights."""
     for name, parameter in model.named_parameters():
         fill(parameter, reader.read(name, "master"))
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])
