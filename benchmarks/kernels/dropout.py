@@ -1,4 +1,4 @@
-"""Dropout added to the residual stream."""
+"""The cases of dropout added to the residual stream."""
 
 from __future__ import annotations
 

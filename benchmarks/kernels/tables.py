@@ -1,4 +1,4 @@
-"""The outcomes of benchmarks.kernels as Markdown tables and plots."""
+"""Writes the outcomes of benchmarks.kernels as Markdown tables and plots."""
 
 from __future__ import annotations
 
