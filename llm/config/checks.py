@@ -98,13 +98,11 @@ def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig, phases: 
             f"model.{name} {width} is not a multiple of parallel.tensor_parallel {tp}; "
             f"use parallel.tensor_parallel={valid[-1]}",
         )
-    require(
-        not parallel.sequence_parallel or tp > 1,
-        "parallel.sequence_parallel needs parallel.tensor_parallel of 2 or more; found 1",
-    )
-    for seq_len in (phase.seq_len for phase in phases):
-        require(
-            not parallel.sequence_parallel or seq_len % tp == 0,
-            f"data.seq_len {seq_len} is not a multiple of parallel.tensor_parallel {tp}, which "
-            f"parallel.sequence_parallel needs; use data.seq_len={max(tp, seq_len // tp * tp)}",
-        )
+    if parallel.sequence_parallel:
+        require(tp > 1, "parallel.sequence_parallel needs parallel.tensor_parallel of 2 or more; found 1")
+        for seq_len in (phase.seq_len for phase in phases):
+            require(
+                seq_len % tp == 0,
+                f"data.seq_len {seq_len} is not a multiple of parallel.tensor_parallel {tp}, which "
+                f"parallel.sequence_parallel needs; use data.seq_len={max(tp, seq_len // tp * tp)}",
+            )
