@@ -1,10 +1,8 @@
-"""Speed of every kernel beside every other implementation that is installed, on the same tensors in turns.
+"""`python -m benchmarks.kernels`: every kernel beside every other implementation that is installed, in turns.
 
-usage: python -m benchmarks.kernels [--only REGEX] [--out FOLDER]   writes results.jsonl, results.md, a plot per kernel
-
-On a GPU at the shapes that others publish, on a CPU at tiny ones, which proves only that it runs. A rival that is not
-installed is named in the results (docs/benchmarks.md says what to install). Exit code 1: one of our kernels failed or
-computed something else than its reference.
+Writes results.jsonl, results.md and a plot per kernel. On a GPU at the shapes that others publish, on a CPU at tiny
+ones, which proves only that it runs. A rival that is not installed is named in the results (docs/benchmarks.md says
+what to install). Exit code 1: one of our kernels failed or computed something else than its reference.
 """
 
 import argparse
@@ -25,9 +23,7 @@ PACKAGES = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.kernels", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--only", default="", help="a regular expression to be found in 'kernel part group shape'")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-kernels"), help="folder of the results")
     options = parser.parse_args(arguments)

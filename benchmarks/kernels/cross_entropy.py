@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contest, Function, Loader, Setup, loaders, setups, timed, timed_dtype
+from benchmarks.kernels.case import Case, Contest, Function, Setup, loaders, normal, setups, timed, timed_dtype
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 
 LOGITS = [
@@ -53,16 +53,15 @@ def targets_of(N: int, V: int, device: torch.device) -> Tensor:
 
 def case(dtype: torch.dtype, targets: Tensor, V: int, **options: Any) -> Case:
     """Of logits [N, V] on the device of targets [N]; `options` of cross_entropy. In place they are overwritten."""
-    torch.manual_seed(0)
-    N, device = len(targets), targets.device
-    logits = torch.randn(N, V, device=device).to(dtype)
+    N = len(targets)
+    (logits,) = normal(targets.device, dtype, (N, V))
 
     def function(logits: Tensor, impl: str) -> Tensor:
         return cross_entropy(logits, targets, impl=impl, **options)[0]
 
     named = [f"{name}={value}" for name, value in options.items() if name != "vocabulary"]
     named += ["part"] * ("vocabulary" in options)
-    return Case(" ".join([f"N={N} V={V}", *named]), function, (logits,), (torch.ones(N, device=device),))
+    return Case(" ".join([f"N={N} V={V}", *named]), function, (logits,), (torch.ones(N, device=targets.device),))
 
 
 def layer_case(dtype: torch.dtype, targets: Tensor, C: int, V: int, **options: Any) -> Case:
@@ -126,8 +125,7 @@ def of_logits(part: str, given: Case, targets: Tensor) -> dict[str, Setup]:
         # weight, ignore_index, lse_square_scale, label_smoothing, reduction
         return lambda z: function.apply(z, targets, None, -100, 0.0, 0.0, "sum")[0]
 
-    found = loaders(given) | {"torch": lambda: stock, "torch.compile": lambda: torch.compile(stock)}
-    found["QuACK"] = lambda: quack(False)
+    found = loaders(given, stock) | {"QuACK": lambda: quack(False)}
     if logits.numel() > LARGEST_REFERENCE:
         del found["reference"]
     rivals = setups(given, part, found)
@@ -149,17 +147,9 @@ def of_layer(part: str, given: Case, targets: Tensor) -> dict[str, Setup]:
     def stock(x: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
 
-    found = loaders(given) | {"torch": lambda: stock, "torch.compile": lambda: torch.compile(stock)}
-    if len(x) * len(weight) > LARGEST_REFERENCE:
-        del found["reference"]
-    return setups(given, part, found | libraries(targets))
-
-
-def libraries(targets: Tensor) -> dict[str, Loader]:
     def liger() -> Function:
-        function: Any = import_module(
-            "liger_kernel.ops.fused_linear_cross_entropy"
-        ).LigerFusedLinearCrossEntropyFunction
+        module = import_module("liger_kernel.ops.fused_linear_cross_entropy")
+        function: Any = module.LigerFusedLinearCrossEntropyFunction
         # bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss, and the
         # dtype in which the weight's gradient is summed
         options = (None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)
@@ -173,4 +163,8 @@ def libraries(targets: Tensor) -> dict[str, Loader]:
         function: Any = import_module("cut_cross_entropy").linear_cross_entropy
         return lambda x, weight: function(x, weight, targets, reduction="sum", **options)
 
-    return {"Liger": liger, "QuACK": quack, "CCE": apple, "CCE, unfiltered": lambda: apple(filter_eps=None)}
+    found = loaders(given, stock) | {"Liger": liger, "QuACK": quack, "CCE": apple}
+    found["CCE, unfiltered"] = lambda: apple(filter_eps=None)
+    if len(x) * len(weight) > LARGEST_REFERENCE:
+        del found["reference"]
+    return setups(given, part, found)
