@@ -1,6 +1,4 @@
-"""Ingot's data loader beside others on the same tokens: rates, latency, memory, starting, resuming.
-
-usage: python -m benchmarks.loader [--quick] [--only REGEX] [--rounds N] [--out FOLDER]
+"""`python -m benchmarks.loader`: Ingot's beside others on the same tokens: rates, latency, memory, starting, resuming.
 
 Writes results.jsonl (a line per measurement), results.md and results.png. Run again with the same folder it goes on
 where it was stopped. Each other loader is measured where its package is installed (docs/benchmarks.md says what to
@@ -27,8 +25,7 @@ PACKAGES = ("torch", "numpy", "megatron-core", "torchdata", "mosaicml-streaming"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    summary = __doc__.splitlines()[0] if __doc__ else None
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=summary)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens, and no packages of others")
     parser.add_argument("--only", default="", help="a regular expression to be found in 'system task item T=...'")
     parser.add_argument("--rounds", type=int, help="of everything that is measured in rounds")

@@ -16,6 +16,8 @@ from benchmarks.loader.cases import Case
 from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 
+CACHE = "megatron"  # folder of the sample numbers that it keeps
+
 
 class Tokenizer:
     """What the dataset asks of a tokenizer."""
@@ -48,7 +50,7 @@ class Megatron(System):
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
     def files(self, tokens: TokenSet, seq_len: int) -> list[Path]:
-        return [*tokens.paths, *(path.with_suffix(".idx") for path in tokens.paths), *_cache(tokens).glob("*")]
+        return [*tokens.paths, *(path.with_suffix(".idx") for path in tokens.paths), *(tokens.folder / CACHE).glob("*")]
 
     def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         samples = (tokens.tokens - 1) // case.seq_len
@@ -57,7 +59,7 @@ class Megatron(System):
             sequence_length=case.seq_len,
             blend=([str(path.with_suffix("")) for path in tokens.paths], None),
             split="1,0,0",
-            path_to_cache=str(_cache(tokens)),
+            path_to_cache=str(tokens.folder / CACHE),
             tokenizer=Tokenizer(tokens),  # pyright: ignore[reportArgumentType]
             reset_position_ids=case.documents,
             reset_attention_mask=case.documents,
@@ -69,16 +71,10 @@ class Megatron(System):
         while True:
             sampler = Consecutive(first, samples, case.rows)
             for found in DataLoader(dataset, batch_sampler=sampler):
-                batch = Batch(found["tokens"], found["labels"])
-                yield batch._replace(**_documents(found["position_ids"])) if case.documents else batch
+                batch, positions = Batch(found["tokens"], found["labels"]), found["position_ids"]
+                if case.documents:
+                    starts = (positions.view(-1) == 0).nonzero().view(-1)
+                    ends = torch.cat([starts, torch.tensor([positions.numel()])])
+                    batch = batch._replace(position_ids=positions, cu_seqlens=ends.int())
+                yield batch
             first = 0
-
-
-def _documents(position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    starts = (position_ids.view(-1) == 0).nonzero().view(-1)
-    end = torch.tensor([position_ids.numel()])
-    return {"position_ids": position_ids, "cu_seqlens": torch.cat([starts, end]).int()}
-
-
-def _cache(tokens: TokenSet) -> Path:
-    return tokens.folder / "megatron"
