@@ -31,9 +31,6 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-# --- records ---
-
-
 def header(module: str, arguments: Sequence[str], device: torch.device, packages: Sequence[str]) -> Record:
     """What a run was made with and on."""
     command = shlex.join(["python", "-m", module, *arguments])
@@ -58,9 +55,6 @@ def read(path: Path) -> tuple[Record, list[Record]]:
     return first["run"], records
 
 
-# --- Markdown ---
-
-
 def heading(head: Record) -> str:
     """The sentence on a run that stands above its tables."""
     packages = [f"{name} {version}" for name, version in head["packages"].items()]
@@ -71,11 +65,8 @@ def heading(head: Record) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
-    return [row(head), "|---" * len(head) + "|", *map(row, rows)]
-
-
-def row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    first, *others = ("| " + " | ".join(cells) + " |" for cells in (head, *rows))
+    return [first, "|---" * len(head) + "|", *others]
 
 
 def number(x: float) -> str:
@@ -83,19 +74,12 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def interval(middle: float, low: float, high: float) -> str:
-    return f"{number(middle)} ({number(low)} to {number(high)})"
-
-
 def spread(values: Sequence[float], scale: float = 1.0) -> str:
     """Median and quartiles; one value alone; a dash for none."""
     if len(values) < 2:
         return number(values[0] * scale) if values else NONE
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)) * scale
-    return interval(middle, low, high)
-
-
-# --- plots ---
+    low, middle, high = map(number, np.quantile(values, (0.25, 0.5, 0.75)) * scale)
+    return f"{middle} ({low} to {high})"
 
 
 @dataclass(frozen=True)
