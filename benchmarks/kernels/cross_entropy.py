@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,16 +35,6 @@ SMALL_LOGITS, SMALL_LAYERS = [(64, 500)], [(96, 32, 300)]
 VOCABULARIES = (256, 2048, 8192, 32000, 50304, 128256)  # whose kernels are compiled
 LARGEST_REFERENCE = 2**29  # logits: it keeps several copies in fp32
 UNLIKE = frozenset({"ingot, in place", "Liger, in place", "QuACK, in place"})
-
-
-class Part:
-    """The first of the parts that ranks hold of a vocabulary; here without the others."""
-
-    def __init__(self, rows: int) -> None:
-        self.start, self.rows = 0, rows
-
-    def join(self, log_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-        return log_sum, target_logit
 
 
 def targets_of(N: int, V: int, device: torch.device) -> Tensor:
@@ -81,10 +72,12 @@ def compiled(dtype: torch.dtype) -> Iterator[Case]:
     """Losses alone with their backward pass, losses with their gradient, and what a part of the vocabulary needs."""
     for V in VOCABULARIES:
         targets = targets_of(3, V, torch.device("cpu"))
+        # The first of the parts that ranks hold of a vocabulary; here without the others.
+        part = SimpleNamespace(start=0, rows=V, join=lambda *sums: sums)
         for options in ({}, {"softcap": 30.0}):
             yield case(dtype, targets, V, **options)
             yield case(dtype, targets, V, inplace=True, **options)
-            yield case(dtype, targets, V, inplace=True, vocabulary=Part(V), **options)
+            yield case(dtype, targets, V, inplace=True, vocabulary=part, **options)
     # Its logits are rows of an odd number of columns that begin at multiples of 64.
     yield layer_case(dtype, targets_of(3, 50257, torch.device("cpu")), 16, 50257)
 
