@@ -9,8 +9,8 @@ from litdata import StreamingDataLoader, StreamingDataset, TokensLoader  # pyrig
 from litdata.streaming.cache import Cache  # pyright: ignore[reportMissingImports]
 
 from benchmarks.loader.cases import Case
-from benchmarks.loader.system import Stateful, finished
-from benchmarks.loader.tokens import TokenSet
+from benchmarks.loader.system import Stateful
+from benchmarks.loader.tokens import TokenSet, finished
 
 FOLDER = "litdata"  # of its own form of the tokens
 CHUNK_BYTES = 1 << 26

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,27 +17,6 @@ from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 
 CACHE = "megatron"  # folder of the sample numbers that it keeps
-
-
-class Tokenizer:
-    """What the dataset asks of a tokenizer."""
-
-    def __init__(self, tokens: TokenSet) -> None:
-        self.vocab_size, self.eod, self.pad = tokens.vocab_size, tokens.eod_id, -1
-        self.unique_identifiers = {"vocab_size": self.vocab_size}
-
-
-class Consecutive:
-    """Batches of consecutive sample numbers from `first` on: the dataset has shuffled already."""
-
-    def __init__(self, first: int, stop: int, rows: int) -> None:
-        self.starts, self.rows = range(first, stop - rows + 1, rows), rows
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(range(start, start + self.rows)) for start in self.starts)
-
-    def __len__(self) -> int:
-        return len(self.starts)
 
 
 class Megatron(System):
@@ -54,13 +33,16 @@ class Megatron(System):
 
     def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         samples = (tokens.tokens - 1) // case.seq_len
+        # What the dataset asks of a tokenizer.
+        names = {"vocab_size": tokens.vocab_size}
+        tokenizer = SimpleNamespace(eod=tokens.eod_id, pad=-1, unique_identifiers=names, **names)
         config = GPTDatasetConfig(
             random_seed=1234,
             sequence_length=case.seq_len,
             blend=([str(path.with_suffix("")) for path in tokens.paths], None),
             split="1,0,0",
             path_to_cache=str(tokens.folder / CACHE),
-            tokenizer=Tokenizer(tokens),  # pyright: ignore[reportArgumentType]
+            tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
             reset_position_ids=case.documents,
             reset_attention_mask=case.documents,
             eod_mask_loss=False,
@@ -69,8 +51,9 @@ class Megatron(System):
         dataset = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[0]
         first = state or 0
         while True:
-            sampler = Consecutive(first, samples, case.rows)
-            for found in DataLoader(dataset, batch_sampler=sampler):
+            # Consecutive samples: the dataset has shuffled already.
+            batches = [range(start, start + case.rows) for start in range(first, samples - case.rows + 1, case.rows)]
+            for found in DataLoader(dataset, batch_sampler=batches):
                 batch, positions = Batch(found["tokens"], found["labels"]), found["position_ids"]
                 if case.documents:
                     starts = (positions.view(-1) == 0).nonzero().view(-1)
