@@ -1,7 +1,5 @@
 """How long calls take, on a CPU or a GPU, several candidates in turns; and the machine that they run on."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -4,8 +4,6 @@ The first line of the file is the header, {"run": ...}: command, date and machin
 that a run that is stopped keeps what it has measured.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import shlex

@@ -2,8 +2,6 @@
 SwiGLU reads gate and up and writes one, and its backward pass reads three and writes two.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module

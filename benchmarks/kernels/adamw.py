@@ -4,8 +4,6 @@ Bytes per weight: 12 read and 12 written of weight and moments, 4 read of an fp3
 which is scaled on the way, and 2 written of the bf16 copy. PyTorch's optimizers take those as further passes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

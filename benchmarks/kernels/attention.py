@@ -4,8 +4,6 @@ Tensors are [B, T, H, D]. Operations are counted as FlashAttention does: forward
 positions, T^2 / 2 pairs without a window; backward 2.5 times that, whatever a kernel computes again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial

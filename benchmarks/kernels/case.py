@@ -4,8 +4,6 @@ Each family of kernels has a module with `compiled(dtype)`, the cases whose kern
 and `contests(device, small)`, those that are timed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -8,8 +8,6 @@ Last layer: `step` is the loss with its gradients with respect to x and the weig
 alone would be a multiplication by a number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib import import_module
 from types import SimpleNamespace

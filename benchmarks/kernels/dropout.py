@@ -1,7 +1,5 @@
 """Dropout added to the residual stream."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Table look-up and its gradient, for tokens as frequent as a text's (Zipf)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any

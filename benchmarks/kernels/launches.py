@@ -4,8 +4,6 @@ Triton's own JIT decides what a kernel specialises on (types, alignment, constan
 driver here only names the architecture; a hook takes each launch before it is compiled.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

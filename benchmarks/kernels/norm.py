@@ -1,7 +1,5 @@
 """Norms, alone and after the residual addition, at GPT presets' and QuACK's shapes, in bfloat16."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module

@@ -3,8 +3,6 @@
 Rivals that turn q and k alone leave v a view of qkv: a third less to move, but qkv stays in memory for the backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Runs the contests: every rival on the same tensors, in turns, compared before it is timed."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

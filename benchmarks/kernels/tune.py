@@ -6,8 +6,6 @@ their results are compared with the present tile's. Minutes for each width and k
 code 2: the kernels run on no GPU here.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import statistics

@@ -4,8 +4,6 @@ Batches are random tokens: nothing measured here depends on the text. Every func
 mesh; its result is this rank's.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """What is measured: the cases of a full run and of a quick one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 The corpus is one whose ids tell their places (TokenSet.kind distinct), so that a row says what it is made of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 

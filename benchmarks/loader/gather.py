@@ -1,7 +1,5 @@
 """The machine's limit: benchmarks/loader/gather.c, compiled where it runs, copies the same rows into the same types."""
 
-from __future__ import annotations
-
 import ctypes
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One measurement of one loader, in a process of its own that has done nothing before but import it."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Ingot's loader: the one module of the benchmark that knows it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from benchmarks.loader.cases import Case

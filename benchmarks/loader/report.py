@@ -1,7 +1,5 @@
 """The results of benchmarks.loader as Markdown tables and a plot."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs the cases: loaders in turns, each in a process of its own, every result a line of JSON."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

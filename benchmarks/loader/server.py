@@ -4,8 +4,6 @@ Requests and answers are lines of JSON on its standard streams (runner.py). Run 
 MODULE CORE FOLDER`.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What a loader has to offer to be measured."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple

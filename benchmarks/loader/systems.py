@@ -1,7 +1,5 @@
 """The loaders by name, and what each can do."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

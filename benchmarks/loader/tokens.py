@@ -1,7 +1,5 @@
 """The tokens that every loader reads: Megatron's pairs of files, whose .bin is also nanoGPT's form."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import struct

@@ -1,7 +1,5 @@
 """litdata's StreamingDataset with its TokensLoader: rows of T + 1 tokens, end to end."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

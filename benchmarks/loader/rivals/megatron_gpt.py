@@ -1,7 +1,5 @@
 """Megatron-core's GPTDataset behind PyTorch's DataLoader, as its pretraining script uses it."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """MosaicML's StreamingDataset over MDS shards of rows of T + 1 tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

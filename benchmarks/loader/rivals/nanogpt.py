@@ -1,7 +1,5 @@
 """nanoGPT's get_batch, from its description: random rows of a file that is mapped anew for every batch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
