@@ -50,12 +50,13 @@ class Megatron(System):
         first = state or 0
         while True:
             # Consecutive samples: the dataset has shuffled already.
-            batches = [range(start, start + case.rows) for start in range(first, samples - case.rows + 1, case.rows)]
+            starts = range(first, samples - case.rows + 1, case.rows)
+            batches = (list(range(start, start + case.rows)) for start in starts)
             for found in DataLoader(dataset, batch_sampler=batches):
                 batch, positions = Batch(found["tokens"], found["labels"]), found["position_ids"]
                 if case.documents:
-                    starts = (positions.view(-1) == 0).nonzero().view(-1)
-                    ends = torch.cat([starts, torch.tensor([positions.numel()])])
-                    batch = batch._replace(position_ids=positions, cu_seqlens=ends.int())
+                    begins = (positions.view(-1) == 0).nonzero().view(-1)
+                    bounds = torch.cat([begins, torch.tensor([positions.numel()])])
+                    batch = batch._replace(position_ids=positions, cu_seqlens=bounds.int())
                 yield batch
             first = 0
