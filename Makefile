@@ -72,7 +72,7 @@ bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/be
 bench-kernels: setup ## every kernel beside every other implementation installed (ARGS="--only attention"; docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks.kernels $(ARGS)
 
-bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--quick": Ingot alone; results: docs/data.md)
+bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--quick": Ingot alone; results: docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks.loader $(ARGS)
 
 bench-parallel: setup ## what ZeRO stages and recomputation cost (results: docs/benchmarks.md)

@@ -1,1 +1,1 @@
-"""Ingot beside its peers, on the same machine in turns. Not installed; the packages never import it."""
+"""Benchmarks of Ingot beside its peers. They are not installed, and the packages never import them."""

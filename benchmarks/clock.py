@@ -1,4 +1,4 @@
-"""How long calls take, on a CPU or a GPU, several candidates in turns; and the machine that they run on."""
+"""Times calls on a CPU or a GPU, several candidates in turns, and describes the machine."""
 
 import contextlib
 import math

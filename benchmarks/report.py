@@ -1,7 +1,7 @@
-"""The form of every benchmark's results: a file of JSON lines, from it Markdown tables and plots.
+"""Stores every benchmark's results as JSON lines, and turns them into Markdown tables and plots.
 
-The first line of the file is the header, {"run": ...}: command, date and machine. Each record after it is a line, so
-that a run that is stopped keeps what it has measured.
+The first line of the file is the header, {"run": ...}: command, date and machine. Every record after it is a line, so
+a run that is stopped keeps what it has measured.
 """
 
 import datetime

@@ -1,4 +1,4 @@
-"""Speed of the tiny config beside the same model in plain PyTorch, measured in turns on this machine.
+"""Times a step of the tiny config beside the same model in plain PyTorch, in turns on this machine.
 
 usage: python -m benchmarks.step [ROUNDS] [STEPS]      needs the prepared corpus; prints medians
 """

@@ -1,4 +1,4 @@
-// Python module llm.data._native: arrays in and out; the work itself runs without the GIL.
+// The Python module llm.data._native: arrays in and out. The work itself runs without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -114,17 +114,17 @@ SchedulePhase read_phase(const py::handle& phase) {
 }
 
 py::tuple locate(const Schedule& schedule, int64_t first, int64_t count) {
-  std::vector<Place> found(checked(count));
+  std::vector<Location> found(checked(count));
   {
     const py::gil_scoped_release without_gil;
     schedule.locate(first, count, found.data());
   }
   std::vector<int32_t> corpora;
   std::vector<int64_t> within, epochs;
-  for (const Place& place : found) {
-    corpora.push_back(place.corpus);
-    within.push_back(place.position);
-    epochs.push_back(static_cast<int64_t>(place.epoch));
+  for (const Location& location : found) {
+    corpora.push_back(location.corpus);
+    within.push_back(location.position);
+    epochs.push_back(static_cast<int64_t>(location.epoch));
   }
   return py::make_tuple(to_array(corpora), to_array(within), to_array(epochs));
 }

@@ -1,9 +1,9 @@
 """AdamW (Loshchilov & Hutter 2019, algorithm 2) in one pass over flat tensors.
 
-With g the gradient times grad_scale, t the number of this update, and every step in fp32:
+With g the gradient times grad_scale, t the number of this update, and every operation in fp32:
     m = m + (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
     p = (1 - lr weight_decay) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-The pass reads p, m, v, g and writes p, m, v, and where asked for a 16-bit copy of p.
+The pass reads p, m, v, g and writes p, m, v, and a 16-bit copy of p if the caller wants one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which form of an operation runs, and why one that was asked for cannot.
+"""Chooses the form of an operation that runs, and says why a form that was asked for cannot.
 
-triton     the kernels of this package: an NVIDIA GPU, or any device when the process was started under
+triton     the kernels of this package: on an NVIDIA GPU, or on any device if the process was started with
            TRITON_INTERPRET=1, which runs them in Triton's interpreter (slow; for tests)
-torch      the best stock operator of PyTorch
+torch      the best operators that PyTorch has
 reference  the same operation in a few lines of PyTorch, fp32 inside, beside each kernel
 auto       triton on a GPU where it can run, else torch, else reference
 """

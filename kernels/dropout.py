@@ -1,4 +1,4 @@
-"""Dropout by counters (kernels/philox.py) in one pass, added to a residual stream if there is one."""
+"""Dropout by counters (kernels/philox.py) in one pass, which also adds the residual stream if there is one."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Table look-up with a deterministic gradient: N tokens, V rows of the table, C width.
 
-The gradient of a row is the sum of dy over the tokens that name it. Tokens are sorted (stably), so that a row's are
-neighbours, and indices in that order are cut into chunks of CHUNK. A piece is the part of a row's tokens in one chunk:
+The gradient of a row is the sum of dy over the tokens with its id. Tokens are sorted (stably), so a row's tokens are
+neighbours. The sorted list is cut into chunks of CHUNK tokens. A piece is the tokens of one row in one chunk:
 
-    pieces   one program per index; where a piece begins, it sums the piece, ROWS tokens at a time. A row that is one
-             piece is written; of a longer one, the sum goes to the chunk's partial sums: "tail" where the row begins
-             in the chunk, "head" where it continues from the chunk before.
-    joined   one program per chunk border; where a row crosses its first border, its tail and heads are added.
+    pieces   one program per index of the list. Where a piece begins, it sums the piece, ROWS tokens at a time. If the
+             piece is all of the row, it writes the row. If not, the sum is a partial sum of the chunk: "tail" if the
+             row begins in this chunk, "head" if it continues from the chunk before.
+    joined   one program per chunk border. Where a row crosses its first border, its tail and heads are added.
 
 Every row is written once, from fp32 sums whose order is a function of the tokens: the same bits on every run and
 GPU. There are no atomics, and every size is known from N and V, so that nothing waits for the GPU.

@@ -2,8 +2,8 @@
 
 With s = sigmoid(2 u) and u = sqrt(2 / pi) (x + 0.044715 x^3):
     y = x (1 + tanh(u)) / 2 = x s;  dx = dy (s + 2 x s (1 - s) du/dx)
-The backward computes s again: nothing but x is kept. M rows (all leading dimensions together), F width; a contiguous
-tensor is one row.
+The backward pass computes s again, so only x is kept. M rows (all leading dimensions together), F width; a contiguous
+tensor is treated as one row.
 """
 
 from __future__ import annotations

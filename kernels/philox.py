@@ -1,4 +1,4 @@
-"""Dropout masks as a pure function of where they are used: the same bits in PyTorch and in Triton.
+"""Dropout masks as a pure function of their coordinates: the same bits in PyTorch and in Triton.
 
 The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), a keyed bijection of
 a 128-bit counter. Any element of any mask is drawn alone, in any order, on any rank, from

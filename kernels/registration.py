@@ -1,7 +1,7 @@
-"""Registration of this package's operators with PyTorch.
+"""Registers this package's operators with PyTorch.
 
-torch.compile, activation checkpointing and dispatch modes see an operator as one node. torch.library.custom_op does the
-same with more host time per call.
+torch.compile, activation checkpointing and dispatch modes then see an operator as one node. torch.library.custom_op
+would do the same with more host time per call.
 """
 
 from __future__ import annotations

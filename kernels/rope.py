@@ -1,11 +1,10 @@
 """Rotary position encoding (Su et al. 2021), with the split of qkv into q, k and v in the same pass.
 
-B batch, T time, K key/value heads, R query heads for each, H = K R, D head width. Pair i of a head, (a, b), of a token
-at position p is turned by the angle p theta^(-2i/D):
+B batch, T time, K key/value heads, R query heads for each, H = K R, D head width. Pair i of a head is its channels
+(a, b) = (i, i + D/2). At position p the pair is rotated by the angle p theta^(-2i/D):
     a' = a cos - b sin;  b' = b cos + a sin
-and the backward turns the gradients back by the same angle and writes them into one dqkv. Nothing but the positions
-is kept. Pair i is channels i and i + D/2.
-A program turns a few heads of a tile of tokens, of which it computes the angles' sine and cosine once.
+The backward pass rotates the gradients back by the same angle and writes them into one dqkv, so only the positions are
+kept. A program rotates a few heads of a tile of tokens, and computes the sine and cosine of their angles once.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 M rows (all leading dimensions together), F width of the result; x has 2 F channels. With s = sigmoid(gate):
     y = gate s up;  dgate = dy up s (1 + gate (1 - s));  dup = dy gate s
-The backward computes s again: nothing but x is kept. Gate and up are the even and odd channels, so a contiguous tensor
+The backward pass computes s again, so only x is kept. Gate and up are the even and odd channels, so a contiguous tensor
 is one row of M F pairs, loaded in full 16-byte vectors.
 """
 

@@ -39,7 +39,7 @@ def run(command: str, options: dict[str, str], config: RunConfig) -> None:
         with progress_bar() as bar:
             fetch_corpora(config, bar)
             manifest = prepare(config, bar)
-            write_plans(Corpora.open(config), bar)
+            write_plans(config, bar)
         print(summary(data_folder(config), manifest))
     elif command == "register":
         require("train" in options, "register needs --train=GLOB")

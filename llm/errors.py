@@ -1,4 +1,4 @@
-"""What is raised for what a user can mend, so that every script ends alike: one line that says what to do."""
+"""Errors that the user can mend. Every script ends them alike: with one line that says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all: private, fsynced, never through a symlink; and their hashes."""
+"""Writes files completely or not at all: private, fsynced, never through a symlink. Also computes their hashes."""
 
 from __future__ import annotations
 

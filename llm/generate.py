@@ -1,4 +1,4 @@
-"""Text from a trained model, with a key/value cache, on one process or over tensor-parallel ranks."""
+"""Generates text from a trained model, with a key/value cache, on one process or over tensor-parallel ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came of a run: its loss curve, its validation loss beside a bigram model's, and text that it writes."""
+"""Reports on a finished run: its loss curve, its validation loss beside a bigram model's, and a sample of text."""
 
 from __future__ import annotations
 

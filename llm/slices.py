@@ -1,4 +1,4 @@
-"""Which part of a global tensor a rank holds: the model, its layers and checkpoints share it."""
+"""Describes the part of a global tensor that a rank holds, for the model, its layers and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slice:
-    """The contiguous part `start:stop` of dimension `dim` of a global tensor, whole in the others.
+    """The contiguous part `start:stop` of dimension `dim` of a global tensor, and all of the others.
 
-    A tensor held whole has dim 0, start 0 and stop global_shape[0]; a scalar has shape (), stop 1.
+    The slice of all of a tensor has dim 0, start 0 and stop global_shape[0]; a scalar has shape (), stop 1.
     """
 
     global_shape: tuple[int, ...]
@@ -21,7 +21,7 @@ class Slice:
     stop: int
 
     @staticmethod
-    def whole(shape: tuple[int, ...]) -> Slice:
+    def full(shape: tuple[int, ...]) -> Slice:
         """All of a tensor of this shape."""
         return Slice(tuple(shape), 0, 0, shape[0] if shape else 1)
 
@@ -39,7 +39,7 @@ class Slice:
         return prod(self.shape)
 
     @property
-    def is_whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether the part is the global tensor."""
         return not self.global_shape or (self.start, self.stop) == (0, self.global_shape[self.dim])
 

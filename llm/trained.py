@@ -1,4 +1,4 @@
-"""Opening a trained run: its newest checkpoint, whichever layout wrote it, and its tokenizer."""
+"""Opens a trained run: its newest checkpoint, whichever layout wrote it, and its tokenizer."""
 
 from __future__ import annotations
 

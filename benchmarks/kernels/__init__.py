@@ -1,1 +1,1 @@
-"""What `python -m benchmarks.kernels` times: every kernel beside every other implementation that is installed."""
+"""Benchmarks of every kernel beside every other implementation that is installed."""

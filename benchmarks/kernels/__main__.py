@@ -1,8 +1,8 @@
-"""`python -m benchmarks.kernels`: every kernel beside every other implementation that is installed, in turns.
+"""`python -m benchmarks.kernels`: times every kernel beside every other implementation that is installed, in turns.
 
-Writes results.jsonl, results.md and a plot per kernel. On a GPU at the shapes that others publish, on a CPU at tiny
-ones, which proves only that it runs. A rival that is not installed is named in the results (docs/benchmarks.md says
-what to install). Exit code 1: one of our kernels failed or computed something else than its reference.
+It writes results.jsonl, results.md and a plot per kernel. On a GPU it runs the shapes that others publish; on a CPU
+tiny ones, which prove only that it runs. The results name the rivals that are not installed (docs/benchmarks.md says
+what to install). The exit code is 1 if one of our kernels failed, or if its result differs from its reference's.
 """
 
 import argparse

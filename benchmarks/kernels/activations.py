@@ -1,5 +1,5 @@
-"""GELU and SwiGLU's product. GELU reads one tensor and writes one, and its backward pass reads two and writes one;
-SwiGLU reads gate and up and writes one, and its backward pass reads three and writes two.
+"""The cases of GELU and SwiGLU's product. GELU reads one tensor and writes one; its backward pass reads two and writes
+one. SwiGLU reads gate and up and writes one; its backward pass reads three and writes two.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""AdamW's update of fp32 weights: of one flat tensor, as ZeRO has it, and of a model's tensors one by one.
+"""The cases of AdamW: fp32 weights in one flat tensor, as ZeRO has them, and in a model's tensors one by one.
 
-Bytes per weight: 12 read and 12 written of weight and moments, 4 read of an fp32 gradient; or 2 of a bf16 gradient,
-which is scaled on the way, and 2 written of the bf16 copy. PyTorch's optimizers take those as further passes.
+Bytes per weight: 12 read and 12 written of weight and moments, and 4 read of an fp32 gradient. Or 2 read of a bf16
+gradient, scaled in the same pass, and 2 written of the bf16 copy. PyTorch's optimizers need further passes for these.
 """
 
 from collections.abc import Callable, Iterator

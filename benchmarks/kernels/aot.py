@@ -1,7 +1,7 @@
 """`python -m benchmarks.kernels.aot`: compile every kernel for every architecture, without a GPU.
 
-One line per kernel: registers per thread, bytes spilled, shared memory, and which matrix and bulk-copy instructions it
-uses. Exits 1 if a kernel spills or needs more shared memory than its architecture has. Triton's cache (the folder
+Prints a line per kernel: registers per thread, bytes spilled, shared memory, and its matrix and bulk-copy instructions.
+Exits with 1 if a kernel spills or needs more shared memory than its architecture has. Triton's cache (the folder
 TRITON_CACHE_DIR) then holds what a GPU machine with the same Triton and Python would compile.
 """
 

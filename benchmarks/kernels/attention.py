@@ -1,7 +1,7 @@
-"""Causal attention at the shapes that FlashAttention, tritonbench and GPT presets are measured at, in bfloat16.
+"""The cases of causal attention, in bfloat16, at the shapes of FlashAttention, tritonbench and GPT presets.
 
 Tensors are [B, T, H, D]. Operations are counted as FlashAttention does: forward 4 D per head and visible pair of
-positions, T^2 / 2 pairs without a window; backward 2.5 times that, whatever a kernel computes again.
+positions, T^2 / 2 pairs without a window; backward 2.5 times that, even if a kernel computes some of them again.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """A case: one operation on given tensors, to be compiled ahead of time, timed beside rivals, or tested on a GPU.
 
-Each family of kernels has a module with `compiled(dtype)`, the cases whose kernels are compiled for every architecture,
-and `contests(device, small)`, those that are timed.
+Each family of kernels has a module with two functions: `compiled(dtype)` gives the cases whose kernels are compiled for
+every architecture, and `contests(device, small)` those that are timed.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,11 +1,11 @@
-"""Cross-entropy of logits, and of the last layer, in bfloat16.
+"""The cases of cross-entropy, of logits and of the last layer, in bfloat16.
 
-Logits: `forward` gives the losses; `backward` is for those that compute the gradient there; `step` is both, and adds
-those that compute it in the forward pass. The least is to read the logits and, but for `forward`, write their gradient.
-Those in place get logits of their own, which they overwrite call after call: they are timed, not compared.
+Logits: `forward` computes the losses. `backward` is for rivals that compute the gradient there. `step` is both, and
+includes the rivals that compute the gradient in the forward pass. The least traffic is to read the logits and, but for
+`forward`, to write their gradient. In-place rivals overwrite logits of their own: they are timed, not compared.
 
-Last layer: `step` is the loss with its gradients with respect to x and the weight, three products. Its backward pass
-alone would be a multiplication by a number.
+Last layer: `step` is the loss and its gradients of x and the weight, three products. It has no part of its own for the
+backward pass, which only multiplies by a number.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Dropout added to the residual stream."""
+"""The cases of dropout added to the residual stream."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Table look-up and its gradient, for tokens as frequent as a text's (Zipf)."""
+"""The cases of the embedding and its gradient, for tokens that are as frequent as in a text (Zipf)."""
 
 from collections.abc import Iterator
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""What a call asks Triton to compile, on a machine without a GPU: the launches are recorded, and nothing runs.
+"""Records what a call would launch on a GPU, on a machine that has none. Nothing runs.
 
-Triton's own JIT decides what a kernel specialises on (types, alignment, constants), for CPU tensors as for a GPU's. The
-driver here only names the architecture; a hook takes each launch before it is compiled.
+Triton's own JIT decides what a kernel is specialised on (types, alignment, constants), for CPU tensors as for a GPU's.
+This module's driver only names the architecture; a hook takes each launch before it is compiled.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Norms, alone and after the residual addition, at GPT presets' and QuACK's shapes, in bfloat16."""
+"""The cases of norms, alone and after the residual addition, in bfloat16 at GPT presets' and QuACK's shapes."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,6 +1,6 @@
-"""Rotary position encoding and the split of qkv: reads qkv once and writes it once, each way.
+"""The cases of rotary position encoding with the split of qkv. Each pass reads qkv once and writes it once.
 
-Rivals that turn q and k alone leave v a view of qkv: a third less to move, but qkv stays in memory for the backward.
+Rivals that rotate q and k alone leave v as a view of qkv. They move a third less, but keep qkv for the backward pass.
 """
 
 from collections.abc import Iterator

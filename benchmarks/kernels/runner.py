@@ -1,4 +1,4 @@
-"""Runs the contests: every rival on the same tensors, in turns, compared before it is timed."""
+"""Runs the contests: compares every rival's result on the same tensors, then times the rivals in turns."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""The outcomes of benchmarks.kernels as Markdown tables and plots."""
+"""Writes the outcomes of benchmarks.kernels as Markdown tables and plots."""
 
 import re
 from pathlib import Path

@@ -1,9 +1,9 @@
 """`python -m benchmarks.kernels.tune`: times attention's tiles on this GPU, prints lines for its table of tiles.
 
-For each dtype, length and form: the fastest tiles with the time of the whole pass, forward or backward, the present one
-among them, then the line for the table. The candidates are those that the compiler's report finds no fault with, and
-their results are compared with the present tile's. Minutes for each width and kind: every candidate is compiled. Exit
-code 2: the kernels run on no GPU here.
+For each dtype, length and form it prints the fastest tiles and the present one, with the time of the complete forward
+or backward pass, and then the line for the table. Candidates are compiled first: those that spill or do not fit are
+dropped, and so are those whose results differ from the present tile's. Each width and kind takes minutes. The exit code
+is 2 on a machine where the kernels run on no GPU.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from benchmarks.kernels.runner import TOLERANCE, comparison
 from kernels.attention.backward import backward
 from kernels.attention.forward import forward
 from kernels.attention.options import Options, Strided, flags
-from kernels.attention.tiles import KINDS, WIDTHS, Tile, describable, tile_here, tile_width
+from kernels.attention.tiles import KINDS, WIDTHS, Tile, describable, tile_for_device, tile_width
 from kernels.dispatch import INTERPRETED, why_not_triton
 
 # What is switched on.
@@ -101,7 +101,7 @@ def pass_of(kind: str, shape: Shape, given: Case) -> Callable[[Tile], Sequence[T
 def present(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tile:
     """The tile that the tables hold now."""
     q = torch.empty(1, shape.T, shape.H, shape.D, dtype=dtype, device=device)
-    return tile_here(kind, q, flags(options_of(shape, kind), None), describable(q))
+    return tile_for_device(kind, q, flags(options_of(shape, kind), None), describable(q))
 
 
 def tune(

@@ -1,1 +1,1 @@
-"""What each layout costs."""
+"""Measures what each layout costs."""

@@ -1,4 +1,4 @@
-"""What each layout costs: `make bench-parallel`, or `torchrun --nproc_per_node 4 -m benchmarks.layout --config C`.
+"""Measures what layouts cost: `make bench-parallel`, or `torchrun --nproc_per_node 4 -m benchmarks.layout --config C`.
 
 Prints two tables in Markdown, from random tokens: activation checkpointing on one rank, and the memory of the training
 state over ZeRO stages. `--train.micro_batch_size` and the like override the config. On GPUs: one rank per GPU.

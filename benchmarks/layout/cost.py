@@ -1,7 +1,7 @@
-"""What a layout costs, measured on this machine: memory of the training state, recomputation.
+"""Measures what a layout costs on this machine: memory of the training state, and recomputation.
 
-Batches are random tokens: nothing measured here depends on the text. Every function is collective where it takes a
-mesh; its result is this rank's.
+Batches are random tokens, since nothing measured depends on the text. A function that takes a mesh is collective, and
+returns this rank's result.
 """
 
 import gc

@@ -1,8 +1,8 @@
-"""What a program holds, counted: bytes of live tensor storages.
+"""Counts the bytes of live tensor storages in a program.
 
 The counter is a dispatch mode: it sees every operator of torch, whoever calls it, DeepSpeed and FSDP2 included, on a
-CPU and on a GPU. Backward passes are seen too: autograd runs them on the thread that asks for them (CPU) or hands that
-thread's modes to its own (GPU). Threads that a library starts for itself are not seen; neither engine computes on any.
+CPU and on a GPU. It sees backward passes too: autograd runs them on the thread that asks for them (CPU), or hands that
+thread's modes to its own (GPU). It does not see threads that a library starts; neither engine computes on any.
 """
 
 from __future__ import annotations

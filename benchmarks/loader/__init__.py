@@ -1,6 +1,6 @@
-"""Ingot's loader beside those of others, on the same tokens: what benchmarks.loader runs.
+"""Benchmarks of Ingot's loader beside others, on the same tokens.
 
-cases.py says what is measured; runner.py asks a process per loader (server.py) for one measurement after another, in
-turns; measure.py makes it in a fork of that process. Only ours.py knows Ingot's loader, and each other loader has a
-module of its own, imported where that loader runs alone: none of them has to be installed.
+cases.py lists what is measured. runner.py asks one process per loader (server.py) for one measurement after another, in
+turns, and measure.py makes each in a fork of that process. ours.py is the only module that knows Ingot's loader. Every
+other loader has a module of its own, which is imported only in that loader's process: none has to be installed.
 """

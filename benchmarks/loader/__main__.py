@@ -1,9 +1,9 @@
-"""`python -m benchmarks.loader`: Ingot's beside others on the same tokens: rates, latency, memory, starting, resuming.
+"""`python -m benchmarks.loader`: measures Ingot's data loader beside others on the same tokens, in turns.
 
-Writes results.jsonl (a line per measurement), results.md and results.png. Run again with the same folder it goes on
-where it was stopped. Each other loader is measured where its package is installed (docs/benchmarks.md says what to
-install) after its batches were found to be right. --quick: Ingot, nanoGPT and a C loop alone, in a minute. Linux. Exit
-code 1: Ingot gave wrong batches or failed.
+It writes results.jsonl (a line per measurement), results.md and results.png. If it was stopped, run it with the same
+folder, and it goes on. Another loader is measured if its package is installed (docs/benchmarks.md says what to install)
+and its batches are right. --quick: Ingot, nanoGPT and a C loop alone, in a minute. Linux only. The exit code is 1 if
+Ingot gave wrong batches or failed.
 """
 
 import argparse

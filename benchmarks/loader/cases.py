@@ -1,4 +1,4 @@
-"""What is measured: the cases of a full run and of a quick one."""
+"""The cases of a full run and of a quick one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Whether a loader's batches are what they should be: the tokens of the corpus, each as often as promised.
+"""Checks a loader's batches: they must hold the tokens of the corpus, each as often as promised.
 
-The corpus is one whose ids tell their places (TokenSet.kind distinct), so that a row says what it is made of.
+The ids of the corpus give their positions (TokenSet.kind distinct), so a row shows where it comes from.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The machine's limit: benchmarks/loader/gather.c, compiled where it runs, copies the same rows into the same types."""
+"""The machine's limit: benchmarks/loader/gather.c, compiled on the spot, copies the same rows."""
 
 import ctypes
 import subprocess

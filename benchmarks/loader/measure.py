@@ -1,4 +1,4 @@
-"""One measurement of one loader, in a process of its own that has done nothing before but import it."""
+"""Makes one measurement of one loader, in a process that has done nothing but import it."""
 
 import gc
 import time

@@ -1,4 +1,4 @@
-"""Ingot's loader: the one module of the benchmark that knows it."""
+"""Ingot's loader. No other module of the benchmark knows it."""
 
 from typing import Any
 

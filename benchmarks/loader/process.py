@@ -1,4 +1,4 @@
-"""Memory of a process, page cache and page tables. Linux, since 5.14."""
+"""Reads the memory of a process, the page cache and page tables. Linux, since 5.14."""
 
 import ctypes
 import mmap

@@ -1,4 +1,4 @@
-"""The results of benchmarks.loader as Markdown tables and a plot."""
+"""Writes the results of benchmarks.loader as Markdown tables and a plot."""
 
 from collections.abc import Iterable, Iterator
 from itertools import product

@@ -1,4 +1,4 @@
-"""Runs the cases: loaders in turns, each in a process of its own, every result a line of JSON."""
+"""Runs the cases: loaders take turns, each in its own process, and every result is a line of JSON."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A process that has imported one loader and forks for each measurement, so that each begins in the same state.
+"""A process that has imported one loader, and forks for each measurement, so that each begins in the same state.
 
 Requests and answers are lines of JSON on its standard streams (runner.py). Run as `python -m benchmarks.loader.server
 MODULE CORE FOLDER`.

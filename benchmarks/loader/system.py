@@ -1,4 +1,4 @@
-"""What a loader has to offer to be measured."""
+"""The interface of a loader that can be measured."""
 
 from collections.abc import Generator
 from pathlib import Path

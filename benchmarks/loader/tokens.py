@@ -1,4 +1,4 @@
-"""The tokens that every loader reads: Megatron's pairs of files, whose .bin is also nanoGPT's form."""
+"""Writes the tokens that every loader reads: Megatron's pairs of files, whose .bin is also nanoGPT's format."""
 
 import os
 import shutil

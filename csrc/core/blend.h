@@ -1,8 +1,8 @@
-// Which source each sample of a blend is drawn from: a table of one period, found in O(1).
+// Says which source each sample of a blend is drawn from: a table of one period, read in O(1).
 //
 // Tijdeman's rule (The chairman assignment problem, 1980): with n sources, no source ever is more
-// than 1 - 1 / (2n - 2) samples from its exact share of the samples drawn so far, which no rule
-// betters. llm/data/samples/blend.py computes the same table.
+// than 1 - 1 / (2n - 2) samples from its exact share of the samples drawn so far. No rule does
+// better. llm/data/samples/blend.py computes the same table.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Functions with loops that a processor's widest vectors make fast.
+// Compiles functions with loops for a processor's widest vectors.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Many token files as one sequence of tokens, read across their edges. Files are opened when first
-// read and closed again when too many are open, least recently used first.
+// A corpus reads many token files as one sequence of tokens. Files are opened when first read, and
+// closed when too many are open, least recently used first.
 #pragma once
 
 #include <cstdint>

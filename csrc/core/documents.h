@@ -1,5 +1,5 @@
-// Where documents begin in a sample, for attention that keeps them apart: position ids counted from
-// 0 in every document, and the starts of the documents (cu_seqlens without its last entry).
+// Finds where documents begin in a sample, for document masks: position ids that count from 0 in
+// every document, and the starts of the documents (cu_seqlens without its last entry).
 // llm/data/samples/documents.py computes the same numbers.
 #pragma once
 

@@ -56,9 +56,9 @@ Permutation::Permutation(uint64_t seed, uint64_t epoch, uint64_t n) : n_(n), hal
 }
 
 uint64_t Permutation::operator()(uint64_t i) const {
-  int64_t place = 0;
-  range(i, 1, &place);
-  return static_cast<uint64_t>(place);
+  int64_t position = 0;
+  range(i, 1, &position);
+  return static_cast<uint64_t>(position);
 }
 
 void Permutation::range(uint64_t first, int64_t count, int64_t* out) const {

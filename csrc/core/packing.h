@@ -2,8 +2,8 @@
 // training. The plan is a file, so that any sample is found in constant time.
 //
 // A document of L tokens is one piece if L <= T + 1. A longer one is cut into pieces of T + 1
-// tokens that overlap by one token, so that each of its L - 1 targets lies in one of them, and a
-// shorter rest. A row holds pieces of T + 1 tokens at most.
+// tokens, and a shorter last one. Pieces overlap by one token, so each of the document's L - 1
+// targets is in exactly one piece. A row holds pieces of at most T + 1 tokens together.
 //
 // The file, little-endian: a header of 56 bytes (magic "INGOTPLN", then as u64: version = 1, T,
 // tokens of the corpus, rows R, pieces P, tokens of all pieces), the pieces int64[P, 2] (first

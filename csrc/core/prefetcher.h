@@ -1,4 +1,4 @@
-// Fills a ring of buffers with the coming steps, in threads, and hands them out in order.
+// Threads that fill a ring of buffers with the coming steps, which are handed out in order.
 #pragma once
 
 #include <chrono>

@@ -43,7 +43,7 @@ Sampler::Sampler(std::vector<SampledCorpus> corpora, std::shared_ptr<const Sched
     for (const Source& source : phase.sources) {
       if (source.corpus < 0 || static_cast<size_t>(source.corpus) >= corpora_.size())
         throw std::invalid_argument("the schedule names a corpus that is not there");
-      // n_samples is what keeps every place inside the corpus.
+      // n_samples is what keeps every location inside the corpus.
       const auto& corpus = corpora_[static_cast<size_t>(source.corpus)];
       const int64_t samples = packed_ ? plan(source.corpus, phase.seq_len).rows()
                                       : (corpus.tokens->size() - 1) / phase.seq_len;
@@ -77,54 +77,54 @@ Corpus::Reader& Sampler::reader(Readers& readers, int32_t corpus) const {
   return *found;
 }
 
-void Sampler::read_ahead(Readers& readers, const std::vector<Place>& places,
+void Sampler::read_ahead(Readers& readers, const std::vector<Location>& locations,
                          int64_t seq_len) const {
-  for (const Place& place : places) {
-    Corpus::Reader& from = reader(readers, place.corpus);
+  for (const Location& location : locations) {
+    Corpus::Reader& from = reader(readers, location.corpus);
     if (!packed_) {
-      from.will_need(place.position * seq_len, seq_len + 1);
+      from.will_need(location.position * seq_len, seq_len + 1);
       continue;
     }
-    for (const Piece& piece : plan(place.corpus, seq_len).pieces(place.position))
+    for (const Piece& piece : plan(location.corpus, seq_len).pieces(location.position))
       from.will_need(piece.start, piece.tokens);
   }
 }
 
-void Sampler::read_sample(Readers& readers, const Place& place, int64_t seq_len,
+void Sampler::read_sample(Readers& readers, const Location& location, int64_t seq_len,
                           unsigned char* row) const {
-  Corpus::Reader& from = reader(readers, place.corpus);
+  Corpus::Reader& from = reader(readers, location.corpus);
   if (!packed_) {
-    from.read(place.position * seq_len, seq_len + 1, row, widen_);
+    from.read(location.position * seq_len, seq_len + 1, row, widen_);
     return;
   }
   const auto width = static_cast<size_t>(token_size());
   int64_t used = 0;
-  for (const Piece& piece : plan(place.corpus, seq_len).pieces(place.position)) {
+  for (const Piece& piece : plan(location.corpus, seq_len).pieces(location.position)) {
     from.read(piece.start, piece.tokens, row + static_cast<size_t>(used) * width, widen_);
     used += piece.tokens;
   }
-  pad_row(row, token_size(), used, seq_len + 1, corpora_[static_cast<size_t>(place.corpus)].eod);
+  pad_row(row, token_size(), used, seq_len + 1, corpora_[static_cast<size_t>(location.corpus)].eod);
 }
 
-bool Sampler::read_row(Readers& readers, Place& place, size_t phase, unsigned char* row) const {
+bool Sampler::read_row(Readers& readers, Location& location, size_t phase, unsigned char* row) const {
   const int64_t seq_len = schedule_->phases()[phase].seq_len;
   for (int skipped = 0;; ++skipped) {
     try {
-      read_sample(readers, place, seq_len, row);
+      read_sample(readers, location, seq_len, row);
       return skipped > 0;
     } catch (const DamagedFile&) {
       if (!skip_damaged_ || skipped == kTries) throw;
-      place = schedule_->after(place, phase);
+      location = schedule_->after(location, phase);
     }
   }
 }
 
 int64_t Sampler::targets_of_step(int64_t consumed, const SchedulePhase& phase) const {
   if (!packed_) return phase.global_batch * phase.seq_len;
-  std::vector<Place> all(static_cast<size_t>(phase.global_batch));
+  std::vector<Location> all(static_cast<size_t>(phase.global_batch));
   schedule_->locate(consumed, phase.global_batch, all.data());
   int64_t targets = 0;
-  for (const Place& place : all) targets += plan(place.corpus, phase.seq_len).targets(place.position);
+  for (const Location& location : all) targets += plan(location.corpus, phase.seq_len).targets(location.position);
   return targets;
 }
 
@@ -135,27 +135,27 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
   const SchedulePhase& phase = schedule_->phases()[info.phase];
   const int64_t rows = phase.global_batch / share_.dp_size, T = phase.seq_len;
   const int64_t first = consumed + share_.dp_rank * rows;
-  std::vector<Place> places(static_cast<size_t>(rows));
-  schedule_->locate(first, rows, places.data());
+  std::vector<Location> locations(static_cast<size_t>(rows));
+  schedule_->locate(first, rows, locations.data());
   if (packed_)
     for (const Source& source : phase.sources) plan(source.corpus, T).check_not_truncated();
   Readers readers(corpora_.size());
-  if (ahead) read_ahead(readers, places, T);
+  if (ahead) read_ahead(readers, locations, T);
   const auto row_bytes = static_cast<size_t>((T + 1) * token_size());
   int32_t* starts = out.cu_seqlens;
   for (int64_t i = 0; i < rows; ++i) {
-    Place& place = places[static_cast<size_t>(i)];
+    Location& location = locations[static_cast<size_t>(i)];
     unsigned char* row = out.tokens + static_cast<size_t>(i) * row_bytes;
     if (!packed_ && i + kTouched < rows) {  // it travels to the processor during the rows before it
-      const Place& coming = places[static_cast<size_t>(i + kTouched)];
+      const Location& coming = locations[static_cast<size_t>(i + kTouched)];
       reader(readers, coming.corpus).touch(coming.position * T);
     }
-    const int64_t planned = place.position;
-    if (read_row(readers, place, info.phase, row)) {
+    const int64_t planned = location.position;
+    if (read_row(readers, location, info.phase, row)) {
       ++info.skipped;
       if (packed_) {
-        const PackPlan& rows_of = plan(place.corpus, T);
-        info.replaced_targets += rows_of.targets(place.position) - rows_of.targets(planned);
+        const PackPlan& rows_of = plan(location.corpus, T);
+        info.replaced_targets += rows_of.targets(location.position) - rows_of.targets(planned);
       }
     }
     out.sample_ids[i] = first + i;
@@ -166,16 +166,16 @@ StepInfo Sampler::fill(int64_t consumed, const Buffers& out, bool ahead) const {
       info.documents.push_back(0);
     }
     const auto base = static_cast<int32_t>(within * T);
-    const SampledCorpus& corpus = corpora_[static_cast<size_t>(place.corpus)];
+    const SampledCorpus& corpus = corpora_[static_cast<size_t>(location.corpus)];
     int64_t count = 0;
     if (packed_) {
-      const auto pieces = plan(place.corpus, T).pieces(place.position);
+      const auto pieces = plan(location.corpus, T).pieces(location.position);
       count = lay_out_pieces(pieces.begin(), static_cast<int64_t>(pieces.size()), T, base,
                              out.position_ids + i * T, starts, out.counted + i * T);
     } else {
       // Where they lie the tokens take fewer bytes than in a widened row.
-      const Corpus::Reader& from = reader(readers, place.corpus);
-      const unsigned char* narrow = widen_ ? from.last_read(place.position * T, T + 1) : nullptr;
+      const Corpus::Reader& from = reader(readers, location.corpus);
+      const unsigned char* narrow = widen_ ? from.last_read(location.position * T, T + 1) : nullptr;
       const int size = narrow ? corpus.tokens->item_size() : token_size();
       count = scan_documents(narrow ? narrow : row, size, T, corpus.eod, corpus.eod_first, base,
                              out.position_ids + i * T, starts);

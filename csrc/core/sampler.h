@@ -1,5 +1,5 @@
-// What one data-parallel rank computes in a step, written into buffers of the caller.
-// llm/data/samples/sampler.py is the twin.
+// Assembles the samples of one data-parallel rank's step in buffers of the caller.
+// llm/data/samples/sampler.py does the same with NumPy.
 #pragma once
 
 #include <cstdint>
@@ -70,10 +70,10 @@ class Sampler {
   using Readers = std::vector<std::optional<Corpus::Reader>>;  // by corpus, made when first used
 
   Corpus::Reader& reader(Readers& readers, int32_t corpus) const;
-  void read_ahead(Readers& readers, const std::vector<Place>& places, int64_t seq_len) const;
-  // Copies the sample at `place`, or the one taken instead, which `place` then is: true.
-  bool read_row(Readers& readers, Place& place, size_t phase, unsigned char* row) const;
-  void read_sample(Readers& readers, const Place& place, int64_t seq_len, unsigned char* row) const;
+  void read_ahead(Readers& readers, const std::vector<Location>& locations, int64_t seq_len) const;
+  // Copies the sample at `location`, or the one taken instead, which `location` then is: true.
+  bool read_row(Readers& readers, Location& location, size_t phase, unsigned char* row) const;
+  void read_sample(Readers& readers, const Location& location, int64_t seq_len, unsigned char* row) const;
   int64_t targets_of_step(int64_t consumed, const SchedulePhase& phase) const;
   const PackPlan& plan(int32_t corpus, int64_t seq_len) const;
 

@@ -69,9 +69,9 @@ uint64_t Schedule::seed_of(int corpus) const {
   return seed_ ^ mix64(static_cast<uint64_t>(corpus));
 }
 
-// Writes the places of a source's samples `ordinal`, ordinal + 1, ... to out[slots[0..count)].
+// Writes the locations of a source's samples `ordinal`, ordinal + 1, ... to out[slots[0..count)].
 void Schedule::draw(const Source& source, uint64_t ordinal, const size_t* slots, size_t count,
-                    Place* out) const {
+                    Location* out) const {
   std::vector<int64_t> positions(count);
   sample_positions(seed_of(source.corpus), source.n_samples, ordinal, static_cast<int64_t>(count),
                    positions.data());
@@ -85,7 +85,7 @@ void Schedule::draw(const Source& source, uint64_t ordinal, const size_t* slots,
   }
 }
 
-void Schedule::locate(int64_t first, int64_t count, Place* out) const {
+void Schedule::locate(int64_t first, int64_t count, Location* out) const {
   if (count < 0 || first > kLargest - count)
     throw std::out_of_range("sample numbers must stay below 2^63");
   const size_t index = phase_index(first);
@@ -114,15 +114,15 @@ void Schedule::locate(int64_t first, int64_t count, Place* out) const {
   }
 }
 
-Place Schedule::after(const Place& place, size_t phase) const {
+Location Schedule::after(const Location& location, size_t phase) const {
   if (phase >= phases_.size()) throw std::out_of_range("there is no such phase");
   for (const Source& source : phases_[phase].sources) {
-    if (source.corpus != place.corpus) continue;
-    const Permutation permute(seed_of(place.corpus), place.epoch, source.n_samples);
-    const uint64_t next = permute(static_cast<uint64_t>(place.position));
-    return {place.corpus, static_cast<int64_t>(next), place.epoch};
+    if (source.corpus != location.corpus) continue;
+    const Permutation permute(seed_of(location.corpus), location.epoch, source.n_samples);
+    const uint64_t next = permute(static_cast<uint64_t>(location.position));
+    return {location.corpus, static_cast<int64_t>(next), location.epoch};
   }
-  throw std::out_of_range(text("the phase does not draw from corpus ", place.corpus));
+  throw std::out_of_range(text("the phase does not draw from corpus ", location.corpus));
 }
 
 }  // namespace ingot

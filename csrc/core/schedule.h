@@ -1,8 +1,8 @@
-// Global sample number -> corpus and position, through the phases of a run and their blends.
+// Maps a global sample number to a corpus and a position, through a run's phases and their blends.
 //
-// Sample i of a phase is the blend's sample i - first: it names a source and how many of its
-// samples come before. Counted on from the source's first ordinal, that is epoch and place in the
-// corpus's own order, keyed by the corpus. llm/data/samples/schedule.py computes the same places.
+// Sample i of a phase is the blend's sample i - first. The blend names a source, and how many of its
+// samples come before. Counted on from the source's first ordinal, that gives the epoch and the position
+// in the corpus's own order, keyed by the corpus. llm/data/samples/schedule.py computes the same.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +29,7 @@ struct SchedulePhase {
   std::vector<uint32_t> shares;  // of the sources, as BlendTable has them
 };
 
-struct Place {
+struct Location {
   int32_t corpus;
   int64_t position;  // below the corpus's n_samples
   uint64_t epoch;
@@ -46,18 +46,18 @@ class Schedule {
   const SchedulePhase& phase(int64_t sample) const { return phases_[phase_index(sample)]; }
   const std::vector<SchedulePhase>& phases() const { return phases_; }
 
-  // Writes the places of samples first, first + 1, ... to out[0..count). std::invalid_argument
+  // Writes the locations of samples first, first + 1, ... to out[0..count). std::invalid_argument
   // unless they lie in one phase, std::out_of_range beyond 2^63.
-  void locate(int64_t first, int64_t count, Place* out) const;
+  void locate(int64_t first, int64_t count, Location* out) const;
 
-  // The place that is read instead of one that cannot be read: the epoch's permutation applied to
+  // The location that is read instead of one that cannot be read: the epoch's permutation applied to
   // its position once more. std::out_of_range when the phase does not draw from its corpus.
-  Place after(const Place& place, size_t phase) const;
+  Location after(const Location& location, size_t phase) const;
 
  private:
   uint64_t seed_of(int corpus) const;
   void draw(const Source& source, uint64_t ordinal, const size_t* slots, size_t count,
-            Place* out) const;
+            Location* out) const;
 
   uint64_t seed_;
   std::vector<SchedulePhase> phases_;

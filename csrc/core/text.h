@@ -1,4 +1,4 @@
-// What errors say.
+// Joins the parts of an error message.
 #pragma once
 
 #include <sstream>

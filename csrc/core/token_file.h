@@ -1,5 +1,5 @@
-// One file of token ids, mapped read-only where it lies, in any of the formats that are read in
-// place. All of them are little-endian:
+// One file of token ids, mapped read-only and not converted. The formats, all of them
+// little-endian:
 //   raw        <name>.bin: ids alone (nanoGPT)
 //   megatron   <name>.bin: ids alone; <name>.idx says where each document lies
 //   llm.c      <name>.bin: a header of 256 int32 (magic, version, count), then ids

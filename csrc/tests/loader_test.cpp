@@ -62,15 +62,15 @@ void test_steps(const std::string& path, size_t depth, int threads, bool masks, 
     CHECK(ready.info.target_count == kBatch * kT && ready.info.skipped == 0);
     CHECK(ready.info.documents.size() == (masks ? kRows / kMicro : 0));
     const int64_t first = 37 + step * kBatch + kRows;
-    std::vector<Place> places(kRows);
-    schedule->locate(first, kRows, places.data());
+    std::vector<Location> locations(kRows);
+    schedule->locate(first, kRows, locations.data());
     for (int64_t row = 0; row < kRows; ++row) {
       CHECK(slot.ids[static_cast<size_t>(row)] == first + row);
       for (int64_t t = 0; t <= kT; ++t) {
         int64_t token = 0;
         std::memcpy(&token, slot.tokens.data() + (row * (kT + 1) + t) * width,
                     static_cast<size_t>(width));
-        CHECK(token == places[static_cast<size_t>(row)].position * kT + t);
+        CHECK(token == locations[static_cast<size_t>(row)].position * kT + t);
       }
     }
   }

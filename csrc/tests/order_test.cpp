@@ -57,16 +57,16 @@ void test_schedule() {
   const SchedulePhase first{0, 8, 16, {{0, 100, 0}, {1, 50, 0}}, {40000, 25536}};
   const SchedulePhase second{80, 4, 16, {{0, 100, 49}}, {65536}};
   const Schedule schedule(3, {first, second});
-  std::vector<Place> places(80), parts(80);
-  schedule.locate(0, 80, places.data());
+  std::vector<Location> locations(80), parts(80);
+  schedule.locate(0, 80, locations.data());
   for (int64_t i = 0; i < 80; i += 5) schedule.locate(i, 5, parts.data() + i);
   for (size_t i = 0; i < 80; ++i) {
-    CHECK(places[i].corpus == parts[i].corpus && places[i].position == parts[i].position);
-    CHECK(schedule.after(places[i], 0).position < 100);
+    CHECK(locations[i].corpus == parts[i].corpus && locations[i].position == parts[i].position);
+    CHECK(schedule.after(locations[i], 0).position < 100);
   }
   CHECK(schedule.phase_index(79) == 0 && schedule.phase_index(80) == 1);
-  check_throws<std::invalid_argument>([&] { schedule.locate(76, 8, places.data()); }, "phases");
-  check_throws<std::out_of_range>([&] { schedule.locate(kLargest - 1, 8, places.data()); }, "2^63");
+  check_throws<std::invalid_argument>([&] { schedule.locate(76, 8, locations.data()); }, "phases");
+  check_throws<std::out_of_range>([&] { schedule.locate(kLargest - 1, 8, locations.data()); }, "2^63");
   check_throws<std::out_of_range>([&] { schedule.phase_index(-1); }, "negative");
   check_throws<std::invalid_argument>([] { Schedule(3, {}); }, "at least one phase");
   check_throws<std::invalid_argument>([&] { Schedule(3, {second}); }, "expected 0");

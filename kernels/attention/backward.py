@@ -1,12 +1,12 @@
-"""The backward pass.
+"""The backward pass of attention.
 
 With P = 2^(score - lse), M the dropout mask over 1 - p (ones without dropout), delta = rowsum(dO * O) less the
 gradient of lse, and t the tanh of softcap (0 without):
     dV = (P * M)^T dO,  dS = P * (M * (dO V^T) - delta) * (1 - t^2),  dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D)
 (Dao et al. 2022, algorithm 4; delta is right with dropout because O already holds M).
-Deterministic: one kernel walks down the queries for a tile of keys (dkdv.py), one along the keys for a tile of queries
-(dq.py); both recompute P, and every run gives the same bits. Otherwise the first one does it all, adding to dQ by
-atomic additions.
+Deterministic: one kernel loops over the queries for a tile of keys (dkdv.py), another over the keys for a tile of
+queries (dq.py). Both recompute P, and every run gives the same bits. Otherwise the first kernel does all of it, adding
+to dQ by atomic additions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kernels.attention.tiles import (
     origin_of,
     section_of,
     sources,
-    tile_here,
+    tile_for_device,
     tile_width,
 )  # fmt: skip
 from kernels.dispatch import cdiv, launch
@@ -128,7 +128,7 @@ def backward(
     switched = flags(options, cu_seqlens)
     first = "dkdv" if options.deterministic else "fused"
     described = describable(q, k, v, do)
-    dkdv, rows = tiles or (tile_here(kind, q, switched, described) for kind in (first, "dq"))
+    dkdv, rows = tiles or (tile_for_device(kind, q, switched, described) for kind in (first, "dq"))
     starts, ends = document_bounds(cu_seqlens, q.shape[0], k.shape[1])
     inputs, saved = (q, k, v, do), (lse, delta_of(do, o.contiguous(), dlse))
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))

@@ -1,7 +1,7 @@
 """The gradients of keys and values: one program computes them for one tile of keys of one key/value head.
 
-With FUSED it also adds what this tile gives to dQ to an fp32 buffer, by atomic additions: two matrix products fewer
-than a kernel of its own for dQ, which has to compute P and dP again, for sums whose order changes from run to run.
+With FUSED the program also adds its tile's part of dQ to an fp32 buffer, by atomic additions. This saves two matrix
+products, because a separate kernel for dQ computes P and dP again. But the sums change their order from run to run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The forward pass: one program computes one tile of queries of one head.
+"""The forward pass of attention: one program computes one tile of queries of one head.
 
 Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): scores are scaled by log2(e) / sqrt(D) in fp32,
 and lse = log2(sum of 2^score) is kept for the backward pass.
@@ -35,7 +35,7 @@ from kernels.attention.tiles import (
     origin_of,
     section_of,
     sources,
-    tile_here,
+    tile_for_device,
     tile_width,
 )  # fmt: skip
 from kernels.dispatch import cdiv, launch
@@ -138,7 +138,7 @@ def forward(
     B, Tq, H, D = q.shape
     Tk, K = k.shape[1], k.shape[2]
     switched = flags(options, cu_seqlens)
-    tile = tile or tile_here("forward", q, switched, describable(q, k, v))
+    tile = tile or tile_for_device("forward", q, switched, describable(q, k, v))
     starts, _ = document_bounds(cu_seqlens, B, Tk)
     o = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)

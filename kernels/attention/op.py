@@ -1,4 +1,4 @@
-"""`attention` and `attention_with_lse`: which form runs, and what is refused.
+"""The public functions `attention` and `attention_with_lse`: they check arguments and choose the form that runs.
 
 B batch, Tq queries, Tk keys, H query heads, K key/value heads, D head width.
 """

@@ -1,4 +1,4 @@
-"""The options of attention, and how the kernels take them."""
+"""The options of attention, and the arguments that they become in the kernels."""
 
 from __future__ import annotations
 

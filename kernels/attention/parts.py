@@ -1,11 +1,11 @@
-"""What the attention kernels share: the order of their programs, loads and stores, and which tiles they visit.
+"""Parts that the attention kernels share: the order of programs, loads and stores, and the tiles to visit.
 
-A position is a place among the Tk keys: query row r stands at position r + Tk - Tq. Tiles of queries begin at
-`origin` + multiples of BLOCK_M: at row 0, or with a block-sparse pattern at a multiple of BLOCK_M, so that no tile
-lies in two blocks; rows before row 0 are then padding, as rows past the last are.
+Positions count keys: query row r is at position r + Tk - Tq. Tiles of queries begin at `origin` + multiples of
+BLOCK_M. The origin is row 0 or, with a block-sparse pattern, a multiple of BLOCK_M, so that no tile lies in two blocks.
+Rows before row 0 are then padding, as are rows after the last.
 
-Bounds (BOUNDED) are those that windows and documents set: a query sees no key before its first, which never falls
-from one query to the next. So the first and the last query of a tile tell which keys some and which all of it see.
+BOUNDED: windows and documents set bounds, the first key that a query sees. From one query to the next this key never
+moves back, so the first and the last query of a tile give the keys that some, and that all, of its queries see.
 """
 
 from __future__ import annotations

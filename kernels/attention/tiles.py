@@ -1,4 +1,4 @@
-"""How attention is cut into tiles on each architecture."""
+"""Chooses the tiles of attention on each architecture."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def tile_here(kind: str, q: Tensor, switched: tuple[bool, bool, bool, int, int, int], described: bool) -> Tile:
+def tile_for_device(kind: str, q: Tensor, switched: tuple[bool, bool, bool, int, int, int], described: bool) -> Tile:
     """The tile of `kind` for q [B, Tq, H, D] on its device. switched: what `flags` returns."""
     if INTERPRETED:
         return INTERPRETER

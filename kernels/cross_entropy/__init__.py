@@ -2,6 +2,6 @@
 
 from kernels.cross_entropy.linear import linear_cross_entropy
 from kernels.cross_entropy.rows import cross_entropy
-from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary
+from kernels.cross_entropy.vocabulary import FullVocabulary, Vocabulary
 
-__all__ = ["Vocabulary", "WholeVocabulary", "cross_entropy", "linear_cross_entropy"]
+__all__ = ["FullVocabulary", "Vocabulary", "cross_entropy", "linear_cross_entropy"]

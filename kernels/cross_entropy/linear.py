@@ -1,12 +1,12 @@
 """The language model's last layer and its loss, a chunk of tokens at a time: the logits of a batch never exist.
 
 N tokens, n those of a chunk, C model width, V rows of the weight. While the logits z = x W^T of a chunk exist, their
-gradient is computed in their place (kernels/cross_entropy/rows.py), and with it
+gradient overwrites them (kernels/cross_entropy/rows.py), and from it come
 
     dL/dx = dL/dz W,        dL/dW = sum over chunks of (dL/dz)^T x, in fp32
 
-so that no product is computed twice (as in Liger Kernel, Hsu et al. 2024); the backward pass only multiplies by what
-comes from above. The three products are the vendor's. docs/decisions/0006 says why.
+so that no product is computed twice (as in Liger Kernel, Hsu et al. 2024). The backward pass only multiplies by the
+upstream gradient. The three products are the vendor's. docs/decisions/0006 says why.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.rows import IGNORED, Terms, stock, triton_forward
-from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary, check
+from kernels.cross_entropy.vocabulary import FullVocabulary, Vocabulary, check
 from kernels.dispatch import KernelError, cdiv, choose
 from kernels.registration import operator
 
@@ -143,7 +143,7 @@ def linear_cross_entropy_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`loss_and_gradients` of a whole vocabulary: one node for torch.compile, however many chunks."""
     terms = Terms(rows, start, ignore_index, z_loss, softcap)
-    return loss_and_gradients(x, weight, targets, terms, WholeVocabulary(rows), chunk, form, differentiate)
+    return loss_and_gradients(x, weight, targets, terms, FullVocabulary(rows), chunk, form, differentiate)
 
 
 @register_flop_formula(torch.ops.ingot.linear_cross_entropy)
@@ -186,7 +186,7 @@ def linear_cross_entropy(
     shapes or a form that cannot run.
     """
     rows, flat = x.reshape(-1, x.shape[-1]), targets.flatten()
-    vocabulary = vocabulary or WholeVocabulary(len(weight))
+    vocabulary = vocabulary or FullVocabulary(len(weight))
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
         found = f"weight {weight.dtype} {tuple(weight.shape)}"
         raise KernelError(f"linear_cross_entropy: found {found}, expected {x.dtype} (V, {x.shape[-1]}), as x has it")
@@ -202,6 +202,6 @@ def linear_cross_entropy(
     size = chunk or chunk_tokens(x.device)
     chunks = None if form == "triton" and 0 < rows.shape[0] <= size else size
     differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if isinstance(vocabulary, WholeVocabulary):
+    if isinstance(vocabulary, FullVocabulary):
         return linear_cross_entropy_op(rows, weight, flat, *terms, chunks, form, differentiate)[0]
     return DividedLinearCrossEntropy.apply(rows, weight, flat, terms, vocabulary, chunks, form, differentiate)  # pyright: ignore[reportReturnType]

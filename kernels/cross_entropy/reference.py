@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary
+from kernels.cross_entropy.vocabulary import FullVocabulary, Vocabulary
 from kernels.dispatch import wide
 
 
@@ -14,7 +14,7 @@ def cross_entropy(
     vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(losses, log-sum-exp without a gradient) [N] each; see kernels.cross_entropy.cross_entropy."""
-    vocabulary = vocabulary or WholeVocabulary(logits.shape[-1])
+    vocabulary = vocabulary or FullVocabulary(logits.shape[-1])
     z = wide(logits)[:, : vocabulary.rows]
     z = softcap * torch.tanh(z / softcap) if softcap > 0 else z
     one_hot = (targets - vocabulary.start).unsqueeze(-1) == torch.arange(vocabulary.rows, device=z.device)

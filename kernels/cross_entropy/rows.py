@@ -1,13 +1,13 @@
-"""Cross-entropy of logits, with z-loss and soft-cap, over a vocabulary that is whole or spread over ranks.
+"""Cross-entropy of logits, with z-loss and soft-cap, over a vocabulary on one rank or split over several.
 
 N tokens, V columns of logits, of which the first `rows` are token ids and the others padding. With softcap c > 0 a
-logit u counts as z = c tanh(u / c) (Gemma 2, 2024), else z = u. Of a token with target t and lse = log sum_j exp(z_j)
+logit u counts as z = c tanh(u / c) (Gemma 2, 2024), else z = u. For a token with target t and lse = log sum_j exp(z_j)
 
     loss = lse - z_t + z_loss lse^2                                     (z-loss: Chowdhery et al. 2022, section 5)
     dloss / du_j = ((1 + 2 z_loss lse) exp(z_j - lse) - [j = t]) (1 - (z_j / c)^2)         (last factor if c > 0)
 
-One program owns a row: it reads the row for an online log-sum-exp and, where the gradient follows at once, reads it
-again, then from the cache, and writes the gradient. All sums have a fixed order: the same bits on every run.
+One program works on a row. It reads the row for an online log-sum-exp. If the gradient follows at once, it reads the
+row again, then from the cache, and writes the gradient. All sums have a fixed order: the same bits on every run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cross_entropy import reference
-from kernels.cross_entropy.vocabulary import Vocabulary, WholeVocabulary, check
+from kernels.cross_entropy.vocabulary import FullVocabulary, Vocabulary, check
 from kernels.dispatch import KernelError, cdiv, choose, interpretable, launch, padded
 from kernels.registration import operator
 
@@ -302,7 +302,7 @@ def triton_forward(
     logits: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(losses, log-sum-exp) fp32 [N] each, and the losses' gradient in `gradient`, which may be the logits."""
-    if isinstance(vocabulary, WholeVocabulary):
+    if isinstance(vocabulary, FullVocabulary):
         return cross_entropy_forward_op(logits, targets, gradient, *terms, True)
     target_logit, log_sum = cross_entropy_forward_op(logits, targets, None, *terms, False)
     losses, log_sum = combine(log_sum, target_logit, targets, terms, vocabulary)
@@ -363,7 +363,7 @@ def cross_entropy(
     impl: see kernels/dispatch.py; only triton keeps 16-bit gradients in 16 bits. Raises KernelError on wrong shapes or
     a form that cannot run.
     """
-    vocabulary = vocabulary or WholeVocabulary(logits.shape[-1])
+    vocabulary = vocabulary or FullVocabulary(logits.shape[-1])
     if logits.ndim != 2:
         raise KernelError(f"cross_entropy: found logits of shape {tuple(logits.shape)}, expected two dimensions")
     check("cross_entropy", (logits.shape[0], logits.shape[1]), targets, vocabulary)

@@ -1,4 +1,4 @@
-"""Which part of the vocabulary a rank's logits are, and what joins it with the parts of other ranks."""
+"""The part of the vocabulary that a rank's logits cover, and how ranks join their parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Vocabulary(Protocol):
         ...
 
 
-class WholeVocabulary:
+class FullVocabulary:
     """A vocabulary that one rank holds."""
 
     def __init__(self, rows: int) -> None:

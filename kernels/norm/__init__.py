@@ -1,4 +1,4 @@
-"""Layer and root-mean-square normalisation, alone or fused with the residual addition before it."""
+"""Layer and RMS norm, alone or fused with the residual addition before it."""
 
 from kernels.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 

@@ -1,10 +1,10 @@
-"""The normalisation backward.
+"""The backward pass of the norms.
 
 With xhat = (x - mean) * rstd and g = dy * weight, for each row
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for RMS norm
     dweight = sum over rows of dy * xhat;  dbias = sum of dy
-where x is the stream if there is one: its own gradient dstream is added to dx, which makes dresidual, and the gradient
-of what was dropped is dropout(dresidual) by the same mask.
+With a residual, x is the stream. Its own gradient dstream is added to dx, which gives dresidual. With dropout the
+gradient of the dropped tensor is dropout(dresidual) by the same mask.
 
 Each program owns a fixed range of rows and writes one partial row of dweight and dbias; the partial rows are summed in
 a fixed order. No atomics, no locks: the same bits on every run and every GPU.

@@ -1,8 +1,8 @@
-"""The normalisation forward: y = norm(x), or of the stream residual + dropout(x), which it writes too.
+"""The forward pass of the norms: y = norm(x), or y = norm(stream) with stream = residual + dropout(x), also written.
 
 M rows (all leading dimensions together, numbered b T + t), C width. Layer norm (Ba et al. 2016): y = (x - mean) * rstd
-* weight + bias with rstd = 1 / sqrt(variance + eps); RMS norm (Zhang & Sennrich 2019): the same with mean 0 and no
-bias. Statistics are fp32, and kept for the backward.
+* weight + bias with rstd = 1 / sqrt(variance + eps). RMS norm (Zhang & Sennrich 2019): the same with mean 0 and no
+bias. Statistics are fp32, and kept for the backward pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The public functions, and their registration as operators for torch.compile, autograd and checkpointing."""
+"""The public functions of the norms, registered as operators for torch.compile, autograd and checkpointing."""
 
 from __future__ import annotations
 
@@ -97,17 +97,17 @@ def expect_weights(op: str, x: Tensor, *weights: Tensor | None) -> None:
     )
 
 
-def no_triton(x: Tensor) -> str | None:
-    """Why the Triton form cannot normalise rows as wide as those of x, or None."""
-    if x.shape[-1] <= MAX_WIDTH:
+def no_triton(width: int) -> str | None:
+    """Why the Triton form cannot normalise rows of this width, or None."""
+    if width <= MAX_WIDTH:
         return None
-    return f"found rows of width {x.shape[-1]}, expected at most {MAX_WIDTH}: use impl=torch or reference"
+    return f"found rows of width {width}, expected at most {MAX_WIDTH}: use impl=torch or reference"
 
 
 def norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: str) -> Tensor:
     expect_weights(op, x, weight, bias)
     rms = op == "rms_norm"
-    form = choose(impl, op, device=x.device, dtype=x.dtype, no_triton=no_triton(x))
+    form = choose(impl, op, device=x.device, dtype=x.dtype, no_triton=no_triton(x.shape[-1]))
     if form == "triton":
         return norm_op(x, None, weight, bias, None, None, eps, rms, 0.0, 0, 0)[0]
     if form == "torch":
@@ -149,7 +149,7 @@ def add_norm(
         )
     rms = op == "add_rms_norm"
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    form = choose(impl, op, device=x.device, dtype=dtype, no_triton=no_triton(x))
+    form = choose(impl, op, device=x.device, dtype=dtype, no_triton=no_triton(x.shape[-1]))
     if form == "triton":
         drop = (samples, positions) if key else (None, None)
         numbers = (key.p, key.seed, key.site) if key else (0.0, 0, 0)

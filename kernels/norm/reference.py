@@ -1,4 +1,4 @@
-"""Normalisation in plain PyTorch, alone and after the residual addition."""
+"""Norms in plain PyTorch, alone and after the residual addition."""
 
 from __future__ import annotations
 

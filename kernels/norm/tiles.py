@@ -1,4 +1,4 @@
-"""How rows are cut into tiles, and tensors into rows. M rows, C width."""
+"""Chooses the tiles of the norms, and views tensors as rows. M rows, C width."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def chunks_of(C: int) -> tuple[int, int]:
     Triton's tiles have powers of two as sides: so 768 is 3 x 256 without padding, and 5120 3 x 2048. Smaller chunks
     would pad less, but leave a thread too few neighbouring elements for wide loads.
     """
-    whole = padded(C, 16)
-    quarter = whole // 4
-    return (quarter, 3) if quarter >= LEAST_COLS and 3 * quarter >= C else (whole, 1)
+    cols = padded(C, 16)
+    quarter = cols // 4
+    return (quarter, 3) if quarter >= LEAST_COLS and 3 * quarter >= C else (cols, 1)
 
 
 def forward_tile(C: int, dropout: bool) -> Tile:

@@ -1,7 +1,7 @@
 """What a checkpoint folder holds, as JSON: every file, and every tensor as flat ranges of slices.
 
-A checkpoint belongs to the model: tensors go by name and global shape, and nothing here knows
-ranks. A rank's report of what it wrote (rank-00000.json) is a manifest too, of its part.
+A checkpoint belongs to the model: it knows tensors by name and global shape, and no ranks. A rank's report of what it
+wrote (rank-00000.json) has the same form, for that rank's part.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the newest checkpoint that is whole and reads any part of it, whatever layout wrote it."""
+"""Finds the newest complete checkpoint and reads any part of it, whatever layout wrote it."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ def load_manifest(folder: Path) -> Manifest:
         if size != entry.size:
             raise CheckpointError(f"{folder / name} has {size} bytes; expected {entry.size}")
     # Hidden files are not ours: file systems and desktops leave some.
-    extra = {name for name in found if not name.startswith(".")}
-    extra -= manifest.files.keys() | {"manifest.json"}
+    extra = {name for name in found - manifest.files.keys() - {"manifest.json"} if not name.startswith(".")}
     if extra:
         raise CheckpointError(f"{folder} holds {min(extra)}, which its manifest does not list")
     return manifest
@@ -178,7 +177,7 @@ class CheckpointReader:
 
     def read(self, name: str, kind: str = "master") -> Tensor:
         """The whole tensor, float32 on the CPU; raises CheckpointError."""
-        return self.read_slice(name, kind, Slice.whole(self.shape(name, kind)))
+        return self.read_slice(name, kind, Slice.full(self.shape(name, kind)))
 
     def read_slice(self, name: str, kind: str, part: Slice) -> Tensor:
         """The slice of the tensor, float32 [part.shape] on the CPU; raises CheckpointError."""
@@ -188,7 +187,7 @@ class CheckpointReader:
                 f"{name} ({kind}) has shape {entry.shape} in {self.folder}; the model has {part.global_shape}"
             )
         stored = entry.pieces[0]
-        if part.is_whole:
+        if part.is_full:
             aligned = replace(part, dim=stored.dim, start=0, stop=(entry.shape or (1,))[stored.dim])
         elif part.dim == stored.dim:
             aligned = part

@@ -1,7 +1,7 @@
-"""Saves a checkpoint: it exists whole and verified, or it does not exist.
+"""Saves a checkpoint: it exists complete and verified, or not at all.
 
     step-00001000.tmp/    every rank writes and fsyncs its files and a report of them
-    manifest.json         rank 0 merges the reports and checks that nothing is missing or doubled
+    manifest.json         rank 0 merges the reports and checks that nothing is missing or there twice
     step-00001000/        rank 0 renames: from here on the checkpoint exists
     latest                rank 0 points to it, then deletes what `keep_last` does not keep
 
@@ -132,7 +132,11 @@ def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     shard: list[Piece] = []
     size = 0
     for piece in pieces:
-        _check(piece)
+        data, part = piece.data, piece.slice
+        if piece.kind not in KINDS or data.dtype != torch.float32 or data.dim() != 1:
+            raise ValueError(f"{piece.name}: kind {piece.kind}, {data.dtype} {tuple(data.shape)}")
+        if piece.start < 0 or piece.start + len(data) > part.numel:
+            raise ValueError(f"{piece.name}: {len(data)} from {piece.start} on exceed {part.numel} elements")
         if piece.data.numel() == 0:
             continue
         if shard and size + piece.data.nbytes > SHARD_BYTES:
@@ -142,14 +146,6 @@ def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         size += piece.data.nbytes
     if shard:
         yield shard
-
-
-def _check(piece: Piece) -> None:
-    data, count = piece.data, piece.slice.numel
-    if piece.kind not in KINDS or data.dtype != torch.float32 or data.dim() != 1:
-        raise ValueError(f"{piece.name}: kind {piece.kind}, {data.dtype} {tuple(data.shape)}")
-    if piece.start < 0 or piece.start + len(data) > count:
-        raise ValueError(f"{piece.name}: {len(data)} from {piece.start} on exceed {count} elements")
 
 
 def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:

@@ -1,4 +1,4 @@
-"""The hostfile and all else that DeepSpeed hands to a shell on other hosts, checked before it does.
+"""Checks the hostfile, variables and arguments that DeepSpeed hands to a shell on other hosts, before it does.
 
 `deepspeed` passes the first word of a hostfile line to ssh, where `-oProxyCommand=...` is an option that runs a
 command, and writes variables and arguments into a remote command line without quoting `$` or backticks.

@@ -1,6 +1,6 @@
-"""Checks of the machine, before a run allocates anything or talks to other ranks.
+"""Checks the machine before a run allocates anything or talks to other ranks.
 
-Versions are read from package metadata and torch is not imported: a wrong machine is refused in a second.
+Versions are read from package metadata and torch is not imported, so a wrong machine is refused in a second.
 """
 
 from __future__ import annotations

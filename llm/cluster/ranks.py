@@ -1,7 +1,7 @@
-"""The place of this process among those of the run: the one module that reads rank variables.
+"""Finds out which rank this process is. No other module reads rank variables.
 
 `deepspeed`, `torchrun`, `mpirun` (Open MPI, MPICH, Intel MPI), `srun` and plain `python` start the same script;
-`discover_ranks` turns what each sets in the environment into one `Ranks`.
+`discover_ranks` turns the variables that each sets into one `Ranks`.
 """
 
 from __future__ import annotations

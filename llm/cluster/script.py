@@ -1,4 +1,4 @@
-"""Start and end of a launch script on every rank: watching its launcher, explaining a failure, the exit code."""
+"""Starts and ends a launch script on every rank: it watches the launcher, explains failures, sets the exit code."""
 
 from __future__ import annotations
 

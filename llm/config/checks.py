@@ -1,4 +1,4 @@
-"""What must hold between the sections of a run's config (llm/config/run.py), and between a run and its world."""
+"""Checks what must hold between sections of a run's config (llm/config/run.py), and between a run and its world."""
 
 from __future__ import annotations
 

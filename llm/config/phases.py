@@ -1,7 +1,7 @@
-"""What of a run changes on the way: sequence length, batch size and blend, keyed by consumed samples.
+"""The phases of a run: sequence length, batch size and blend may change after a number of consumed samples.
 
-A phase begins exactly at its number of samples, which must be whole steps of the phase before: so
-which samples a phase has never depends on how a run was split, and steps and samples give each other.
+A phase begins exactly at its number of samples, which must be whole steps of the phase before. So the samples of a
+phase never depend on how a run was split, and the number of steps follows from that of samples and the other way round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sections of a run's config. Each checks its own fields; checks.py holds what sections ask of one another."""
+"""The sections of a run's config. Each checks its own fields; checks.py checks sections against one another."""
 
 from __future__ import annotations
 

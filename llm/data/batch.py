@@ -1,4 +1,4 @@
-"""What passes from the loader to training: the micro-batches of a step."""
+"""The micro-batches of a step, as the loader passes them to training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corpora of a run: where their files lie, that they fit together, and what tells them apart."""
+"""Opens the corpora of a run, checks that they fit together, and identifies them by a digest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ loader: threads assemble the coming steps in a ring of buffers that PyTorch holds (csrc/)."""
+"""The C++ loader (csrc/): threads assemble the coming steps in a ring of buffers that PyTorch owns."""
 
 from __future__ import annotations
 

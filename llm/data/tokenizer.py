@@ -1,7 +1,7 @@
 """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) over Hugging Face's `tokenizers`.
 
-Any text is a sequence of bytes and every byte has a token, so nothing is ever unknown. Text that
-looks like the end-of-document token is encoded as ordinary characters: no document can end another.
+Any text is a sequence of bytes and every byte has a token, so no text is unknown. If a text contains the
+end-of-document token, it is encoded as ordinary characters: no document can end another.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens so far, so that each new token costs one position."""
+"""Keeps the keys and values of earlier tokens, so that each new token costs one position."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
 from llm.config import ModelConfig
 from llm.model.cache import KVCache
-from llm.model.layers import Documents, Layers, document_positions, recomputed
+from llm.model.layers import DenseLayers, Documents, document_positions, recomputed
 
 Recompute: TypeAlias = Literal["none", "full", "selective"]
 # Dropout sites: the embedding's, then three per block.
@@ -39,7 +39,7 @@ SITES_PER_BLOCK = 3
 class Block(nn.Module):
     """One transformer block: attention and feed-forward, each on the normalised stream and added to it."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, index: int, recompute: Recompute = "none") -> None:
+    def __init__(self, config: ModelConfig, layers: DenseLayers, index: int, recompute: Recompute = "none") -> None:
         super().__init__()
         C, D, bias = config.d_model, config.head_dim, config.bias
         site = EMBEDDING_SITE + 1 + SITES_PER_BLOCK * index
@@ -129,7 +129,7 @@ class GPT(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        layers: Layers,
+        layers: DenseLayers,
         blocks: range | None = None,
         recompute: Recompute = "none",
         recompute_every: int = 1,

@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and on nothing else: not on ranks, shards or the order of creation."""
+"""Initial weights that depend only on the seed: not on ranks, shards or the order of creation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The layers a GPT is made of, behind one factory.
 
-`GPT` (llm/model/gpt.py) asks a `Layers` factory for every layer. `DenseLayers` gives
-plain `torch.nn`; `llm.parallel.layers.TensorParallelLayers` gives Megatron's twins under the same parameter names.
+`GPT` (llm/model/gpt.py) asks a factory for every layer. `DenseLayers` gives plain ones; `TensorParallelLayers`
+(llm/parallel/layers.py) overrides those that ranks share, and keeps the names of the parameters.
 
 Shapes: B batch, T time (sequence), C model width, H query heads, K key/value heads, D head width, V vocabulary.
 """
@@ -9,7 +9,7 @@ Shapes: B batch, T time (sequence), C model width, H query heads, K key/value he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,49 +39,10 @@ class Documents(NamedTuple):
     """int32 [documents + 1]: where documents begin in the B * T tokens, ascending from 0 to B * T."""
 
 
-class Layers(Protocol):
-    """What `GPT` needs of its surroundings."""
-
-    impl: str
-    """Which form the kernels take (kernels/dispatch.py)."""
-
-    def linear(self, role: LinearRole, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
-        """[..., in_features] -> [..., out_features]."""
-        ...
-
-    def embedding(self, vocab_size: int, width: int) -> nn.Module:
-        """int [...] -> [..., width]; its table is `.weight`."""
-        ...
-
-    def position_table(self, max_positions: int, width: int) -> nn.Module:
-        """int [T] or [B, T] -> [..., width], to be added to the token embeddings."""
-        ...
-
-    def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
-        """`tied`: the embedding whose table is the projection too."""
-        ...
-
-    def norm(self, kind: str, width: int, *, bias: bool) -> nn.Module:
-        """[..., width] -> [..., width]."""
-        ...
-
-    def add_norm(self, kind: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
-        """stream, branch -> (stream + dropout(branch), its norm); `site` numbers the dropout."""
-        ...
-
-    def dropout(self, p: float, site: int) -> Dropout:
-        """Dropout; `site` is its number in the network, which keys its masks."""
-        ...
-
-    def attention(self, p: float, site: int, n_head: int) -> CausalAttention:
-        """Causal attention over `n_head` query heads, with dropout of probability p on its weights."""
-        ...
-
-
 def replicated(module: nn.Module) -> nn.Module:
     """Mark every parameter of `module` as the full global tensor."""
     for parameter in module.parameters():
-        mark(parameter, Slice.whole(tuple(parameter.shape)))
+        mark(parameter, Slice.full(tuple(parameter.shape)))
     return module
 
 
@@ -245,9 +206,10 @@ class CausalAttention(nn.Module):
 
 
 class DenseLayers:
-    """Whole layers on one device.
+    """The factory of layers on one device.
 
     seed: of the dropout masks. impl: kernel implementation (kernels/dispatch.py). z_loss: its weight in the loss.
+    p: probability of dropout. site: the number of a dropout in the network, which keys its masks.
     """
 
     def __init__(self, *, seed: int, impl: str = "auto", z_loss: float = 0.0) -> None:
@@ -264,15 +226,19 @@ class DenseLayers:
         return positions
 
     def linear(self, role: LinearRole, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
+        """[..., in_features] -> [..., out_features]; `role`: the linear's place in the block."""
         return replicated(nn.Linear(in_features, out_features, bias=bias))
 
     def embedding(self, vocab_size: int, width: int) -> nn.Module:
+        """int [...] -> [..., width]; its table is `.weight`."""
         return replicated(Embedding(vocab_size, width, impl=self.impl))
 
     def position_table(self, max_positions: int, width: int) -> nn.Module:
+        """int [T] or [B, T] -> [..., width], to be added to the token embeddings."""
         return replicated(Embedding(max_positions, width, impl=self.impl))
 
     def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
+        """`tied`: the embedding whose table is the projection too."""
         if tied is not None:
             return LanguageModelHead(cast(nn.Parameter, tied.weight), z_loss=self.z_loss, impl=self.impl)
         weight = nn.Parameter(torch.empty(vocab_size, width))
@@ -281,9 +247,11 @@ class DenseLayers:
         return head
 
     def norm(self, kind: str, width: int, *, bias: bool) -> nn.Module:
+        """[..., width] -> [..., width]."""
         return replicated(Norm(kind, width, bias=bias, impl=self.impl, on_weight=self.on_weight))
 
     def add_norm(self, kind: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
+        """stream, branch -> (stream + dropout(branch), its norm)."""
         key = DropoutKey(p, self.seed, site)
         return replicated(
             AddNorm(
@@ -301,4 +269,5 @@ class DenseLayers:
         return Dropout(DropoutKey(p, self.seed, site), impl=self.impl, local_positions=self.local_positions)
 
     def attention(self, p: float, site: int, n_head: int) -> CausalAttention:
+        """Causal attention over `n_head` query heads, with dropout on its weights."""
         return CausalAttention(DropoutKey(p, self.seed, site), impl=self.impl)

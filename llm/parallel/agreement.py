@@ -1,4 +1,4 @@
-"""What the ranks of a process group (by default all) agree on, without pickle: strings travel as bytes in tensors."""
+"""Lets the ranks of a group (by default all) agree and exchange strings, without pickle: as bytes in tensors."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Communication between ranks, as functions that are visible where they act: no hook communicates.
+"""Collectives as functions that you see where they act: no hook communicates.
 
 They are made of torch's functional collectives, operators with fake kernels that torch.compile can trace. Each one
-starts at once and is waited for by `wait`, so that arithmetic can be put between the two. A process group is named by
-its string, so that all are functions of tensors and constants.
+starts at once, and `wait` waits for its result, so that arithmetic can be put between the two. A process group is given
+by its name, so that all are functions of tensors and constants.
 
 The autograd functions are the conjugate pairs of Shoeybi et al. 2019 (f, g) and Korthikanti et al. 2022
 (`gather_sequence`, `scatter_sequence`).

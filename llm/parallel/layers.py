@@ -1,6 +1,6 @@
 """Megatron's parallel layers (Shoeybi et al. 2019): each rank of a tensor-parallel group holds a slice of the weight.
 
-Every layer computes what its `torch.nn` twin computes on the whole weight. With sequence parallelism (Korthikanti et
+Every layer computes what its `torch.nn` twin computes on the complete weight. With sequence parallelism (Korthikanti et
 al. 2022) activations between the split layers, where norms, dropout and the residual sum act, are split by T:
 
                      without                     with sequence parallelism
@@ -8,7 +8,7 @@ al. 2022) activations between the split layers, where norms, dropout and the res
     into a column    f: nothing / all-reduce     all-gather / reduce-scatter     (forward / backward)
     out of a row     g: all-reduce / nothing     reduce-scatter / all-gather
 
-A suffix `_tp` means this rank's part. Shapes: B batch, T time (sequence), I input width, O output width, C model width,
+`_tp` marks this rank's part. Shapes: B batch, T time (sequence), I input width, O output width, C model width,
 V vocabulary.
 """
 
@@ -158,7 +158,7 @@ class RowParallelLinear(nn.Module):
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features))
-            mark(self.bias, Slice.whole((out_features,)))
+            mark(self.bias, Slice.full((out_features,)))
 
     def forward(self, x_tp: Tensor) -> Tensor:
         y = self.tp.leave(F.linear(x_tp, self.weight))

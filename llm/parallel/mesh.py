@@ -1,4 +1,4 @@
-"""Which process is which: the world as a grid of pipeline, data, context and tensor parallel ranks.
+"""The mesh: all ranks as a grid of pipeline, data, context and tensor parallel ranks.
 
 Tensor parallelism varies fastest, so its ranks share a node. `pp` and `cp` have size 1 until they are built.
 """

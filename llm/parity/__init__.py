@@ -1,1 +1,1 @@
-"""Any layout beside one plain process: the proof that they compute the same."""
+"""Proves that a layout computes what one plain process computes."""

@@ -1,7 +1,7 @@
-"""How far two results may lie apart, and whether they lie further.
+"""Compares two results, and says whether they differ by more than two correct programs may.
 
-The bounds are those of two correct programs that add the same numbers in another order. |.| is the 2-norm of a whole
-tensor or of a scalar, g_all all gradients together; o is the oracle's result in the layout's precision, e in fp32:
+The bounds are those of two correct programs that add the same numbers in another order. |.| is the 2-norm of a complete
+tensor or of a scalar. g_all is all gradients together, o the oracle's result in the layout's precision, e in fp32:
 
                                 fp32                           bf16 and fp16
     gradient        |g - e| <=  1e-5 |e| + 1e-7 |g_all|        4 |o - e| + 1e-7 |g_all|

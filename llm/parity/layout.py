@@ -1,4 +1,4 @@
-"""The layout that is compared: its engine, and each of its steps gathered on rank 0 for the oracle."""
+"""Runs the layout that is compared, and gathers each of its steps on rank 0 for the oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle: the plain PyTorch engine, dense and on rank 0 alone, and the comparison with it."""
+"""The oracle: the plain PyTorch engine on rank 0, without parallelism, and the comparison with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a comparison: a table by groups of parameters, and all numbers as JSON."""
+"""Reports a comparison: a table by groups of parameters, and all numbers as JSON."""
 
 from __future__ import annotations
 

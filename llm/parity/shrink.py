@@ -1,4 +1,4 @@
-"""A model that one process can hold, of the same shape family as one that it cannot."""
+"""Shrinks a model that one process cannot hold to one of the same family that it can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a layout beside its oracle: the check behind launch/verify.py."""
+"""Runs a layout beside its oracle: the check behind launch/verify.py."""
 
 from __future__ import annotations
 

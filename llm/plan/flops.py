@@ -1,7 +1,7 @@
-"""Model FLOPs by named formulas, and the peak of the GPU they are compared with.
+"""Model FLOPs by named formulas, and the peak of the GPU that they are compared with.
 
-Figures of different systems compare only under the same formula (they differ by 12 % and more at long sequences), so
-every utilisation is reported with its formula's name.
+Figures of two systems compare only under the same formula (they differ by 12 % and more at long sequences), so every
+utilisation is reported with the name of its formula.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Size of the model and of its training state, in closed form: elements and bytes on one rank, by the layout."""
+"""Sizes of the model and of its training state in closed form: elements and bytes on one rank, by layout."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Bytes that one rank sends in a step of training, in closed form: of each collective, by the layout.
+"""Bytes that one rank sends in a training step, in closed form: of each collective, by layout.
 
-m micro-batches on a rank; B, T, C of one; L blocks, R of them recomputed whole; k ranks in a group; w bytes of a weight
-(and of an activation's element); N parameters on a tensor-parallel rank, those of the blocks N_L. Tests compare these
-formulas with what is counted (tests/traffic_count.py), to the byte.
+m micro-batches on a rank; B, T, C of one; L blocks, R of them fully recomputed; k ranks in a group; w bytes of a weight
+(and of an activation's element); N parameters on a tensor-parallel rank, N_L of them in the blocks. Tests count what is
+sent (tests/traffic_count.py) and find these formulas to the byte.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The training loop, and all that a run does beside its steps."""
+"""The training loop, the engines, and what a run does besides its steps."""

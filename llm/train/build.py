@@ -1,4 +1,4 @@
-"""From a config to a model and an engine on this rank."""
+"""Builds the model and the engine of a config on this rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a request although its config is right, found before anything is allocated."""
+"""Finds requests that cannot run although their config is right, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from kernels.attention.op import limits as attention_limits
 from kernels.dispatch import KernelError, choose
+from kernels.norm.op import no_triton as norm_limit
 from llm.config import RunConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError, require
@@ -18,18 +19,16 @@ def check_kernels(config: RunConfig, device: torch.device) -> str:
     """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
     model, dtype = config.model, DTYPES[config.train.precision]
     no_triton, no_torch = attention_limits(model.head_dim, model.dropout)
-    limits = {"attention": {"no_triton": no_triton, "no_torch": no_torch}}
-    others = {
-        "embedding": True,
-        "rope": model.position == "rope",
-        "layer_norm": model.norm == "layernorm",
-        "rms_norm": model.norm == "rmsnorm",
-        "dropout": model.dropout > 0,
-        "gelu": model.activation == "gelu",
-        "swiglu": model.activation == "swiglu",
-        "cross_entropy": True,
+    norm = "layer_norm" if model.norm == "layernorm" else "rms_norm"
+    limits: dict[str, dict[str, str | None]] = {
+        "attention": {"no_triton": no_triton, "no_torch": no_torch},
+        "embedding": {},
+        **({"rope": {}} if model.position == "rope" else {}),
+        norm: {"no_triton": norm_limit(model.d_model)},
+        **({"dropout": {}} if model.dropout > 0 else {}),
+        model.activation: {},
+        "cross_entropy": {},
     }
-    limits |= {op: {} for op, needed in others.items() if needed}
     chosen: dict[str, list[str]] = {}
     try:
         for op, limit in limits.items():

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar on a terminal, else a line every few seconds."""
+"""Shows the progress of a training run: a bar on a terminal, else a line every few seconds."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The micro-batches of each step, ready for the engine; on a GPU they are copied there one step ahead.
+"""Feeds the engine the micro-batches of each step. On a GPU they are copied there one step ahead.
 
-A loader may write over a step's buffers once it is asked for the next one. So it is asked only when the copy of the
-last step has ended. Copies run on a stream of their own beside the computation, in the width of the token files; tokens
-are widened where they are used.
+A loader may overwrite a step's buffers once it is asked for the next one, so it is asked only when the copy of the last
+step has ended. Copies run on a stream of their own beside the computation. They keep the width of the token files;
+tokens are widened on the GPU.
 """
 
 from __future__ import annotations

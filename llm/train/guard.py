@@ -1,13 +1,13 @@
 """A guard against replicas that drift apart in silence: a failing GPU, a flipped bit, a nondeterministic kernel.
 
-Which ranks hold the same bits of a parameter, by what it is and how the engine spreads it:
+These ranks hold the same bits of a parameter, depending on whether TP splits it and how the engine spreads it:
 
                                 replicated over DP (ZeRO 0-2)      partitioned over DP (ZeRO 3, FSDP)
-    whole on every TP rank      all ranks                          those of one data-parallel rank
+    replicated over TP          all ranks                          those of one data-parallel rank
     split over TP               those of one tensor-parallel rank  none
 
-Bits are compared, not values: NaN equals the same NaN, 0.0 differs from -0.0. What forward passes use is compared;
-partitioned state, such as fp32 masters and moments under ZeRO, has no replica to be compared with.
+Bits are compared, not values: NaN equals the same NaN, 0.0 differs from -0.0. The weights of the forward pass are
+compared. Partitioned state, such as fp32 masters and moments under ZeRO, has no replica to be compared with.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a run measures: metrics.jsonl, one line per logged step, and TensorBoard.
+"""Writes metrics.jsonl, one line per logged step, and TensorBoard events.
 
-Floats keep their full precision. A number that is not known is null; one that is not finite is the
+Floats keep their full precision. A number that is not known is null. One that is not finite is the
 text "nan", "inf" or "-inf", which JSON has no number for and `float()` reads.
 """
 

@@ -1,4 +1,4 @@
-"""AdamW, what it decays, and the learning rate of each update."""
+"""AdamW, the weights that it decays, and the learning rate of each update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports while it trains, to metrics.jsonl, TensorBoard and the console."""
+"""Reports a training run to metrics.jsonl, TensorBoard and the console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run (state.json), and whether the run can go on from it under a config."""
+"""Reads what a checkpoint says of its run (state.json), and decides whether a config can resume it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""runs/<name>: where a run keeps its files, one job at a time, seen by all of its nodes."""
+"""runs/<name>, the folder of a run's files: one job at a time writes to it, and all nodes must see it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Bringing a run up: its folder, its data, its engine, and the checkpoint it goes on from.
+"""Starts a run: opens its folder and its data, builds its engine, and loads the checkpoint that it resumes from.
 
-Everything that can be wrong with the request is found here, by every rank together, before anything is trained.
+All ranks together find everything that can be wrong with the request, before anything is trained.
 """
 
 from __future__ import annotations

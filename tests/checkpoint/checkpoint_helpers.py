@@ -40,7 +40,7 @@ def slice_of(name: str, tp_rank: int, tp: int) -> Slice:
     """What rank tp_rank of tp holds: equal parts rounded up, so the last may be short."""
     shape, dim = MODEL[name]
     if dim is None:
-        return Slice.whole(shape)
+        return Slice.full(shape)
     part = -(-shape[dim] // tp)
     return Slice(shape, dim, tp_rank * part, min((tp_rank + 1) * part, shape[dim]))
 

@@ -228,7 +228,7 @@ def test_what_is_not_there_is_refused(root: Path) -> None:
     with pytest.raises(CheckpointError, match="has no tensor norm"):
         reader.read("norm.weight", "momentum")
     with pytest.raises(CheckpointError, match=r"has shape \(4,\)"):
-        reader.read_slice("norm.weight", "master", Slice.whole((5,)))
+        reader.read_slice("norm.weight", "master", Slice.full((5,)))
 
 
 def opened(roots: list[Path]) -> list[Any]:

@@ -205,7 +205,7 @@ def test_a_truly_full_disk(tmp_path: Path) -> None:
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
         save(tmp_path, 1, OLD, dp=2)
-        big = Slice.whole((100_000,))
+        big = Slice.full((100_000,))
 
         def large(tensors: Tensors, rank: int, tp: int, dp: int) -> Iterator[Piece]:
             yield Piece("big", "master", big, rank * 25_000, torch.ones(25_000))
@@ -243,7 +243,7 @@ def lose(pieces: list[Piece]) -> list[Piece]:
 
 def double(pieces: list[Piece]) -> list[Piece]:
     first = pieces[0]
-    return [*pieces, Piece(first.name, first.kind, Slice.whole((11, 4)), 0, torch.ones(44))]
+    return [*pieces, Piece(first.name, first.kind, Slice.full((11, 4)), 0, torch.ones(44))]
 
 
 def overrun(pieces: list[Piece]) -> list[Piece]:
@@ -295,7 +295,7 @@ def test_pieces_are_not_gathered_beyond_a_shard(tmp_path: Path, monkeypatch: pyt
             data = torch.ones(500)
             living.add(data)
             most = max(most, len(living))
-            yield Piece(f"p{number}", "master", Slice.whole((500,)), 0, data)
+            yield Piece(f"p{number}", "master", Slice.full((500,)), 0, data)
             del data
 
     assert save(tmp_path, 1, NEW, pieces=pieces) == [tmp_path / "step-00000001"]

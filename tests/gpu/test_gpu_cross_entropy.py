@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.cross_entropy import cross_entropy, reference
 from kernels.cross_entropy.linear import GPU_CHUNK, accumulates, linear_cross_entropy
-from kernels.cross_entropy.vocabulary import WholeVocabulary
+from kernels.cross_entropy.vocabulary import FullVocabulary
 from rounding import DTYPES, GPU_ONLY, assert_repeats, assert_within_rounding, run
 
 pytestmark = GPU_ONLY
@@ -55,7 +55,7 @@ def test_cross_entropy(V: int, z_loss: float, softcap: float, inplace: bool, dty
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padding_and_odd_strides(dtype: torch.dtype) -> None:
     logits, targets, grad = example(19, 5003, dtype, rows=4097)
-    options = dict(vocabulary=WholeVocabulary(4097))
+    options = dict(vocabulary=FullVocabulary(4097))
     true = run(lambda z: reference.cross_entropy(z, targets, **options)[0], [logits], grad, torch.float64)
     plain = run(lambda z: plain_losses(z[:, :4097], targets, 0.0, 0.0), [logits], grad, dtype)
     for inplace in (False, True):

@@ -19,7 +19,7 @@ from kernels.cross_entropy.rows import (
     scale_rows_op,
     tile_of,
 )
-from kernels.cross_entropy.vocabulary import WholeVocabulary
+from kernels.cross_entropy.vocabulary import FullVocabulary
 from kernels.dispatch import KernelError
 
 # Columns and those of them that are token ids: less than a tile, a ragged tile, several, and padding of whole tiles.
@@ -52,7 +52,7 @@ def close(ours: Sequence[Tensor], true: Sequence[Tensor], tolerance: float = 1e-
 @pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, 0.0), (0.3, 4.0)])
 @pytest.mark.parametrize(("V", "rows"), WIDTHS, ids=str)
 def test_against_float64(V: int, rows: int, z_loss: float, softcap: float, inplace: bool, impl: str) -> None:
-    options = dict(z_loss=z_loss, softcap=softcap, vocabulary=WholeVocabulary(rows))
+    options = dict(z_loss=z_loss, softcap=softcap, vocabulary=FullVocabulary(rows))
     tensors = example(7, V, rows)
     true = run(reference.cross_entropy, *tensors, torch.float64, **options)
     close(run(cross_entropy, *tensors, inplace=inplace, impl=impl, **options), true)
@@ -122,7 +122,7 @@ def test_expanded_and_missing_gradients(inplace: bool, impl: str) -> None:
 def test_what_is_not_counted_is_not_read() -> None:
     """Neither an ignored row nor padding: not even a NaN there is seen, and their gradients are 0."""
     logits, targets, grad = example(7, 300, 290, ignored=7)
-    options = dict(ignore_index=7, vocabulary=WholeVocabulary(290))
+    options = dict(ignore_index=7, vocabulary=FullVocabulary(290))
     dirty = logits.detach().clone()
     dirty[targets == 7], dirty[:, 290:] = float("nan"), float("nan")
     for inplace in (False, True):
@@ -224,7 +224,7 @@ def fuzzed(seed: int) -> None:
     N, rows = draw.randint(1, 9), draw.choice([draw.randint(1, 50), draw.randint(1, 3000), 256 * draw.randint(1, 5)])
     V = rows + draw.choice([0, 0, draw.randint(1, 64)])
     options = dict(
-        z_loss=draw.choice([0.0, 0.01]), softcap=draw.choice([0.0, 15.0]), vocabulary=WholeVocabulary(rows),
+        z_loss=draw.choice([0.0, 0.01]), softcap=draw.choice([0.0, 15.0]), vocabulary=FullVocabulary(rows),
         ignore_index=draw.choice([-100, rows - 1]),
     )  # fmt: skip
     dtype = draw.choice([torch.float32, torch.float32, torch.float16])
@@ -261,7 +261,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(KernelError, match=r"found targets torch\.int32"):
         cross_entropy(logits, targets.int())
     with pytest.raises(KernelError, match="found 4 columns of logits, expected at least the vocabulary's 5"):
-        cross_entropy(logits, targets, vocabulary=WholeVocabulary(5))
+        cross_entropy(logits, targets, vocabulary=FullVocabulary(5))
     with pytest.raises(KernelError, match="float64, expected float32"):
         cross_entropy(logits.double(), targets, impl="triton")
     shared = torch.zeros(1, 4, requires_grad=True).expand(2, 4)

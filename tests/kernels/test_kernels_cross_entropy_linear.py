@@ -22,7 +22,7 @@ from kernels.cross_entropy.linear import (
     loss_and_gradients,
 )
 from kernels.cross_entropy.rows import Terms
-from kernels.cross_entropy.vocabulary import WholeVocabulary
+from kernels.cross_entropy.vocabulary import FullVocabulary
 from kernels.dispatch import KernelError
 
 C, V = 12, 37
@@ -53,7 +53,7 @@ def truth(x: Tensor, weight: Tensor, targets: Tensor, **options) -> list[Tensor]
 @pytest.mark.parametrize("N", [0, 1, 16, 17, 50])
 def test_value_and_gradients(N: int, z_loss: float, softcap: float, rows: int, impl: str) -> None:
     tensors = example(N, rows=rows)
-    options = dict(z_loss=z_loss, softcap=softcap, vocabulary=WholeVocabulary(rows))
+    options = dict(z_loss=z_loss, softcap=softcap, vocabulary=FullVocabulary(rows))
     for mine, exact in zip(
         run(linear_cross_entropy, *tensors, chunk=16, impl=impl, **options), truth(*tensors, **options), strict=True
     ):
@@ -124,7 +124,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("differentiate", [True, False])
 def test_the_logits_of_the_batch_never_exist(differentiate: bool, form: str) -> None:
     x, weight, targets = example(100)
-    vocabulary = WholeVocabulary(V)
+    vocabulary = FullVocabulary(V)
     # The body of the operator: nothing sees inside the operator itself.
     with Largest() as largest, torch.no_grad():
         loss_and_gradients(x, weight, targets, Terms(V, 0, -100, 0.0, 0.0), vocabulary, 16, form, differentiate)
@@ -263,4 +263,4 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(KernelError, match="found chunk = 0, expected at least 1"):
         linear_cross_entropy(x, weight, targets, chunk=0)
     with pytest.raises(KernelError, match="expected at least the vocabulary's 38"):
-        linear_cross_entropy(x, weight, targets, vocabulary=WholeVocabulary(38))
+        linear_cross_entropy(x, weight, targets, vocabulary=FullVocabulary(38))

@@ -153,13 +153,13 @@ def gathered(fault: str) -> tuple[Any, list[str]]:
         Piece("a", "master", rows, 1, torch.full((3,), rank + 10.0)),
     ]
     if rank == 0:
-        pieces.append(Piece("b", "master", Slice.whole((3,)), 0, torch.tensor([1e-30, -2.0, 3e30])))
+        pieces.append(Piece("b", "master", Slice.full((3,)), 0, torch.tensor([1e-30, -2.0, 3e30])))
     elif fault == "missing":
         pieces.pop()
     elif fault == "twice":
         pieces.append(pieces[0])
     elif fault == "shape":
-        pieces.append(Piece("b", "master", Slice.whole((4,)), 0, torch.ones(4)))
+        pieces.append(Piece("b", "master", Slice.full((4,)), 0, torch.ones(4)))
     elif fault == "range":
         pieces.append(Piece("a", "master", rows, 3, torch.ones(2)))
     elif fault == "name":

@@ -1,4 +1,4 @@
-"""Text corpora as streams of documents, in an order that depends on the text's names alone."""
+"""Text corpora as streams of documents, in an order that depends only on the files' names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded corpus: the Python standard library's own source files."""
+"""The built-in corpus: the Python standard library's own source files."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From text to token files, and what is done to such files."""
+"""Turns text into token files; registers, inspects and verifies token files."""

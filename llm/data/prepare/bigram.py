@@ -1,4 +1,4 @@
-"""An interpolated bigram model, the loss that any trained model has to beat.
+"""An interpolated bigram model, whose loss any trained model has to beat.
 
 P(w | v) = lambda c(v, w) / c(v) + (1 - lambda) (c(w) + 1) / (n + V)   (Jelinek & Mercer 1980), with
 lambda by expectation maximisation on the last tenth of the training tokens, counts from the rest;

@@ -1,4 +1,4 @@
-"""What prepare_data.py prints: a progress bar, what a folder holds, and the statistics of corpora."""
+"""Prints for prepare_data.py: a progress bar, the contents of a folder, the statistics of corpora."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads every byte of the corpora of a run, to say what is damaged."""
+"""Reads every byte of the corpora of a run and says what is damaged."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Copies of remote corpora, through fsspec: sizes and hashes are checked, and an incomplete copy has no manifest.
+"""Copies remote corpora, through fsspec. Sizes and hashes are checked, and an incomplete copy has no manifest.
 
-The manifest is read first and written last. Each file arrives under its name with `.part` behind it, goes on where
-an earlier transfer stopped, and takes its name when its hash is right. One process at a time copies; others wait for
-it and find the work done.
+The manifest is read first and written last. Each file arrives under its name with `.part` behind it, goes on where an
+earlier transfer stopped, and takes its name when its hash is right. One process at a time copies. Others wait for it
+and find the work done.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a sample of the run holds and where it comes from; how long the documents of a corpus are."""
+"""Describes a sample of the run and where it comes from, and the lengths of a corpus's documents."""
 
 from __future__ import annotations
 

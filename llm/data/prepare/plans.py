@@ -1,6 +1,6 @@
-"""Packing plans of the corpora of a run: written ahead of training, beside the tokens, and listed in the manifest.
+"""Writes packing plans of a run's corpora ahead of training, beside the tokens, and lists them in the manifest.
 
-What a plan is and how its file is read: llm/data/samples/packing.py.
+llm/data/samples/packing.py says what a plan is, and reads its file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llm.config import RunConfig
 from llm.data.corpora import Corpora
 from llm.data.native import import_native
 from llm.data.prepare.tokenise import Progress
@@ -31,14 +32,19 @@ WINDOW = 1 << 20  # pieces that are packed together
 BLOCK = 1 << 20  # tokens searched for the ends of documents at a time
 
 
-def write_plans(corpora: Corpora, progress: Progress = lambda stage, done, total: None) -> list[Path]:
+def write_plans(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> list[Path]:
     """Write the packing plans that the run needs and does not have; returns their paths.
 
-    Of every corpus for each sequence length that it is drawn in; none unless data.packing is best_fit. Validation
-    has no plans: its samples are chunks. Raises InputError for a corpus without a manifest to list them.
+    None unless data.packing is best_fit: then nothing of the other corpora is looked at.
     """
-    if corpora.config.data.packing != "best_fit":
-        return []
+    return write_missing(Corpora.open(config), progress) if config.data.packing == "best_fit" else []
+
+
+def write_missing(corpora: Corpora, progress: Progress) -> list[Path]:
+    """Write the missing plans of every corpus, for each sequence length that it is drawn in; returns their paths.
+
+    Validation has no plans: its samples are chunks. Raises InputError for a corpus without a manifest to list them.
+    """
     needed = {}
     for phase, blend in zip(corpora.config.phases, corpora.blends, strict=True):
         for name in blend:

@@ -1,4 +1,4 @@
-"""Writes a manifest for token files that were made elsewhere: they stay where they are and as they are."""
+"""Writes a manifest for token files that were made elsewhere. The files stay as and where they are."""
 
 from __future__ import annotations
 

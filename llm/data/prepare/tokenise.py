@@ -1,4 +1,4 @@
-"""Raw text in, token shards out: a tokenizer, train and validation .bin/.idx, and manifest.json."""
+"""Turns raw text into token shards: a tokenizer, train and validation .bin/.idx, and manifest.json."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The order of samples, as a function of the config and the samples consumed."""
+"""The order of samples, as a function of the config and the number of consumed samples."""

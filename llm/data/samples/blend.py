@@ -1,7 +1,7 @@
-"""Which corpus each sample of a blend is drawn from: a table of one period, found in O(1).
+"""Says which corpus each sample of a blend is drawn from: a table of one period, read in O(1).
 
 Tijdeman's rule (The chairman assignment problem, 1980): with n sources, no source ever is more than 1 - 1 / (2n - 2)
-samples from its exact share of the samples drawn so far, which no rule betters. csrc/core/blend.cpp computes the same
+samples from its exact share of the samples drawn so far. No rule does better. csrc/core/blend.cpp computes the same
 table.
 """
 

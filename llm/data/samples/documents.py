@@ -1,4 +1,4 @@
-"""Where documents begin in samples: the NumPy twin of csrc/core/documents.cpp.
+"""Finds where documents begin in samples, with NumPy. csrc/core/documents.cpp does the same.
 
 Position ids count from 0 in every document. cu_seqlens lists where the documents of a micro-batch
 of B samples begin in its B * T inputs laid end to end, then B * T. A sample always begins one.

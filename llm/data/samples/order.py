@@ -1,7 +1,7 @@
 """The order of samples: a keyed permutation of 0..N-1 per epoch, computed on the fly.
 
 A balanced Feistel network (Luby & Rackoff 1988) on the smallest even number of bits that holds N,
-walked along its cycle until the value is below N (Black & Rogaway 2002). The round function is
+applied again until the value is below N (Black & Rogaway 2002). The round function is
 splitmix64's finaliser (Steele et al. 2014). csrc/core/order.cpp computes the same numbers.
 """
 

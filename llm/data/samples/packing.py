@@ -1,8 +1,8 @@
 """Best-fit packing: samples made of whole documents by a plan (llm/data/prepare/plans.py) written ahead of training.
 
-A document of L tokens is one piece if L <= T + 1. A longer one is cut into pieces of T + 1 tokens
-that overlap by one token, so that each of its L - 1 targets lies in one of them, and a shorter rest.
-A row holds pieces of T + 1 tokens at most; what they leave free is padding. No token is dropped.
+A document of L tokens is one piece if L <= T + 1. A longer one is cut into pieces of T + 1 tokens, and a shorter last
+one. Pieces overlap by one token, so each of the document's L - 1 targets is in exactly one piece. A row holds pieces of
+at most T + 1 tokens together; what they leave free is padding. No token is dropped.
 
 The plan's file, little-endian: the header (magic, version, T, tokens of the corpus, rows R, pieces P,
 tokens of all pieces), the pieces int64[P, 2] (first token in the corpus, tokens), and for each row

@@ -1,7 +1,7 @@
-"""What one data-parallel rank computes in a step: the NumPy twin of csrc/core/sampler.cpp, and its oracle.
+"""Assembles the samples of one data-parallel rank's step with NumPy: the reference for csrc/core/sampler.cpp.
 
-Sample i sits in a corpus at a place that the schedule computes (llm/data/samples/schedule.py). A chunk at place p
-covers the tokens p T .. p T + T of its corpus, both included; a packed sample is row p of the corpus's plan, then
+The schedule gives a sample's corpus and its position p in it (llm/data/samples/schedule.py). A chunk at position p has
+the tokens p T .. p T + T of its corpus, both included; a packed sample is row p of the corpus's plan, then
 padding.
 """
 

@@ -1,8 +1,8 @@
-"""Global sample number -> corpus and position, through the phases of a run and their blends.
+"""Maps a global sample number to a corpus and a position, through the phases of a run and their blends.
 
-Sample i of a phase is the blend's sample i - first: it names a source and how many of its samples come before. Counted
-on from the source's first ordinal, that is epoch and place in the corpus's own order. csrc/core/schedule.cpp computes
-the same places.
+Sample i of a phase is the blend's sample i - first. The blend names a source, and how many of its samples come before.
+Counted on from the source's first ordinal, that gives the epoch and the position in the corpus's own order.
+csrc/core/schedule.cpp computes the same positions.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Token files and their manifest, read without conversion."""
+"""Token files and their manifest. Files are read without conversion."""

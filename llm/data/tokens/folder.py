@@ -1,4 +1,4 @@
-"""The folder of prepared data that a config asks for."""
+"""Opens the folder of prepared data that a config asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SHA-256 of token files beside what their manifests say: at once, or in the background while a run trains."""
+"""Compares the SHA-256 of token files with their manifest: at once, or in the background while a run trains."""
 
 from __future__ import annotations
 

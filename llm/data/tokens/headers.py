@@ -1,12 +1,12 @@
-"""What a token file says of itself, checked in constant time: the twin of csrc/core/token_file.cpp.
+"""Reads and checks the header of a token file in constant time. csrc/core/token_file.cpp does the same.
 
 All formats are little-endian and hold ids one after another.
 
 - raw: `<name>.bin`, ids alone (nanoGPT).
 - megatron: `<name>.bin`, ids alone; `<name>.idx` says where each document lies (llm/data/tokens/megatron.py).
 - llm.c: `<name>.bin`, a header of 256 int32 (magic number, version, count of tokens), then ids.
-- datatrove: `<name>.ds`, ids alone; `<name>.ds.index` holds the end of each document in tokens as uint64, and
-  `<name>.ds.metadata`, where there is one, two lines: tokenizer|bytes of an id, and the count of tokens.
+- datatrove: `<name>.ds`, ids alone; `<name>.ds.index` holds the end of each document in tokens as uint64. There may be
+  a `<name>.ds.metadata` of two lines: tokenizer|bytes of an id, and the count of tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""manifest.json: what a corpus of token files holds, with the size and hash of every file of it.
+"""manifest.json: the contents of a corpus of token files, with the size and hash of every file.
 
-Reading it touches no other file: a corpus of 10,000 shards opens as fast as one of one. What the files hold is
+Reading it touches no other file, so a corpus of 10,000 shards opens as fast as one of one. The files themselves are
 checked when they are first read (llm/data/tokens/shards.py) and by `prepare_data.py verify`.
 """
 

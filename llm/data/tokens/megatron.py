@@ -1,9 +1,9 @@
-"""Megatron's token files: `<name>.bin` holds the ids, `<name>.idx` where each document lies.
+"""Megatron's token files: `<name>.bin` holds the ids, `<name>.idx` says where each document lies.
 
 The .idx file, little-endian: magic (9 bytes), version u64 = 1, dtype code u8 (1: uint8, 8: uint16, 4: int32),
 sequence count S u64, document boundary count u64 = documents + 1, then the sequence lengths
 int32[S] in tokens, their byte offsets int64[S] in the .bin file, and the document boundaries int64
-in sequences. Here one sequence is one document, ended by the end-of-document token.
+in sequences. Ingot writes one sequence per document, ended by the end-of-document token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Token corpora: files of token ids, in any of four formats (llm/data/tokens/headers.py), read as one sequence.
 
-Here is also the NumPy twin of `_native.Corpus`, and what looks at whole indexes: it takes time in proportion to the
-documents, and so is no part of starting a run.
+NumpyCorpus is the NumPy twin of `_native.Corpus`. The functions that read complete indexes take time in proportion to
+the documents, so a run does not call them when it starts.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The three engines: DeepSpeed, FSDP2, and the plain one that is their oracle."""
+"""The three engines: DeepSpeed, FSDP2, and the plain one, which is the oracle of the others."""

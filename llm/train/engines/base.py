@@ -1,4 +1,4 @@
-"""What the training loop needs of an engine, and what it gives it."""
+"""The interface between the training loop and an engine."""
 
 from __future__ import annotations
 

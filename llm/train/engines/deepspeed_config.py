@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: what Ingot decides, and the further keys that the user may set."""
+"""Writes the DeepSpeed config of a run: the keys that Ingot sets, and the others that the user may set."""
 
 from __future__ import annotations
 

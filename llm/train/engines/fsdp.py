@@ -1,7 +1,7 @@
-"""The FSDP2 engine: parameters, gradients and moments cut by rows over the data-parallel group (Zhao et al. 2023).
+"""The FSDP2 engine: parameters, gradients and moments sharded by rows over the data-parallel group (Zhao et al. 2023).
 
-A unit, which is a block of the model or the rest of it (tables, last norm, head), is gathered when the forward or the
-backward pass comes to it, and its gradient is reduced to shards when the backward pass leaves it. A parameter of R
+A unit is a block of the model, or the rest of it (tables, last norm, head). It is gathered when the forward or the
+backward pass reaches it, and its gradient is reduced to shards when the backward pass leaves it. A parameter of R
 rows, which may be a tensor-parallel slice, has rows [r n, (r + 1) n), n = ceil(R / dp), on data-parallel rank r.
 """
 

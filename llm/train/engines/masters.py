@@ -1,4 +1,4 @@
-"""fp32 master weights, AdamW and fp16's loss scale: what the plain and the FSDP engine have in common."""
+"""fp32 master weights, AdamW and fp16's loss scale, for the plain and the FSDP engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short PyTorch engine, one process or data parallel: what the others are compared with."""
+"""The plain PyTorch engine, one process or data parallel: the others are compared with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What engines share: fp16's loss scale, validation, the gradient's norm and clipping, gathering of slices."""
+"""Functions that engines share: fp16's loss scale, validation, gradient norm and clipping, gathering of slices."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def clip(parameters: Sequence[Tensor], norm: Tensor, limit: float) -> None:
 
 def gather_slices(local: Tensor, part: Slice, mesh: Mesh | None) -> Tensor:
     """The global tensor of which every tensor-parallel rank holds the slice `part` (perhaps with padding rows)."""
-    if part.is_whole or mesh is None or mesh.tp_size == 1:
+    if part.is_full or mesh is None or mesh.tp_size == 1:
         return local
     gathered = all_gather(local, mesh.tp_size, mesh.tp_group.group_name)
     joined = torch.cat(list(gathered), dim=part.dim)

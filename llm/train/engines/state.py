@@ -1,4 +1,4 @@
-"""The fp32 state of an optimizer as checkpoints see it: flat ranges of the slices of named parameters."""
+"""The fp32 optimizer state as checkpoints see it: flat ranges of the slices of named parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def state_pieces(
 ) -> Iterator[Piece]:
     """What a rank writes of its fragments: of what all tensor-parallel ranks hold, the first one's."""
     for name, fragment in fragments.items():
-        if fragment.numel == 0 or (slices[name].is_whole and tp_rank != 0):
+        if fragment.numel == 0 or (slices[name].is_full and tp_rank != 0):
             continue
         for kind, tensor in fragment.tensors(optimizer, moments=moments).items():
             yield Piece(name, kind, slices[name], fragment.start, tensor.float().cpu())

@@ -1,7 +1,7 @@
-"""Where DeepSpeed keeps this rank's part of a parameter's fp32 state, at each ZeRO stage.
+"""Finds where DeepSpeed keeps this rank's part of a parameter's fp32 state, at each ZeRO stage.
 
-Whatever the stage, the fp32 weights that the optimizer updates are a range of some tensor that is a key of the
-optimizer's state, and that range is a flat range of the (tensor-parallel slice of the) parameter.
+At every stage the fp32 weights that the optimizer updates are a range of some tensor that is a key of the optimizer's
+state. That range is a flat range of the parameter, or of its tensor-parallel slice.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def test_whole_corpora_and_the_progress():
 @pytest.mark.parametrize("name", ["train.bin", "train.idx", "validation.bin", "tokenizer.json", "train.16.plan"])
 def test_a_flipped_bit_of_any_file_is_found_once(name: str):
     config = make_config(blend={"two": 1.0, "one": 1.0}, packing="best_fit", document_masks=True)
-    write_plans(Corpora.open(config))
+    write_plans(config)
     flip(f"two/{name}" if name != "validation.bin" else "one/validation.bin", -1)
     found = damage_of(config)
     assert len(found) == 1

@@ -48,7 +48,7 @@ def bucket(origin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFile
     system.rm("/bucket", recursive=True)
 
 
-def is_whole(folder: Path, origin: Path) -> bool:
+def is_full(folder: Path, origin: Path) -> bool:
     check_hashes(folder, read_manifest(folder))
     (folder / ".lock").unlink(missing_ok=True)
     return {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in origin.iterdir()}
@@ -75,7 +75,7 @@ def test_a_copy_is_whole_and_made_once(origin: Path, tmp_path: Path, monkeypatch
     requests, stages = Requests(monkeypatch), []
     folder = tmp_path / "cache/copy"
     assert fetch(URL, folder, lambda *stage: stages.append(stage)) == read_manifest(origin)
-    assert is_whole(folder, origin)
+    assert is_full(folder, origin)
     total = sum(entry.bytes for entry in read_manifest(origin).all_files().values())
     assert stages[-1] == (f"copying {URL}", total, total)
     assert [stage[1] for stage in stages] == sorted(stage[1] for stage in stages)
@@ -118,7 +118,7 @@ def test_an_interrupted_transfer_goes_on(origin: Path, tmp_path: Path, n: int):
     asked = sum(stop - start for _, start, stop in requests.ranges)
     total = sum(entry.bytes for entry in read_manifest(origin).all_files().values())
     assert asked == total - kept
-    assert is_whole(folder, origin)
+    assert is_full(folder, origin)
 
 
 def test_after_a_failure_the_other_streams_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -145,7 +145,7 @@ def test_bits_that_flip_on_the_way(origin: Path, tmp_path: Path):
         with pytest.raises(InputError, match=r"of what came, its manifest says .* run again to copy it anew"):
             fetch(URL, folder)
     fetch(URL, folder)
-    assert is_whole(folder, origin)
+    assert is_full(folder, origin)
 
 
 @pytest.mark.parametrize("spoil", [lambda n, found: found[:-1], lambda n, found: found * 2], ids=["short", "no ranges"])
@@ -165,7 +165,7 @@ def test_what_lies_there_already_is_not_trusted(origin: Path, tmp_path: Path):
     (folder / "validation.idx.part").write_bytes(b"x")
     stages = []
     fetch(URL, folder, lambda *stage: stages.append(stage))
-    assert is_whole(folder, origin)
+    assert is_full(folder, origin)
     total = stages[-1][2]
     assert stages[-1][1] == total
 
@@ -240,7 +240,7 @@ def test_the_corpora_of_a_config(origin: Path, tmp_path: Path):
     assert {Path(corpus.shards.paths[0]).read_bytes() for corpus in found.values()} == {
         (origin / "train.bin").read_bytes()
     }
-    assert is_whole(copy_folder(config, URL), origin)
+    assert is_full(copy_folder(config, URL), origin)
 
 
 SCRIPT = """
@@ -271,7 +271,7 @@ def test_several_processes_copy_once(origin: Path, tmp_path: Path):
     assert [process.returncode for process in running] == [0, 0, 0]
     assert requests[:2] == [0, 0]
     assert requests[2] > 10
-    assert is_whole(folder, origin)
+    assert is_full(folder, origin)
 
 
 def test_a_killed_process_leaves_what_the_next_goes_on_with(origin: Path, tmp_path: Path):
@@ -285,4 +285,4 @@ def test_a_killed_process_leaves_what_the_next_goes_on_with(origin: Path, tmp_pa
     process.communicate()
     assert not (folder / "manifest.json").exists()
     fetch(f"file://{origin}", folder)
-    assert is_whole(folder, origin)
+    assert is_full(folder, origin)

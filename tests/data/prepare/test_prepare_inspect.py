@@ -50,7 +50,7 @@ def opened(max_steps: int = 50, **data) -> Corpora:
         data=DataConfig(**{"path": "a", "seq_len": 32} | data),
         train=TrainConfig(global_batch_size=4, micro_batch_size=2, max_steps=max_steps),
     )
-    write_plans(Corpora.open(config))
+    write_plans(config)
     return Corpora.open(config)
 
 

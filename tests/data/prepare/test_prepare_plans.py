@@ -17,7 +17,7 @@ from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig
 from llm.data import _native
 from llm.data.corpora import Corpora
 from llm.data.prepare import plans
-from llm.data.prepare.plans import document_ranges, plan_window, windows, write_plan, write_plans
+from llm.data.prepare.plans import document_ranges, plan_window, windows, write_missing, write_plan, write_plans
 from llm.data.samples.packing import NumpyPackPlan
 from llm.data.tokens.hashes import check_hashes
 from llm.data.tokens.manifest import read_manifest
@@ -33,8 +33,8 @@ def make_config(**data) -> RunConfig:
 
 @pytest.mark.usefixtures("two_folders")
 def test_none_are_needed_for_chunks():
-    config = make_config(packing="chunk")
-    assert write_plans(Corpora.open(config)) == []
+    config = make_config(packing="chunk", blend={"one": 1.0, "not prepared yet": 1.0})
+    assert write_plans(config) == []
     assert not list(Path("one").glob("*.plan"))
 
 
@@ -45,7 +45,7 @@ def test_each_corpus_gets_those_of_the_lengths_it_is_drawn_in():
         PhaseChange(samples=64, seq_len=32, blend={"two": 1.0, "one": 1.0}),
     )
     config = make_config(phases=phases)
-    written = write_plans(Corpora.open(config))
+    written = write_plans(config)
     names = ["one/train.16.plan", "one/train.24.plan", "one/train.32.plan", "two/train.32.plan"]
     assert sorted(map(str, written)) == sorted(names)
     assert sorted(map(str, Path().glob("*/*.plan"))) == sorted(names)
@@ -55,7 +55,7 @@ def test_each_corpus_gets_those_of_the_lengths_it_is_drawn_in():
     shards = corpora.training["two"].shards
     plan = NumpyPackPlan(Path(shards.plan(32)), 32, shards.n_tokens)
     assert sum(plan.targets(row) for row in range(len(plan))) > 2900
-    assert write_plans(corpora) == []
+    assert write_plans(config) == []
 
 
 @pytest.mark.usefixtures("two_folders")
@@ -63,7 +63,7 @@ def test_files_without_a_manifest_are_refused():
     np.arange(50, dtype="<u2").tofile("a.bin")
     config = make_config(blend={"a.bin": 1.0})
     with pytest.raises(InputError, match=r"a\.bin has no manifest that could list its packing plans; register"):
-        write_plans(Corpora.open(config))
+        write_plans(config)
 
 
 @pytest.mark.usefixtures("two_folders")
@@ -72,7 +72,9 @@ def test_processes_that_write_plans_at_once_lose_none(monkeypatch: pytest.Monkey
     corpora = [Corpora.open(make_config()), Corpora.open(make_config(seq_len=24))]
     written, write = [], plans.write_plan
     monkeypatch.setattr(plans, "write_plan", lambda *args: (written.append(args[1]), write(*args)))
-    threads = [threading.Thread(target=write_plans, args=[opened]) for opened in [*corpora, corpora[0]]]
+    threads = [
+        threading.Thread(target=write_missing, args=(opened, lambda *_: None)) for opened in [*corpora, corpora[0]]
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

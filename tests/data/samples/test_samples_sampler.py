@@ -49,7 +49,7 @@ def test_packed_samples_count_each_target_once(make_data: MakeData, kind: str):
     config = make_data(
         n_train=2000, vocab_size=12, loader=kind, document_masks=True, packing="best_fit", micro_batch=1, global_batch=1
     )
-    write_plans(Corpora.open(config))
+    write_plans(config)
     tokens = file_tokens(config, "train")
     ends = np.flatnonzero(tokens == 0) + 1
     documents = np.split(tokens, ends[ends < tokens.size])
@@ -69,7 +69,7 @@ def test_packed_samples_count_each_target_once(make_data: MakeData, kind: str):
 @pytest.mark.parametrize(("dp_size", "micro"), [(1, 1), (2, 3), (6, 1)])
 def test_packed_native_equals_numpy_on_any_world(make_data: MakeData, dp_size: int, micro: int):
     config = make_data(n_train=3000, vocab_size=20, document_masks=True, packing="best_fit")
-    write_plans(Corpora.open(config))
+    write_plans(config)
     config = with_batch(config, micro_batch_size=micro)
     counts = {step.target_count for step in step_of(config, dp_size)}
     whole = sum(int(batch.counted.sum()) for step in step_of(config, dp_size) for batch in step.batches)
@@ -85,7 +85,7 @@ def test_a_missing_or_foreign_plan_is_refused(make_data: MakeData):
     with pytest.raises(Exception, match="no packing plan for samples of 10 tokens"):
         step_of(config)
     other = make_data(n_train=900, document_masks=True, packing="best_fit")
-    write_plans(Corpora.open(other))
+    write_plans(other)
     name = plan_name("train", 10)
     os.replace(Path(other.data.path) / name, Path(config.data.path) / name)
     folder = Path(config.data.path)
@@ -150,7 +150,7 @@ def test_skipped_packed_samples_change_the_count_of_targets(make_data: MakeData)
     config = make_data(
         n_train=3000, vocab_size=20, document_masks=True, packing="best_fit", damaged="skip", micro_batch=1
     )
-    write_plans(Corpora.open(config))
+    write_plans(config)
     for at in range(5, 3000, 150):
         damage(config, at)
     expected = take(open_loader(Corpora.open(config), dp_rank=0, dp_size=1), 20)
