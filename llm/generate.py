@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from llm.data.tokenizer import TextStream
 from llm.errors import require
 from llm.model.cache import KVCache
 from llm.model.gpt import GPT
@@ -79,7 +78,7 @@ def stream(trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampli
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     steps = generate(trained.model, ids, max_new_tokens=max_new_tokens, end=tokenizer.eod_id, sampling=sampling)
     if len(prompts) == 1:
-        pieces = TextStream(tokenizer)
+        pieces = tokenizer.stream()
         yield prompts[0]
         for row in steps:
             if row[0] is not None:

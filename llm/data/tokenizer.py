@@ -104,8 +104,12 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        stream = TextStream(self)
+        stream = self.stream()
         return "".join([stream.push(i) for i in ids]) + stream.finish()
+
+    def stream(self) -> TextStream:
+        """A decoder that takes one token at a time."""
+        return TextStream(self)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token stands for; InputError when there is no such token."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm.data.tokenizer import END_OF_DOCUMENT, TextStream, Tokenizer
+from llm.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from llm.errors import InputError
 
 TEXT = [
@@ -60,7 +60,7 @@ def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path):
 @given(ids=st.lists(st.integers(0, 299), max_size=40))
 @settings(max_examples=300, deadline=None)
 def test_streaming_gives_what_decoding_at_once_gives(tokenizer: Tokenizer, ids: list[int]):
-    stream = TextStream(tokenizer)
+    stream = tokenizer.stream()
     streamed = "".join([stream.push(i) for i in ids]) + stream.finish()
     raw = b"".join(tokenizer.token_bytes(i) for i in ids)
     assert streamed == raw.decode("utf-8", errors="replace") == tokenizer.decode(ids)
@@ -69,7 +69,7 @@ def test_streaming_gives_what_decoding_at_once_gives(tokenizer: Tokenizer, ids: 
 def test_a_split_character_appears_with_its_last_byte(tokenizer: Tokenizer):
     ids = tokenizer.encode("\U0001f9ff")  # unseen in training, so spread over tokens
     assert len(ids) >= 3
-    stream = TextStream(tokenizer)
+    stream = tokenizer.stream()
     assert [stream.push(i) for i in ids] == [*[""] * (len(ids) - 1), "\U0001f9ff"]
     assert stream.finish() == ""
     stream.push(ids[0])
