@@ -160,8 +160,10 @@ class NumpyCorpus:
         """
         if not 0 <= start <= start + count <= len(self) or count < 0:
             raise IndexError(f"{count} tokens from {start} lie outside the {len(self)} tokens of the corpus")
-        parts = [self._read_file(*part) for part in self._shards.split(start, count)]
-        out = np.concatenate([np.empty(0, f"u{self._width}"), *parts])
+        out, done = np.empty(count, f"u{self._width}"), 0
+        for file, first, n in self._shards.split(start, count):
+            out[done : done + n] = self._read_file(file, first, n)
+            done += n
         return out.view("i4") if self._width == 4 else out
 
     def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray:
