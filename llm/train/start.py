@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -25,7 +26,7 @@ from llm.train.checks import check_kernels, check_prompt
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.feed import Feed
 from llm.train.resume import check_resumable
-from llm.train.run_folder import RunFolder, RunLock, truncate_metrics
+from llm.train.run_folder import RunFolder, truncate_metrics
 
 RUNS = Path("runs")
 
@@ -56,7 +57,7 @@ class Run:
         return (micro_batch(batch, self.device, rows) for batch, rows in batches)
 
 
-def claim(config: RunConfig) -> tuple[RunFolder, RunLock]:
+def claim(config: RunConfig) -> tuple[RunFolder, BinaryIO]:
     """Rank 0, before the ranks meet: make the run's folder and lock it. InputError if another process holds it."""
     folder = RunFolder(RUNS, config.name)
     folder.create()
