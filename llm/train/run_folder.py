@@ -102,14 +102,11 @@ def truncate_metrics(path: Path, step: int) -> int:
 
 def _is_of_step(line: bytes, last: int) -> bool:
     """Whether it is a whole metric line of a step up to `last`."""
-    if not line.endswith(b"\n"):
-        return False
     try:
-        found = json.loads(line)
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
         return False
-    step = found.get("step") if isinstance(found, dict) else None
-    return isinstance(step, int) and step <= last
+    return line.endswith(b"\n") and isinstance(step, int) and step <= last
 
 
 def _try_lock(file: BinaryIO, path: Path) -> bool:

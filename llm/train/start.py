@@ -96,14 +96,9 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
 def _open_feed(run: Run, skipped_samples: int) -> Feed:
     mesh, consumed = run.mesh, consumed_samples(run.config.phases, run.step)
     ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-    return Feed(
-        open_loader(run.corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu"),
-        run.device,
-        run.config.train.max_steps - run.step,
-        mesh.dp_group,
-        hash_check=run.corpora.hash_check(**ranks),
-        skipped_samples=skipped_samples,
-    )
+    loader = open_loader(run.corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu")
+    steps, hash_check = run.config.train.max_steps - run.step, run.corpora.hash_check(**ranks)
+    return Feed(loader, run.device, steps, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
 
 
 def _write_folder(run: Run) -> None:
