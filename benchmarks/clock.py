@@ -1,7 +1,5 @@
 """Times calls on a CPU or a GPU, several candidates in turns, and describes the machine."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -142,12 +140,15 @@ def summary(samples: Sequence[Sample]) -> dict[str, float]:
 def machine(device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
     """The hardware, the system, the load average before the run, and those of the packages that are installed."""
     on_gpu = device.type == "cuda"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     versions = {}
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
-        "cpu": _processor(),
+        "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
@@ -157,9 +158,3 @@ def machine(device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
         "packages": versions,
         "load": os.getloadavg()[0],
     }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -4,8 +4,6 @@ The first line of the file is the header, {"run": ...}: command, date and machin
 a run that is stopped keeps what it has measured.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import shlex
@@ -29,9 +27,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "peer": {"linestyle": "--", "linewidth": 1.2},
     "reference": {"linestyle": ":", "linewidth": 1.2},
 }
-
-
-# --- records ---
 
 
 def header(module: str, arguments: Sequence[str], device: torch.device, packages: Sequence[str]) -> Record:
@@ -58,9 +53,6 @@ def read(path: Path) -> tuple[Record, list[Record]]:
     return first["run"], records
 
 
-# --- Markdown ---
-
-
 def heading(head: Record) -> str:
     """The sentence on a run that stands above its tables."""
     packages = [f"{name} {version}" for name, version in head["packages"].items()]
@@ -71,11 +63,8 @@ def heading(head: Record) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
-    return [row(head), "|---" * len(head) + "|", *map(row, rows)]
-
-
-def row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    first, *others = ("| " + " | ".join(cells) + " |" for cells in (head, *rows))
+    return [first, "|---" * len(head) + "|", *others]
 
 
 def number(x: float) -> str:
@@ -83,19 +72,12 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def interval(middle: float, low: float, high: float) -> str:
-    return f"{number(middle)} ({number(low)} to {number(high)})"
-
-
 def spread(values: Sequence[float], scale: float = 1.0) -> str:
     """Median and quartiles; one value alone; a dash for none."""
     if len(values) < 2:
         return number(values[0] * scale) if values else NONE
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)) * scale
-    return interval(middle, low, high)
-
-
-# --- plots ---
+    low, middle, high = map(number, np.quantile(values, (0.25, 0.5, 0.75)) * scale)
+    return f"{middle} ({low} to {high})"
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,7 @@ def main(rounds: int = 3, steps: int = 40) -> None:
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in (PEER, *OURS)}
     for name in alternate(list(measured), rounds):
         measured[name].append(plain(steps) if name == PEER else ingot(*OURS[name], steps))
-    medians = {
-        name: (median(step for step, _ in pairs), median(first for _, first in pairs))
-        for name, pairs in measured.items()
-    }
+    medians = {name: [median(figures) for figures in zip(*pairs, strict=True)] for name, pairs in measured.items()}
     base, _ = medians[PEER]
     rows = [
         [name, f"{step * 1e3:.0f}", f"{TOKENS / step:,.0f}", f"{base / step:.2f}", f"{first:.1f}"]

@@ -7,23 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from llm.config import ModelConfig
 from llm.errors import require
 from llm.model.cache import KVCache
 from llm.model.gpt import GPT
 from llm.sampling import SamplingConfig, sample
 from llm.trained import Trained
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], model: ModelConfig) -> None:
-    """Raise InputError for a prompt that the model cannot continue."""
-    for prompt in prompts:
-        require(len(prompt) > 0, "a prompt is empty; give at least one character to continue")
-        require(
-            len(prompt) < model.max_seq_len,
-            f"a prompt has {len(prompt)} tokens; the model's longest sequence is {model.max_seq_len} "
-            "(model.max_seq_len), and at least one must be free",
-        )
 
 
 @torch.inference_mode()
@@ -40,13 +28,18 @@ def generate(
 
     prompts: token ids, of any lengths. All rows advance together from the shortest prompt's end; a row that is still
     inside its prompt takes its own next token, so that no padding enters the attention. A row ends at token `end`,
-    after `max_new_tokens`, or at the model's longest sequence.
+    after `max_new_tokens`, or at the model's longest sequence. Raises InputError for a prompt that cannot be continued.
     """
     require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    check_prompts(prompts, model.config)
-    device = next(model.parameters()).device
+    device, longest = next(model.parameters()).device, model.config.max_seq_len
     lengths = [len(prompt) for prompt in prompts]
-    limits = [min(n + max_new_tokens, model.config.max_seq_len) for n in lengths]
+    require(min(lengths) > 0, "a prompt is empty; give at least one character to continue")
+    require(
+        max(lengths) < longest,
+        f"a prompt has {max(lengths)} tokens; the model's longest sequence is {longest} (model.max_seq_len), and at "
+        "least one must be free",
+    )
+    limits = [min(n + max_new_tokens, longest) for n in lengths]
     rows = torch.zeros(len(prompts), max(limits), dtype=torch.long, device=device)
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, device=device)

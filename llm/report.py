@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from llm.data.tokens.folder import load_manifest
-from llm.data.tokens.manifest import Manifest
 from llm.errors import require
 from llm.generate import stream
 from llm.sampling import SamplingConfig
@@ -30,7 +29,9 @@ def report(run: Path) -> str:
     loss = validation_loss(run)
     for name, nats in (("validation loss", loss), ("bigram model", bigram)):
         if nats is not None:
-            lines.append(f"  {name:16}  {units(nats, manifest)}")
+            bits = manifest.bits_per_byte(nats)
+            in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
+            lines.append(f"  {name:16}  {nats:.4f} nats per token{in_bits}")
     if bigram is not None and loss is not None:
         side = "under" if loss < bigram else "above"
         lines.append(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
@@ -43,12 +44,6 @@ def validation_loss(run: Path) -> float | None:
     """The last one in metrics.jsonl, nats per token."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return next((r["val_loss"] for r in reversed(list(records)) if "val_loss" in r), None)
-
-
-def units(loss: float, manifest: Manifest) -> str:
-    """A loss in nats per token, and in bits per byte where the manifest counts bytes."""
-    bits = manifest.bits_per_byte(loss)
-    return f"{loss:.4f} nats per token" + ("" if bits is None else f", {bits:.4f} bits per byte")
 
 
 def continuation(trained: Trained) -> str:

@@ -27,38 +27,20 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         penalty, temperature = self.repetition_penalty, self.temperature
-        require(
-            0 < penalty < float("inf"),
-            f"repetition_penalty is {penalty}; expected above 0 (1: none)",
-        )
-        require(
-            0 <= temperature < float("inf"),
-            f"temperature is {temperature}; expected at least 0 (0: the likeliest token)",
-        )
-        require(
-            self.top_k is None or self.top_k >= 1,
-            f"top_k is {self.top_k}; expected at least 1, or null for all",
-        )
+        require(0 < penalty < float("inf"), f"repetition_penalty is {penalty}; expected above 0 (1: none)")
+        expected = "expected at least 0 (0: the likeliest token)"
+        require(0 <= temperature < float("inf"), f"temperature is {temperature}; {expected}")
+        require(self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}; expected at least 1, or null for all")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1: all)")
 
 
 def sample(
-    logits: Tensor,
-    config: SamplingConfig,
-    *,
-    history: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    logits: Tensor, config: SamplingConfig, *, history: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """One token for each row.
+    """One token for each row, int64 [B], from `logits`, fp32 [B, V]: -inf where a token cannot be.
 
-    Args:
-        logits: fp32 [B, V]; -inf where a token cannot be.
-        config: how to draw.
-        history: int64 [B, S], the tokens so far, which the repetition penalty counts.
-        generator: of the random numbers, on the device of `logits`.
-
-    Returns:
-        int64 [B].
+    `history`, int64 [B, S], has the tokens so far, which the repetition penalty counts. `generator` is on the device of
+    `logits`.
     """
     logits = logits.float()
     if config.repetition_penalty != 1 and history is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint.reader import CheckpointReader, find_latest, open_checkpoint, verify
+from llm.checkpoint.reader import find_latest, open_checkpoint, verify
 from llm.config import ParallelConfig, RunConfig
 from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
@@ -31,20 +31,14 @@ class Trained:
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """The checkpoint folder and the run folder that `path` names: a run (its newest checkpoint) or one checkpoint."""
-    require(
-        path.is_dir(),
-        f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...",
-    )
+    require(path.is_dir(), f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...")
     if not (path / "checkpoints").is_dir():
         return path, path.parent.parent
     latest, warnings = find_latest(path / "checkpoints")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    require(
-        latest is not None,
-        f"{path} holds no complete checkpoint; train first, or choose another run",
-    )
-    assert latest is not None
+    if latest is None:
+        raise InputError(f"{path} holds no complete checkpoint; train first, or choose another run")
     return latest, path
 
 
@@ -65,12 +59,7 @@ def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> 
     train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
     config = replace(config, parallel=parallel, train=train)
     model = GPT(config.model, choose_layers(config, mesh))
-    load_weights(model, reader)
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
-    return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])
-
-
-def load_weights(model: GPT, reader: CheckpointReader) -> None:
-    """Fill every parameter of `model` with its slice of the checkpoint's master weights."""
     for name, parameter in model.named_parameters():
         fill(parameter, reader.read(name, "master"))
+    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])

@@ -20,10 +20,8 @@ def read(kind: Any, value: Any, where: str) -> Any:
     """Read `value` as `kind`: a scalar, Literal, tuple, dict, dataclass or NamedTuple, any of these | None, or Any.
 
     A list becomes a tuple, and an integer a float where one is expected: nothing else is converted. Integers have at
-    most 64 bits, floats are finite, and Any stands for what JSON can hold.
-
-    Raises:
-        InputError: what was found at the dotted key `where`, and what was expected.
+    most 64 bits, floats are finite, and Any stands for what JSON can hold. Raises InputError: what was found at the
+    dotted key `where`, and what was expected.
     """
     kinds = alternatives(kind)
     if type(value) in kinds and _is_possible(value):
@@ -107,7 +105,9 @@ def describe(kind: Any) -> str:
 
 def shown(value: Any) -> str:
     """The repr of what was found, cut where it is long."""
-    return _Short().repr(value)
+    short = _Short()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
 
 
 def unknown_key(key: str, valid: Collection[str]) -> InputError:
@@ -149,9 +149,5 @@ def _fields(record: Any) -> tuple[dict[str, Any], set[str]]:
 
 
 class _Short(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 100
-
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if _is_possible(x) else f"an integer of {x.bit_length()} bits"

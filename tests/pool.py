@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 from llm.cluster.preflight import remove_abandoned_locks
@@ -66,7 +67,7 @@ class RankPool:
 
     def start(self) -> None:
         # A rank that was killed while DeepSpeed's operator was built leaves a lock that the next would wait for.
-        remove_abandoned_locks(operator_folder())
+        remove_abandoned_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", operator_folder())))
         context = mp.get_context("spawn")
         port = free_port()
         for rank in range(self.world_size):

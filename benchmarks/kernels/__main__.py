@@ -1,10 +1,8 @@
-"""Times every kernel beside every other implementation that is installed, on the same tensors and in turns.
+"""`python -m benchmarks.kernels`: times every kernel beside every other implementation that is installed, in turns.
 
-usage: python -m benchmarks.kernels [--only REGEX] [--out FOLDER]   writes results.jsonl, results.md, a plot per kernel
-
-On a GPU it runs the shapes that others publish; on a CPU tiny ones, which prove only that it runs. The results name
-the rivals that are not installed (docs/benchmarks.md says what to install). The exit code is 1 if one of our kernels
-failed, or if its result differs from its reference's.
+It writes results.jsonl, results.md and a plot per kernel. On a GPU it runs the shapes that others publish; on a CPU
+tiny ones, which prove only that it runs. The results name the rivals that are not installed (docs/benchmarks.md says
+what to install). The exit code is 1 if one of our kernels failed, or if its result differs from its reference's.
 """
 
 import argparse
@@ -25,9 +23,7 @@ PACKAGES = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.kernels", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--only", default="", help="a regular expression to be found in 'kernel part group shape'")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-kernels"), help="folder of the results")
     options = parser.parse_args(arguments)

@@ -2,15 +2,13 @@
 one. SwiGLU reads gate and up and writes one; its backward pass reads three and writes two.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 
 import torch
 
-from benchmarks.kernels.case import Case, Contest, Function, loaders, setups, timed, timed_dtype
+from benchmarks.kernels.case import Case, Contest, Function, loaders, normal, setups, timed, timed_dtype
 from kernels.gelu import gelu
 from kernels.swiglu import swiglu
 
@@ -24,11 +22,9 @@ def case(
     device: torch.device, dtype: torch.dtype, function: Function, rows: int, F: int, *, strided: bool = False
 ) -> Case:
     """function: gelu or swiglu. strided: the rows lie apart, so that the kernel cannot take them as one."""
-    torch.manual_seed(0)
     width = 2 * F if function is swiglu else F
-    x = torch.randn(rows, width + strided * F, device=device).to(dtype)[:, :width]
-    dy = torch.randn(rows, F, device=device).to(dtype)
-    return Case(f"N={rows} F={F}{' strided' * strided}", function, (x,), (dy,))
+    x, dy = normal(device, dtype, (rows, width + strided * F), (rows, F))
+    return Case(f"N={rows} F={F}{' strided' * strided}", function, (x[:, :width],), (dy,))
 
 
 def compiled(dtype: torch.dtype) -> Iterator[Case]:

@@ -4,10 +4,9 @@ Bytes per weight: 12 read and 12 written of weight and moments, and 4 read of an
 gradient, scaled in the same pass, and 2 written of the bf16 copy. PyTorch's optimizers need further passes for these.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -63,23 +62,19 @@ def compiled(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def contests(device: torch.device, small: bool) -> Iterator[Contest]:
-    width = 64 if small else 768
-    tensors = layer_counts(width) * (1 if small else 12)
+    C = 64 if small else 768
+    block = [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]  # elements of GPT-2's tensors
+    tensors = block * (1 if small else 12)
     flat = [(name, [count]) for name, count in (SMALL if small else COUNTS).items()]
     groups = {
         "fp32 gradient": flat,
         "bf16 gradient and copy": flat,
-        "tensor by tensor": [(f"{len(tensors)} tensors, C={width}", tensors)],
+        "tensor by tensor": [(f"{len(tensors)} tensors, C={C}", tensors)],
     }
     for group, models in groups.items():
         for name, counts in models:
             N, made = sum(counts), rivals(device, counts, mixed=group.startswith("bf16"))
             yield Contest("adamw", "step", name, "weights", N, torch.float32, 28.0 * N, made, 15.0 * N, group)
-
-
-def layer_counts(C: int) -> list[int]:
-    """Elements of the tensors of one of GPT-2's blocks."""
-    return [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,11 @@ def rivals(device: torch.device, counts: list[int], mixed: bool) -> dict[str, Se
     weights = Weights(parameters, gradients, copies, torch.full((), 0.5, device=device))
 
     def stock(**options: Any) -> Setup:
-        return lambda: engine_step(weights, lambda p: torch.optim.AdamW(p, **OPTIONS, **options))
+        return lambda: engine_step(weights, partial(torch.optim.AdamW, **OPTIONS, **options))
+
+    def fused(module: str) -> Setup:
+        options = OPTIONS | {"adam_w_mode": True}
+        return lambda: engine_step(weights, partial(import_module(module).FusedAdam, **options))
 
     found = {
         "ingot": lambda: one_pass(weights, "triton" if device.type == "cuda" else "torch"),
@@ -111,8 +110,7 @@ def rivals(device: torch.device, counts: list[int], mixed: bool) -> dict[str, Se
         "torch.compile": lambda: torch.compile(one_pass(weights, "reference")),
     }
     if device.type == "cuda":
-        for name, module in FUSED.items():
-            found[name] = lambda module=module: engine_step(weights, fused_adam(module))
+        found |= {name: fused(module) for name, module in FUSED.items()}
     return found
 
 
@@ -148,9 +146,3 @@ def engine_step(weights: Weights, make: Callable[[list[Tensor]], Any]) -> Thunk:
             torch._foreach_copy_(weights.copies, [p.detach() for p in parameters])
 
     return run
-
-
-def fused_adam(module: str) -> Callable[[list[Tensor]], Any]:
-    """FusedAdam of apex or DeepSpeed, which is AdamW by its option."""
-    make = import_module(module).FusedAdam
-    return lambda parameters: make(parameters, adam_w_mode=True, **OPTIONS)

@@ -5,8 +5,6 @@ Exits with 1 if a kernel spills or needs more shared memory than its architectur
 TRITON_CACHE_DIR) then holds what a GPU machine with the same Triton and Python would compile.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import re

@@ -4,8 +4,6 @@ Tensors are [B, T, H, D]. Operations are counted as FlashAttention does: forward
 positions, T^2 / 2 pairs without a window; backward 2.5 times that, even if a kernel computes some of them again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.kernels.case import Case, Contest, Function, Loader, loaders, setups, timed_dtype
+from benchmarks.kernels.case import Case, Contest, Function, Loader, loaders, normal, sequence, setups, timed_dtype
 from kernels.attention import Strided, attention, attention_with_lse
 from kernels.philox import DropoutKey
 
@@ -77,11 +75,9 @@ FORMS = [
 
 
 def case(device: torch.device, dtype: torch.dtype, shape: Shape) -> Case:
-    torch.manual_seed(0)
     rows, T, H, D, K = 1 if shape.expanded else shape.B, shape.T, shape.H, shape.D, shape.K or shape.H
-    q, k, v, do = (
-        torch.randn(rows, T, heads, D, device=device).to(dtype).expand(shape.B, T, heads, D) for heads in (H, K, K, H)
-    )
+    tensors = normal(device, dtype, *((rows, T, heads, D) for heads in (H, K, K, H)))
+    q, k, v, do = (tensor.expand(shape.B, -1, -1, -1) for tensor in tensors)
     function = partial(attention_with_lse if shape.lse else attention, **options_of(shape, device))
     gradients = (do, torch.randn(shape.B, H, T, device=device)) if shape.lse else (do,)
     return Case(str(shape), function, (q, k, v), gradients, may_spill=dtype == torch.float32)
@@ -209,17 +205,10 @@ def flash_attention(module: str, window: int | None = None, cu_seqlens: Tensor |
     if window is not None:
         options["window_size"] = (window - 1, 0)  # the keys before the query's own
     if cu_seqlens is None:
-        function = partial(package.flash_attn_func, **options)
-    else:
-        options |= {f"cu_seqlens_{of}": cu_seqlens for of in "qk"}
-        options |= {f"max_seqlen_{of}": int(cu_seqlens.diff().max()) for of in "qk"}
-        function = packed(partial(package.flash_attn_varlen_func, **options))
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
-
-    return attend
+        return lambda q, k, v: sequence(package.flash_attn_func(q, k, v, **options))[0]
+    options |= {f"cu_seqlens_{of}": cu_seqlens for of in "qk"}
+    options |= {f"max_seqlen_{of}": int(cu_seqlens.diff().max()) for of in "qk"}
+    return packed(partial(package.flash_attn_varlen_func, **options))
 
 
 def torch_varlen(starts: Tensor) -> Function:
@@ -232,9 +221,4 @@ def torch_varlen(starts: Tensor) -> Function:
 
 def packed(function: Callable[..., Any]) -> Function:
     """`function` of q, k, v [B * T, heads, D] as one of [B, T, heads, D]."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-        return (out[0] if isinstance(out, tuple) else out).view(q.shape)
-
-    return attend
+    return lambda q, *kv: sequence(function(*(x.flatten(0, 1) for x in (q, *kv))))[0].view(q.shape)

@@ -4,8 +4,6 @@ Each family of kernels has a module with two functions: `compiled(dtype)` gives 
 every architecture, and `contests(device, small)` those that are timed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +78,12 @@ def sequence(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
+def normal(device: torch.device, dtype: torch.dtype, *shapes: Sequence[int]) -> tuple[Tensor, ...]:
+    """A tensor of each shape, normally distributed, from a fixed seed."""
+    torch.manual_seed(0)
+    return tuple(torch.randn(*shape, device=device).to(dtype) for shape in shapes)
+
+
 def timed_dtype(small: bool) -> torch.dtype:
     """Of the tensors of a contest: bfloat16 on a GPU."""
     return torch.float32 if small else torch.bfloat16
@@ -89,18 +93,14 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def loaders(case: Case) -> dict[str, Loader]:
-    """Ours, its twins in plain and in stock PyTorch, and the latter compiled."""
-
-    def form(impl: str) -> Function:
-        return partial(case.function, impl=impl)
-
-    ours = "triton" if case.tensors[0].is_cuda else "torch"
+def loaders(case: Case, stock: Function | None = None) -> dict[str, Loader]:
+    """Ours, its twin in plain PyTorch, and PyTorch's own operators (`stock`, else impl="torch"), also compiled."""
+    forms = {impl: partial(case.function, impl=impl) for impl in ("triton", "reference", "torch")}
     return {
-        "ingot": lambda: form(ours),
-        "reference": lambda: form("reference"),
-        "torch": lambda: form("torch"),
-        "torch.compile": lambda: torch.compile(form("torch")),
+        "ingot": lambda: forms["triton" if case.tensors[0].is_cuda else "torch"],
+        "reference": lambda: forms["reference"],
+        "torch": lambda: stock or forms["torch"],
+        "torch.compile": lambda: torch.compile(stock or forms["torch"]),
     }
 
 

@@ -8,17 +8,16 @@ Last layer: `step` is the loss and its gradients of x and the weight, three prod
 backward pass, which only multiplies by a number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contest, Function, Loader, Setup, loaders, setups, timed, timed_dtype
+from benchmarks.kernels.case import Case, Contest, Function, Setup, loaders, normal, setups, timed, timed_dtype
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 
 LOGITS = [
@@ -36,16 +35,6 @@ LARGEST_REFERENCE = 2**29  # logits: it keeps several copies in fp32
 UNLIKE = frozenset({"ingot, in place", "Liger, in place", "QuACK, in place"})
 
 
-class Part:
-    """The first of the parts that ranks hold of a vocabulary; here without the others."""
-
-    def __init__(self, rows: int) -> None:
-        self.start, self.rows = 0, rows
-
-    def join(self, log_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-        return log_sum, target_logit
-
-
 def targets_of(N: int, V: int, device: torch.device) -> Tensor:
     torch.manual_seed(0)
     return torch.randint(0, V, (N,), device=device)
@@ -53,16 +42,15 @@ def targets_of(N: int, V: int, device: torch.device) -> Tensor:
 
 def case(dtype: torch.dtype, targets: Tensor, V: int, **options: Any) -> Case:
     """Of logits [N, V] on the device of targets [N]; `options` of cross_entropy. In place they are overwritten."""
-    torch.manual_seed(0)
-    N, device = len(targets), targets.device
-    logits = torch.randn(N, V, device=device).to(dtype)
+    N = len(targets)
+    (logits,) = normal(targets.device, dtype, (N, V))
 
     def function(logits: Tensor, impl: str) -> Tensor:
         return cross_entropy(logits, targets, impl=impl, **options)[0]
 
     named = [f"{name}={value}" for name, value in options.items() if name != "vocabulary"]
     named += ["part"] * ("vocabulary" in options)
-    return Case(" ".join([f"N={N} V={V}", *named]), function, (logits,), (torch.ones(N, device=device),))
+    return Case(" ".join([f"N={N} V={V}", *named]), function, (logits,), (torch.ones(N, device=targets.device),))
 
 
 def layer_case(dtype: torch.dtype, targets: Tensor, C: int, V: int, **options: Any) -> Case:
@@ -82,10 +70,12 @@ def compiled(dtype: torch.dtype) -> Iterator[Case]:
     """Losses alone with their backward pass, losses with their gradient, and what a part of the vocabulary needs."""
     for V in VOCABULARIES:
         targets = targets_of(3, V, torch.device("cpu"))
+        # The first of the parts that ranks hold of a vocabulary; here without the others.
+        part = SimpleNamespace(start=0, rows=V, join=lambda *sums: sums)
         for options in ({}, {"softcap": 30.0}):
             yield case(dtype, targets, V, **options)
             yield case(dtype, targets, V, inplace=True, **options)
-            yield case(dtype, targets, V, inplace=True, vocabulary=Part(V), **options)
+            yield case(dtype, targets, V, inplace=True, vocabulary=part, **options)
     # Its logits are rows of an odd number of columns that begin at multiples of 64.
     yield layer_case(dtype, targets_of(3, 50257, torch.device("cpu")), 16, 50257)
 
@@ -126,8 +116,7 @@ def of_logits(part: str, given: Case, targets: Tensor) -> dict[str, Setup]:
         # weight, ignore_index, lse_square_scale, label_smoothing, reduction
         return lambda z: function.apply(z, targets, None, -100, 0.0, 0.0, "sum")[0]
 
-    found = loaders(given) | {"torch": lambda: stock, "torch.compile": lambda: torch.compile(stock)}
-    found["QuACK"] = lambda: quack(False)
+    found = loaders(given, stock) | {"QuACK": lambda: quack(False)}
     if logits.numel() > LARGEST_REFERENCE:
         del found["reference"]
     rivals = setups(given, part, found)
@@ -149,17 +138,9 @@ def of_layer(part: str, given: Case, targets: Tensor) -> dict[str, Setup]:
     def stock(x: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
 
-    found = loaders(given) | {"torch": lambda: stock, "torch.compile": lambda: torch.compile(stock)}
-    if len(x) * len(weight) > LARGEST_REFERENCE:
-        del found["reference"]
-    return setups(given, part, found | libraries(targets))
-
-
-def libraries(targets: Tensor) -> dict[str, Loader]:
     def liger() -> Function:
-        function: Any = import_module(
-            "liger_kernel.ops.fused_linear_cross_entropy"
-        ).LigerFusedLinearCrossEntropyFunction
+        module = import_module("liger_kernel.ops.fused_linear_cross_entropy")
+        function: Any = module.LigerFusedLinearCrossEntropyFunction
         # bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss, and the
         # dtype in which the weight's gradient is summed
         options = (None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)
@@ -173,4 +154,8 @@ def libraries(targets: Tensor) -> dict[str, Loader]:
         function: Any = import_module("cut_cross_entropy").linear_cross_entropy
         return lambda x, weight: function(x, weight, targets, reduction="sum", **options)
 
-    return {"Liger": liger, "QuACK": quack, "CCE": apple, "CCE, unfiltered": lambda: apple(filter_eps=None)}
+    found = loaders(given, stock) | {"Liger": liger, "QuACK": quack, "CCE": apple}
+    found["CCE, unfiltered"] = lambda: apple(filter_eps=None)
+    if len(x) * len(weight) > LARGEST_REFERENCE:
+        del found["reference"]
+    return setups(given, part, found)

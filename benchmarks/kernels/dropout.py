@@ -1,15 +1,12 @@
 """The cases of dropout added to the residual stream."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contest, loaders, setups, timed_dtype
+from benchmarks.kernels.case import Case, Contest, loaders, normal, setups, timed_dtype
 from kernels.dropout import dropout
 from kernels.philox import DropoutKey
 
@@ -18,16 +15,14 @@ SMALL = [(2, 16, 64)]
 KEY = DropoutKey(0.1, 1, 2)
 
 
-def case(device: torch.device, dtype: torch.dtype, B: int, T: int, C: int, *, residual: bool = True) -> Case:
-    torch.manual_seed(0)
-    tensors = tuple(torch.randn(B, T, C, device=device).to(dtype) for _ in range(1 + residual))
-    dy = torch.randn(B, T, C, device=device).to(dtype)
+def case(device: torch.device, dtype: torch.dtype, B: int, T: int, C: int) -> Case:
+    x, residual, dy = normal(device, dtype, *[(B, T, C)] * 3)
     samples, positions = torch.arange(B, device=device), torch.arange(T, device=device)
 
-    def function(x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
-        return dropout(x, KEY, samples, positions, residual=residual, **options)
+    def function(x: Tensor, residual: Tensor, impl: str) -> Tensor:
+        return dropout(x, KEY, samples, positions, residual=residual, impl=impl)
 
-    return Case(f"B={B} T={T} C={C}{' residual' * residual}", function, tensors, (dy,))
+    return Case(f"B={B} T={T} C={C} residual", function, (x, residual), (dy,))
 
 
 def compiled(dtype: torch.dtype) -> Iterator[Case]:
@@ -39,12 +34,9 @@ def compiled(dtype: torch.dtype) -> Iterator[Case]:
 def contests(device: torch.device, small: bool) -> Iterator[Contest]:
     for B, T, C in SMALL if small else SHAPES:
         given = case(device, timed_dtype(small), B, T, C)
-        found = loaders(given) | {"torch": lambda: stock, "torch.compile": lambda: torch.compile(stock)}
-        moved = 3 * B * T * C * timed_dtype(small).itemsize
-        yield Contest(
-            "dropout", "forward", given.name, "width", C, timed_dtype(small), moved, setups(given, "forward", found),
-            unlike=frozenset({"torch", "torch.compile"}),
-        )  # fmt: skip
+        x, rivals = given.tensors[0], setups(given, "forward", loaders(given, stock))
+        unlike = frozenset({"torch", "torch.compile"})
+        yield Contest("dropout", "forward", given.name, "width", C, x.dtype, 3 * x.nbytes, rivals, unlike=unlike)
 
 
 def stock(x: Tensor, residual: Tensor) -> Tensor:

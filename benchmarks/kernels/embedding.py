@@ -1,7 +1,5 @@
 """The cases of the embedding and its gradient, for tokens that are as frequent as in a text (Zipf)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contest, Function, loaders, setups, timed_dtype
+from benchmarks.kernels.case import Case, Contest, Function, loaders, normal, setups, timed_dtype
 from kernels.embedding import embedding
 
 # (B, T, C, V): the GPT presets, a long batch, Llama's vocabulary.
@@ -30,9 +28,7 @@ def tokens_of(N: int, V: int) -> Tensor:
 
 def case(dtype: torch.dtype, tokens: Tensor, C: int, V: int, **options: bool) -> Case:
     """Of a table [V, C] on the device of the tokens [...]; `options` of embedding."""
-    torch.manual_seed(0)
-    weight = torch.randn(V, C, device=tokens.device).to(dtype)
-    dy = torch.randn(*tokens.shape, C, device=tokens.device).to(dtype)
+    weight, dy = normal(tokens.device, dtype, (V, C), (*tokens.shape, C))
 
     def function(weight: Tensor, impl: str) -> Tensor:
         return embedding(tokens, weight, impl=impl, **options)

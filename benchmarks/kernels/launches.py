@@ -4,13 +4,12 @@ Triton's own JIT decides what a kernel is specialised on (types, alignment, cons
 This module's driver only names the architecture; a hook takes each launch before it is compiled.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -46,25 +45,17 @@ class Launch:
 
     def compile(self) -> Any:
         """Triton's CompiledKernel, which is left in Triton's cache for a machine with that GPU."""
-        with patch.object(driver, "_active", Architecture(self.arch)):
+        with patch.object(driver, "_active", driver_of(self.arch)):
             return getattr(import_module(self.module), self.kernel).preload(self.specialization)
 
 
-class Architecture:
+def driver_of(arch: int) -> SimpleNamespace:
     """A driver of Triton's as far as compiling needs one."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        """A number of its own for each architecture: Triton keeps what it compiled by device."""
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,  # Triton keeps what it compiled by this number
+        get_current_stream=lambda device: 0,
+    )
 
 
 @contextlib.contextmanager
@@ -79,7 +70,7 @@ def recorded(arch: int) -> Iterator[dict[Launch, None]]:
         return True  # do not compile
 
     with (
-        patch.object(driver, "_active", Architecture(arch)),
+        patch.object(driver, "_active", driver_of(arch)),
         patch.object(knobs.runtime, "jit_cache_hook", note),
         patch("kernels.dispatch.why_not_triton", lambda device, dtype: None),
         patch("kernels.attention.tiles.capability", lambda device: arch // 10),

@@ -1,7 +1,5 @@
 """The cases of norms, alone and after the residual addition, in bfloat16 at GPT presets' and QuACK's shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contest, Function, Loader, loaders, name_of, setups, timed_dtype
+from benchmarks.kernels.case import Case, Contest, Function, Loader, loaders, name_of, normal, setups, timed_dtype
 from kernels import norm
 from kernels.philox import DropoutKey
 
@@ -30,9 +28,8 @@ def case(
     dropout: DropoutKey | None = None, weights: torch.dtype | None = None,
 ) -> Case:  # fmt: skip
     """`op` of x [..., C] = shape, [B, T, C] with dropout. bias: of a layer norm. weights: their dtype, x's if None."""
-    torch.manual_seed(0)
     adds, rms, C = op.startswith("add"), op.endswith("rms_norm"), shape[-1]
-    rows = [torch.randn(shape, device=device).to(dtype) for _ in range(2 * (1 + adds))]
+    rows = normal(device, dtype, *[shape] * (2 * (1 + adds)))
     tensors = [*rows[: 1 + adds], (torch.rand(C, device=device) + 0.5).to(weights or dtype)]
     if bias and not rms:
         tensors.append(torch.randn(C, device=device).to(weights or dtype))
@@ -47,7 +44,7 @@ def case(
 
     name = f"{op} M={rows[0].numel() // C} C={C}" + " bias" * (len(tensors) > 2 + adds) + " dropout" * bool(dropout)
     name += f" weights={name_of(weights)}" if weights else ""
-    return Case(name, function, tuple(tensors), tuple(rows[1 + adds :]), may_spill=dtype == torch.float32)
+    return Case(name, function, tuple(tensors), rows[1 + adds :], may_spill=dtype == torch.float32)
 
 
 def compiled(dtype: torch.dtype) -> Iterator[Case]:
@@ -71,25 +68,22 @@ def contests(device: torch.device, small: bool) -> Iterator[Contest]:
         for M, C in shapes:
             for op in OPS:
                 given = case(device, timed_dtype(small), op, M, C)
-                found = loaders(given) | others(op)
+                adds, rms = op.startswith("add"), op.endswith("rms_norm")
+                found = loaders(given, stock(adds, rms)) | others(op)
                 # Forward reads x (and residual) and writes y (and the stream); backward reads what was normalised, dy
                 # (and dstream) and writes dx, which is the residual's gradient too.
-                x, adds = given.tensors[0], op.startswith("add")
+                x = given.tensors[0]
                 for part, tensors in (("forward", 4 if adds else 2), ("backward", 4 if adds else 3)):
                     yield Contest(
-                        op, part, f"M={M} C={C}", "width", C, x.dtype, tensors * x.numel() * x.itemsize,
-                        setups(given, part, found), group=group,
+                        op, part, f"M={M} C={C}", "width", C, x.dtype, tensors * x.nbytes, setups(given, part, found),
+                        group=group,
                     )  # fmt: skip
 
 
 def others(op: str) -> dict[str, Loader]:
     """Who has this operation beside us."""
     adds, rms = op.startswith("add"), op.endswith("rms_norm")
-    found: dict[str, Loader] = {
-        "torch": lambda: stock(adds, rms),
-        "torch.compile": lambda: torch.compile(stock(adds, rms)),
-        "flash_attn": lambda: flash_attn(adds, rms),
-    }
+    found: dict[str, Loader] = {"flash_attn": lambda: flash_attn(adds, rms)}
     if op in LIGER:
         found["Liger"] = lambda: liger(op)
     if rms:

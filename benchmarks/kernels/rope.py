@@ -3,8 +3,6 @@
 Rivals that rotate q and k alone leave v as a view of qkv. They move a third less, but keep qkv for the backward pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contest, Function, loaders, setups, timed, timed_dtype
+from benchmarks.kernels.case import Case, Contest, Function, loaders, normal, setups, timed, timed_dtype
 from kernels.rope import rope, rope_qkv
 
 # B, T, K, R, D: the GPT presets of 124M, 350M, 1.3B and 6.7B, and grouped queries.
@@ -29,21 +27,21 @@ def case(
     device: torch.device, dtype: torch.dtype, B: int, T: int, K: int, R: int, D: int, *, first: int = 0
 ) -> Case:  # fmt: skip
     """first: the position where the rows begin."""
-    torch.manual_seed(0)
-    qkv = torch.randn(B, T, K * (R + 2) * D, device=device).to(dtype)
-    gradients = tuple(torch.randn(B, T, heads, D, device=device).to(dtype) for heads in (K * R, K, K))
+    outputs = [(B, T, heads, D) for heads in (K * R, K, K)]
+    qkv, *gradients = normal(device, dtype, (B, T, K * (R + 2) * D), *outputs)
     positions = torch.arange(T, device=device) + first
 
     def function(qkv: Tensor, **options: Any) -> tuple[Tensor, ...]:
         return rope_qkv(qkv, positions, n_kv_head=K, head_dim=D, theta=THETA, **options)
 
-    return Case(f"B={B} T={T} H={K * R} K={K} D={D}", function, (qkv,), gradients, may_spill=dtype == torch.float32)
+    return Case(
+        f"B={B} T={T} H={K * R} K={K} D={D}", function, (qkv,), tuple(gradients), may_spill=dtype == torch.float32
+    )
 
 
 def of_queries(device: torch.device, dtype: torch.dtype, B: int, T: int, H: int, D: int) -> Case:
     """`rope`, which turns all heads of one tensor."""
-    torch.manual_seed(0)
-    x, dy = (torch.randn(B, T, H, D, device=device).to(dtype) for _ in range(2))
+    x, dy = normal(device, dtype, (B, T, H, D), (B, T, H, D))
     positions = torch.arange(T, device=device)
 
     def function(x: Tensor, **options: Any) -> Tensor:

@@ -1,7 +1,5 @@
 """Runs the contests: compares every rival's result on the same tensors, then times the rivals in turns."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from benchmarks.clock import Clock, Sample, Thunk, alternate, compare, summary
-from benchmarks.kernels.case import FAMILIES, Contest, Setup, name_of
+from benchmarks.kernels.case import FAMILIES, Contest, name_of
 
 OURS, STANDARD = "ingot", "reference"
 COMPILED = "torch.compile"  # on a CPU compiling takes longer than everything else together
@@ -72,7 +70,12 @@ def prepare(contest: Contest, device: torch.device, found: Mapping[str, Found]) 
 
     def admit(name: str) -> None:
         nonlocal standard, ours
-        thunk, outputs = first_call(contest.rivals[name], device)
+        thunk = contest.rivals[name]()
+        outputs = floats(thunk())
+        for _ in range(WARM_UP - 1):
+            thunk()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         tolerance = TOLERANCE[contest.dtype]
         if name not in contest.unlike:
             judged = found[OURS if name == STANDARD else name]
@@ -93,17 +96,6 @@ def prepare(contest: Contest, device: torch.device, found: Mapping[str, Found]) 
         else:
             attempt(found[name], partial(admit, name))
     return thunks
-
-
-def first_call(setup: Setup, device: torch.device) -> tuple[Thunk, list[Tensor]]:
-    """The warmed-up thunk, and the floating-point tensors of its first result."""
-    thunk = setup()
-    result = thunk()
-    for _ in range(WARM_UP - 1):
-        thunk()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return thunk, floats(result)
 
 
 def floats(result: object) -> list[Tensor]:

@@ -1,7 +1,5 @@
 """Writes the outcomes of benchmarks.kernels as Markdown tables and plots."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

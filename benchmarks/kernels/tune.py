@@ -1,16 +1,10 @@
-"""Times the tiles that attention may be cut into on this GPU, and prints lines for kernels/attention/tiles.py.
-
-usage: python -m benchmarks.kernels.tune [--widths 64 128] [--lengths 1024 4096] [--dtypes bf16]
-           [--kinds forward dkdv dq fused] [--forms plain dropout softcap window sparse] [--best 5] [--tokens 16384]
-           [--channels 2048]
+"""`python -m benchmarks.kernels.tune`: times attention's tiles on this GPU, prints lines for its table of tiles.
 
 For each dtype, length and form it prints the fastest tiles and the present one, with the time of the complete forward
 or backward pass, and then the line for the table. Candidates are compiled first: those that spill or do not fit are
 dropped, and so are those whose results differ from the present tile's. Each width and kind takes minutes. The exit code
 is 2 on a machine where the kernels run on no GPU.
 """
-
-from __future__ import annotations
 
 import argparse
 import itertools
@@ -86,14 +80,6 @@ def fits(arch: int, kind: str, shape: Shape, dtype: torch.dtype, tile: Tile) -> 
         return False
 
 
-def fitting(kind: str, shape: Shape, dtype: torch.dtype, major: int) -> list[Tile]:
-    """The tiles of the grid that fit, each compiled in one of several fresh processes."""
-    tiles = grid(shape, dtype, major)
-    fit = partial(fits, ARCHITECTURES.get(major, 80), kind, shape, dtype)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
-        return list(itertools.compress(tiles, workers.map(fit, tiles)))
-
-
 def options_of(shape: Shape, kind: str) -> Options:
     return Options(shape.window, shape.sparse, shape.softcap, shape.dropout, deterministic=kind != "fused")
 
@@ -123,7 +109,11 @@ def tune(
 ) -> list[Timing]:
     """The present tile and every candidate (by default those that fit), timed, fastest first."""
     if tiles is None:
-        tiles = fitting(kind, shape, dtype, torch.cuda.get_device_capability(device)[0])
+        major, _ = torch.cuda.get_device_capability(device)
+        candidates = grid(shape, dtype, major)
+        fit = partial(fits, ARCHITECTURES.get(major, 80), kind, shape, dtype)
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+            tiles = list(itertools.compress(candidates, workers.map(fit, candidates)))
     now = present(kind, shape, dtype, device)
     run = pass_of(kind, shape, case(device, dtype, shape))
     standard = run(now)
@@ -170,9 +160,7 @@ def cell(tile: Tile) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.kernels.tune", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128], help="of a head")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="of a row")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])

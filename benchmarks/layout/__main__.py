@@ -7,6 +7,8 @@ state over ZeRO stages. `--train.micro_batch_size` and the like override the con
 import os
 import sys
 
+import torch
+
 from benchmarks.layout.cost import activation_table, memory_table
 from benchmarks.report import header, heading
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
@@ -22,9 +24,6 @@ def bench(ranks: Ranks) -> None:
     config = parse_config(strip_local_rank(sys.argv[1:]), prog="python -m benchmarks.layout")
     config.check_world(ranks.world_size)
     export(ranks, os.environ)
-
-    import torch
-
     device = choose_device(ranks)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))

@@ -4,8 +4,6 @@ Batches are random tokens, since nothing measured depends on the text. A functio
 returns this rank's result.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Iterator, Sequence
@@ -33,9 +31,6 @@ MIB = 2**20
 # By default DeepSpeed keeps parameters below 100,000 elements whole under ZeRO 3, and allocates a bucket for reductions
 # of 500 million elements, however small the model.
 AS_IN_THEORY = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000}
-
-
-# --- memory of the training state ---
 
 
 def state_memory(config: RunConfig, mesh: Mesh, device: torch.device) -> TrainingState:
@@ -66,18 +61,16 @@ def _settled(memory: LiveStorages) -> int:
     return now
 
 
-# --- activation checkpointing ---
-
-
 class Activations(NamedTuple):
-    """Of one micro-batch."""
+    """Of one micro-batch.
+
+    held: bytes alive after the forward pass and not before it. peak: the most bytes alive during the forward and the
+    backward pass, less those before; gradients included. ms: median of forward and backward.
+    """
 
     held: int
-    """Bytes alive after the forward pass and not before it."""
     peak: int
-    """The most bytes alive during the forward and the backward pass, less those before; gradients included."""
     ms: float
-    """Median of forward and backward."""
 
 
 # train.activation_checkpointing, train.checkpoint_every
@@ -116,25 +109,17 @@ def _activation_bytes(model: GPT, batch: MicroBatch) -> tuple[int, int]:
     return held, peak
 
 
-# --- the layouts that are compared ---
-
-
 def data_layouts(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """Every engine that shards and every stage, over data-parallel ranks alone, by name."""
     parallel = ParallelConfig(timeout_seconds=config.parallel.timeout_seconds)
     for precision in ("fp32", "bf16"):
-        for stage in range(4):
-            if stage > 0 or precision == "fp32":
-                train = replace(config.train, engine="deepspeed", precision=precision)
-                layout = replace(config, train=train, parallel=replace(parallel, zero_stage=stage))
-                yield f"ZeRO {stage}, {precision}", replace(layout, deepspeed={"zero_optimization": AS_IN_THEORY})
-        for stage in (2, 3):
-            train = replace(config.train, engine="fsdp", precision=precision)
-            layout = replace(config, train=train, parallel=replace(parallel, zero_stage=stage), deepspeed={})
-            yield f"FSDP2 as ZeRO {stage}, {precision}", layout
-
-
-# --- tables, as lines of Markdown ---
+        # DeepSpeed's bf16 needs a stage from 1 on; FSDP2 shards as stages 2 and 3 do.
+        engines = [("deepspeed", stage) for stage in range(precision == "bf16", 4)] + [("fsdp", 2), ("fsdp", 3)]
+        for engine, stage in engines:
+            train = replace(config.train, engine=engine, precision=precision)
+            deepspeed = {"zero_optimization": AS_IN_THEORY} if engine == "deepspeed" else {}
+            layout = replace(config, train=train, parallel=replace(parallel, zero_stage=stage), deepspeed=deepspeed)
+            yield f"{'FSDP2 as ' * (engine == 'fsdp')}ZeRO {stage}, {precision}", layout
 
 
 def activation_table(config: RunConfig, device: torch.device, rounds: int) -> list[str]:

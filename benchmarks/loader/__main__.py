@@ -1,8 +1,6 @@
-"""Measures Ingot's data loader beside others on the same tokens: rates, latency, memory, starting, resuming.
+"""`python -m benchmarks.loader`: measures Ingot's data loader beside others on the same tokens, in turns.
 
-usage: python -m benchmarks.loader [--quick] [--only REGEX] [--rounds N] [--out FOLDER]
-
-Writes results.jsonl (a line per measurement), results.md and results.png. If it was stopped, run it with the same
+It writes results.jsonl (a line per measurement), results.md and results.png. If it was stopped, run it with the same
 folder, and it goes on. Another loader is measured if its package is installed (docs/benchmarks.md says what to install)
 and its batches are right. --quick: Ingot, nanoGPT and a C loop alone, in a minute. Linux only. The exit code is 1 if
 Ingot gave wrong batches or failed.
@@ -27,8 +25,7 @@ PACKAGES = ("torch", "numpy", "megatron-core", "torchdata", "mosaicml-streaming"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    summary = __doc__.splitlines()[0] if __doc__ else None
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=summary)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens, and no packages of others")
     parser.add_argument("--only", default="", help="a regular expression to be found in 'system task item T=...'")
     parser.add_argument("--rounds", type=int, help="of everything that is measured in rounds")

@@ -1,7 +1,5 @@
 """The cases of a full run and of a quick one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +10,18 @@ from benchmarks.loader.tokens import TokenSet
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """How much of everything.
+
+    tokens: of the corpus that rates are measured on. seconds: timed in each case; as much again at most is not timed.
+    shard_counts: numbers of files of the corpora that starts are measured on.
+    """
 
     tokens: int
-    """Of the corpus that rates are measured on."""
     items: tuple[str, ...]
     seq_lens: tuple[int, ...]
     seconds: float
-    """Timed in each case; as much again at most is not timed."""
     rounds: int
     shard_counts: tuple[int, ...]
-    """Numbers of files of the corpora that starts are measured on."""
 
 
 FULL = Scale(1 << 28, ("uint16", "uint32"), (1024, 2048, 8192), 0.3, 5, (1, 1000, 10_000))
@@ -35,21 +34,21 @@ HUGE_SHARD_TOKENS = 10**8  # of a sparse file
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure, of every loader that it applies to."""
+    """One thing to measure, of every loader that it applies to.
+
+    task: are its batches right; tokens per second; seconds to the first batch. documents: position ids and cu_seqlens
+    too. cold: without the files in the page cache. resume: from the middle of the epoch. huge: a corpus of sparse
+    files, larger than any disk here.
+    """
 
     task: Literal["check", "rate", "start"]
-    """check: are its batches right; rate: tokens per second; start: seconds to the first batch."""
     item: str
     seq_len: int
     documents: bool = False
-    """Position ids and cu_seqlens too."""
     cold: bool = False
-    """Without the files in the page cache."""
     shards: int = 1
     resume: bool = False
-    """From the middle of the epoch."""
     huge: bool = False
-    """A corpus of sparse files, larger than any disk here."""
 
     @property
     def label(self) -> str:

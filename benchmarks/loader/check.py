@@ -3,8 +3,6 @@
 The ids of the corpus give their positions (TokenSet.kind distinct), so a row shows where it comes from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 
@@ -23,7 +21,11 @@ def check(kind: str, tokens: TokenSet, case: Case, batches: Iterator[Batch]) -> 
     expected = sum((size - (length == case.seq_len)) // length for size in tokens.sizes)
     found = []
     for batch in islice(batches, expected // case.rows):  # the rest may be dropped or begin the next epoch
-        inputs, labels = _halves(batch)
+        inputs = batch.inputs.numpy().astype(np.int64)
+        if batch.labels is None:
+            inputs, labels = inputs[:, :-1], inputs[:, 1:]
+        else:
+            labels = batch.labels.numpy().astype(np.int64)
         if inputs.shape != (case.rows, case.seq_len) or labels.shape != inputs.shape:
             return f"inputs {inputs.shape} and labels {labels.shape}; expected {(case.rows, case.seq_len)}"
         rows = np.concatenate([inputs, labels[:, -1:]], axis=1)
@@ -47,13 +49,6 @@ def check(kind: str, tokens: TokenSet, case: Case, batches: Iterator[Batch]) -> 
     return None if apart.size == 0 or apart.min() >= length else "tokens come twice in an epoch"
 
 
-def _halves(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    inputs = batch.inputs.numpy().astype(np.int64)
-    if batch.labels is None:
-        return inputs[:, :-1], inputs[:, 1:]
-    return inputs, batch.labels.numpy().astype(np.int64)
-
-
 def _wrong_documents(batch: Batch, inputs: NDArray[np.int64], eod_id: int) -> str | None:
     if batch.position_ids is None or batch.cu_seqlens is None:
         return "no position ids or no cu_seqlens"
@@ -67,15 +62,11 @@ def _wrong_documents(batch: Batch, inputs: NDArray[np.int64], eod_id: int) -> st
 
 def documents_of(inputs: NDArray[np.int64], eod_id: int) -> tuple[NDArray, NDArray]:
     """Position ids [B, T] and cu_seqlens, one token after another."""
-    position_ids, starts = np.zeros(inputs.shape, np.int64), []
-    for b, row in enumerate(inputs):
-        begin = 0
-        for t in range(row.size):
-            if t == 0 or row[t - 1] == eod_id:
-                begin = t
-                starts.append(b * row.size + t)
-            position_ids[b, t] = t - begin
-    return position_ids, np.array([*starts, inputs.size])
+    begins = np.ones(inputs.shape, bool)
+    begins[:, 1:] = inputs[:, :-1] == eod_id
+    columns = np.arange(inputs.shape[1])
+    position_ids = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+    return position_ids, np.append(np.flatnonzero(begins), inputs.size)
 
 
 def _wrong_pieces(rows: NDArray[np.int64], corpus: NDArray[np.int64], eod_id: int, first: int) -> str | None:

@@ -1,7 +1,5 @@
 """The machine's limit: benchmarks/loader/gather.c, compiled on the spot, copies the same rows."""
 
-from __future__ import annotations
-
 import ctypes
 import subprocess
 from pathlib import Path
@@ -14,6 +12,7 @@ from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 
 SOURCE = Path(__file__).with_name("gather.c")
+LIBRARY = "gather.so"  # beside the tokens
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 
 
@@ -24,14 +23,12 @@ class Gather(System):
         self.form = form
 
     def prepare(self, tokens: TokenSet, seq_len: int) -> None:
-        subprocess.run(["cc", *FLAGS, "-o", str(_library(tokens)), str(SOURCE)], check=True)
+        subprocess.run(["cc", *FLAGS, "-o", str(tokens.folder / LIBRARY), str(SOURCE)], check=True)
 
     def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
-        gather = ctypes.CDLL(str(_library(tokens))).gather
-        gather.restype, gather.argtypes = (
-            ctypes.c_int64,
-            [ctypes.c_void_p, *[ctypes.c_int64] * 7, *[ctypes.c_void_p] * 3],
-        )
+        gather = ctypes.CDLL(str(tokens.folder / LIBRARY)).gather
+        gather.restype = ctypes.c_int64
+        gather.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 7, *[ctypes.c_void_p] * 3]
         B, T, ids = case.rows, case.seq_len, tokens.read(0)
         native = self.form == "native"
         rows = torch.zeros(B, T + 1, dtype=getattr(torch, tokens.item) if native else torch.int64)
@@ -44,7 +41,3 @@ class Gather(System):
             count = gather(ids.ctypes.data, places, drawn, *sizes, *buffers)
             drawn += B
             yield batch._replace(position_ids=positions, cu_seqlens=starts[: count + 1]) if case.documents else batch
-
-
-def _library(tokens: TokenSet) -> Path:
-    return tokens.folder / "gather.so"

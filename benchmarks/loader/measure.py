@@ -1,7 +1,5 @@
 """Makes one measurement of one loader, in a process that has done nothing but import it."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Iterator

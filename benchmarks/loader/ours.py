@@ -1,7 +1,5 @@
 """Ingot's loader. No other module of the benchmark knows it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from benchmarks.loader.cases import Case
@@ -23,8 +21,33 @@ class Ingot(System):
         self.form = form
 
     def prepare(self, tokens: TokenSet, seq_len: int) -> None:
-        if not (tokens.folder / "manifest.json").exists():
-            write_manifest(tokens)
+        """Write a manifest for token files as they lie, their hashes left out."""
+        if (tokens.folder / "manifest.json").exists():
+            return
+        sizes = tokens.sizes
+        shards = Shards(
+            format="raw" if tokens.kind == "sparse" else "megatron",
+            dtype={"uint16": "uint16", "uint32": "int32"}[tokens.item],
+            paths=tuple(path.name for path in tokens.paths),
+            tokens=tuple(sizes),
+            bytes=tuple(size * tokens.item_size for size in sizes),
+            sha256=(UNHASHED,) * len(sizes),
+        )
+        (tokens.folder / "tokenizer.json").write_text("{}")
+        Manifest(
+            format=FORMAT,
+            source="made by the benchmark",
+            source_sha256=None,
+            validation_fraction=None,
+            tokenizer=UNHASHED,
+            tokenizer_sha256=UNHASHED,
+            vocab_size=tokens.vocab_size,
+            eod_id=tokens.eod_id,
+            splits={"train": Split(tokens.tokens, tokens.shards, None, shards)},
+            files={"tokenizer.json": FileEntry(2, UNHASHED)},
+            bigram_nats_per_token=None,
+            bigram_seq_len=None,
+        ).save(tokens.folder)
 
     def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         config = RunConfig(
@@ -44,31 +67,3 @@ class Ingot(System):
                 yield Batch(inputs, labels, batch.position_ids, batch.cu_seqlens)
         finally:
             loader.close()
-
-
-def write_manifest(tokens: TokenSet) -> None:
-    """A manifest for token files as they lie, their hashes left out."""
-    sizes = tokens.sizes
-    shards = Shards(
-        format="raw" if tokens.kind == "sparse" else "megatron",
-        dtype={"uint16": "uint16", "uint32": "int32"}[tokens.item],
-        paths=tuple(path.name for path in tokens.paths),
-        tokens=tuple(sizes),
-        bytes=tuple(size * tokens.item_size for size in sizes),
-        sha256=(UNHASHED,) * len(sizes),
-    )
-    (tokens.folder / "tokenizer.json").write_text("{}")
-    Manifest(
-        format=FORMAT,
-        source="made by the benchmark",
-        source_sha256=None,
-        validation_fraction=None,
-        tokenizer=UNHASHED,
-        tokenizer_sha256=UNHASHED,
-        vocab_size=tokens.vocab_size,
-        eod_id=tokens.eod_id,
-        splits={"train": Split(tokens.tokens, tokens.shards, None, shards)},
-        files={"tokenizer.json": FileEntry(2, UNHASHED)},
-        bigram_nats_per_token=None,
-        bigram_seq_len=None,
-    ).save(tokens.folder)

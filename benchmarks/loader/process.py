@@ -1,7 +1,5 @@
 """Reads the memory of a process, the page cache and page tables. Linux, since 5.14."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

@@ -1,8 +1,6 @@
 """Writes the results of benchmarks.loader as Markdown tables and a plot."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -19,7 +17,8 @@ RATES = {
     "warm cache": {},
     "warm cache, position ids and cu_seqlens": {"documents": True},
     "cold cache": {"cold": True},
-}
+}  # title -> fields of Case
+Section = tuple[str, list[str], list[list[str]]]  # title, heads of the columns after the first, rows
 
 
 class Results:
@@ -29,6 +28,7 @@ class Results:
         self.figures = [record for record in records if not record.keys() & FAILURES]
         self.columns = sorted({(r["item"], r["seq_len"]) for r in self.figures if r["task"] == "rate"})
         """(item, T) of the rates."""
+        self.heads = [f"{item}, T {T}" for item, T in self.columns]
 
     def values(self, system: str, key: str, **case: Any) -> list[float]:
         """The figure `key` in every round of the case; `case` gives fields of Case that matter."""
@@ -49,30 +49,22 @@ def tables(head: Record, records: list[Record]) -> str:
     results = Results(records)
     load = max((record["load"] for record in records), default=0.0)
     lines = [f"{heading(head)} At most {load:.1f} during it; {head['open_files']} open files allowed."]
-    for section in (rates, ratios, costs, starts):
-        lines += section(results)
+    for title, heads, rows in (*rates(results), ratios(results), costs(results), starts(results)):
+        if rows:
+            lines += ["", title, "", *table(["", *heads], rows)]
     return "\n".join([*lines, *failures(records)]) + "\n"
 
 
-def rates(results: Results) -> list[str]:
-    lines = []
-    heads = ["", *(f"{item}, T {T}" for item, T in results.columns)]
-    kinds = {
-        "warm cache": {},
-        "warm cache, position ids and cu_seqlens": {"documents": True},
-        "cold cache": {"cold": True},
-    }
-    for title, kind in kinds.items():
+def rates(results: Results) -> Iterator[Section]:
+    for title, kind in RATES.items():
         rows = []
         for name in results.systems(task="rate", **kind):
             found = (results.values(name, "tokens_s", item=item, seq_len=T, **kind) for item, T in results.columns)
             rows.append([name, *(spread(values, 1e-6) for values in found)])
-        if rows:
-            lines += ["", f"**Million tokens/s, {title}**: median (quartiles)", "", *table(heads, rows)]
-    return lines
+        yield f"**Million tokens/s, {title}**: median (quartiles)", results.heads, rows
 
 
-def ratios(results: Results) -> list[str]:
+def ratios(results: Results) -> Section:
     """Ingot's rate over others', of medians."""
     peers = [name for name, entry in SYSTEMS.items() if entry.role == "peer"]
     rows = []
@@ -83,8 +75,7 @@ def ratios(results: Results) -> list[str]:
             best = [_ratio(results, ours, peers, "{:.1f} ({})", column, documents) for column in results.columns]
             rows += [[name + "the C loop's", *bound], [name + "the fastest peer's", *best]]
     rows = [row for row in rows if set(row[1:]) - {NONE}]
-    heads = ["", *(f"{item}, T {T}" for item, T in results.columns)]
-    return ["", "**Ratios of those rates, warm cache**", "", *table(heads, rows)] if rows else []
+    return "**Ratios of those rates, warm cache**", results.heads, rows
 
 
 def _ratio(results: Results, ours: str, others: list[str], form: str, column: tuple[str, int], documents: bool) -> str:
@@ -108,10 +99,10 @@ COSTS = {
 }  # heading -> (figure, form)
 
 
-def costs(results: Results) -> list[str]:
+def costs(results: Results) -> Section:
     """Of the middle length of the first type."""
     if not results.columns:
-        return []
+        return "", [], []
     first = [column for column in results.columns if column[0] == results.columns[0][0]]
     item, T = first[len(first) // 2]
     rows = []
@@ -120,14 +111,13 @@ def costs(results: Results) -> list[str]:
         for name in results.systems(**case):
             middles = ((results.middle(name, key, **case), form) for key, form in COSTS.values())
             shown = [NONE if middle is None else form.format(middle) for middle, form in middles]
-            rows.append(
-                [name + ", documents" * documents, spread(results.values(name, "tokens_s", **case), 1e-6), *shown]
-            )
+            rate = spread(results.values(name, "tokens_s", **case), 1e-6)
+            rows.append([name + ", documents" * documents, rate, *shown])
     title = f"**What it costs, {item}, T {T}, warm cache**: medians, beyond a process with its libraries loaded"
-    return ["", title, "", *table(["", "million tokens/s", *COSTS], rows)]
+    return title, ["million tokens/s", *COSTS], rows
 
 
-def starts(results: Results) -> list[str]:
+def starts(results: Results) -> Section:
     counts = sorted({record["shards"] for record in results.figures if record["task"] == "start"})
     rows = []
     for name, huge, resume in product(SYSTEMS, (False, True), (False, True)):
@@ -140,7 +130,7 @@ def starts(results: Results) -> list[str]:
             suffix = ", sparse files of 10⁸ tokens" * huge + ", resumed at the middle" * resume
             rows.append([name + suffix, *cells])
     title = "**Seconds from the constructor to the first batch (peak MB)**, by the number of files"
-    return ["", title, "", *table(["", *(f"{count:,}" for count in counts)], rows)] if rows else []
+    return title, [f"{count:,}" for count in counts], rows
 
 
 def failures(records: list[Record]) -> list[str]:

@@ -1,7 +1,5 @@
 """Runs the cases: loaders take turns, each in its own process, and every result is a line of JSON."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -55,7 +53,7 @@ class Runner:
                     yield from self._round(turn, cases)
         finally:
             for server in self._servers.values():
-                _end(server)
+                server.communicate(timeout=30)  # closes its input, which ends it
         expected = "such as 'Ingot rate uint16 T=1024'"
         require(bool(self.records), f"--only {self.only!r} is found in no 'system task item T=...', {expected}")
 
@@ -89,14 +87,13 @@ class Runner:
         """Whether this was measured, or is pointless: no package, failed before, or wrong batches of this kind."""
         checked = Case("check", case.item, case.seq_len, case.documents).label
         hopeless = (replace(case, resume=False).label, case.label, checked)  # what cannot start cannot start resumed
-        for record in self.records:
-            if record["system"] == name and (
-                "absent" in record
-                or (record.keys() & FAILURES and record["label"] in hopeless)
-                or (record["label"], record["round"]) == (case.label, turn)
-            ):
-                return True
-        return False
+        return any(
+            "absent" in record
+            or (record.keys() & FAILURES and record["label"] in hopeless)
+            or (record["label"], record["round"]) == (case.label, turn)
+            for record in self.records
+            if record["system"] == name
+        )
 
     def _measured(self, name: str, case: Case) -> Record:
         tokens = case.token_set(self.scale, self.out / "tokens")
@@ -130,9 +127,3 @@ class Runner:
                     command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
                 )
         return self._servers[module]
-
-
-def _end(server: subprocess.Popen) -> None:
-    if server.stdin is not None:
-        server.stdin.close()
-    server.wait(timeout=30)

@@ -4,8 +4,6 @@ Requests and answers are lines of JSON on its standard streams (runner.py). Run 
 MODULE CORE FOLDER`.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -15,7 +13,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from benchmarks.loader.cases import FULL, QUICK, Case
 from benchmarks.loader.measure import Figures, measure, prepare
@@ -47,8 +45,14 @@ def in_fork(request: dict[str, Any], folder: Path) -> Figures:
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
+        try:
+            scale = QUICK if request["quick"] else FULL
+            found = ACTIONS[request["action"]](request["system"], Case(**request["case"]), scale, folder)
+        except Exception as error:  # noqa: BLE001  foreign code: whatever it raises is its result
+            traceback.print_exc()  # into the log
+            found = {"error": describe(error)}
         with os.fdopen(writing, "w") as answer:
-            _answer(request, folder, answer)
+            answer.write(json.dumps(found) + "\n")
         os._exit(0)
     os.setpgid(child, child)  # here too: whoever comes first
     os.close(writing)
@@ -75,17 +79,6 @@ def end_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         pass
-
-
-def _answer(request: dict[str, Any], folder: Path, answer: IO[str]) -> None:
-    try:
-        scale = QUICK if request["quick"] else FULL
-        found = ACTIONS[request["action"]](request["system"], Case(**request["case"]), scale, folder)
-    except Exception as error:  # noqa: BLE001  foreign code: whatever it raises is its result
-        traceback.print_exc()  # into the log
-        found = {"error": describe(error)}
-    answer.write(json.dumps(found) + "\n")
-    answer.flush()
 
 
 def describe(error: Exception) -> str:

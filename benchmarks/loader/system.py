@@ -1,8 +1,5 @@
 """The interface of a loader that can be measured."""
 
-from __future__ import annotations
-
-import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,11 +74,3 @@ class Stateful(System):
             for found in loader:
                 rows = self.rows(found).to(torch.int64)
                 yield Batch(rows[:, :-1], rows[:, 1:])
-
-
-def finished(folder: Path) -> bool:
-    """Whether a conversion into `folder` is complete; what an interrupted one left is removed."""
-    if not (folder / "made").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
-    return True

@@ -1,10 +1,8 @@
 """The loaders by name, and what each can do."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.loader.cases import Case
@@ -13,34 +11,30 @@ from benchmarks.loader.system import System
 
 @dataclass(frozen=True)
 class Entry:
-    """A loader, described without importing it."""
+    """A loader, described without importing it.
+
+    module: of this package; loaders of one module share the process that has imported it. kind: the subclass of System
+    in it. rows: they begin at multiples of T; lie end to end; begin anywhere; are pieces of documents. documents:
+    whether it tells them apart. shards: whether it reads more than one file. starts: whether its start is measured.
+    """
 
     module: str
-    """Of this package; loaders of one module share the process that has imported it."""
     kind: str
-    """The subclass of System in it."""
     options: Mapping[str, Any] = field(default_factory=dict)
     role: Literal["ours", "peer", "reference"] = "peer"
     rows: Literal["overlap", "tile", "random", "documents"] = "overlap"
-    """What its rows are: they begin at multiples of T; lie end to end; begin anywhere; are pieces of documents."""
     documents: bool = False
-    """Whether it tells documents apart."""
     shards: bool = True
-    """Whether it reads more than one file."""
     starts: bool = True
-    """Whether its start is measured."""
     resumes: bool = True
 
 
-def _gather(form: str) -> Entry:
-    return Entry("gather", "Gather", {"form": form}, "reference", "random", documents=True, shards=False, starts=False)
-
-
+GATHER = Entry("gather", "Gather", {}, "reference", "random", documents=True, shards=False, starts=False)
 SYSTEMS: dict[str, Entry] = {
     "Ingot": Entry("ours", "Ingot", {"form": "native"}, "ours", documents=True),
     "Ingot int64": Entry("ours", "Ingot", {"form": "int64"}, "ours", documents=True, starts=False),
-    "C gather": _gather("native"),
-    "C gather int64": _gather("int64"),
+    "C gather": replace(GATHER, options={"form": "native"}),
+    "C gather int64": replace(GATHER, options={"form": "int64"}),
     "Megatron": Entry("rivals.megatron_gpt", "Megatron", rows="documents", documents=True),
     "nanoGPT": Entry("rivals.nanogpt", "NanoGPT", rows="random", shards=False, resumes=False),
     "torchdata": Entry("rivals.torchdata_rows", "TorchData"),

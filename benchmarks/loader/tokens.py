@@ -1,7 +1,5 @@
 """Writes the tokens that every loader reads: Megatron's pairs of files, whose .bin is also nanoGPT's format."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import struct
@@ -19,15 +17,17 @@ DISTINCT_FROM = {"uint16": 1, "uint32": 100_000}  # beyond what two bytes hold
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Token files under `folder`: 000000.bin, 000000.idx and so on, all of one size (the last has the rest)."""
+    """Token files under `folder`: 000000.bin, 000000.idx and so on, all of one size (the last has the rest).
+
+    item: uint16 or uint32. kind: of its ids. random: uniform. distinct: each tells its place, ends of documents apart.
+    sparse: a hole, all 0.
+    """
 
     folder: Path
     item: str
-    """uint16 or uint32."""
     tokens: int
     shards: int = 1
     kind: str = "random"
-    """Of its ids. random: uniform. distinct: each tells its place, ends of documents apart. sparse: a hole, all 0."""
 
     @property
     def item_size(self) -> int:
@@ -60,10 +60,8 @@ class TokenSet:
 
     def make(self) -> None:
         """Write the files, unless they are there whole."""
-        done = self.folder / "made"
-        if done.exists():
+        if finished(self.folder):
             return
-        shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         rng = np.random.default_rng(0)
         first = 0
@@ -76,7 +74,7 @@ class TokenSet:
             self._ids(rng, lengths, first).tofile(path)
             _write_index(path.with_suffix(".idx"), lengths, MEGATRON_CODES[self.item], self.item_size)
             first += size
-        done.touch()
+        (self.folder / "made").touch()
 
     def _ids(self, rng: np.random.Generator, lengths: NDArray[np.int64], first: int) -> NDArray:
         """The ids of a file whose documents have these lengths; the ids of the file begin at place `first`."""
@@ -87,6 +85,14 @@ class TokenSet:
             ids = rng.integers(0, self.vocab_size - 1, ends[-1], dtype=self.item)
         ids[ends - 1] = self.eod_id
         return ids
+
+
+def finished(folder: Path) -> bool:
+    """Whether what is made in `folder` is complete; what an interrupted run left is removed."""
+    if not (folder / "made").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
 
 
 def _lengths(rng: np.random.Generator, size: int) -> NDArray[np.int64]:

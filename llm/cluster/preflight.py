@@ -16,6 +16,7 @@ import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 from llm.cluster.ranks import operator_folder
 from llm.errors import InputError, require
@@ -38,30 +39,25 @@ def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> No
 
     `engine` is train.engine, `loader` is data.loader, `environ` supplies PATH and CXX.
     """
-    packages = ["torch", "numpy"]
+    installed = dict.fromkeys(["torch", "numpy"])
     if sys.platform == "linux":
-        packages.append("triton")
+        installed["triton"] = None
     if engine == "deepspeed":
-        packages.append("deepspeed")
-    check_versions(sys.version_info[:2], {name: installed_version(name) for name in packages})
+        installed["deepspeed"] = None
+    for name in installed:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    check_versions(sys.version_info[:2], installed)
     check_import_names()
     if engine == "deepspeed":
         check_build_tools(environ)
         remove_abandoned_locks(operator_folder())
     if loader == "native":
-        check_native_loader()
-
-
-def installed_version(package: str) -> str | None:
-    """The version in the package's metadata, or None when it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        _import("llm.data._native", "build the C++ loader with `make setup`, or use --data.loader=numpy")
 
 
 def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None]) -> None:
-    """Raise InputError unless Python and every package of `installed` has a supported version."""
+    """Raise InputError unless Python and every package (None: not installed) has a supported version."""
     require(
         python >= PYTHON,
         f"Python is {_dotted(python)}; expected at least {_dotted(PYTHON)}: make .venv with a newer one",
@@ -89,13 +85,8 @@ def check_import_names() -> None:
     """
     folders: dict[str, Path] = {}
     for name in ("llm", "kernels"):
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:
-            raise InputError(
-                f"`import {name}` fails ({error}); expected Ingot's own package: run the script from the checkout, or "
-                "`pip install -e .` there"
-            ) from error
+        remedy = "expected Ingot's own package: run the script from the checkout, or `pip install -e .` there"
+        module = _import(name, remedy)
         require(
             module.__file__ is not None,
             f"`{name}` is {module}, a folder without __init__.py; expected Ingot's own package: remove that folder "
@@ -121,22 +112,18 @@ def check_build_tools(
     """
     path = os.pathsep.join([environ.get("PATH", os.defpath), str(python)])
     compiler = (environ.get("CXX") or "c++").split()[0]
-    require(
-        shutil.which(compiler, path=path) is not None,
-        f"no C++ compiler: {compiler!r} ({'CXX' if environ.get('CXX') else 'the default'}) is not on PATH; DeepSpeed "
-        "compiles an operator when it starts: install one (Debian: apt-get install g++), set CXX, or use "
-        "--train.engine=plain",
-    )
-    require(
-        shutil.which("ninja", path=path) is not None,
-        "ninja is not on PATH; DeepSpeed compiles an operator with it when it starts: `pip install ninja` in this "
-        "environment, or use --train.engine=plain",
-    )
-    require(
-        (headers / "Python.h").is_file(),
-        f"Python's C headers are missing: no {headers / 'Python.h'}; DeepSpeed compiles an operator against them when "
-        "it starts: install them (Debian: apt-get install python3-dev), or use --train.engine=plain",
-    )
+    header, origin = headers / "Python.h", "CXX" if environ.get("CXX") else "the default"
+    missing, remedy = "", ""
+    if not shutil.which(compiler, path=path):
+        missing = f"no C++ compiler: {compiler!r} ({origin}) is not on PATH"
+        remedy = "install one (Debian: apt-get install g++), set CXX"
+    elif not shutil.which("ninja", path=path):
+        missing, remedy = "ninja is not on PATH", "`pip install ninja` in this environment"
+    elif not header.is_file():
+        missing = f"Python's C headers are missing: no {header}"
+        remedy = "install them (Debian: apt-get install python3-dev)"
+    why = "DeepSpeed compiles an operator when it starts"
+    require(not missing, f"{missing}; {why}: {remedy}, or use --train.engine=plain")
 
 
 def remove_abandoned_locks(folder: Path, proc: Path = Path("/proc")) -> None:
@@ -171,15 +158,11 @@ def _is_open(path: Path, proc: Path) -> bool:
     return False
 
 
-def check_native_loader() -> None:
-    """Raise InputError unless the C++ extension imports."""
+def _import(name: str, remedy: str) -> ModuleType:
     try:
-        importlib.import_module("llm.data._native")
+        return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(
-            f"the C++ loader llm.data._native cannot be imported ({error}); build it with `make setup`, or use "
-            "--data.loader=numpy"
-        ) from error
+        raise InputError(f"`import {name}` fails ({error}); {remedy}") from error
 
 
 def _numbers(name: str, version: str) -> tuple[int, ...]:

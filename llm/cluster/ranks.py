@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -91,13 +92,9 @@ def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
     activated has it; another version of ninja would compile it anew. LOCAL_SIZE goes: where it equals the world size,
     DeepSpeed leaves 66 MB per rank in /dev/shm for an all-reduce that training does not use.
     """
-    environ["RANK"] = str(ranks.rank)
-    environ["LOCAL_RANK"] = str(ranks.local_rank)
-    environ["WORLD_SIZE"] = str(ranks.world_size)
-    environ["LOCAL_WORLD_SIZE"] = str(ranks.local_world_size)
+    for name in ("rank", "local_rank", "world_size", "local_world_size", "master_addr", "master_port"):
+        environ[name.upper()] = str(getattr(ranks, name))
     environ.pop("LOCAL_SIZE", None)
-    environ["MASTER_ADDR"] = ranks.master_addr
-    environ["MASTER_PORT"] = str(ranks.master_port)
     environ.setdefault("TORCH_EXTENSIONS_DIR", str(operator_folder()))
     python = str(Path(sys.executable).parent)
     others = [folder for folder in environ.get("PATH", os.defpath).split(os.pathsep) if folder != python]
@@ -260,18 +257,13 @@ def _agree_through_mpi(rank: int, world_size: int, *, one_host: bool) -> tuple[s
 
 def _own_address() -> str:
     """An IPv4 address of this host that is not loopback, or "" where there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # Sends nothing: asks the routing table which address would be the source.
-            probe.connect(("192.0.2.1", 9))
-            return probe.getsockname()[0]
-        except OSError:
-            pass
-    try:
-        found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
-    except OSError:
-        return ""
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = []
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Sends nothing: asks the routing table which address would be the source.
+        probe.connect(("192.0.2.1", 9))
+        return probe.getsockname()[0]
+    with contextlib.suppress(OSError):
+        addresses = socket.gethostbyname_ex(socket.gethostname())[2]
     return next((address for address in addresses if not address.startswith("127.")), "")
 
 

@@ -1,25 +1,6 @@
 """One YAML file and `--section.field=value` overrides, parsed into frozen sections."""
 
 from llm.config.run import RunConfig
-from llm.config.sections import (
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    PhaseChange,
-    TrainConfig,
-)
+from llm.config.sections import DataConfig, ModelConfig, OptimConfig, ParallelConfig, PhaseChange, TrainConfig
 
-__all__ = [
-    "CheckpointConfig",
-    "DataConfig",
-    "LoggingConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "PhaseChange",
-    "RunConfig",
-    "TrainConfig",
-]
+__all__ = ["DataConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PhaseChange", "RunConfig", "TrainConfig"]

@@ -10,38 +10,32 @@ from llm.errors import InputError, require
 
 
 def check_world(parallel: ParallelConfig, micro_batch_size: int, phases: tuple[Phase, ...], world_size: int) -> None:
-    """Check that `world_size` ranks can share this run's layers and batch.
+    """Refuse a world that cannot share this run's layers and batch, with the nearest valid choice.
 
-    The data-parallel size is world_size / tensor_parallel; each of those ranks takes
-    global_batch_size / dp samples of a step, in micro-batches of micro_batch_size.
-
-    Raises:
-        InputError: with the numbers and the nearest valid choice.
+    Each of dp = world_size / tensor_parallel data-parallel ranks takes global_batch_size / dp samples of a step, in
+    micro-batches of micro_batch_size.
     """
-    tp = parallel.tensor_parallel
-    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    tp, micro = parallel.tensor_parallel, micro_batch_size
     require(
         world_size % tp == 0,
         f"the world of {world_size} ranks is not a multiple of parallel.tensor_parallel {tp}; "
-        f"use parallel.tensor_parallel={min(divisors, key=lambda n: abs(n - tp))}",
+        f"use parallel.tensor_parallel={_nearest_divisor(world_size, tp)}",
     )
     dp = world_size // tp
-    for phase in phases:
-        _check_batch(phase.global_batch_size, micro_batch_size, dp)
-
-
-def _check_batch(batch: int, micro: int, dp: int) -> None:
-    if batch % (dp * micro) == 0:
-        return
-    if batch % dp == 0:
-        fitting = [n for n in range(1, batch // dp + 1) if batch // dp % n == 0]
-        advice = f"train.micro_batch_size={min(fitting, key=lambda n: abs(n - micro))}"
-    else:
+    for batch in (phase.global_batch_size for phase in phases):
+        if batch % (dp * micro) == 0:
+            continue
         advice = f"train.global_batch_size={max(1, round(batch / (dp * micro))) * dp * micro}"
-    raise InputError(
-        f"train.global_batch_size {batch} is not a multiple of {dp} data-parallel ranks x "
-        f"train.micro_batch_size {micro} = {dp * micro}; use {advice}"
-    )
+        if batch % dp == 0:
+            advice = f"train.micro_batch_size={_nearest_divisor(batch // dp, micro)}"
+        raise InputError(
+            f"train.global_batch_size {batch} is not a multiple of {dp} data-parallel ranks x "
+            f"train.micro_batch_size {micro} = {dp * micro}; use {advice}"
+        )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wanted))
 
 
 def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[str, Any]) -> None:
@@ -88,22 +82,8 @@ def check_phases(model: ModelConfig, phases: tuple[Phase, ...]) -> None:
     require(longest <= model.max_seq_len, f"data.seq_len {longest} is above model.max_seq_len {model.max_seq_len}")
 
 
-def check_sequence_parallel(parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:
-    """Refuse sequences that tensor-parallel ranks cannot share evenly."""
-    tp = parallel.tensor_parallel
-    if not parallel.sequence_parallel:
-        return
-    require(tp > 1, "parallel.sequence_parallel needs parallel.tensor_parallel of 2 or more; found 1")
-    for seq_len in (phase.seq_len for phase in phases):
-        require(
-            seq_len % tp == 0,
-            f"data.seq_len {seq_len} is not a multiple of parallel.tensor_parallel {tp}, which "
-            f"parallel.sequence_parallel needs; use data.seq_len={max(tp, seq_len // tp * tp)}",
-        )
-
-
-def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse a degree that does not cut heads and feed-forward width into equal parts."""
+def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:
+    """Refuse a degree that does not cut heads, feed-forward width and shared sequences into equal parts."""
     tp = parallel.tensor_parallel
     require(
         tp <= model.kv_heads,
@@ -118,3 +98,11 @@ def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"model.{name} {width} is not a multiple of parallel.tensor_parallel {tp}; "
             f"use parallel.tensor_parallel={valid[-1]}",
         )
+    if parallel.sequence_parallel:
+        require(tp > 1, "parallel.sequence_parallel needs parallel.tensor_parallel of 2 or more; found 1")
+        for seq_len in (phase.seq_len for phase in phases):
+            require(
+                seq_len % tp == 0,
+                f"data.seq_len {seq_len} is not a multiple of parallel.tensor_parallel {tp}, which "
+                f"parallel.sequence_parallel needs; use data.seq_len={max(tp, seq_len // tp * tp)}",
+            )

@@ -79,11 +79,7 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "pretrain.py"
 
 
 def from_dict(mapping: dict[str, Any]) -> RunConfig:
-    """The RunConfig that a nested mapping, such as a loaded config.yaml, describes.
-
-    Raises:
-        InputError: as for `parse_config`.
-    """
+    """The RunConfig that a nested mapping, such as a loaded config.yaml, describes; raises InputError."""
     return read(RunConfig, mapping, "")
 
 

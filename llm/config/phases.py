@@ -6,6 +6,7 @@ phase never depend on how a run was split, and the number of steps follows from 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llm.config.sections import DataConfig
@@ -24,11 +25,7 @@ class Phase:
 
 
 def phases_of(data: DataConfig, global_batch_size: int) -> tuple[Phase, ...]:
-    """The phases of a run, in order, the first from sample 0 (`RunConfig.phases`).
-
-    Raises:
-        InputError: phases out of order, or one that begins within a step.
-    """
+    """The phases of a run, in order, the first from sample 0; InputError if out of order, or one begins in a step."""
     found = [Phase(0, 0, data.seq_len, global_batch_size, data.blend)]
     for change in data.phases:
         last = found[-1]
@@ -44,15 +41,9 @@ def phases_of(data: DataConfig, global_batch_size: int) -> tuple[Phase, ...]:
             f"data.phases: a phase begins at {change.samples} samples, within a step of {batch}; "
             f"use {last.first_sample + max(1, round(length / batch)) * batch}",
         )
-        found.append(
-            Phase(
-                change.samples,
-                last.first_step + length // batch,
-                change.seq_len or last.seq_len,
-                change.global_batch_size or batch,
-                change.blend or last.blend,
-            )
-        )
+        step, seq_len = last.first_step + length // batch, change.seq_len or last.seq_len
+        blend = change.blend or last.blend
+        found.append(Phase(change.samples, step, seq_len, change.global_batch_size or batch, blend))
     return tuple(found)
 
 
@@ -69,9 +60,11 @@ def consumed_samples(phases: tuple[Phase, ...], step: int) -> int:
 
 def consumed_tokens(phases: tuple[Phase, ...], step: int) -> int:
     """Target positions that `step` steps have taken."""
-    total, later = 0, step
-    for phase in reversed(phases):
-        if phase.first_step < later:
-            total += (later - phase.first_step) * phase.global_batch_size * phase.seq_len
-            later = phase.first_step
-    return total
+    split = steps_by_phase(phases, 0, step)
+    return sum(steps * phase.global_batch_size * phase.seq_len for phase, steps in split)
+
+
+def steps_by_phase(phases: Sequence[Phase], first: int, last: int) -> Iterator[tuple[Phase, int]]:
+    """Each phase, and how many of the steps after step `first`, up to step `last`, it has."""
+    for phase, end in zip(phases, [*(later.first_step for later in phases[1:]), last], strict=True):
+        yield phase, max(0, min(end, last) - max(first, phase.first_step))

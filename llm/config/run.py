@@ -10,17 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from llm.config import checks
+from llm.config import checks, sections
 from llm.config.phases import Phase, phases_of
-from llm.config.sections import (
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-)
 from llm.errors import require
 
 
@@ -32,13 +23,13 @@ class RunConfig:
     """The run's folder is runs/<name>."""
     seed: int = 1234
     """Of initial weights, sample order and dropout."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    model: sections.ModelConfig = field(default_factory=sections.ModelConfig)
+    data: sections.DataConfig = field(default_factory=sections.DataConfig)
+    optim: sections.OptimConfig = field(default_factory=sections.OptimConfig)
+    parallel: sections.ParallelConfig = field(default_factory=sections.ParallelConfig)
+    train: sections.TrainConfig = field(default_factory=sections.TrainConfig)
+    checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
+    logging: sections.LoggingConfig = field(default_factory=sections.LoggingConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for the DeepSpeed config; those that Ingot owns are refused."""
 
@@ -51,8 +42,7 @@ class RunConfig:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
         checks.check_phases(self.model, self.phases)
         checks.check_engine(self.train, self.parallel, self.deepspeed)
-        checks.check_tensor_parallel(self.model, self.parallel)
-        checks.check_sequence_parallel(self.parallel, self.phases)
+        checks.check_tensor_parallel(self.model, self.parallel, self.phases)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:

@@ -51,14 +51,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_at_least(1, "model.", self, "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
         check_at_least(1, "model.", self, "vocab_size", "max_seq_len")
-        require(
-            self.d_model % self.n_head == 0,
-            f"model.d_model {self.d_model} is not a multiple of model.n_head {self.n_head}",
-        )
-        require(
-            self.n_head % self.kv_heads == 0,
-            f"model.n_head {self.n_head} is not a multiple of model.n_kv_head {self.kv_heads}",
-        )
+        width, heads, kv_heads = self.d_model, self.n_head, self.kv_heads
+        require(width % heads == 0, f"model.d_model {width} is not a multiple of model.n_head {heads}")
+        require(heads % kv_heads == 0, f"model.n_head {heads} is not a multiple of model.n_kv_head {kv_heads}")
         require(
             self.position != "rope" or self.head_dim % 2 == 0,
             f"model.position rope needs an even head width; d_model / n_head is {self.head_dim}",
@@ -134,10 +129,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, "data.", self, "seq_len", "validation_samples")
-        require(
-            0 < self.validation_fraction < 1,
-            f"data.validation_fraction is {self.validation_fraction}; expected between 0 and 1",
-        )
+        fraction = self.validation_fraction
+        require(0 < fraction < 1, f"data.validation_fraction is {fraction}; expected between 0 and 1")
         require(
             self.packing == "chunk" or self.document_masks,
             "data.packing best_fit puts unrelated documents into one sample; set data.document_masks=true",
@@ -147,10 +140,8 @@ class DataConfig:
 
 def check_blend(key: str, blend: dict[str, float] | None) -> None:
     """Refuse a blend of nothing, and weights that are no shares. The weights need not sum to 1."""
-    if blend is None:
-        return
-    require(len(blend) >= 1, f"{key}: the blend is empty; expected at least one corpus with its weight")
-    for name, weight in blend.items():
+    require(blend != {}, f"{key}: the blend is empty; expected at least one corpus with its weight")
+    for name, weight in (blend or {}).items():
         found = f"{key}: the weight of {name!r} is {weight}"
         require(weight > 0, f"{found}; expected a number above 0 (leave the corpus out for none)")
 

@@ -21,18 +21,16 @@ def backend_device(group: dist.ProcessGroup | None = None) -> torch.device:
 
 def _pack(text: str | None) -> torch.Tensor:
     """uint8 [8 + MESSAGE_BYTES]: the text's length + 1 (0: no text) and its bytes, cut to MESSAGE_BYTES."""
-    message = torch.zeros(MESSAGE_BYTES + 8, dtype=torch.uint8)
-    if text is not None:
-        data = text.encode()[:MESSAGE_BYTES]
-        message[:8] = torch.tensor([len(data) + 1]).view(torch.uint8)
-        message[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else message[:0]
-    return message
+    data = (text or "").encode()[:MESSAGE_BYTES]
+    length = 0 if text is None else len(data) + 1
+    padded = length.to_bytes(8, "little") + data.ljust(MESSAGE_BYTES, b"\0")
+    return torch.frombuffer(bytearray(padded), dtype=torch.uint8)
 
 
 def _unpack(message: torch.Tensor) -> str | None:
-    message = message.cpu()
-    length = int(message[:8].clone().view(torch.int64)) - 1
-    return None if length < 0 else bytes(message[8 : 8 + length].tolist()).decode(errors="replace")
+    data = message.cpu().numpy().tobytes()
+    length = int.from_bytes(data[:8], "little") - 1
+    return None if length < 0 else data[8 : 8 + length].decode(errors="replace")
 
 
 def exchange(text: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
@@ -41,11 +39,6 @@ def exchange(text: str | None, group: dist.ProcessGroup | None = None) -> list[s
     messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     dist.all_gather(messages, message, group)
     return [_unpack(message) for message in messages]
-
-
-def exchange_errors(error: str | None, group: dist.ProcessGroup | None = None) -> str | None:
-    """The first rank's error, on every rank; None if no rank had one. A barrier."""
-    return next((text for text in exchange(error, group) if text is not None), None)
 
 
 def broadcast(text: str, group: dist.ProcessGroup | None = None) -> str:
@@ -71,7 +64,7 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
         cause, error = failure, f"checkpoint:{failure}"
     except Exception as failure:  # noqa: BLE001 - whatever it was, the others must hear of it
         cause, error = failure, f"other:rank {dist.get_rank()}: {type(failure).__name__}: {failure}"
-    first = exchange_errors(error, group)
+    first = next((text for text in exchange(error, group) if text is not None), None)
     if first is None:
         return result  # pyright: ignore[reportReturnType]
     kind, message = first.split(":", 1)

@@ -19,11 +19,6 @@ from torch import Tensor
 from torch.distributed import _functional_collectives  # noqa: F401
 
 
-def start_all_reduce(x: Tensor, group: str, reduction: str = "sum") -> Tensor:
-    """x reduced ("sum" or "max") over the ranks of `group`, once waited for; same shape and dtype."""
-    return torch.ops._c10d_functional.all_reduce(x.contiguous(), reduction, group)
-
-
 def start_all_reduce_(x: Tensor, group: str) -> Tensor:
     """The sum of x, contiguous, over the ranks of `group`, once waited for, in the memory of x."""
     return torch.ops._c10d_functional.all_reduce_(x, "sum", group)
@@ -46,7 +41,7 @@ def wait(pending: Tensor) -> Tensor:
 
 def all_reduce(x: Tensor, reduction: str, group: str) -> Tensor:
     """x reduced ("sum" or "max") over the ranks of `group`; same shape and dtype."""
-    return wait(start_all_reduce(x, group, reduction))
+    return wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), reduction, group))
 
 
 def all_gather(x: Tensor, size: int, group: str) -> Tensor:

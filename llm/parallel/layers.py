@@ -24,14 +24,7 @@ from torch import Tensor, nn
 
 from kernels.embedding import embedding
 from kernels.philox import DropoutKey
-from llm.model.layers import (
-    CausalAttention,
-    DenseLayers,
-    LanguageModelHead,
-    LinearRole,
-    cross_entropy,
-    replicated,
-)
+from llm.model.layers import CausalAttention, DenseLayers, LanguageModelHead, LinearRole, cross_entropy, replicated
 from llm.parallel.collectives import (
     all_gather,
     batch_first,
@@ -139,9 +132,7 @@ class ColumnParallelLinear(nn.Module):
         self.tp = tp
         held = tp.slice((out_features, in_features), 0)
         self.weight = split(torch.empty(out_features // tp.size, in_features), held)
-        self.bias = None
-        if bias:
-            self.bias = split(torch.zeros(out_features // tp.size), tp.slice((out_features,), 0))
+        self.bias = split(torch.zeros(out_features // tp.size), tp.slice((out_features,), 0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return ColumnLinear.apply(x, self.weight, self.bias, self.tp)  # pyright: ignore[reportReturnType]

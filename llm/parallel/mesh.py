@@ -6,7 +6,6 @@ Tensor parallelism varies fastest, so its ranks share a node. `pp` and `cp` have
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,6 +18,14 @@ class Mesh:
     """The grid seen from one process."""
 
     devices: DeviceMesh
+    rank: int
+    world_size: int
+    dp_group: dist.ProcessGroup
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    tp_rank: int
+    tp_size: int
 
     @staticmethod
     def create(config: ParallelConfig, device_type: str) -> Mesh:
@@ -29,36 +36,7 @@ class Mesh:
         world, tp = dist.get_world_size(), config.tensor_parallel
         assert world % tp == 0, f"{world} ranks in groups of {tp}"
         shape = (1, world // tp, 1, tp)
-        return Mesh(init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp", "cp", "tp")))
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
-
-    @property
-    def world_size(self) -> int:
-        return self.devices.size()
-
-    @cached_property
-    def dp_group(self) -> dist.ProcessGroup:
-        return self.devices.get_group("dp")
-
-    @cached_property
-    def tp_group(self) -> dist.ProcessGroup:
-        return self.devices.get_group("tp")
-
-    @cached_property
-    def dp_rank(self) -> int:
-        return self.devices.get_local_rank("dp")
-
-    @cached_property
-    def tp_rank(self) -> int:
-        return self.devices.get_local_rank("tp")
-
-    @cached_property
-    def dp_size(self) -> int:
-        return self.devices.size(1)
-
-    @cached_property
-    def tp_size(self) -> int:
-        return self.devices.size(3)
+        devices = init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
+        dp_group, tp_group = devices.get_group("dp"), devices.get_group("tp")
+        dp_rank, tp_rank = devices.get_local_rank("dp"), devices.get_local_rank("tp")
+        return Mesh(devices, dist.get_rank(), world, dp_group, dp_rank, world // tp, tp_group, tp_rank, tp)

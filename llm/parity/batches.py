@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llm.config import RunConfig
+from llm.data.samples.documents import number_documents
 from llm.model.layers import IGNORED_TARGET, Documents
 from llm.train.engines.base import MicroBatch
 
@@ -30,10 +31,8 @@ def documents_of(begins: Tensor) -> Documents:
     """The documents of rows of T tokens that begin where `begins`, bool [B, T], says and where a row does."""
     begins = begins.clone()
     begins[:, 0] = True
-    (starts,) = begins.flatten().nonzero(as_tuple=True)
-    cu_seqlens = torch.cat([starts, torch.tensor([begins.numel()])])
-    position_ids = torch.arange(begins.numel()) - starts.repeat_interleave(cu_seqlens.diff())
-    return Documents(position_ids.view(begins.shape), cu_seqlens.to(torch.int32))
+    position_ids, cu_seqlens = map(torch.from_numpy, number_documents(begins.numpy()))
+    return Documents(position_ids.long(), cu_seqlens)
 
 
 def micro_batches(
@@ -53,11 +52,9 @@ def micro_batches(
             targets[sample, counted:] = IGNORED_TARGET
     begins = torch.rand(G, T, generator=generator) < DOCUMENTS / T
     samples = torch.arange(step * G, (step + 1) * G)
-    share = G // dp_size
-    first = dp_rank * share
-    positions = torch.arange(T, device=device)
+    positions, share = torch.arange(T, device=device), G // dp_size
     batches = []
-    for start in range(first, first + share, size):
+    for start in range(dp_rank * share, (dp_rank + 1) * share, size):
         cut = slice(start, start + size)
         batch = MicroBatch(tokens[cut, :-1].to(device), positions, samples[cut].to(device), targets[cut].to(device))
         if config.data.document_masks:

@@ -20,7 +20,7 @@ from llm.parallel.mesh import Mesh
 from llm.parity.batches import micro_batches, target_count
 from llm.slices import Slice, slice_of
 from llm.train.build import build_engine
-from llm.train.engines.base import MOMENTS, Engine, MicroBatch, StepResult
+from llm.train.engines.base import MOMENTS, MicroBatch, StepResult
 from llm.train.guard import compare_replicas
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -73,9 +73,16 @@ class Layout:
     def step(self, number: int) -> StepRecord:
         before, scalars = self.state, self.engine.scalar_state()
         loss = self.engine.forward_backward(self._batches(number), target_count(self.config))
-        gradients = gather_gradients(self.engine, self.names)
+        gradients = {}
+        for name in self.names:
+            gradient = self.engine.gradient(name)  # every rank has a part in it
+            if self.mesh.rank == 0:
+                gradients[name] = gradient.detach().float().clone()
         result = self.engine.step()
-        self._note_differences(number, loss=loss, grad_norm=result.grad_norm, skipped=result.skipped)
+        for name, value in (("loss", loss), ("grad_norm", result.grad_norm), ("skipped", result.skipped)):
+            found = exchange(repr(value))
+            if len(set(found)) > 1:
+                self.note([f"step {number}: ranks differ in {name}: {', '.join(map(str, found))}"])
         self.note([f"step {number}: {finding}" for finding in compare_replicas(self.engine, self.mesh)])
         self.updates += not result.skipped
         self.state = self._gather()
@@ -95,15 +102,8 @@ class Layout:
         self.note(problems)
         return state
 
-    def _note_differences(self, number: int, **values: float) -> None:
-        """Note the values that are not equal on all ranks."""
-        for name, value in values.items():
-            found = exchange(repr(value))
-            if len(set(found)) > 1:
-                self.note([f"step {number}: ranks differ in {name}: {', '.join(map(str, found))}"])
 
-
-# --- gradients and state as global tensors on rank 0 ---
+# --- state as global tensors on rank 0 ---
 #
 # No engine is asked which elements it holds: every piece says so itself. Tensors travel one at a time.
 
@@ -129,16 +129,6 @@ def shared_names(names: Iterable[str], expected: Iterable[str]) -> tuple[list[st
     return [name for name in expected if name not in missing], _of_all_ranks(problems)
 
 
-def gather_gradients(engine: Engine, names: Sequence[str]) -> dict[str, Tensor]:
-    """Every accumulated gradient on rank 0, nothing on the others. Collective."""
-    gradients = {}
-    for name in names:
-        gradient = engine.gradient(name)
-        if dist.get_rank() == 0:
-            gradients[name] = gradient.detach().float().clone()
-    return gradients
-
-
 def gather_state(pieces: Iterable[Piece], shapes: Shapes, kinds: Sequence[str]) -> tuple[State, list[str]]:
     """Master weights and moments on rank 0 (nothing on the others), and what is wrong with the ranks' pieces of them.
 
@@ -160,7 +150,9 @@ def gather_state(pieces: Iterable[Piece], shapes: Shapes, kinds: Sequence[str]) 
             values, counts = _all_reduce(values), _all_reduce(counts)
             if dist.get_rank() == 0:
                 state[name, kind] = values
-                problems += [f"{name} ({kind}): {text}" for text in _uncovered(counts)]
+                for wrong, where in ((counts == 0, "in no rank's state"), (counts > 1, "in more than one piece")):
+                    if n := int(wrong.sum()):
+                        problems.append(f"{name} ({kind}): {n} of {counts.numel()} elements are {where}")
     return state, _of_all_ranks(problems)
 
 
@@ -176,12 +168,6 @@ def _add_piece(piece: Piece, values: Tensor, counts: Tensor) -> str | None:
         flat[piece.start : stop] = data
         part.take(target).add_(flat.view(part.shape))
     return None
-
-
-def _uncovered(counts: Tensor) -> list[str]:
-    none, many = int((counts == 0).sum()), int((counts > 1).sum())
-    texts = ((none, "in no rank's state"), (many, "in more than one piece"))
-    return [f"{n} of {counts.numel()} elements are {where}" for n, where in texts if n]
 
 
 def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

@@ -76,16 +76,6 @@ class Report:
         return [c for c in self.checks if c.quantity == quantity and (group is None or group_of(c.name) == group)]
 
 
-def headline(report: Report) -> str:
-    """The layout, and the model if it is not the config's, in a few words each."""
-    lines = ["verify: " + ", ".join(f"{key} {value}" for key, value in report.layout().items())]
-    if report.requested is not None:
-        before, after = (dataclasses.asdict(model) for model in (report.requested, report.config.model))
-        changed = (f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key])
-        lines.append("the model is too large for one process; a shrunk one was verified: " + ", ".join(changed))
-    return "\n".join(lines)
-
-
 def table(report: Report) -> Table:
     """One row per group of parameters, then one per scalar and one for the replicas.
 
@@ -150,8 +140,13 @@ def _numbers(checks: Sequence[Check]) -> dict[str, Any] | None:
 
 
 def show(report: Report, terminal: Console) -> None:
-    """Print the report for people; the verdict is the last line."""
-    terminal.print(headline(report), markup=False, highlight=False)
+    """Print the report for people: the layout, how the model was shrunk, the table, failures, last the verdict."""
+    lines = ["verify: " + ", ".join(f"{key} {value}" for key, value in report.layout().items())]
+    if report.requested is not None:
+        before, after = (dataclasses.asdict(model) for model in (report.requested, report.config.model))
+        changed = (f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key])
+        lines.append("the model is too large for one process; a shrunk one was verified: " + ", ".join(changed))
+    terminal.print("\n".join(lines), markup=False, highlight=False)
     terminal.print(table(report))
     failures = report.failures
     for failure in failures[:SHOWN]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from llm.config import ModelConfig
-from llm.config.phases import Phase
+from llm.config.phases import Phase, steps_by_phase
 from llm.plan.memory import parameters, position_parameters
 
 Formula = Literal["causal", "palm"]
@@ -66,8 +66,7 @@ def flops_of_steps(model: ModelConfig, phases: Sequence[Phase], first: int, last
     Documents that do not attend to one another spare some of attention's, which no formula here leaves out.
     """
     total = 0.0
-    for phase, end in zip(phases, [*(later.first_step for later in phases[1:]), last], strict=True):
-        steps = max(0, min(end, last) - max(first, phase.first_step))
+    for phase, steps in steps_by_phase(phases, first, last):
         total += steps * phase.global_batch_size * phase.seq_len * flops_per_token(model, phase.seq_len, formula)
     return total
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from benchmarks.report import Curve, Panel, append, begin, header, heading, interval, number, plot, read, spread, table
+from benchmarks.report import Curve, Panel, append, begin, header, heading, number, plot, read, spread, table
 
 
 def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -41,7 +41,6 @@ def test_the_heading_says_what_a_run_was_made_on() -> None:
 
 def test_numbers_have_three_figures_or_are_whole() -> None:
     assert [number(x) for x in (1234.5, 99.96, 99.94, 0.01234)] == ["1,234", "100", "99.9", "0.0123"]
-    assert interval(2, 1, 3) == "2 (1 to 3)"
     assert spread([]) == "–"  # noqa: RUF001
     assert spread([3e6], 1e-6) == "3"
     assert spread([5.0, 1.0, 2.0, 3.0, 4.0]) == "3 (2 to 4)"

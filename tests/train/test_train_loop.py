@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from llm.checkpoint.reader import open_checkpoint
-from llm.config import CheckpointConfig, LoggingConfig, PhaseChange, RunConfig
+from llm.config import PhaseChange, RunConfig
 from llm.config.phases import consumed_samples, phase_of_step
+from llm.config.sections import CheckpointConfig, LoggingConfig
 from llm.data.batch import Batch, Step
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import documents_of

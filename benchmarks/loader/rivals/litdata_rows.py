@@ -1,7 +1,5 @@
 """litdata's StreamingDataset with its TokensLoader: rows of T + 1 tokens, end to end."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -9,9 +7,10 @@ from litdata import StreamingDataLoader, StreamingDataset, TokensLoader  # pyrig
 from litdata.streaming.cache import Cache  # pyright: ignore[reportMissingImports]
 
 from benchmarks.loader.cases import Case
-from benchmarks.loader.system import Stateful, finished
-from benchmarks.loader.tokens import TokenSet
+from benchmarks.loader.system import Stateful
+from benchmarks.loader.tokens import TokenSet, finished
 
+FOLDER = "litdata"  # of its own form of the tokens
 CHUNK_BYTES = 1 << 26
 PIECE = 1 << 20  # tokens handed to the writer at a time
 STORED = {"uint16": "uint16", "uint32": "int32"}  # PyTorch types that it knows
@@ -19,7 +18,7 @@ STORED = {"uint16": "uint16", "uint32": "int32"}  # PyTorch types that it knows
 
 class LitData(Stateful):
     def prepare(self, tokens: TokenSet, seq_len: int) -> None:
-        folder = _folder(tokens)
+        folder = tokens.folder / FOLDER
         if finished(folder):
             return
         chunk = CHUNK_BYTES // tokens.item_size if tokens.shards == 1 else tokens.sizes[0]
@@ -35,13 +34,9 @@ class LitData(Stateful):
         (folder / "made").touch()
 
     def files(self, tokens: TokenSet, seq_len: int) -> list[Path]:
-        return list(_folder(tokens).glob("*.bin"))
+        return list((tokens.folder / FOLDER).glob("*.bin"))
 
     def loader(self, tokens: TokenSet, case: Case) -> StreamingDataLoader:
         loader = TokensLoader(block_size=case.seq_len + 1)
-        dataset = StreamingDataset(str(_folder(tokens)), item_loader=loader, shuffle=True, drop_last=True)
+        dataset = StreamingDataset(str(tokens.folder / FOLDER), item_loader=loader, shuffle=True, drop_last=True)
         return StreamingDataLoader(dataset, batch_size=case.rows, drop_last=True)
-
-
-def _folder(tokens: TokenSet) -> Path:
-    return tokens.folder / "litdata"

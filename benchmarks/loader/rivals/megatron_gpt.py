@@ -1,10 +1,8 @@
 """Megatron-core's GPTDataset behind PyTorch's DataLoader, as its pretraining script uses it."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,26 +14,7 @@ from benchmarks.loader.cases import Case
 from benchmarks.loader.system import Batch, Batches, System
 from benchmarks.loader.tokens import TokenSet
 
-
-class Tokenizer:
-    """What the dataset asks of a tokenizer."""
-
-    def __init__(self, tokens: TokenSet) -> None:
-        self.vocab_size, self.eod, self.pad = tokens.vocab_size, tokens.eod_id, -1
-        self.unique_identifiers = {"vocab_size": self.vocab_size}
-
-
-class Consecutive:
-    """Batches of consecutive sample numbers from `first` on: the dataset has shuffled already."""
-
-    def __init__(self, first: int, stop: int, rows: int) -> None:
-        self.starts, self.rows = range(first, stop - rows + 1, rows), rows
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(range(start, start + self.rows)) for start in self.starts)
-
-    def __len__(self) -> int:
-        return len(self.starts)
+CACHE = "megatron"  # folder of the sample numbers that it keeps
 
 
 class Megatron(System):
@@ -48,17 +27,20 @@ class Megatron(System):
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
     def files(self, tokens: TokenSet, seq_len: int) -> list[Path]:
-        return [*tokens.paths, *(path.with_suffix(".idx") for path in tokens.paths), *_cache(tokens).glob("*")]
+        return [*tokens.paths, *(path.with_suffix(".idx") for path in tokens.paths), *(tokens.folder / CACHE).glob("*")]
 
     def open(self, tokens: TokenSet, case: Case, state: Any = None) -> Batches:
         samples = (tokens.tokens - 1) // case.seq_len
+        # What the dataset asks of a tokenizer.
+        names = {"vocab_size": tokens.vocab_size}
+        tokenizer = SimpleNamespace(eod=tokens.eod_id, pad=-1, unique_identifiers=names, **names)
         config = GPTDatasetConfig(
             random_seed=1234,
             sequence_length=case.seq_len,
             blend=([str(path.with_suffix("")) for path in tokens.paths], None),
             split="1,0,0",
-            path_to_cache=str(_cache(tokens)),
-            tokenizer=Tokenizer(tokens),  # pyright: ignore[reportArgumentType]
+            path_to_cache=str(tokens.folder / CACHE),
+            tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
             reset_position_ids=case.documents,
             reset_attention_mask=case.documents,
             eod_mask_loss=False,
@@ -67,18 +49,14 @@ class Megatron(System):
         dataset = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[0]
         first = state or 0
         while True:
-            sampler = Consecutive(first, samples, case.rows)
-            for found in DataLoader(dataset, batch_sampler=sampler):
-                batch = Batch(found["tokens"], found["labels"])
-                yield batch._replace(**_documents(found["position_ids"])) if case.documents else batch
+            # Consecutive samples: the dataset has shuffled already.
+            starts = range(first, samples - case.rows + 1, case.rows)
+            batches = (list(range(start, start + case.rows)) for start in starts)
+            for found in DataLoader(dataset, batch_sampler=batches):
+                batch, positions = Batch(found["tokens"], found["labels"]), found["position_ids"]
+                if case.documents:
+                    begins = (positions.view(-1) == 0).nonzero().view(-1)
+                    bounds = torch.cat([begins, torch.tensor([positions.numel()])])
+                    batch = batch._replace(position_ids=positions, cu_seqlens=bounds.int())
+                yield batch
             first = 0
-
-
-def _documents(position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    starts = (position_ids.view(-1) == 0).nonzero().view(-1)
-    end = torch.tensor([position_ids.numel()])
-    return {"position_ids": position_ids, "cu_seqlens": torch.cat([starts, end]).int()}
-
-
-def _cache(tokens: TokenSet) -> Path:
-    return tokens.folder / "megatron"

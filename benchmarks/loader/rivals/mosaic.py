@@ -1,7 +1,5 @@
 """MosaicML's StreamingDataset over MDS shards of rows of T + 1 tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,8 @@ from streaming.base.util import clean_stale_shared_memory  # pyright: ignore[rep
 from torch import Tensor
 
 from benchmarks.loader.cases import Case
-from benchmarks.loader.system import Batches, Stateful, finished
-from benchmarks.loader.tokens import TokenSet
+from benchmarks.loader.system import Batches, Stateful
+from benchmarks.loader.tokens import TokenSet, finished
 
 SHARD_BYTES = 1 << 26  # its default
 

@@ -1,7 +1,5 @@
 """nanoGPT's get_batch, from its description: random rows of a file that is mapped anew for every batch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -21,9 +19,7 @@ class NanoGPT(System):
             ids = np.memmap(tokens.paths[0], dtype=tokens.item, mode="r")
             starts = torch.randint(len(ids) - T, (case.rows,))
             inputs, labels = (
-                torch.stack(
-                    [torch.from_numpy(ids[start + shift : start + shift + T].astype(np.int64)) for start in starts]
-                )
+                [torch.from_numpy(ids[start + shift : start + shift + T].astype(np.int64)) for start in starts]
                 for shift in (0, 1)
             )
-            yield Batch(inputs, labels)
+            yield Batch(torch.stack(inputs), torch.stack(labels))

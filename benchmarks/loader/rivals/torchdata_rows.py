@@ -1,7 +1,5 @@
 """torchdata's StatefulDataLoader over a map-style dataset of rows in mapped files."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

@@ -22,7 +22,7 @@ def scan_documents(
     begins = np.zeros((tokens.shape[0], tokens.shape[1] - 1), bool)
     begins[:, 0] = True
     begins[:, 1:] = (tokens[:, 1:-1] if eod_first else tokens[:, :-2]) == eod_id
-    return _number(begins)
+    return number_documents(begins)
 
 
 def lay_out_pieces(
@@ -42,10 +42,11 @@ def lay_out_pieces(
         begins[row, ends[ends <= seq_len]] = True  # of the next piece, or of the padding
         padding[row, ends[-1] :] = True
     counted = ~(begins | padding)[:, 1:]
-    return *_number(begins[:, :-1]), counted.astype(np.uint8)
+    return *number_documents(begins[:, :-1]), counted.astype(np.uint8)
 
 
-def _number(begins: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def number_documents(begins: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """position_ids [B, T] and cu_seqlens of rows whose documents begin where `begins` [B, T] says."""
     slots = np.arange(begins.shape[1], dtype=np.int32)
     last_begin = np.maximum.accumulate(np.where(begins, slots, 0), axis=1)
     cu_seqlens = np.append(np.flatnonzero(begins), begins.size).astype(np.int32)
