@@ -160,11 +160,6 @@ class CheckpointReader:
         """What write_checkpoint was given as `state`."""
         self._open: dict[str, Any] = {}
 
-    @property
-    def names(self) -> list[str]:
-        """The parameters' names."""
-        return list(dict.fromkeys(name for name, _ in self.manifest.tensors))
-
     def shape(self, name: str, kind: str = "master") -> tuple[int, ...]:
         """Global shape; raises CheckpointError if there is no such tensor."""
         return self._entry(name, kind).shape

@@ -31,9 +31,9 @@ class Console:
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.max_steps, self.first_step, self.clock = max_steps, first_step, clock
+        self.max_steps, self.first_step, self.enabled, self.clock = max_steps, first_step, enabled, clock
         self.start = self.last_line = clock()
-        self.terminal = Terminal(file=file, quiet=not enabled)
+        self.terminal = Terminal(file=file)
         # The text takes what the counter and the bar leave, and is cut where it is too long.
         text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
         columns = MofNCompleteColumn(), BarColumn(10), text
@@ -58,7 +58,11 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        self.terminal.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        if self.has_bar:
+            self.terminal.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        elif self.enabled:
+            # Not by rich, which raises SystemExit on a broken pipe: run_script would not see it.
+            print(text, file=self.terminal.file, flush=True)
 
     def __enter__(self) -> Console:
         self.progress.start()
