@@ -6,10 +6,12 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llm.errors import CheckpointError
 
@@ -72,6 +74,20 @@ def replace(path: Path, content: bytes) -> None:
     create(temporary, [content], len(content))
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the place of `path`, fsynced, when the block ends without an exception."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def regular_size(path: Path) -> int:

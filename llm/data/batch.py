@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from llm.data.samples.schedule import Curriculum
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,39 @@ class Step:
     replaced_targets: int | None = None
     """By how much that changed this rank's targets: the sum over the data-parallel ranks belongs to target_count.
     None where it cannot: data.damaged is stop, or samples are chunks."""
+
+
+class Loader(ABC):
+    """Training batches of one data-parallel rank."""
+
+    def __init__(self, curriculum: Curriculum, consumed: int) -> None:
+        self._curriculum = curriculum
+        self.consumed = consumed
+        """Samples of the global order that all ranks together have taken: the loader's state."""
+        self.wait_seconds = 0.0
+        """Time spent inside next_step() so far."""
+
+    def next_step(self) -> Step:
+        """The next step on this rank; the one before it must not be used any more.
+
+        Raises InputError (a subclass of it: DamagedFile) when a file is damaged and data.damaged is stop.
+        """
+        start = time.perf_counter()
+        step, samples = self._assemble()
+        self.consumed += samples
+        self.wait_seconds += time.perf_counter() - start
+        return step
+
+    @abstractmethod
+    def _assemble(self) -> tuple[Step, int]:
+        """The next step on this rank, and the samples of all ranks in it."""
+
+    def epochs(self) -> dict[str, float]:
+        """How often the consumed samples have gone through each corpus."""
+        return self._curriculum.epochs(self.consumed)
+
+    def close(self) -> None:  # noqa: B027
+        """End the threads, if any; next_step() must not be called afterwards."""
 
 
 def batch_of(*arrays: NDArray | None) -> Batch:

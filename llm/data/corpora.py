@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from llm.config import RunConfig
 from llm.data.samples.blend import BlendTable
 from llm.data.samples.packing import read_header
-from llm.data.samples.schedule import Curriculum, Table
+from llm.data.samples.schedule import Curriculum, corpus_names
 from llm.data.tokens.folder import copy_folder, data_folder, is_url, load_manifest
 from llm.data.tokens.hashes import HashCheck
 from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, locate, plan_name, read_manifest
@@ -45,11 +45,10 @@ class Corpora:
     def open(cls, config: RunConfig) -> Corpora:
         """Read the manifest of each corpus and, of token files without one, the headers.
 
-        Raises:
-            InputError: a corpus that is not there, or not of the same tokens as data.path.
+        Raises InputError for a corpus that is not there, or not of the same tokens as data.path.
         """
         folder, own = data_folder(config), load_manifest(config)
-        training = {name: _open_corpus(config, name, folder, own) for name in corpus_names(config)}
+        training = {name: _open_corpus(config, name, folder, own) for name in corpus_names(blends_of(config))}
         return cls(config, folder, own, training)
 
     @cached_property
@@ -57,11 +56,10 @@ class Corpora:
         """The weight of each corpus, phase by phase."""
         return blends_of(self.config)
 
-    def curriculum(self, table: Callable[[Sequence[int]], Table] = BlendTable) -> Curriculum:
+    def curriculum(self, table: Callable[[Sequence[int]], BlendTable] = BlendTable) -> Curriculum:
         """What the run draws from its corpora, phase by phase; `table`: the form of BlendTable that is used.
 
-        Raises:
-            InputError: a corpus without a sample of a phase's length, or without a packing plan for it.
+        Raises InputError for a corpus without a sample of a phase's length, or without a packing plan for it.
         """
         return Curriculum(self.config.phases, self.blends, self._sample_count, table)
 
@@ -80,7 +78,7 @@ class Corpora:
         manifests' hashes. Of files without a manifest there are only the sizes to tell, and the value says so.
         """
         found = {"tokenizer": self.manifest.tokenizer_sha256}
-        for name in _names(self.blends[:phases]):
+        for name in corpus_names(self.blends[:phases]):
             corpus = self.training[name]
             key = "train" if corpus.folder == self.folder else name
             kind = [corpus.shards.format, corpus.shards.dtype, corpus.shards.eod_id]
@@ -93,11 +91,7 @@ class Corpora:
         return found
 
     def hashed_files(self) -> dict[str, FileEntry]:
-        """Path, size and hash of every token file and packing plan that the run trains on.
-
-        Raises:
-            InputError: a corpus without a manifest, of which no hash is known.
-        """
+        """Path, size and hash of the token files and packing plans of training; InputError without a manifest."""
         found = {}
         for name, corpus in self.training.items():
             if corpus.manifest is None or corpus.folder is None:
@@ -126,15 +120,6 @@ def blends_of(config: RunConfig) -> tuple[dict[str, float], ...]:
     """The corpora of each phase with their weights, in the order of their names: that of a mapping means nothing."""
     own = {config.data.path or str(data_folder(config)): 1.0}
     return tuple(dict(sorted((phase.blend or own).items())) for phase in config.phases)
-
-
-def corpus_names(config: RunConfig) -> tuple[str, ...]:
-    """The run's training corpora by their numbers, which a phase added later does not change."""
-    return _names(blends_of(config))
-
-
-def _names(blends: Iterable[dict[str, float]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for blend in blends for name in blend))
 
 
 def _open_corpus(config: RunConfig, name: str, own_folder: Path, own: Manifest) -> Corpus:

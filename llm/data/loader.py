@@ -7,16 +7,14 @@ sample.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from llm.config import RunConfig
-from llm.data.batch import Batch, Step, batch_of
+from llm.data.batch import Batch, Loader, Step, batch_of
 from llm.data.corpora import Corpora
 from llm.data.native import NativeCorpus, NativeLoader, import_native
 from llm.data.samples.blend import BlendTable
@@ -30,49 +28,15 @@ from llm.errors import require
 CHECKED_FILES = 64  # of each corpus when it is opened; the others are checked when they are first read
 
 
-class Loader(Protocol):
-    """Training batches of one data-parallel rank."""
-
-    consumed: int
-    """Samples of the global order that all ranks together have taken: the loader's state."""
-    wait_seconds: float
-    """Time spent inside next_step() so far."""
-
-    def next_step(self) -> Step:
-        """The next step on this rank; the one before it must not be used any more.
-
-        Raises InputError (a subclass of it: DamagedFile) when a file is damaged and data.damaged is stop.
-        """
-        ...
-
-    def epochs(self) -> dict[str, float]:
-        """How often the consumed samples have gone through each corpus."""
-        ...
-
-    def close(self) -> None:
-        """End the threads, if any; next_step() must not be called afterwards."""
-
-
-class NumpyLoader:
+class NumpyLoader(Loader):
     """The plain loader: the native one's twin and oracle."""
 
     def __init__(self, sampler: NumpySampler, curriculum: Curriculum, consumed: int) -> None:
-        self._sampler, self._curriculum = sampler, curriculum
-        self.consumed = consumed
-        self.wait_seconds = 0.0
+        super().__init__(curriculum, consumed)
+        self._sampler = sampler
 
-    def next_step(self) -> Step:
-        start = time.perf_counter()
-        step, global_batch = self._sampler.step(self.consumed)
-        self.consumed += global_batch
-        self.wait_seconds += time.perf_counter() - start
-        return step
-
-    def epochs(self) -> dict[str, float]:
-        return self._curriculum.epochs(self.consumed)
-
-    def close(self) -> None:
-        pass
+    def _assemble(self) -> tuple[Step, int]:
+        return self._sampler.step(self.consumed)
 
 
 def open_loader(corpora: Corpora, *, dp_rank: int, dp_size: int, consumed: int = 0, widen: bool = False) -> Loader:

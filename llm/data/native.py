@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from llm.data.batch import Batch, Step
+from llm.data.batch import Batch, Loader, Step
 from llm.data.samples.sampler import Share
 from llm.data.samples.schedule import Curriculum, SchedulePhase
 from llm.data.tokens.shards import ShardList
@@ -85,10 +84,6 @@ class Slot:
         pinned = torch.cuda.is_available()
         return cls(**{name: torch.empty(n, dtype=kind, pin_memory=pinned) for name, (n, kind) in sizes.items()})
 
-    @property
-    def n_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in vars(self).values())
-
     def batches(self, phase: SchedulePhase, share: Share, dtype: torch.dtype) -> list[Batch]:
         """Its micro-batches in a phase, with room for any number of documents in cu_seqlens."""
         rows, T, B = share.rows(phase), phase.seq_len, share.micro_batch
@@ -111,7 +106,7 @@ def masked(views: dict[tuple[int, int], Step], slot: int, phase: int, batch: int
     return dataclasses.replace(view, cu_seqlens=view.cu_seqlens[: documents + 1])
 
 
-class NativeLoader:
+class NativeLoader(Loader):
     """Steps assembled ahead by C++ threads; tensors are views of the ring's memory."""
 
     def __init__(
@@ -129,6 +124,7 @@ class NativeLoader:
         dtype: torch.dtype,
     ) -> None:
         """dtype: of the tokens, that of the files or int64."""
+        super().__init__(curriculum, consumed)
         self._native, self._phases, self._share = native, curriculum.phases, share
         self._dtype, self._masks, self._packed, self._skip = dtype, document_masks, packed, skip_damaged
         cache = native.FileCache()
@@ -151,7 +147,8 @@ class NativeLoader:
         )
         allocate = lambda: Slot.allocate(self._phases, share, dtype.itemsize, document_masks, packed)  # noqa: E731
         first = allocate()
-        depth = min(max(RING_BYTES // first.n_bytes, FEWEST_STEPS), MOST_STEPS)
+        step_bytes = sum(tensor.nbytes for tensor in vars(first).values())
+        depth = min(max(RING_BYTES // step_bytes, FEWEST_STEPS), MOST_STEPS)
         self._slots = [first, *(allocate() for _ in range(depth - 1))]
         # Of each slot in each phase. Making tensors takes longer than filling them: those made are kept.
         self._views: dict[tuple[int, int], Step] = {}
@@ -159,32 +156,21 @@ class NativeLoader:
         self._masked = functools.lru_cache(maxsize=4096)(functools.partial(masked, self._views))
         arrays = [tuple(tensor.numpy() for tensor in vars(slot).values()) for slot in self._slots]
         self._ring = native.Prefetcher(sampler, consumed, arrays, THREADS)
-        self._curriculum = curriculum
-        self.consumed, self.wait_seconds = consumed, 0.0
 
-    def next_step(self) -> Step:
-        start = time.perf_counter()
+    def _assemble(self) -> tuple[Step, int]:
         try:
             slot, phase, target_count, skipped, replaced_targets, documents = self._ring.next()
         except self._native.DamagedFile as error:
             raise DamagedFile(str(error)) from error
-        step = self._views.get((slot, phase)) or self._view(slot, phase, target_count)
+        if (slot, phase) not in self._views:  # without masks the count of targets is the same each time
+            batches = self._slots[slot].batches(self._phases[phase], self._share, self._dtype)
+            self._views[slot, phase] = Step(batches, target_count)
+        step = self._views[slot, phase]
         if self._masks or self._skip:
             batches = [self._masked(slot, phase, i, n) for i, n in enumerate(documents)] or step.batches
             changed = replaced_targets if self._skip and self._packed else None
             step = Step(batches, target_count, skipped if self._skip else None, changed)
-        self.consumed += self._phases[phase].global_batch
-        self.wait_seconds += time.perf_counter() - start
-        return step
-
-    def _view(self, slot: int, phase: int, target_count: int) -> Step:
-        """The tensors of a slot in a phase; without masks they and the count of targets are the same each time."""
-        batches = self._slots[slot].batches(self._phases[phase], self._share, self._dtype)
-        self._views[slot, phase] = Step(batches, target_count)
-        return self._views[slot, phase]
-
-    def epochs(self) -> dict[str, float]:
-        return self._curriculum.epochs(self.consumed)
+        return step, self._phases[phase].global_batch
 
     def close(self) -> None:
         self._ring.close()

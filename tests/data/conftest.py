@@ -28,7 +28,7 @@ def write_shards(folder: Path, tokens: dict[str, NDArray], vocab_size: int) -> M
     (folder / "tokenizer.json").write_text("{}")
     dtype = token_dtype(vocab_size)
     for split in SPLITS:
-        with TokenWriter(folder / split, dtype) as writer:
+        with TokenWriter.open(folder / split, dtype) as writer:
             writer.add(tokens[split])
     splits = {}
     for split in SPLITS:

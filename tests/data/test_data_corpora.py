@@ -178,7 +178,7 @@ def test_hashes_are_compared_where_the_config_asks():
     for rank, damaged in enumerate([False, True]):
         check = corpora.hash_check(rank, 2)
         assert check is not None
-        check.wait()
+        check.thread.join()
         with (
             pytest.raises(InputError, match=r"two/train\.bin: sha256 \w+, the manifest says")
             if damaged

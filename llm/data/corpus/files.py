@@ -104,43 +104,35 @@ def _open(path: Path) -> BinaryIO:
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")  # pyright: ignore[reportReturnType]
     if path.name.endswith(".zst"):
-        return io.BufferedReader(_ZstdReader(path.open("rb")))
+        return io.BufferedReader(_ZstdReader(path))
     return path.open("rb")
 
 
 class _ZstdReader(io.RawIOBase):
     """Decompresses zstd. The library's own reader takes a file that was cut short for a complete one."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._ready = b""
+    def __init__(self, path: Path) -> None:
+        self._parts, self._ready = _decompress_zstd(path), b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        while not self._ready:
-            raw = self._file.read(CHUNK)
-            if not raw:
-                if self._frame is not None:
-                    raise EOFError("the compressed file ends in the middle of a frame")
-                return 0
-            self._ready = self._decompress(raw)
+        self._ready = self._ready or next(self._parts, b"")
         count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
-    def _decompress(self, raw: bytes) -> bytes:
-        out = []
-        while raw:
-            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            out.append(frame.decompress(raw))
-            self._frame = None if frame.eof else frame
-            raw = frame.unused_data if frame.eof else b""
-        return b"".join(out)
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _decompress_zstd(path: Path) -> Iterator[bytes]:
+    """The parts, none empty, of what the frames of a file hold."""
+    frame = None
+    with path.open("rb") as file:
+        while raw := file.read(CHUNK):
+            while raw:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                if part := frame.decompress(raw):
+                    yield part
+                raw, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("the compressed file ends in the middle of a frame")

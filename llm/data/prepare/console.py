@@ -6,35 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
-from llm.data.prepare.inspect import Lengths, Statistics
+from llm.data.prepare.inspect import Statistics
+from llm.data.prepare.tokenise import Progress
 from llm.data.tokens.manifest import Manifest
 
-REDRAW = 1 << 18  # bytes (of packing, tokens) between updates of the bar, so that drawing costs nothing
 WIDEST_BAR = 40
 
 
-class Bar:
-    """Shows the stages of what is called with it, (stage, done, in all or 0), as one progress bar on stderr."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
-        self._stage, self._drawn = "", 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage or abs(done - self._drawn) >= REDRAW or done == total:
-            self._progress.update(self._task, description=stage, completed=done, total=total or None)
-            self._stage, self._drawn = stage, done
-
-
 @contextmanager
-def progress_bar() -> Iterator[Bar]:
-    """A bar that is gone afterwards."""
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr that shows the stages of what is called with it, one after another, and is gone afterwards."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield Bar(progress, progress.add_task("reading", total=None))
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total or None)
 
 
 def summary(folder: Path, manifest: Manifest) -> str:
@@ -67,15 +56,10 @@ def describe(found: Statistics) -> str:
         f"  tokens of a document: min {low}  median {median}  mean {lengths.mean:,.1f}  p95 {p95}  max {high}",
     ]
     lines += [f"  padding of samples of {seq_len}: {share:.3%}" for seq_len, share in found.padding.items()]
-    return "\n".join([*lines, histogram(lengths)])
-
-
-def histogram(lengths: Lengths) -> str:
-    """A bar for each power of two."""
     rows = lengths.histogram()
     largest = max(count for _, _, count in rows)
     edge, number = len(f"{rows[-1][1]:,}"), len(f"{largest:,}")
-    return "\n".join(
-        f"  {low:>{edge},} to {high:<{edge},} {count:>{number},} {'█' * -(-WIDEST_BAR * count // largest)}".rstrip()
-        for low, high, count in rows
-    )
+    for least, most, count in rows:
+        bar = "█" * -(-WIDEST_BAR * count // largest)
+        lines.append(f"  {least:>{edge},} to {most:<{edge},} {count:>{number},} {bar}".rstrip())
+    return "\n".join(lines)

@@ -18,8 +18,9 @@ from typing import Any
 import fsspec
 
 from llm.config import RunConfig
-from llm.data.corpora import corpus_names
+from llm.data.corpora import blends_of
 from llm.data.prepare.tokenise import Progress
+from llm.data.samples.schedule import corpus_names
 from llm.data.tokens.folder import copy_folder, is_url, lock
 from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest, read_manifest
 from llm.errors import InputError, require
@@ -31,15 +32,15 @@ STREAMS = 8  # files under way at a time: one stream seldom fills a line to an o
 
 def fetch_corpora(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> None:
     """Bring a copy of every remote corpus of the run into data.cache; nothing for those that are there."""
-    for url in dict.fromkeys(name for name in (*corpus_names(config), config.data.path or "") if is_url(name)):
+    names = (*corpus_names(blends_of(config)), config.data.path or "")
+    for url in dict.fromkeys(filter(is_url, names)):
         fetch(url, copy_folder(config, url), progress)
 
 
 def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total: None) -> Manifest:
     """Copy the corpus whose manifest.json lies at `url` into `folder`, or go on with such a copy; its manifest.
 
-    Raises:
-        InputError: it cannot be read, is damaged or incomplete there, or `folder` is a copy of something else.
+    Raises InputError where it cannot be read, is damaged or incomplete there, or `folder` is a copy of something else.
     """
     try:
         system, root = fsspec.core.url_to_fs(url)

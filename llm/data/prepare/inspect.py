@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from llm.data.corpora import Corpora
 from llm.data.samples.packing import NumpyPackPlan, read_header
 from llm.data.samples.schedule import Schedule
 from llm.data.tokenizer import Tokenizer
-from llm.data.tokens.manifest import header_bytes
+from llm.data.tokens.headers import header_bytes
 from llm.data.tokens.shards import NumpyCorpus, ShardList, document_lengths
 from llm.errors import require
 
@@ -24,8 +23,7 @@ from llm.errors import require
 def show(corpora: Corpora, sample: int) -> str:
     """A sample of the run's global order, for people: files, bytes, documents and text.
 
-    Raises:
-        InputError: no such sample, or its files cannot be read.
+    Raises InputError where there is no such sample, or its files cannot be read.
     """
     config = corpora.config
     end = consumed_samples(config.phases, config.train.max_steps)
@@ -45,22 +43,21 @@ def show(corpora: Corpora, sample: int) -> str:
     ]
     if len(blend := corpora.blends[index]) > 1:
         head[1] += f", weight {blend[name]:g} of {sum(blend.values()):g}"
-    pieces = _pieces(shards, config.data.packing, phase.seq_len, position)
+    if config.data.packing == "chunk":
+        pieces = [(position * phase.seq_len, phase.seq_len + 1)]
+    else:
+        plan = NumpyPackPlan(Path(shards.plan(phase.seq_len)), phase.seq_len, shards.n_tokens)
+        pieces = [(int(start), int(count)) for start, count in plan.pieces(position)]
     padding = phase.seq_len + 1 - sum(count for _, count in pieces)
     tail = [f"padding: {padding} tokens"] if padding else []
     return "\n".join([*head, *_describe(shards, pieces, corpora.folder), *tail])
 
 
-def _pieces(shards: ShardList, packing: str, seq_len: int, position: int) -> list[tuple[int, int]]:
-    """(first token in the corpus, tokens) of each piece of the sample at a position."""
-    if packing == "chunk":
-        return [(position * seq_len, seq_len + 1)]
-    plan = NumpyPackPlan(Path(shards.plan(seq_len)), seq_len, shards.n_tokens)
-    return [(int(start), int(count)) for start, count in plan.pieces(position)]
-
-
 def _describe(shards: ShardList, pieces: Sequence[tuple[int, int]], folder: Path) -> list[str]:
-    """The files of a sample, then its documents with their numbers in the corpus and their text."""
+    """The files of a sample, then its documents with their numbers in the corpus and their text.
+
+    pieces: (first token in the corpus, tokens) of each.
+    """
     corpus, tokenizer = NumpyCorpus(shards), Tokenizer.load(folder / "tokenizer.json")
     lines = [line for start, count in pieces for line in _files(shards, start, count)]
     parts: list[tuple[int, NDArray]] = []  # first token in the corpus, ids of one document
@@ -82,14 +79,12 @@ def _describe(shards: ShardList, pieces: Sequence[tuple[int, int]], folder: Path
 def _files(shards: ShardList, start: int, count: int) -> list[str]:
     """A line for each file that tokens start .. start + count - 1 lie in."""
     width, before = np.dtype(shards.dtype).itemsize, header_bytes(shards.format)
-    ends = list(accumulate(shards.tokens))
-    lines, at = [], start
-    while at < start + count:
-        file = bisect_right(ends, at)
-        begin, stop = ends[file] - shards.tokens[file], min(start + count, ends[file])
-        first, last = (before + (token - begin) * width for token in (at, stop))
-        lines.append(f"{shards.paths[file]}: bytes {first} to {last - 1}, tokens {at} to {stop - 1} of the corpus")
-        at = stop
+    lines = []
+    for file, first, n in shards.split(start, count):
+        begin, end = (before + token * width for token in (first, first + n))
+        stop = start + n
+        lines.append(f"{shards.paths[file]}: bytes {begin} to {end - 1}, tokens {start} to {stop - 1} of the corpus")
+        start = stop
     return lines
 
 

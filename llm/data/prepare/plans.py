@@ -6,11 +6,8 @@ llm/data/samples/packing.py says what a plan is, and reads its file.
 from __future__ import annotations
 
 import dataclasses
-import os
-import secrets
 import shutil
 import tempfile
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from llm.data.tokens.hashes import file_entry
 from llm.data.tokens.manifest import plan_name, read_manifest
 from llm.data.tokens.shards import ShardList, document_ends
 from llm.errors import InputError
+from llm.files import complete_file
 
 WINDOW = 1 << 20  # pieces that are packed together
 BLOCK = 1 << 20  # tokens searched for the ends of documents at a time
@@ -83,27 +81,20 @@ def write_plan(
             yield found
             progress(f"packing samples of {seq_len} tokens", min(i * BLOCK, total), total)
 
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     rows = pieces = piece_tokens = 0
-    try:
-        with temporary.open("wb") as file, tempfile.TemporaryFile(dir=path.parent) as ends:
-            file.write(bytes(HEADER.size))
-            for window in windows(ranges(), seq_len, WINDOW):
-                packed, row_ends = native.plan_window(window, seq_len)
-                file.write(packed.astype("<i8", copy=False).data)
-                ends.write((row_ends + pieces).astype("<i8", copy=False).data)
-                rows += len(row_ends)
-                pieces += len(packed)
-                piece_tokens += int(packed[:, 1].sum())
-            ends.seek(0)
-            shutil.copyfileobj(ends, file, BLOCK)
-            file.seek(0)
-            file.write(HEADER.pack(MAGIC, VERSION, seq_len, total, rows, pieces, piece_tokens))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with complete_file(path) as file, tempfile.TemporaryFile(dir=path.parent) as ends:
+        file.write(bytes(HEADER.size))
+        for window in windows(ranges(), seq_len, WINDOW):
+            packed, row_ends = native.plan_window(window, seq_len)
+            file.write(packed.astype("<i8", copy=False).data)
+            ends.write((row_ends + pieces).astype("<i8", copy=False).data)
+            rows += len(row_ends)
+            pieces += len(packed)
+            piece_tokens += int(packed[:, 1].sum())
+        ends.seek(0)
+        shutil.copyfileobj(ends, file, BLOCK)
+        file.seek(0)
+        file.write(HEADER.pack(MAGIC, VERSION, seq_len, total, rows, pieces, piece_tokens))
     return PlanHeader(seq_len, total, rows, pieces, piece_tokens)
 
 
@@ -140,31 +131,3 @@ def windows(ranges: Iterable[NDArray[np.int64]], seq_len: int, window: int) -> I
             gathered, pieces = [], 0
     if pieces:
         yield np.concatenate(gathered)
-
-
-def plan_window(documents: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pieces [P, 2] of the documents [n, 2], row by row, and the pieces up to the end of each row [R].
-
-    Best-fit decreasing: pieces from the longest to the shortest, equal ones in their order, each into
-    the row with the least free space that suffices, among equals the one changed last; else into a
-    new row. The twin of `_native.plan_window`, which write_plan uses.
-    """
-    cut = []
-    for start, tokens in documents.tolist():
-        full = (tokens - 1) // seq_len
-        cut += [(start + i * seq_len, seq_len + 1) for i in range(full)]
-        if tokens - full * seq_len > 1 or full == 0:
-            cut.append((start + full * seq_len, tokens - full * seq_len))
-    rows: list[list[tuple[int, int]]] = []
-    free: list[tuple[int, int, int]] = []  # (free space, -time of the last change, row), sorted
-    for time, piece in enumerate(sorted(cut, key=lambda piece: -piece[1])):
-        best = bisect_left(free, (piece[1],))
-        space, row = seq_len + 1, len(rows)
-        if best < len(free):
-            space, _, row = free.pop(best)
-        else:
-            rows.append([])
-        rows[row].append(piece)
-        insort(free, (space - piece[1], -time, row))
-    pieces = np.array([piece for row in rows for piece in row], np.int64).reshape(-1, 2)
-    return pieces, np.cumsum([len(row) for row in rows], dtype=np.int64)

@@ -17,10 +17,10 @@ from llm.data.prepare.tokenise import Progress, given_tokenizer
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, is_url
 from llm.data.tokens.hashes import file_entry
-from llm.data.tokens.headers import DTYPES, index_path
-from llm.data.tokens.manifest import FILE_NAME, FORMAT, Manifest, Shards, Split, check_files, header_bytes
+from llm.data.tokens.headers import DTYPES, header_bytes, index_path
+from llm.data.tokens.manifest import FILE_NAME, FORMAT, SAFE_NAME, Manifest, Shards, Split
 from llm.data.tokens.shards import ShardList, check_file, document_lengths, inspect_files
-from llm.errors import DamagedFile, InputError, require
+from llm.errors import DamagedFile, require
 
 BLOCK = 1 << 20  # bytes read at a time
 
@@ -85,8 +85,7 @@ def register(
     patterns: split -> a file, folder or glob. data.tokenizer is copied beside the manifest. `say` gets what the user
     should know. raw_dtype: of files that say nothing of it (None: as `inspect_files`).
 
-    Raises:
-        InputError: a file that is damaged or of another vocabulary, or a folder that has a manifest already.
+    Raises InputError for a file that is damaged or of another vocabulary, and a folder that has a manifest already.
     """
     folder = data_folder(config)
     _check_folder(config, folder)
@@ -150,13 +149,8 @@ def _check_folder(config: RunConfig, folder: Path) -> None:
 
 def _manifest_name(folder: Path, path: str) -> str:
     """How the manifest in `folder` names a file: by its place in the folder, where it lies there; else absolutely."""
-    absolute = os.path.abspath(path)
-    below = os.path.relpath(absolute, os.path.abspath(folder))
-    try:
-        check_files([below], [0], ["0" * 64])
-    except InputError:
-        return absolute
-    return below
+    below = os.path.relpath(path, folder)
+    return below if SAFE_NAME.fullmatch(below) else os.path.abspath(path)
 
 
 def _companions(shards: ShardList) -> list[str]:
@@ -178,16 +172,13 @@ def _scan_split(split: str, shards: ShardList, folder: Path, tokenizer: Tokenize
         f"no token of {shards.name} {shards.paths[0]} ... is the end-of-document token {shards.eod_id}; "
         "expected one in each document (Megatron's preprocess_data.py writes it when given --append-eod)",
     )
-    text_bytes = None if per_id is None else _text_bytes(per_id, tokenizer)
+    text_bytes = None
+    if per_id is not None:
+        per_id[tokenizer.eod_id] = 0  # which stands for no text
+        text_bytes = sum(int(per_id[i]) * len(tokenizer.token_bytes(i)) for i in np.flatnonzero(per_id).tolist())
     names = tuple(_manifest_name(folder, path) for path in shards.paths)
     columns = Shards(shards.format, shards.dtype, names, shards.tokens, tuple(sizes), tuple(hashes))
     return Split(shards.n_tokens, counts.documents + counts.open_document, text_bytes, columns)
-
-
-def _text_bytes(per_id: NDArray[np.int64], tokenizer: Tokenizer) -> int:
-    """Bytes of the text that tokens stand for, end-of-document tokens apart."""
-    found = np.flatnonzero(per_id).tolist()
-    return sum(int(per_id[i]) * len(tokenizer.token_bytes(i)) for i in found if i != tokenizer.eod_id)
 
 
 def _compare_with_index(split: str, shards: ShardList, documents: int, say: Callable[[str], None]) -> None:

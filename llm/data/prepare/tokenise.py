@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from llm.config import RunConfig
 from llm.data.corpus import describe_source, read_corpus
 from llm.data.prepare.bigram import folder_loss
 from llm.data.tokenizer import Tokenizer
-from llm.data.tokens.folder import data_folder, is_registered, is_url, load_manifest
+from llm.data.tokens.folder import data_folder, is_url, load_manifest
 from llm.data.tokens.hashes import check_hashes, file_entry
 from llm.data.tokens.manifest import FILE_NAME, FORMAT, SPLITS, Manifest, Shards, Split, read_manifest
 from llm.data.tokens.megatron import TokenWriter, token_dtype
@@ -49,17 +50,24 @@ class _Scan:
         return sum(self.bytes.values())
 
 
+def _documents(config: RunConfig, stage: str, total: int, progress: Progress) -> Iterator[tuple[str, str]]:
+    """(split, text) of each document."""
+    done = 0
+    for document in read_corpus(config.data.source):
+        done += len(document.encode("utf-8"))
+        progress(stage, done, total)
+        yield split_of(document, config.data.validation_fraction), document
+
+
 def _scan(config: RunConfig, progress: Progress) -> _Scan:
     digest = hashlib.sha256()
     counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
     sizes: dict[str, int] = dict.fromkeys(SPLITS, 0)
-    for document in read_corpus(config.data.source):
+    for split, document in _documents(config, "reading", 0, progress):
         text = document.encode("utf-8")
         digest.update(hashlib.sha256(text).digest())
-        split = split_of(document, config.data.validation_fraction)
         counts[split] += 1
         sizes[split] += len(text)
-        progress("reading", sum(sizes.values()), 0)
     for split in SPLITS:
         require(
             counts[split] > 0,
@@ -79,7 +87,8 @@ def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: N
     holds anything else: it is never overwritten.
     """
     folder = data_folder(config)
-    if is_url(config.data.path or "") or is_registered(folder):
+    registered = (folder / FILE_NAME).exists() and read_manifest(folder).source_sha256 is None
+    if is_url(config.data.path or "") or registered:
         return load_manifest(config)
     tokenizer = None if config.data.tokenizer == "train" else given_tokenizer(config)
     scan = _scan(config, progress)
@@ -142,7 +151,9 @@ def _check_prepared(config: RunConfig, folder: Path, scan: _Scan) -> Manifest:
 def _write(config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _Scan, progress: Progress) -> Manifest:
     """Everything that the folder holds."""
     if tokenizer is None:
-        tokenizer = Tokenizer.train(_training_text(config, scan, progress), config.model.vocab_size)
+        documents = _documents(config, "training the tokenizer", scan.total, progress)
+        training = (document for split, document in documents if split == "train")
+        tokenizer = Tokenizer.train(training, config.model.vocab_size)
         tokenizer.save(folder / "tokenizer.json")
     else:
         shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
@@ -174,28 +185,15 @@ def _write(config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _
     return manifest
 
 
-def _training_text(config: RunConfig, scan: _Scan, progress: Progress) -> Iterator[str]:
-    """The training documents, those that the tokenizer may learn from."""
-    done = 0
-    for document in read_corpus(config.data.source):
-        done += len(document.encode("utf-8"))
-        progress("training the tokenizer", done, scan.total)
-        if split_of(document, config.data.validation_fraction) == "train":
-            yield document
-
-
 def _tokenise(config: RunConfig, folder: Path, tokenizer: Tokenizer, scan: _Scan, progress: Progress) -> dict[str, int]:
     """Write the .bin/.idx pairs; the number of tokens of each split."""
     dtype = token_dtype(tokenizer.vocab_size)
-    done = 0
-    with TokenWriter(folder / "train", dtype) as train, TokenWriter(folder / "validation", dtype) as validation:
-        writers = {"train": train, "validation": validation}
-        for batch in _batches(read_corpus(config.data.source)):
-            for document, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                writer = writers[split_of(document, config.data.validation_fraction)]
-                writer.add(np.array([*ids, tokenizer.eod_id], dtype=np.int64))
-                done += len(document.encode("utf-8"))
-            progress("tokenising", done, scan.total)
+    with ExitStack() as files:
+        writers = {name: files.enter_context(TokenWriter.open(folder / name, dtype)) for name in SPLITS}
+        for batch in _batches(_documents(config, "tokenising", scan.total, progress)):
+            encoded = tokenizer.encode_batch([document for _, document in batch])
+            for (split, _), ids in zip(batch, encoded, strict=True):
+                writers[split].add(np.array([*ids, tokenizer.eod_id], dtype=np.int64))
     for name, writer in writers.items():
         require(
             writer.documents == scan.documents[name],
@@ -205,10 +203,10 @@ def _tokenise(config: RunConfig, folder: Path, tokenizer: Tokenizer, scan: _Scan
     return {name: writer.tokens for name, writer in writers.items()}
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
+    for split, document in documents:
+        batch.append((split, document))
         characters += len(document)
         if characters >= BATCH_CHARACTERS:
             yield batch

@@ -23,9 +23,7 @@ def shares(weights: Sequence[float]) -> tuple[int, ...]:
     """The samples of each corpus in a period: its weight's share of 2^16, to the largest remainder, at least 1.
 
     The weights need not sum to 1. The shares sum to 2^16.
-
-    Raises:
-        InputError: more than 2^16 weights, or one that is not above 0.
+    Raises InputError for more than 2^16 weights, or one that is not above 0.
     """
     require(
         1 <= len(weights) <= PERIOD, f"the blend has {len(weights)} corpora; expected 1 to {PERIOD}, join some of them"

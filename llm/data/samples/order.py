@@ -33,16 +33,12 @@ def corpus_seed(seed: int, corpus: int) -> int:
     return seed ^ _mix_integer(corpus)
 
 
-def _round_keys(seed: int, epoch: int) -> list[np.uint64]:
-    state = _mix_integer(_mix_integer(seed + GOLDEN) + epoch * GOLDEN)
-    return [np.uint64(_mix_integer(state + (i + 1) * GOLDEN)) for i in range(ROUNDS)]
-
-
 def permute(indices: NDArray[np.integer], seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """Places of `indices` (each in 0..n-1) in the permutation of 0..n-1 keyed by (seed, epoch)."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
-    keys = _round_keys(seed, epoch)
+    state = _mix_integer(_mix_integer(seed + GOLDEN) + epoch * GOLDEN)
+    keys = [np.uint64(_mix_integer(state + (i + 1) * GOLDEN)) for i in range(ROUNDS)]
     out = indices.astype(np.uint64)
     walking = np.arange(out.size)
     while walking.size:

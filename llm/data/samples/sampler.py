@@ -106,20 +106,20 @@ class NumpySampler:
 
     def _read(self, corpus: int, position: int, epoch: int, phase: int) -> Sample:
         """The sample at a place, or the one taken instead of it."""
-        T, planned = self._phases[phase].seq_len, position
-        for tried in range(TRIES + 1):
+        T, planned, tried = self._phases[phase].seq_len, position, 0
+        while True:
             try:
                 sample = self._sample(corpus, position, T)
+                break
             except DamagedFile:
                 if not self._skip_damaged or tried == TRIES:
                     raise
                 position = self._schedule.after(corpus, position, epoch, phase)
-                continue
-            if tried:
-                change = self._row_targets(corpus, position, T) - self._row_targets(corpus, planned, T)
-                sample = sample._replace(replaces=True, replaced_targets=change)
+                tried += 1
+        if not tried:
             return sample
-        raise AssertionError("the last try returns or raises")
+        change = self._row_targets(corpus, position, T) - self._row_targets(corpus, planned, T)
+        return sample._replace(replaces=True, replaced_targets=change)
 
     def _sample(self, corpus: int, position: int, T: int) -> Sample:
         tokens = self._corpora[corpus]

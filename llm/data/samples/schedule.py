@@ -7,9 +7,9 @@ csrc/core/schedule.cpp computes the same positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,12 +44,6 @@ class SchedulePhase:
     """Of the sources in 2^16 samples."""
 
 
-class Table(Protocol):
-    """What `_native.BlendTable` and its twin offer here."""
-
-    def count(self, source: int, n: int) -> int: ...
-
-
 class Curriculum:
     """What a run draws from each of its corpora, phase by phase."""
 
@@ -63,18 +57,15 @@ class Curriculum:
         phases: Sequence[Phase],
         blends: Sequence[Mapping[str, float]],
         n_samples: Callable[[str, int], int],
-        table: Callable[[Sequence[int]], Table] = BlendTable,
+        table: Callable[[Sequence[int]], BlendTable] = BlendTable,
     ):
         """Lay out a run.
 
         blends: of each phase, the weights of its corpora. n_samples(corpus, seq_len): samples in an epoch.
-        table: the form of BlendTable that is used.
-
-        Raises:
-            InputError: a corpus that has no sample of a phase's length.
+        table: the form of BlendTable that is used. Raises InputError for a corpus without a sample of a phase's length.
         """
-        self._new_table, self._tables = table, {}
-        self.names = tuple(dict.fromkeys(name for blend in blends for name in blend))
+        self._table = cache(table)
+        self.names = corpus_names(blends)
         self.phases = ()
         numbers = {name: number for number, name in enumerate(self.names)}
         for phase, blend in zip(phases, blends, strict=True):
@@ -90,13 +81,6 @@ class Curriculum:
                 sources.append(Source(corpus, n, _first_ordinal(passed.get(corpus), phase.seq_len, n)))
             batch, weights = phase.global_batch_size, list(blend.values())
             self.phases += (SchedulePhase(phase.first_sample, batch, phase.seq_len, tuple(sources), shares(weights)),)
-
-    def drawn(self, sample: int) -> dict[str, int]:
-        """Samples of each corpus among the first `sample` of the run."""
-        out = dict.fromkeys(self.names, 0)
-        for _, source, drawn in self._drawn(sample):
-            out[self.names[source.corpus]] += drawn
-        return out
 
     def epochs(self, sample: int) -> dict[str, float]:
         """How often the first `sample` samples of the run have gone through each corpus."""
@@ -114,10 +98,10 @@ class Curriculum:
                 for i, source in enumerate(phase.sources):
                     yield phase, source, self._table(phase.shares).count(i, n) if len(phase.sources) > 1 else n
 
-    def _table(self, shares: tuple[int, ...]) -> Table:
-        if shares not in self._tables:
-            self._tables[shares] = self._new_table(shares)
-        return self._tables[shares]
+
+def corpus_names(blends: Iterable[Mapping[str, float]]) -> tuple[str, ...]:
+    """The training corpora by their numbers, which a phase added later does not change."""
+    return tuple(dict.fromkeys(name for blend in blends for name in blend))
 
 
 def _first_ordinal(passed: tuple[SchedulePhase, Source, int] | None, seq_len: int, n_samples: int) -> int:
@@ -147,8 +131,7 @@ class Schedule:
     def locate(self, first: int, count: int) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """Where the samples first .. first + count - 1 lie: (corpus, position in samples, epoch), each [count].
 
-        Raises:
-            InputError: the samples lie in several phases.
+        Raises InputError where they lie in several phases.
         """
         index = self.phase_index(first)
         require(

@@ -69,8 +69,3 @@ def lock(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def is_registered(folder: Path) -> bool:
-    """Whether the folder holds a manifest of token files that were made elsewhere."""
-    return (folder / FILE_NAME).exists() and read_manifest(folder).source_sha256 is None

@@ -50,8 +50,8 @@ class HashCheck:
         self._files = sorted(files.items())[rank::ranks]
         self._damage: InputError | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="hashes", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="hashes", daemon=True)
+        self.thread.start()
 
     def check(self) -> None:
         """Raise InputError, naming the file and both hashes, if a file read so far is not as its manifest says."""
@@ -60,14 +60,10 @@ class HashCheck:
                 f"{self._damage}: restore it, or run python launch/prepare_data.py again"
             ) from self._damage
 
-    def wait(self) -> None:
-        """Return when every file has been read, or one was found damaged."""
-        self._thread.join()
-
     def close(self) -> None:
         """End the thread, at the latest when it has read one more block; check() still answers."""
         self._ended.set()
-        self._thread.join()
+        self.thread.join()
 
     def _run(self) -> None:
         if sys.platform == "linux":  # where 0 is this thread alone: the trainer goes first

@@ -99,6 +99,11 @@ def check_request(path: str, format: str, dtype: str, tokens: int) -> int:
         raise ValueError(f"{path}: impossible token count {tokens}")
     if format == "megatron" and not path.endswith(".bin"):
         raise ValueError(f"{path}: a token file of Megatron ends in .bin")
+    return header_bytes(format)
+
+
+def header_bytes(format: str) -> int:
+    """Of a token file, before its first token."""
     return LLMC_HEADER if format == "llm.c" else 0
 
 
@@ -121,7 +126,10 @@ def check_header(path: str, format: str, dtype: str, tokens: int) -> int:
     if format == "megatron":
         _check_megatron(path, dtype, tokens)
     if format == "datatrove":
-        _check_datatrove(path, tokens)
+        with _File(str(index_path(path, format))) as index:
+            if index.size < 8 or index.size % 8:
+                index.fail(f"has {index.size} bytes, expected 8 for each document")
+            index.expect(index.size - 8, "q", "the end of the last document", tokens)
     return before
 
 
@@ -153,13 +161,6 @@ def _check_megatron(path: str, dtype: str, tokens: int) -> None:
         file.expect(bounds - 8, "q", "the last offset", (tokens - last) * np.dtype(dtype).itemsize)
         file.expect(bounds, "q", "the first boundary", 0)
         file.expect(file.size - 8, "q", "the last boundary", sequences)
-
-
-def _check_datatrove(path: str, tokens: int) -> None:
-    with _File(str(index_path(path, "datatrove"))) as file:
-        if file.size < 8 or file.size % 8:
-            file.fail(f"has {file.size} bytes, expected 8 for each document")
-        file.expect(file.size - 8, "q", "the end of the last document", tokens)
 
 
 def check_metadata(path: str, dtype: str, tokens: int) -> None:

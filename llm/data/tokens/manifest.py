@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,16 +17,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm.data.tokens.headers import DTYPES, LLMC_HEADER
+from llm.data.tokens.headers import DTYPES, header_bytes
 from llm.data.tokens.shards import ShardList
 from llm.errors import InputError, require
+from llm.files import complete_file
 from llm.typed import read, shown
 
 FILE_NAME = "manifest.json"
 FORMAT = "ingot-tokens-2"
 SPLITS = ("train", "validation")
-SAFE_LINES = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*[/\n])*")
-HEXADECIMAL = re.compile(r"[0-9a-f]*")
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 LARGEST_MANIFEST = 1 << 26  # bytes; 10,000 shards with an index each take 3 MB
 
 
@@ -163,17 +163,8 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`, completely or not at all."""
         plain = asdict(self) | {"files": {name: entry._asdict() for name, entry in self.files.items()}}
-        temporary = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(plain, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / FILE_NAME)
-
-
-def header_bytes(format: str) -> int:
-    """Of a token file, before its first token."""
-    return LLMC_HEADER if format == "llm.c" else 0
+        with complete_file(folder / FILE_NAME) as file:
+            file.write((json.dumps(plain, indent=2) + "\n").encode())
 
 
 def plan_name(split: str, seq_len: int) -> str:
@@ -188,26 +179,16 @@ def locate(folder: Path, name: str) -> str:
 
 def check_files(names: Sequence[str], sizes: Sequence[int], hashes: Sequence[str]) -> None:
     """InputError unless names are safe (they never leave the folder, or are absolute), sizes and hashes possible."""
-    if not _are_safe(names):  # all at once, because there may be many; each alone only to name the wrong one
-        for name in names:
-            require(
-                _are_safe([name]) or (name.startswith("/") and name.isprintable() and ".." not in name.split("/")),
-                f"file name {name!r} is neither of letters, digits, '_', '-', '/' and '.' (not first) nor absolute",
+    for name in names:
+        absolute = name.startswith("/") and name.isprintable() and ".." not in name.split("/")
+        if not absolute and not SAFE_NAME.fullmatch(name):
+            raise InputError(
+                f"file name {name!r} is neither of letters, digits, '_', '-', '/' and '.' (not first) nor absolute"
             )
     require(min(sizes) >= 0 and max(sizes) < 2**62, "a file has an impossible size")
-    if not _are_hashes(hashes):
-        wrong = next(sha256 for sha256 in hashes if not _are_hashes([sha256]))
-        raise InputError(f"{wrong!r} is no sha256; expected 64 hexadecimal digits")
-
-
-def _are_safe(names: Sequence[str]) -> bool:
-    """Whether no part of any name is empty, hidden or of surprising characters."""
-    lines = "\n".join(names) + "\n"
-    return lines.count("\n") == len(names) and SAFE_LINES.fullmatch(lines) is not None
-
-
-def _are_hashes(found: Sequence[str]) -> bool:
-    return set(map(len, found)) == {64} and HEXADECIMAL.fullmatch("".join(found)) is not None
+    for sha256 in hashes:
+        if not SHA256.fullmatch(sha256):
+            raise InputError(f"{sha256!r} is no sha256; expected 64 hexadecimal digits")
 
 
 def read_manifest(folder: Path) -> Manifest:

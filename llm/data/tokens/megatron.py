@@ -8,16 +8,21 @@ in sequences. Ingot writes one sequence per document, ended by the end-of-docume
 
 from __future__ import annotations
 
-import os
+import shutil
 import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.tokens.headers import CODES, HEADER, MAGIC, VERSION, check_header, describe_megatron, index_path
 from llm.errors import DamagedFile, InputError
+from llm.files import complete_file
 
 CHUNK = 1 << 18  # entries of an index handled at a time, so that memory does not grow with it
 
@@ -28,18 +33,27 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class TokenWriter:
-    """Writes one pair of files in constant memory; they appear under their names only when complete.
+    """Writes one pair of files in constant memory."""
 
-    Use as a context manager: leaving it normally completes the files, an exception removes them.
-    """
-
-    def __init__(self, prefix: Path, dtype: str) -> None:
-        self.prefix, self.dtype = prefix, np.dtype(dtype).newbyteorder("<")
-        self.code = CODES[dtype]
+    def __init__(self, ids: BinaryIO, lengths: BinaryIO, dtype: str) -> None:
+        """ids: the .bin file. lengths: a file for the tokens of each document, read again for the index."""
+        self._ids, self._lengths, self._code = ids, lengths, CODES[dtype]
+        self.dtype = np.dtype(dtype).newbyteorder("<")
         self.tokens = self.documents = 0
-        self._temporary = {kind: prefix.with_name(f"{prefix.name}.{kind}.tmp") for kind in ("bin", "idx", "lengths")}
-        self._bin = self._temporary["bin"].open("wb")
-        self._lengths = self._temporary["lengths"].open("wb")
+
+    @classmethod
+    @contextmanager
+    def open(cls, prefix: Path, dtype: str) -> Iterator[TokenWriter]:
+        """The writer of `<prefix>.bin` and `<prefix>.idx`, which appear when the block ends without an exception."""
+        bin_path, idx_path = (prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("bin", "idx"))
+        with (
+            complete_file(idx_path) as index,
+            complete_file(bin_path) as ids,
+            tempfile.TemporaryFile(dir=prefix.parent) as lengths,
+        ):
+            writer = cls(ids, lengths, dtype)
+            yield writer
+            writer._write_index(index)
 
     def add(self, tokens: NDArray[np.integer]) -> None:
         """Append one document: ids [n], the end-of-document token included."""
@@ -48,50 +62,24 @@ class TokenWriter:
             raise InputError(f"a document has {tokens.size} tokens; expected between 1 and 2^31 - 1")
         if tokens.min() < 0 or tokens.max() > limits.max:
             raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
-        self._bin.write(tokens.astype(self.dtype).tobytes())
+        self._ids.write(tokens.astype(self.dtype).tobytes())
         self._lengths.write(struct.pack("<i", tokens.size))
         self.tokens += int(tokens.size)
         self.documents += 1
 
-    def __enter__(self) -> TokenWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self._lengths.close()
-            if kind is None:
-                _sync(self._bin)
-                self._write_index()
-                for suffix in ("bin", "idx"):
-                    self._temporary[suffix].replace(self.prefix.with_name(f"{self.prefix.name}.{suffix}"))
-        finally:
-            self._bin.close()
-            for path in self._temporary.values():
-                path.unlink(missing_ok=True)
-
-    def _write_index(self) -> None:
-        lengths = np.empty(0, "<i4")
-        if self.documents:
-            lengths = np.memmap(self._temporary["lengths"], "<i4", "r", shape=(self.documents,))
-        with self._temporary["idx"].open("wb") as file:
-            file.write(HEADER.pack(MAGIC, VERSION, self.code, self.documents, self.documents + 1))
-            for start in range(0, self.documents, CHUNK):
-                file.write(lengths[start : start + CHUNK].tobytes())
-            offset = 0
-            for start in range(0, self.documents, CHUNK):
-                ends = lengths[start : start + CHUNK].cumsum(dtype=np.int64) * self.dtype.itemsize
-                begins = np.concatenate(([0], ends[:-1])) + offset
-                file.write(begins.astype("<i8").tobytes())
-                offset += int(ends[-1])
-            for start in range(0, self.documents + 1, CHUNK):
-                stop = min(start + CHUNK, self.documents + 1)
-                file.write(np.arange(start, stop, dtype="<i8").tobytes())
-            _sync(file)
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    def _write_index(self, file: BinaryIO) -> None:
+        file.write(HEADER.pack(MAGIC, VERSION, self._code, self.documents, self.documents + 1))
+        self._lengths.seek(0)
+        shutil.copyfileobj(self._lengths, file)
+        self._lengths.seek(0)
+        offset = 0
+        while block := self._lengths.read(4 * CHUNK):
+            ends = offset + np.frombuffer(block, "<i4").cumsum(dtype=np.int64) * self.dtype.itemsize
+            file.write(np.append(offset, ends[:-1]).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for start in range(0, self.documents + 1, CHUNK):
+            stop = min(start + CHUNK, self.documents + 1)
+            file.write(np.arange(start, stop, dtype="<i8").tobytes())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -66,6 +66,19 @@ class ShardList:
     @property
     def n_tokens(self) -> int:
         return sum(self.tokens)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The position in the corpus at which each file ends."""
+        return list(accumulate(self.tokens))
+
+    def split(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(file, first token in it, tokens) of each part of the `count` tokens from position `start` on."""
+        while count:
+            file = bisect_right(self.ends, start)
+            part = min(count, self.ends[file] - start)
+            yield file, start - self.ends[file] + self.tokens[file], part
+            start, count = start + part, count - part
 
     def plan(self, seq_len: int) -> str:
         """The path of the packing plan for this length; InputError when there is none."""
@@ -134,11 +147,10 @@ class NumpyCorpus:
             raise ValueError(f"vocab_size {shards.vocab_size}; expected 1 to 2^31")
         self._shards = shards
         self._width = np.dtype(shards.dtype).itemsize
-        self._ends = list(accumulate(shards.tokens))
         self._open = lru_cache(OPEN_MAPS)(self._map)  # of this corpus, closed with it
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._shards.ends[-1]
 
     def read(self, start: int, count: int) -> NDArray:
         """Tokens [count] from position `start` on: uint8, uint16, or int32 where an id has four bytes.
@@ -148,15 +160,10 @@ class NumpyCorpus:
         """
         if not 0 <= start <= start + count <= len(self) or count < 0:
             raise IndexError(f"{count} tokens from {start} lie outside the {len(self)} tokens of the corpus")
-        out = np.empty(count, f"u{self._width}")
-        done = 0
-        while done < count:
-            at = start + done
-            shard = bisect_right(self._ends, at)
-            begin = self._ends[shard] - self._shards.tokens[shard]
-            part = min(count - done, self._ends[shard] - at)
-            out[done : done + part] = self._read_file(shard, at - begin, part)
-            done += part
+        out, done = np.empty(count, f"u{self._width}"), 0
+        for file, first, n in self._shards.split(start, count):
+            out[done : done + n] = self._read_file(file, first, n)
+            done += n
         return out.view("i4") if self._width == 4 else out
 
     def read_rows(self, starts: NDArray[np.int64], width: int) -> NDArray:
@@ -215,7 +222,11 @@ def document_lengths(shards: ShardList) -> Iterator[NDArray[np.int64]]:
     then a document may lie in several files, and what is left at either end counts as one.
     """
     if index_path("", shards.format) is None:
-        yield from _scanned_lengths(shards)
+        begin = 0
+        for _, ends in document_ends(shards, SCANNED):
+            if ends.size:
+                yield np.diff(ends, prepend=begin)
+                begin = int(ends[-1])
         return
     for path, tokens in zip(shards.paths, shards.tokens, strict=True):
         check_header(path, shards.format, shards.dtype, tokens)
@@ -237,14 +248,6 @@ def _datatrove_lengths(path: str) -> Iterator[NDArray[np.int64]]:
         part = ends[start : start + formats.CHUNK]
         yield np.diff(part, prepend=last)
         last = int(part[-1])
-
-
-def _scanned_lengths(shards: ShardList) -> Iterator[NDArray[np.int64]]:
-    begin = 0
-    for _, ends in document_ends(shards, SCANNED):
-        if ends.size:
-            yield np.diff(ends, prepend=begin)
-            begin = int(ends[-1])
 
 
 def document_ends(shards: ShardList, block: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

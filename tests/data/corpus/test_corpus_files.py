@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from llm.data.corpus import describe_source, read_corpus
-from llm.data.corpus.stdlib import stdlib_files
+from llm.data.corpus import describe_source, read_corpus, stdlib_files
 from llm.data.tokens.folder import source_name
 from llm.errors import InputError
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from plan_cases import corpus_of, documents_of, shards_of, targets
+from plan_cases import corpus_of, documents_of, plan_window, shards_of, targets
 
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig
 from llm.data import _native
 from llm.data.corpora import Corpora
 from llm.data.prepare import plans
-from llm.data.prepare.plans import document_ranges, plan_window, windows, write_missing, write_plan, write_plans
+from llm.data.prepare.plans import document_ranges, windows, write_missing, write_plan, write_plans
 from llm.data.samples.packing import NumpyPackPlan
 from llm.data.tokens.hashes import check_hashes
 from llm.data.tokens.manifest import read_manifest

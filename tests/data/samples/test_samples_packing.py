@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_cases import corpus_of, documents_of, targets
+from plan_cases import corpus_of, documents_of, plan_window, targets
 
 from llm.data import _native
 from llm.data.prepare import plans
-from llm.data.prepare.plans import plan_window, write_plan
+from llm.data.prepare.plans import write_plan
 from llm.data.samples.packing import HEADER, MAGIC, VERSION, NumpyPackPlan, read_header
 from llm.errors import InputError
 

@@ -44,7 +44,7 @@ def flip_a_bit(path: str) -> None:
 def test_whole_files_are_let_pass(files: dict[str, FileEntry]):
     check = HashCheck(files, 0, 1)
     check.check()
-    check.wait()
+    check.thread.join()
     check.check()
     check.close()
 
@@ -56,7 +56,7 @@ def test_each_file_is_read_by_one_rank(files: dict[str, FileEntry]):
         found = []
         for rank in range(3):
             check = HashCheck(files, rank, 3)
-            check.wait()
+            check.thread.join()
             try:
                 check.check()
             except InputError as error:
@@ -73,7 +73,7 @@ def test_other_damage_is_told_too(files: dict[str, FileEntry], damage):
     path = list(files)[3]
     damage(path)
     check = HashCheck(files, 0, 1)
-    check.wait()
+    check.thread.join()
     for _ in range(2):  # it stays damaged
         with pytest.raises(InputError, match=path):
             check.check()

@@ -16,7 +16,7 @@ from llm.errors import DamagedFile, InputError
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16") -> Path:
-    with TokenWriter(prefix, dtype) as writer:
+    with TokenWriter.open(prefix, dtype) as writer:
         for document in documents:
             writer.add(np.array(document))
     return prefix
@@ -55,10 +55,10 @@ def test_the_dtype_holds_every_id():
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path):
     with pytest.raises(ValueError, match="do not fit"):  # noqa: SIM117
-        with TokenWriter(tmp_path / "a", "uint16") as writer:
+        with TokenWriter.open(tmp_path / "a", "uint16") as writer:
             writer.add(np.array([65536]))
     with pytest.raises(InputError, match="0 tokens"):  # noqa: SIM117
-        with TokenWriter(tmp_path / "a", "uint16") as writer:
+        with TokenWriter.open(tmp_path / "a", "uint16") as writer:
             writer.add(np.array([], dtype=np.int64))
     assert list(tmp_path.iterdir()) == []
 

@@ -67,7 +67,7 @@ def test_megatron_reads_ours_and_would_have_written_the_same(tmp_path: Path, dty
 
     documents = made_up_documents(2, 300)
     builder = indexed.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.dtype(dtype).type)
-    with TokenWriter(tmp_path / "ours", dtype) as writer:
+    with TokenWriter.open(tmp_path / "ours", dtype) as writer:
         for document in documents:
             writer.add(document)
             builder.add_document(torch.from_numpy(document), [document.size])
