@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from llm.errors import CheckpointError, InputError
-from llm.files import parse_json
+from llm.files import parse_json, regular_size
 from llm.slices import Slice
 from llm.typed import read, shown
 
@@ -97,12 +98,16 @@ class Manifest:
         body = parse_json(text, "the manifest")
         found = body.pop("sha256", None)
         _expect(body.get("format") == FORMAT, f"the manifest's format is not {FORMAT!r}")
-        _expect(
-            body.get("version") == VERSION,
-            f"the manifest has version {body.get('version')!r}; this program reads {VERSION}",
-        )
+        version = body.get("version")
+        _expect(version == VERSION, f"the manifest has version {version!r}; this program reads {VERSION}")
         _expect(found == _digest(body), "the manifest does not match its own sha256")
         return parse(body)
+
+    def check_sizes(self, folder: Path) -> None:
+        """Raise CheckpointError unless each file is a regular one in `folder`, of its size."""
+        for name, entry in self.files.items():
+            size = regular_size(folder / name)
+            _expect(size == entry.size, f"{folder / name} has {size} bytes; expected {entry.size}")
 
     def check_coverage(self) -> None:
         """Raise CheckpointError unless each element of each tensor is stored exactly once."""
@@ -115,13 +120,7 @@ class Manifest:
             pieces = [asdict(piece) for piece in entry.pieces]
             tensors.setdefault(name, {})[kind] = {"shape": list(entry.shape), "pieces": pieces}
         files = {name: asdict(entry) for name, entry in sorted(self.files.items())}
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": self.step,
-            "files": files,
-            "tensors": tensors,
-        }
+        return {"format": FORMAT, "version": VERSION, "step": self.step, "files": files, "tensors": tensors}
 
 
 def merge(parts: Iterable[Manifest]) -> Manifest:
@@ -181,10 +180,7 @@ def _check_range(where: str, shape: tuple[int, ...], piece: Stored) -> None:
 
 
 def _check_tensor(where: str, entry: TensorEntry) -> None:
-    """Ranges tile their slices, and the slices, all of one dimension, tile the tensor.
-
-    So it takes intervals alone, whatever the size of the tensor.
-    """
+    """Ranges tile their slices, and the slices, all of one dimension, tile the tensor: intervals are all it takes."""
     sizes = entry.shape or (1,)
     dims = {piece.dim for piece in entry.pieces}
     _expect(len(dims) == 1, f"{where} is cut along dimensions {sorted(dims)}; expected one")
@@ -196,20 +192,14 @@ def _check_tensor(where: str, entry: TensorEntry) -> None:
     _expect(_tiles(list(slices), sizes[dim]), f"the slices of {where} do not make it up exactly")
     for (start, stop), ranges in slices.items():
         count = prod(sizes) // sizes[dim] * (stop - start)
-        _expect(
-            _tiles(ranges, count),
-            f"the pieces of {where}, {start}:{stop} of dimension {dim}, do not make it up exactly",
-        )
+        slice_name = f"{where}, {start}:{stop} of dimension {dim}"
+        _expect(_tiles(ranges, count), f"the pieces of {slice_name}, do not make it up exactly")
 
 
 def _tiles(intervals: list[tuple[int, int]], length: int) -> bool:
     """Whether the half-open intervals cover 0..length, each point once."""
-    position = 0
-    for start, stop in sorted(intervals):
-        if start != position:
-            return False
-        position = stop
-    return position == length
+    starts, stops = zip(*sorted(intervals), strict=True)
+    return (*starts, length) == (0, *stops)
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -27,15 +26,13 @@ HASHING_THREADS = 8
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are there with the right sizes; the hashes of the
-    tensors are not checked here. Raises CheckpointError."""
+    """The manifest of a checkpoint whose files are there with the right sizes. Raises CheckpointError."""
     try:
-        is_folder = stat.S_ISDIR(os.lstat(folder).st_mode)
-        found = {entry.name for entry in os.scandir(folder)} if is_folder else set()
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder} is a link and not a folder")
+        found = set(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
-    if not is_folder:
-        raise CheckpointError(f"{folder} is not a folder")
     try:
         manifest = Manifest.from_json(files.read_regular(folder / "manifest.json"))
         manifest.check_coverage()
@@ -43,10 +40,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: {error}") from error
     if manifest.step != step_of(folder):
         raise CheckpointError(f"{folder} holds a checkpoint of step {manifest.step}")
-    for name, entry in manifest.files.items():
-        size = files.regular_size(folder / name)
-        if size != entry.size:
-            raise CheckpointError(f"{folder / name} has {size} bytes; expected {entry.size}")
+    manifest.check_sizes(folder)
     # Hidden files are not ours: file systems and desktops leave some.
     extra = {name for name in found - manifest.files.keys() - {"manifest.json"} if not name.startswith(".")}
     if extra:
@@ -91,8 +85,8 @@ def find_latest(root: Path) -> tuple[Path | None, list[str]]:
             return folder, warnings
     if warnings:
         raise InputError(
-            f"no checkpoint in {root} can be used; repair one, or move the folder away to start "
-            f"from nothing\n  " + "\n  ".join(warnings)
+            f"no checkpoint in {root} can be used; repair one, or move the folder away to start from nothing"
+            + "".join(f"\n  {warning}" for warning in warnings)
         )
     return None, []
 
@@ -107,10 +101,10 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
         raise CheckpointError(f"{folder} is not the checkpoint that rank 0 sees; is the folder shared by all nodes?")
     if "state.json" not in manifest.files:
         raise CheckpointError(f"{folder} has no state.json")
-    if _sha256(folder / "state.json") != manifest.files["state.json"].sha256:
-        raise CheckpointError(f"{folder / 'state.json'} is damaged")
-    state = files.parse_json(files.read_regular(folder / "state.json"), f"{folder / 'state.json'}")
-    return CheckpointReader(folder, manifest, state)
+    path = folder / "state.json"
+    if _sha256(path) != manifest.files["state.json"].sha256:
+        raise CheckpointError(f"{path} is damaged")
+    return CheckpointReader(folder, manifest, files.parse_json(files.read_regular(path), str(path)))
 
 
 def open_latest(root: Path, group: dist.ProcessGroup | None = None) -> tuple[CheckpointReader | None, list[str]]:
@@ -165,11 +159,6 @@ class CheckpointReader:
         self.state = state
         """What write_checkpoint was given as `state`."""
         self._open: dict[str, Any] = {}
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters' names."""
-        return list(dict.fromkeys(name for name, _ in self.manifest.tensors))
 
     def shape(self, name: str, kind: str = "master") -> tuple[int, ...]:
         """Global shape; raises CheckpointError if there is no such tensor."""

@@ -137,13 +137,13 @@ def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
             raise ValueError(f"{piece.name}: kind {piece.kind}, {data.dtype} {tuple(data.shape)}")
         if piece.start < 0 or piece.start + len(data) > part.numel:
             raise ValueError(f"{piece.name}: {len(data)} from {piece.start} on exceed {part.numel} elements")
-        if piece.data.numel() == 0:
+        if data.numel() == 0:
             continue
-        if shard and size + piece.data.nbytes > SHARD_BYTES:
+        if shard and size + data.nbytes > SHARD_BYTES:
             yield shard
             shard, size = [], 0
         shard.append(piece)
-        size += piece.data.nbytes
+        size += data.nbytes
     if shard:
         yield shard
 
@@ -185,10 +185,7 @@ def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
     reports = [partial / f"rank-{rank:05d}.json" for rank in range(world)]
     merged = merge(Manifest.from_json(files.read_regular(path)) for path in reports)
     merged.check_coverage()
-    for name, entry in merged.files.items():
-        found = files.regular_size(partial / name)
-        if found != entry.size:
-            raise CheckpointError(f"{partial / name} has {found} bytes; {entry.size} were written")
+    merged.check_sizes(partial)
     text = json.dumps(state, indent=1).encode()
     entry = FileEntry(len(text), files.create(partial / "state.json", [text], len(text)))
     manifest = Manifest(merged.step, {**merged.files, "state.json": entry}, merged.tensors)

@@ -69,11 +69,10 @@ class MetricsWriter:
         path: of metrics.jsonl; it goes on after the lines it has.
         tensorboard: folder of the event files; None: none.
         first_step: steps done before; TensorBoard drops what an earlier process wrote beyond.
-        enabled: whether this rank writes.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None, *, first_step: int = 0, enabled: bool = True) -> None:
-        self._file = _open_lines(path) if enabled else None
+        self._file = path.open("a", encoding="utf-8") if enabled else None
         self._events = None
         if enabled and tensorboard is not None:
             # It takes a second to import, which a rank that does not write can save.
@@ -85,7 +84,8 @@ class MetricsWriter:
         """Write one line, with `step` among its keys; it outlives the process once this returns."""
         if self._file is None:
             return
-        self._file.write(json.dumps(json_ready(record), allow_nan=False) + "\n")
+        finite = {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in scalars(record):
@@ -108,20 +108,3 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}/{key}", number) for key, number in value.items())
         elif name != "step" and isinstance(value, (int, float)):
             yield name, value
-
-
-def json_ready(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with its non-finite floats as text."""
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-
-
-def _open_lines(path: Path):
-    """Open for appending whole lines: a last line that a crash tore stays by itself."""
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8")
-    if torn:
-        file.write("\n")
-    return file

@@ -85,10 +85,9 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig, impl: str = "auto")
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     """Learning rate of update number `step`, counted from 0.
 
-    Rises linearly, reaching `lr` with update `warmup_steps - 1`. Then `cosine` falls along half a
-    cosine (Loshchilov & Hutter 2017), and `wsd` stays at `lr` and falls linearly over the last
-    `decay_fraction` of the run (Hu et al. 2024); both reach `min_lr` with the last update and stay
-    there. A warm-up longer than the run is cut off by its end.
+    Rises linearly, reaching `lr` with update `warmup_steps - 1`. Then `cosine` falls along half a cosine (Loshchilov &
+    Hutter 2017), and `wsd` stays at `lr` and falls linearly over the last `decay_fraction` of the run (Hu et al. 2024);
+    both reach `min_lr` with the last update and stay there. A warm-up longer than the run is cut off by its end.
     """
     done = step + 1  # updates, this one included
     if done <= config.warmup_steps:

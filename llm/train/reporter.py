@@ -35,15 +35,9 @@ class Reporter:
         loss: nats per token, mean over the global batch; grad_norm: before clipping.
         """
         run, seconds = self.run, time.perf_counter() - self.start
-        rates = step_rates(
-            run.config,
-            self.since,
-            run.step,
-            seconds,
-            world_size=run.mesh.world_size,
-            peak_tflops=self.peak_tflops,
-        )
-        record = rates | {
+        record = step_rates(
+            run.config, self.since, run.step, seconds, world_size=run.mesh.world_size, peak_tflops=self.peak_tflops
+        ) | {
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import zip_longest
+from operator import attrgetter
 from typing import Any
 
 from llm.config import RunConfig
@@ -13,7 +14,7 @@ from llm.data.corpora import Corpora
 from llm.errors import InputError, require
 
 # What a restart may not change, beside the model, the phases that have begun and their data.
-FIXED = (("seed",), ("data", "seq_len"), ("data", "packing"), ("data", "document_masks"))
+FIXED = ("seed", "data.seq_len", "data.packing", "data.document_masks")
 
 
 def checkpoint_state(
@@ -32,18 +33,16 @@ def checkpoint_state(
 
 def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
     """Raise InputError if the run of this checkpoint cannot go on under `config`; the same on every rank."""
-    saved, current = state["config"], to_dict(config)
-    check_same_model(saved["model"], current["model"])
-    for path in FIXED:
-        before, now = saved, current
-        for key in path:
-            before, now = before[key], now[key]
+    check_same_model(state["config"]["model"], to_dict(config)["model"])
+    saved = from_dict(state["config"])
+    for key in FIXED:
+        before, now = map(attrgetter(key), (saved, config))
         require(
             before == now,
-            f"runs/{config.name} was trained with {'.'.join(path)} {before}, the config has {now}; "
+            f"runs/{config.name} was trained with {key} {before}, the config has {now}; "
             "restore it, or choose another --name",
         )
-    _check_phases(config, from_dict(saved), corpora, state)
+    _check_phases(config, saved, corpora, state)
     step = state["step"]
     consumed = consumed_samples(config.phases, step)
     require(

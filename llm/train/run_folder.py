@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import secrets
 import socket
 import time
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
 from llm import files
 from llm.errors import InputError, require
@@ -20,44 +19,17 @@ from llm.errors import InputError, require
 LOCK_PATIENCE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class RunLock:
-    """Held until `close` or the end of the process, however it ends."""
-
-    descriptor: int
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-
-
-@dataclass(frozen=True)
 class RunFolder:
-    """The folder <root>/<name>, which the config has checked; nothing is made before `create`."""
+    """The folder <root>/<name>, which the config has checked, and its files; nothing is made before `create`."""
 
-    root: Path
-    name: str
-
-    @property
-    def path(self) -> Path:
-        return self.root / self.name
-
-    @property
-    def config(self) -> Path:
+    def __init__(self, root: Path, name: str) -> None:
+        self.path = root / name
+        self.config = self.path / "config.yaml"
         """The config as resolved."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
+        self.metrics = self.path / "metrics.jsonl"
         """One JSON line per logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
 
     def create(self) -> None:
         """Make the folder where there is none; raises InputError where that cannot be."""
@@ -66,33 +38,29 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"the run's folder {self.path} cannot be made: {error}") from error
 
-    def lock(self) -> RunLock:
-        """Refuse a second job: called by rank 0, which keeps the lock for life.
+    def lock(self) -> BinaryIO:
+        """Refuse a second job: called by rank 0, which holds the lock until it closes the file or ends, however.
 
         Raises InputError, saying who holds it, if it is not free within LOCK_PATIENCE_SECONDS.
         """
-        path = self.path / "lock"
-        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+        path, deadline = self.path / "lock", time.monotonic() + LOCK_PATIENCE_SECONDS
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - it is open for as long as it is locked
         except OSError as error:
             raise InputError(f"{path} cannot be opened: {error}") from error
-        while not _try_lock(descriptor, path):
+        while not _try_lock(file, path):
             if time.monotonic() > deadline:
-                holder = _holder(os.pread(descriptor, 4096, 0))
-                os.close(descriptor)
+                holder = _holder(file.read())
+                file.close()
                 raise InputError(
                     f"{self.path} is in use by {holder}; wait for that run to end, stop it, or choose another --name"
                 )
             time.sleep(0.1)
-        holder = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-        return RunLock(descriptor)
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode())
+        return file
 
     def share_nonce(self) -> str:
         """Rank 0: write a new nonce into the folder and return it, to be sent to every rank."""
@@ -113,8 +81,7 @@ class RunFolder:
             found = f"nothing ({error.strerror})"
         require(
             found == nonce,
-            f"{socket.gethostname()} does not see what rank 0 wrote into {self.path}: "
-            f"found {found}, expected {nonce}; "
+            f"{socket.gethostname()} does not see what rank 0 wrote into {self.path}: found {found}, expected {nonce}; "
             "put the run's folder on a file system that all nodes share",
         )
 
@@ -135,22 +102,19 @@ def truncate_metrics(path: Path, step: int) -> int:
 
 def _is_of_step(line: bytes, last: int) -> bool:
     """Whether it is a whole metric line of a step up to `last`."""
-    if not line.endswith(b"\n"):
-        return False
     try:
-        found = json.loads(line)
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
         return False
-    step = found.get("step") if isinstance(found, dict) else None
-    return isinstance(step, int) and step <= last
+    return line.endswith(b"\n") and isinstance(step, int) and step <= last
 
 
-def _try_lock(descriptor: int, path: Path) -> bool:
+def _try_lock(file: BinaryIO, path: Path) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
         raise InputError(f"the file system cannot lock {path}: {error.strerror}") from error
     return True
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -25,7 +26,7 @@ from llm.train.checks import check_kernels, check_prompt
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.feed import Feed
 from llm.train.resume import check_resumable
-from llm.train.run_folder import RunFolder, RunLock, truncate_metrics
+from llm.train.run_folder import RunFolder, truncate_metrics
 
 RUNS = Path("runs")
 
@@ -56,7 +57,7 @@ class Run:
         return (micro_batch(batch, self.device, rows) for batch, rows in batches)
 
 
-def claim(config: RunConfig) -> tuple[RunFolder, RunLock]:
+def claim(config: RunConfig) -> tuple[RunFolder, BinaryIO]:
     """Rank 0, before the ranks meet: make the run's folder and lock it. InputError if another process holds it."""
     folder = RunFolder(RUNS, config.name)
     folder.create()
@@ -95,14 +96,9 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
 def _open_feed(run: Run, skipped_samples: int) -> Feed:
     mesh, consumed = run.mesh, consumed_samples(run.config.phases, run.step)
     ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-    return Feed(
-        open_loader(run.corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu"),
-        run.device,
-        run.config.train.max_steps - run.step,
-        mesh.dp_group,
-        hash_check=run.corpora.hash_check(**ranks),
-        skipped_samples=skipped_samples,
-    )
+    loader = open_loader(run.corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu")
+    steps, hash_check = run.config.train.max_steps - run.step, run.corpora.hash_check(**ranks)
+    return Feed(loader, run.device, steps, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
 
 
 def _write_folder(run: Run) -> None:

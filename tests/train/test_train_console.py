@@ -78,5 +78,14 @@ def test_say_prints_text_as_it_is(file: io.StringIO) -> None:
     assert "[bold] validation loss 3.1" in file.getvalue()
 
 
+def test_a_pipe_that_nobody_reads_raises_and_does_not_exit() -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with Console(10, file=Closed()) as console, pytest.raises(BrokenPipeError):
+        console.say("hello")
+
+
 def test_clock() -> None:
     assert [clock_text(s) for s in (0, 59.6, 3661)] == ["0:00", "1:00", "1:01:01"]

@@ -148,7 +148,7 @@ def test_the_padding_of_a_partition_is_not_held(four_ranks: RankPool) -> None:
 def two_tables_findings(values: list[float]) -> list[str]:
     mesh = Mesh.create(ParallelConfig(), "cpu")
     table = nn.Parameter(torch.tensor([values[mesh.rank]]))
-    engine: Any = SimpleNamespace(parameters={"table": table}, replicated=True, held=lambda name: table)
+    engine: Any = SimpleNamespace(parameters={"table": table}, replicated=True, local_weight=lambda name: table)
     return compare_replicas(engine, mesh)
 
 

@@ -65,8 +65,8 @@ def tensors(root: Path) -> dict[tuple[str, str], Any]:
     latest, warnings = find_latest(root)
     assert latest is not None and not warnings
     reader = open_checkpoint(latest)
-    kinds = ("master", "exp_avg", "exp_avg_sq")
-    return {(name, kind): reader.read(name, kind).numpy() for name in reader.names for kind in kinds}
+    names, kinds = {name for name, _ in reader.manifest.tensors}, ("master", "exp_avg", "exp_avg_sq")
+    return {(name, kind): reader.read(name, kind).numpy() for name in names for kind in kinds}
 
 
 SAME_LAYOUT = {

@@ -97,7 +97,7 @@ def test_a_run_that_is_ending_is_waited_for(folder: RunFolder, tmp_path: Path) -
 def test_a_lock_without_a_record(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.1)
     lock = folder.lock()
-    os.ftruncate(lock.descriptor, 3)
+    lock.truncate(3)
     with pytest.raises(InputError, match="has not yet said"):
         folder.lock()
     lock.close()

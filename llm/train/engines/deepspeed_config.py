@@ -10,79 +10,51 @@ from llm.config import RunConfig
 from llm.errors import InputError, require
 from llm.train.engines.shared import DynamicLossScale
 
-_PRECISION = "train.precision"
-_NOT_SET_HERE = "nothing: results must not depend on it"
-_OFFLOAD = "parallel.offload"
-_OTHER_ADAM = "nothing: it needs DeepSpeed's own Adam, and Ingot's is torch's in every layout"
+# What to use -> instead of these keys, which Ingot sets or whose default the engine relies on.
+_INSTEAD = {
+    "train.global_batch_size": ["train_batch_size"],
+    "train.micro_batch_size": ["train_micro_batch_size_per_gpu"],
+    "train.global_batch_size and train.micro_batch_size": ["gradient_accumulation_steps"],
+    "train.precision": ["fp16", "bf16", "bfloat16", "torch_autocast", "data_types"],
+    "train.activation_checkpointing": ["activation_checkpointing"],
+    "optim.grad_clip": ["gradient_clipping"],
+    "optim.lr, optim.betas, optim.eps and optim.weight_decay": ["optimizer"],
+    "optim.schedule, optim.warmup_steps and optim.min_lr": ["scheduler"],
+    "parallel.zero_stage": ["zero_optimization.stage"],
+    "parallel.tensor_parallel": ["tensor_parallel"],
+    "parallel.offload": [
+        "zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param",
+        "zero_optimization.offload_optimizer.device", "zero_optimization.offload_optimizer.nvme_path",
+        "zero_optimization.offload_param.device", "zero_optimization.offload_param.nvme_path",
+    ],
+    "checkpoint.interval and checkpoint.keep_last": ["checkpoint"],
+    "logging.tensorboard": ["tensorboard"],
+    "nothing: any layout reads a checkpoint": ["zero_optimization.elastic_checkpoint"],
+    "nothing: its groups would mix tensor-parallel ranks": ["zero_optimization.zero_hpz_partition_size"],
+    "nothing: it needs DeepSpeed's own Adam, and Ingot's is torch's in every layout": [
+        "zero_optimization.offload_optimizer.ratio", "zero_optimization.offload_optimizer.super_offload",
+    ],
+    "nothing: results must not depend on it": [
+        "managed_gradient_accumulation", "communication_data_type", "seq_parallel_communication_data_type",
+        "gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients",
+        "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+        "zero_optimization.memory_efficient_linear", "zero_optimization.compute_grad_norm", "zero_optimization.zenflow",
+        "zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_nontrainable_weights",
+        "zero_optimization.zero_quantized_gradients",
+    ],
+}  # fmt: skip
+OWNED = {key: instead for instead, keys in _INSTEAD.items() for key in keys}
 
-# Keys that Ingot sets or whose default the engine relies on -> what to use instead.
-OWNED = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "managed_gradient_accumulation": _NOT_SET_HERE,
-    "gradient_clipping": "optim.grad_clip",
-    "optimizer": "optim.lr, optim.betas, optim.eps and optim.weight_decay",
-    "scheduler": "optim.schedule, optim.warmup_steps and optim.min_lr",
-    "zero_optimization.stage": "parallel.zero_stage",
-    "zero_optimization.memory_efficient_linear": _NOT_SET_HERE,
-    "zero_optimization.compute_grad_norm": _NOT_SET_HERE,
-    "zero_optimization.elastic_checkpoint": "nothing: any layout reads a checkpoint",
-    "zero_optimization.cpu_offload": _OFFLOAD,
-    "zero_optimization.cpu_offload_param": _OFFLOAD,
-    "zero_optimization.offload_optimizer.device": _OFFLOAD,
-    "zero_optimization.offload_optimizer.nvme_path": _OFFLOAD,
-    "zero_optimization.offload_optimizer.ratio": _OTHER_ADAM,
-    "zero_optimization.offload_optimizer.super_offload": _OTHER_ADAM,
-    "zero_optimization.offload_param.device": _OFFLOAD,
-    "zero_optimization.offload_param.nvme_path": _OFFLOAD,
-    "zero_optimization.zenflow": _NOT_SET_HERE,
-    "zero_optimization.zero_quantized_weights": _NOT_SET_HERE,
-    "zero_optimization.zero_quantized_nontrainable_weights": _NOT_SET_HERE,
-    "zero_optimization.zero_quantized_gradients": _NOT_SET_HERE,
-    "zero_optimization.zero_hpz_partition_size": "nothing: its groups would mix tensor-parallel ranks",
-    "zero_allow_untested_optimizer": _NOT_SET_HERE,
-    "zero_force_ds_cpu_optimizer": _NOT_SET_HERE,
-    "fp16": _PRECISION,
-    "bf16": _PRECISION,
-    "bfloat16": _PRECISION,
-    "torch_autocast": _PRECISION,
-    "data_types": _PRECISION,
-    "communication_data_type": _NOT_SET_HERE,
-    "seq_parallel_communication_data_type": _NOT_SET_HERE,
-    "gradient_allreduce_op": _NOT_SET_HERE,
-    "gradient_predivide_factor": _NOT_SET_HERE,
-    "prescale_gradients": _NOT_SET_HERE,
-    "tensor_parallel": "parallel.tensor_parallel",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "checkpoint": "checkpoint.interval and checkpoint.keep_last",
-    "tensorboard": "logging.tensorboard",
-}
-
-# Keys of the top level that pass through. DeepSpeed ignores those it does not know, so that a
-# misspelt one must be refused here.
+# Keys of the top level that pass through. DeepSpeed ignores those it does not know, so that a misspelt one must be
+# refused here.
 PASSED_THROUGH = (
-    "aio",
-    "comms_logger",
-    "compile",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "log_level",
-    "memory_breakdown",
-    "steps_per_print",
-    "timers",
-    "wall_clock_breakdown",
-    "zero_optimization",
-)
+    "aio", "comms_logger", "compile", "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler",
+    "log_level", "memory_breakdown", "steps_per_print", "timers", "wall_clock_breakdown", "zero_optimization",
+)  # fmt: skip
 
 
 def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", "cuda"] | str) -> dict[str, Any]:
-    """The dict that `deepspeed.initialize(config=...)` takes. Pure: imports and changes nothing.
-
-    Under ZeRO 0 DeepSpeed neither reports the gradient norm nor shares its clipping with Ingot's,
-    so the engine clips there and `gradient_clipping` is 0.
+    """The dict that `deepspeed.initialize(config=...)` takes.
 
     Raises:
         InputError: fp16 on a CPU, or a key of the `deepspeed` section that Ingot owns or that
@@ -95,18 +67,17 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", 
         "use train.precision=bf16 with parallel.zero_stage=1, or fp32",
     )
     _check_user_keys(config.deepspeed)
-    offloaded = _offloaded(config)
     generated = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // (dp_size * train.micro_batch_size),
+        # Under ZeRO 0 DeepSpeed neither reports the norm nor shares its clipping: there the engine clips.
         "gradient_clipping": config.optim.grad_clip if stage > 0 else 0.0,
         "zero_optimization": {
             "stage": stage,
-            # The default replaces torch.nn.functional.linear in the whole process (ZeRO 3), with
-            # gradients in bf16 that are 1e-2 off.
+            # The default replaces torch's linear in the whole process (ZeRO 3): gradients in bf16 are 1e-2 off.
             "memory_efficient_linear": False,
-            **{part: {"device": "cpu"} for part in offloaded},
+            **{part: {"device": "cpu"} for part in _offloaded(config)},
         },
         # Each alone leaves gradients 2e-3 to 4e-3 off in bf16, both together 4e-8.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -164,10 +135,7 @@ def _check_user_keys(section: dict[str, Any], prefix: str = "") -> None:
                 f"deepspeed.{key} is not a key that Ingot passes on; the nearest is {near!r}: use {instead}"
             )
         if path == "zero_optimization":
-            require(
-                isinstance(value, dict),
-                f"deepspeed.zero_optimization is {value!r}; expected keys and values",
-            )
+            require(isinstance(value, dict), f"deepspeed.{path} is {value!r}; expected keys and values")
         if isinstance(value, dict):
             _check_user_keys(value, f"{path}.")
 

@@ -25,13 +25,11 @@ class DynamicLossScale:
     """
 
     scale: float = 2.0**16
-    """The loss is multiplied by this."""
     window: int = 1000
     """Steps without overflow after which the scale doubles."""
     hysteresis: int = 2
     """Overflows since the last rise of the scale before it starts to fall."""
     minimum: float = 1.0
-    """The scale never falls below this."""
     remaining: int = 2
     """Of `hysteresis`, how many are left."""
     good_steps: int = 0
