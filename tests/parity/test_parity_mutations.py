@@ -43,7 +43,7 @@ def unmarked_slices() -> AbstractContextManager:
 
 
 def norm_gradients_not_reduced() -> AbstractContextManager:
-    return patch.object(TensorParallel, "use", lambda self, weight: weight)
+    return patch.object(TensorParallel, "on_weight", lambda self, weight: weight)
 
 
 def clipping_on_one_rank() -> AbstractContextManager:
@@ -87,7 +87,7 @@ def attention_without_documents() -> AbstractContextManager:
 
 
 def first_positions_on_every_rank() -> AbstractContextManager:
-    return patch.object(TensorParallel, "positions", lambda self, positions: positions.chunk(self.size, dim=-1)[0])
+    return patch.object(TensorParallel, "local_positions", lambda self, positions: positions.chunk(self.size, dim=-1)[0])
 
 
 def after_each_step(fault: Callable[[DeepSpeedEngine], None]) -> AbstractContextManager:
