@@ -87,7 +87,9 @@ def attention_without_documents() -> AbstractContextManager:
 
 
 def first_positions_on_every_rank() -> AbstractContextManager:
-    return patch.object(TensorParallel, "local_positions", lambda self, positions: positions.chunk(self.size, dim=-1)[0])
+    return patch.object(
+        TensorParallel, "local_positions", lambda self, positions: positions.chunk(self.size, dim=-1)[0]
+    )
 
 
 def after_each_step(fault: Callable[[DeepSpeedEngine], None]) -> AbstractContextManager:
