@@ -1,11 +1,22 @@
-"""The part of the exhaustive lists that a commit chooses."""
+"""Which cases run where: a few of each list in `make test`, all in `make test-all`, in CI what the commit chooses."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
 
 
 def is_chosen(test: str, chosen_by: str, one_in: int) -> bool:
     """Whether a test is among the one in `one_in` that the text `chosen_by` chooses."""
     digest = hashlib.sha256(f"{chosen_by} {test}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % one_in == 0
+
+
+def slow_but(fast: Collection[Any], cases: Iterable[Any]) -> list[Any]:
+    """The cases as parameters of a test, all of them marked `slow` but those in `fast`."""
+    cases = list(cases)
+    assert all(case in cases for case in fast)
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]

@@ -1,6 +1,8 @@
 """CI runs a part of the exhaustive lists that the commit chooses; every test has its turn."""
 
-from chosen import is_chosen
+import pytest
+
+from chosen import is_chosen, slow_but
 
 
 def test_a_commit_chooses_about_one_in_so_many() -> None:
@@ -13,3 +15,12 @@ def test_another_commit_chooses_others() -> None:
     commits = [str(i) for i in range(200)]
     assert any(is_chosen("test", commit, 10) for commit in commits)
     assert not all(is_chosen("test", commit, 10) for commit in commits)
+
+
+def test_all_but_the_fast_cases_are_slow() -> None:
+    fast, slow = slow_but(["a"], ["a", "b"])
+    assert fast == "a"
+    assert slow.values == ("b",)
+    assert [mark.name for mark in slow.marks] == ["slow"]
+    with pytest.raises(AssertionError):
+        slow_but(["c"], ["a", "b"])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
+from chosen import slow_but
 from runs import Workspace, succeeded
 
 
@@ -41,7 +42,7 @@ def uninterrupted(workspace: Workspace) -> Workspace:
     return workspace
 
 
-@pytest.mark.parametrize("kill", [kill_one_rank, kill_all_ranks, kill_the_launcher])
+@pytest.mark.parametrize("kill", slow_but([kill_all_ranks], [kill_one_rank, kill_all_ranks, kill_the_launcher]))
 def test_a_killed_run_ends_as_the_whole_one(uninterrupted: Workspace, kill: Callable) -> None:
     space, name = uninterrupted, kill.__name__
     process = space.start(space.deepspeed_command(2, name=name, **LONG))

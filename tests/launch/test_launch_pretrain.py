@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from chosen import slow_but
 from runs import ROOT, Workspace, succeeded
 
 SAME = dict(train__max_steps=8, optim__lr=1e-3, model__dropout=0.1)
@@ -33,7 +34,7 @@ def alone(workspace: Workspace) -> dict[int, float]:
     return workspace.losses("alone")
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", slow_but(["deepspeed-tp2", "mpirun-zero1"], LAUNCHES))
 def test_same_losses(name: str, alone: dict[int, float], workspace: Workspace) -> None:
     launch, ranks, layout = LAUNCHES[name]
     if launch is mpirun and shutil.which("mpirun") is None:

@@ -29,6 +29,7 @@ import pytest
 import torch
 from torch import nn
 
+from chosen import slow_but
 from llm.config import RunConfig
 from llm.errors import InputError
 from llm.model.gpt import GPT
@@ -118,7 +119,7 @@ def fp32(stage: int, tensor_parallel: int = 1) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.parametrize("micro_batch_size", slow_but([1], [1, 4]))
 @pytest.mark.parametrize(("stage", "offload"), [(1, "none"), (1, "optimizer"), (2, "none"), (3, "none"), (3, "all")])
 def test_bf16_gradients_are_fp32_sums(stage: int, offload: str, micro_batch_size: int, two_ranks: RankPool) -> None:
     """Of 2 micro-batches or of 8: each is rounded to bf16 once, and their sum not at all."""
@@ -137,7 +138,7 @@ def test_bf16_without_zero_is_refused(precision: str) -> None:
         case(parallel=dict(zero_stage=0), train=dict(precision=precision))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", slow_but([True], [True, False]))
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32"), (3, "fp32")])
 def test_a_block_that_is_used_twice(stage: int, precision: str, tied: bool, two_ranks: RankPool) -> None:
     config = case(

@@ -344,6 +344,7 @@ def at_step_3(root: Path) -> dict[tuple[str, str], Any]:
 # -- As users start it --
 
 
+@pytest.mark.slow
 def test_runs_under_torchrun_and_resumes_under_another_engine(workspace: Workspace) -> None:
     layout = dict(name="fsdp", train__engine="fsdp", parallel__zero_stage=3, train__eval_interval=3)
     # No compiler: that is DeepSpeed's need.

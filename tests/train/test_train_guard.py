@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chosen import slow_but
 from llm.config import ParallelConfig
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
@@ -93,7 +94,10 @@ def findings_over_steps(config: Any, steps: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+FAST = ["zero0-tp1-fp32", "zero1-tp4-bf16", "zero3-tp2-bf16", "sequence", "fsdp"]
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, LAYOUTS))
 def test_silent_while_replicas_agree(name: str, four_ranks: RankPool) -> None:
     sections = LAYOUTS[name] | {"model": dict(n_kv_head=4, dropout=0.1)}
     assert four_ranks.run(findings_over_steps, case(**sections), 3) == [[]] * 4
@@ -177,6 +181,7 @@ def test_a_run_stops_on_every_rank_and_saves_nothing_of_it(workspace: Workspace)
     shutil.rmtree(checkpoints.parent)
 
 
+@pytest.mark.slow
 def test_a_run_that_warns_goes_on(workspace: Workspace) -> None:
     settings = dict(train__guard_interval=5, train__guard_action="warn", train__max_steps=12, checkpoint__interval=12)
     result = faulty_run(workspace, "warned", **settings)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from chosen import slow_but
 from llm.checkpoint.reader import find_latest, open_checkpoint
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import RunConfig
@@ -119,7 +120,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("name", slow_but(["tp2-dp2-zero3"], WIDE))
 def test_four_ranks_to_one(name: str, four_ranks: RankPool, one_rank: RankPool, tmp_path: Path) -> None:
     wide = case(**WIDE[name])
     whole = four_ranks.run(first_half, wide, tmp_path / "a")[0]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.layout.counters import LiveStorages
+from chosen import slow_but
 from llm.config import RunConfig
 from llm.model.gpt import GPT
 from llm.model.init import initial_tensor
@@ -216,7 +217,7 @@ def check_step(config: RunConfig, results: list[dict[str, Any]]) -> None:
 LAYOUTS = [(stage, "none") for stage in (1, 2, 3)] + [(stage, "optimizer") for stage in (1, 2, 3)] + [(3, "all")]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", slow_but(["bf16"], ["fp32", "bf16"]))
 @pytest.mark.parametrize(("stage", "offload"), LAYOUTS)
 def test_the_update_uses_the_reported_gradient(stage: int, offload: str, precision: str, two_ranks: RankPool) -> None:
     config = case(
@@ -243,14 +244,14 @@ def test_the_update_under_tensor_parallelism(stage: int, offload: str, four_rank
 OFFLOADED = [(stage, "optimizer") for stage in (1, 2, 3)] + [(3, "all")]
 
 
-@pytest.mark.parametrize("micro_batch_size", [pytest.param(4, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("micro_batch_size", slow_but([1], [4, 1]))
 @pytest.mark.parametrize(("stage", "offload"), OFFLOADED)
 def test_offload_gives_the_same_training(stage: int, offload: str, micro_batch_size: int, two_ranks: RankPool) -> None:
     config = case(parallel=dict(zero_stage=stage, offload=offload), train=dict(micro_batch_size=micro_batch_size))
     check(config, two_ranks.run(on_ranks, config, STEPS))
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize("precision", slow_but(["bf16"], ["fp32", "bf16"]))
 @pytest.mark.parametrize(("stage", "offload"), OFFLOADED)
 def test_an_offloaded_run_resumes_exactly(
     stage: int, offload: str, precision: str, two_ranks: RankPool, tmp_path: Path
@@ -273,7 +274,7 @@ def test_offload_reads_checkpoints_of_other_layouts(
     np.testing.assert_allclose(resumed, whole_run, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", slow_but(["bf16"], ["fp32", "bf16"]))
 @pytest.mark.parametrize(("stage", "offload"), OFFLOADED)
 def test_a_lost_gradient_is_not_offloaded_in_silence(
     stage: int, offload: str, precision: str, two_ranks: RankPool
@@ -296,9 +297,7 @@ BUCKETS = {
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(
-    "buckets", [name if "overlapped" in name else pytest.param(name, marks=pytest.mark.slow) for name in BUCKETS]
-)
+@pytest.mark.parametrize("buckets", slow_but(["one-parameter-each-overlapped"], BUCKETS))
 def test_buckets_do_not_change_the_training(buckets: str, stage: int, two_ranks: RankPool) -> None:
     """The largest parameter has 4096 elements, so that some are larger than a bucket and some share one."""
     config = case(parallel=dict(zero_stage=stage), train=dict(micro_batch_size=1))
@@ -306,7 +305,7 @@ def test_buckets_do_not_change_the_training(buckets: str, stage: int, two_ranks:
     check(config, two_ranks.run(on_ranks, config, STEPS))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but([2], [1, 2, 3]))
 def test_buckets_in_bf16(stage: int, two_ranks: RankPool) -> None:
     """Each micro-batch's gradient is rounded to bf16 once; no bucket rounds their sum again."""
     config = case(

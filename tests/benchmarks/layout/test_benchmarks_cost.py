@@ -16,6 +16,7 @@ from benchmarks.layout.cost import (
     memory_table,
     state_memory,
 )
+from chosen import slow_but
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
 from llm.plan.memory import TrainingState, training_state
@@ -39,7 +40,7 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", slow_but(["zero2-bf16", "fsdp"], EXACT))
 def test_memory_of_the_state_is_what_theory_gives(name: str, four_ranks: RankPool) -> None:
     config = case(**EXACT[name], model=dict(vocab_size=64))
     for state, theory in four_ranks.run(measured, config):
