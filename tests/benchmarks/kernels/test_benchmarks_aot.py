@@ -44,9 +44,15 @@ COMMON = (
 @pytest.mark.parametrize(
     ("arch", "names", "count", "instruction"),
     [
-        (80, COMMON, 5, "mma.sync"),
+        pytest.param(80, COMMON, 5, "mma.sync", marks=pytest.mark.slow),
         (90, COMMON, 10, "wgmma"),
-        (100, r"attention_forward bf16 .* of B=2 T=528 H=6 D=64 K=2( expanded)?$", 2, "tcgen05"),
+        pytest.param(
+            100,
+            r"attention_forward bf16 .* of B=2 T=528 H=6 D=64 K=2( expanded)?$",
+            2,
+            "tcgen05",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_common_kernels_fit(arch: int, names: str, count: int, instruction: str, tmp_path: Path) -> None:
