@@ -12,6 +12,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [[ -d .venv/bin ]] && PATH="$PWD/.venv/bin:$PATH"
+[[ " $* " == *" --help "* ]] && exec python launch/pretrain.py --help # without the launcher's imports
 
 options=(--master_port "${MASTER_PORT:-29500}")
 if [[ -z "${HOSTFILE:-}" ]]; then

@@ -13,6 +13,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [[ -d .venv/bin ]] && PATH="$PWD/.venv/bin:$PATH"
+[[ " $* " == *" --help "* ]] && exec python launch/pretrain.py --help # without the launcher's imports
 
 gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) || gpus=0
 options=(--nproc_per_node "${RANKS:-$((gpus > 0 ? gpus : 2))}")

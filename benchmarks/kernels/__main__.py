@@ -9,13 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from benchmarks import report
-from benchmarks.clock import clock_of
-from benchmarks.kernels.runner import benchmark, limits_of, ours_failed
-from benchmarks.kernels.tables import plots, text_of
-
 PACKAGES = (
     "torch", "triton", "liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "flash-attn", "flash-attn-3",
     "flash-attn-4", "cut-cross-entropy", "apex", "transformer-engine", "deepspeed",
@@ -27,6 +20,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="a regular expression to be found in 'kernel part group shape'")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-kernels"), help="folder of the results")
     options = parser.parse_args(arguments)
+    # Imported here, so that --help does not wait for torch.
+    import torch
+
+    from benchmarks import report
+    from benchmarks.clock import clock_of
+    from benchmarks.kernels.runner import benchmark, limits_of, ours_failed
+    from benchmarks.kernels.tables import plots, text_of
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = clock_of(device)
     head = report.header("benchmarks.kernels", sys.argv[1:] if arguments is None else arguments, device, PACKAGES)

@@ -7,10 +7,6 @@ state over ZeRO stages. `--train.micro_batch_size` and the like override the con
 import os
 import sys
 
-import torch
-
-from benchmarks.layout.cost import activation_table, memory_table
-from benchmarks.report import header, heading
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.cluster.script import run_script
 from llm.config.parse import parse_config
@@ -24,6 +20,12 @@ def bench(ranks: Ranks) -> None:
     config = parse_config(strip_local_rank(sys.argv[1:]), prog="python -m benchmarks.layout")
     config.check_world(ranks.world_size)
     export(ranks, os.environ)
+    # Imported here, so that --help does not wait for torch.
+    import torch
+
+    from benchmarks.layout.cost import activation_table, memory_table
+    from benchmarks.report import header, heading
+
     device = choose_device(ranks)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))

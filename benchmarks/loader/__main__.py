@@ -13,12 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from benchmarks.loader.report import line, plot_rates, tables
-from benchmarks.loader.runner import FAILURES, Runner
-from benchmarks.loader.systems import SYSTEMS
-from benchmarks.report import header
 from llm.errors import InputError
 
 PACKAGES = ("torch", "numpy", "megatron-core", "torchdata", "mosaicml-streaming", "litdata")
@@ -31,6 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="of everything that is measured in rounds")
     parser.add_argument("--out", type=Path, help="folder of the results and the tokens (10 GB)")
     options = parser.parse_args(arguments)
+    # Imported here, so that --help does not wait for torch.
+    import torch
+
+    from benchmarks.loader.report import line, plot_rates, tables
+    from benchmarks.loader.runner import FAILURES, Runner
+    from benchmarks.loader.systems import SYSTEMS
+    from benchmarks.report import header
+
     out = (options.out or Path("runs/bench-loader-quick" if options.quick else "runs/bench-loader")).resolve()
     # One thread each, in every process that is started from here, as one core is what they get.
     os.environ["OMP_NUM_THREADS"] = "1"
