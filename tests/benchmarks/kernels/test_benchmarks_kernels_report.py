@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from benchmarks import report
 from benchmarks.clock import Clock, Thunk, machine
 from benchmarks.kernels import __main__ as bench_kernels
+from benchmarks.kernels import runner
 from benchmarks.kernels.case import Contest, Setup
 from benchmarks.kernels.runner import run_contest
 from benchmarks.kernels.tables import text_of, unit
@@ -45,7 +46,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Con
             yield from (run_contest(contest, device, clock) for contest in contests)
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(bench_kernels, "benchmark", outcomes)
+        monkeypatch.setattr(runner, "benchmark", outcomes)
         code = bench_kernels.main(["--out", str(tmp_path)])
         return code, *report.read(tmp_path / "results.jsonl")
 
