@@ -55,7 +55,7 @@ define run_tests
 @$(PYTEST) -m "$(1) and ranks" $(2) tests
 endef
 
-test: setup ## every test that this machine can run, about 14 minutes on 2 cores
+test: setup ## what this machine can show in about 10 minutes on 2 cores
 	$(call run_tests,not slow and not gpu and not cluster)
 
 test-all: setup ## the exhaustive lists too (hours)

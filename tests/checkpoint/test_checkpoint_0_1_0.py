@@ -64,6 +64,7 @@ def test_a_run_goes_on_with_the_plain_engine(copied: Workspace) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_a_run_goes_on_with_deepspeed(copied: Workspace) -> None:
     """Its own config, with as many ranks as tensor parallelism takes."""
     launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]

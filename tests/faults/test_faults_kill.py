@@ -66,6 +66,7 @@ def validation(space: Workspace, name: str) -> list[float]:
     return [record["val_loss"] for record in space.metrics(name) if "val_loss" in record]
 
 
+@pytest.mark.slow
 def test_a_second_start_is_refused_and_the_first_goes_on(uninterrupted: Workspace) -> None:
     """The very same command, port and all."""
     command = uninterrupted.deepspeed_command(2, name="busy", train__max_steps=100000)

@@ -47,6 +47,7 @@ def test_deepspeed_passes(space: Workspace) -> None:
     assert report["parameters"]["blocks.0.qkv.weight"]["gradient"]["passed"]
 
 
+@pytest.mark.slow
 def test_torchrun_fails_on_a_wrong_layout(space: Workspace) -> None:
     broken = ROOT / "tests/faults/faulty_layout.py"
     layout = dict(parallel__tensor_parallel=2, parallel__sequence_parallel="true", train__precision="bf16")
