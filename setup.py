@@ -31,6 +31,7 @@ setup(
         "numpy>=2.0",
         "fsspec>=2024.6",
         "ninja>=1.11",
+        "pyarrow>=18.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tokenizers>=0.21",
@@ -41,9 +42,16 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4.0"],
+        # To export a checkpoint as a Hugging Face folder, which is compared with transformers before it is finished.
+        "hf": ["transformers>=5.0"],
+        # Tasks of EleutherAI's lm-evaluation-harness in launch/evaluate.py.
+        "eval": ["lm-eval>=0.4.9", "transformers>=5.0"],
         # Whose files tests/data/tokens/test_tokens_peers.py reads back.
         "formats": ["megatron-core>=0.16", "datatrove>=0.10"],
         "dev": [
+            # Oracles: transformers' models and tokenizers, tiktoken's encodings, the harness's scores.
+            "ingot[hf,eval]",
+            "tiktoken>=0.9",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
