@@ -8,15 +8,21 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
 
 from llm.errors import CheckpointError
 
 # Writes and reads go through hashing in parts of this size, in bytes.
 CHUNK = 1 << 22
+# As safetensors names them.
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
@@ -43,6 +49,30 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
             "make room or save elsewhere, then start the run again"
         ) from error
     return digest.hexdigest()
+
+
+def create_safetensors(
+    path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor]
+) -> tuple[int, str]:
+    """`create` a safetensors file of CPU tensors, given in the order of `shapes` and taken one by one: (size, sha256)."""
+    # Not by safetensors.save_file: the hash is of what was meant to be written, and a full disk is an OSError.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format pads its header so that the tensors are aligned
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        for tensor, shape in zip(tensors, shapes.values(), strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape))
+            yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore
+
+    size = 8 + len(text) + end
+    return size, create(path, parts(), size)
 
 
 def write_all(descriptor: int, view: memoryview) -> None:

@@ -35,6 +35,8 @@ class ModelConfig:
     """Longest sequence: the size of the learned position table."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before each sublayer and at the end."""
+    norm_eps: float = 1e-5
+    """Added to the variance (layernorm) or the mean square (rmsnorm) before the root."""
     activation: Literal["gelu", "swiglu"] = "gelu"
     """Nonlinearity of the feed-forward layer."""
     position: Literal["learned", "rope"] = "learned"
@@ -58,6 +60,7 @@ class ModelConfig:
             self.position != "rope" or self.head_dim % 2 == 0,
             f"model.position rope needs an even head width; d_model / n_head is {self.head_dim}",
         )
+        require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; expected above 0")
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
 

@@ -41,7 +41,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: DenseLayers, index: int, recompute: Recompute = "none") -> None:
         super().__init__()
-        C, D, bias = config.d_model, config.head_dim, config.bias
+        C, D, bias, eps = config.d_model, config.head_dim, config.bias, config.norm_eps
         site = EMBEDDING_SITE + 1 + SITES_PER_BLOCK * index
         qkv_rows = (config.n_head + 2 * config.kv_heads) * D
         gated = config.activation == "swiglu"
@@ -49,11 +49,11 @@ class Block(nn.Module):
         self.index = index
         self.impl = layers.impl
         self.recompute = recompute
-        self.norm_1 = layers.norm(config.norm, C, bias=bias)
+        self.norm_1 = layers.norm(config.norm, C, bias=bias, eps=eps)
         self.qkv = layers.linear("qkv", C, qkv_rows, bias=bias)
         self.attention = layers.attention(config.dropout, site, config.n_head)
         self.attention_output = layers.linear("attention_output", config.n_head * D, C, bias=bias)
-        self.norm_2 = layers.add_norm(config.norm, C, bias=bias, p=config.dropout, site=site + 1)
+        self.norm_2 = layers.add_norm(config.norm, C, bias=bias, eps=eps, p=config.dropout, site=site + 1)
         self.up = layers.linear("up", C, config.ff_dim * (2 if gated else 1), bias=bias)
         self.down = layers.linear("down", config.ff_dim, C, bias=bias)
         self.down_dropout = layers.dropout(config.dropout, site + 2)
@@ -147,7 +147,7 @@ class GPT(nn.Module):
                 for i in (blocks or range(config.n_layer))
             }
         )
-        self.norm = layers.norm(config.norm, C, bias=config.bias)
+        self.norm = layers.norm(config.norm, C, bias=config.bias, eps=config.norm_eps)
         tied = self.embedding if config.tie_embeddings else None
         self.head = layers.lm_head(C, config.vocab_size, tied)
 

@@ -111,14 +111,16 @@ class LanguageModelHead(nn.Module):
 class Norm(nn.Module):
     """Layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019).
 
+    eps: added to the variance, or to the mean square.
     on_weight: applied to the weight and the bias in each forward pass (sequence parallelism sums their gradients so).
     """
 
-    def __init__(self, kind: str, width: int, *, bias: bool, impl: str, on_weight: TensorFunction) -> None:
+    def __init__(self, kind: str, width: int, *, bias: bool, eps: float, impl: str, on_weight: TensorFunction) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias and kind == "layernorm" else None
         self.kind = kind
+        self.eps = eps
         self.impl = impl
         self.on_weight = on_weight
 
@@ -129,8 +131,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.affine()
         if self.kind == "rmsnorm":
-            return rms_norm(x, weight, impl=self.impl)
-        return layer_norm(x, weight, bias, impl=self.impl)
+            return rms_norm(x, weight, self.eps, impl=self.impl)
+        return layer_norm(x, weight, bias, self.eps, impl=self.impl)
 
 
 class AddNorm(Norm):
@@ -142,12 +144,13 @@ class AddNorm(Norm):
         width: int,
         *,
         bias: bool,
+        eps: float,
         impl: str,
         on_weight: TensorFunction,
         key: DropoutKey,
         local_positions: TensorFunction,
     ) -> None:
-        super().__init__(kind, width, bias=bias, impl=impl, on_weight=on_weight)
+        super().__init__(kind, width, bias=bias, eps=eps, impl=impl, on_weight=on_weight)
         self.key = key
         self.local_positions = local_positions
 
@@ -159,9 +162,9 @@ class AddNorm(Norm):
             dropout=key, samples=samples, positions=self.local_positions(positions), impl=self.impl
         )
         if self.kind == "rmsnorm":
-            normed, stream = add_rms_norm(branch, stream, weight, **options)
+            normed, stream = add_rms_norm(branch, stream, weight, self.eps, **options)
         else:
-            normed, stream = add_layer_norm(branch, stream, weight, bias, **options)
+            normed, stream = add_layer_norm(branch, stream, weight, bias, self.eps, **options)
         return stream, normed
 
 
@@ -246,11 +249,11 @@ class DenseLayers:
         replicated(head)
         return head
 
-    def norm(self, kind: str, width: int, *, bias: bool) -> nn.Module:
+    def norm(self, kind: str, width: int, *, bias: bool, eps: float) -> nn.Module:
         """[..., width] -> [..., width]."""
-        return replicated(Norm(kind, width, bias=bias, impl=self.impl, on_weight=self.on_weight))
+        return replicated(Norm(kind, width, bias=bias, eps=eps, impl=self.impl, on_weight=self.on_weight))
 
-    def add_norm(self, kind: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
+    def add_norm(self, kind: str, width: int, *, bias: bool, eps: float, p: float, site: int) -> nn.Module:
         """stream, branch -> (stream + dropout(branch), its norm)."""
         key = DropoutKey(p, self.seed, site)
         return replicated(
@@ -258,6 +261,7 @@ class DenseLayers:
                 kind,
                 width,
                 bias=bias,
+                eps=eps,
                 impl=self.impl,
                 on_weight=self.on_weight,
                 key=key,
