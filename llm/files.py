@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, InputError, require
 
 # Writes and reads go through hashing in parts of this size, in bytes.
 CHUNK = 1 << 22
@@ -40,6 +41,7 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
                 for start in range(0, len(view), CHUNK):
                     write_all(file.fileno(), view[start : start + CHUNK])
                     digest.update(view[start : start + CHUNK])
+                del part, view  # before the next part is made
             os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -52,9 +54,9 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
 
 
 def create_safetensors(
-    path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor]
+    path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], tensors: Iterator[Tensor]
 ) -> tuple[int, str]:
-    """`create` a safetensors file of CPU tensors, given in the order of `shapes` and taken one by one: (size, sha256)."""
+    """`create` a safetensors file of the next tensors, on the CPU and of these shapes, one by one: (size, sha256)."""
     # Not by safetensors.save_file: the hash is of what was meant to be written, and a full disk is an OSError.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -67,9 +69,11 @@ def create_safetensors(
     def parts() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little")
         yield text
-        for tensor, shape in zip(tensors, shapes.values(), strict=True):
+        for shape in shapes.values():
+            tensor = next(tensors)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape))
             yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore
+            del tensor  # before the next is made
 
     size = 8 + len(text) + end
     return size, create(path, parts(), size)
@@ -118,6 +122,29 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """An empty folder, which becomes `path` when the block ends without an exception, and is gone after one.
+
+    Raises InputError where there is something at `path` already.
+    """
+    path = path.absolute()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        found = path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)
+        require(not found, f"{path} is there already; choose another, or move it away")
+        temporary.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be made: {error.strerror}") from error
+    try:
+        yield temporary
+        sync_folder(temporary)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def regular_size(path: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint.reader import find_latest, open_checkpoint, verify
+from llm.checkpoint.reader import CheckpointReader, find_latest, open_checkpoint, verify
 from llm.config import ParallelConfig, RunConfig
 from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
@@ -42,18 +42,23 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     return latest, path
 
 
-def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> Trained:
-    """Read a model written under any layout; with a mesh, this tensor-parallel rank's part of it.
-
-    Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's heads can be cut for.
-    """
+def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
+    """The checkpoint that `path` names, every byte of it verified, and its run's. Raises InputError."""
     checkpoint, run = find_checkpoint(path)
     try:
         verify(checkpoint)
         reader = open_checkpoint(checkpoint)
     except CheckpointError as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
-    config = from_dict(reader.state["config"])
+    return reader, from_dict(reader.state["config"]), Tokenizer.load(run / "tokenizer.json")
+
+
+def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> Trained:
+    """Read a model written under any layout; with a mesh, this tensor-parallel rank's part of it.
+
+    Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's heads can be cut for.
+    """
+    reader, config, tokenizer = open_trained(path)
     # The layout and kernels of the training run do not matter here.
     parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
     train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
@@ -61,5 +66,4 @@ def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> 
     model = GPT(config.model, choose_layers(config, mesh))
     for name, parameter in model.named_parameters():
         fill(parameter, reader.read(name, "master"))
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
     return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])
