@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,6 +87,7 @@ class ModelConfig:
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
         check_at_least(0, "model.", self, "attention_softcap")
+        period = 1
         for name in ("attention_window", "attention_sparse"):
             given = getattr(self, name)
             length = len(given) if isinstance(given, tuple) else 1
@@ -93,7 +95,8 @@ class ModelConfig:
                 1 <= length <= self.n_layer,
                 f"model.{name} lists {length} layers; expected 1 to model.n_layer ({self.n_layer})",
             )
-        for layer in range(self.n_layer):
+            period = math.lcm(period, length)
+        for layer in range(min(period, self.n_layer)):
             window, sparse = self.layer_window(layer), self.layer_sparse(layer)
             found = f"model.attention_window of layer {layer} is {window}"
             require(window is None or window >= 1, f"{found}; expected at least 1 key, or null for all")
