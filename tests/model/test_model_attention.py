@@ -1,7 +1,8 @@
-"""Attention's window, sparse pattern and softcap in the model: against masks made by hand, Mistral, and without a cache."""
+"""Attention's window, pattern and softcap in the model: against masks made by hand, Mistral, and without a cache."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -181,7 +182,7 @@ def test_a_cache_gives_the_same_logits(name: str, position: str) -> None:
     whole = model(tokens, positions, samples)
     for bounds in ([0, 1, 2, 3, 4, 9, 10, T], [0, T - 5, *range(T - 4, T + 1)], [0, T]):
         cache, parts = KVCache(T), []
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             parts.append(model(tokens[:, start:stop], positions[start:stop], samples, cache=cache))
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
 
