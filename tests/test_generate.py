@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from thread_ranks import ranks_in_threads
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from llm.config.parse import to_dict
+from llm.config.sections import SparseAttention
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.generate import generate, stream
@@ -78,6 +80,27 @@ def test_the_cache_changes_nothing(run: Path) -> None:
         cached = continuations(model, PROMPTS, sampling)
         assert cached == continuations(model, PROMPTS, sampling, cache=False)
     assert len({tuple(row) for row in cached}) == 3
+
+
+OPTIONS = {
+    "window": dict(attention_window=5),
+    "one-key": dict(attention_window=1),
+    "alternating": dict(attention_window=(4, None), attention_softcap=1.0),
+    "sparse": dict(attention_sparse=(SparseAttention(64, 1, 2), None), max_seq_len=256),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_cache_that_drops_keys_changes_nothing(name: str) -> None:
+    config = replace(CONFIG, model=replace(CONFIG.model, **OPTIONS[name]))
+    model = build_model(config, None).eval()
+    for parameter in model.parameters():
+        parameter.mul_(8)
+    long = [i * i % 251 for i in range(160 if name == "sparse" else 25)]
+    prompts = [long, long[3:11], long[:14], long[7:8]]
+    assert continuations(model, prompts) == continuations(model, prompts, cache=False)
+    assert continuations(model, prompts) == [continuations(model, [prompt])[0] for prompt in prompts]
 
 
 def test_a_batch_is_its_prompts_one_by_one(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,25 @@ def check_at_least(low: int, key: str, section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         require(value is None or value >= low, f"{key}{name} is {value}; expected at least {low}")
+
+
+@dataclass(frozen=True)
+class SparseAttention:
+    """The strided pattern of Sparse Transformers (Child et al. 2019, section 4.3), in blocks of positions.
+
+    A query in block i sees the keys up to its own in block j if i - j < local or (i - j) % stride == 0.
+    """
+
+    block: int
+    """Positions in a block: a multiple of 64."""
+    local: int
+    """Blocks that are seen up to the query's own, that one included."""
+    stride: int
+    """Of the blocks farther back every `stride`-th is seen."""
+
+    def __post_init__(self) -> None:
+        require(self.block > 0 and self.block % 64 == 0, f"block is {self.block}; expected a positive multiple of 64")
+        check_at_least(1, "", self, "local", "stride")
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,12 @@ class ModelConfig:
     """Biases in the linear layers and in layer norm."""
     dropout: float = 0.0
     """Dropout on the embedding, the attention weights and each residual branch, in [0, 1)."""
+    attention_window: int | tuple[int | None, ...] | None = None
+    """Keys that a query sees, its own and those before it (sliding window); null: all; a list repeats over layers."""
+    attention_sparse: SparseAttention | tuple[SparseAttention | None, ...] | None = None
+    """Strided block-sparse attention, as {block: 64, local: 1, stride: 4}; null: none; a list repeats over layers."""
+    attention_softcap: float = 0.0
+    """Attention scores s become softcap * tanh(s / softcap) (Gemma 2: 50); 0: none."""
 
     def __post_init__(self) -> None:
         check_at_least(1, "model.", self, "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
@@ -63,6 +89,31 @@ class ModelConfig:
         require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; expected above 0")
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
+        check_at_least(0, "model.", self, "attention_softcap")
+        period = 1
+        for name in ("attention_window", "attention_sparse"):
+            given = getattr(self, name)
+            length = len(given) if isinstance(given, tuple) else 1
+            require(
+                1 <= length <= self.n_layer,
+                f"model.{name} lists {length} layers; expected 1 to model.n_layer ({self.n_layer})",
+            )
+            period = math.lcm(period, length)
+        for layer in range(min(period, self.n_layer)):
+            window, sparse = self.layer_window(layer), self.layer_sparse(layer)
+            found = f"model.attention_window of layer {layer} is {window}"
+            require(window is None or window >= 1, f"{found}; expected at least 1 key, or null for all")
+            require(window is None or sparse is None, f"{found} and model.attention_sparse {sparse}; use one of them")
+
+    def layer_window(self, layer: int) -> int | None:
+        """Keys that a query of block `layer` sees at most, its own among them; None: all up to it."""
+        given = self.attention_window
+        return given[layer % len(given)] if isinstance(given, tuple) else given
+
+    def layer_sparse(self, layer: int) -> SparseAttention | None:
+        """The pattern of block `layer`; None: dense."""
+        given = self.attention_sparse
+        return given[layer % len(given)] if isinstance(given, tuple) else given
 
     @property
     def kv_heads(self) -> int:

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention
+from kernels.attention import Strided, attention
 from kernels.cross_entropy import Vocabulary, linear_cross_entropy
 from kernels.dropout import dropout
 from kernels.embedding import embedding
 from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.philox import DropoutKey
+from llm.config import ModelConfig
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
@@ -188,23 +189,31 @@ class Dropout(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """softmax(q k^T / sqrt(D) + causal mask) v over this rank's heads (Vaswani et al. 2017)."""
+    """softmax(cap(q k^T / sqrt(D)) + mask) v over this rank's heads (Vaswani et al. 2017).
 
-    def __init__(self, key: DropoutKey, *, impl: str, head_offset: int = 0) -> None:
+    The mask is causal, and narrowed by the window or the sparse pattern that `config` gives block `block`.
+    """
+
+    def __init__(self, config: ModelConfig, block: int, key: DropoutKey, *, impl: str, head_offset: int = 0) -> None:
         super().__init__()
+        sparse = config.layer_sparse(block)
+        self.window = config.layer_window(block)
+        self.sparse = None if sparse is None else Strided(sparse.block, sparse.local, sparse.stride)
+        self.softcap = config.attention_softcap
         self.key = key
         self.impl = impl
         self.head_offset = head_offset
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, samples: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """q [B, T, H, D]; k, v [B, S, K, D] with S >= T; samples int64 [B] -> [B, T, H, D].
+        """q [B, T, H, D]; k, v [B, S, K, D], the S >= T last ones; samples int64 [B] -> [B, T, H, D].
 
         cu_seqlens: int32 [documents + 1], where documents begin in the B * T tokens, if they do not attend to one
         another; then S = T.
         """
         key = self.key if self.training and self.key.p > 0 else None
+        options: dict[str, Any] = dict(window=self.window, sparse=self.sparse, softcap=self.softcap, impl=self.impl)
         return attention(
-            q, k, v, cu_seqlens=cu_seqlens, dropout=key, samples=samples, head_offset=self.head_offset, impl=self.impl
+            q, k, v, cu_seqlens=cu_seqlens, dropout=key, samples=samples, head_offset=self.head_offset, **options
         )
 
 
@@ -272,6 +281,6 @@ class DenseLayers:
     def dropout(self, p: float, site: int) -> Dropout:
         return Dropout(DropoutKey(p, self.seed, site), impl=self.impl, local_positions=self.local_positions)
 
-    def attention(self, p: float, site: int, n_head: int) -> CausalAttention:
-        """Causal attention over `n_head` query heads, with dropout on its weights."""
-        return CausalAttention(DropoutKey(p, self.seed, site), impl=self.impl)
+    def attention(self, config: ModelConfig, block: int, site: int) -> CausalAttention:
+        """Attention of block `block`, with dropout on its weights."""
+        return CausalAttention(config, block, DropoutKey(config.dropout, self.seed, site), impl=self.impl)

@@ -18,7 +18,8 @@ from llm.train.engines.base import DTYPES
 def check_kernels(config: RunConfig, device: torch.device) -> str:
     """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
     model, dtype = config.model, DTYPES[config.train.precision]
-    no_triton, no_torch = attention_limits(model.head_dim, model.dropout)
+    sparse = any(model.layer_sparse(layer) for layer in range(model.n_layer))
+    no_triton, no_torch = attention_limits(model.head_dim, model.dropout, sparse, model.attention_softcap)
     norm = "layer_norm" if model.norm == "layernorm" else "rms_norm"
     limits: dict[str, dict[str, str | None]] = {
         "attention": {"no_triton": no_triton, "no_torch": no_torch},

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from llm.checkpoint.manifest import Piece
 from llm.config import ModelConfig, RunConfig
+from llm.config.sections import SparseAttention
 from llm.errors import InputError
 from llm.model.layers import IGNORED_TARGET
 from llm.parity import report as reports
@@ -346,6 +347,24 @@ def test_the_largest_that_fits_is_taken() -> None:
     assert needs == sorted(needs, reverse=True)
     for i in (0, len(needs) // 2, len(needs) - 1):
         assert shrink(config, math.ceil(needs[i] / 0.8) + 1, 4).model == models[i]
+
+
+def test_options_of_attention_survive_and_all_that_alternate() -> None:
+    pattern = SparseAttention(64, 1, 2)
+    options = dict(attention_window=(100, None, 7), attention_softcap=20.0, attention_sparse=(None, pattern, None))
+    models = list(smaller(large(2, **options).model, 2))
+    assert [model.n_layer for model in models[:6]] == [24, 12, 6, 3, 3, 3]
+    for model in models:
+        assert {name: getattr(model, name) for name in options} == options
+    two = list(smaller(large(2, attention_window=100).model, 2))[-1]
+    assert (two.n_layer, two.attention_window) == (2, 100)
+
+
+@pytest.mark.parametrize("option", [dict(attention_softcap=9.0), dict(attention_sparse=SparseAttention(64, 1, 2))])
+def test_memory_counts_the_scores_that_the_reference_keeps(option: dict[str, Any]) -> None:
+    plain, dropout = (needed_bytes(large(1, dropout=p), 4) for p in (0.0, 0.1))
+    assert plain == needed_bytes(large(1, dropout=0.0, attention_window=9), 4)
+    assert plain < needed_bytes(large(1, dropout=0.0, **option), 4) == dropout
 
 
 def test_no_room_at_all_is_an_error() -> None:
