@@ -45,6 +45,8 @@ class ModelConfig:
     """Use the token embedding as the output projection too."""
     bias: bool = True
     """Biases in the linear layers and in layer norm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; those that end a residual branch have it over sqrt(2 n_layer)."""
     dropout: float = 0.0
     """Dropout on the embedding, the attention weights and each residual branch, in [0, 1)."""
 
@@ -59,6 +61,7 @@ class ModelConfig:
             f"model.position rope needs an even head width; d_model / n_head is {self.head_dim}",
         )
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
+        require(self.init_std > 0, f"model.init_std is {self.init_std}; expected above 0")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
 
     @property
