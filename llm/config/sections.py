@@ -67,6 +67,8 @@ class ModelConfig:
     """Use the token embedding as the output projection too."""
     bias: bool = True
     """Biases in the linear layers and in layer norm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; those that end a residual branch have it over sqrt(2 n_layer)."""
     dropout: float = 0.0
     """Dropout on the embedding, the attention weights and each residual branch, in [0, 1)."""
     attention_window: int | tuple[int | None, ...] | None = None
@@ -88,6 +90,7 @@ class ModelConfig:
         )
         require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; expected above 0")
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
+        require(self.init_std > 0, f"model.init_std is {self.init_std}; expected above 0")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
         check_at_least(0, "model.", self, "attention_softcap")
         period = 1

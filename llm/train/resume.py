@@ -33,7 +33,7 @@ def checkpoint_state(
 
 def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
     """Raise InputError if the run of this checkpoint cannot go on under `config`; the same on every rank."""
-    saved = from_dict(state["config"])  # a field that is newer than the checkpoint has its default
+    saved = from_dict(state["config"])  # a field that is younger than the checkpoint has its default
     check_same_model(to_dict(saved)["model"], to_dict(config)["model"])
     for key in FIXED:
         before, now = map(attrgetter(key), (saved, config))

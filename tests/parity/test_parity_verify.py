@@ -245,6 +245,7 @@ def test_the_table_has_a_row_for_each_group(passing: Report) -> None:
     for row in (*reports.GROUPS, "loss", "gradient norm", "validation loss", "names, pieces, replicas"):
         assert any(line.strip("│ ").startswith(row) and "pass" in line for line in text.splitlines()), row
     assert "tensor_parallel 2" in text.splitlines()[0] and "zero_stage 0" in text.splitlines()[0]
+    assert "in one process, of the same code: a fault that both share does not show" in text.splitlines()[1]
     assert text.endswith("PASS\n")
 
 
@@ -264,8 +265,8 @@ def test_the_json_has_every_parameter(passing: Report, tmp_path: Path) -> None:
     reports.write(replace(passing, checks=(*passing.checks, bad), passed=False), tmp_path / "verify.json")
     found = json.loads((tmp_path / "verify.json").read_text(), parse_constant=pytest.fail)
     assert found.keys() == {
-        "passed", "layout", "steps", "model", "requested_model", "scalars", "groups", "parameters", "problems",
-        "failures",
+        "passed", "compared_with", "layout", "steps", "model", "requested_model", "scalars", "groups", "parameters",
+        "problems", "failures",
     }  # fmt: skip
     assert found["passed"] is False and found["requested_model"] is None
     assert set(found["parameters"]) == set(global_shapes(passing.config))

@@ -143,3 +143,13 @@ def test_another_model_is_named_field_by_field() -> None:
         "model.old: the checkpoint has 1, the config has no such field",
     ]
     check_same_model({"sizes": [1, 2]}, {"sizes": (1, 2)})
+
+
+def test_a_field_younger_than_the_checkpoint_has_its_default() -> None:
+    state = saved(3, config())
+    del state["config"]["model"]["init_std"]
+    corpora: Any = Digests(config(), DIGESTS)
+    check_resumable(config(), corpora, state)
+    changed = replace(config(), model=replace(BASE.model, init_std=0.01))
+    with pytest.raises(InputError, match=r"model\.init_std: the checkpoint has 0\.02, the config has 0\.01"):
+        check_resumable(changed, corpora, state)
