@@ -61,5 +61,5 @@ def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> 
     model = GPT(config.model, choose_layers(config, mesh))
     for name, parameter in model.named_parameters():
         fill(parameter, reader.read(name, "master"))
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
+    tokenizer = Tokenizer.load(run / "tokenizer.json", config.data.end_token)
     return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])
