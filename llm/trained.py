@@ -50,7 +50,8 @@ def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
         reader = open_checkpoint(checkpoint)
     except CheckpointError as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
-    return reader, from_dict(reader.state["config"]), Tokenizer.load(run / "tokenizer.json")
+    config = from_dict(reader.state["config"])
+    return reader, config, Tokenizer.load(run / "tokenizer.json", config.data.end_token)
 
 
 def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> Trained:

@@ -158,7 +158,10 @@ class DataConfig:
     source: str = "stdlib"
     """`stdlib` (the Python standard library's own source) or a .txt, .jsonl, .jsonl.gz, .jsonl.zst file or a folder."""
     tokenizer: str = "train"
-    """`train` (a byte-level BPE of model.vocab_size is trained on the corpus) or the path of a tokenizer.json."""
+    """`train` (a byte-level BPE of model.vocab_size, trained on the corpus), `char` (its characters), or the path of a
+    tokenizer.json or of the ranks of a tiktoken encoding (cl100k_base.tiktoken, Llama 3's tokenizer.model)."""
+    end_token: str | int | None = None
+    """The token, or its id, that ends documents; null: found by its name, such as <|endoftext|> or </s>."""
     path: str | None = None
     """Folder of the token shards, or its URL; null: data/<name of the source>-<vocab_size>."""
     cache: str = "data/cache"
@@ -188,6 +191,10 @@ class DataConfig:
         check_at_least(1, "data.", self, "seq_len", "validation_samples")
         fraction = self.validation_fraction
         require(0 < fraction < 1, f"data.validation_fraction is {fraction}; expected between 0 and 1")
+        require(
+            self.end_token is None or self.tokenizer not in ("train", "char"),
+            f"data.end_token is {self.end_token}; expected null, as data.tokenizer {self.tokenizer} makes its own",
+        )
         require(
             self.packing == "chunk" or self.document_masks,
             "data.packing best_fit puts unrelated documents into one sample; set data.document_masks=true",

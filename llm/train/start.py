@@ -22,7 +22,7 @@ from llm.data.loader import open_loader, validation_batches
 from llm.parallel.agreement import broadcast, together
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
-from llm.train.checks import check_kernels, check_prompt
+from llm.train.checks import check_kernels, check_tokenizer
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.feed import Feed
 from llm.train.resume import check_resumable
@@ -83,7 +83,7 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     run = Run(config, folder, corpora, mesh, device, step)
     if step == config.train.max_steps:
         return run
-    together(lambda: check_prompt(config, corpora.folder))
+    say(f"vocabulary: {together(lambda: check_tokenizer(corpora))}")
     together(run.validation_batches)
     run.feed = together(lambda: _open_feed(run, skipped_samples))
     together(lambda: _write_folder(run) if lead else None)
