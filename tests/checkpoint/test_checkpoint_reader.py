@@ -17,7 +17,7 @@ from checkpoint_helpers import make_tensors, same, save
 from thread_ranks import on_thread_ranks
 
 from llm.checkpoint.manifest import Manifest
-from llm.checkpoint.reader import find_latest, open_checkpoint, open_latest, verify
+from llm.checkpoint.reader import find_latest, open_agreed, open_checkpoint, verify
 from llm.errors import Agreed, CheckpointError, InputError
 from llm.slices import Slice
 
@@ -233,7 +233,7 @@ def test_what_is_not_there_is_refused(root: Path) -> None:
 
 def opened(roots: list[Path]) -> list[Any]:
     """What ranks open, each with its own view of the folder, that is the newest to rank 0; or what they raise."""
-    return on_thread_ranks(len(roots), lambda rank: open_latest(roots[rank]))
+    return on_thread_ranks(len(roots), lambda rank: open_agreed(roots[rank]))
 
 
 def test_all_ranks_open_what_rank_0_finds(root: Path) -> None:
