@@ -30,10 +30,7 @@ class Trained:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The checkpoint that `path` names, a run (its newest) or one checkpoint, and the folder of its tokenizer.json.
-
-    Raises InputError where either is missing, or the checkpoint is damaged.
-    """
+    """The checkpoint that `path` names (`find_named`), and the folder of its tokenizer.json; else InputError."""
     checkpoint, warnings = find_named(path)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

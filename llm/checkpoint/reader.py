@@ -94,10 +94,7 @@ def find_latest(root: Path, among: list[Path] | None = None) -> tuple[Path | Non
 
 
 def find_named(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint that `path` names, and warnings: a run (its newest), or a checkpoint's folder of any name.
-
-    Its every byte is right, else InputError is raised.
-    """
+    """The checkpoint that `path` names, a run (its newest) or a checkpoint of any name, and warnings; else InputError."""
     require(path.is_dir(), f"{path} is not a folder; expected runs/<name>, or the folder of a checkpoint")
     if (path / "checkpoints").is_dir():
         latest, warnings = find_latest(path / "checkpoints")
@@ -113,8 +110,7 @@ def find_named(path: Path) -> tuple[Path, list[str]]:
 
 def tokenizer_of(checkpoint: Path) -> Path | None:
     """The tokenizer.json beside a checkpoint: in its folder, else one or two above, where its run has it."""
-    folder = checkpoint.absolute()
-    near = (each / "tokenizer.json" for each in (folder, *folder.parents[:2]))
+    near = (folder / "tokenizer.json" for folder in (checkpoint, *checkpoint.absolute().parents[:2]))
     return next((path for path in near if path.is_file()), None)
 
 
@@ -134,17 +130,14 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
     return CheckpointReader(folder, manifest, files.parse_json(files.read_regular(path), str(path)))
 
 
-Find = Callable[[Path], tuple[Path | None, list[str]]]
-"""Looks under a path for a checkpoint; returns it and what to warn of."""
-
-
 def open_agreed(
-    root: Path, find: Find = find_latest, group: dist.ProcessGroup | None = None
+    root: Path,
+    find: Callable[[Path], tuple[Path | None, list[str]]] = find_latest,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[CheckpointReader | None, list[str]]:
-    """Open, on every rank, the checkpoint that `find` finds under `root` on rank 0; None where there is none.
+    """Open, on every rank, the checkpoint that `find(root)` gives rank 0; None where there is none. Collective.
 
     The warnings are rank 0's alone. Raises Agreed where `find` raises, or if a rank does not see the same checkpoint.
-    Collective.
     """
 
     def find_first() -> tuple[str | None, str | None, list[str]]:
@@ -152,9 +145,8 @@ def open_agreed(
             return None, None, []
         try:
             folder, warnings = find(root)
-            if folder is None:
-                return None, None, warnings
-            return str(folder.relative_to(root)), load_manifest(folder).sha256, warnings
+            digest = load_manifest(folder).sha256 if folder else None
+            return str(folder.relative_to(root)) if folder else None, digest, warnings
         except (CheckpointError, OSError) as error:
             raise InputError(str(error)) from error
 

@@ -27,10 +27,7 @@ def _model(config: RunConfig, mesh: Mesh | None) -> GPT:
 
 
 def build_engine(config: RunConfig, mesh: Mesh, device: torch.device, source: WeightSource | None = None) -> Engine:
-    """The engine that the config names, in the state of a checkpoint, or new on given or initial weights. Collective.
-
-    A CheckpointReader is a state; any other source gives weights, None the initial ones.
-    """
+    """The engine of the config, in the state of a checkpoint, or new on other weights (None: initial). Collective."""
     # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
     parts = config.train.engine == "fsdp" or (config.train.engine == "deepspeed" and config.parallel.zero_stage == 3)
     with torch.device("meta" if parts else "cpu"):

@@ -12,17 +12,17 @@ from llm import files
 from llm.checkpoint.reader import CheckpointReader, find_named, open_agreed, tokenizer_of
 from llm.config import ModelConfig, RunConfig
 from llm.config.parse import changed_fields
-from llm.errors import CheckpointError, require
+from llm.errors import CheckpointError, InputError, require
 from llm.model.gpt import GPT
 from llm.model.init import initial_tensor
 from llm.parallel.agreement import together
 from llm.parallel.parallelize import choose_layers
 from llm.slices import Slice, slice_of
 from llm.train.resume import check_same_model, saved_config
+from llm.typed import read
 
 # Tables whose rows may be more or fewer than the source's, and the field that counts them.
 TABLES = {"embedding.weight": "vocab_size", "head.weight": "vocab_size", "position_table.weight": "max_seq_len"}
-
 EFFECTS = {
     "vocab_size": " (new rows are the mean of the others)",
     "max_seq_len": " (new rows of a table of positions are initial ones)",
@@ -72,7 +72,7 @@ def open_weights(config: RunConfig, tokenizer: Path, say: Callable[[str], None])
 
     tokenizer: the run's tokenizer.json. Raises Agreed where they are damaged, of another architecture, or cut short.
     """
-    path = Path(str(config.train.init_from))
+    path = Path(config.train.init_from or "")
     source, warnings = open_agreed(path.resolve() if path.is_symlink() else path, find_named)
     assert source is not None, "find_named raises where it finds nothing"
     model = together(lambda: saved_config(source.state).model)
@@ -89,13 +89,12 @@ def compare_tokenizers(source: Path, run: Path, vocab_size: int) -> list[str]:
     """A warning if ids mean other text than they did to the weights; InputError if some would lose their rows."""
     try:
         before, now = token_ids(source), token_ids(run)
-    except (CheckpointError, LookupError, TypeError) as error:
+    except (CheckpointError, InputError, LookupError, TypeError) as error:
         return [f"{source} and {run} cannot be compared: {error!r}; the same id may mean other text"]
     size = max(before.values(), default=-1) + 1
     require(
         size <= vocab_size,
-        f"{source}, of train.init_from, has {size} tokens, of which model.vocab_size {vocab_size} cuts some off; "
-        f"use model.vocab_size={size} or more",
+        f"model.vocab_size {vocab_size} cuts rows off that {source} uses; use model.vocab_size={size} or more",
     )
     moved = sum(now.get(token) != number for token, number in before.items())
     text = f"{moved} of the {len(before)} tokens of {source} are not in {run} by the same id: ids mean other text"
@@ -103,6 +102,7 @@ def compare_tokenizers(source: Path, run: Path, vocab_size: int) -> list[str]:
 
 
 def token_ids(path: Path) -> dict[str, int]:
-    """The id of each token of a tokenizer.json; LookupError or TypeError for a kind without a table of them."""
+    """The id of each token of a tokenizer.json; raises one of several errors for a kind without a table of them."""
     parts = files.parse_json(path.read_bytes(), str(path))
-    return parts["model"]["vocab"] | {token["content"]: token["id"] for token in parts["added_tokens"]}
+    added = {token["content"]: token["id"] for token in parts["added_tokens"]}
+    return read(dict[str, int], parts["model"]["vocab"] | added, "tokens")

@@ -54,10 +54,7 @@ def find_step(root: Path, step: int | None) -> tuple[Path | None, list[str]]:
     warning = f"when the run saves its next checkpoint, those beyond step {step} are deleted; there are {steps}"
     if next((back == step for back in map(_resume_step, later) if back is not None), False):
         among = later + among
-        warning = (
-            f"the run has gone back to checkpoint.resume_step {step} before, and goes on from its newest checkpoint; "
-            "to go back once more, move those of later steps away"
-        )
+        warning = f"the run went back to step {step} before and now goes on; to go back again, move later steps away"
     require(bool(among), f"checkpoint.resume_step is {step}; expected a step of a checkpoint in {root}: {steps}")
     folder, warnings = find_latest(root, among)
     return folder, [*warnings, warning] if later else warnings
@@ -108,14 +105,14 @@ def saved_config(state: dict[str, Any]) -> RunConfig:
 
 def resume_report(saved: RunConfig, config: RunConfig, step: int) -> str:
     """What to say when a run goes on after `step` steps: each field that changed, and how far the rate jumps."""
-    lines = [f"{key} {values}" for key, values in changed_fields(saved, config).items()]
-    text = f"resumed from step {step} of {config.train.max_steps}" + "; changed since:" * bool(lines)
+    changed = [f"{key} {values}" for key, values in changed_fields(saved, config).items()]
+    lines = [f"resumed from step {step} of {config.train.max_steps}" + "; changed since:" * bool(changed), *changed]
     before, now = (learning_rate(each.optim, step, each.train.max_steps) for each in (saved, config))
     if abs(now - before) > JUMP * before:
         lines.append(f"warning: the learning rate of step {step + 1} was to be {before:.3g}, and now is {now:.3g}")
     if config.train.init_from is not None:
         lines.append("train.init_from is not read: the run has weights of its own")
-    return "\n  ".join([text, *lines])
+    return "\n  ".join(lines)
 
 
 def check_same_model(saved: ModelConfig, current: ModelConfig, but: Collection[str] = ()) -> None:

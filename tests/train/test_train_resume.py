@@ -267,7 +267,7 @@ def test_a_run_that_went_back_keeps_what_it_has_done_since(tmp_path: Path) -> No
     """A crash loop: the same resume_step at every start."""
     put(tmp_path, [2, 4, 6])
     put(tmp_path, [3], resume_step=2)  # deletes the later ones
-    assert found(tmp_path, 2) == 3 and "before, and goes on from its newest" in find_step(tmp_path, 2)[1][0]
+    assert found(tmp_path, 2) == 3 and "before and now goes on; to go back again" in find_step(tmp_path, 2)[1][0]
     put(tmp_path, [5, 7], resume_step=2)
     assert [found(tmp_path, step) for step in (2, 3, 5)] == [7, 3, 5]
     spoil(tmp_path, 7)
