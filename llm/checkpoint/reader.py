@@ -94,7 +94,7 @@ def find_latest(root: Path, among: list[Path] | None = None) -> tuple[Path | Non
 
 
 def find_named(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint that `path` names, a run (its newest) or a checkpoint of any name, and warnings; else InputError."""
+    """The checkpoint that `path` names, a run (its newest) or one of any name, and warnings; InputError: not whole."""
     require(path.is_dir(), f"{path} is not a folder; expected runs/<name>, or the folder of a checkpoint")
     if (path / "checkpoints").is_dir():
         latest, warnings = find_latest(path / "checkpoints")

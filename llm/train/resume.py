@@ -68,8 +68,8 @@ def _resume_step(checkpoint: Path) -> int | None:
         return None
 
 
-def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> RunConfig:
-    """The config that this checkpoint was saved under; InputError, the same on every rank, if `config` cannot go on."""
+def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
+    """Raise InputError if the run of this checkpoint cannot go on under `config`; the same on every rank."""
     saved = saved_config(state)
     check_same_model(saved.model, config.model)
     for key in FIXED:
@@ -92,7 +92,6 @@ def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) 
         f"runs/{config.name} has done {step} steps, beyond train.max_steps {config.train.max_steps}; "
         "raise it, or choose another --name",
     )
-    return saved
 
 
 def saved_config(state: dict[str, Any]) -> RunConfig:

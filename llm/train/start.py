@@ -27,7 +27,7 @@ from llm.train.checks import check_kernels, check_prompt
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.feed import Feed
 from llm.train.init_from import open_weights
-from llm.train.resume import check_resumable, find_step, resume_report
+from llm.train.resume import check_resumable, find_step, resume_report, saved_config
 from llm.train.run_folder import RunFolder, truncate_metrics
 
 RUNS = Path("runs")
@@ -79,9 +79,9 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     for warning in warnings:
         say(f"warning: {warning}")
     step = skipped_samples = 0
-    saved = weights = None
+    weights = None
     if checkpoint is not None:
-        saved = together(lambda: check_resumable(config, corpora, checkpoint.state))
+        together(lambda: check_resumable(config, corpora, checkpoint.state))
         step, skipped_samples = checkpoint.state["step"], checkpoint.state["skipped_samples"]
     elif config.train.init_from is not None:
         weights = open_weights(config, corpora.folder / "tokenizer.json", say)
@@ -93,8 +93,8 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     run.feed = together(lambda: _open_feed(run, skipped_samples))
     together(lambda: _write_folder(run) if lead else None)
     run.engine = build_engine(config, mesh, device, checkpoint or weights)
-    if saved is not None:
-        say(resume_report(saved, config, step))
+    if checkpoint is not None:
+        say(resume_report(saved_config(checkpoint.state), config, step))
     return run
 
 
