@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,21 @@ def test_limits(run: Path) -> None:
             continuations(model, [prompt])
     with pytest.raises(InputError, match="not a folder"):
         load_trained(run / "missing", CPU)
+
+
+def test_a_copied_checkpoint_is_read_and_one_without_its_tokenizer_says_so(run: Path, tmp_path: Path) -> None:
+    expected = continuations(load_trained(run, CPU).model, PROMPTS)
+    copy = tmp_path / "a/b/best"
+    shutil.copytree(run / "checkpoints/step-00000005", copy)
+    with pytest.raises(InputError, match=r"no tokenizer\.json in .*/best or the two folders above; copy"):
+        load_trained(copy, CPU)
+    shutil.copy(run / "tokenizer.json", copy)
+    (tmp_path / "link").symlink_to(copy)
+    for path in (run / "checkpoints/step-00000005", copy, tmp_path / "link"):
+        assert continuations(load_trained(path, CPU).model, PROMPTS) == expected
+    (copy / "manifest.json").unlink()
+    with pytest.raises(InputError, match="best is not a whole checkpoint"):
+        load_trained(copy, CPU)
 
 
 def test_the_end_token_ends_a_row(run: Path) -> None:

@@ -287,6 +287,8 @@ class TrainConfig:
     """Steps between comparisons of each parameter's replicas over ranks, also made before saving; 0: never."""
     guard_action: Literal["stop", "warn"] = "stop"
     """What follows when replicas differ."""
+    init_from: str | None = None
+    """A run's folder, a checkpoint or a Hugging Face folder whose weights a new run begins with; null: random ones."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Kernel implementation; `auto`: Triton on a GPU, PyTorch's own operators on a CPU."""
 
@@ -309,9 +311,11 @@ class CheckpointConfig:
     """Steps between checkpoints; there is always one after the last step."""
     keep_last: int = 2
     """Complete checkpoints that are kept."""
+    resume_step: int | None = None
+    """Resume from the checkpoint of this step and drop what came after it; null: from the newest."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, "checkpoint.", self, "interval", "keep_last")
+        check_at_least(1, "checkpoint.", self, "interval", "keep_last", "resume_step")
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def test_the_last_of_two_overrides_wins() -> None:
     assert parse_config(["--seed=1", "--seed=2"]).seed == 2
 
 
-@pytest.mark.parametrize("key", ["init_from", "resume", "x.y"])
+@pytest.mark.parametrize("key", ["onwards", "quick", "x.y"])
 def test_a_key_that_is_near_none_gets_no_suggestion(key: str) -> None:
     assert refused(f"--{key}=1") == f"unknown key {key!r} (--help lists all)"
 
