@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from operator import attrgetter
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 from llm.config import RunConfig
 from llm.config.parse import from_dict, to_dict
 from llm.config.phases import Phase, consumed_samples
-from llm.data.corpora import Corpora
+from llm.data.corpora import Corpora, blends_of
+from llm.data.identity import in_saved_order, known_corpora
+from llm.data.samples.schedule import corpus_names
 from llm.errors import InputError, require
 
 # What a restart may not change, beside the model, the phases that have begun and their data.
@@ -31,8 +35,11 @@ def checkpoint_state(
     }
 
 
-def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
-    """Raise InputError if the run of this checkpoint cannot go on under `config`; the same on every rank."""
+def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
+    """The corpora in the order that the run of this checkpoint knows them in; the same on every rank.
+
+    Raises InputError if it cannot go on under `config`.
+    """
     check_same_model(state["config"]["model"], to_dict(config)["model"])
     saved = from_dict(state["config"])
     for key in FIXED:
@@ -42,7 +49,7 @@ def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) 
             f"runs/{config.name} was trained with {key} {before}, the config has {now}; "
             "restore it, or choose another --name",
         )
-    _check_phases(config, saved, corpora, state)
+    corpora = _check_phases(config, saved, corpora, state)
     step = state["step"]
     consumed = consumed_samples(config.phases, step)
     require(
@@ -55,6 +62,7 @@ def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) 
         f"runs/{config.name} has done {step} steps, beyond train.max_steps {config.train.max_steps}; "
         "raise it, or choose another --name",
     )
+    return corpora
 
 
 def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -74,27 +82,39 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def _check_phases(config: RunConfig, saved: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
-    """Raise InputError unless the phases that have begun, and the data they draw from, are as they were."""
-    started, saved_phases = (_started_phases(each, state["consumed_samples"]) for each in (config, saved))
+def _check_phases(config: RunConfig, saved: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
+    """Raise InputError unless the phases that have begun, and the contents that they draw from, are as they were.
+
+    Returns the corpora in the checkpoint's order.
+    """
+    known = known_corpora(saved, state["data"])
+    corpora = in_saved_order(corpora, saved, known)
+    here = {first_name: name for name, first_name in corpora.first_names.items()}
+    now_called = {old.name: here.get(first_name, f"{old.name} (gone)") for first_name, old in known.items()}
+    blends = [{now_called[name]: weight for name, weight in blend.items()} for blend in blends_of(saved)]
+    saved_phases = _started_phases(saved, blends, state["consumed_samples"])
+    started = _started_phases(config, corpora.blends, state["consumed_samples"])
+    changed = [] if state["data"]["tokenizer"] == corpora.manifest.tokenizer_sha256 else ["tokenizer.json"]
+    for name in corpus_names(corpora.blends[: len(started)]):
+        found, old = corpora.known(name, len(started)), known.get(corpora.first_names[name])
+        same = old is not None and corpora.training[name].is_known_as(old.digest)
+        if old is None or not same or not found.plans.items() <= old.plans.items():
+            changed.append(name)
+    others = f"what {', '.join(changed)} holds is not what runs/{config.name} was trained on" if changed else ""
     for before, now in zip_longest(saved_phases, started):
         require(
             before == now,
             f"runs/{config.name} was trained with {_described(before)}, the config has {_described(now)}; restore it, "
-            "or choose another --name (phases that have not begun may change)",
+            f"or choose another --name (phases that have not begun may change){others and '; ' + others}",
         )
-    data = corpora.identity(len(started))
-    changed = [name for name in data if state["data"].get(name) != data[name]]
-    require(
-        not changed,
-        f"runs/{config.name} was trained on other data than there is now: {', '.join(changed)}; "
-        "restore the data, or choose another --name",
-    )
+    require(not changed, f"{others}; restore the data, or choose another --name")
+    return corpora
 
 
-def _started_phases(config: RunConfig, consumed: int) -> tuple[Phase, ...]:
+def _started_phases(config: RunConfig, blends: Sequence[dict[str, float]], consumed: int) -> tuple[Phase, ...]:
     """The phases of which samples were among the first `consumed`, the first in any case: the others may change."""
-    return tuple(phase for phase in config.phases if phase.first_sample == 0 or phase.first_sample < consumed)
+    phases = (replace(phase, blend=blend) for phase, blend in zip(config.phases, blends, strict=True))
+    return tuple(phase for phase in phases if phase.first_sample == 0 or phase.first_sample < consumed)
 
 
 def _described(phase: Phase | None) -> str:

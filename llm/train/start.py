@@ -72,13 +72,13 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
     nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
     together(lambda: folder.check_nonce(nonce))
-    corpora = together(lambda: Corpora.open(config))
+    corpora = together(lambda: Corpora.open(config, say))
     checkpoint, warnings = open_latest(folder.checkpoints)
     for warning in warnings:
         say(f"warning: {warning}")
     step = skipped_samples = 0
     if checkpoint is not None:
-        together(lambda: check_resumable(config, corpora, checkpoint.state))
+        corpora = together(lambda: check_resumable(config, corpora, checkpoint.state))
         step, skipped_samples = checkpoint.state["step"], checkpoint.state["skipped_samples"]
     run = Run(config, folder, corpora, mesh, device, step)
     if step == config.train.max_steps:
