@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llm.config import PhaseChange, RunConfig
 from llm.config.parse import to_dict
-from llm.data.corpora import blends_of
+from llm.data.corpora import Corpora, blends_of
+from llm.data.samples.schedule import corpus_names
 from llm.errors import InputError
 from llm.train.resume import check_resumable, check_same_model, checkpoint_state
 from tiny_run import BASE
@@ -27,31 +30,36 @@ def config(**data: Any) -> RunConfig:
 
 
 @dataclass(frozen=True)
-class Digests:
-    """Corpora of which only these digests are known."""
+class Content:
+    """A corpus of which only a digest is known."""
 
-    config: RunConfig
-    digests: dict[str, str]
+    digest: str
+    manifest = None
 
-    def identity(self, phases: int | None = None) -> dict[str, str]:
-        return {name: self.digests[name] for blend in blends_of(self.config)[:phases] for name in blend}
+    def is_known_as(self, digest: str) -> bool:
+        return digest == self.digest
+
+
+def opened(config: RunConfig, digests: dict[str, str]) -> Corpora:
+    manifest, names = SimpleNamespace(tokenizer_sha256="0"), corpus_names(blends_of(config))
+    contents = {name: Content(digests[name]) for name in names}
+    made: Any = (config, Path("a"), manifest, contents, {name: name for name in names})
+    return Corpora(*made)
 
 
 def saved(step: int, config: RunConfig) -> dict[str, Any]:
-    corpora: Any = Digests(config, DIGESTS)
-    return checkpoint_state(config, corpora, step, 5, {})
+    return checkpoint_state(config, opened(config, DIGESTS), step, 5, {})
 
 
-def resume(step: int, after: RunConfig, digests: dict[str, str] = DIGESTS, before: RunConfig | None = None) -> None:
-    corpora: Any = Digests(after, digests)
-    check_resumable(after, corpora, saved(step, before or config()))
+def resume(step: int, after: RunConfig, digests: dict[str, str] = DIGESTS, before: RunConfig | None = None) -> Corpora:
+    return check_resumable(after, opened(after, digests), saved(step, before or config()))
 
 
 def test_a_checkpoint_counts_samples_by_phase() -> None:
     assert [saved(step, config())["consumed_samples"] for step in range(8)] == [0, 8, 16, 24, 32, 36, 40, 44]
     state = saved(3, config())
     assert state["config"] == to_dict(config()) and state["skipped_samples"] == 5
-    assert state["data"] == DIGESTS
+    assert {name: known["digest"] for name, known in state["data"]["corpora"].items()} == DIGESTS
 
 
 def test_nothing_changed() -> None:
@@ -117,15 +125,14 @@ def test_samples_are_cut_as_before(change: dict[str, Any], said: str) -> None:
 def test_the_data_of_phases_that_have_begun_is_as_it_was() -> None:
     resume(4, config(), DIGESTS | {"b": "9"})
     for step, name in ((5, "b"), (4, "a"), (4, "c"), (5, "a")):
-        with pytest.raises(InputError, match=f"on other data than there is now: {name}; restore the data"):
+        with pytest.raises(InputError, match=f"what {name} holds is not what runs/run was trained on; restore"):
             resume(step, config(), DIGESTS | {name: "9"})
 
 
 def test_a_count_that_is_not_the_configs_is_refused() -> None:
     state = saved(3, config()) | {"consumed_samples": 25}
-    corpora: Any = Digests(config(), DIGESTS)
     with pytest.raises(InputError, match="has taken 25 samples in 3 steps, by the config they are 24"):
-        check_resumable(config(), corpora, state)
+        check_resumable(config(), opened(config(), DIGESTS), state)
     with pytest.raises(InputError, match="has done 11 steps, beyond"):
         resume(11, config())
 
