@@ -12,7 +12,7 @@ from typing import Any
 from llm.config import RunConfig
 from llm.config.parse import from_dict, to_dict
 from llm.config.phases import Phase, consumed_samples
-from llm.data.corpora import Corpora, blends_of
+from llm.data.corpora import Corpora, Known, blends_of
 from llm.data.identity import in_saved_order, known_corpora
 from llm.data.samples.schedule import corpus_names
 from llm.errors import InputError, require
@@ -36,10 +36,7 @@ def checkpoint_state(
 
 
 def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
-    """The corpora in the order that the run of this checkpoint knows them in; the same on every rank.
-
-    Raises InputError if it cannot go on under `config`.
-    """
+    """The corpora in the checkpoint's order, the same on every rank; InputError if its run cannot go on so."""
     check_same_model(state["config"]["model"], to_dict(config)["model"])
     saved = from_dict(state["config"])
     for key in FIXED:
@@ -83,10 +80,7 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def _check_phases(config: RunConfig, saved: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
-    """Raise InputError unless the phases that have begun, and the contents that they draw from, are as they were.
-
-    Returns the corpora in the checkpoint's order.
-    """
+    """The corpora in the checkpoint's order; InputError unless the phases that have begun are its own, data and all."""
     known = known_corpora(saved, state["data"])
     corpora = in_saved_order(corpora, saved, known)
     here = {first_name: name for name, first_name in corpora.first_names.items()}
@@ -96,9 +90,9 @@ def _check_phases(config: RunConfig, saved: RunConfig, corpora: Corpora, state: 
     started = _started_phases(config, corpora.blends, state["consumed_samples"])
     changed = [] if state["data"]["tokenizer"] == corpora.manifest.tokenizer_sha256 else ["tokenizer.json"]
     for name in corpus_names(corpora.blends[: len(started)]):
-        found, old = corpora.known(name, len(started)), known.get(corpora.first_names[name])
-        same = old is not None and corpora.training[name].is_known_as(old.digest)
-        if old is None or not same or not found.plans.items() <= old.plans.items():
+        old = known.get(corpora.first_names[name], Known(name, "", {}))
+        plans = corpora.known(name, len(started)).plans.items()
+        if not (corpora.training[name].is_known_as(old.digest) and plans <= old.plans.items()):
             changed.append(name)
     others = f"what {', '.join(changed)} holds is not what runs/{config.name} was trained on" if changed else ""
     for before, now in zip_longest(saved_phases, started):

@@ -173,8 +173,7 @@ def _scan_split(split: str, shards: ShardList, folder: Path, tokenizer: Tokenize
         text_bytes = sum(int(per_id[i]) * len(tokenizer.token_bytes(i)) for i in np.flatnonzero(per_id).tolist())
     names = tuple(_manifest_name(folder, path) for path in shards.paths)
     columns = Shards(shards.format, shards.dtype, names, shards.tokens, tuple(sizes), tuple(hashes))
-    documents = counts.documents + counts.open_document if counts.documents else 0
-    return Split(shards.n_tokens, documents, text_bytes, columns)
+    return Split(shards.n_tokens, counts.documents and counts.documents + counts.open_document, text_bytes, columns)
 
 
 def _say_of_documents(split: str, shards: ShardList, documents: int, say: Say) -> None:
