@@ -192,6 +192,9 @@ def test_a_sampled_hash_sees_the_ends_sizes_and_order_and_any_block(tmp_path: Pa
         assert (sampled_hash([str(path)]) != before) == (byte in read_bytes), byte
     content[:-1].tofile(path)
     assert sampled_hash([str(path)]) != before
+    for n in (1000, 1001):  # of zeros alone the blocks are the same
+        np.zeros(n, np.uint8).tofile(tmp_path / f"{n}")
+    assert sampled_hash([f"{tmp_path}/1000"]) != sampled_hash([f"{tmp_path}/1001"])
     content[:500].tofile(tmp_path / "b")
     content[500:].tofile(tmp_path / "c")
     both = [str(tmp_path / name) for name in "bc"]

@@ -13,6 +13,7 @@ from llm.config import PhaseChange, RunConfig
 from llm.config.parse import to_dict
 from llm.data.corpora import Corpora, blends_of
 from llm.data.samples.schedule import corpus_names
+from llm.data.tokens.manifest import FileEntry
 from llm.errors import InputError
 from llm.train.resume import check_resumable, check_same_model, checkpoint_state
 from tiny_run import BASE
@@ -34,7 +35,7 @@ class Content:
     """A corpus of which only a digest is known."""
 
     digest: str
-    manifest = None
+    manifest: Any = None
 
     def is_known_as(self, digest: str) -> bool:
         return digest == self.digest
@@ -127,6 +128,31 @@ def test_the_data_of_phases_that_have_begun_is_as_it_was() -> None:
     for step, name in ((5, "b"), (4, "a"), (4, "c"), (5, "a")):
         with pytest.raises(InputError, match=f"what {name} holds is not what runs/run was trained on; restore"):
             resume(step, config(), DIGESTS | {name: "9"})
+
+
+def test_the_packing_plans_of_phases_that_have_begun_are_data_too() -> None:
+    packed = config(packing="best_fit", document_masks=True)
+
+    def planned(**sha256: str) -> Corpora:
+        files = {f"train.{T}.plan": FileEntry(1, sha256.get(f"T{T}", "0")) for T in (4, 8, 16)}
+        corpora = opened(packed, DIGESTS)
+        contents = {
+            name: replace(each, manifest=SimpleNamespace(files=files)) for name, each in corpora.training.items()
+        }  # pyright: ignore
+        return replace(corpora, training=contents)
+
+    state = checkpoint_state(packed, planned(), 3, 0, {})
+    check_resumable(packed, planned(T4="1"), state)
+    for changed in ("T16", "T8"):
+        with pytest.raises(InputError, match=r"what a, c holds is not what runs/run was trained on"):
+            check_resumable(packed, planned(**{changed: "1"}), state)
+
+
+def test_another_tokenizer_is_other_data() -> None:
+    state = saved(3, config())
+    state["data"]["tokenizer"] = "1"
+    with pytest.raises(InputError, match=r"what tokenizer\.json holds is not"):
+        check_resumable(config(), opened(config(), DIGESTS), state)
 
 
 def test_a_count_that_is_not_the_configs_is_refused() -> None:
