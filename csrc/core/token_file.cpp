@@ -76,7 +76,7 @@ void check_megatron(const std::string& path, int item_size, int64_t n_tokens) {
   const int64_t bounds_at = offsets_at + 8 * sequences;
   int32_t last;
   file.read(offsets_at - 4, &last, sizeof last);
-  if (last < 1 || last > n_tokens)
+  if (last < 0 || last > n_tokens)
     fail(file, "the last sequence, at byte ", offsets_at - 4, ", has ", last, " of ", n_tokens,
          " tokens");
   expect<int64_t>(file, offsets_at, "the first offset", 0);

@@ -1,4 +1,4 @@
-"""Opens the corpora of a run, checks that they fit together, and identifies them by a digest."""
+"""Opens the corpora of a run, checks that they fit together, and says what tells their contents apart."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from llm.config import RunConfig
 from llm.data.samples.blend import BlendTable
 from llm.data.samples.packing import read_header
 from llm.data.samples.schedule import Curriculum, corpus_names
 from llm.data.tokens.folder import copy_folder, data_folder, is_url, load_manifest
-from llm.data.tokens.hashes import HashCheck
+from llm.data.tokens.hashes import HashCheck, sampled_hash
 from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, locate, plan_name, read_manifest
-from llm.data.tokens.shards import ShardList, inspect_files
+from llm.data.tokens.shards import Say, ShardList, has_documents, inspect_files
 from llm.errors import InputError, require
 
 
@@ -27,6 +28,31 @@ class Corpus:
     folder: Path | None
     """Of its manifest; None: token files without one."""
     manifest: Manifest | None
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells its contents apart: by the manifest's hashes, or by a part of files without one (`sampled_hash`)."""
+        if self.manifest is None:
+            return self._digest("sampled ", [sampled_hash(self.shards.paths)])
+        return self._digest("", self.manifest.splits["train"].shards.sha256)
+
+    def is_known_as(self, digest: str) -> bool:
+        """Whether a checkpoint says `digest` of these contents. 0.1.0 said sizes alone of files without a manifest."""
+        return digest == (self._digest("sizes ", self.shards.tokens) if digest.startswith("sizes ") else self.digest)
+
+    def _digest(self, kind: str, items: Sequence[object]) -> str:
+        told = [self.shards.format, self.shards.dtype, self.shards.eod_id, *items]
+        return kind + hashlib.sha256("\n".join(map(str, told)).encode()).hexdigest()
+
+
+class Known(NamedTuple):
+    """What a checkpoint keeps of a corpus."""
+
+    name: str
+    """In the checkpoint's config."""
+    digest: str
+    plans: dict[str, str]
+    """Packing plan -> SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +66,29 @@ class Corpora:
     """Of `folder`: its tokenizer and validation split are the run's, whatever else is blended in."""
     training: dict[str, Corpus]
     """Every corpus that a phase trains on, by its name in the config and in the order of its number."""
+    first_names: dict[str, str]
+    """What the run called each corpus at first: their order, wherever they lie now."""
 
     @classmethod
-    def open(cls, config: RunConfig) -> Corpora:
-        """Read the manifest of each corpus and, of token files without one, the headers.
+    def open(cls, config: RunConfig, say: Say = lambda line: None) -> Corpora:
+        """Read the manifest of each corpus and, of token files without one, the headers and what `sampled_hash` reads.
 
-        Raises InputError for a corpus that is not there, or not of the same tokens as data.path.
+        `say` gets what the user should know. Raises InputError for a corpus that is not there, not of the same tokens
+        as data.path, or without the documents that data.document_masks asks for.
         """
         folder, own = data_folder(config), load_manifest(config)
-        training = {name: _open_corpus(config, name, folder, own) for name in corpus_names(blends_of(config))}
-        return cls(config, folder, own, training)
+        training = {name: _open_corpus(config, name, folder, own, say) for name in corpus_names(blends_of(config))}
+        if config.data.document_masks:
+            _check_documents(training, own)
+        corpora = cls(config, folder, own, training, {name: name for name in training})
+        corpora.identity()  # reads what tells files without a manifest apart, now and not in the middle of a run
+        return corpora
 
     @cached_property
     def blends(self) -> tuple[dict[str, float], ...]:
-        """The weight of each corpus, phase by phase."""
-        return blends_of(self.config)
+        """The weight of each corpus, phase by phase, in the order of first names."""
+        first_name = lambda item: self.first_names[item[0]]  # noqa: E731
+        return tuple(dict(sorted(blend.items(), key=first_name)) for blend in blends_of(self.config))
 
     def curriculum(self, table: Callable[[Sequence[int]], BlendTable] = BlendTable) -> Curriculum:
         """What the run draws from its corpora, phase by phase; `table`: the form of BlendTable that is used.
@@ -70,25 +104,18 @@ class Corpora:
             return read_header(Path(shards.plan(seq_len))).rows
         return (shards.n_tokens - 1) // seq_len
 
-    def identity(self, phases: int | None = None) -> dict[str, str]:
-        """What tells apart the data that the first `phases` phases (default: all) train on.
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run's data: the tokenizer's hash, and a Known of each corpus by first name."""
+        corpora = {self.first_names[name]: self.known(name)._asdict() for name in self.training}
+        return {"tokenizer": self.manifest.tokenizer_sha256, "corpora": corpora}
 
-        Keys are `tokenizer`, the corpora's names (`train` for data.path's own split, so that its folder may move) and
-        `<name> <packing plan>`: a phase that is added later adds keys and changes none. Values are digests of the
-        manifests' hashes. Of files without a manifest there are only the sizes to tell, and the value says so.
-        """
-        found = {"tokenizer": self.manifest.tokenizer_sha256}
-        for name in corpus_names(self.blends[:phases]):
-            corpus = self.training[name]
-            key = "train" if corpus.folder == self.folder else name
-            kind = [corpus.shards.format, corpus.shards.dtype, corpus.shards.eod_id]
-            if corpus.manifest is None:
-                found[key] = "sizes " + _digest([*kind, *corpus.shards.tokens])
-                continue
-            found[key] = _digest([*kind, *corpus.manifest.splits["train"].shards.sha256])
-            for plan in self._plans(corpus.manifest, phases):
-                found[f"{key} {plan}"] = corpus.manifest.files[plan].sha256
-        return found
+    def known(self, name: str, phases: int | None = None) -> Known:
+        """What there is to know of a corpus, and of its packing plans for the first `phases` phases (default: all)."""
+        corpus = self.training[name]
+        files = {} if corpus.manifest is None else corpus.manifest.files
+        plans = dict.fromkeys(plan_name("train", phase.seq_len) for phase in self.config.phases[:phases])
+        packed = self.config.data.packing == "best_fit"
+        return Known(name, corpus.digest, {plan: files[plan].sha256 for plan in plans if packed and plan in files})
 
     def hashed_files(self) -> dict[str, FileEntry]:
         """Path, size and hash of the token files and packing plans of training; InputError without a manifest."""
@@ -99,7 +126,7 @@ class Corpora:
                     f"the files of {name} have no manifest, so their hashes are not known; "
                     "register them with prepare_data.py, or set data.verify=none"
                 )
-            trained = {*corpus.manifest.splits["train"].shards.paths, *self._plans(corpus.manifest)}
+            trained = {*corpus.manifest.splits["train"].shards.paths, *self.known(name).plans}
             entries = corpus.manifest.all_files()
             found |= {locate(corpus.folder, path): entry for path, entry in entries.items() if path in trained}
         return found
@@ -108,13 +135,6 @@ class Corpora:
         """The thread that compares this rank's share of `hashed_files` with their hashes, where data.verify asks so."""
         return None if self.config.data.verify == "none" else HashCheck(self.hashed_files(), dp_rank, dp_size)
 
-    def _plans(self, manifest: Manifest, phases: int | None = None) -> list[str]:
-        """The names of a corpus's packing plans that the first `phases` phases may read."""
-        if self.config.data.packing != "best_fit":
-            return []
-        names = dict.fromkeys(plan_name("train", phase.seq_len) for phase in self.config.phases[:phases])
-        return [name for name in names if name in manifest.files]
-
 
 def blends_of(config: RunConfig) -> tuple[dict[str, float], ...]:
     """The corpora of each phase with their weights, in the order of their names: that of a mapping means nothing."""
@@ -122,7 +142,7 @@ def blends_of(config: RunConfig) -> tuple[dict[str, float], ...]:
     return tuple(dict(sorted((phase.blend or own).items())) for phase in config.phases)
 
 
-def _open_corpus(config: RunConfig, name: str, own_folder: Path, own: Manifest) -> Corpus:
+def _open_corpus(config: RunConfig, name: str, own_folder: Path, own: Manifest, say: Say) -> Corpus:
     """The corpus `name` of a run whose data.path is `own_folder`, with the manifest `own`."""
     folder = copy_folder(config, name) if is_url(name) else Path(name)
     if folder == own_folder:
@@ -141,8 +161,17 @@ def _open_corpus(config: RunConfig, name: str, own_folder: Path, own: Manifest) 
         not is_url(name),
         f"{config.data.cache} holds no copy of {name}; run python launch/prepare_data.py --config <the same config>",
     )
-    return Corpus(inspect_files(name, name, vocab_size=own.vocab_size, eod_id=own.eod_id), None, None)
+    return Corpus(inspect_files(name, name, vocab_size=own.vocab_size, eod_id=own.eod_id, say=say), None, None)
 
 
-def _digest(items: list) -> str:
-    return hashlib.sha256("\n".join(map(str, items)).encode()).hexdigest()
+def _check_documents(training: dict[str, Corpus], own: Manifest) -> None:
+    """Refuse corpora, and a validation split, in which no token tells where documents end."""
+    told = {"the validation split": own.splits["validation"].documents}
+    for name, corpus in training.items():
+        told[name] = corpus.manifest.splits["train"].documents if corpus.manifest else has_documents(corpus.shards)
+    require(
+        all(told.values()),
+        f"documents of {', '.join(name for name in told if not told[name])} cannot be told apart: no token ends them "
+        "(of files that are not registered, the first million is looked at); set data.document_masks=false and "
+        "data.packing=chunk, or tokenise with an end-of-document token",
+    )

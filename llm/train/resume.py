@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
@@ -14,7 +14,9 @@ from llm.checkpoint.writer import checkpoints, step_of
 from llm.config import ModelConfig, RunConfig
 from llm.config.parse import changed_fields, from_dict, to_dict
 from llm.config.phases import Phase, consumed_samples
-from llm.data.corpora import Corpora
+from llm.data.corpora import Corpora, Known, blends_of
+from llm.data.identity import in_saved_order, known_corpora
+from llm.data.samples.schedule import corpus_names
 from llm.errors import CheckpointError, InputError, require
 from llm.train.optim import learning_rate
 
@@ -68,8 +70,8 @@ def _resume_step(checkpoint: Path) -> int | None:
         return None
 
 
-def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
-    """Raise InputError if the run of this checkpoint cannot go on under `config`; the same on every rank."""
+def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
+    """The corpora in the checkpoint's order, the same on every rank; InputError if its run cannot go on so."""
     saved = saved_config(state)
     check_same_model(saved.model, config.model)
     for key in FIXED:
@@ -79,7 +81,7 @@ def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) 
             f"runs/{config.name} was trained with {key} {before}, the config has {now}; "
             "restore it, or choose another --name",
         )
-    _check_phases(config, saved, corpora, state)
+    corpora = _check_phases(config, saved, corpora, state)
     step = state["step"]
     consumed = consumed_samples(config.phases, step)
     require(
@@ -92,6 +94,7 @@ def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) 
         f"runs/{config.name} has done {step} steps, beyond train.max_steps {config.train.max_steps}; "
         "raise it, or choose another --name",
     )
+    return corpora
 
 
 def saved_config(state: dict[str, Any]) -> RunConfig:
@@ -127,27 +130,36 @@ def check_same_model(saved: ModelConfig, current: ModelConfig, but: Collection[s
     require(not lines, f"the checkpoint is of another model; {advice}" + "".join(lines))
 
 
-def _check_phases(config: RunConfig, saved: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
-    """Raise InputError unless the phases that have begun, and the data they draw from, are as they were."""
-    started, saved_phases = (_started_phases(each, state["consumed_samples"]) for each in (config, saved))
+def _check_phases(config: RunConfig, saved: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
+    """The corpora in the checkpoint's order; InputError unless the phases that have begun are its own, data and all."""
+    known = known_corpora(saved, state["data"])
+    corpora = in_saved_order(corpora, saved, known)
+    here = {first_name: name for name, first_name in corpora.first_names.items()}
+    now_called = {old.name: here.get(first_name, f"{old.name} (gone)") for first_name, old in known.items()}
+    blends = [{now_called[name]: weight for name, weight in blend.items()} for blend in blends_of(saved)]
+    saved_phases = _started_phases(saved, blends, state["consumed_samples"])
+    started = _started_phases(config, corpora.blends, state["consumed_samples"])
+    changed = [] if state["data"]["tokenizer"] == corpora.manifest.tokenizer_sha256 else ["tokenizer.json"]
+    for name in corpus_names(corpora.blends[: len(started)]):
+        old = known.get(corpora.first_names[name], Known(name, "", {}))
+        plans = corpora.known(name, len(started)).plans.items()
+        if not (corpora.training[name].is_known_as(old.digest) and plans <= old.plans.items()):
+            changed.append(name)
+    others = f"what {', '.join(changed)} holds is not what runs/{config.name} was trained on" if changed else ""
     for before, now in zip_longest(saved_phases, started):
         require(
             before == now,
             f"runs/{config.name} was trained with {_described(before)}, the config has {_described(now)}; restore it, "
-            "or choose another --name (phases that have not begun may change)",
+            f"or choose another --name (phases that have not begun may change){others and '; ' + others}",
         )
-    data = corpora.identity(len(started))
-    changed = [name for name in data if state["data"].get(name) != data[name]]
-    require(
-        not changed,
-        f"runs/{config.name} was trained on other data than there is now: {', '.join(changed)}; "
-        "restore the data, or choose another --name",
-    )
+    require(not changed, f"{others}; restore the data, or choose another --name")
+    return corpora
 
 
-def _started_phases(config: RunConfig, consumed: int) -> tuple[Phase, ...]:
+def _started_phases(config: RunConfig, blends: Sequence[dict[str, float]], consumed: int) -> tuple[Phase, ...]:
     """The phases of which samples were among the first `consumed`, the first in any case: the others may change."""
-    return tuple(phase for phase in config.phases if phase.first_sample == 0 or phase.first_sample < consumed)
+    phases = (replace(phase, blend=blend) for phase, blend in zip(config.phases, blends, strict=True))
+    return tuple(phase for phase in phases if phase.first_sample == 0 or phase.first_sample < consumed)
 
 
 def _described(phase: Phase | None) -> str:

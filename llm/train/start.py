@@ -74,14 +74,14 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
     nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
     together(lambda: folder.check_nonce(nonce))
-    corpora = together(lambda: Corpora.open(config))
+    corpora = together(lambda: Corpora.open(config, say))
     checkpoint, warnings = open_agreed(folder.checkpoints, partial(find_step, step=config.checkpoint.resume_step))
     for warning in warnings:
         say(f"warning: {warning}")
     step = skipped_samples = 0
     weights = None
     if checkpoint is not None:
-        together(lambda: check_resumable(config, corpora, checkpoint.state))
+        corpora = together(lambda: check_resumable(config, corpora, checkpoint.state))
         step, skipped_samples = checkpoint.state["step"], checkpoint.state["skipped_samples"]
     elif config.train.init_from is not None:
         weights = open_weights(config, corpora.folder / "tokenizer.json", say)

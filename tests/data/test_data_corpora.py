@@ -43,7 +43,10 @@ def test_a_folder_alone():
     corpora = Corpora.open(config)
     assert (corpora.folder, corpora.manifest) == (Path("one"), read_manifest(Path("one")))
     assert corpora.training["one"].shards == corpora.manifest.shard_list(Path("one"), "train")
-    assert list(corpora.identity()) == ["tokenizer", "train"]
+    assert corpora.identity() == {
+        "tokenizer": corpora.manifest.tokenizer_sha256,
+        "corpora": {"one": {"name": "one", "digest": corpora.training["one"].digest, "plans": {}}},
+    }
 
 
 def test_every_corpus_of_every_phase():
@@ -52,7 +55,7 @@ def test_every_corpus_of_every_phase():
     config = make_config(blend={"two": 1.0, "one": 1.0}, phases=phases)
     corpora = Corpora.open(config)
     assert list(corpora.training) == ["one", "two", "three"]
-    assert list(corpora.identity(1)) == ["tokenizer", "train", "two"], "of the first phase alone"
+    assert list(corpora.identity()["corpora"]) == ["one", "two", "three"]
     for name, corpus in corpora.training.items():
         assert corpus.shards == read_manifest(Path(name)).shard_list(Path(name), "train", name)
 
@@ -65,10 +68,11 @@ def test_token_files_without_a_manifest():
     found = corpora.training["?.bin"].shards
     assert (found.format, found.dtype, found.paths, found.tokens) == ("raw", "uint16", ("a.bin", "b.bin"), (300, 200))
     assert (found.vocab_size, found.eod_id) == (500, 0)
-    before = corpora.identity()
-    assert before["?.bin"].startswith("sizes ")
-    np.arange(201, dtype="<u2").tofile("b.bin")
-    assert Corpora.open(config).identity()["?.bin"] != before["?.bin"]
+    before = corpora.training["?.bin"]
+    assert before.digest.startswith("sampled ") and before.is_known_as(before.digest)
+    for change in (lambda ids: np.append(ids, 1), lambda ids: np.append(ids[:-1], 1)):
+        change(np.arange(200)).astype("<u2").tofile("b.bin")
+        assert not Corpora.open(config).training["?.bin"].is_known_as(before.digest)
     with pytest.raises(InputError, match=r"\?\.bin have no manifest.*register them.*data\.verify=none"):
         corpora.hashed_files()
 
@@ -119,22 +123,25 @@ def test_corpora_must_fit_together():
         Corpora.open(config)
 
 
-def test_identity_follows_the_contents_alone():
+def digests(config: RunConfig) -> dict[str, str]:
+    return {name: corpus.digest for name, corpus in Corpora.open(config).training.items()}
+
+
+def test_digests_follow_the_contents_alone():
     config = make_config(blend={"one": 1.0, "two": 1.0})
-    before = Corpora.open(config).identity()
-    assert sorted(before) == ["tokenizer", "train", "two"]
+    before = digests(config)
+    assert before["one"] != before["two"]
     Path("one").rename("moved")
-    moved = make_config(path="moved", blend={"moved": 1.0, "two": 1.0})
-    assert Corpora.open(moved).identity() == before
+    moved = make_config(path="moved", blend={"moved/": 1.0, "two": 1.0})
+    assert digests(moved) == {"moved/": before["one"], "two": before["two"]}
     write_tokens(Path("two"), 7)
-    after = Corpora.open(moved).identity()
-    assert {name for name in before if before[name] != after[name]} == {"two"}
+    assert digests(moved)["two"] != before["two"]
 
     own = read_manifest(Path("moved"))
     read_otherwise = dataclasses.replace(own.splits["train"].shards, format="raw")
     split = dataclasses.replace(own.splits["train"], shards=read_otherwise)
     dataclasses.replace(own, splits=own.splits | {"train": split}).save(Path("moved"))
-    assert Corpora.open(moved).identity()["train"] != after["train"]
+    assert digests(moved)["moved/"] != before["one"]
 
 
 def add_plan(folder: Path, seq_len: int, contents: str) -> None:
@@ -152,14 +159,13 @@ def test_packing_plans():
     add_plan(Path("one"), 32, "of no phase")
     corpora = Corpora.open(config)
     assert corpora.training["one"].shards.plan(16) == "one/train.16.plan"
-    before = corpora.identity()
-    assert list(before) == ["tokenizer", "train", "train train.16.plan"]
+    before = corpora.known("one")
+    assert before.plans == {"train.16.plan": file_entry("one/train.16.plan").sha256}
     add_plan(Path("one"), 16, "another")
-    assert {key for key, value in Corpora.open(config).identity().items() if value != before[key]} == {
-        "train train.16.plan"
-    }
+    after = Corpora.open(config).known("one")
+    assert after == before._replace(plans={"train.16.plan": file_entry("one/train.16.plan").sha256}) != before
     assert list(corpora.hashed_files()) == ["one/train.bin", "one/train.16.plan"]
-    assert "train train.16.plan" not in Corpora.open(make_config()).identity()
+    assert not Corpora.open(make_config()).known("one").plans
 
 
 def test_hashed_files_are_those_of_training():

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from llm.checkpoint.writer import step_of, write_checkpoint
 from llm.config import OptimConfig, PhaseChange, RunConfig
 from llm.config.parse import to_dict
 from llm.config.sections import CheckpointConfig, LoggingConfig
-from llm.data.corpora import blends_of
+from llm.data.corpora import Corpora, blends_of
+from llm.data.samples.schedule import corpus_names
+from llm.data.tokens.manifest import FileEntry
 from llm.errors import InputError
 from llm.slices import Slice
 from llm.train.loop import train
@@ -41,31 +44,36 @@ def config(**data: Any) -> RunConfig:
 
 
 @dataclass(frozen=True)
-class Digests:
-    """Corpora of which only these digests are known."""
+class Content:
+    """A corpus of which only a digest is known."""
 
-    config: RunConfig
-    digests: dict[str, str]
+    digest: str
+    manifest: Any = None
 
-    def identity(self, phases: int | None = None) -> dict[str, str]:
-        return {name: self.digests[name] for blend in blends_of(self.config)[:phases] for name in blend}
+    def is_known_as(self, digest: str) -> bool:
+        return digest == self.digest
+
+
+def opened(config: RunConfig, digests: dict[str, str]) -> Corpora:
+    manifest, names = SimpleNamespace(tokenizer_sha256="0"), corpus_names(blends_of(config))
+    contents = {name: Content(digests[name]) for name in names}
+    made: Any = (config, Path("a"), manifest, contents, {name: name for name in names})
+    return Corpora(*made)
 
 
 def saved(step: int, config: RunConfig) -> dict[str, Any]:
-    corpora: Any = Digests(config, DIGESTS)
-    return checkpoint_state(config, corpora, step, 5, {})
+    return checkpoint_state(config, opened(config, DIGESTS), step, 5, {})
 
 
-def resume(step: int, after: RunConfig, digests: dict[str, str] = DIGESTS, before: RunConfig | None = None) -> None:
-    corpora: Any = Digests(after, digests)
-    check_resumable(after, corpora, saved(step, before or config()))
+def resume(step: int, after: RunConfig, digests: dict[str, str] = DIGESTS, before: RunConfig | None = None) -> Corpora:
+    return check_resumable(after, opened(after, digests), saved(step, before or config()))
 
 
 def test_a_checkpoint_counts_samples_by_phase() -> None:
     assert [saved(step, config())["consumed_samples"] for step in range(8)] == [0, 8, 16, 24, 32, 36, 40, 44]
     state = saved(3, config())
     assert state["config"] == to_dict(config()) and state["skipped_samples"] == 5
-    assert state["data"] == DIGESTS
+    assert {name: known["digest"] for name, known in state["data"]["corpora"].items()} == DIGESTS
 
 
 def test_nothing_changed() -> None:
@@ -131,15 +139,39 @@ def test_samples_are_cut_as_before(change: dict[str, Any], said: str) -> None:
 def test_the_data_of_phases_that_have_begun_is_as_it_was() -> None:
     resume(4, config(), DIGESTS | {"b": "9"})
     for step, name in ((5, "b"), (4, "a"), (4, "c"), (5, "a")):
-        with pytest.raises(InputError, match=f"on other data than there is now: {name}; restore the data"):
+        with pytest.raises(InputError, match=f"what {name} holds is not what runs/run was trained on; restore"):
             resume(step, config(), DIGESTS | {name: "9"})
+
+
+def test_the_packing_plans_of_phases_that_have_begun_are_data_too() -> None:
+    packed = config(packing="best_fit", document_masks=True)
+
+    def planned(**sha256: str) -> Corpora:
+        files = {f"train.{T}.plan": FileEntry(1, sha256.get(f"T{T}", "0")) for T in (4, 8, 16)}
+        corpora = opened(packed, DIGESTS)
+        contents = {
+            name: replace(each, manifest=SimpleNamespace(files=files)) for name, each in corpora.training.items()
+        }  # pyright: ignore
+        return replace(corpora, training=contents)
+
+    state = checkpoint_state(packed, planned(), 3, 0, {})
+    check_resumable(packed, planned(T4="1"), state)
+    for changed in ("T16", "T8"):
+        with pytest.raises(InputError, match=r"what a, c holds is not what runs/run was trained on"):
+            check_resumable(packed, planned(**{changed: "1"}), state)
+
+
+def test_another_tokenizer_is_other_data() -> None:
+    state = saved(3, config())
+    state["data"]["tokenizer"] = "1"
+    with pytest.raises(InputError, match=r"what tokenizer\.json holds is not"):
+        check_resumable(config(), opened(config(), DIGESTS), state)
 
 
 def test_a_count_that_is_not_the_configs_is_refused() -> None:
     state = saved(3, config()) | {"consumed_samples": 25}
-    corpora: Any = Digests(config(), DIGESTS)
     with pytest.raises(InputError, match="has taken 25 samples in 3 steps, by the config they are 24"):
-        check_resumable(config(), corpora, state)
+        check_resumable(config(), opened(config(), DIGESTS), state)
     with pytest.raises(InputError, match="has done 11 steps, beyond"):
         resume(11, config())
 
@@ -167,7 +199,7 @@ def test_a_model_is_the_same_by_what_it_computes() -> None:
 def test_a_field_that_an_older_version_did_not_have_is_at_its_default() -> None:
     state = saved(3, config())
     del state["config"]["model"]["rope_theta"], state["config"]["optim"]["eps"]
-    corpora: Any = Digests(config(), DIGESTS)
+    corpora = opened(config(), DIGESTS)
     check_resumable(config(), corpora, state)
     assert saved_config(state) == config()
     with pytest.raises(InputError, match=r"rope_theta: the checkpoint has 10000\.0, the config has 500\.0"):

@@ -32,10 +32,11 @@ def summary(folder: Path, manifest: Manifest, vocab_size: int) -> str:
     lines = [f"{folder}: {manifest.source}, vocabulary {manifest.vocab_size}{padded}"]
     for name, split in manifest.splits.items():
         shards, text = split.shards, ""
+        documents = f"{split.documents:,} documents" if split.documents else "documents not told apart"
         if split.bytes:
             text = f"  {split.bytes:,} bytes  {split.bytes / split.tokens:.3f} bytes per token"
         lines.append(
-            f"  {name:10}  {split.tokens:,} tokens  {split.documents:,} documents{text}  "
+            f"  {name:10}  {split.tokens:,} tokens  {documents}{text}  "
             f"({len(shards.paths):,} x {shards.format} {shards.dtype})"
         )
     loss = manifest.bigram_nats_per_token

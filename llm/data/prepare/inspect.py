@@ -133,10 +133,10 @@ class Lengths:
         return int(self.lengths[np.searchsorted(self.counts.cumsum(), share * self.documents)])
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(least, largest, documents) for lengths of 2^k to 2^(k + 1) - 1 tokens, from the shortest to the longest."""
-        bits = np.frexp(np.maximum(self.lengths, 1))[1] - 1
+        """(least, largest, documents) for lengths of 0 and of 2^k to 2^(k + 1) - 1 tokens, from the shortest on."""
+        bits = np.frexp(self.lengths)[1]
         counts = np.bincount(bits, self.counts).astype(np.int64)
-        return [(2**k, 2 ** (k + 1) - 1, int(counts[k])) for k in range(int(bits.min()), counts.size)]
+        return [(2**k // 2, 2**k - 1, int(counts[k])) for k in range(int(bits.min()), counts.size)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llm.data.tokens.folder import data_folder, is_url
 from llm.data.tokens.hashes import file_entry
 from llm.data.tokens.headers import DTYPES, header_bytes, index_path
 from llm.data.tokens.manifest import FILE_NAME, FORMAT, SAFE_NAME, FileEntry, Manifest, Shards, Split
-from llm.data.tokens.shards import ShardList, check_file, document_lengths, inspect_files
+from llm.data.tokens.shards import Say, ShardList, check_file, document_lengths, inspect_files
 from llm.errors import DamagedFile, require
 from llm.files import sha256_of
 
@@ -77,7 +77,7 @@ def register(
     config: RunConfig,
     patterns: dict[str, str],
     progress: Progress = lambda stage, done, total: None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
     raw_dtype: str | None = None,
 ) -> Manifest:
     """Check the token files of each split and write a manifest of them into data_folder(config).
@@ -95,7 +95,7 @@ def register(
         not beside.exists() or beside.read_bytes() == tokenizer.raw,
         f"{beside} is another tokenizer than data.tokenizer {config.data.tokenizer}; set data.path to another folder",
     )
-    found = _inspect(patterns, tokenizer, raw_dtype)
+    found = _inspect(patterns, tokenizer, raw_dtype, say)
     sha256 = hashlib.sha256(tokenizer.raw).hexdigest()
     splits, files = {}, {"tokenizer.json": FileEntry(len(tokenizer.raw), sha256)}
     for split, shards in found.items():
@@ -103,7 +103,7 @@ def register(
             check_file(path, shards.format, shards.dtype, tokens)
         splits[split] = _scan_split(split, shards, folder, tokenizer, progress)
         files |= {_manifest_name(folder, path): file_entry(path) for path in _companions(shards)}
-        _compare_with_index(split, shards, splits[split].documents, say)
+        _say_of_documents(split, shards, splits[split].documents, say)
     manifest = Manifest(
         format=FORMAT,
         source="token files made elsewhere: " + ", ".join(patterns.values()),
@@ -125,11 +125,11 @@ def register(
     return manifest
 
 
-def _inspect(patterns: dict[str, str], tokenizer: Tokenizer, raw_dtype: str | None) -> dict[str, ShardList]:
+def _inspect(patterns: dict[str, str], tokenizer: Tokenizer, raw_dtype: str | None, say: Say) -> dict[str, ShardList]:
     """The files of each split, by their headers."""
     known = raw_dtype is None or raw_dtype in DTYPES["raw"]
     require(known, f"--dtype is {raw_dtype!r}; expected one of {', '.join(DTYPES['raw'])}")
-    options = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "raw_dtype": raw_dtype}
+    options = {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id, "raw_dtype": raw_dtype, "say": say}
     found = {split: inspect_files(f"--{split}", pattern, **options) for split, pattern in patterns.items()}
     twice = set.intersection(*(set(map(os.path.realpath, shards.paths)) for shards in found.values()))
     require(len(found) < 2 or not twice, f"{', '.join(sorted(twice))}: in both splits; expected files of their own")
@@ -168,24 +168,23 @@ def _scan_split(split: str, shards: ShardList, folder: Path, tokenizer: Tokenize
     sizes = [os.stat(path).st_size for path in shards.paths]
     stage, total = f"reading the {split} tokens", sum(sizes)
     hashes = [scan_file(counts, path, lambda _: progress(stage, counts.done, total)) for path in shards.paths]
-    require(
-        counts.documents > 0,
-        f"no token of {shards.name} {shards.paths[0]} ... is the end-of-document token {shards.eod_id}; "
-        "expected one in each document (Megatron's preprocess_data.py writes it when given --append-eod)",
-    )
-    documents = counts.documents + counts.open_document
+    documents = counts.documents and counts.documents + counts.open_document
     text_bytes = None if per_id is None else tokenizer.text_bytes(per_id, documents)
     names = tuple(_manifest_name(folder, path) for path in shards.paths)
     columns = Shards(shards.format, shards.dtype, names, shards.tokens, tuple(sizes), tuple(hashes))
     return Split(shards.n_tokens, documents, text_bytes, columns)
 
 
-def _compare_with_index(split: str, shards: ShardList, documents: int, say: Callable[[str], None]) -> None:
-    if index_path("", shards.format) is None:
-        return
-    indexed = sum(part.size for part in document_lengths(shards))
-    if indexed != documents:
+def _say_of_documents(split: str, shards: ShardList, documents: int, say: Say) -> None:
+    if documents == 0:
         say(
-            f"note: the indexes of the {split} files count {indexed:,} documents, the end-of-document tokens "
-            f"{documents:,}; document masks and packing go by the tokens"
+            f"note: no token of the {split} files is the end-of-document token {shards.eod_id}: documents cannot be "
+            "told apart, and document masks and packing are refused (Megatron writes it when given --append-eod)"
         )
+    elif index_path("", shards.format) is not None:
+        indexed = sum(int(np.count_nonzero(part)) for part in document_lengths(shards))
+        if indexed != documents:
+            say(
+                f"note: the indexes of the {split} files count {indexed:,} documents, the end-of-document tokens "
+                f"{documents:,}; document masks and packing go by the tokens"
+            )

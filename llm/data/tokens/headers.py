@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from llm.errors import DamagedFile
+from llm.errors import DamagedFile, require
 
 # Megatron's index: magic, version, dtype code, count of sequences, count of document boundaries (documents + 1).
 MAGIC = b"MMIDIDX\x00\x00"
@@ -133,13 +133,13 @@ def check_header(path: str, format: str, dtype: str, tokens: int) -> int:
     return before
 
 
-def _megatron_counts(file: _File) -> tuple[int, int]:
-    """Sequences and document boundaries of an .idx file that has room for exactly so many."""
+def _megatron_counts(file: _File, least: int) -> tuple[int, int]:
+    """Sequences, `least` or more, and document boundaries of an .idx file that has room for exactly so many."""
     if file.read(0, len(MAGIC)) != MAGIC:
         file.fail("does not begin with MMIDIDX as an index of Megatron does")
     file.expect(9, "q", "the version", VERSION)
     sequences, boundaries = struct.unpack("<qq", file.read(18, 16))
-    if sequences < 1 or boundaries < 2:
+    if sequences < least or boundaries < least + 1:
         file.fail(f"holds no document: {sequences} sequences and {boundaries} boundaries at byte 18")
     if file.size != HEADER.size + 12 * sequences + 8 * boundaries:
         file.fail(
@@ -150,12 +150,12 @@ def _megatron_counts(file: _File) -> tuple[int, int]:
 
 def _check_megatron(path: str, dtype: str, tokens: int) -> None:
     with _File(str(index_path(path, "megatron"))) as file:
-        sequences, _ = _megatron_counts(file)
+        sequences, _ = _megatron_counts(file, 1)
         file.expect(17, "B", "the dtype code", CODES[dtype])
         offsets = HEADER.size + 4 * sequences
         bounds = offsets + 8 * sequences
         last = file.number(offsets - 4, "i")
-        if not 1 <= last <= tokens:
+        if not 0 <= last <= tokens:
             file.fail(f"the last sequence, at byte {offsets - 4}, has {last} of {tokens} tokens")
         file.expect(offsets, "q", "the first offset", 0)
         file.expect(bounds - 8, "q", "the last offset", (tokens - last) * np.dtype(dtype).itemsize)
@@ -188,14 +188,18 @@ def read_header(path: str, raw_dtype: str) -> Header:
     """Find out the format of a token file (.bin or .ds) and check its header or index, in constant time.
 
     A .bin file without an .idx file beside it and without llm.c's magic number is raw: ids of `raw_dtype`.
-    Raises DamagedFile.
+    A file may have no tokens. Raises DamagedFile, and InputError for datatrove's loss masks.
     """
     header = _describe(path, raw_dtype)
     if header.tokens < 1:
-        raise DamagedFile(f"{path}: holds {header.tokens} tokens, expected at least 1; leave the file out")
+        if header.tokens < 0 or os.stat(path).st_size != header_bytes(header.format):
+            raise DamagedFile(f"{path}: holds {header.tokens} tokens, it says, which is not what its size is")
+        return header
     check_header(path, header.format, header.dtype, header.tokens)
     if header.format == "datatrove":
         check_metadata(path, header.dtype, header.tokens)
+        masked = os.path.exists(f"{path}.loss")
+        require(not masked, f"{path}.loss masks targets, which is not supported; without it every token is a target")
     return header
 
 
@@ -218,17 +222,19 @@ def _describe(path: str, raw_dtype: str) -> Header:
 def describe_megatron(path: str) -> Header:
     """What the .idx file beside `path` says: its dtype, and the tokens up to the end of its last sequence."""
     with _File(str(index_path(path, "megatron"))) as index:
-        sequences, _ = _megatron_counts(index)
+        sequences, _ = _megatron_counts(index, 0)
         code = index.number(17, "B")
         dtype = next((name for name, known in CODES.items() if known == code), None)
         if dtype is None:
             known = ", ".join(f"{code} ({name})" for name, code in CODES.items())
             index.fail(f"the dtype code at byte 17 is {code}, expected {known}")
+        if sequences == 0:
+            return Header("megatron", dtype, 0)
         lengths_end = HEADER.size + 4 * sequences
         last, offset = index.number(lengths_end - 4, "i"), index.number(lengths_end + 8 * sequences - 8, "q")
         tokens = offset // np.dtype(dtype).itemsize + last
-        if last < 1 or not 0 <= offset < 2**62:
-            index.fail(f"the last sequence has {last} tokens from byte {offset} on, expected at least 1 from 0")
+        if last < 0 or not 0 <= offset < 2**62:
+            index.fail(f"the last sequence has {last} tokens from byte {offset} on, expected neither below 0")
     return Header("megatron", dtype, tokens)
 
 
@@ -237,6 +243,6 @@ def _describe_datatrove(path: str, size: int) -> Header:
     with _File(str(index_path(path, "datatrove"))) as file:
         tokens = file.number(file.size - 8, "q") if file.size >= 8 else 0
     widths = {2 * tokens: "uint16", 4 * tokens: "uint32"}
-    if tokens < 1 or size not in widths:
+    if tokens < 0 or size not in widths:
         file.fail(f"its last document ends at token {tokens}, but {path} has {size} bytes, expected 2 or 4 for each")
     return Header("datatrove", widths[size], tokens)

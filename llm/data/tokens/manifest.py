@@ -75,13 +75,15 @@ class Split:
     tokens: int
     """End-of-document tokens included."""
     documents: int
+    """0: no end-of-document token tells them apart."""
     bytes: int | None
     """UTF-8 bytes of the text, end-of-document tokens not counted; null: not counted."""
     shards: Shards
 
     def __post_init__(self) -> None:
         counts = (self.documents, 1 if self.bytes is None else self.bytes)
-        require(min(counts) >= 1 and max(counts) < 2**62, f"impossible counts {counts} of documents and bytes")
+        possible = 0 <= counts[0] < 2**62 and 1 <= counts[1] < 2**62
+        require(possible, f"impossible counts {counts} of documents and bytes")
         found = sum(self.shards.tokens)
         require(self.tokens == found, f"{self.tokens} tokens; those of its shards are {found}")
 

@@ -124,9 +124,9 @@ def _check_sequences(path: str, lengths: NDArray, offsets: NDArray, item_size: i
     tokens = 0
     for start in range(0, lengths.size, CHUNK):
         part = lengths[start : start + CHUNK].astype(np.int64)
-        if (empty := np.flatnonzero(part < 1)).size:
-            at = start + int(empty[0])
-            raise DamagedFile(f"{path}: sequence {at}, at byte {HEADER.size + 4 * at}, has {part[empty[0]]} tokens")
+        if (wrong := np.flatnonzero(part < 0)).size:
+            at = start + int(wrong[0])
+            raise DamagedFile(f"{path}: sequence {at}, at byte {HEADER.size + 4 * at}, has {part[wrong[0]]} tokens")
         ends = tokens + part.cumsum()
         expected = (ends - part) * item_size
         found = offsets[start : start + CHUNK]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import glob
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +27,7 @@ SUFFIXES = (".bin", ".ds")
 COMPANIONS = (".idx", ".ds.index", ".ds.metadata", ".ds.loss")  # lie beside token files and hold no tokens
 OPEN_MAPS = 64  # of a NumpyCorpus; each holds a file open
 SCANNED = 1 << 20  # tokens looked through at a time
+Say = Callable[[str], None]  # called with what the user should know
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,22 @@ class ShardList:
         return self.plans[seq_len]
 
 
-def inspect_files(name: str, pattern: str, *, vocab_size: int, eod_id: int, raw_dtype: str | None = None) -> ShardList:
+def inspect_files(
+    name: str, pattern: str, *, vocab_size: int, eod_id: int, raw_dtype: str | None = None, say: Say = lambda line: None
+) -> ShardList:
     """Token files made elsewhere as a corpus: a file, a folder or a glob (sorted) of one format, found out here.
 
     .ds files are datatrove's; a .bin file is Megatron's where an .idx file lies beside it, llm.c's where it has its
     magic number, else raw: ids of `raw_dtype` (None: uint16, or int32 where vocab_size needs it).
-    Reads headers and the ends of indexes alone. Raises InputError; DamagedFile where a file is not what it says.
+    Files of no tokens are passed over, and `say` is told. Reads headers and the ends of indexes alone.
+    Raises InputError; DamagedFile where a file is not what it says.
     """
-    paths = _find(name, pattern)
-    headers = [read_header(path, raw_dtype or token_dtype(vocab_size)) for path in paths]
+    found = {path: read_header(path, raw_dtype or token_dtype(vocab_size)) for path in _find(name, pattern)}
+    empty = [path for path, header in found.items() if header.tokens == 0]
+    require(len(empty) < len(found), f"corpus {name}: {', '.join(empty[:3])} hold no token; expected some in one file")
+    if empty:
+        say(f"note: {name}: {len(empty)} of {len(found)} files hold no token and are passed over: {empty[0]} ...")
+    paths, headers = zip(*((path, header) for path, header in found.items() if header.tokens), strict=True)
     first = headers[0]
     for path, header in zip(paths, headers, strict=True):
         require(
@@ -113,7 +121,7 @@ def inspect_files(name: str, pattern: str, *, vocab_size: int, eod_id: int, raw_
     )
     tokens = tuple(header.tokens for header in headers)
     return ShardList(
-        name, first.format, first.dtype, tuple(paths), tokens, vocab_size, eod_id, eod_first=first.format == "llm.c"
+        name, first.format, first.dtype, paths, tokens, vocab_size, eod_id, eod_first=first.format == "llm.c"
     )
 
 
@@ -248,6 +256,12 @@ def _datatrove_lengths(path: str) -> Iterator[NDArray[np.int64]]:
         part = ends[start : start + formats.CHUNK]
         yield np.diff(part, prepend=last)
         last = int(part[-1])
+
+
+def has_documents(shards: ShardList) -> bool:
+    """Whether the end-of-document token is among the first 2^20 tokens, whatever other ids are. Raises DamagedFile."""
+    corpus = NumpyCorpus(replace(shards, vocab_size=2**31))
+    return bool((corpus.read(0, min(len(corpus), SCANNED)) == shards.eod_id).any())
 
 
 def document_ends(shards: ShardList, block: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -19,7 +19,7 @@ from llm.data.prepare.register import register
 from llm.data.samples.packing import NumpyPackPlan
 from llm.data.samples.schedule import Schedule
 from llm.data.tokenizer import Tokenizer
-from llm.data.tokens.shards import NumpyCorpus, inspect_files
+from llm.data.tokens.shards import NumpyCorpus, document_lengths, inspect_files
 from llm.errors import InputError
 
 TEXTS = [f"text {i} " + "abcdefg"[: i % 7] * (i % 5) for i in range(40)]
@@ -136,7 +136,14 @@ def test_document_numbers(name: str):
     assert document_numbers(shards, [5, 5]) == [document_numbers(shards, [5])[0]] * 2
 
 
-@given(parts=st.lists(st.lists(st.integers(1, 3000), min_size=1, max_size=30), min_size=1, max_size=5))
+def test_documents_of_no_tokens_have_numbers_but_hold_no_token(tmp_path: Path):
+    path = write_file(tmp_path, "a", "megatron", "uint16", [[], [1, 0], [], [], [2, 3, 0], []])
+    shards = inspect_files("x", path, vocab_size=257, eod_id=0)
+    assert document_numbers(shards, range(5)) == [(1, 0, 2)] * 2 + [(4, 2, 3)] * 3
+    assert Lengths.of(document_lengths(shards)).histogram() == [(0, 0, 4), (1, 1, 0), (2, 3, 2)]
+
+
+@given(parts=st.lists(st.lists(st.integers(0, 3000), min_size=1, max_size=30), min_size=1, max_size=5))
 def test_lengths_equal_those_of_numpy(parts: list[list[int]]):
     found = Lengths.of(np.array(part, np.int64) for part in parts)
     flat = np.array([n for part in parts for n in part])

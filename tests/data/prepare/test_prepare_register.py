@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from token_files import KINDS, write_file
 
 from llm.config import DataConfig, ModelConfig, RunConfig
 from llm.data.corpora import Corpora
+from llm.data.prepare.console import summary
 from llm.data.prepare.register import register
 from llm.data.prepare.tokenise import prepare
 from llm.data.tokenizer import Tokenizer
@@ -142,8 +144,6 @@ def test_tokens_that_do_not_fit_are_refused():
     write_texts("elsewhere", "b", TEXTS)
     path = write_file(Path("elsewhere"), "a", "llm.c", "uint16", [[0, 1, 2], [0, 256, 257, 999]])
     refused(rf"{path}: the id at byte {1024 + 2 * 5} is 257, expected ids below 257")
-    write_file(Path("elsewhere"), "a", "raw", "uint16", [[1, 2, 3]])
-    refused(r"is the end-of-document token 0; expected one in each document .*--append-eod")
     path = write_texts("elsewhere", "m", TEXTS, "megatron")
     raw = bytearray(Path(path).with_suffix(".idx").read_bytes())
     raw[34] += 1  # the first length
@@ -185,6 +185,54 @@ def test_an_index_that_counts_other_documents_is_told_of():
         "note: the indexes of the train files count 4 documents, the end-of-document tokens 5; "
         "document masks and packing go by the tokens"
     ]
+
+
+def test_documents_of_no_tokens_are_not_missed_in_the_tokens():
+    texts = [tokens_of(text) for text in TEXTS]
+    path = write_file(Path("."), "a", "megatron", "uint16", [[], texts[0], [], texts[1], []])
+    said: list[str] = []
+    assert register(make_config(), {"train": path}, say=said.append).splits["train"].documents == 2
+    assert said == []
+
+
+@pytest.mark.parametrize("format", ["raw", "llm.c", "megatron"])
+def test_files_without_an_end_of_document_token_are_told_of_and_trained_on_without_masks(format: str):
+    train = write_file(Path("."), "a", format, "uint16", [[1, 2, 3], [4] * 40])
+    validation = write_texts("elsewhere", "b", TEXTS, format)
+    said: list[str] = []
+    manifest = register(make_config(), {"train": train, "validation": validation}, say=said.append)
+    assert len(said) == 1 and said[0].startswith(
+        "note: no token of the train files is the end-of-document token 0: documents cannot be told apart, and "
+        "document masks and packing are refused"
+    )
+    assert "  43 tokens  documents not told apart  (" in summary(Path("corpus"), manifest).replace("train     ", "")
+    assert (read_manifest(Path("corpus")).splits["train"].documents, manifest.splits["validation"].documents) == (0, 5)
+    assert Corpora.open(make_config()).curriculum().phases[0].sources[0].n_samples == 2
+    for changes in ({}, {"packing": "best_fit"}):
+        with pytest.raises(
+            InputError, match=r"documents of corpus cannot be told apart: .* data\.packing=chunk, or tok"
+        ):
+            Corpora.open(make_config(document_masks=True, **changes))
+
+
+def test_a_validation_split_without_an_end_of_document_token_has_no_masks_either():
+    validation = write_file(Path("."), "a", "raw", "uint16", [[1, 2, 3]])
+    register(make_config(), {"train": write_texts("elsewhere", "b", TEXTS), "validation": validation})
+    Corpora.open(make_config())
+    with pytest.raises(InputError, match="documents of the validation split cannot be told apart"):
+        Corpora.open(make_config(document_masks=True))
+
+
+def test_bare_files_are_looked_through_for_an_end_of_document_token():
+    train, validation = (write_texts("elsewhere", name, TEXTS) for name in "ab")
+    register(make_config(), {"train": train, "validation": validation})
+    ids = np.full(1 << 20, 999, "<u2")  # no ids of the vocabulary: what follows is for data.damaged to say
+    for last, told in ((0, True), (1, False)):
+        ids[-1] = last
+        ids.tofile("bare.bin")
+        with nullcontext() if told else pytest.raises(InputError, match=r"documents of bare\.bin cannot be told apart"):
+            Corpora.open(make_config(document_masks=True, blend={"bare.bin": 1.0, "corpus": 1.0}))
+        Corpora.open(make_config(blend={"bare.bin": 1.0, "corpus": 1.0}))
 
 
 def test_progress_and_hashes_are_of_all_bytes():

@@ -14,8 +14,8 @@ from token_files import CORPORA, KINDS, LLMC, NativeCorpus, corpus_of, failure, 
 
 from llm.data import _native
 from llm.data.tokens.headers import read_header
-from llm.data.tokens.shards import check_file
-from llm.errors import DamagedFile
+from llm.data.tokens.shards import check_file, inspect_files
+from llm.errors import DamagedFile, InputError
 
 DOCUMENTS = [[5, 6, 0], [0], [7, 250, 9, 0]]
 TOKENS = 8
@@ -100,7 +100,8 @@ def test_a_lying_megatron_index_is_refused_at_first_touch(tmp_path: Path):
         (megatron_index("int32", [3, 1, 4]), "the dtype code at byte 17 is 4, expected 8"),
         (megatron_index("uint16", [3, 1, 5]), "the last offset at byte 62 is 8, expected 6"),
         (megatron_index("uint16", [3, 1, 9]), "the last sequence, at byte 42, has 9 of 8 tokens"),
-        (megatron_index("uint16", [3, 1, 0]), "the last sequence, at byte 42, has 0 of 8 tokens"),
+        (megatron_index("uint16", [3, 1, 0]), "the last offset at byte 62 is 8, expected 16"),
+        (megatron_index("uint16", [3, 6, -1]), "the last sequence, at byte 42, has -1 of 8 tokens"),
         (megatron_index("uint16", [3, 2, 4]), "the last offset at byte 62 is 10, expected 8"),
         (
             megatron_index("uint16", [3, 1, 4])[:-1] + b"\x80",
@@ -151,16 +152,51 @@ def test_lying_metadata_of_datatrove_is_refused(tmp_path: Path, text: str):
     assert read_header(path, "uint16").tokens == 8
 
 
-def test_files_that_hold_nothing_are_refused(tmp_path: Path):
-    (tmp_path / "a.bin").write_bytes(b"")
-    with pytest.raises(DamagedFile, match="holds 0 tokens, expected at least 1"):
-        read_header(str(tmp_path / "a.bin"), "uint16")
-    (tmp_path / "a.bin").write_bytes(struct.pack("<256i", MAGIC, VERSION, 0, *[0] * 253))
-    with pytest.raises(DamagedFile, match="holds 0 tokens, expected at least 1"):
-        read_header(str(tmp_path / "a.bin"), "uint16")
-    (tmp_path / "a.bin").write_bytes(b"abc")
-    with pytest.raises(DamagedFile, match="has 3 bytes, which is no whole number of uint16 ids"):
-        read_header(str(tmp_path / "a.bin"), "uint16")
+def write_empty(folder: Path, format: str) -> Path:
+    """A file of no tokens, as the tool that writes the format leaves it."""
+    path = folder / ("z.ds" if format == "datatrove" else "z.bin")
+    path.write_bytes(struct.pack("<256i", MAGIC, VERSION, 0, *[0] * 253) if format == "llm.c" else b"")
+    if format == "megatron":  # an IndexedDatasetBuilder that was given no document
+        path.with_suffix(".idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QBQQq", 1, 8, 0, 1, 0))
+    if format == "datatrove":
+        (folder / "z.ds.index").write_bytes(b"")
+        (folder / "z.ds.metadata").write_text("gpt2|2\n0\n0 T")
+    return path
+
+
+@pytest.mark.parametrize("format", ["raw", "megatron", "llm.c", "datatrove"])
+def test_files_of_no_tokens_are_passed_over(tmp_path: Path, format: str):
+    path = write_empty(tmp_path, format)
+    assert read_header(str(path), "uint16").tokens == 0
+    with pytest.raises(InputError, match=r"corpus x: .*/z\.\w+ hold no token; expected some in one file"):
+        inspect_files("x", str(path), vocab_size=9, eod_id=0)
+    kept, said = write_file(tmp_path, "a", format, "uint16", DOCUMENTS), list[str]()
+    corpus = inspect_files("x", str(tmp_path), vocab_size=9, eod_id=0, say=said.append)
+    assert (corpus.paths, corpus.tokens, corpus.format) == ((kept,), (TOKENS,), format)
+    assert said == [f"note: x: 1 of 2 files hold no token and are passed over: {path} ..."]
+    path.write_bytes(path.read_bytes() + b"12")  # the index, or the header, still says that it has none
+    if format != "raw":
+        with pytest.raises(DamagedFile, match=r"which is not what its size is|has 2 bytes"):
+            read_header(str(path), "uint16")
+
+
+def test_files_of_half_a_token_or_fewer_than_none_are_refused(tmp_path: Path):
+    for content, message in [
+        (struct.pack("<256i", MAGIC, VERSION, -1, *[0] * 253), "holds -1 tokens, it says"),
+        (b"abc", "has 3 bytes, which is no whole number of uint16 ids"),
+    ]:
+        (tmp_path / "a.bin").write_bytes(content)
+        with pytest.raises(DamagedFile, match=message):
+            read_header(str(tmp_path / "a.bin"), "uint16")
+
+
+def test_masks_of_the_loss_are_refused_before_training(tmp_path: Path):
+    path = write_file(tmp_path, "a", "datatrove", "uint16", DOCUMENTS)
+    (tmp_path / "a.ds.loss").write_bytes(struct.pack("<8?", *[True] * 8))
+    with pytest.raises(InputError, match=r"a\.ds\.loss masks targets, which is not supported; without it every token"):
+        inspect_files("x", path, vocab_size=9, eod_id=0)
+    (tmp_path / "a.ds.loss").unlink()
+    assert inspect_files("x", path, vocab_size=9, eod_id=0).tokens == (TOKENS,)
 
 
 @pytest.mark.parametrize("kind", CORPORA)

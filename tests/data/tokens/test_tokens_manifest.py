@@ -159,7 +159,8 @@ def test_what_does_not_belong_is_refused(folder: Path, changes: dict, message: s
     [
         ({"tokens": 1000}, {}, "splits.train: 1000 tokens; those of its shards are 1001"),
         ({"tokens": -1}, {"tokens": [-1]}, "impossible number of tokens"),
-        ({"documents": 0}, {}, "splits.train: impossible counts"),
+        ({"documents": -1}, {}, "splits.train: impossible counts"),
+        ({"bytes": 0}, {}, "splits.train: impossible counts"),
         ({"bytes": 2**62}, {}, "splits.train: impossible counts"),
         ({"shards": []}, {}, r"splits.train.shards: found \[\]; expected {format, dtype, paths"),
         ({}, {"dtype": "float32"}, "splits.train.shards: dtype is 'float32'"),

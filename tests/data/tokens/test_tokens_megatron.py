@@ -85,7 +85,8 @@ GOOD = struct.pack("<2i2q3q", 2, 1, 0, 4, 0, 1, 2)
         (header(boundaries=2**64 - 1) + GOOD, "holds no document"),
         (header(boundaries=2**61) + GOOD, "which is not what its 2 sequences and 2305843009213693952 boundaries"),
         (header(sequences=0, boundaries=0), "holds no document: 0 sequences and 0 boundaries at byte 18"),
-        (header() + struct.pack("<2i2q3q", 0, 3, 0, 0, 0, 1, 2), "sequence 0, at byte 34, has 0 tokens"),
+        (header() + struct.pack("<2i2q3q", -1, 4, 0, -2, 0, 1, 2), "last sequence has 4 tokens from byte -2 on"),
+        (header() + struct.pack("<2i2q3q", -1, 3, 0, 0, 0, 1, 2), "sequence 0, at byte 34, has -1 tokens"),
         (header() + struct.pack("<2i2q3q", 4, -1, 0, 8, 0, 1, 2), "the last sequence has -1 tokens"),
         (header() + struct.pack("<2i2q3q", 2, 1, 0, -4, 0, 1, 2), "the last sequence has 1 tokens from byte -4 on"),
         (

@@ -18,7 +18,7 @@ from token_files import CORPORA, KINDS, NativeCorpus, corpus_of, failure, write_
 from llm.data import _native
 from llm.data.tokens import megatron as formats
 from llm.data.tokens import shards
-from llm.data.tokens.shards import NumpyCorpus, ShardList, document_lengths, inspect_files
+from llm.data.tokens.shards import NumpyCorpus, ShardList, check_file, document_ends, document_lengths, inspect_files
 from llm.errors import DamagedFile, InputError
 
 
@@ -258,6 +258,19 @@ def test_a_document_of_megatron_may_have_several_sequences_or_none(tmp_path: Pat
         monkeypatch.setattr(formats, "CHUNK", chunk)
         found = document_lengths(corpus_of("megatron", "uint16", [path], [11], 9))
         assert [int(n) for block in found for n in block] == [0, 4, 0, 5, 2, 0]
+
+
+@pytest.mark.parametrize("lengths", [[0, 3, 0, 0, 2, 1, 0], [4, 0, 2], [0, 0, 6], [6, 0], [0, 6]])
+def test_sequences_of_no_tokens_are_documents_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int]):
+    path = write_file(tmp_path, "a", "megatron", "uint16", [[7] * (n - 1) + [0] if n else [] for n in lengths])
+    corpus = inspect_files("x", path, vocab_size=9, eod_id=0)
+    check_file(path, "megatron", "uint16", 6)
+    for kind in CORPORA.values():
+        assert kind(corpus).read(0, 6).tolist() == content(corpus).tolist()
+    for chunk in (1, 2, 100):
+        monkeypatch.setattr(formats, "CHUNK", chunk)
+        assert [int(n) for block in document_lengths(corpus) for n in block] == lengths
+    assert next(n for _, n in document_ends(corpus, 100)).tolist() == sorted({*np.cumsum(lengths).tolist()} - {0})
 
 
 @pytest.mark.parametrize(("format", "dtype"), KINDS)
