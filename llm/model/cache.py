@@ -22,3 +22,9 @@ class KVCache:
         values[:, length : length + T] = v
         self._blocks[block] = (keys, values, length + T)
         return keys[:, : length + T], values[:, : length + T]
+
+    def select(self, rows: Tensor) -> KVCache:
+        """The cache of a batch that is made of these rows of this one, int64 [R]: a row may come several times."""
+        selected = KVCache(self.capacity)
+        selected._blocks = {i: (keys[rows], values[rows], n) for i, (keys, values, n) in self._blocks.items()}
+        return selected
