@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-import llm
+from llm import __version__
 from llm.errors import require
 from llm.files import replace
 from llm.generate import hidden
@@ -209,5 +209,5 @@ def report(result: dict[str, Any], path: Path | None) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if path is not None:
         packages = ["torch", "tokenizers", *(["lm_eval"] if result["tasks"] else [])]
-        versions = {"ingot": llm.__version__, **{package: version(package) for package in packages}}
+        versions = {"ingot": __version__, **{package: version(package) for package in packages}}
         replace(path, json.dumps({**result, "versions": versions}, indent=1, default=float).encode())

@@ -40,6 +40,9 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         return self.ids.encode(string)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # no bar on every rank
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: object
     ) -> list[tuple[float, bool]]:
@@ -61,7 +64,7 @@ class HarnessModel(TemplateLM):
         order = sorted(range(len(requests)), key=lambda i: (repr(options[i]), -len(prompts[i])))
         alike = (in_parts(group, self.scorer.rows) for _, group in groupby(order, lambda i: repr(options[i])))
         found = torch.zeros(len(requests), self.longest, dtype=torch.long)  # each token's id + 1
-        for batch in self.scorer.mine([*chain(*alike)], "generating"):
+        for batch in self.scorer.mine([*chain.from_iterable(alike)], "generating"):
             for i, row in zip(batch, self.continued([prompts[i] for i in batch], **options[batch[0]]), strict=True):
                 found[i, : len(row)] = torch.tensor(row) + 1
         texts = [self.ids.decode([token - 1 for token in row if token]) for row in self.scorer.total(found).tolist()]
@@ -99,10 +102,8 @@ def check_answers(task: Task, limit: int | None) -> None:
         if task.OUTPUT_TYPE == "multiple_choice" and not callable(task.config.process_results):
             answer, choices = task.doc_to_text(item) if task.multiple_input else answer, task.doc_to_choice(item)
             for one in answer if isinstance(answer, list) else [answer]:
-                expected = f"expected one of {choices}, or its number from 0 on"
-                require(
-                    one in choices or one in range(len(choices)), f"item {number}: the answer is {one!r}; {expected}"
-                )
+                found = f"item {number}: the answer is {one!r}; expected one of {choices}, or its number from 0 on"
+                require(one in choices or one in range(len(choices)), found)
 
 
 def run_tasks(
@@ -127,7 +128,8 @@ def run_tasks(
     except RuntimeError:  # of the device or the ranks, not of a task
         raise
     except Exception as error:
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        raise InputError(f"--tasks {','.join(names)}: {kind}{error} {error.__cause__ or ''}".rstrip()) from error
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__} "
+        found = f"{kind}{error} {error.__cause__ or ''}".strip()
+        raise InputError(f"--tasks {','.join(names)}: {found}; check the YAML of the task and its data") from error
     found = results["results"] if results else {}
-    return {name: ready({k: v for k, v in record.items() if k != "alias"}) for name, record in found.items()}
+    return {task: ready({k: v for k, v in record.items() if not isinstance(v, str)}) for task, record in found.items()}
