@@ -85,16 +85,12 @@ class Scorer:
     def __init__(self, trained: Trained, mesh: Mesh, rows: int, share: bool = True) -> None:
         require(rows >= 1, f"the batch size is {rows}; expected at least 1")
         self.trained, self.model, self.mesh, self.rows, self.share = trained, trained.model, mesh, rows, share
-        self.device = next(self.model.parameters()).device
+        self.device, self.mine = next(self.model.parameters()).device, slice(mesh.dp_rank, None, mesh.dp_size)
 
     def shown(self, items: Iterable[Item], title: str) -> Iterable[Item]:
         """The items, with a bar on rank 0's stderr if there is a title."""
         silent = self.mesh.rank > 0 or not title
         return track(items, title, console=Console(stderr=True), transient=True, disable=silent)
-
-    def mine(self, batches: Sequence[Item], title: str) -> Iterable[Item]:
-        """The batches of this data-parallel rank."""
-        return self.shown(batches[self.mesh.dp_rank :: self.mesh.dp_size], title)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over the data-parallel ranks, on the CPU. Collective."""
@@ -108,7 +104,7 @@ class Scorer:
         Zero for requests of other data-parallel ranks: `total` joins them.
         """
         scores = torch.zeros(len(requests), 2, dtype=torch.float64)
-        for batch in self.mine(plan(requests, self.rows, self.share), title):
+        for batch in self.shown(plan(requests, self.rows, self.share)[self.mine], title):
             scores[list(chain(*batch))] = self.run([[requests[i] for i in group] for group in batch]).cpu()
         return scores
 
@@ -162,9 +158,8 @@ def score_text(
 ) -> Record:
     """Loss (nats per token), perplexity and bits per UTF-8 byte of documents, each after the end-of-document token.
 
-    None: windows as long as the model allows, which advance by half of their length.
-
-    Collective. Raises InputError if there is no token, or the lengths do not fit the model or each other.
+    None: windows as long as the model allows, which advance by half of their length. Collective. Raises InputError if
+    there is no token, or the lengths do not fit the model or each other.
     """
     tokenizer, longest, counts = scorer.trained.tokenizer, scorer.model.config.max_seq_len, [0, 0, 0]
     seq_len = longest if seq_len is None else seq_len
@@ -185,11 +180,10 @@ def score_text(
 
     total = scorer.total(torch.tensor([together(nats)], dtype=torch.float64)).item()
     require(counts[1] > 0, f"{source} holds no token to score; expected text")
-    loss = total / counts[1]
+    loss, sizes = total / counts[1], dict(zip(("documents", "tokens", "bytes"), counts, strict=True))
     perplexity = math.inf if loss > 700 else math.exp(loss)  # exp(710) is beyond fp64
-    names = "documents", "tokens", "bytes", "loss", "perplexity", "bits_per_byte"
-    values = *counts, loss, perplexity, total / math.log(2) / counts[2]
-    return ready({"seq_len": seq_len, "stride": stride, **dict(zip(names, values, strict=True))})
+    bits = {"loss": loss, "perplexity": perplexity, "bits_per_byte": total / math.log(2) / counts[2]}
+    return ready({"seq_len": seq_len, "stride": stride, **sizes, **bits})
 
 
 def ready(record: Record) -> Record:
@@ -201,11 +195,10 @@ def report(result: dict[str, Any], path: Path | None) -> None:
     """Print the records of texts and tasks, by name, and write them to `path` with the versions of what made them."""
     table = Table("", "measure", "value", "standard error")
     for name, record in {**result["text"], **result["tasks"]}.items():
-        for measure in (key for key in record if "_stderr" not in key):
-            both = record[measure], record.get(measure.replace(",", "_stderr,"), "")
-            cells = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in both)
-            table.add_row(escape(name), measure, *cells)
-        table.add_section()
+        for measure, value in record.items():
+            if "_stderr" not in measure:
+                both = value, record.get(measure.replace(",", "_stderr,"), "") if "," in measure else ""
+                table.add_row(escape(name), measure, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in both))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if path is not None:
         packages = ["torch", "tokenizers", *(["lm_eval"] if result["tasks"] else [])]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from lm_eval.tasks import TaskManager
 from llm.errors import InputError, require
 from llm.evaluate import Record, Request, Scorer, in_parts, ready, windows
 from llm.generate import generate
+from llm.parallel.agreement import together
 from llm.sampling import SamplingConfig
 
-SAMPLING = {"temperature", "top_k", "top_p", "repetition_penalty"}
+GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
 
 
 class HarnessModel(TemplateLM):
@@ -61,10 +64,15 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         prompts = [self.ids.encode(request.args[0]) or [self.ids.eod_id] for request in requests]
         options: list[dict[str, Any]] = [{**normalize_gen_kwargs(request.arguments[1])} for request in requests]
+        for option in options:
+            unknown, limit = sorted(option.keys() - GENERATION), option["max_gen_toks"]
+            require(not unknown, f"generation_kwargs {unknown} are unknown; expected some of {sorted(GENERATION)}")
+            found = f"max_gen_toks is {limit} (256 where a task has none in its generation_kwargs)"
+            require(0 < limit < self.longest, f"{found}; expected 1 to {self.longest - 1}: below max_seq_len")
         order = sorted(range(len(requests)), key=lambda i: (repr(options[i]), -len(prompts[i])))
         alike = (in_parts(group, self.scorer.rows) for _, group in groupby(order, lambda i: repr(options[i])))
         found = torch.zeros(len(requests), self.longest, dtype=torch.long)  # each token's id + 1
-        for batch in self.scorer.mine([*chain.from_iterable(alike)], "generating"):
+        for batch in self.scorer.shown([*chain.from_iterable(alike)][self.scorer.mine], "generating"):
             for i, row in zip(batch, self.continued([prompts[i] for i in batch], **options[batch[0]]), strict=True):
                 found[i, : len(row)] = torch.tensor(row) + 1
         texts = [self.ids.decode([token - 1 for token in row if token]) for row in self.scorer.total(found).tolist()]
@@ -74,10 +82,6 @@ class HarnessModel(TemplateLM):
         self, prompts: list[list[int]], until: list[str], max_gen_toks: int, do_sample: bool, **sampling: Any
     ) -> list[list[int]]:
         """The tokens after each prompt, until every row has ended or holds a text of `until`."""
-        unknown = sorted(sampling.keys() - SAMPLING)
-        require(not unknown, f"generation_kwargs {unknown} are unknown; expected some of {sorted(SAMPLING)}")
-        found = f"max_gen_toks is {max_gen_toks} (256 where a task has none in its generation_kwargs)"
-        require(0 < max_gen_toks < self.longest, f"{found}; expected 1 to {self.longest - 1}: below max_seq_len")
         rows, texts, ended = [[] for _ in prompts], [""] * len(prompts), [False] * len(prompts)
         streams = [self.ids.stream() for _ in prompts]
         cut = [prompt[max_gen_toks - self.longest :] for prompt in prompts]
@@ -93,6 +97,19 @@ class HarnessModel(TemplateLM):
         return rows
 
 
+@contextmanager
+def explained(names: Sequence[str]) -> Iterator[None]:
+    """Turns what the harness raises for a task into an InputError."""
+    try:
+        yield
+    except RuntimeError:  # of the device or the ranks, not of a task
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__} "
+        found = f"{kind}{error} {error.__cause__ or ''}".strip()
+        raise InputError(f"--tasks {','.join(names)}: {found}; check the YAML of the task and its data") from error
+
+
 def check_answers(task: Task, limit: int | None) -> None:
     """Raise InputError for an item of a multiple-choice task whose answer is none of its choices."""
     if not isinstance(task, ConfigurableTask):
@@ -106,8 +123,21 @@ def check_answers(task: Task, limit: int | None) -> None:
                 require(one in choices or one in range(len(choices)), found)
 
 
+def open_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> TaskManager:
+    """Find the tasks and check their items, before the model is asked."""
+    require(folder is None or folder.is_dir(), f"--task-folder {folder} is not a folder")
+    require(limit is None or limit >= 1, f"--limit is {limit}; expected at least 1")
+    with explained(names):
+        manager = TaskManager(include_path=[folder] if folder else None, include_defaults=False)
+        if not all(name in manager.all_tasks or Path(name).is_file() for name in names):
+            manager = TaskManager(include_path=[folder] if folder else None)  # reads thousands of files
+        for task in manager.load([*names])["tasks"].values():
+            check_answers(task, limit)
+    return manager
+
+
 def run_tasks(
-    scorer: Scorer, names: list[str], folder: Path | None, num_fewshot: int | None, limit: int | None
+    scorer: Scorer, names: Sequence[str], folder: Path | None, num_fewshot: int | None, limit: int | None
 ) -> dict[str, Record]:
     """The metrics of each task, as the harness names them: `acc,none` is accuracy without a filter.
 
@@ -115,21 +145,11 @@ def run_tasks(
     Collective; rank 0 has the result. Raises InputError for a task that cannot be loaded or scored.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        manager = TaskManager(include_path=[folder] if folder else None, include_defaults=False)
-        if not all(name in manager.all_tasks or Path(name).is_file() for name in names):
-            manager = TaskManager(include_path=[folder] if folder else None)  # reads thousands of files
-        for task in manager.load(names)["tasks"].values():
-            check_answers(task, limit)
+    manager = together(lambda: open_tasks(names, folder, limit))
+    with explained(names):
         results: Any = simple_evaluate(
             HarnessModel(scorer), tasks=[*names], num_fewshot=num_fewshot, limit=limit, task_manager=manager,
             log_samples=False,
         )  # fmt: skip
-    except RuntimeError:  # of the device or the ranks, not of a task
-        raise
-    except Exception as error:
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__} "
-        found = f"{kind}{error} {error.__cause__ or ''}".strip()
-        raise InputError(f"--tasks {','.join(names)}: {found}; check the YAML of the task and its data") from error
     found = results["results"] if results else {}
     return {task: ready({k: v for k, v in record.items() if not isinstance(v, str)}) for task, record in found.items()}

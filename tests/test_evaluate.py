@@ -219,15 +219,18 @@ def test_what_cannot_be_scored_is_refused(
         Scorer(trained, mesh, 0)
 
 
-def test_numbers_that_are_not_finite_are_texts(run: Path, mesh: Mesh, tmp_path: Path, capsys: Any) -> None:
+def test_the_table_and_the_json_take_any_name_and_number(run: Path, mesh: Mesh, tmp_path: Path, capsys: Any) -> None:
     broken = load_trained(run, CPU)
     with torch.no_grad():
         broken.model.norm.weight.fill_(math.nan)
     record = score_text(Scorer(broken, mesh, 2), "[red]x", iter(["ab"]), None, None)
-    report({"text": {"[red]x": record}, "tasks": {}}, tmp_path / "out.json")
+    task = {"sample_len": 4, "acc,none": 0.25, "acc_stderr,none": 0.125}
+    report({"text": {"[red]x": record}, "tasks": {"some": task}}, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)
     assert found["text"]["[red]x"]["loss"] == found["text"]["[red]x"]["perplexity"] == "nan"
-    assert "[red]x" in capsys.readouterr().out
+    rows = [row.strip("│ ").split() for row in capsys.readouterr().out.replace("│", "").splitlines()]
+    for row in ("[red]x loss nan", "[red]x tokens 2", "some sample_len 4", "some acc,none 0.2500 0.1250"):
+        assert row.split() in rows
 
 
 def launch(*argv: str | Path, before: str = "pass") -> subprocess.CompletedProcess:

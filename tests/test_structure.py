@@ -63,7 +63,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "torch", "rich", "llm.__version__", "llm.config", "llm.errors", "llm.files", "llm.model", "llm.parallel",
         "llm.data", "llm.generate", "llm.trained",
     },
-    "llm/harness.py": {"torch", "lm_eval", "llm.errors", "llm.evaluate", "llm.generate", "llm.sampling"},
+    "llm/harness.py": {
+        "torch", "lm_eval", "llm.errors", "llm.parallel", "llm.evaluate", "llm.generate", "llm.sampling",
+    },
     "llm/report.py": {"torch", "matplotlib", "llm.errors", "llm.data", "llm.generate", "llm.sampling", "llm.trained"},
     "launch": {"llm", "torch", "rich"},
     "setup.py": None,
