@@ -49,6 +49,7 @@ def verify_layout(ranks: Ranks) -> None:
     import torch
     from rich.console import Console
 
+    from llm.files import claim
     from llm.parallel.agreement import broadcast, together
     from llm.parallel.mesh import Mesh
     from llm.parity import report
@@ -62,7 +63,7 @@ def verify_layout(ranks: Ranks) -> None:
     initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
     mesh = Mesh.create(config.parallel, device.type)
     together(lambda: check_kernels(config, device))
-    together(lambda: report.claim(path) if ranks.rank == 0 else None)
+    together(lambda: claim(path) if ranks.rank == 0 else None)
     available = broadcast(str(available_bytes(device, ranks.local_world_size)))
     fitted = shrink(config, int(available), ranks.world_size)
     result = check_parity(fitted, mesh, device, own.steps)

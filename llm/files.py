@@ -188,3 +188,13 @@ def sha256_of(path: Path | str, progress: Callable[[int], None] = lambda count: 
             digest.update(buffer[:count])
             progress(count)
     return digest.hexdigest()
+
+
+def claim(path: Path) -> None:
+    """Make the folder that a report, option --json, will lie in; InputError if it cannot be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--json {path}: the folder cannot be made ({error}); choose another path") from error
+    writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+    require(writable, f"--json {path} is a folder or lies in one that cannot be written; choose another path")

@@ -50,7 +50,7 @@ def generate(
     open_rows = [True] * len(prompts)
     start = 0
     for position in range(min(lengths), max(limits)):
-        logits = next_logits(model, rows[:, start:position], start, cache)
+        logits = model.head.logits(hidden(model, rows[:, start:position], start, cache)[:, -1])
         logits[:, list(banned)] = -torch.inf
         start = position if use_cache else 0
         drawn = sample(logits, sampling, history=rows[:, :position], generator=generator).tolist()
@@ -65,14 +65,14 @@ def generate(
             return
 
 
-def next_logits(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
-    """fp32 [B, V] after `tokens` int64 [B, T], the first of which stands at position `start`."""
+def hidden(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
+    """The states [B, T, C] before the head, of `tokens` int64 [B, T], the first of which stands at position `start`."""
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     x = model.embed(tokens, positions, samples)
     for block in model.blocks.values():
         x = block(x, positions, samples, cache=cache)
-    return model.head.logits(model.norm(x[:, -1]))
+    return model.norm(x)
 
 
 def stream(trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampling: SamplingConfig) -> Iterator[str]:

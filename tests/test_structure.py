@@ -59,6 +59,13 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "torch", "llm.config", "llm.errors", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
     },
     "llm/generate.py": {"torch", "llm.config", "llm.errors", "llm.model", "llm.sampling", "llm.trained"},
+    "llm/evaluate.py": {
+        "torch", "rich", "llm.__version__", "llm.config", "llm.errors", "llm.files", "llm.model", "llm.parallel",
+        "llm.data", "llm.generate", "llm.trained",
+    },
+    "llm/harness.py": {
+        "torch", "lm_eval", "llm.errors", "llm.parallel", "llm.evaluate", "llm.generate", "llm.sampling",
+    },
     "llm/report.py": {"torch", "matplotlib", "llm.errors", "llm.data", "llm.generate", "llm.sampling", "llm.trained"},
     "launch": {"llm", "torch", "rich"},
     "setup.py": None,

@@ -37,3 +37,9 @@ class KVCache:
             seen = held[:, :, first:end]
         self._blocks[block] = held, end
         return seen[0], seen[1]
+
+    def select(self, rows: Tensor) -> KVCache:
+        """The cache of a batch that is made of these rows of this one, int64 [R]: a row may come several times."""
+        selected = KVCache(self.capacity)
+        selected._blocks = {i: (held[:, rows], length) for i, (held, length) in self._blocks.items()}
+        return selected

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from llm.config import ModelConfig, RunConfig
-from llm.errors import InputError, require
 from llm.files import replace
 from llm.parity.compare import SCALARS, Check, worst
 
@@ -163,13 +161,3 @@ def show(report: Report, terminal: Console) -> None:
 def write(report: Report, path: Path) -> None:
     """Write the JSON whole, or leave what was there."""
     replace(path, (json.dumps(to_json(report), indent=1, allow_nan=False) + "\n").encode())
-
-
-def claim(path: Path) -> None:
-    """Make the folder that the JSON will lie in; InputError if it cannot be written there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--json {path}: the folder cannot be made ({error}); choose another path") from error
-    writable = os.access(path.parent, os.W_OK) and not path.is_dir()
-    require(writable, f"--json {path} is a folder or lies in one that cannot be written; choose another path")

@@ -10,7 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "launch").glob("*.py") if "__main__" in path.read_text())
-HEAVY = ("torch", "triton", "deepspeed", "numpy", "tokenizers", "fsspec", "rich", "matplotlib", "safetensors")
+HEAVY = (
+    "torch",
+    "triton",
+    "deepspeed",
+    "numpy",
+    "tokenizers",
+    "fsspec",
+    "rich",
+    "matplotlib",
+    "safetensors",
+    "lm_eval",
+)
 RUN = f"""
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -22,7 +33,7 @@ finally:
 
 
 def test_the_scripts_are_found() -> None:
-    assert {"pretrain", "verify", "generate", "prepare_data", "report"} <= {path.stem for path in SCRIPTS}
+    assert {"pretrain", "verify", "generate", "prepare_data", "report", "evaluate"} <= {path.stem for path in SCRIPTS}
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

@@ -18,6 +18,7 @@ from llm.checkpoint.manifest import Piece
 from llm.config import ModelConfig, RunConfig
 from llm.config.sections import SparseAttention
 from llm.errors import InputError
+from llm.files import claim
 from llm.model.layers import IGNORED_TARGET
 from llm.parity import report as reports
 from llm.parity.batches import counted_targets, micro_batches, target_count
@@ -286,11 +287,11 @@ def test_every_parameter_has_a_row() -> None:
 
 
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    reports.claim(tmp_path / "new" / "x.json")
+    claim(tmp_path / "new" / "x.json")
     for path in (tmp_path, tmp_path / "file" / "x.json"):
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match="choose another path"):
-            reports.claim(path)
+            claim(path)
 
 
 # Models that are too large.
