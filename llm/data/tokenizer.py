@@ -98,9 +98,9 @@ class Tokenizer:
         """Token ids of a text; no end-of-document token is added."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, on all cores."""
-        return [found.ids for found in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        """Token ids of each text, on all cores, and how many words were too long and have been cut."""
+        return [found.ids for found in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)], 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""

@@ -44,7 +44,7 @@ def test_training_is_repeatable(tokenizer: Tokenizer, tmp_path: Path):
 def test_round_trip(tokenizer: Tokenizer, text: str):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.encode_batch([text, "", text]) == [ids, [], ids]
+    assert tokenizer.encode_batch([text, "", text]) == ([ids, [], ids], 0)
     assert tokenizer.eod_id not in ids
 
 
