@@ -57,6 +57,7 @@ def _walk(roots: Iterable[str]) -> Iterator[tuple[Path, bool]]:
     for root in roots:
         if not os.path.isdir(root):
             yield Path(root), True
+            continue
         for folder, folders, names in os.walk(root, followlinks=True, onerror=_unreadable):
             new = os.path.realpath(folder) not in entered
             entered.add(os.path.realpath(folder))
