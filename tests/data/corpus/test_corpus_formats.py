@@ -9,7 +9,7 @@ from formats import COMPRESSIONS, FORMS, jsonl, text_key
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.data.corpus import read_corpus
+from llm.data.corpus import read_corpus, texts
 from llm.errors import InputError
 
 DOCUMENTS = [f"document {i}, naïve 日本 🎉\n\x00" + "word " * (i % 7) for i in range(40)]
@@ -32,6 +32,15 @@ def read(path: Path, content: bytes) -> list[str]:
 @QUICK
 def test_every_form_gives_back_the_documents(tmp_path: Path, name: str, documents: list[str]):
     assert read(tmp_path / name, FORMS[name](documents)) == documents
+
+
+@pytest.mark.parametrize("name", ["c.ndjson", "d.json", "e.json", "f.json"])
+@given(documents=ANY_TEXT, size=st.integers(1, 40))
+@QUICK
+def test_json_is_read_a_little_at_a_time(tmp_path: Path, name: str, documents: list[str], size: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "PIECE", size)
+        assert read(tmp_path / name, FORMS[name](documents)) == documents
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
