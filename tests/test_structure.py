@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/cluster": {"torch", "mpi4py", "llm.config", "llm.errors", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
     "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.typed", "llm.data"},
-    "llm/data/corpus": {"numpy", "zstandard", "llm.config", "llm.errors", "llm.data.corpus"},
+    "llm/data/corpus": {"backports.zstd", "compression", "pyarrow", "llm.errors", "llm.data.corpus"},
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},
     "llm/data/prepare/console.py": {"rich", "llm.data"},
     "llm/checkpoint": {

@@ -156,7 +156,11 @@ class DataConfig:
     """Where the text comes from and how it is cut into samples."""
 
     source: str = "stdlib"
-    """`stdlib` (the Python standard library's own source) or a .txt, .jsonl, .jsonl.gz, .jsonl.zst file or a folder."""
+    """`stdlib` (the Python standard library's own source), or a file, folder or glob of text, JSON or tables."""
+    text_key: str = "text"
+    """The field of JSON, Parquet and Arrow files that holds the text; `a.b` is field b of field a."""
+    empty: Literal["skip", "error"] = "skip"
+    """What follows when a document has no text: it is passed over and counted, or an error."""
     tokenizer: str = "train"
     """`train` (a byte-level BPE of model.vocab_size, trained on the corpus), `char` (its characters), or the path of a
     tokenizer.json or of the ranks of a tiktoken encoding (cl100k_base.tiktoken, Llama 3's tokenizer.model)."""
@@ -177,7 +181,7 @@ class DataConfig:
     document_masks: bool = False
     """Documents of a sample do not attend to one another, and each counts its positions from 0."""
     validation_fraction: float = 0.05
-    """Share of the documents, chosen by their hash, that is kept for validation."""
+    """Share of the documents, chosen by their hash, that is kept for validation; of fewer than 20, each one's end."""
     validation_samples: int | None = None
     """Validate on this many samples; null: on all of the validation split."""
     loader: Literal["native", "numpy"] = "native"

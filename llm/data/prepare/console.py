@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from llm.data.prepare.inspect import Statistics
 from llm.data.prepare.tokenise import Progress
-from llm.data.tokens.manifest import Manifest
+from llm.data.tokens.manifest import Manifest, TextCounts
 
 WIDEST_BAR = 40
 
@@ -31,14 +32,23 @@ def summary(folder: Path, manifest: Manifest, vocab_size: int) -> str:
     padded = f", padded to {vocab_size} (model.vocab_size)" if vocab_size > manifest.vocab_size else ""
     lines = [f"{folder}: {manifest.source}, vocabulary {manifest.vocab_size}{padded}"]
     for name, split in manifest.splits.items():
-        shards, text = split.shards, ""
+        shards, size = split.shards, ""
         documents = f"{split.documents:,} documents" if split.documents else "documents not told apart"
         if split.bytes:
-            text = f"  {split.bytes:,} bytes  {split.bytes / split.tokens:.3f} bytes per token"
+            size = f"  {split.bytes:,} bytes  {split.bytes / split.tokens:.3f} bytes per token"
         lines.append(
-            f"  {name:10}  {split.tokens:,} tokens  {documents}{text}  "
+            f"  {name:10}  {split.tokens:,} tokens  {documents}{size}  "
             f"({len(shards.paths):,} x {shards.format} {shards.dtype})"
         )
+    text, fraction = manifest.text or TextCounts(), manifest.validation_fraction or 0
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in Counter(text.others).most_common(5))
+    notes = [
+        text.inside and f"too few documents to choose from: the last {fraction:.3%} of each are for validation",
+        text.empty and f"{text.empty:,} documents without text, passed over",
+        text.others and f"{sum(text.others.values()):,} other files, passed over: {kinds}",
+        text.cut_words and f"{text.cut_words:,} words too long for the tokenizer, cut",
+    ]
+    lines += [f"  {note}" for note in notes if note]
     loss = manifest.bigram_nats_per_token
     if loss is not None:
         lines.append(

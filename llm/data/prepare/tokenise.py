@@ -8,18 +8,20 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from llm.config import RunConfig
-from llm.data.corpus import describe_source, read_corpus
+from llm.data.corpus import TextCorpus, describe_source
+from llm.data.corpus.pieces import divide
 from llm.data.prepare.bigram import folder_loss
 from llm.data.tokenizer import LEARNED, Tokenizer
 from llm.data.tokens.folder import data_folder, is_url, load_manifest
 from llm.data.tokens.hashes import check_hashes, file_entry
-from llm.data.tokens.manifest import FILE_NAME, FORMAT, SPLITS, Manifest, Shards, Split, read_manifest
+from llm.data.tokens.manifest import FILE_NAME, FORMAT, SPLITS, Manifest, Shards, Split, TextCounts, read_manifest
 from llm.data.tokens.megatron import TokenWriter, token_dtype
 from llm.errors import require
 from llm.files import sha256_of
@@ -28,54 +30,58 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, bytes of text done, and bytes in all (0: not known yet)."""
 
 BATCH_CHARACTERS = 1 << 20  # text tokenised at a time
+FEW = 20  # documents, below which the split goes through each of them
 
 
-def split_of(document: str, validation_fraction: float) -> str:
-    """`train` or `validation`, by the document's SHA-256: the same text never lies in both."""
-    digest = hashlib.sha256(document.encode("utf-8")).digest()
+def split_of(digest: bytes, validation_fraction: float) -> str:
+    """`train` or `validation`, by the SHA-256 of a document: the same text never lies in both."""
     below = int.from_bytes(digest[:8], "big") < int(validation_fraction * 2**64)
     return "validation" if below else "train"
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """A first reading of the corpus."""
+Piece: TypeAlias = tuple[str, str, bool]
+"""The split and text of a part of a document, and whether the document ends with it."""
 
-    sha256: str
-    documents: dict[str, int]
-    bytes: dict[str, int]
+
+class _Reading:
+    """One pass over the corpus, which is counted and hashed as it goes by."""
+
+    def __init__(self, corpus: TextCorpus, fraction: float, inside: bool) -> None:
+        """fraction: for validation. inside: of each document, not of the documents."""
+        self.corpus, self._fraction, self._inside = corpus, fraction, inside
+        self.digest, self.count = hashlib.sha256(), 0
+        self.documents: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        self.bytes: dict[str, int] = dict.fromkeys(SPLITS, 0)
 
     @property
     def total(self) -> int:
+        """Bytes of the text, as far as it has been gone through."""
         return sum(self.bytes.values())
 
-
-def _documents(config: RunConfig, stage: str, total: int, progress: Progress) -> Iterator[tuple[str, str]]:
-    """(split, text) of each document."""
-    done = 0
-    for document in read_corpus(config.data.source):
-        done += len(document.encode("utf-8"))
-        progress(stage, done, total)
-        yield split_of(document, config.data.validation_fraction), document
-
-
-def _scan(config: RunConfig, progress: Progress) -> _Scan:
-    digest = hashlib.sha256()
-    counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
-    sizes: dict[str, int] = dict.fromkeys(SPLITS, 0)
-    for split, document in _documents(config, "reading", 0, progress):
-        text = document.encode("utf-8")
-        digest.update(hashlib.sha256(text).digest())
-        counts[split] += 1
-        sizes[split] += len(text)
-    for split in SPLITS:
-        require(
-            counts[split] > 0,
-            f"the {split} split is empty: the corpus has {sum(counts.values())} documents, "
-            f"data.validation_fraction is {config.data.validation_fraction}; "
-            "use more documents (a .txt file is one document) or another fraction",
-        )
-    return _Scan(digest.hexdigest(), counts, sizes)
+    def pieces(self, stage: str, total: int, progress: Progress) -> Iterator[Piece]:
+        """All text in order. InputError at its end where a split is empty."""
+        for document in self.corpus.documents():
+            parts, digest = [text.encode() for text in document], hashlib.sha256()
+            for part in parts:
+                digest.update(part)
+            self.digest.update(digest.digest())
+            self.count += 1
+            if self._inside:
+                shares = dict(zip(SPLITS, divide(parts, self._fraction), strict=True))
+            else:
+                shares = {split_of(digest.digest(), self._fraction): parts}
+            for split, share in shares.items():
+                self.documents[split] += bool(share)
+                for i, part in enumerate(share):
+                    yield split, part.decode(), i == len(share) - 1
+                    self.bytes[split] += len(part)
+                    progress(stage, self.total, total)
+        for split in SPLITS:
+            require(
+                self.documents[split] > 0,
+                f"the {split} split is empty: the corpus has {self.count} documents, "
+                f"data.validation_fraction is {self._fraction}; use more text or another fraction",
+            )
 
 
 def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Manifest:
@@ -91,20 +97,20 @@ def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: N
     if is_url(config.data.path or "") or registered:
         return load_manifest(config)
     tokenizer = None if config.data.tokenizer in LEARNED else given_tokenizer(config)
-    scan = _scan(config, progress)
+    corpus = TextCorpus(config.data.source, config.data.text_key, config.data.empty == "skip")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        return _check_prepared(config, folder, scan, tokenizer)
+        return _check_prepared(config, folder, corpus, tokenizer, progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
     try:
-        manifest = _write(config, temporary, tokenizer, scan, progress)
+        manifest = _write(config, temporary, corpus, tokenizer, progress)
         try:
             os.rename(temporary, folder)
         except OSError:
             if not (folder / FILE_NAME).exists():
                 raise
-            return _check_prepared(config, folder, scan, tokenizer)  # another process was faster
+            return _check_prepared(config, folder, corpus, tokenizer, progress)  # another process was faster
         return manifest
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,11 +121,11 @@ def given_tokenizer(config: RunConfig) -> Tokenizer:
     return _fitting(config, Tokenizer.load(Path(config.data.tokenizer), config.data.end_token))
 
 
-def learned_tokenizer(config: RunConfig, documents: Iterator[tuple[str, str]]) -> Tokenizer:
-    """The tokenizer that data.tokenizer asks to make of (split, text) of each document; InputError as _fitting()."""
+def learned_tokenizer(config: RunConfig, pieces: Iterator[Piece]) -> Tokenizer:
+    """The tokenizer that data.tokenizer asks to make of the text; InputError as _fitting()."""
     if config.data.tokenizer == "char":  # a character of the validation split alone needs a token too
-        return _fitting(config, Tokenizer.of_characters(text for _, text in documents))
-    return Tokenizer.train((text for split, text in documents if split == "train"), config.model.vocab_size)
+        return _fitting(config, Tokenizer.of_characters(text for _, text, _ in pieces))
+    return Tokenizer.train((text for split, text, _ in pieces if split == "train"), config.model.vocab_size)
 
 
 def _fitting(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
@@ -138,87 +144,92 @@ def _tokenizer_origin(config: RunConfig) -> str:
     return name if name in LEARNED else sha256_of(name)
 
 
-def _check_prepared(config: RunConfig, folder: Path, scan: _Scan, tokenizer: Tokenizer | None) -> Manifest:
+def _check_prepared(
+    config: RunConfig, folder: Path, corpus: TextCorpus, tokenizer: Tokenizer | None, progress: Progress
+) -> Manifest:
     """The manifest of an existing folder, which must hold what would be written; tokenizer: the one that is given."""
     remedy = "remove the folder or set data.path to another one"
     require((folder / FILE_NAME).exists(), f"{folder} exists and is no folder of prepared data; {remedy}")
-    manifest = read_manifest(folder)
+    manifest, fraction = read_manifest(folder), config.data.validation_fraction
+
+    def compare(name: str, found: object, asked: object) -> None:
+        problem = f"{folder} was prepared from {manifest.source} with another {name}"
+        require(found == asked, f"{problem}: found {found}, expected {asked}; {remedy}")
+
+    compare("data.tokenizer", manifest.tokenizer, _tokenizer_origin(config))
     size = config.model.vocab_size  # others than a trained tokenizer may have fewer tokens
     size = size if config.data.tokenizer == "train" else min(size, manifest.vocab_size)
-    wanted = {
-        f"text of {config.data.source}, sha256": (manifest.source_sha256, scan.sha256),
-        "data.tokenizer": (manifest.tokenizer, _tokenizer_origin(config)),
-        "model.vocab_size": (manifest.vocab_size, size),
-        "data.end_token": (manifest.eod_id, manifest.eod_id if tokenizer is None else tokenizer.eod_id),
-        "data.validation_fraction": (manifest.validation_fraction, config.data.validation_fraction),
-    }
-    for name, (found, asked) in wanted.items():
-        require(
-            found == asked,
-            f"{folder} was prepared from {manifest.source} with another {name}: "
-            f"found {found}, expected {asked}; {remedy}",
-        )
+    compare("model.vocab_size", manifest.vocab_size, size)
+    compare("data.end_token", manifest.eod_id, manifest.eod_id if tokenizer is None else tokenizer.eod_id)
+    compare("data.validation_fraction", manifest.validation_fraction, fraction)
+    text = _Reading(corpus, fraction, manifest.text is not None and manifest.text.inside)
+    for _ in text.pieces("reading", sum(split.bytes or 0 for split in manifest.splits.values()), progress):
+        pass
+    compare(f"text of {config.data.source}, sha256", manifest.source_sha256, text.digest.hexdigest())
     check_hashes(folder, manifest)
     return manifest
 
 
-def _write(config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _Scan, progress: Progress) -> Manifest:
+def _write(
+    config: RunConfig, folder: Path, corpus: TextCorpus, tokenizer: Tokenizer | None, progress: Progress
+) -> Manifest:
     """Everything that the folder holds."""
+    inside = sum(1 for _ in islice(corpus.documents(), FEW)) < FEW
+    first, text = (_Reading(corpus, config.data.validation_fraction, inside) for _ in range(2))
     if tokenizer is None:
-        documents = _documents(config, "training the tokenizer", scan.total, progress)
-        tokenizer = learned_tokenizer(config, documents)
+        tokenizer = learned_tokenizer(config, first.pieces("reading", 0, progress))
     tokenizer.save(folder / "tokenizer.json")
-    dtype = token_dtype(tokenizer.vocab_size)
-    tokens = _tokenise(config, folder, tokenizer, scan, progress)
-    shards = {}
+    tokens, cut_words = _tokenise(text.pieces("tokenising", first.total, progress), folder, tokenizer)
+    require(
+        inside == (text.count < FEW) and (first.count == 0 or first.digest.digest() == text.digest.digest()),
+        f"{config.data.source} changed while it was read; run again",
+    )
+    dtype, shards = token_dtype(tokenizer.vocab_size), {}
     for name in SPLITS:
         entry = file_entry(folder / f"{name}.bin")
         shards[name] = Shards("megatron", dtype, (f"{name}.bin",), (tokens[name],), (entry.bytes,), (entry.sha256,))
     names = ["tokenizer.json", *(f"{split}.idx" for split in SPLITS)]
     entries = {name: file_entry(folder / name) for name in names}
-    progress("counting bigrams", scan.total, scan.total)
+    progress("counting bigrams", text.total, text.total)
     bigram = folder_loss(folder, dtype, tokenizer.vocab_size, config.data.seq_len)
     manifest = Manifest(
         format=FORMAT,
         source=describe_source(config.data.source),
-        source_sha256=scan.sha256,
+        source_sha256=text.digest.hexdigest(),
         validation_fraction=config.data.validation_fraction,
         tokenizer=_tokenizer_origin(config),
         tokenizer_sha256=entries["tokenizer.json"].sha256,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
-        splits={name: Split(tokens[name], scan.documents[name], scan.bytes[name], shards[name]) for name in SPLITS},
+        splits={name: Split(tokens[name], text.documents[name], text.bytes[name], shards[name]) for name in SPLITS},
         files=entries,
         bigram_nats_per_token=bigram,
         bigram_seq_len=None if bigram is None else config.data.seq_len,
+        text=TextCounts(inside, corpus.empty, corpus.others, cut_words),
     )
     manifest.save(folder)
     return manifest
 
 
-def _tokenise(config: RunConfig, folder: Path, tokenizer: Tokenizer, scan: _Scan, progress: Progress) -> dict[str, int]:
-    """Write the .bin/.idx pairs; the number of tokens of each split."""
-    dtype = token_dtype(tokenizer.vocab_size)
+def _tokenise(pieces: Iterator[Piece], folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, int], int]:
+    """Write the .bin/.idx pairs; the number of tokens of each split, and how many words were cut."""
+    dtype, cut_words = token_dtype(tokenizer.vocab_size), 0
     with ExitStack() as files:
         writers = {name: files.enter_context(TokenWriter.open(folder / name, dtype)) for name in SPLITS}
-        for batch in _batches(_documents(config, "tokenising", scan.total, progress)):
-            encoded, _ = tokenizer.encode_batch([document for _, document in batch])
-            for (split, _), ids in zip(batch, encoded, strict=True):
-                writers[split].add(np.array([*ids, tokenizer.eod_id], dtype=np.int64))
-    for name, writer in writers.items():
-        require(
-            writer.documents == scan.documents[name],
-            f"{config.data.source} changed while it was read: {writer.documents} {name} documents, "
-            f"{scan.documents[name]} at first; run again",
-        )
-    return {name: writer.tokens for name, writer in writers.items()}
+        for batch in _batches(pieces):
+            encoded, cut = tokenizer.encode_batch([text for _, text, _ in batch])
+            cut_words += cut
+            for (split, _, ends), ids in zip(batch, encoded, strict=True):
+                end = [tokenizer.eod_id] * ends
+                writers[split].add(np.array([*ids, *end], dtype=np.int64), ends)
+    return {name: writer.tokens for name, writer in writers.items()}, cut_words
 
 
-def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch, characters = [], 0
-    for split, document in documents:
-        batch.append((split, document))
-        characters += len(document)
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    batch, characters = list[Piece](), 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[1])
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

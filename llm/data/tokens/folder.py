@@ -39,7 +39,7 @@ def data_folder(config: RunConfig) -> Path:
 def source_name(source: str) -> str:
     """A short name for a source of text: `stdlib`, or the file's or folder's name without its suffixes."""
     name = source if source == "stdlib" else Path(source).resolve().name
-    name = re.sub(r"\.(txt|jsonl|jsonl\.gz|jsonl\.zst)$", "", name)
+    name = re.sub(r"(?i)\.((txt|jsonl|ndjson|json)(\.(gz|bz2|xz|zst))?|parquet|arrow|feather)$", "", name)
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "corpus"
 
 

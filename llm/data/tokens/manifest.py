@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -89,6 +89,20 @@ class Split:
 
 
 @dataclass(frozen=True)
+class TextCounts:
+    """What was met where the text was read."""
+
+    inside: bool = False
+    """Too few documents to choose from: each one's end is validation text."""
+    empty: int = 0
+    """Documents without text, passed over."""
+    others: dict[str, int] = field(default_factory=dict)
+    """Files of other kinds, passed over, by suffix."""
+    cut_words: int = 0
+    """Words so long that they were tokenised in parts."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What manifest.json says."""
 
@@ -113,6 +127,8 @@ class Manifest:
     """Validation loss of an interpolated bigram model; null on corpora too large for it."""
     bigram_seq_len: int | None
     """data.seq_len whose validation samples that loss was computed on."""
+    text: TextCounts | None = None
+    """Null: the token files were made elsewhere, or before this was counted."""
 
     def __post_init__(self) -> None:
         require(self.format == FORMAT, f"format is {self.format!r}; expected {FORMAT!r}")

@@ -39,7 +39,7 @@ class TokenWriter:
         """ids: the .bin file. lengths: a file for the tokens of each document, read again for the index."""
         self._ids, self._lengths, self._code = ids, lengths, CODES[dtype]
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.tokens = self.documents = 0
+        self.tokens = self.documents = self._open = 0
 
     @classmethod
     @contextmanager
@@ -55,17 +55,19 @@ class TokenWriter:
             yield writer
             writer._write_index(index)
 
-    def add(self, tokens: NDArray[np.integer]) -> None:
-        """Append one document: ids [n], the end-of-document token included."""
+    def add(self, tokens: NDArray[np.integer], ends: bool = True) -> None:
+        """Append ids [n] to the open document. ends: it ends with them, the last being the end-of-document token."""
         limits = np.iinfo(self.dtype)
-        if not 1 <= tokens.size <= np.iinfo(np.int32).max:
-            raise InputError(f"a document has {tokens.size} tokens; expected between 1 and 2^31 - 1")
-        if tokens.min() < 0 or tokens.max() > limits.max:
+        self._open += int(tokens.size)
+        if self._open > np.iinfo(np.int32).max or (ends and not self._open):
+            raise InputError(f"a document has {self._open} tokens; expected between 1 and 2^31 - 1")
+        if tokens.size and (tokens.min() < 0 or tokens.max() > limits.max):
             raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
         self._ids.write(tokens.astype(self.dtype).tobytes())
-        self._lengths.write(struct.pack("<i", tokens.size))
         self.tokens += int(tokens.size)
-        self.documents += 1
+        if ends:
+            self._lengths.write(struct.pack("<i", self._open))
+            self._open, self.documents = 0, self.documents + 1
 
     def _write_index(self, file: BinaryIO) -> None:
         file.write(HEADER.pack(MAGIC, VERSION, self._code, self.documents, self.documents + 1))

@@ -15,12 +15,17 @@ import pytest
 
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.data.corpora import Corpora
+from llm.data.corpus import TextCorpus
+from llm.data.corpus import pieces as cutting
+from llm.data.corpus import texts as reading
 from llm.data.loader import open_loader, validation_batches
 from llm.data.prepare import tokenise as preparing
 from llm.data.prepare.bigram import bigram_loss
+from llm.data.prepare.console import summary
 from llm.data.prepare.tokenise import prepare, split_of
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, load_manifest
+from llm.data.tokens.manifest import TextCounts
 from llm.data.tokens.megatron import read_index
 from llm.errors import InputError
 
@@ -56,8 +61,12 @@ def make_config(vocab_size: int = 280, **data) -> RunConfig:
     )
 
 
+def chosen(text: str, fraction: float = 0.2) -> str:
+    return split_of(hashlib.sha256(text.encode()).digest(), fraction)
+
+
 def split_text(split: str, fraction: float = 0.2) -> list[str]:
-    return [text for text in DOCUMENTS if split_of(text, fraction) == split]
+    return [text for text in DOCUMENTS if chosen(text, fraction) == split]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -93,17 +102,17 @@ def test_the_shards_hold_the_documents():
 
 def test_the_split_goes_by_hash_alone():
     texts = [f"text {i}" for i in range(4000)]
-    share = sum(split_of(text, 0.1) == "validation" for text in texts) / len(texts)
+    share = sum(chosen(text, 0.1) == "validation" for text in texts) / len(texts)
     assert share == pytest.approx(0.1, abs=0.02)
-    larger = [split_of(text, 0.2) == "validation" for text in texts]
-    assert all(big for text, big in zip(texts, larger, strict=True) if split_of(text, 0.1) == "validation")
+    larger = [chosen(text, 0.2) == "validation" for text in texts]
+    assert all(big for text, big in zip(texts, larger, strict=True) if chosen(text, 0.1) == "validation")
     write_corpus(Path("text.jsonl"), DOCUMENTS[::-1])
     manifest = prepare(make_config())
     assert manifest.splits["validation"].documents == len(split_text("validation"))
 
 
 def test_the_tokenizer_learns_from_the_training_split_alone():
-    unseen = next(text for i in range(99) if split_of(text := f"{i}" + "zq" * 99, 0.2) != "train")
+    unseen = next(text for i in range(99) if chosen(text := f"{i}" + "zq" * 99) != "train")
     write_corpus(Path("text.jsonl"), [*DOCUMENTS, unseen])
     prepare(make_config())
     Tokenizer.train(iter(split_text("train")), 280).save(Path("expected.json"))
@@ -215,7 +224,7 @@ def test_empty_splits_are_refused():
     write_corpus(Path("text.jsonl"), split_text("validation"))
     refused(make_config(), "the train split is empty")
     Path("text.jsonl").write_text("")
-    refused(make_config(), r"text\.jsonl is empty")
+    refused(make_config(), r"text\.jsonl holds no text")
 
 
 def test_a_given_tokenizer_is_copied():
@@ -277,3 +286,125 @@ def test_the_script():
     assert result.returncode == 2
     assert "error: data/text-280 was prepared from text.jsonl with another" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def text_of(folder: str, split: str) -> list[str]:
+    tokens, index = np.fromfile(f"{folder}/{split}.bin", "<u2"), read_index(Path(folder) / split)
+    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
+    documents = np.split(tokens, np.cumsum(index.lengths)[:-1])
+    assert all(ids[-1] == tokenizer.eod_id for ids in documents)
+    return [tokenizer.decode(ids[:-1].tolist()) for ids in documents]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_one_text_is_split_inside(given: bool):
+    """nanoGPT's input.txt: one file, whose end is for validation."""
+    text = "\n".join(document(i) for i in range(200)) + "\n"
+    Path("input.txt").write_text(text)
+    prepare(make_config(path="first"))
+    name = "first/tokenizer.json" if given else "train"
+    config = make_config(path="folder", source="input.txt", tokenizer=name, validation_fraction=0.1)
+    manifest = prepare(config)
+    (train,), (validation,) = text_of("folder", "train"), text_of("folder", "validation")
+    assert train + validation == text
+    assert train[-1] == "\n"
+    assert len(validation.encode()) == pytest.approx(0.1 * len(text.encode()), abs=300)
+    assert manifest.text == TextCounts(inside=True)
+    assert [split.documents for split in manifest.splits.values()] == [1, 1]
+    assert manifest.splits["validation"].bytes == len(validation.encode())
+    assert "the last 10.000% of each are for validation" in summary(Path("folder"), manifest)
+    assert prepare(config) == manifest == load_manifest(config)
+
+
+@pytest.mark.parametrize(("count", "inside"), [(1, True), (19, True), (20, False)])
+def test_few_documents_are_each_split_inside(count: int, inside: bool):
+    texts = [text for text in DOCUMENTS if chosen(text) == "train"][: count - 1] + split_text("validation")[:1]
+    write_corpus(Path("text.jsonl"), [*texts, ""])
+    manifest = prepare(make_config(260, path="few"))
+    assert manifest.text == TextCounts(inside=inside, empty=1)
+    train, validation = text_of("few", "train"), text_of("few", "validation")
+    if inside:
+        assert [a + b for a, b in zip(train, validation, strict=True)] == texts
+    else:
+        assert train + validation == texts
+
+
+def test_a_text_of_one_character_is_no_corpus():
+    write_corpus(Path("text.jsonl"), ["x"])
+    refused(make_config(257), "the validation split is empty: the corpus has 1 documents")
+
+
+def test_what_is_passed_over_is_counted_and_said():
+    Path("texts").mkdir()
+    write_corpus(Path("texts/a.jsonl"), [*DOCUMENTS, "", ""])
+    Path("texts/README.md").write_text("about")
+    Path("texts/empty.txt").touch()
+    manifest = prepare(make_config(source="texts"))
+    assert manifest.text == TextCounts(empty=3, others={".md": 1})
+    said = summary(Path("x"), manifest)
+    assert "  3 documents without text, passed over\n  1 other files, passed over: 1 .md\n" in said
+    assert prepare(make_config(source="texts")) == manifest
+    refused(make_config(source="texts", path="strict", empty="error"), r"a\.jsonl, line 61: found no text")
+    assert not Path("strict").exists()
+
+
+def test_cut_words_are_counted(monkeypatch: pytest.MonkeyPatch):
+    encode = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: (encode(self, texts)[0], len(texts)))
+    manifest = prepare(make_config())
+    assert manifest.text == TextCounts(cut_words=len(DOCUMENTS))
+    assert "60 words too long for the tokenizer, cut" in summary(Path("x"), manifest)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_long_documents_are_tokenised_in_pieces(monkeypatch: pytest.MonkeyPatch, kind: str):
+    """The shards are those of whole documents, and no call of the tokenizer gets more than a little text."""
+    texts = [" ".join(document(i) + "\n" * (i % 3) for i in range(k, k + 70)) for k in range(24)]
+    Path("texts").mkdir()
+    if kind == "jsonl":
+        write_corpus(Path("texts/a.jsonl"), texts)
+    else:
+        for i, text in enumerate(texts):
+            Path(f"texts/{i:02}.txt").write_text(text)
+    whole = prepare(make_config(path="whole", source="texts"))
+    encode, sizes = Tokenizer.encode_batch, []
+    monkeypatch.setattr(cutting, "PIECE", 1000)
+    monkeypatch.setattr(reading, "PIECE", 1000)
+    monkeypatch.setattr(cutting, "WINDOW", 300)
+    monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda self, texts: (sizes.append(sum(map(len, texts))), encode(self, texts))[1]
+    )
+    assert prepare(make_config(path="parts", source="texts")) == whole
+    assert hashes(Path("parts")) == hashes(Path("whole"))
+    assert max(sizes) <= 6000 < min(map(len, texts))
+
+
+@pytest.mark.parametrize(("tokenizer", "passes"), [("trained/tokenizer.json", 1), ("train", 2)])
+def test_the_text_is_read_once_or_twice(monkeypatch: pytest.MonkeyPatch, tokenizer: str, passes: int):
+    prepare(make_config(path="trained"))
+    read = []
+
+    def documents(self):
+        for found in TextCorpus.documents(self):
+            read.append(list(found))
+            yield read[-1]
+
+    counting = type("Counting", (TextCorpus,), {"documents": documents})
+    monkeypatch.setattr(preparing, "TextCorpus", lambda *args: counting(*args))
+    prepare(make_config(path="again", tokenizer=tokenizer))
+    assert len(read) == preparing.FEW + passes * len(DOCUMENTS)  # the first tell whether there are few
+    read.clear()
+    prepare(make_config(path="again", tokenizer=tokenizer))
+    assert len(read) == len(DOCUMENTS)
+
+
+def test_a_manifest_from_before_the_counts_is_read():
+    config = make_config()
+    manifest = prepare(config)
+    path = data_folder(config) / "manifest.json"
+    plain = json.loads(path.read_text())
+    del plain["text"]
+    path.write_text(json.dumps(plain))
+    assert prepare(config) == dataclasses.replace(manifest, text=None)
+    assert "passed over" not in summary(Path("x"), load_manifest(config))
