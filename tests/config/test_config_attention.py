@@ -59,7 +59,7 @@ WINDOW = "--model.attention_window="
         ([f"{WINDOW}{{a: 1}}"], "model.attention_window: found {'a': 1}; expected int"),
         ([f"{SPARSE}3"], "model.attention_sparse: found 3; expected {block, local, stride}"),
         ([f"{SPARSE}{{block: 64}}"], "found no model.attention_sparse.local, model.attention_sparse.stride"),
-        ([f"{SPARSE}{{block: 60, local: 1, stride: 4}}"], "model.attention_sparse: block is 60; expected a positive"),
+        ([f"{SPARSE}{{block: 96, local: 1, stride: 4}}"], "model.attention_sparse: block is 96; expected a positive"),
         ([f"{SPARSE}{{block: 0, local: 1, stride: 4}}"], "model.attention_sparse: block is 0; expected a positive"),
         ([f"{SPARSE}[{{block: 64, local: 0, stride: 4}}]"], "model.attention_sparse[0]: local is 0; expected"),
         ([f"{SPARSE}[{{block: 64, local: 1, stride: 0}}]"], "model.attention_sparse[0]: stride is 0; expected"),

@@ -31,9 +31,11 @@ def build(factory: str, norm: str = "layernorm", seed: int = SEED) -> GPT:
 
 def keys_by_place(model: GPT) -> dict[str, DropoutKey]:
     """The key of each module that drops, by the module's name."""
-    return {
-        name: module.key for name, module in model.named_modules() if isinstance(getattr(module, "key", 0), DropoutKey)
-    }
+    keys: dict[str, DropoutKey] = {}
+    for name, module in model.named_modules():
+        if isinstance(key := getattr(module, "key", None), DropoutKey):
+            keys[name] = key
+    return keys
 
 
 PLACES = ["embedding_dropout"] + [
