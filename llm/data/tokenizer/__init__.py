@@ -16,7 +16,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llm.data.tokenizer.pieces import LONGEST_PIECE, LONGEST_WORD, pieces
+from llm.data.tokenizer.cuts import LONGEST_PIECE, LONGEST_WORD, pieces
 from llm.data.tokenizer.ranks import SUFFIXES, read_ranks
 from llm.data.tokenizer.spelling import BYTE_TOKEN, bytes_of, drop_prefix, keeps_text, steps
 from llm.errors import InputError, require

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 from functools import cache
 from pathlib import Path
@@ -13,27 +11,14 @@ import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
-from tokenizer_kinds import LLAMA3_PATTERN, real_text, tokenizer_json
+from tokenizer_kinds import LLAMA3_PATTERN, lines, ranks, real_text
 
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokenizer.ranks import ENCODINGS, read_ranks
-from llm.data.tokenizer.spelling import BYTES
 from llm.errors import InputError
 
 PUBLIC = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 NAMES = (*PUBLIC, "tokenizer")
-
-
-@cache
-def ranks() -> dict[bytes, int]:
-    """Of a tokenizer trained on this repository's text, in the order of its merges, and tokens that no merge makes."""
-    vocabulary = json.loads(tokenizer_json("llama3"))["model"]["vocab"]
-    words = [bytes(BYTES[c] for c in token) for token in list(vocabulary)[3:]]
-    return {token: i for i, token in enumerate([*words, b"zqzq", b"unreachable", b" \n \n \n"])}
-
-
-def lines(found: dict[bytes, int]) -> bytes:
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in found.items())
 
 
 @cache

@@ -16,8 +16,7 @@ from tokenizer_kinds import KINDS, real_text, tokenizer_json
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm.data.tokenizer import END_OF_DOCUMENT, Tokenizer
-from llm.data.tokenizer import pieces as cutting
-from llm.data.tokenizer.pieces import LONGEST_PIECE, LONGEST_WORD, pieces
+from llm.data.tokenizer.cuts import LONGEST_PIECE, LONGEST_WORD, pieces
 
 MB = 1_000_000
 CJK = "".join(map(chr, range(0x4E00, 0x9000)))
@@ -45,7 +44,7 @@ def encoder(kind: str) -> Tokenizer:
 
 
 @given(text=st.text(alphabet="ab \n.é\u0301日", max_size=80), limit=st.integers(2, 20))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @example("a b", 2)
 @example("aa b", 2)
 @example("   ", 2)
@@ -80,10 +79,11 @@ def test_training_on_a_word_of_a_megabyte_ends(word: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("word", BY_SLOWNESS)
-def test_words_of_a_megabyte_are_encoded(word: str, kind: str):
-    text, tokenizer = WORDS[word](MB), encoder(kind)
+def test_long_words_are_encoded(word: str, kind: str):
+    size = MB // 5 if word in QUICK else MB
+    text, tokenizer = WORDS[word](size), encoder(kind)
     found, cuts = tokenizer.encode_batch([text, "short"])
-    assert cuts == MB // LONGEST_PIECE or (word == "punctuation" and cuts > MB // LONGEST_PIECE)
+    assert cuts == size // LONGEST_PIECE or (word == "punctuation" and cuts > size // LONGEST_PIECE)
     assert found[1] == tokenizer.encode("short")
     if kind == "llama2" or (kind == "mistral" and word != "spaces") or kind == "llama3":
         assert tokenizer.decode(found[0]) == text
@@ -110,7 +110,7 @@ def test_ordinary_text_trains_the_librarys_tokenizer():
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_cuts_at_spaces_change_no_id(kind: str, data: st.DataObject):
     """With pieces of 40 characters: a text of words that are shorter is as the library encodes it whole."""
     word = st.text(st.characters(exclude_categories=["Cs", "Z"], exclude_characters="▁"), min_size=1, max_size=15)
@@ -140,4 +140,3 @@ def test_a_letter_keeps_its_marks():
     for text in ("e\u0301" * 20_000, "न\u093f" * 20_000):
         found, _ = pieces(text, LONGEST_PIECE - 1)
         assert not [piece for piece in found if unicodedata.category(piece[0])[0] == "M"]
-    assert cutting.LONGEST_WORD < cutting.LONGEST_PIECE
