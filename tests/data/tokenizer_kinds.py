@@ -105,7 +105,7 @@ def ranks() -> dict[bytes, int]:
     """Of a tokenizer trained on this repository's text, in the order of its merges, and tokens that no merge makes."""
     vocabulary = json.loads(tokenizer_json("llama3"))["model"]["vocab"]
     words = [bytes(BYTES[c] for c in token) for token in list(vocabulary)[3:]]
-    return {token: i for i, token in enumerate([*words, b"zqzq", b"unreachable", b" \n \n \n"])}
+    return {token: i for i, token in enumerate([*words, b"zqzq", b"unreachable", b" \n \n \n", b"\n  ", b"!\n/"])}
 
 
 def lines(found: dict[bytes, int]) -> bytes:

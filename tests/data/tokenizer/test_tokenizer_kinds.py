@@ -42,7 +42,7 @@ def library(kind: str) -> tokenizers.Tokenizer:
 
 @given(text=TEXT.filter(lambda text: "</s>" not in text))
 @settings(max_examples=60, deadline=None)
-@example("Hello, world")
+@example("Hello, <|end_of_text|> [SEP] world")
 @example("  two  spaces ")
 @example("\r\n\t  \x00 a\u0301 \ufeff\U0010ffff")
 def test_ids_are_the_librarys(ours: Tokenizer, library: tokenizers.Tokenizer, text: str):

@@ -46,7 +46,20 @@ MIXED = st.text(
     "aAzZéÉß\u017f\u212aİ\u0131ǅʰ'sStTlLvVrRmMdDeE 019٣½,.!/-_\n\r\t日本e\u0301न\u093f🎉\u200d\x00", max_size=30
 )
 WORDS = st.sampled_from(
-    ["zqzq", "unreachable", " \n \n \n", "'LL", "'\u017f", "don't", "x'S ", "12345", "<|endoftext|>", "\n\n"]
+    [
+        "zqzq",
+        "unreachable",
+        " \n \n \n",
+        "'LL",
+        "'\u017f",
+        "don't",
+        "x'S ",
+        "12345",
+        "<|endoftext|>",
+        "\n\n",
+        "\n  ",
+        "!\n/",
+    ]
 )
 ANY = st.text(st.characters(exclude_categories=["Cs", "Cn", "Co"], max_codepoint=0x2FFF), max_size=20)
 
@@ -54,7 +67,8 @@ ANY = st.text(st.characters(exclude_categories=["Cs", "Cn", "Co"], max_codepoint
 @pytest.mark.parametrize("name", NAMES)
 @given(parts=st.lists(SPACES | MIXED | WORDS | ANY, max_size=6))
 @settings(max_examples=80, deadline=None)
-@example(["a \n  "])
+@example(["a\n  "])
+@example(["!\n/"])
 @example(["a\n\n  \n x", "  "])
 def test_ids_are_those_of_tiktoken(name: str, parts: list[str]):
     text = "".join(parts)
