@@ -121,6 +121,12 @@ def test_an_end_token_that_is_not_special_ends_no_document():
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_character_that_ends_documents_is_refused_in_a_text():
+    tokenizer = Tokenizer.of_characters(iter(["ab\n"]))
+    with pytest.raises(InputError, match=r"contains the end-of-document token '\\n', which is one character"):
+        Tokenizer(tokenizer.raw, "\n").encode("a\nb")
+
+
 def test_the_end_token_is_found_by_name_by_itself_or_by_id():
     raw = tokenizer_json("llama3").encode()
     for end in (None, "<|end_of_text|>", 1, "1"):
