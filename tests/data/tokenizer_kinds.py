@@ -28,7 +28,8 @@ def real_text() -> str:
         "The quick brown fox — naïve café, 日本語の文章です。 Ελληνικά, русский текст, हिन्दी 🎉👩‍👩‍👧\r\n\tend  \n\n\n"
         * 20
     )
-    return "".join((ROOT / f"docs/{name}.md").read_text() for name in ("data", "kernels", "reliability")) + other
+    texts = [(ROOT / f"docs/{name}.md").read_text() for name in ("data", "kernels", "reliability")]
+    return "".join([*texts, other]).replace("▁", "_")  # which SentencePiece takes for a space
 
 
 def _trained(inner: Tokenizer, size: int, special: list[str], **options) -> Tokenizer:

@@ -55,7 +55,7 @@ def test_ids_are_the_librarys(ours: Tokenizer, library: tokenizers.Tokenizer, te
 
 
 def test_ids_of_long_text_are_the_librarys(ours: Tokenizer, library: tokenizers.Tokenizer):
-    text = real_text() * 3
+    text = real_text().replace("</s>", "") * 3
     assert len(text) > 100_000
     assert ours.encode_batch([text]) == ([library.encode(text, add_special_tokens=False).ids], 0)
 
