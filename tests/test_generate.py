@@ -154,6 +154,13 @@ def test_the_end_token_ends_a_row(run: Path) -> None:
     assert [token for step in steps for token in step if token is not None] == row[: row.index(row[3])]
 
 
+def test_banned_tokens_are_not_drawn(run: Path) -> None:
+    model = load_trained(run, CPU).model
+    first, *_ = continuations(model, [PROMPTS[0]])[0]
+    steps = generate(model, [PROMPTS[0]], max_new_tokens=20, end=260, sampling=GREEDY, banned=[first, 7])
+    assert not {first, 7} & {row[0] for row in steps}
+
+
 def on_ranks(run: Path) -> tuple[list[list[int]], str]:
     world = torch.distributed.get_world_size()
     mesh = Mesh.create(ParallelConfig(tensor_parallel=world), "cpu")

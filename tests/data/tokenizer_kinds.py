@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from functools import cache
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
+
+from llm.data.tokenizer.spelling import BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA3_PATTERN = (
@@ -25,7 +28,8 @@ def real_text() -> str:
         "The quick brown fox — naïve café, 日本語の文章です。 Ελληνικά, русский текст, हिन्दी 🎉👩‍👩‍👧\r\n\tend  \n\n\n"
         * 20
     )
-    return "".join((ROOT / f"docs/{name}.md").read_text() for name in ("data", "kernels", "reliability")) + other
+    texts = [(ROOT / f"docs/{name}.md").read_text() for name in ("data", "kernels", "reliability")]
+    return "".join([*texts, other]).replace("▁", "_")  # which SentencePiece takes for a space
 
 
 def _trained(inner: Tokenizer, size: int, special: list[str], **options) -> Tokenizer:
@@ -95,3 +99,16 @@ def bert() -> Tokenizer:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     inner.train_from_iterator([real_text()], trainers.WordPieceTrainer(vocab_size=700, special_tokens=special))
     return inner
+
+
+@cache
+def ranks() -> dict[bytes, int]:
+    """Of a tokenizer trained on this repository's text, in the order of its merges, and tokens that no merge makes."""
+    vocabulary = json.loads(tokenizer_json("llama3"))["model"]["vocab"]
+    words = [bytes(BYTES[c] for c in token) for token in list(vocabulary)[3:]]
+    return {token: i for i, token in enumerate([*words, b"zqzq", b"unreachable", b" \n \n \n", b"\n  ", b"!\n/"])}
+
+
+def lines(found: dict[bytes, int]) -> bytes:
+    """A rank file."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in found.items())

@@ -16,7 +16,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llm.data.tokenizer.pieces import LONGEST_PIECE, LONGEST_WORD, pieces
+from llm.data.tokenizer.cuts import LONGEST_PIECE, LONGEST_WORD, pieces
 from llm.data.tokenizer.ranks import SUFFIXES, read_ranks
 from llm.data.tokenizer.spelling import BYTE_TOKEN, bytes_of, drop_prefix, keeps_text, steps
 from llm.errors import InputError, require
@@ -58,8 +58,6 @@ class Tokenizer:
         model = parts["model"]
         self._unknown: int | None = model.get("unk_id", vocabulary.get(model.get("unk_token") or ""))
         self._special = frozenset({*special.values(), self.eod_id} - {self._unknown})
-        self._leaking: frozenset[int] = frozenset()
-        self._leaking = frozenset(i for i in self._special if self._leaks(i))
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -148,28 +146,22 @@ class Tokenizer:
             unknown = sorted({c for text in texts for c in text if inner.token_to_id(c) is None})[:SHOWN]
             what = f"{error}; characters that are no tokens: {', '.join(map(repr, unknown)) or 'none'}"
             raise InputError(f"the tokenizer cannot encode the text: {what}") from error
-        for i, ids in enumerate(found if self._leaking else ()):
-            if not self._leaking.isdisjoint(ids):
+        for i, ids in enumerate(found):
+            if not self._special.isdisjoint(ids):
                 found[i] = self._encode_apart(inner, texts[i])
         return found
 
     def _encode_apart(self, inner: tokenizers.Tokenizer, text: str) -> list[int]:
-        """Ids of a text with special tokens in it that the model takes for words: these are cut in two."""
+        """Ids of a text in which the model took the spelling of special tokens for words: it is cut in two."""
         encoding = inner.encode(text, add_special_tokens=False)
         places = zip(encoding.ids, encoding.offsets, strict=True)
-        cuts = [start + 1 for i, (start, stop) in places if i in self._leaking and stop - start > 1]
+        cuts = [start + 1 for i, (start, stop) in places if i in self._special and stop - start > 1]
         if not cuts:
+            problem = f"the text contains the end-of-document token {self.end_token!r}, which is one character"
+            require(self.eod_id not in encoding.ids, f"{problem}; set data.end_token to a special token")
             return encoding.ids
         first, *rest = (text[a:b] for a, b in pairwise([0, *cuts, len(text)]))
         return [i for ids in self._encode(inner, [first]) + self._encode(self._rest, rest) for i in ids]
-
-    def _leaks(self, token: int) -> bool:
-        """Whether text that spells this special token becomes it."""
-        spelling = self._inner.id_to_token(token) or ""
-        try:
-            return any(token in self._encode(inner, [spelling])[0] for inner in (self._inner, self._rest))
-        except InputError:  # it cannot be encoded at all
-            return False
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD. InputError for an id without a token."""

@@ -234,8 +234,10 @@ def test_a_given_tokenizer_is_copied():
     assert manifest.tokenizer == manifest.tokenizer_sha256
     assert Path("given/train.bin").read_bytes() == Path("trained/train.bin").read_bytes()
     assert prepare(given) == manifest
-    other = make_config(281, path="other", tokenizer="trained/tokenizer.json")
-    refused(other, "has 280 tokens, model.vocab_size is 281; set --model.vocab_size=280")
+    other = make_config(279, path="other", tokenizer="trained/tokenizer.json")
+    refused(other, "has 280 tokens, model.vocab_size is 279; set --model.vocab_size=280")
+    padded = make_config(281, path="given", tokenizer="trained/tokenizer.json")
+    assert prepare(padded) == manifest == load_manifest(padded)
     refused(make_config(tokenizer="none.json"), "none.json cannot be read")
 
 
@@ -244,8 +246,8 @@ def test_training_needs_prepared_data():
     with pytest.raises(InputError, match=r"run python launch/prepare_data\.py --config"):
         load_manifest(config)
     prepare(config)
-    other = make_config(281, path="data/text-280")
-    with pytest.raises(InputError, match=r"vocabulary of 280, model.vocab_size is 281"):
+    other = make_config(279, path="data/text-280")
+    with pytest.raises(InputError, match=r"vocabulary of 280, model.vocab_size is 279"):
         load_manifest(other)
 
 

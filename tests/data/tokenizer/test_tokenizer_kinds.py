@@ -42,7 +42,7 @@ def library(kind: str) -> tokenizers.Tokenizer:
 
 @given(text=TEXT.filter(lambda text: "</s>" not in text))
 @settings(max_examples=60, deadline=None)
-@example("Hello, world")
+@example("Hello, <|end_of_text|> [SEP] world")
 @example("  two  spaces ")
 @example("\r\n\t  \x00 a\u0301 \ufeff\U0010ffff")
 def test_ids_are_the_librarys(ours: Tokenizer, library: tokenizers.Tokenizer, text: str):
@@ -55,7 +55,7 @@ def test_ids_are_the_librarys(ours: Tokenizer, library: tokenizers.Tokenizer, te
 
 
 def test_ids_of_long_text_are_the_librarys(ours: Tokenizer, library: tokenizers.Tokenizer):
-    text = real_text() * 3
+    text = real_text().replace("</s>", "") * 3
     assert len(text) > 100_000
     assert ours.encode_batch([text]) == ([library.encode(text, add_special_tokens=False).ids], 0)
 
@@ -119,6 +119,12 @@ def test_an_end_token_that_is_not_special_ends_no_document():
     text = "one<|end_of_text|>two"
     assert tokenizer.eod_id not in tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_character_that_ends_documents_is_refused_in_a_text():
+    tokenizer = Tokenizer.of_characters(iter(["ab\n"]))
+    with pytest.raises(InputError, match=r"contains the end-of-document token '\\n', which is one character"):
+        Tokenizer(tokenizer.raw, "\n").encode("a\nb")
 
 
 def test_the_end_token_is_found_by_name_by_itself_or_by_id():

@@ -29,7 +29,7 @@ def pieces(text: str, limit: int) -> tuple[list[str], int]:
         if cut := at_space or _BEFORE_MARK.match(text, start, stop + 1):
             stop = cut.end()
         else:  # no further back than 32 characters, so that a letter keeps its marks
-            whole = (i for i in range(stop, stop - 32, -1) if unicodedata.category(text[i])[0] != "M")
+            whole = (i for i in range(stop, max(start, stop - 32), -1) if unicodedata.category(text[i])[0] != "M")
             stop = next(whole, stop)
         found.append(text[start:stop])
         start = stop
