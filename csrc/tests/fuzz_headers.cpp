@@ -96,7 +96,7 @@ void check_accepted(const Case& c) {
     MUST(c.index.size() == 34 + 12 * sequences + 8 * boundaries);
     const auto last = c.in_index<int32_t>(34 + 4 * sequences - 4);
     const auto offset = c.in_index<int64_t>(34 + 12 * sequences - 8);
-    MUST(last > 0 && offset + last * int64_t{c.item_size} == c.n_tokens * c.item_size);
+    MUST(last >= 0 && offset + last * int64_t{c.item_size} == c.n_tokens * c.item_size);
     MUST(c.in_index<uint64_t>(c.index.size() - 8) == sequences);
   }
   if (c.format == Format::datatrove)
