@@ -16,7 +16,7 @@ from llm.checkpoint.forms import form_of
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, RunConfig
 from llm.config.parse import to_dict, to_yaml
-from llm.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from llm.data.tokenizer import Tokenizer
 from llm.errors import require
 from llm.trained import load_trained, open_trained
 
@@ -85,7 +85,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(parts, ensure_ascii=False))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_DOCUMENT,
+        "eos_token": tokenizer.end_token,
         "model_max_length": longest,
         "clean_up_tokenization_spaces": False,
     }
@@ -99,7 +99,8 @@ def _compare(checkpoint: Path, folder: Path, dtype: str) -> str:
     one after the other.
     """
     model = load_trained(checkpoint, torch.device("cpu")).model
-    V, T = model.config.vocab_size, min(model.config.max_seq_len, POSITIONS)
+    V, beyond = model.config.vocab_size, max(model.config.layer_window(i) or 0 for i in range(model.config.n_layer))
+    T = min(model.config.max_seq_len, beyond + POSITIONS)
     tokens = torch.randint(V, (ROWS, T), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for parameter in model.parameters():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hf_step import T, V
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,9 +23,8 @@ from llm.model.init import fill
 from llm.model.layers import DenseLayers
 from llm.slices import Slice, slice_of
 
-T = 48
 TEXTS = ["def f(x):\n    return x\n", "import os\nprint(os.name)\n", "class A:\n    pass  # 1234567890\n"]
-SIZES = dict(vocab_size=301, eos_token_id=0, bos_token_id=None, initializer_range=0.1)
+SIZES = dict(vocab_size=V, eos_token_id=0, bos_token_id=None, initializer_range=0.1)
 GPT2 = dict(
     **SIZES, n_positions=T, n_embd=32, n_layer=2, n_head=4, layer_norm_epsilon=1e-3,
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -65,10 +65,6 @@ def loaded(reader: HuggingFaceReader) -> GPT:
     for name, parameter in model.named_parameters():
         fill(parameter, reader.read_slice(name, "master", Slice.full(slice_of(parameter).global_shape)))
     return model
-
-
-def tokens(rows: int = 3, length: int = T) -> torch.Tensor:
-    return torch.randint(SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(3))
 
 
 def logits(model: GPT, ids: torch.Tensor) -> torch.Tensor:

@@ -45,9 +45,9 @@ GPT2 = Form(
     fields={
         "vocab_size": "vocab_size", "max_seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
         "d_model": "n_embd", "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon",
-        "tie_embeddings": "tie_word_embeddings",
+        "tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range",
     },
-    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.02},
     fixed={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
@@ -68,8 +68,11 @@ LLAMA = Form(
         "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "d_model": "hidden_size",
         "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+        "init_std": "initializer_range",
     },
-    defaults={"num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    defaults={
+        "num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02,
+    },
     fixed={"hidden_act": ("silu", "swish"), "attention_dropout": (0.0, None), "sliding_window": (None,)},
     names={
         "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "norm_1": "input_layernorm",
@@ -82,7 +85,8 @@ MISTRAL = replace(
     LLAMA,
     model_type="mistral",
     architecture="MistralForCausalLM",
-    defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False},  # 8 key/value heads: not for any model
+    # Not num_key_value_heads: `transformers` takes 8.
+    defaults={name: LLAMA.defaults[name] for name in ("rms_norm_eps", "tie_word_embeddings", "initializer_range")},
     fixed={name: LLAMA.fixed[name] for name in ("hidden_act", "attention_dropout")},
 )
 FORMS = (GPT2, LLAMA, MISTRAL)
@@ -102,16 +106,27 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 def form_of(config: ModelConfig) -> Form:
     """The form that a model is exported in; raises InputError, with the reason, where there is none."""
     form = next((form for form in FORMS if all(getattr(config, n) == v for n, v in form.model.items())), None)
-    plain = "; export the weights under Ingot's own names (--plain)"
-    if form is None:
-        found = ", ".join(f"model.{name} {getattr(config, name)}" for name in GPT2.model)
-        known = "; ".join(f"{form.model_type} has {', '.join(form.model.values())}" for form in (GPT2, LLAMA))
-        raise InputError(f"no form has {found} together ({known}){plain}")
-    if form is GPT2:
-        require(
-            config.kv_heads == config.n_head, f"GPT-2's form has no grouped-query attention (model.n_kv_head){plain}"
-        )
-    return form
+    windows, layers = _windows(config), range(config.n_layer)
+    found = ", ".join(f"{name} {getattr(config, name)}" for name in GPT2.model)
+    reasons = {
+        f"{found} (GPT-2's form has {', '.join(GPT2.model.values())}; Llama's {', '.join(LLAMA.model.values())})": (
+            form is None
+        ),
+        "attention_sparse": any(config.layer_sparse(layer) for layer in layers),
+        "attention_softcap": config.attention_softcap > 0,
+        "an attention_window that differs between layers": len(windows) > 1,
+        "n_kv_head below n_head, in GPT-2's": form is GPT2 and config.kv_heads < config.n_head,
+        "attention_window, in GPT-2's": form is GPT2 and windows != {None},
+        "bias, in Mistral's, which attention_window needs": form is LLAMA and windows != {None} and config.bias,
+    }
+    for reason, given in reasons.items():
+        require(not given, f"no form of Hugging Face's has model.{reason}; export the weights as they are (--plain)")
+    assert form is not None
+    return MISTRAL if windows != {None} else form
+
+
+def _windows(config: ModelConfig) -> set[int | None]:
+    return {config.layer_window(layer) for layer in range(config.n_layer)}
 
 
 def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
@@ -135,6 +150,13 @@ def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
         return form, ModelConfig(**values, dropout=dropouts["attn_pdrop"])
     biases = {name: read(bool, found.get(name, False), name) for name in ("attention_bias", "mlp_bias")}
     require(len(set(biases.values())) == 1, f"{biases}: Ingot has biases in every linear or in none")
+    if form is MISTRAL:
+        values["attention_window"] = window = read(int | None, found.get("sliding_window", 4096), "sliding_window")
+        types = found.get("layer_types") or []
+        same = isinstance(types, list) and {*map(str, types)} <= {"sliding_attention" if window else "full_attention"}
+        require(
+            same, f"layer_types is {shown(types)}; Ingot has the window of sliding_window in every layer or in none"
+        )
     config = ModelConfig(**values, rope_theta=_rope_theta(found), bias=biases["mlp_bias"])
     width = found.get("head_dim")
     require(width in (None, config.head_dim), f"head_dim is {shown(width)}; Ingot's is hidden_size / heads")
@@ -154,6 +176,7 @@ def write_config(config: ModelConfig, *, end: int, dtype: str) -> dict[str, Any]
         found |= {"head_dim": config.head_dim, "rope_theta": config.rope_theta}
         found["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
         found |= dict.fromkeys(("attention_bias", "mlp_bias"), config.bias)
+        found |= {"sliding_window": config.layer_window(0)} if form is MISTRAL else {}
     return found | {"bos_token_id": None, "eos_token_id": end, "torch_dtype": dtype}
 
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_models import T, loaded, logits, make, save, tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hf_models import loaded, logits, make, save
+from hf_step import T, tokens
 from safetensors.torch import load_file, save_file
 from thread_ranks import ranks_in_threads
-from tiny_run import case
 from transformers import AutoModelForCausalLM
 
 from llm import files
@@ -32,17 +28,15 @@ from llm.config import ModelConfig
 from llm.errors import InputError
 from llm.model.gpt import GPT
 from llm.model.layers import DenseLayers
-from llm.parallel.mesh import Mesh
-from llm.slices import Slice, slice_of
-from llm.train.build import build_engine
-from llm.train.engines.base import MicroBatch
-from pool import RankPool
+from llm.slices import Slice
 
+FORMS = ("gpt2", "llama", "mistral")
 VARIANTS = {
     "gpt2": ("gpt2", {}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 48}),
     "llama": ("llama", {}),
     "llama-biased-tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {}),
     "llama-multi-query": ("llama", {"num_key_value_heads": 1}),
 }
 
@@ -51,7 +45,7 @@ VARIANTS = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of each form, not to be changed."""
     root = tmp_path_factory.mktemp("forms")
-    return {form: save(make(form), root / form) for form in ("gpt2", "llama")}
+    return {form: save(make(form), root / form) for form in FORMS}
 
 
 def loss_of(found: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -62,7 +56,7 @@ def loss_of(found: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def test_logits_and_gradients_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     """Logits to 2e-6; of each weight's gradient, the norm of the difference to 5e-6 of the norm."""
     form, changes = VARIANTS[variant]
-    theirs, ids = make(form, **changes).train(), tokens()
+    theirs, ids = make(form, **changes).train(), tokens(3)
     ours = loaded(open_hf(save(theirs, tmp_path / "weights"))).train()
     expected, found = theirs(ids).logits, logits(ours, ids)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
@@ -86,7 +80,7 @@ def test_every_parameter_of_a_model_has_its_place(folders: dict[str, Path]) -> N
         assert found == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("form", ["gpt2", "llama"])
+@pytest.mark.parametrize("form", FORMS)
 def test_any_part_of_a_weight_is_read(form: str, folders: dict[str, Path]) -> None:
     reader = open_hf(folders[form])
     for name, parameter in loaded(reader).named_parameters():
@@ -113,7 +107,7 @@ def same_files(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("form", ["gpt2", "llama"])
+@pytest.mark.parametrize("form", FORMS)
 def test_what_was_read_is_written_back(form: str, folders: dict[str, Path], tmp_path: Path) -> None:
     config = open_hf(folders[form]).config
     source = as_checkpoint(folders[form], tmp_path)
@@ -124,7 +118,7 @@ def test_what_was_read_is_written_back(form: str, folders: dict[str, Path], tmp_
     assert len(list(sharded.glob("model-*-of-*.safetensors"))) > 1
     one, other = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (whole, sharded))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert torch.equal(logits(loaded(open_hf(sharded)), tokens()), logits(loaded(open_hf(whole)), tokens()))
+    assert torch.equal(logits(loaded(open_hf(sharded)), tokens(3)), logits(loaded(open_hf(whole)), tokens(3)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -160,7 +154,7 @@ def test_names_without_the_prefix_and_constants_of_old_files(folders: dict[str, 
     constants = {"h.0.attn.bias": torch.ones(1, 1, T, T), "h.1.attn.masked_bias": torch.tensor(-1e4)}
     copies = {"lm_head.weight": bare["wte.weight"].clone()}
     folder = changed(folders["gpt2"], tmp_path / "bare", {**dict.fromkeys(stored), **bare, **constants, **copies})
-    assert torch.equal(logits(loaded(open_hf(folder)), tokens()), logits(loaded(open_hf(folders["gpt2"])), tokens()))
+    assert torch.equal(logits(loaded(open_hf(folder)), tokens(3)), logits(loaded(open_hf(folders["gpt2"])), tokens(3)))
     with pytest.raises(InputError, match="lm_head.weight differs from the embedding"):
         open_hf(changed(folder, tmp_path / "other", {"lm_head.weight": bare["wte.weight"] + 1}))
 
@@ -192,7 +186,10 @@ def live_bytes() -> int:
 def test_one_tensor_at_a_time_is_in_memory(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_objects: None
 ) -> None:
-    sizes = {"vocab_size": 301, **({"n_embd": 128} if form == "gpt2" else {"hidden_size": 128, "intermediate_size": 512})}
+    sizes = {
+        "vocab_size": 301,
+        **({"n_embd": 128} if form == "gpt2" else {"hidden_size": 128, "intermediate_size": 512}),
+    }
     folder = save(make(form, **sizes), tmp_path / "folder")
     monkeypatch.setattr(convert, "BLOCK", 8192)
     source = as_checkpoint(folder, tmp_path)
