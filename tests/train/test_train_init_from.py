@@ -136,20 +136,22 @@ def test_tables_grow_and_it_is_said(tmp_path: Path) -> None:
 def test_a_hugging_face_folder_gives_its_weights(form: str, tmp_path: Path) -> None:
     """With rows added: transformers' own logits for the old ones, and the mean of these for the new."""
     theirs = hf_models.make(form)
-    folder, ids = hf_models.save(theirs, tmp_path / form), hf_models.tokens()
-    shutil.copy(folder / "tokenizer.json", tmp_path)
+    folder = hf_models.save(theirs, tmp_path / form)
+    write_tokenizer(folder / "tokenizer.json")
     old = open_hf(folder).config
-    config = replace(BASE, model=replace(old, vocab_size=old.vocab_size + 3))
+    V = old.vocab_size
+    ids = torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(3))
+    config = replace(BASE, model=replace(old, vocab_size=V + 3))
     results, (said,) = opened(folder, config)
-    assert said.split("\n  ")[1:] == ["model.vocab_size 301 -> 304 (new rows are the mean of the others)"]
+    assert said.split("\n  ")[1:] == [f"model.vocab_size {V} -> {V + 3} (new rows are the mean of the others)"]
     ours = build_model(config, None)
     for name, parameter in ours.named_parameters():
         with torch.no_grad():
             parameter.copy_(results[1].read_slice(name, "master", slice_of(parameter)))
     with torch.no_grad():
         found, expected = hf_models.logits(ours, ids), theirs(ids).logits
-    torch.testing.assert_close(found[..., :301], expected, atol=2e-6, rtol=0)
-    torch.testing.assert_close(found[..., 301:], expected.mean(-1, keepdim=True).expand(-1, -1, 3), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found[..., :V], expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(found[..., V:], expected.mean(-1, keepdim=True).expand(-1, -1, 3), atol=2e-6, rtol=0)
     deeper = replace(config, model=replace(config.model, n_layer=3))
     assert "model.n_layer: the checkpoint has 2, the config has 3" in refused(folder, deeper)
     (folder / "model.safetensors").unlink()
