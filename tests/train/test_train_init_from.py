@@ -154,6 +154,10 @@ def test_a_hugging_face_folder_gives_its_weights(form: str, tmp_path: Path) -> N
     torch.testing.assert_close(found[..., V:], expected.mean(-1, keepdim=True).expand(-1, -1, 3), atol=2e-6, rtol=0)
     deeper = replace(config, model=replace(config.model, n_layer=3))
     assert "model.n_layer: the checkpoint has 2, the config has 3" in refused(folder, deeper)
+    write_tokenizer(tmp_path / "tokenizer.json", {"b": 0})
+    assert "3 of the 3 tokens" in opened(folder, config)[1][0]
+    (folder / "tokenizer.json").unlink()
+    assert "warning" not in opened(folder, config)[1][0]
     (folder / "model.safetensors").unlink()
     assert "cannot be read as a Hugging Face model" in refused(folder, config)
 
@@ -264,7 +268,8 @@ def test_ids_of_another_tokenizer_are_warned_about(tmp_path: Path) -> None:
         '{"model": {}}',
         '{"model": {"vocab": {"a": "b"}}, "added_tokens": []}',
         "[]",
-        '{"model": {"vocab": [1]}}',
+        '{"model": {"vocab": [1]}, "added_tokens": []}',
+        '{"model": {"vocab": ["abc"]}, "added_tokens": []}',
     ):
         (tmp_path / "one/tokenizer.json").write_text(text)
         _, (said,) = opened(tmp_path / "one", model())
