@@ -40,13 +40,13 @@ def run(command: str, options: dict[str, str], config: RunConfig) -> None:
             fetch_corpora(config, bar)
             manifest = prepare(config, bar)
             write_plans(config, bar)
-        print(summary(data_folder(config), manifest))
+        print(summary(data_folder(config), manifest, config.model.vocab_size))
     elif command == "register":
         require("train" in options, "register needs --train=GLOB")
         notes, dtype = list[str](), options.pop("dtype", None)
         with progress_bar() as bar:
             manifest = register(config, options, bar, notes.append, raw_dtype=dtype)
-        print("\n".join([summary(data_folder(config), manifest), *notes]))
+        print("\n".join([summary(data_folder(config), manifest, config.model.vocab_size), *notes]))
     elif command == "verify":
         with progress_bar() as bar:
             damage = find_damage(Corpora.open(config), bar)

@@ -1,7 +1,8 @@
 """Prove a layout: `deepspeed --num_gpus 2 launch/verify.py --config C --parallel.tensor_parallel=2`.
 
-Trains a few steps on made-up data under the config's layout and beside it with plain PyTorch in one process, compares
-losses, gradients, weights and Adam's moments by name, prints a table and writes it as JSON.
+Trains a few steps on made-up data under the config's layout and beside it in one process of the same code, compares
+losses, gradients, weights and Adam's moments by name, prints a table and writes it as JSON. A fault that both share,
+such as a wrong formula, does not show: the tests compare the model with other implementations.
 Also under `torchrun`, `mpirun`, `srun` and plain `python`. Exit codes: 0 the layout gives the same training, 1 it does
 not (or anything else went wrong), 2 wrong config or input.
 """

@@ -169,7 +169,7 @@ def score_text(
 
     def requests() -> Iterator[Request]:
         for texts in in_parts(documents, DOCUMENTS_AT_ONCE):
-            for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            for text, tokens in zip(texts, tokenizer.encode_batch(texts)[0], strict=True):
                 for i, count in enumerate((1, len(tokens), len(text.encode()))):
                     counts[i] += count
                 yield from windows(tokens, tokenizer.eod_id, seq_len, stride)

@@ -7,16 +7,23 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
 
 from llm.errors import CheckpointError, InputError, require
 
 # Writes and reads go through hashing in parts of this size, in bytes.
 CHUNK = 1 << 22
+# As safetensors names them.
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
@@ -34,6 +41,7 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
                 for start in range(0, len(view), CHUNK):
                     write_all(file.fileno(), view[start : start + CHUNK])
                     digest.update(view[start : start + CHUNK])
+                del part, view  # before the next part is made
             os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -43,6 +51,32 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
             "make room or save elsewhere, then start the run again"
         ) from error
     return digest.hexdigest()
+
+
+def create_safetensors(
+    path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], tensors: Iterator[Tensor]
+) -> tuple[int, str]:
+    """`create` a safetensors file of the next tensors, on the CPU and of these shapes, one by one: (size, sha256)."""
+    # Not by safetensors.save_file: the hash is of what was meant to be written, and a full disk is an OSError.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format pads its header so that the tensors are aligned
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        for shape in shapes.values():
+            tensor = next(tensors)
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape))
+            yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore
+            del tensor  # before the next is made
+
+    size = 8 + len(text) + end
+    return size, create(path, parts(), size)
 
 
 def write_all(descriptor: int, view: memoryview) -> None:
@@ -88,6 +122,29 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """An empty folder, which becomes `path` when the block ends without an exception, and is gone after one.
+
+    Raises InputError where there is something at `path` already.
+    """
+    path = path.absolute()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        found = path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)
+        require(not found, f"{path} is there already; choose another, or move it away")
+        temporary.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be made: {error.strerror}") from error
+    try:
+        yield temporary
+        sync_folder(temporary)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def regular_size(path: Path) -> int:

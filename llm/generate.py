@@ -23,12 +23,14 @@ def generate(
     end: int,
     sampling: SamplingConfig,
     use_cache: bool = True,
+    banned: Sequence[int] = (),
 ) -> Iterator[list[int | None]]:
     """Continue each prompt; yields one list per step: each row's new token, or None where it has none.
 
     prompts: token ids, of any lengths. All rows advance together from the shortest prompt's end; a row that is still
     inside its prompt takes its own next token, so that no padding enters the attention. A row ends at token `end`,
-    after `max_new_tokens`, or at the model's longest sequence. Raises InputError for a prompt that cannot be continued.
+    after `max_new_tokens`, or at the model's longest sequence. No id in `banned` is drawn. Raises InputError for a
+    prompt that cannot be continued.
     """
     require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; expected at least 1")
     device, longest = next(model.parameters()).device, model.config.max_seq_len
@@ -49,6 +51,7 @@ def generate(
     start = 0
     for position in range(min(lengths), max(limits)):
         logits = model.head.logits(hidden(model, rows[:, start:position], start, cache)[:, -1])
+        logits[:, list(banned)] = -torch.inf
         start = position if use_cache else 0
         drawn = sample(logits, sampling, history=rows[:, :position], generator=generator).tolist()
         new: list[int | None] = [None] * len(prompts)
@@ -76,7 +79,8 @@ def stream(trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampli
     """The prompts and what follows them, as text: one prompt piece by piece, several one after the other at the end."""
     tokenizer = trained.tokenizer
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    steps = generate(trained.model, ids, max_new_tokens=max_new_tokens, end=tokenizer.eod_id, sampling=sampling)
+    banned, end = tokenizer.unused(trained.config.model.vocab_size), tokenizer.eod_id
+    steps = generate(trained.model, ids, max_new_tokens=max_new_tokens, end=end, sampling=sampling, banned=banned)
     if len(prompts) == 1:
         pieces = tokenizer.stream()
         yield prompts[0]

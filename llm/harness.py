@@ -86,9 +86,11 @@ class HarnessModel(TemplateLM):
         streams = [self.ids.stream() for _ in prompts]
         cut = [prompt[max_gen_toks - self.longest :] for prompt in prompts]
         config = SamplingConfig(**{"temperature": float(do_sample), **sampling})
-        for step in generate(self.scorer.model, cut, max_new_tokens=max_gen_toks, end=self.ids.eod_id, sampling=config):
+        model, end = self.scorer.model, self.ids.eod_id
+        banned = self.ids.unused(model.config.vocab_size)
+        for step in generate(model, cut, max_new_tokens=max_gen_toks, end=end, sampling=config, banned=banned):
             for i, token in enumerate(step):
-                if token is not None and token < self.ids.vocab_size:  # what pads a vocabulary spells nothing
+                if token is not None:
                     rows[i].append(token)
                     texts[i] += streams[i].push(token)
                 ended[i] |= any(text in texts[i] for text in until if text) or (token is None and bool(rows[i]))

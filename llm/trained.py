@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint.reader import find_latest, open_checkpoint, verify
+from llm.checkpoint.reader import CheckpointReader, find_named, open_checkpoint, tokenizer_of
 from llm.config import ParallelConfig, RunConfig
 from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
-from llm.errors import CheckpointError, InputError, require
+from llm.errors import CheckpointError, InputError
 from llm.model.gpt import GPT
 from llm.model.init import fill
 from llm.parallel.mesh import Mesh
@@ -30,16 +30,25 @@ class Trained:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The checkpoint folder and the run folder that `path` names: a run (its newest checkpoint) or one checkpoint."""
-    require(path.is_dir(), f"{path} is not a folder; expected runs/<name> or runs/<name>/checkpoints/step-...")
-    if not (path / "checkpoints").is_dir():
-        return path, path.parent.parent
-    latest, warnings = find_latest(path / "checkpoints")
+    """The checkpoint that `path` names (`find_named`), and the folder of its tokenizer.json; else InputError."""
+    checkpoint, warnings = find_named(path)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if latest is None:
-        raise InputError(f"{path} holds no complete checkpoint; train first, or choose another run")
-    return latest, path
+    tokenizer = tokenizer_of(checkpoint)
+    if tokenizer is None:
+        raise InputError(f"no tokenizer.json in {checkpoint} or the two folders above; copy that of its run there")
+    return checkpoint, tokenizer.parent
+
+
+def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
+    """The checkpoint that `path` names, every byte of it verified, with its config and tokenizer; else InputError."""
+    checkpoint, folder = find_checkpoint(path.resolve() if path.is_symlink() else path)
+    try:
+        reader = open_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
+    config = from_dict(reader.state["config"])
+    return reader, config, Tokenizer.load(folder / "tokenizer.json", config.data.end_token)
 
 
 def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> Trained:
@@ -47,13 +56,7 @@ def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> 
 
     Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's heads can be cut for.
     """
-    checkpoint, run = find_checkpoint(path)
-    try:
-        verify(checkpoint)
-        reader = open_checkpoint(checkpoint)
-    except CheckpointError as error:
-        raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
-    config = from_dict(reader.state["config"])
+    reader, config, tokenizer = open_trained(path)
     # The layout and kernels of the training run do not matter here.
     parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
     train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
@@ -61,5 +64,4 @@ def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> 
     model = GPT(config.model, choose_layers(config, mesh))
     for name, parameter in model.named_parameters():
         fill(parameter, reader.read(name, "master"))
-    tokenizer = Tokenizer.load(run / "tokenizer.json")
     return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])

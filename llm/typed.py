@@ -17,7 +17,7 @@ from llm.errors import InputError, require
 
 
 def read(kind: Any, value: Any, where: str) -> Any:
-    """Read `value` as `kind`: a scalar, Literal, tuple, dict, dataclass or NamedTuple, any of these | None, or Any.
+    """Read `value` as `kind`: a scalar, Literal, tuple, dict, dataclass or NamedTuple, a union of these, or Any.
 
     A list becomes a tuple, and an integer a float where one is expected: nothing else is converted. Integers have at
     most 64 bits, floats are finite, and Any stands for what JSON can hold. Raises InputError: what was found at the
@@ -26,25 +26,26 @@ def read(kind: Any, value: Any, where: str) -> Any:
     kinds = alternatives(kind)
     if type(value) in kinds and _is_possible(value):
         return value
-    origin: Any = get_origin(kinds[0]) or kinds[0]
-    parts = get_args(kinds[0])
-    if origin is Any:
-        return _json_value(value, where)
-    if origin is float and type(value) is int and _is_possible(value):
-        return float(value)
-    if origin is Literal and any(type(value) is type(choice) and value == choice for choice in parts):
-        return value
-    if origin is tuple and isinstance(value, list):
-        each = (parts[0],) * len(value) if parts[-1] is Ellipsis else parts
-        if len(each) == len(value):
-            return tuple(read(each[i], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if isinstance(value, dict) and (origin is dict or _is_record(origin)):
-        wrong = [key for key in value if not isinstance(key, str)]
-        if wrong:
-            raise InputError(f"{where}: found the key {shown(wrong[0])}; expected text (in quotes, if a number)")
-        if origin is dict:
-            return {key: read(parts[1], item, f"{where}.{key}") for key, item in value.items()}
-        return _read_record(origin, value, f"{where}." if where else "")
+    for one in kinds:
+        origin: Any = get_origin(one) or one
+        parts = get_args(one)
+        if origin is Any:
+            return _json_value(value, where)
+        if origin is float and type(value) is int and _is_possible(value):
+            return float(value)
+        if origin is Literal and any(type(value) is type(choice) and value == choice for choice in parts):
+            return value
+        if origin is tuple and isinstance(value, list):
+            each = (parts[0],) * len(value) if parts[-1] is Ellipsis else parts
+            if len(each) == len(value):
+                return tuple(read(each[i], item, f"{where}[{i}]") for i, item in enumerate(value))
+        if isinstance(value, dict) and (origin is dict or _is_record(origin)):
+            wrong = [key for key in value if not isinstance(key, str)]
+            if wrong:
+                raise InputError(f"{where}: found the key {shown(wrong[0])}; expected text (in quotes, if a number)")
+            if origin is dict:
+                return {key: read(parts[1], item, f"{where}.{key}") for key, item in value.items()}
+            return _read_record(origin, value, f"{where}." if where else "")
     raise InputError(f"{where}: found {shown(value)}; expected {describe(kind)}{_advice(kind, value)}")
 
 

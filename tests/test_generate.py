@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from thread_ranks import ranks_in_threads
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from llm.config.parse import to_dict
+from llm.config.sections import SparseAttention
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.generate import generate, stream
@@ -80,6 +83,27 @@ def test_the_cache_changes_nothing(run: Path) -> None:
     assert len({tuple(row) for row in cached}) == 3
 
 
+OPTIONS = {
+    "window": dict(attention_window=5),
+    "one-key": dict(attention_window=1),
+    "alternating": dict(attention_window=(4, None), attention_softcap=1.0),
+    "sparse": dict(attention_sparse=(SparseAttention(64, 1, 2), None), max_seq_len=256),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_cache_that_drops_keys_changes_nothing(name: str) -> None:
+    config = replace(CONFIG, model=replace(CONFIG.model, **OPTIONS[name]))
+    model = build_model(config, None).eval()
+    for parameter in model.parameters():
+        parameter.mul_(8)
+    long = [i * i % 251 for i in range(160 if name == "sparse" else 25)]
+    prompts = [long, long[3:11], long[:14], long[7:8]]
+    assert continuations(model, prompts) == continuations(model, prompts, cache=False)
+    assert continuations(model, prompts) == [continuations(model, [prompt])[0] for prompt in prompts]
+
+
 def test_a_batch_is_its_prompts_one_by_one(run: Path) -> None:
     model = load_trained(run, CPU).model
     together = continuations(model, PROMPTS)
@@ -106,6 +130,21 @@ def test_limits(run: Path) -> None:
             continuations(model, [prompt])
     with pytest.raises(InputError, match="not a folder"):
         load_trained(run / "missing", CPU)
+
+
+def test_a_copied_checkpoint_is_read_and_one_without_its_tokenizer_says_so(run: Path, tmp_path: Path) -> None:
+    expected = continuations(load_trained(run, CPU).model, PROMPTS)
+    copy = tmp_path / "a/b/best"
+    shutil.copytree(run / "checkpoints/step-00000005", copy)
+    with pytest.raises(InputError, match=r"no tokenizer\.json in .*/best or the two folders above; copy"):
+        load_trained(copy, CPU)
+    shutil.copy(run / "tokenizer.json", copy)
+    (tmp_path / "link").symlink_to(copy)
+    for path in (run / "checkpoints/step-00000005", copy, tmp_path / "link"):
+        assert continuations(load_trained(path, CPU).model, PROMPTS) == expected
+    (copy / "manifest.json").unlink()
+    with pytest.raises(InputError, match="best is not a whole checkpoint"):
+        load_trained(copy, CPU)
 
 
 def test_the_end_token_ends_a_row(run: Path) -> None:

@@ -46,8 +46,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.checkpoint",
     },
     "llm/train": {
-        "torch", "numpy", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.model",
-        "llm.parallel", "llm.data", "llm.checkpoint", "llm.cluster", "llm.plan", "llm.train",
+        "torch", "numpy", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed",
+        "llm.model", "llm.parallel", "llm.data", "llm.checkpoint", "llm.cluster", "llm.plan", "llm.train",
     },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/parity": {

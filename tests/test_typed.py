@@ -40,6 +40,7 @@ class Outer:
     pairs: dict[str, Pair] | None = None
     flag: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    some: Inner | int | tuple[Inner | int | None, ...] | None = None
 
 
 def test_a_record_is_read_with_all_that_lies_in_it() -> None:
@@ -64,6 +65,21 @@ def test_a_record_is_read_with_all_that_lies_in_it() -> None:
     )
     assert type(found.inner.share) is type(found.limits[1]) is float
     assert read(Outer, {"name": "x"}, "") == Outer("x")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (3, 3),
+        ({"count": 2}, Inner(2)),
+        ([3, None, {}], (3, None, Inner())),
+        ([], ()),
+    ],
+)
+def test_each_type_of_a_union_is_read(value: Any, expected: Any) -> None:
+    found = read(Outer, {"name": "x", "some": value}, "").some
+    assert found == expected and type(found) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +117,13 @@ def test_a_record_is_read_with_all_that_lies_in_it() -> None:
         ({"pairs": {16**5000: 3}}, "pairs: found the key an integer of 20001 bits; expected text"),
         ({"extra": {"day": datetime.date(2020, 1, 1)}}, "extra.day: found a value that JSON cannot hold"),
         ({"extra": {"x": {1: 2}}}, "extra.x: expected text as keys"),
+        (
+            {"some": "x"},
+            "some: found 'x'; expected {count, share, kind} | int | tuple[{count, share, kind} | int",
+        ),
+        ({"some": [3, None, True]}, "some[2]: found True; expected {count, share, kind} | int | null"),
+        ({"some": [{"count": 13}]}, "some[0]: count is 13; expected luck"),
+        ({"some": [[1]]}, "some[0]: found [1]; expected {count, share, kind} | int | null"),
         ({"name": ["x" * 10_000]}, "name: found ['xxxxx"),
     ],
 )

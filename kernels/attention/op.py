@@ -25,8 +25,10 @@ from kernels.registration import operator
 MAX_HEAD_WIDTH = 256  # one tile holds a head
 
 
-def limits(head_width: int, dropout: float) -> tuple[str | None, str | None]:
-    """Why attention with such heads and such dropout has no Triton form, and why no stock form; None where it has."""
+def limits(
+    head_width: int, dropout: float, sparse: bool, softcap: float, lse: bool = False
+) -> tuple[str | None, str | None]:
+    """Why attention with such heads and options has no Triton form, and why no stock form; None where it has."""
     no_triton = no_torch = None
     if head_width > MAX_HEAD_WIDTH:
         no_triton = f"found heads of width {head_width}, expected at most {MAX_HEAD_WIDTH}: use impl=torch or reference"
@@ -37,13 +39,16 @@ def limits(head_width: int, dropout: float) -> tuple[str | None, str | None]:
             f"found {found}, expected 0: the stock operator draws masks that depend on the layout; use impl=auto, "
             f"triton or reference"
         )
+    missing = "a block-sparse pattern" if sparse else "softcap" if softcap > 0 else "lse" if lse else None
+    if missing is not None:
+        no_torch = f"found {missing} asked for, which the stock operator has not: use impl=auto, triton or reference"
     return no_triton, no_torch
 
 
 def stock(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """PyTorch's scaled_dot_product_attention, which takes [B, H, T, D]."""
     B, Tq, Tk = q.shape[0], q.shape[1], k.shape[1]
-    bounded = window is not None or cu_seqlens is not None
+    bounded = (window is not None and window < Tk) or cu_seqlens is not None
     causal = 1 < Tq == Tk and not bounded
     unmasked = causal or (Tq == 1 and not bounded)  # one query sees every key; a mask would cost the fastest backends
     mask = None if unmasked else visible(B, Tq, Tk, window, None, cu_seqlens, q.device)[:, None]
@@ -176,10 +181,7 @@ def _attention(
     wrong = wrong_options(q, k, window, sparse, cu_seqlens, softcap, dropout, samples)
     expect(wrong is None, f"attention: {wrong}")
     key = dropout if dropout is not None and dropout.p > 0 else None
-    no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p)
-    missing = "a block-sparse pattern" if sparse is not None else "softcap" if softcap > 0 else "lse" if lse else None
-    if missing is not None:
-        no_torch = f"found {missing} asked for, which the stock operator has not: use impl=auto, triton or reference"
+    no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p, sparse is not None, softcap, lse)
     form = choose(impl, "attention", device=q.device, dtype=q.dtype, no_triton=no_triton, no_torch=no_torch)
     if form == "torch":
         return stock(q, k, v, window=window, cu_seqlens=cu_seqlens), None

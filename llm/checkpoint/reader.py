@@ -1,9 +1,10 @@
-"""Finds the newest complete checkpoint and reads any part of it, whatever layout wrote it."""
+"""Finds a complete checkpoint, the newest or one that is named, and reads any part of it, whatever layout wrote it."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from llm import files
 from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
-from llm.checkpoint.writer import checkpoints, step_of
-from llm.errors import CheckpointError, InputError
+from llm.checkpoint.writer import STEP_FOLDER, checkpoints, step_of
+from llm.errors import CheckpointError, InputError, require
 from llm.parallel.agreement import broadcast, together
 from llm.slices import Slice
 
@@ -38,11 +39,12 @@ def load_manifest(folder: Path) -> Manifest:
         manifest.check_coverage()
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    if manifest.step != step_of(folder):
+    if STEP_FOLDER.fullmatch(folder.name) and manifest.step != step_of(folder):
         raise CheckpointError(f"{folder} holds a checkpoint of step {manifest.step}")
     manifest.check_sizes(folder)
-    # Hidden files are not ours: file systems and desktops leave some.
-    extra = {name for name in found - manifest.files.keys() - {"manifest.json"} if not name.startswith(".")}
+    # Hidden files are not ours: file systems and desktops leave some. A copied checkpoint may have its tokenizer along.
+    ours = {*manifest.files, "manifest.json", "tokenizer.json"}
+    extra = {name for name in found - ours if not name.startswith(".")}
     if extra:
         raise CheckpointError(f"{folder} holds {min(extra)}, which its manifest does not list")
     return manifest
@@ -69,14 +71,14 @@ def _sha256(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def find_latest(root: Path) -> tuple[Path | None, list[str]]:
+def find_latest(root: Path, among: list[Path] | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint under `root` whose every byte is right, and warnings about newer ones.
 
     Folders are scanned: the pointer `latest` is for people and may be stale. None: there is none.
-    Raises InputError if there are checkpoints but all of them are damaged.
+    Raises InputError if there are checkpoints but all of them are damaged. among: those to look at, newest first.
     """
     warnings = []
-    for folder in checkpoints(root):
+    for folder in checkpoints(root) if among is None else among:
         try:
             verify(folder)
         except CheckpointError as error:
@@ -91,8 +93,29 @@ def find_latest(root: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def find_named(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint that `path` names, a run (its newest) or one of any name, and warnings; InputError: not whole."""
+    require(path.is_dir(), f"{path} is not a folder; expected runs/<name>, or the folder of a checkpoint")
+    if (path / "checkpoints").is_dir():
+        latest, warnings = find_latest(path / "checkpoints")
+        if latest is None:
+            raise InputError(f"{path} holds no complete checkpoint; train first, or choose another run")
+        return latest, warnings
+    try:
+        verify(path)
+    except CheckpointError as error:
+        raise InputError(f"{path} is not a whole checkpoint: {error}") from error
+    return path, []
+
+
+def tokenizer_of(checkpoint: Path) -> Path | None:
+    """The tokenizer.json beside a checkpoint: in its folder, else one or two above, where its run has it."""
+    near = (folder / "tokenizer.json" for folder in (checkpoint, *checkpoint.absolute().parents[:2]))
+    return next((path for path in near if path.is_file()), None)
+
+
 def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader:
-    """Open a checkpoint that `find_latest` or `verify` found good: tensors are not hashed again.
+    """Open a checkpoint that `find_latest`, `find_named` or `verify` found good: tensors are not hashed again.
 
     sha256: of the manifest that must be found. Raises CheckpointError.
     """
@@ -107,19 +130,23 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
     return CheckpointReader(folder, manifest, files.parse_json(files.read_regular(path), str(path)))
 
 
-def open_latest(root: Path, group: dist.ProcessGroup | None = None) -> tuple[CheckpointReader | None, list[str]]:
-    """Open, on every rank, the checkpoint that rank 0 finds newest; None where there is none. Collective.
+def open_agreed(
+    root: Path,
+    find: Callable[[Path], tuple[Path | None, list[str]]] = find_latest,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[CheckpointReader | None, list[str]]:
+    """Open, on every rank, the checkpoint that `find(root)` gives rank 0; None where there is none. Collective.
 
-    The warnings are rank 0's alone. Raises Agreed if there are checkpoints but none is good, or if a rank does not see
-    the same one.
+    The warnings are rank 0's alone. Raises Agreed where `find` raises, or if a rank does not see the same checkpoint.
     """
 
-    def find() -> tuple[str | None, str | None, list[str]]:
+    def find_first() -> tuple[str | None, str | None, list[str]]:
         if dist.get_rank(group) != 0:
             return None, None, []
         try:
-            folder, warnings = find_latest(root)
-            return (folder.name, load_manifest(folder).sha256, warnings) if folder else (None, None, warnings)
+            folder, warnings = find(root)
+            digest = load_manifest(folder).sha256 if folder else None
+            return str(folder.relative_to(root)) if folder else None, digest, warnings
         except (CheckpointError, OSError) as error:
             raise InputError(str(error)) from error
 
@@ -129,7 +156,7 @@ def open_latest(root: Path, group: dist.ProcessGroup | None = None) -> tuple[Che
         except CheckpointError as error:
             raise InputError(f"rank {dist.get_rank(group)}: {error}") from error
 
-    name, sha256, warnings = together(find, group)
+    name, sha256, warnings = together(find_first, group)
     name, sha256 = json.loads(broadcast(json.dumps([name, sha256]), group))
     return together(open_found, group), warnings
 

@@ -149,35 +149,20 @@ def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:
-    """Write one safetensors file: a JSON header's length and text, then the tensors' bytes."""
-    header: dict[str, Any] = {}
+    """Write one safetensors file of the pieces."""
+    shapes: dict[str, list[int]] = {}
     tensors: dict[tuple[str, str], TensorEntry] = {}
-    end = 0
     for piece in shard:
         part, name = piece.slice, (piece.name, piece.kind)
         key = f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}"
         stored = Stored(file, key, part.dim, part.start, part.stop, offset=piece.start, length=len(piece.data))
-        if key in header:
+        if key in shapes:
             raise ValueError(f"{key} is given twice")
-        begin, end = end, end + piece.data.nbytes
-        header[key] = {"dtype": "F32", "shape": [stored.length], "data_offsets": [begin, end]}
+        shapes[key] = [stored.length]
         before = tensors.get(name, TensorEntry(part.global_shape, ()))
         tensors[name] = TensorEntry(part.global_shape, (*before.pieces, stored))
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format pads its header so that the tensors are aligned
-    size = 8 + len(text) + end
-
-    def parts() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little")
-        yield text
-        for piece in shard:
-            data = piece.data.detach().contiguous().numpy()
-            yield memoryview(data)  # pyright: ignore[reportArgumentType]
-
-    # Written here and not by safetensors.save_file: the hash is of what was meant to be written,
-    # and a full disk is an OSError.
-    digest = files.create(partial / file, parts(), size)
-    return Manifest(step, {file: FileEntry(size, digest)}, tensors)
+    entry = FileEntry(*files.create_safetensors(partial / file, torch.float32, shapes, (p.data for p in shard)))
+    return Manifest(step, {file: entry}, tensors)
 
 
 def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:

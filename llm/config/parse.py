@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -86,6 +87,12 @@ def from_dict(mapping: dict[str, Any]) -> RunConfig:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The config as nested dicts of JSON types; `from_dict` gives an equal config back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def changed_fields(before: Any, after: Any) -> dict[str, str]:
+    """The fields in which two configs, or two sections, differ: {"optim.lr": "0.01 -> 0.003"}."""
+    values = {key: [attrgetter(key)(config) for config in (before, after)] for key in dotted_keys(type(before))}
+    return {key: f"{shown(old)} -> {shown(new)}" for key, (old, new) in values.items() if old != new}
 
 
 def to_yaml(config: RunConfig) -> str:

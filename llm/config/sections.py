@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,25 @@ def check_at_least(low: int, key: str, section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         require(value is None or value >= low, f"{key}{name} is {value}; expected at least {low}")
+
+
+@dataclass(frozen=True)
+class SparseAttention:
+    """The strided pattern of Sparse Transformers (Child et al. 2019, section 4.3), in blocks of positions.
+
+    A query in block i sees the keys up to its own in block j if i - j < local or (i - j) % stride == 0.
+    """
+
+    block: int
+    """Positions in a block: a multiple of 64."""
+    local: int
+    """Blocks that are seen up to the query's own, that one included."""
+    stride: int
+    """Of the blocks farther back every `stride`-th is seen."""
+
+    def __post_init__(self) -> None:
+        require(self.block > 0 and self.block % 64 == 0, f"block is {self.block}; expected a positive multiple of 64")
+        check_at_least(1, "", self, "local", "stride")
 
 
 @dataclass(frozen=True)
@@ -35,6 +55,8 @@ class ModelConfig:
     """Longest sequence: the size of the learned position table."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before each sublayer and at the end."""
+    norm_eps: float = 1e-5
+    """Added to the variance (layernorm) or the mean square (rmsnorm) before the root."""
     activation: Literal["gelu", "swiglu"] = "gelu"
     """Nonlinearity of the feed-forward layer."""
     position: Literal["learned", "rope"] = "learned"
@@ -45,8 +67,16 @@ class ModelConfig:
     """Use the token embedding as the output projection too."""
     bias: bool = True
     """Biases in the linear layers and in layer norm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; those that end a residual branch have it over sqrt(2 n_layer)."""
     dropout: float = 0.0
     """Dropout on the embedding, the attention weights and each residual branch, in [0, 1)."""
+    attention_window: int | tuple[int | None, ...] | None = None
+    """Keys that a query sees, its own and those before it (sliding window); null: all; a list repeats over layers."""
+    attention_sparse: SparseAttention | tuple[SparseAttention | None, ...] | None = None
+    """Strided block-sparse attention, as {block: 64, local: 1, stride: 4}; null: none; a list repeats over layers."""
+    attention_softcap: float = 0.0
+    """Attention scores s become softcap * tanh(s / softcap) (Gemma 2: 50); 0: none."""
 
     def __post_init__(self) -> None:
         check_at_least(1, "model.", self, "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
@@ -58,8 +88,35 @@ class ModelConfig:
             self.position != "rope" or self.head_dim % 2 == 0,
             f"model.position rope needs an even head width; d_model / n_head is {self.head_dim}",
         )
+        require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; expected above 0")
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
+        require(self.init_std > 0, f"model.init_std is {self.init_std}; expected above 0")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
+        check_at_least(0, "model.", self, "attention_softcap")
+        period = 1
+        for name in ("attention_window", "attention_sparse"):
+            given = getattr(self, name)
+            length = len(given) if isinstance(given, tuple) else 1
+            require(
+                1 <= length <= self.n_layer,
+                f"model.{name} lists {length} layers; expected 1 to model.n_layer ({self.n_layer})",
+            )
+            period = math.lcm(period, length)
+        for layer in range(min(period, self.n_layer)):
+            window, sparse = self.layer_window(layer), self.layer_sparse(layer)
+            found = f"model.attention_window of layer {layer} is {window}"
+            require(window is None or window >= 1, f"{found}; expected at least 1 key, or null for all")
+            require(window is None or sparse is None, f"{found} and model.attention_sparse {sparse}; use one of them")
+
+    def layer_window(self, layer: int) -> int | None:
+        """Keys that a query of block `layer` sees at most, its own among them; None: all up to it."""
+        given = self.attention_window
+        return given[layer % len(given)] if isinstance(given, tuple) else given
+
+    def layer_sparse(self, layer: int) -> SparseAttention | None:
+        """The pattern of block `layer`; None: dense."""
+        given = self.attention_sparse
+        return given[layer % len(given)] if isinstance(given, tuple) else given
 
     @property
     def kv_heads(self) -> int:
@@ -101,7 +158,10 @@ class DataConfig:
     source: str = "stdlib"
     """`stdlib` (the Python standard library's own source) or a .txt, .jsonl, .jsonl.gz, .jsonl.zst file or a folder."""
     tokenizer: str = "train"
-    """`train` (a byte-level BPE of model.vocab_size is trained on the corpus) or the path of a tokenizer.json."""
+    """`train` (a byte-level BPE of model.vocab_size, trained on the corpus), `char` (its characters), or the path of a
+    tokenizer.json or of the ranks of a tiktoken encoding (cl100k_base.tiktoken, Llama 3's tokenizer.model)."""
+    end_token: str | int | None = None
+    """The token, or its id, that ends documents; null: found by its name, such as <|endoftext|> or </s>."""
     path: str | None = None
     """Folder of the token shards, or its URL; null: data/<name of the source>-<vocab_size>."""
     cache: str = "data/cache"
@@ -131,6 +191,10 @@ class DataConfig:
         check_at_least(1, "data.", self, "seq_len", "validation_samples")
         fraction = self.validation_fraction
         require(0 < fraction < 1, f"data.validation_fraction is {fraction}; expected between 0 and 1")
+        require(
+            self.end_token is None or self.tokenizer not in ("train", "char"),
+            f"data.end_token is {self.end_token}; expected null, as data.tokenizer {self.tokenizer} makes its own",
+        )
         require(
             self.packing == "chunk" or self.document_masks,
             "data.packing best_fit puts unrelated documents into one sample; set data.document_masks=true",
@@ -223,6 +287,8 @@ class TrainConfig:
     """Steps between comparisons of each parameter's replicas over ranks, also made before saving; 0: never."""
     guard_action: Literal["stop", "warn"] = "stop"
     """What follows when replicas differ."""
+    init_from: str | None = None
+    """A run's folder, a checkpoint or a Hugging Face folder whose weights a new run begins with; null: random ones."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Kernel implementation; `auto`: Triton on a GPU, PyTorch's own operators on a CPU."""
 
@@ -245,9 +311,11 @@ class CheckpointConfig:
     """Steps between checkpoints; there is always one after the last step."""
     keep_last: int = 2
     """Complete checkpoints that are kept."""
+    resume_step: int | None = None
+    """Resume from the checkpoint of this step and drop what came after it; null: from the newest."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, "checkpoint.", self, "interval", "keep_last")
+        check_at_least(1, "checkpoint.", self, "interval", "keep_last", "resume_step")
 
 
 @dataclass(frozen=True)

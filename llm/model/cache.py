@@ -1,30 +1,45 @@
-"""Keeps the keys and values of earlier tokens, so that each new token costs one position."""
+"""Keeps the keys and values of earlier tokens that later ones see, so that each new token costs one position."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Keys and values [B, S, K, D] of the positions seen so far, for each block; grows as blocks append."""
+    """Keys and values [2, B, S, K, D] of earlier positions, for each block; grows as blocks append.
+
+    A block with a window W has room for 2 W positions at most. When they are full, what no later query sees goes: the
+    last W - 1 move to the front, once in W tokens.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._blocks: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self._blocks: dict[int, tuple[Tensor, int]] = {}
 
-    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, T, K, D] after those of `block` and return all of them [B, S + T, K, D]."""
-        B, T, K, D = k.shape
-        keys, values, length = self._blocks.get(block, (None, None, 0))
-        if keys is None or values is None:
-            keys, values = k.new_empty(B, self.capacity, K, D), v.new_empty(B, self.capacity, K, D)
-        keys[:, length : length + T] = k
-        values[:, length : length + T] = v
-        self._blocks[block] = (keys, values, length + T)
-        return keys[:, : length + T], values[:, : length + T]
+    def append(self, block: int, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, T, K, D] after those of `block`; return the S + T last ones, [B, S + T, K, D].
+
+        S: all before them, or of these the last window - 1, which the first of the T queries sees.
+        """
+        new = torch.stack((k, v))
+        if block not in self._blocks:
+            room = self.capacity if window is None else min(self.capacity, 2 * window)
+            self._blocks[block] = new.new_empty(*new.shape[:2], room, *new.shape[3:]), 0
+        held, length = self._blocks[block]
+        end, first = length + new.shape[2], 0 if window is None else max(0, length + 1 - window)
+        if window is not None and end > held.shape[2]:
+            seen = torch.cat((held[:, :, first:length], new), dim=2)
+            end = min(window - 1, seen.shape[2])
+            held[:, :, :end] = seen[:, :, seen.shape[2] - end :]
+        else:
+            held[:, :, length:end] = new
+            seen = held[:, :, first:end]
+        self._blocks[block] = held, end
+        return seen[0], seen[1]
 
     def select(self, rows: Tensor) -> KVCache:
         """The cache of a batch that is made of these rows of this one, int64 [R]: a row may come several times."""
         selected = KVCache(self.capacity)
-        selected._blocks = {i: (keys[rows], values[rows], n) for i, (keys, values, n) in self._blocks.items()}
+        selected._blocks = {block: (held[:, rows], length) for block, (held, length) in self._blocks.items()}
         return selected

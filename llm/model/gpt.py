@@ -9,6 +9,7 @@
 - feed-forward: GELU, or SwiGLU (Shazeer 2020) whose gate and up rows alternate, so that any even cut is a shard
 - grouped-query attention (Ainslie et al. 2023): rows of qkv are grouped by key/value head,
   [q_1 ... q_R, k, v] for each, so that a cut between groups is a shard
+- attention sees all earlier tokens, a window of them, or a sparse pattern, as each block's options say
 - with document masks, a token attends to its own document alone, whose positions count from 0
 - no rank, no group, no device: the factory `layers` decides what a linear is (llm/model/layers.py)
 
@@ -41,7 +42,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: DenseLayers, index: int, recompute: Recompute = "none") -> None:
         super().__init__()
-        C, D, bias = config.d_model, config.head_dim, config.bias
+        C, D, bias, eps = config.d_model, config.head_dim, config.bias, config.norm_eps
         site = EMBEDDING_SITE + 1 + SITES_PER_BLOCK * index
         qkv_rows = (config.n_head + 2 * config.kv_heads) * D
         gated = config.activation == "swiglu"
@@ -49,11 +50,11 @@ class Block(nn.Module):
         self.index = index
         self.impl = layers.impl
         self.recompute = recompute
-        self.norm_1 = layers.norm(config.norm, C, bias=bias)
+        self.norm_1 = layers.norm(config.norm, C, bias=bias, eps=eps)
         self.qkv = layers.linear("qkv", C, qkv_rows, bias=bias)
-        self.attention = layers.attention(config.dropout, site, config.n_head)
+        self.attention = layers.attention(config, index, site)
         self.attention_output = layers.linear("attention_output", config.n_head * D, C, bias=bias)
-        self.norm_2 = layers.add_norm(config.norm, C, bias=bias, p=config.dropout, site=site + 1)
+        self.norm_2 = layers.add_norm(config.norm, C, bias=bias, eps=eps, p=config.dropout, site=site + 1)
         self.up = layers.linear("up", C, config.ff_dim * (2 if gated else 1), bias=bias)
         self.down = layers.linear("down", config.ff_dim, C, bias=bias)
         self.down_dropout = layers.dropout(config.dropout, site + 2)
@@ -94,7 +95,7 @@ class Block(nn.Module):
         """softmax(q k^T) v, between the two projections: qkv [B, T, (R + 2) K D] -> [B, T, H D]."""
         q, k, v = self.heads(qkv, document_positions(positions, documents))
         if cache is not None:
-            k, v = cache.append(self.index, k, v)
+            k, v = cache.append(self.index, k, v, self.attention.window)
         cu_seqlens = None if documents is None else documents.cu_seqlens
         return self.attention(q, k, v, samples, cu_seqlens).flatten(-2)
 
@@ -147,7 +148,7 @@ class GPT(nn.Module):
                 for i in (blocks or range(config.n_layer))
             }
         )
-        self.norm = layers.norm(config.norm, C, bias=config.bias)
+        self.norm = layers.norm(config.norm, C, bias=config.bias, eps=config.norm_eps)
         tied = self.embedding if config.tie_embeddings else None
         self.head = layers.lm_head(C, config.vocab_size, tied)
 

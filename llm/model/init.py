@@ -11,28 +11,17 @@ from torch import Tensor, nn
 from llm.config import ModelConfig
 from llm.slices import Slice, slice_of
 
-STD = 0.02
-
 
 def initial_std(config: ModelConfig, name: str) -> float | None:
     """Standard deviation of the normal distribution that parameter `name` is drawn from; None: it is not drawn.
 
-    Linears take GPT-2's 0.02, those that end a residual branch 0.02 / sqrt(2 n_layer) (Radford et al. 2019, 2.3).
-    The output projection, and the tables that share or feed it when tied, are small enough for the first loss to be
-    ln V: the logits' deviation sqrt(C) std stays under 0.15, and the logit that a tied table gives to its own
-    input, C std, under 4.
+    As GPT-2's: `init_std` for linears and tables, divided by sqrt(2 n_layer) for the linears that end a residual branch
+    (Radford et al. 2019, 2.3).
     """
-    C = config.d_model
     if "norm" in name or name.endswith("bias"):
         return None
-    if name.endswith(("attention_output.weight", "down.weight")):
-        return STD / math.sqrt(2 * config.n_layer)
-    if name == "head.weight" or (config.tie_embeddings and name in TABLES):
-        return min(STD, 0.15 / math.sqrt(C), 4 / C)
-    return STD
-
-
-TABLES = ("embedding.weight", "position_table.weight")
+    ends_branch = name.endswith(("attention_output.weight", "down.weight"))
+    return config.init_std / math.sqrt(2 * config.n_layer) if ends_branch else config.init_std
 
 
 def initial_tensor(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention
+from kernels.attention import Strided, attention
 from kernels.cross_entropy import Vocabulary, linear_cross_entropy
 from kernels.dropout import dropout
 from kernels.embedding import embedding
 from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.philox import DropoutKey
+from llm.config import ModelConfig
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
@@ -111,14 +112,16 @@ class LanguageModelHead(nn.Module):
 class Norm(nn.Module):
     """Layer norm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019).
 
+    eps: added to the variance, or to the mean square.
     on_weight: applied to the weight and the bias in each forward pass (sequence parallelism sums their gradients so).
     """
 
-    def __init__(self, kind: str, width: int, *, bias: bool, impl: str, on_weight: TensorFunction) -> None:
+    def __init__(self, kind: str, width: int, *, bias: bool, eps: float, impl: str, on_weight: TensorFunction) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias and kind == "layernorm" else None
         self.kind = kind
+        self.eps = eps
         self.impl = impl
         self.on_weight = on_weight
 
@@ -129,8 +132,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.affine()
         if self.kind == "rmsnorm":
-            return rms_norm(x, weight, impl=self.impl)
-        return layer_norm(x, weight, bias, impl=self.impl)
+            return rms_norm(x, weight, self.eps, impl=self.impl)
+        return layer_norm(x, weight, bias, self.eps, impl=self.impl)
 
 
 class AddNorm(Norm):
@@ -142,12 +145,13 @@ class AddNorm(Norm):
         width: int,
         *,
         bias: bool,
+        eps: float,
         impl: str,
         on_weight: TensorFunction,
         key: DropoutKey,
         local_positions: TensorFunction,
     ) -> None:
-        super().__init__(kind, width, bias=bias, impl=impl, on_weight=on_weight)
+        super().__init__(kind, width, bias=bias, eps=eps, impl=impl, on_weight=on_weight)
         self.key = key
         self.local_positions = local_positions
 
@@ -159,9 +163,9 @@ class AddNorm(Norm):
             dropout=key, samples=samples, positions=self.local_positions(positions), impl=self.impl
         )
         if self.kind == "rmsnorm":
-            normed, stream = add_rms_norm(branch, stream, weight, **options)
+            normed, stream = add_rms_norm(branch, stream, weight, self.eps, **options)
         else:
-            normed, stream = add_layer_norm(branch, stream, weight, bias, **options)
+            normed, stream = add_layer_norm(branch, stream, weight, bias, self.eps, **options)
         return stream, normed
 
 
@@ -185,23 +189,31 @@ class Dropout(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """softmax(q k^T / sqrt(D) + causal mask) v over this rank's heads (Vaswani et al. 2017)."""
+    """softmax(cap(q k^T / sqrt(D)) + mask) v over this rank's heads (Vaswani et al. 2017).
 
-    def __init__(self, key: DropoutKey, *, impl: str, head_offset: int = 0) -> None:
+    The mask is causal, and narrowed by the window or the sparse pattern that `config` gives block `block`.
+    """
+
+    def __init__(self, config: ModelConfig, block: int, key: DropoutKey, *, impl: str, head_offset: int = 0) -> None:
         super().__init__()
+        sparse = config.layer_sparse(block)
+        self.window = config.layer_window(block)
+        self.sparse = None if sparse is None else Strided(sparse.block, sparse.local, sparse.stride)
+        self.softcap = config.attention_softcap
         self.key = key
         self.impl = impl
         self.head_offset = head_offset
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, samples: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """q [B, T, H, D]; k, v [B, S, K, D] with S >= T; samples int64 [B] -> [B, T, H, D].
+        """q [B, T, H, D]; k, v [B, S, K, D], the S >= T last ones; samples int64 [B] -> [B, T, H, D].
 
         cu_seqlens: int32 [documents + 1], where documents begin in the B * T tokens, if they do not attend to one
         another; then S = T.
         """
         key = self.key if self.training and self.key.p > 0 else None
+        options: dict[str, Any] = dict(window=self.window, sparse=self.sparse, softcap=self.softcap, impl=self.impl)
         return attention(
-            q, k, v, cu_seqlens=cu_seqlens, dropout=key, samples=samples, head_offset=self.head_offset, impl=self.impl
+            q, k, v, cu_seqlens=cu_seqlens, dropout=key, samples=samples, head_offset=self.head_offset, **options
         )
 
 
@@ -246,11 +258,11 @@ class DenseLayers:
         replicated(head)
         return head
 
-    def norm(self, kind: str, width: int, *, bias: bool) -> nn.Module:
+    def norm(self, kind: str, width: int, *, bias: bool, eps: float) -> nn.Module:
         """[..., width] -> [..., width]."""
-        return replicated(Norm(kind, width, bias=bias, impl=self.impl, on_weight=self.on_weight))
+        return replicated(Norm(kind, width, bias=bias, eps=eps, impl=self.impl, on_weight=self.on_weight))
 
-    def add_norm(self, kind: str, width: int, *, bias: bool, p: float, site: int) -> nn.Module:
+    def add_norm(self, kind: str, width: int, *, bias: bool, eps: float, p: float, site: int) -> nn.Module:
         """stream, branch -> (stream + dropout(branch), its norm)."""
         key = DropoutKey(p, self.seed, site)
         return replicated(
@@ -258,6 +270,7 @@ class DenseLayers:
                 kind,
                 width,
                 bias=bias,
+                eps=eps,
                 impl=self.impl,
                 on_weight=self.on_weight,
                 key=key,
@@ -268,6 +281,6 @@ class DenseLayers:
     def dropout(self, p: float, site: int) -> Dropout:
         return Dropout(DropoutKey(p, self.seed, site), impl=self.impl, local_positions=self.local_positions)
 
-    def attention(self, p: float, site: int, n_head: int) -> CausalAttention:
-        """Causal attention over `n_head` query heads, with dropout on its weights."""
-        return CausalAttention(DropoutKey(p, self.seed, site), impl=self.impl)
+    def attention(self, config: ModelConfig, block: int, site: int) -> CausalAttention:
+        """Attention of block `block`, with dropout on its weights."""
+        return CausalAttention(config, block, DropoutKey(config.dropout, self.seed, site), impl=self.impl)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from kernels.embedding import embedding
 from kernels.philox import DropoutKey
+from llm.config import ModelConfig
 from llm.model.layers import CausalAttention, DenseLayers, LanguageModelHead, LinearRole, cross_entropy, replicated
 from llm.parallel.collectives import (
     all_gather,
@@ -244,6 +245,6 @@ class TensorParallelLayers(DenseLayers):
         source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp, impl=self.impl)
         return VocabParallelHead(cast(nn.Parameter, source.weight), z_loss=self.z_loss, tp=self.tp, impl=self.impl)
 
-    def attention(self, p: float, site: int, n_head: int) -> CausalAttention:
-        head_offset = self.tp.rank * (n_head // self.tp.size)
-        return CausalAttention(DropoutKey(p, self.seed, site), impl=self.impl, head_offset=head_offset)
+    def attention(self, config: ModelConfig, block: int, site: int) -> CausalAttention:
+        key, head_offset = DropoutKey(config.dropout, self.seed, site), self.tp.rank * (config.n_head // self.tp.size)
+        return CausalAttention(config, block, key, impl=self.impl, head_offset=head_offset)

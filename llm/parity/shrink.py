@@ -46,12 +46,12 @@ def needed_bytes(config: RunConfig, world_size: int) -> int:
     """Memory that `verify` needs on rank 0: its part of the layout, the oracle, and what is gathered.
 
     Activations of a micro-batch are B T (34 C + 5 H T) bytes per block in 16 bits (Korthikanti et al. 2022, eq. 1) and
-    twice that in fp32; the second term, the attention weights, exists only where dropout acts on them.
+    twice that in fp32; the second term, the attention weights, exists only where PyTorch's own operator cannot run.
     """
     model, parallel = config.model, config.parallel
     ranks = world_size if parallel.zero_stage == 3 or config.train.engine == "fsdp" else parallel.tensor_parallel
     tokens, T = config.train.micro_batch_size * config.data.seq_len, config.data.seq_len
-    weights = 5 * model.n_head * T if model.dropout > 0 else 0
+    weights = 5 * model.n_head * T if model.dropout or model.attention_softcap or model.attention_sparse else 0
     activations = 2 * model.n_layer * tokens * (34 * model.d_model + weights)
     logits = 3 * 4 * min(tokens, GPU_CHUNK) * model.vocab_size
     states = parameters(model) * (ORACLE[config.train.precision] + GATHERED + LAYOUT // ranks)
@@ -61,7 +61,8 @@ def needed_bytes(config: RunConfig, world_size: int) -> int:
 def shrink(config: RunConfig, available: int, world_size: int) -> RunConfig:
     """`config` itself if `verify` can hold its model in `available` bytes, else with the largest model that fits.
 
-    Norms, activation, positions, tying, biases, dropout, query heads per key/value head, sequence and batch stay.
+    Norms, activation, positions, tying, biases, dropout, query heads per key/value head, attention's window, pattern
+    and softcap, sequence and batch stay.
     Raises InputError if not even the smallest fits.
     """
     limit = int(USABLE * available)
@@ -82,10 +83,13 @@ def shrink(config: RunConfig, available: int, world_size: int) -> RunConfig:
 def smaller(model: ModelConfig, tp: int) -> Iterator[ModelConfig]:
     """Ever smaller models of the same family, which `tp` ranks can share.
 
-    First fewer blocks, for they are alike, then a smaller vocabulary, then fewer heads, and last narrower ones.
+    First fewer blocks, for they are alike (with options that alternate: as many as differ), then a smaller vocabulary,
+    then fewer heads, and last narrower ones.
     """
-    while model.n_layer > 2:
-        model = replace(model, n_layer=max(2, model.n_layer // 2))
+    lists = (model.attention_window, model.attention_sparse)
+    fewest = max([2, *(len(each) for each in lists if isinstance(each, tuple))])
+    while model.n_layer > fewest:
+        model = replace(model, n_layer=max(fewest, model.n_layer // 2))
         yield model
     while model.vocab_size // 2 >= SMALLEST_VOCABULARY:
         half = model.vocab_size // 2

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 from llm.config import ModelConfig
 from llm.config.phases import Phase, steps_by_phase
+from llm.config.sections import SparseAttention
 from llm.plan.memory import parameters, position_parameters
 
 Formula = Literal["causal", "palm"]
@@ -52,12 +54,31 @@ def matmul_parameters(model: ModelConfig) -> int:
 def flops_per_token(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> float:
     """FLOPs of forward and backward for one token of a sequence of `seq_len`.
 
-    palm: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B): attention to all T positions.
-    causal: 6 N + 6 L C T: half of it, for a token attends to (T + 1) / 2 positions on average.
+    palm: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B): attention to all T positions, whatever the mask.
+    causal: 6 N + 12 C (sum over layers of P / T - 1/2) with P of `visible_pairs`: 6 N + 6 L C T where all layers are
+    dense, half of palm's attention. A query's own key counts half in it.
     N as in `matmul_parameters`. Recomputed activations do not count (MFU, not HFU).
     """
-    attention = {"causal": 6, "palm": 12}[formula] * model.n_layer * model.d_model * seq_len
-    return 6 * matmul_parameters(model) + attention
+    keys = float(model.n_layer * seq_len)
+    if formula == "causal" and seq_len > 0:
+        layers = range(model.n_layer)
+        pairs = sum(visible_pairs(seq_len, model.layer_window(i), model.layer_sparse(i)) for i in layers)
+        keys = pairs / seq_len - model.n_layer / 2
+    return 6 * matmul_parameters(model) + 12 * model.d_model * keys
+
+
+@cache
+def visible_pairs(seq_len: int, window: int | None, sparse: SparseAttention | None) -> int:
+    """P: pairs of a query and a key that it sees, in one head and a sequence of `seq_len` without document masks."""
+    if sparse is None:
+        W = min(window or seq_len, seq_len)
+        return W * (W + 1) // 2 + (seq_len - W) * W
+    pairs = 0
+    for i in range(-(-seq_len // sparse.block)):
+        queries, near = min(sparse.block, seq_len - i * sparse.block), min(sparse.local - 1, i)
+        earlier = near + i // sparse.stride - near // sparse.stride  # blocks before block i that its queries see
+        pairs += queries * earlier * sparse.block + queries * (queries + 1) // 2
+    return pairs
 
 
 def flops_of_steps(model: ModelConfig, phases: Sequence[Phase], first: int, last: int, formula: Formula) -> float:

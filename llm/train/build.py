@@ -10,7 +10,7 @@ from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, init_weights
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
-from llm.train.engines.base import Engine
+from llm.train.engines.base import Engine, WeightSource
 
 
 def build_model(config: RunConfig, mesh: Mesh | None) -> GPT:
@@ -26,21 +26,18 @@ def _model(config: RunConfig, mesh: Mesh | None) -> GPT:
     return GPT(config.model, choose_layers(config, mesh), recompute=recompute, recompute_every=every)
 
 
-def build_engine(
-    config: RunConfig, mesh: Mesh, device: torch.device, checkpoint: CheckpointReader | None = None
-) -> Engine:
-    """The engine that the config names, with the weights of `checkpoint` or else the initial ones. Collective."""
+def build_engine(config: RunConfig, mesh: Mesh, device: torch.device, source: WeightSource | None = None) -> Engine:
+    """The engine of the config, in the state of a checkpoint, or new on other weights (None: initial). Collective."""
     # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
     parts = config.train.engine == "fsdp" or (config.train.engine == "deepspeed" and config.parallel.zero_stage == 3)
     with torch.device("meta" if parts else "cpu"):
         model = _model(config, mesh)
     engine = _engine(config, model, mesh, device)
-    if checkpoint is None:
-        engine.load_pieces(InitialWeights(config.model, config.seed), 0)
+    if isinstance(source, CheckpointReader):
+        engine.load_scalar_state(source.state["engine"])
+        engine.load_pieces(source, source.state["engine"]["optimizer_step"])
     else:
-        state = checkpoint.state["engine"]
-        engine.load_scalar_state(state)
-        engine.load_pieces(checkpoint, state["optimizer_step"])
+        engine.load_pieces(source or InitialWeights(config.model, config.seed), 0)
     return engine
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from kernels.attention.op import limits as attention_limits
 from kernels.dispatch import KernelError, choose
 from kernels.norm.op import no_triton as norm_limit
 from llm.config import RunConfig
+from llm.data.corpora import Corpora
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError, require
 from llm.train.engines.base import DTYPES
@@ -18,7 +17,8 @@ from llm.train.engines.base import DTYPES
 def check_kernels(config: RunConfig, device: torch.device) -> str:
     """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
     model, dtype = config.model, DTYPES[config.train.precision]
-    no_triton, no_torch = attention_limits(model.head_dim, model.dropout)
+    sparse = any(model.layer_sparse(layer) for layer in range(model.n_layer))
+    no_triton, no_torch = attention_limits(model.head_dim, model.dropout, sparse, model.attention_softcap)
     norm = "layer_norm" if model.norm == "layernorm" else "rms_norm"
     limits: dict[str, dict[str, str | None]] = {
         "attention": {"no_triton": no_triton, "no_torch": no_torch},
@@ -39,12 +39,21 @@ def check_kernels(config: RunConfig, device: torch.device) -> str:
     return "; ".join(f"{form}: {', '.join(ops)}" for form, ops in chosen.items())
 
 
-def check_prompt(config: RunConfig, folder: Path) -> None:
-    """Raise InputError unless the closing sample can be drawn; folder: of the data, with its tokenizer."""
-    prompt = Tokenizer.load(folder / "tokenizer.json").encode(config.logging.sample_prompt)
-    longest = config.model.max_seq_len
+def check_tokenizer(corpora: Corpora) -> str:
+    """Say what tokens there are; InputError unless the closing sample can be drawn and ends as the documents do."""
+    config, manifest = corpora.config, corpora.manifest
+    tokenizer = Tokenizer.load(corpora.folder / "tokenizer.json", config.data.end_token)
     require(
-        config.logging.sample_tokens == 0 or 0 < len(prompt) < longest,
+        tokenizer.eod_id == manifest.eod_id,
+        f"documents in {corpora.folder} end with token {manifest.eod_id}, data.end_token is {config.data.end_token}: "
+        f"{tokenizer.end_token} ({tokenizer.eod_id}); set --data.end_token={manifest.eod_id}",
+    )
+    longest, size = config.model.max_seq_len, config.model.vocab_size
+    prompt = tokenizer.encode(config.logging.sample_prompt) if config.logging.sample_tokens > 0 else [0]
+    require(
+        0 < len(prompt) < longest,
         f"logging.sample_prompt has {len(prompt)} tokens; expected at least 1 and fewer than model.max_seq_len "
         f"({longest}), or logging.sample_tokens=0",
     )
+    padded = f", padded to {size} (model.vocab_size)" if size > tokenizer.vocab_size else ""
+    return f"{tokenizer.vocab_size} tokens{padded}; {tokenizer.end_token} ends a document"

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection
+from dataclasses import asdict
 from itertools import zip_longest
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
-from llm.config import RunConfig
-from llm.config.parse import from_dict, to_dict
+from llm.checkpoint.reader import find_latest, open_checkpoint
+from llm.checkpoint.writer import checkpoints, step_of
+from llm.config import ModelConfig, RunConfig
+from llm.config.parse import changed_fields, from_dict, to_dict
 from llm.config.phases import Phase, consumed_samples
 from llm.data.corpora import Corpora
-from llm.errors import InputError, require
+from llm.errors import CheckpointError, InputError, require
+from llm.train.optim import learning_rate
 
 # What a restart may not change, beside the model, the phases that have begun and their data.
 FIXED = ("seed", "data.seq_len", "data.packing", "data.document_masks")
+# Fields of the model that do not say what its weights mean.
+FREE = ("dropout", "init_std")
+JUMP = 0.1  # relative change of the learning rate that is warned about
 
 
 def checkpoint_state(
@@ -31,10 +39,39 @@ def checkpoint_state(
     }
 
 
+def find_step(root: Path, step: int | None) -> tuple[Path | None, list[str]]:
+    """The whole checkpoint under `root` that checkpoint.resume_step = `step` asks for, and what to warn of.
+
+    It is that of `step`, with None the newest. But where the newest was saved under the same resume_step, that one is
+    taken: else a run that is started again and again would lose each time what it has done since.
+    """
+    if step is None:
+        return find_latest(root)
+    found = checkpoints(root)
+    steps = ", ".join(str(each) for each in sorted({step_of(folder) for folder in found})) or "none"
+    among = [folder for folder in found if step_of(folder) == step]
+    later = [folder for folder in found if step_of(folder) > step]
+    warning = f"when the run saves its next checkpoint, those beyond step {step} are deleted; there are {steps}"
+    if next((back == step for back in map(_resume_step, later) if back is not None), False):
+        among = later + among
+        warning = f"the run went back to step {step} before and now goes on; to go back again, move later steps away"
+    require(bool(among), f"checkpoint.resume_step is {step}; expected a step of a checkpoint in {root}: {steps}")
+    folder, warnings = find_latest(root, among)
+    return folder, [*warnings, warning] if later else warnings
+
+
+def _resume_step(checkpoint: Path) -> int | None:
+    """checkpoint.resume_step of the process that saved a checkpoint, 0 for none; None if it cannot be read."""
+    try:
+        return open_checkpoint(checkpoint).state["config"]["checkpoint"].get("resume_step") or 0
+    except CheckpointError:
+        return None
+
+
 def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
     """Raise InputError if the run of this checkpoint cannot go on under `config`; the same on every rank."""
-    check_same_model(state["config"]["model"], to_dict(config)["model"])
-    saved = from_dict(state["config"])
+    saved = saved_config(state)
+    check_same_model(saved.model, config.model)
     for key in FIXED:
         before, now = map(attrgetter(key), (saved, config))
         require(
@@ -57,21 +94,37 @@ def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) 
     )
 
 
-def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise InputError, naming each field that differs, unless the `model` configs are equal."""
-    # Through JSON, as the saved one went: a tuple is a list.
-    current = json.loads(json.dumps(current))
-    missing = "no such field"
+def saved_config(state: dict[str, Any]) -> RunConfig:
+    """The config in a checkpoint's state.json: fields that its version did not have are at their defaults."""
+    try:
+        return from_dict(state["config"])
+    except InputError as error:
+        raise InputError(f"the checkpoint's config is not one of this version: {error}") from error
+
+
+def resume_report(saved: RunConfig, config: RunConfig, step: int) -> str:
+    """What to say when a run goes on after `step` steps: each field that changed, and how far the rate jumps."""
+    changed = [f"{key} {values}" for key, values in changed_fields(saved, config).items()]
+    lines = [f"resumed from step {step} of {config.train.max_steps}" + "; changed since:" * bool(changed), *changed]
+    before, now = (learning_rate(each.optim, step, each.train.max_steps) for each in (saved, config))
+    if abs(now - before) > JUMP * before:
+        lines.append(f"warning: the learning rate of step {step + 1} was to be {before:.3g}, and now is {now:.3g}")
+    if config.train.init_from is not None:
+        lines.append("train.init_from is not read: the run has weights of its own")
+    return "\n  ".join(lines)
+
+
+def check_same_model(saved: ModelConfig, current: ModelConfig, but: Collection[str] = ()) -> None:
+    """Raise InputError, naming each field that differs, unless weights of `saved` mean the same in `current`."""
+    # What null stands for is not another model.
+    before, now = (asdict(each) | {"n_kv_head": each.kv_heads, "d_ff": each.ff_dim} for each in (saved, current))
     lines = [
-        f"model.{field}: the checkpoint has {saved.get(field, missing)}, the config has {current.get(field, missing)}"
-        for field in dict.fromkeys([*current, *saved])
-        if saved.get(field, missing) != current.get(field, missing)
+        f"\n  model.{field}: the checkpoint has {before[field]}, the config has {now[field]}"
+        for field in now
+        if before[field] != now[field] and field not in (*FREE, *but)
     ]
-    if lines:
-        raise InputError(
-            "the checkpoint is of another model; restore these settings or choose another --name"
-            + "".join(f"\n  {line}" for line in lines)
-        )
+    advice = "set model.* as the checkpoint has it, or choose another --name"
+    require(not lines, f"the checkpoint is of another model; {advice}" + "".join(lines))
 
 
 def _check_phases(config: RunConfig, saved: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from llm.checkpoint.reader import open_latest
+from llm.checkpoint.reader import open_agreed
 from llm.config import RunConfig
 from llm.config.parse import to_yaml
 from llm.config.phases import consumed_samples
@@ -22,10 +23,11 @@ from llm.data.loader import open_loader, validation_batches
 from llm.parallel.agreement import broadcast, together
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
-from llm.train.checks import check_kernels, check_prompt
+from llm.train.checks import check_kernels, check_tokenizer
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.feed import Feed
-from llm.train.resume import check_resumable
+from llm.train.init_from import open_weights
+from llm.train.resume import check_resumable, find_step, resume_report, saved_config
 from llm.train.run_folder import RunFolder, truncate_metrics
 
 RUNS = Path("runs")
@@ -73,23 +75,26 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
     together(lambda: folder.check_nonce(nonce))
     corpora = together(lambda: Corpora.open(config))
-    checkpoint, warnings = open_latest(folder.checkpoints)
+    checkpoint, warnings = open_agreed(folder.checkpoints, partial(find_step, step=config.checkpoint.resume_step))
     for warning in warnings:
         say(f"warning: {warning}")
     step = skipped_samples = 0
+    weights = None
     if checkpoint is not None:
         together(lambda: check_resumable(config, corpora, checkpoint.state))
         step, skipped_samples = checkpoint.state["step"], checkpoint.state["skipped_samples"]
+    elif config.train.init_from is not None:
+        weights = open_weights(config, corpora.folder / "tokenizer.json", say)
     run = Run(config, folder, corpora, mesh, device, step)
     if step == config.train.max_steps:
         return run
-    together(lambda: check_prompt(config, corpora.folder))
+    say(f"vocabulary: {together(lambda: check_tokenizer(corpora))}")
     together(run.validation_batches)
     run.feed = together(lambda: _open_feed(run, skipped_samples))
     together(lambda: _write_folder(run) if lead else None)
-    run.engine = build_engine(config, mesh, device, checkpoint)
+    run.engine = build_engine(config, mesh, device, checkpoint or weights)
     if checkpoint is not None:
-        say(f"resumed from step {step} of {config.train.max_steps}")
+        say(resume_report(saved_config(checkpoint.state), config, step))
     return run
 
 

@@ -17,7 +17,7 @@ from checkpoint_helpers import make_tensors, same, save
 from thread_ranks import on_thread_ranks
 
 from llm.checkpoint.manifest import Manifest
-from llm.checkpoint.reader import find_latest, open_checkpoint, open_latest, verify
+from llm.checkpoint.reader import find_latest, find_named, open_agreed, open_checkpoint, tokenizer_of, verify
 from llm.errors import Agreed, CheckpointError, InputError
 from llm.slices import Slice
 
@@ -124,6 +124,34 @@ def test_a_damaged_checkpoint_falls_back(root: Path, damage: Callable[[Path], No
     (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match="move the folder away"):
         find_latest(root)
+
+
+@pytest.mark.parametrize("name", ["step-00000001.bak", "best", "step-1", "step-00000001"])
+def test_a_copied_checkpoint_is_read_by_any_name(root: Path, name: str) -> None:
+    """But not by that of another step, and in a run's folder only by its own."""
+    copy = root / "copies" / name
+    shutil.copytree(root / "step-00000001", copy)
+    (copy / "tokenizer.json").touch()
+    assert find_named(copy) == (copy, [])
+    assert same(open_checkpoint(copy), OLD)
+    if name != "step-00000001":
+        shutil.copytree(root / "step-00000002", root / name)
+        assert find_latest(root) == (root / "step-00000002", [])
+    shutil.copytree(copy, root / "copies/step-00000002")
+    with pytest.raises(InputError, match="holds a checkpoint of step 1"):
+        find_named(root / "copies/step-00000002")
+
+
+def test_a_tokenizer_is_found_in_the_folder_and_two_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "runs/one/checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "runs/tokenizer.json").touch()
+    assert tokenizer_of(checkpoint) is None
+    for folder in (checkpoint.parent.parent, checkpoint.parent, checkpoint):
+        (folder / "tokenizer.json").touch()
+        assert tokenizer_of(checkpoint) == folder / "tokenizer.json"
+    monkeypatch.chdir(checkpoint.parent)
+    assert tokenizer_of(Path("elsewhere")) == checkpoint.parent / "tokenizer.json"
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
@@ -233,7 +261,7 @@ def test_what_is_not_there_is_refused(root: Path) -> None:
 
 def opened(roots: list[Path]) -> list[Any]:
     """What ranks open, each with its own view of the folder, that is the newest to rank 0; or what they raise."""
-    return on_thread_ranks(len(roots), lambda rank: open_latest(roots[rank]))
+    return on_thread_ranks(len(roots), lambda rank: open_agreed(roots[rank]))
 
 
 def test_all_ranks_open_what_rank_0_finds(root: Path) -> None:

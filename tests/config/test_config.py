@@ -200,7 +200,7 @@ def test_the_last_of_two_overrides_wins() -> None:
     assert parse_config(["--seed=1", "--seed=2"]).seed == 2
 
 
-@pytest.mark.parametrize("key", ["init_from", "resume", "x.y"])
+@pytest.mark.parametrize("key", ["onwards", "quick", "x.y"])
 def test_a_key_that_is_near_none_gets_no_suggestion(key: str) -> None:
     assert refused(f"--{key}=1") == f"unknown key {key!r} (--help lists all)"
 
@@ -208,6 +208,7 @@ def test_a_key_that_is_near_none_gets_no_suggestion(key: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--model.init_std=0"], ["model.init_std is 0.0", "above 0"]),
         (["--data.seq_len=129"], ["data.seq_len 129", "model.max_seq_len 128"]),
         (["--train.precision=bf16"], ["bf16", "use parallel.zero_stage=1"]),
         (["--train.engine=plain", "--parallel.zero_stage=1"], ["plain", "parallel.zero_stage=0"]),

@@ -34,22 +34,46 @@ def batch(B: int = 3, T: int = 24, V: int = 512):
     return tokens[:, :-1], torch.arange(T), torch.arange(100, 100 + B), tokens[:, 1:]
 
 
+def expected_first_loss(config: ModelConfig) -> float:
+    """Logits of a normalised stream and a table of normal numbers are normal with variance C std^2, and so the mean of
+    their log-sum-exp is ln V + C std^2 / 2; that of the target's logit is 0."""
+    return math.log(config.vocab_size) + config.d_model * config.init_std**2 / 2
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("width", [64, 128, 256])
-def test_first_loss_is_ln_v(name: str, width: int) -> None:
-    model = build(**VARIANTS[name], d_model=width)
+@pytest.mark.parametrize(("width", "std"), [(64, 0.02), (256, 0.02), (256, 0.04)])
+def test_first_loss(name: str, width: int, std: float) -> None:
+    model = build(**VARIANTS[name], d_model=width, init_std=std)
     tokens, positions, samples, targets = batch(16, 32)
     loss = model(tokens, positions, samples, targets) / targets.numel()
-    assert abs(float(loss.detach()) - math.log(512)) < 0.05
+    assert abs(float(loss) - expected_first_loss(model.config)) < 0.04
 
 
 @pytest.mark.slow
+@torch.no_grad()
 def test_first_loss_of_gpt2_124m() -> None:
     model = build(n_layer=12, n_head=12, d_model=768, vocab_size=50257, max_seq_len=128)
     assert sum(p.numel() for p in model.parameters()) == 124_439_808 - (1024 - 128) * 768
     tokens, positions, samples, targets = batch(4, 128, 50257)
     loss = model(tokens, positions, samples, targets) / targets.numel()
-    assert abs(float(loss.detach()) - math.log(50257)) < 0.05
+    assert abs(float(loss) - expected_first_loss(model.config)) < 0.05
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("std", [0.02, 0.05])
+def test_initial_weights_are_spread_as_gpt2s(name: str, std: float) -> None:
+    """Normal with init_std, ends of residual branches with init_std / sqrt(2 n_layer); biases 0, norms 1."""
+    model = build(**VARIANTS[name], n_layer=3, d_model=256, init_std=std)
+    for key, weight in model.state_dict().items():
+        if weight.dim() == 1:
+            assert torch.equal(weight, torch.full_like(weight, "norm" in key and key.endswith("weight"))), key
+            continue
+        ends_branch = "attention_output" in key or "down" in key
+        expected = std / math.sqrt(6) if ends_branch else std
+        # Five standard errors of a standard deviation and of a mean.
+        assert abs(float(weight.std()) / expected - 1) < 5 / math.sqrt(2 * weight.numel()), key
+        assert abs(float(weight.mean())) < 5 * expected / math.sqrt(weight.numel()), key
 
 
 def test_number_of_parameters() -> None:

@@ -74,7 +74,7 @@ def sequence_case(size: int, per_row: bool) -> None:
     layers = TensorParallelLayers(tp, seed=0)
     up = layers.linear("up", C, O, bias=True).double()
     down = layers.linear("down", O, C, bias=True).double()
-    norm, table = layers.norm("layernorm", C, bias=True).double(), layers.position_table(T, C).double()
+    norm, table = layers.norm("layernorm", C, bias=True, eps=1e-5).double(), layers.position_table(T, C).double()
     whole = {}
     for module in (norm, up, down, table):
         for parameter in module.parameters():

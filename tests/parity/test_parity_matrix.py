@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 
 from chosen import slow_but
+from llm.config.sections import SparseAttention
 from llm.errors import InputError
 from matrix import (
     DEEPSPEED,
@@ -21,6 +22,8 @@ from matrix import (
     verified,
     world_size,
 )
+from pool import RankPool
+from tiny_run import case
 
 pytestmark = pytest.mark.ranks
 
@@ -64,6 +67,39 @@ def test_pairs(chosen: Case, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("chosen", TRIPLES, ids=name_of)
 def test_triples(chosen: Case, request: pytest.FixtureRequest) -> None:
     check(chosen, request)
+
+
+WINDOWS = dict(attention_window=(5, None), attention_softcap=2.0, dropout=0.1)
+SPARSE = dict(attention_sparse=(None, SparseAttention(64, 1, 2)), max_seq_len=192, dropout=0.1)
+# Layouts that cut heads or sequences, recompute attention, or gather its weights: not an axis, for the options pass
+# through one call that every layout shares.
+ATTENTION = {
+    "windows-tp2-sp-selective": dict(
+        model=WINDOWS,
+        parallel=dict(tensor_parallel=2, sequence_parallel=True, zero_stage=1),
+        train=dict(activation_checkpointing="selective"),
+    ),
+    "sparse-tp2-sp-full": dict(
+        model=SPARSE,
+        data=dict(seq_len=192),
+        parallel=dict(tensor_parallel=2, sequence_parallel=True),
+        train=dict(activation_checkpointing="full"),
+    ),
+    "windows-zero3": dict(model=WINDOWS, data=dict(document_masks=True), parallel=dict(zero_stage=3)),
+    "sparse-zero2": dict(model=SPARSE, data=dict(seq_len=192), parallel=dict(zero_stage=2)),
+    "windows-fsdp": dict(
+        model=WINDOWS,
+        parallel=dict(zero_stage=3),
+        train=dict(engine="fsdp", activation_checkpointing="selective"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["windows-tp2-sp-selective"], ATTENTION))
+def test_attention_options(name: str, two_ranks: RankPool) -> None:
+    reports = two_ranks.run(verified, case(**ATTENTION[name]))
+    assert reports[0].failures == []
+    assert all(report.passed for report in reports)
 
 
 def every(axes: dict, strength: int) -> set[frozenset]:

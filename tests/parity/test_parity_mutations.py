@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.config import RunConfig
-from llm.model.layers import IGNORED_TARGET, CausalAttention
+from llm.model.layers import IGNORED_TARGET, CausalAttention, DenseLayers
 from llm.parallel.collectives import ReduceFromTensorParallel
 from llm.parallel.layers import TensorParallel, TensorParallelLayers
 from llm.parity.layout import Layout
@@ -72,6 +72,10 @@ def same_dropout_for_every_ranks_heads() -> AbstractContextManager:
         return module
 
     return patch.object(TensorParallelLayers, "attention", attention)
+
+
+def same_dropout_at_every_site() -> AbstractContextManager:
+    return patch.object(TensorParallelLayers, "dropout", lambda self, p, site: DenseLayers.dropout(self, p, 0))
 
 
 def attention_without_documents() -> AbstractContextManager:
@@ -194,6 +198,11 @@ MUTATIONS = {
         case(parallel=TP2, model=dict(dropout=0.1)),
         ("loss", "blocks.0.qkv.weight gradient"),
     ),
+    "same-dropout-at-every-site": Mutation(
+        same_dropout_at_every_site,
+        case(parallel=TP2, model=dict(dropout=0.1)),
+        ("loss", "blocks.1.down.weight gradient"),
+    ),
     "attention-without-documents": Mutation(
         attention_without_documents,
         case(parallel=TP2, data=dict(document_masks=True)),
@@ -237,3 +246,13 @@ def test_a_fault_is_found_and_named(name: str, two_ranks: RankPool) -> None:
 def test_without_the_faults_it_passes(two_ranks: RankPool) -> None:
     for config in {repr(mutation.config): mutation.config for mutation in MUTATIONS.values()}.values():
         assert two_ranks.run(verified, config)[0].failures == []
+
+
+def with_another_activation() -> bool:
+    with patch("llm.model.gpt.gelu", lambda x, impl: x.relu()):
+        return verified(case(parallel=TP2)).passed
+
+
+def test_a_fault_that_the_oracle_shares_does_not_show(two_ranks: RankPool) -> None:
+    """What verify cannot say, tests/model/test_model_options.py and test_model_transformers.py do."""
+    assert two_ranks.run(with_another_activation) == [True, True]

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from llm.checkpoint.manifest import Piece
 from llm.config import ModelConfig, RunConfig
+from llm.config.sections import SparseAttention
 from llm.errors import InputError
 from llm.files import claim
 from llm.model.layers import IGNORED_TARGET
@@ -245,6 +246,7 @@ def test_the_table_has_a_row_for_each_group(passing: Report) -> None:
     for row in (*reports.GROUPS, "loss", "gradient norm", "validation loss", "names, pieces, replicas"):
         assert any(line.strip("│ ").startswith(row) and "pass" in line for line in text.splitlines()), row
     assert "tensor_parallel 2" in text.splitlines()[0] and "zero_stage 0" in text.splitlines()[0]
+    assert "in one process, of the same code: a fault that both share does not show" in text.splitlines()[1]
     assert text.endswith("PASS\n")
 
 
@@ -264,8 +266,8 @@ def test_the_json_has_every_parameter(passing: Report, tmp_path: Path) -> None:
     reports.write(replace(passing, checks=(*passing.checks, bad), passed=False), tmp_path / "verify.json")
     found = json.loads((tmp_path / "verify.json").read_text(), parse_constant=pytest.fail)
     assert found.keys() == {
-        "passed", "layout", "steps", "model", "requested_model", "scalars", "groups", "parameters", "problems",
-        "failures",
+        "passed", "compared_with", "layout", "steps", "model", "requested_model", "scalars", "groups", "parameters",
+        "problems", "failures",
     }  # fmt: skip
     assert found["passed"] is False and found["requested_model"] is None
     assert set(found["parameters"]) == set(global_shapes(passing.config))
@@ -347,6 +349,24 @@ def test_the_largest_that_fits_is_taken() -> None:
     assert needs == sorted(needs, reverse=True)
     for i in (0, len(needs) // 2, len(needs) - 1):
         assert shrink(config, math.ceil(needs[i] / 0.8) + 1, 4).model == models[i]
+
+
+def test_options_of_attention_survive_and_all_that_alternate() -> None:
+    pattern = SparseAttention(64, 1, 2)
+    options = dict(attention_window=(100, None, 7), attention_softcap=20.0, attention_sparse=(None, pattern, None))
+    models = list(smaller(large(2, **options).model, 2))
+    assert [model.n_layer for model in models[:6]] == [24, 12, 6, 3, 3, 3]
+    for model in models:
+        assert {name: getattr(model, name) for name in options} == options
+    two = list(smaller(large(2, attention_window=100).model, 2))[-1]
+    assert (two.n_layer, two.attention_window) == (2, 100)
+
+
+@pytest.mark.parametrize("option", [dict(attention_softcap=9.0), dict(attention_sparse=SparseAttention(64, 1, 2))])
+def test_memory_counts_the_scores_that_the_reference_keeps(option: dict[str, Any]) -> None:
+    plain, dropout = (needed_bytes(large(1, dropout=p), 4) for p in (0.0, 0.1))
+    assert plain == needed_bytes(large(1, dropout=0.0, attention_window=9), 4)
+    assert plain < needed_bytes(large(1, dropout=0.0, **option), 4) == dropout
 
 
 def test_no_room_at_all_is_an_error() -> None:

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.attention import Strided
+from kernels.attention.reference import visible
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from llm.plan.flops import achieved_tflops, flops_per_token, matmul_parameters, mfu, peak_tflops
+from llm.config.sections import SparseAttention
+from llm.plan.flops import achieved_tflops, flops_per_token, matmul_parameters, mfu, peak_tflops, visible_pairs
 from llm.train.build import build_model
 
 SHAPES = [
@@ -55,6 +58,38 @@ def test_causal_is_half_the_attention_of_palm() -> None:
     both = flops_per_token(model, T, "palm") - flops_per_token(model, T, "causal")
     assert both == 6 * model.n_layer * model.d_model * T
     assert flops_per_token(model, 0, "causal") == 6 * matmul_parameters(model)
+
+
+LAYERS = [
+    *((window, None) for window in (None, 1, 2, 63, 64, 129, 200, 1000)),
+    *(
+        (None, SparseAttention(64 * b, local, stride))
+        for b in (1, 2)
+        for local in (1, 2, 3, 9)
+        for stride in (1, 2, 3, 7)
+    ),
+]
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 300, 640])
+def test_pairs_are_those_of_the_mask(T: int) -> None:
+    for window, sparse in LAYERS:
+        pattern = None if sparse is None else Strided(sparse.block, sparse.local, sparse.stride)
+        mask = visible(1, T, T, window, pattern, None, torch.device("cpu"))
+        assert visible_pairs(T, window, sparse) == int(mask.sum()), (window, sparse)
+
+
+def test_each_layer_counts_what_it_sees() -> None:
+    T, C, pattern = 200, 64, SparseAttention(64, 1, 2)
+    shape = dict(n_layer=4, n_head=4, d_model=C, vocab_size=96, max_seq_len=T)
+    model = ModelConfig(**shape, attention_window=(None, None, 5, None), attention_sparse=(None, pattern, None, None))
+    pairs = [T * (T + 1) / 2, visible_pairs(T, None, pattern), 15 + 195 * 5, T * (T + 1) / 2]
+    expected = 6 * matmul_parameters(model) + sum(12 * C * (count / T - 0.5) for count in pairs)
+    assert flops_per_token(model, T) == pytest.approx(expected, rel=1e-12)
+    assert flops_per_token(model, T) < flops_per_token(ModelConfig(**shape), T)
+    assert flops_per_token(model, T, "palm") == flops_per_token(ModelConfig(**shape), T, "palm")
+    wide = ModelConfig(**shape, attention_window=T, attention_softcap=5.0)
+    assert flops_per_token(wide, T) == flops_per_token(ModelConfig(**shape), T)
 
 
 def test_gpt2_small_by_hand() -> None:

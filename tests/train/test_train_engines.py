@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from llm.config import RunConfig
+from llm.config.sections import SparseAttention
+from llm.errors import InputError
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model
 from llm.train.checks import check_kernels
@@ -81,6 +83,19 @@ def test_kernels_are_named() -> None:
     assert check_kernels(gpt2, CPU) == (
         "reference: attention; torch: embedding, layer_norm, dropout, gelu, cross_entropy"
     )
+
+
+def test_a_kernel_that_lacks_an_option_of_attention_is_refused() -> None:
+    windows, strided = dict(attention_window=(4, None)), SparseAttention(64, 1, 2)
+    for impl in ("auto", "torch"):
+        assert check_kernels(case(model=windows, train=dict(impl=impl)), CPU).startswith("torch: attention")
+    for option, found in (
+        (dict(attention_softcap=5.0), "softcap"),
+        (dict(attention_sparse=(None, strided)), "a block-sparse pattern"),
+    ):
+        assert check_kernels(case(model=option), CPU).startswith("reference: attention;")
+        with pytest.raises(InputError, match=f"train.impl: attention with impl=torch: found {found}"):
+            check_kernels(case(model=option, train=dict(impl="torch")), CPU)
 
 
 def poison(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from thread_ranks import ranks_in_threads
 
-from llm.config import PhaseChange, RunConfig
+from llm.checkpoint.manifest import Piece
+from llm.checkpoint.writer import step_of, write_checkpoint
+from llm.config import OptimConfig, PhaseChange, RunConfig
 from llm.config.parse import to_dict
+from llm.config.sections import CheckpointConfig, LoggingConfig
 from llm.data.corpora import blends_of
 from llm.errors import InputError
-from llm.train.resume import check_resumable, check_same_model, checkpoint_state
+from llm.slices import Slice
+from llm.train.loop import train
+from llm.train.resume import check_resumable, check_same_model, checkpoint_state, find_step, resume_report, saved_config
+from llm.train.start import claim, start
+from pool import RankPool
+from test_train_start_data import made_run
 from tiny_run import BASE
 
 FIRST = PhaseChange(16, seq_len=8)
@@ -131,15 +145,187 @@ def test_a_count_that_is_not_the_configs_is_refused() -> None:
 
 
 def test_another_model_is_named_field_by_field() -> None:
-    saved = {"n_layer": 4, "norm": "layernorm", "bias": True, "old": 1}
-    current = {"n_layer": 6, "norm": "layernorm", "bias": False, "sizes": (1, 2)}
+    saved, current = BASE.model, replace(BASE.model, n_layer=6, bias=False, max_seq_len=17)
     with pytest.raises(InputError) as caught:
         check_same_model(saved, current)
-    lines = str(caught.value).split("\n  ")[1:]
-    assert lines == [
-        "model.n_layer: the checkpoint has 4, the config has 6",
+    assert str(caught.value).split("\n  ")[1:] == [
+        "model.n_layer: the checkpoint has 2, the config has 6",
+        "model.max_seq_len: the checkpoint has 16, the config has 17",
         "model.bias: the checkpoint has True, the config has False",
-        "model.sizes: the checkpoint has no such field, the config has [1, 2]",
-        "model.old: the checkpoint has 1, the config has no such field",
     ]
-    check_same_model({"sizes": [1, 2]}, {"sizes": (1, 2)})
+    with pytest.raises(InputError, match=r"model\.norm: the checkpoint has layernorm, the config has rmsnorm"):
+        resume(3, replace(config(), model=replace(BASE.model, norm="rmsnorm")))
+
+
+def test_a_model_is_the_same_by_what_it_computes() -> None:
+    """What null stands for may be written out, and dropout does not say what a weight means."""
+    check_same_model(replace(BASE.model, n_kv_head=None), replace(BASE.model, n_kv_head=4, d_ff=128, dropout=0.5))
+    with pytest.raises(InputError, match=r"n_kv_head: the checkpoint has 4, the config has 2"):
+        check_same_model(replace(BASE.model, n_kv_head=None), BASE.model)
+
+
+def test_a_field_that_an_older_version_did_not_have_is_at_its_default() -> None:
+    state = saved(3, config())
+    del state["config"]["model"]["rope_theta"], state["config"]["optim"]["eps"]
+    corpora: Any = Digests(config(), DIGESTS)
+    check_resumable(config(), corpora, state)
+    assert saved_config(state) == config()
+    with pytest.raises(InputError, match=r"rope_theta: the checkpoint has 10000\.0, the config has 500\.0"):
+        check_resumable(replace(config(), model=replace(BASE.model, rope_theta=500.0)), corpora, state)
+    state["config"]["model"]["newer"] = 1
+    with pytest.raises(InputError, match=r"config is not one of this version: unknown key 'model\.newer'"):
+        check_resumable(config(), corpora, state)
+
+
+def test_each_changed_field_is_listed() -> None:
+    assert resume_report(config(), config(), 3) == "resumed from step 3 of 10"
+    before = replace(config(), name="a", train=replace(BASE.train, init_from="runs/x"))
+    after = replace(
+        config(blend={"a": 2.0, "c": 2.0}),
+        logging=LoggingConfig(tensorboard=False),
+        deepspeed={"wall_clock_breakdown": True},
+        train=replace(BASE.train, z_loss=0.5),
+    )
+    assert resume_report(before, after, 3).split("\n  ") == [
+        "resumed from step 3 of 10; changed since:",
+        "name 'a' -> 'run'",
+        "data.blend {'a': 1.0, 'c': 2.0} -> {'a': 2.0, 'c': 2.0}",
+        "train.z_loss 0.0 -> 0.5",
+        "train.init_from 'runs/x' -> None",
+        "logging.tensorboard True -> False",
+        "deepspeed {} -> {'wall_clock_breakdown': True}",
+    ]
+    assert "train.init_from is not read" in resume_report(after, before, 3)
+
+
+def scheduled(max_steps: int, **optim: Any) -> RunConfig:
+    optim = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 0} | optim
+    return replace(BASE, optim=OptimConfig(**optim), train=replace(BASE.train, max_steps=max_steps))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "step", "rates"),
+    [
+        # Of cosine, (1 + cos(pi (step + 1) / max_steps)) / 2 of the way from min_lr to lr.
+        (scheduled(100), scheduled(200), 99, ("0.0001", "0.00055")),
+        (scheduled(100), scheduled(200), 149, ("0.0001", "0.000232")),
+        (scheduled(100, min_lr=0.0), scheduled(200, min_lr=0.0), 99, ("0", "0.0005")),
+        (scheduled(100), scheduled(100, lr=2e-3), 49, ("0.00055", "0.00105")),
+        (scheduled(200), scheduled(100), 99, ("0.00055", "0.0001")),
+        (scheduled(100), scheduled(104), 49, None),  # 0.000577 is 5 % more
+        (scheduled(100), scheduled(200, schedule="wsd"), 0, None),
+    ],
+)
+def test_a_rate_that_jumps_is_warned_about(
+    before: RunConfig, after: RunConfig, step: int, rates: tuple[str, str] | None
+) -> None:
+    line = None if rates is None else f"learning rate of step {step + 1} was to be {rates[0]}, and now is {rates[1]}"
+    report = resume_report(before, after, step)
+    assert ("warning" in report) == (line is not None) and (line or "") in report
+    assert "train.max_steps" in report or "optim.lr" in report
+
+
+def put(root: Path, steps: list[int], resume_step: int | None = None) -> None:
+    """Save checkpoints of these steps by a run with this checkpoint.resume_step."""
+    made = replace(config(), checkpoint=CheckpointConfig(resume_step=resume_step))
+    piece = Piece("norm.weight", "master", Slice.full((4,)), 0, torch.ones(4))
+    with ranks_in_threads(1):
+        for step in steps:
+            write_checkpoint(root, step, [piece], saved(step, made), keep_last=9)
+
+
+def found(root: Path, step: int | None) -> int:
+    folder, _ = find_step(root, step)
+    assert folder is not None
+    return step_of(folder)
+
+
+def spoil(root: Path, step: int) -> None:
+    (root / f"step-{step:08d}/state.json").write_text("{}")
+
+
+def test_the_step_that_is_asked_for_is_found(tmp_path: Path) -> None:
+    assert find_step(tmp_path, None) == (None, [])
+    put(tmp_path, [2, 4, 6])
+    assert [found(tmp_path, step) for step in (None, 2, 4, 6)] == [6, 2, 4, 6]
+    assert "those beyond step 2 are deleted; there are 2, 4, 6" in find_step(tmp_path, 2)[1][0]
+    assert find_step(tmp_path, 6)[1] == []
+    with pytest.raises(InputError, match=r"resume_step is 3; expected a step of a checkpoint in .*: 2, 4, 6$"):
+        find_step(tmp_path, 3)
+    with pytest.raises(InputError, match=r": none$"):
+        find_step(tmp_path / "nothing", 3)
+
+
+def test_a_damaged_checkpoint_is_not_replaced_by_another(tmp_path: Path) -> None:
+    put(tmp_path, [2, 4, 6])
+    spoil(tmp_path, 4)
+    with pytest.raises(InputError, match="step-00000004 cannot be used"):
+        find_step(tmp_path, 4)
+    assert found(tmp_path, None) == 6
+
+
+def test_a_run_that_went_back_keeps_what_it_has_done_since(tmp_path: Path) -> None:
+    """A crash loop: the same resume_step at every start."""
+    put(tmp_path, [2, 4, 6])
+    put(tmp_path, [3], resume_step=2)  # deletes the later ones
+    assert found(tmp_path, 2) == 3 and "before and now goes on; to go back again" in find_step(tmp_path, 2)[1][0]
+    put(tmp_path, [5, 7], resume_step=2)
+    assert [found(tmp_path, step) for step in (2, 3, 5)] == [7, 3, 5]
+    spoil(tmp_path, 7)
+    assert found(tmp_path, 2) == 5
+    shutil.rmtree(tmp_path / "step-00000002")  # as keep_last does in time
+    assert found(tmp_path, 2) == 5
+    put(tmp_path, [8])  # by a run that asked for nothing: 2 means 2 again
+    with pytest.raises(InputError, match="is 2; expected"):
+        find_step(tmp_path, 2)
+    put(tmp_path, [2])
+    put(tmp_path, [4], resume_step=2)
+    put(tmp_path, [6], resume_step=4)  # back once more, to another step
+    assert [found(tmp_path, step) for step in (2, 4)] == [2, 6]
+
+
+def go(config: RunConfig, folder: Path) -> list[str]:
+    """Start a run, as launch/pretrain.py does, and train it to its end; what was said."""
+    os.chdir(folder)
+    said: list[str] = []
+    _, lock = claim(config)
+    run = start(config, torch.device("cpu"), said.append)
+    if run.engine is not None:
+        train(run)
+        run.engine.close()
+    lock.close()
+    return said
+
+
+def losses(folder: Path, name: str) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def test_a_run_goes_back_and_a_copied_checkpoint_is_the_same_start(one_rank: RankPool, tmp_path: Path) -> None:
+    """Run a goes back to step 2 with another rate; run b does so from a copy of that checkpoint, as its only one."""
+    made = made_run(tmp_path)
+    made = replace(made, name="a", train=replace(made.train, max_steps=6), logging=LoggingConfig(tensorboard=False))
+    made = replace(made, checkpoint=CheckpointConfig(interval=2, keep_last=9))
+    one_rank.run(go, made, tmp_path)
+    first = losses(tmp_path, "a")
+    checkpoints = Path("checkpoints/step-00000002")
+    shutil.copytree(tmp_path / "runs/a" / checkpoints, tmp_path / "runs/b" / checkpoints)
+    other = replace(made, optim=replace(made.optim, lr=0.1, min_lr=0.1))
+    back = replace(other, checkpoint=replace(other.checkpoint, resume_step=2))
+    (said,) = one_rank.run(go, back, tmp_path)
+    assert said[-1].split("\n  ") == [
+        "resumed from step 2 of 6; changed since:",
+        "optim.lr 0.001 -> 0.1",
+        "optim.min_lr 0.001 -> 0.1",
+        "checkpoint.resume_step None -> 2",
+        "warning: the learning rate of step 3 was to be 0.001, and now is 0.1",
+    ]
+    second = losses(tmp_path, "a")
+    assert second[:3] == first[:3] and second[3:] != first[3:] and len(second) == 6
+    assert sorted(path.name[-1] for path in (tmp_path / "runs/a/checkpoints").glob("step-*")) == ["2", "4", "6"]
+    one_rank.run(go, back, tmp_path)  # the run is complete: it does not go back each time
+    assert losses(tmp_path, "a") == second
+    (said,) = one_rank.run(go, replace(other, name="b"), tmp_path)
+    assert "name 'a' -> 'b'" in said[-1]
+    assert losses(tmp_path, "b") == second[2:]

@@ -26,9 +26,10 @@ def progress_bar() -> Iterator[Progress]:
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total or None)
 
 
-def summary(folder: Path, manifest: Manifest) -> str:
-    """What a folder of data holds, in a few lines."""
-    lines = [f"{folder}: {manifest.source}, vocabulary {manifest.vocab_size}"]
+def summary(folder: Path, manifest: Manifest, vocab_size: int) -> str:
+    """What a folder of data holds, in a few lines; vocab_size: of the model."""
+    padded = f", padded to {vocab_size} (model.vocab_size)" if vocab_size > manifest.vocab_size else ""
+    lines = [f"{folder}: {manifest.source}, vocabulary {manifest.vocab_size}{padded}"]
     for name, split in manifest.splits.items():
         shards, text = split.shards, ""
         if split.bytes:

@@ -58,7 +58,7 @@ def _describe(shards: ShardList, pieces: Sequence[tuple[int, int]], folder: Path
 
     pieces: (first token in the corpus, tokens) of each.
     """
-    corpus, tokenizer = NumpyCorpus(shards), Tokenizer.load(folder / "tokenizer.json")
+    corpus, tokenizer = NumpyCorpus(shards), Tokenizer.load(folder / "tokenizer.json", shards.eod_id)
     lines = [line for start, count in pieces for line in _files(shards, start, count)]
     parts: list[tuple[int, NDArray]] = []  # first token in the corpus, ids of one document
     for start, count in pieces:

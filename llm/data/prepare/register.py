@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ from numpy.typing import NDArray
 
 from llm.config import RunConfig
 from llm.data.prepare.tokenise import Progress, given_tokenizer
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import LEARNED, Tokenizer
 from llm.data.tokens.folder import data_folder, is_url
 from llm.data.tokens.hashes import file_entry
 from llm.data.tokens.headers import DTYPES, header_bytes, index_path
-from llm.data.tokens.manifest import FILE_NAME, FORMAT, SAFE_NAME, Manifest, Shards, Split
+from llm.data.tokens.manifest import FILE_NAME, FORMAT, SAFE_NAME, FileEntry, Manifest, Shards, Split
 from llm.data.tokens.shards import ShardList, check_file, document_lengths, inspect_files
 from llm.errors import DamagedFile, require
+from llm.files import sha256_of
 
 BLOCK = 1 << 20  # bytes read at a time
 
@@ -90,8 +90,14 @@ def register(
     folder = data_folder(config)
     _check_folder(config, folder)
     tokenizer = given_tokenizer(config)
+    beside = folder / "tokenizer.json"
+    require(
+        not beside.exists() or beside.read_bytes() == tokenizer.raw,
+        f"{beside} is another tokenizer than data.tokenizer {config.data.tokenizer}; set data.path to another folder",
+    )
     found = _inspect(patterns, tokenizer, raw_dtype)
-    splits, files = {}, {"tokenizer.json": file_entry(config.data.tokenizer)}
+    sha256 = hashlib.sha256(tokenizer.raw).hexdigest()
+    splits, files = {}, {"tokenizer.json": FileEntry(len(tokenizer.raw), sha256)}
     for split, shards in found.items():
         for path, tokens in zip(shards.paths, shards.tokens, strict=True):
             check_file(path, shards.format, shards.dtype, tokens)
@@ -103,8 +109,8 @@ def register(
         source="token files made elsewhere: " + ", ".join(patterns.values()),
         source_sha256=None,
         validation_fraction=None,
-        tokenizer=files["tokenizer.json"].sha256,
-        tokenizer_sha256=files["tokenizer.json"].sha256,
+        tokenizer=sha256_of(config.data.tokenizer),
+        tokenizer_sha256=sha256,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
         splits=splits,
@@ -113,8 +119,8 @@ def register(
         bigram_seq_len=None,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "tokenizer.json").exists():
-        shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
+    if not beside.exists():
+        tokenizer.save(beside)
     manifest.save(folder)
     return manifest
 
@@ -132,18 +138,13 @@ def _inspect(patterns: dict[str, str], tokenizer: Tokenizer, raw_dtype: str | No
 
 def _check_folder(config: RunConfig, folder: Path) -> None:
     require(
-        config.data.tokenizer != "train",
+        config.data.tokenizer not in LEARNED,
         "registering token files needs the tokenizer that made them; set data.tokenizer to its tokenizer.json",
     )
     require(not is_url(config.data.path or ""), f"data.path is {config.data.path}; expected a folder on this machine")
     require(
         not (folder / FILE_NAME).exists(),
         f"{folder} has a {FILE_NAME} already; remove it or set data.path to another folder",
-    )
-    beside = folder / "tokenizer.json"
-    require(
-        not beside.exists() or beside.read_bytes() == Path(config.data.tokenizer).read_bytes(),
-        f"{beside} is another tokenizer than data.tokenizer {config.data.tokenizer}; set data.path to another folder",
     )
 
 
@@ -172,13 +173,11 @@ def _scan_split(split: str, shards: ShardList, folder: Path, tokenizer: Tokenize
         f"no token of {shards.name} {shards.paths[0]} ... is the end-of-document token {shards.eod_id}; "
         "expected one in each document (Megatron's preprocess_data.py writes it when given --append-eod)",
     )
-    text_bytes = None
-    if per_id is not None:
-        per_id[tokenizer.eod_id] = 0  # which stands for no text
-        text_bytes = sum(int(per_id[i]) * len(tokenizer.token_bytes(i)) for i in np.flatnonzero(per_id).tolist())
+    documents = counts.documents + counts.open_document
+    text_bytes = None if per_id is None else tokenizer.text_bytes(per_id, documents)
     names = tuple(_manifest_name(folder, path) for path in shards.paths)
     columns = Shards(shards.format, shards.dtype, names, shards.tokens, tuple(sizes), tuple(hashes))
-    return Split(shards.n_tokens, counts.documents + counts.open_document, text_bytes, columns)
+    return Split(shards.n_tokens, documents, text_bytes, columns)
 
 
 def _compare_with_index(split: str, shards: ShardList, documents: int, say: Callable[[str], None]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from llm.config import RunConfig
 from llm.data.corpus import describe_source, read_corpus
 from llm.data.prepare.bigram import folder_loss
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import LEARNED, Tokenizer
 from llm.data.tokens.folder import data_folder, is_url, load_manifest
 from llm.data.tokens.hashes import check_hashes, file_entry
 from llm.data.tokens.manifest import FILE_NAME, FORMAT, SPLITS, Manifest, Shards, Split, read_manifest
@@ -90,10 +90,10 @@ def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: N
     registered = (folder / FILE_NAME).exists() and read_manifest(folder).source_sha256 is None
     if is_url(config.data.path or "") or registered:
         return load_manifest(config)
-    tokenizer = None if config.data.tokenizer == "train" else given_tokenizer(config)
+    tokenizer = None if config.data.tokenizer in LEARNED else given_tokenizer(config)
     scan = _scan(config, progress)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        return _check_prepared(config, folder, scan)
+        return _check_prepared(config, folder, scan, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
@@ -104,38 +104,52 @@ def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: N
         except OSError:
             if not (folder / FILE_NAME).exists():
                 raise
-            return _check_prepared(config, folder, scan)  # another process was faster
+            return _check_prepared(config, folder, scan, tokenizer)  # another process was faster
         return manifest
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def given_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer that data.tokenizer names; InputError where it does not fit model.vocab_size."""
-    tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+    """The tokenizer that data.tokenizer names; InputError as Tokenizer.load() and _fitting()."""
+    return _fitting(config, Tokenizer.load(Path(config.data.tokenizer), config.data.end_token))
+
+
+def learned_tokenizer(config: RunConfig, documents: Iterator[tuple[str, str]]) -> Tokenizer:
+    """The tokenizer that data.tokenizer asks to make of (split, text) of each document; InputError as _fitting()."""
+    if config.data.tokenizer == "char":  # a character of the validation split alone needs a token too
+        return _fitting(config, Tokenizer.of_characters(text for _, text in documents))
+    return Tokenizer.train((text for split, text in documents if split == "train"), config.model.vocab_size)
+
+
+def _fitting(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer; InputError where the model has fewer ids."""
     require(
-        tokenizer.vocab_size == config.model.vocab_size,
-        f"{config.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
-        f"{config.model.vocab_size}; set --model.vocab_size={tokenizer.vocab_size}",
+        tokenizer.vocab_size <= config.model.vocab_size,
+        f"data.tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size is "
+        f"{config.model.vocab_size}; set --model.vocab_size={tokenizer.vocab_size}, or more to pad the vocabulary",
     )
     return tokenizer
 
 
 def _tokenizer_origin(config: RunConfig) -> str:
-    """What the manifest says of the tokenizer's origin: `train` or the given file's hash."""
+    """What the manifest says of the tokenizer's origin: `train`, `char` or the given file's hash."""
     name = config.data.tokenizer
-    return name if name == "train" else sha256_of(name)
+    return name if name in LEARNED else sha256_of(name)
 
 
-def _check_prepared(config: RunConfig, folder: Path, scan: _Scan) -> Manifest:
-    """The manifest of an existing folder, which must hold what would be written."""
+def _check_prepared(config: RunConfig, folder: Path, scan: _Scan, tokenizer: Tokenizer | None) -> Manifest:
+    """The manifest of an existing folder, which must hold what would be written; tokenizer: the one that is given."""
     remedy = "remove the folder or set data.path to another one"
     require((folder / FILE_NAME).exists(), f"{folder} exists and is no folder of prepared data; {remedy}")
     manifest = read_manifest(folder)
+    size = config.model.vocab_size  # others than a trained tokenizer may have fewer tokens
+    size = size if config.data.tokenizer == "train" else min(size, manifest.vocab_size)
     wanted = {
         f"text of {config.data.source}, sha256": (manifest.source_sha256, scan.sha256),
         "data.tokenizer": (manifest.tokenizer, _tokenizer_origin(config)),
-        "model.vocab_size": (manifest.vocab_size, config.model.vocab_size),
+        "model.vocab_size": (manifest.vocab_size, size),
+        "data.end_token": (manifest.eod_id, manifest.eod_id if tokenizer is None else tokenizer.eod_id),
         "data.validation_fraction": (manifest.validation_fraction, config.data.validation_fraction),
     }
     for name, (found, asked) in wanted.items():
@@ -152,11 +166,8 @@ def _write(config: RunConfig, folder: Path, tokenizer: Tokenizer | None, scan: _
     """Everything that the folder holds."""
     if tokenizer is None:
         documents = _documents(config, "training the tokenizer", scan.total, progress)
-        training = (document for split, document in documents if split == "train")
-        tokenizer = Tokenizer.train(training, config.model.vocab_size)
-        tokenizer.save(folder / "tokenizer.json")
-    else:
-        shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
+        tokenizer = learned_tokenizer(config, documents)
+    tokenizer.save(folder / "tokenizer.json")
     dtype = token_dtype(tokenizer.vocab_size)
     tokens = _tokenise(config, folder, tokenizer, scan, progress)
     shards = {}
@@ -191,7 +202,7 @@ def _tokenise(config: RunConfig, folder: Path, tokenizer: Tokenizer, scan: _Scan
     with ExitStack() as files:
         writers = {name: files.enter_context(TokenWriter.open(folder / name, dtype)) for name in SPLITS}
         for batch in _batches(_documents(config, "tokenising", scan.total, progress)):
-            encoded = tokenizer.encode_batch([document for _, document in batch])
+            encoded, _ = tokenizer.encode_batch([document for _, document in batch])
             for (split, _), ids in zip(batch, encoded, strict=True):
                 writers[split].add(np.array([*ids, tokenizer.eod_id], dtype=np.int64))
     for name, writer in writers.items():

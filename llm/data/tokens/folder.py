@@ -52,9 +52,9 @@ def load_manifest(config: RunConfig) -> Manifest:
     )
     manifest = read_manifest(folder)
     require(
-        manifest.vocab_size == config.model.vocab_size,
+        manifest.vocab_size <= config.model.vocab_size,
         f"the data in {folder} has a vocabulary of {manifest.vocab_size}, model.vocab_size is "
-        f"{config.model.vocab_size}; set the same or prepare other data",
+        f"{config.model.vocab_size}; set at least as much or prepare other data",
     )
     require(
         "validation" in manifest.splits,

@@ -1,0 +1,36 @@
+"""Make a run of a Hugging Face folder: `python launch/import_hf.py --from FOLDER --name NAME` writes runs/NAME.
+
+Exit codes: 0 finished, 2 wrong arguments, a folder that cannot be used, or other logits, 1 anything else.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import os
+from argparse import ArgumentParser
+
+from llm.cluster.ranks import Ranks, export, initialize
+from llm.cluster.script import run_script
+
+
+def main(ranks: Ranks) -> None:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--from", dest="folder", type=Path, required=True, help="config.json, *.safetensors, tokenizer.json"
+    )
+    parser.add_argument("--name", required=True, help="of the run: runs/<name> is made")
+    args = parser.parse_args()
+    export(ranks, os.environ)
+    import torch
+
+    from llm.huggingface import import_folder
+
+    initialize(ranks, timeout_seconds=600, device=torch.device("cpu"))  # what writes a checkpoint asks for its ranks
+    print(import_folder(args.folder, args.name, Path("runs")))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_script(main)
