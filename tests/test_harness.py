@@ -88,9 +88,8 @@ def peer() -> Any:
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-        peer.transformer.wte.weight[TRAINED_V:] = peer.transformer.wte.weight[
-            0
-        ]  # `hf` writes padding: here never the first of the likeliest
+        table = peer.transformer.wte.weight  # `hf` may write what pads the vocabulary: here another comes first
+        table[TRAINED_V:] = table[0]
     return peer
 
 
