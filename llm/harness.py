@@ -35,7 +35,6 @@ class HarnessModel(TemplateLM):
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
         self.scorer, self.ids, self.longest = scorer, scorer.trained.tokenizer, scorer.model.config.max_seq_len
-        self.banned = self.ids.unused(scorer.model.config.vocab_size)
 
     @property
     def eot_token_id(self) -> int:
@@ -87,8 +86,9 @@ class HarnessModel(TemplateLM):
         streams = [self.ids.stream() for _ in prompts]
         cut = [prompt[max_gen_toks - self.longest :] for prompt in prompts]
         config = SamplingConfig(**{"temperature": float(do_sample), **sampling})
-        limits = {"max_new_tokens": max_gen_toks, "end": self.ids.eod_id, "banned": self.banned}
-        for step in generate(self.scorer.model, cut, sampling=config, **limits):
+        model, end = self.scorer.model, self.ids.eod_id
+        banned = self.ids.unused(model.config.vocab_size)
+        for step in generate(model, cut, max_new_tokens=max_gen_toks, end=end, sampling=config, banned=banned):
             for i, token in enumerate(step):
                 if token is not None:
                     rows[i].append(token)

@@ -166,6 +166,8 @@ def test_scores_are_those_of_each_request_alone_and_shared_contexts_are_computed
         return real(model, tokens, *rest)
 
     monkeypatch.setattr("llm.evaluate.hidden", counted)
+    likeliest = [int(log_probabilities(trained, [*request.context]).argmax()) for request in requests[:4]]
+    requests += [Request(r.context, [token, 5]) for r, token in zip(requests, likeliest, strict=False)]
     expected = []
     for context, continuation in requests:
         rows = [log_probabilities(trained, [*context, *continuation[:i]]) for i in range(len(continuation))]

@@ -12,15 +12,20 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from thread_ranks import ranks_in_threads
 
+from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
+from llm.config.parse import to_dict
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.evaluate import Scorer
+from llm.huggingface import export
 from llm.model.gpt import GPT
 from llm.model.layers import DenseLayers
 from llm.parallel.mesh import Mesh
-from llm.trained import Trained
+from llm.train.engines.plain import PlainEngine
+from llm.trained import Trained, load_trained
 from pool import RankPool
 from test_evaluate import CPU, TEXTS, mesh  # noqa: F401 - a fixture
 
@@ -77,11 +82,14 @@ def peer() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = dict(n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, vocab_size=V, n_positions=T)
+    torch.manual_seed(0)
     peer = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=TRAINED_V - 1, eos_token_id=TRAINED_V - 1)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+        table = peer.transformer.wte.weight  # `hf` may write what pads the vocabulary: here another comes first
+        table[TRAINED_V:] = table[0]
     return peer
 
 
@@ -121,17 +129,22 @@ def weights(peer: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def hf(peer: Any, folder: Path) -> Any:
-    """The harness's own model. It imports accelerate, of which it uses nothing for a model that is given to it."""
+    """The harness's own model."""
     from transformers import PreTrainedTokenizerFast
 
+    end = "<|endoftext|>"
+    ids = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=end, eos_token=end)
+    return through_hf(peer, ids)
+
+
+def through_hf(model: Any, ids: Any) -> Any:
+    """The harness's `hf` model. It imports accelerate, of which it uses nothing for a model that is given to it."""
     with pytest.MonkeyPatch.context() as patch:
         if importlib.util.find_spec("accelerate") is None:
             patch.setitem(sys.modules, "accelerate", MagicMock())
             patch.setitem(sys.modules, "accelerate.utils", MagicMock())
         from lm_eval.models.huggingface import HFLM
-    end = "<|endoftext|>"
-    ids = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=end, eos_token=end)
-    return HFLM(pretrained=peer, tokenizer=ids, batch_size=3, max_length=T)
+    return HFLM(pretrained=model, tokenizer=ids, batch_size=3, max_length=T)
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +173,12 @@ def test_each_request_scores_as_through_hf(hf: Any, scorer: Scorer) -> None:
     texts = [(text,) for text in ("a", "", "class A:\n", long, long * 4)]
     found, expected = (lm.loglikelihood_rolling(instances("loglikelihood_rolling", texts)) for lm in (model, hf))
     assert found == pytest.approx(expected, abs=1e-3)
-    options = [{"until": ["\n"], "max_gen_toks": 9}, {"until": "r", "max_gen_toks": 20, "do_sample": False}]
+    probe = hf.generate_until(instances("generate_until", [("def f", {"until": [], "max_gen_toks": 30})]))[0]
+    stop = next(character for character in probe[1:] if character.isascii() and character != probe[0])
+    options = [{"until": ["never", stop], "max_gen_toks": 30}, {"until": "r", "max_gen_toks": 20, "do_sample": False}]
     prompts = [(prompt, option) for prompt in ("def f", "imp", "class A:\n", long) for option in options]
     found, expected = (lm.generate_until(instances("generate_until", prompts)) for lm in (model, hf))
-    assert found == expected and len(set(found)) > 3
+    assert found == expected and found[0] == probe.split(stop)[0] and len(set(found)) > 3
 
 
 def scores(scorer: Scorer, folder: Path, names: tuple[str, ...] = (*TASKS,), **options: Any) -> dict[str, Any]:
@@ -188,6 +203,30 @@ def test_tasks_score_as_through_hf(hf: Any, scorer: Scorer, folder: Path) -> Non
             assert record == pytest.approx(expected, rel=inexact, abs=0), name
 
 
+def test_a_checkpoint_and_its_export_score_alike(
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    mesh: Mesh,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made, run = trained_of(weights, folder), tmp_path / "run"
+    run.mkdir()
+    made.tokenizer.save(run / "tokenizer.json")
+    with ranks_in_threads(1):
+        pieces = PlainEngine(made.config, made.model, None, CPU).state_pieces()
+        write_checkpoint(run / "checkpoints", 7, pieces, {"step": 7, "config": to_dict(made.config)}, keep_last=1)
+    export(run, tmp_path / "hf", dtype="float32", plain=False)
+    peer = through_hf(*(kind.from_pretrained(tmp_path / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer)))
+    names, manager = ("choice", "text"), TaskManager(include_path=str(folder), include_defaults=False)
+    given: Any = simple_evaluate(peer, tasks=[*names], task_manager=manager, log_samples=False)
+    found = scores(Scorer(load_trained(run, CPU), mesh, rows=4), folder, names)
+    assert found == {name: {key: given["results"][name][key] for key in found[name]} for name in names}
+
+
 def on_ranks(folder: Path, weights: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(OFFLINE)
     mesh = Mesh.create(ParallelConfig(), "cpu")  # noqa: F811
@@ -209,7 +248,11 @@ BROKEN = {
     "empty": ([], CHOICE, "StopIteration"),
     "long": ([{**ITEMS[0], "choices": ["a" * 99, "b"]}], CHOICE, r"has \d+ tokens; expected 1 to 64"),
     "limit": (ITEMS, {**TASKS["text"], "generation_kwargs": {"max_gen_toks": T}}, "max_gen_toks is 64 .* 1 to 63"),
-    "beams": (ITEMS, {**TASKS["text"], "generation_kwargs": {"num_beams": 2, "max_gen_toks": 2}}, "num_beams"),
+    "beams": (
+        ITEMS,
+        {**TASKS["text"], "generation_kwargs": {"num_beams": 2, "max_gen_toks": 2}},
+        r"\['num_beams'\] are unknown",
+    ),
 }
 
 
@@ -231,7 +274,7 @@ def test_a_broken_file_is_one_error(scorer: Scorer, tmp_path: Path) -> None:
         run_tasks(scorer, [str(tmp_path / "x.yaml")], None, None, None)
 
 
-def test_a_token_that_pads_the_vocabulary_spells_nothing(
+def test_a_token_that_pads_the_vocabulary_is_not_written(
     weights: dict[str, torch.Tensor],
     folder: Path,
     mesh: Mesh,  # noqa: F811
@@ -239,8 +282,7 @@ def test_a_token_that_pads_the_vocabulary_spells_nothing(
     from llm.harness import HarnessModel
 
     table, nothing, bias = weights["embedding.weight"].clone(), torch.zeros(WIDTH), torch.ones(WIDTH)
-    table[TRAINED_V + 3] = 99.0  # what the model writes always
-    changed = {"embedding.weight": table, "norm.weight": nothing, "norm.bias": bias}
+    table[TRAINED_V + 3], table[65] = 99.0, 9.0  # the likeliest tokens, whatever came before
+    trained = trained_of(weights | {"embedding.weight": table, "norm.weight": nothing, "norm.bias": bias}, folder)
     asked = instances("generate_until", [("def f", {"max_gen_toks": 4}), ("", {"max_gen_toks": 4})])
-    model = HarnessModel(Scorer(trained_of(weights | changed, folder), mesh, 2))
-    assert model.generate_until(asked) == ["", ""]
+    assert HarnessModel(Scorer(trained, mesh, 2)).generate_until(asked) == [trained.tokenizer.decode([65] * 4)] * 2

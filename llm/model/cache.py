@@ -41,5 +41,5 @@ class KVCache:
     def select(self, rows: Tensor) -> KVCache:
         """The cache of a batch that is made of these rows of this one, int64 [R]: a row may come several times."""
         selected = KVCache(self.capacity)
-        selected._blocks = {i: (held[:, rows], length) for i, (held, length) in self._blocks.items()}
+        selected._blocks = {block: (held[:, rows], length) for block, (held, length) in self._blocks.items()}
         return selected
