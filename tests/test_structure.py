@@ -59,6 +59,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "torch", "llm.config", "llm.errors", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
     },
     "llm/generate.py": {"torch", "llm.config", "llm.errors", "llm.model", "llm.sampling", "llm.trained"},
+    "llm/huggingface.py": {
+        "torch", "transformers", "llm.checkpoint", "llm.config", "llm.data", "llm.errors", "llm.files", "llm.trained",
+    },
     "llm/report.py": {"torch", "matplotlib", "llm.errors", "llm.data", "llm.generate", "llm.sampling", "llm.trained"},
     "launch": {"llm", "torch", "rich"},
     "setup.py": None,

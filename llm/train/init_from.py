@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm import files
+from llm.checkpoint.convert import HuggingFaceReader, open_hf
 from llm.checkpoint.reader import CheckpointReader, find_named, open_agreed, tokenizer_of
 from llm.config import ModelConfig, RunConfig
 from llm.config.parse import changed_fields
@@ -38,7 +39,7 @@ class OtherWeights:
     rises by at most ln(new / old). New positions are initial ones.
     """
 
-    def __init__(self, source: CheckpointReader, model: ModelConfig, config: RunConfig) -> None:
+    def __init__(self, source: CheckpointReader | HuggingFaceReader, model: ModelConfig, config: RunConfig) -> None:
         """model: of the source. Raises InputError or CheckpointError unless it has every tensor of `config`'s."""
         self.source, self.config, self.tied = source, config, model.tie_embeddings
         check_same_model(model, config.model, ("vocab_size", "max_seq_len", *["tie_embeddings"] * self.tied))
@@ -72,10 +73,14 @@ def open_weights(config: RunConfig, tokenizer: Path, say: Callable[[str], None])
 
     tokenizer: the run's tokenizer.json. Raises Agreed where they are damaged, of another architecture, or cut short.
     """
-    path = Path(config.train.init_from or "")
-    source, warnings = open_agreed(path.resolve() if path.is_symlink() else path, find_named)
-    assert source is not None, "find_named raises where it finds nothing"
-    model = together(lambda: saved_config(source.state).model)
+    path, warnings = Path(config.train.init_from or ""), []
+    if (path / "config.json").is_file():
+        source = together(lambda: open_hf(path))
+        model = source.config
+    else:
+        source, warnings = open_agreed(path.resolve() if path.is_symlink() else path, find_named)
+        assert source is not None, "find_named raises where it finds nothing"
+        model = together(lambda: saved_config(source.state).model)
     weights = together(lambda: OtherWeights(source, model, config))
     found = tokenizer_of(source.folder)
     warnings += together(lambda: compare_tokenizers(found, tokenizer, config.model.vocab_size) if found else [])

@@ -70,6 +70,8 @@ def _resume_step(checkpoint: Path) -> int | None:
 
 def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> None:
     """Raise InputError if the run of this checkpoint cannot go on under `config`; the same on every rank."""
+    run = f"runs/{config.name}"
+    require(state["data"] != {}, f"{run} is imported; train with --train.init_from={run} and another --name")
     saved = saved_config(state)
     check_same_model(saved.model, config.model)
     for key in FIXED:
