@@ -77,6 +77,7 @@ def test_logits_and_gradients_are_those_of_transformers(variant: str, tmp_path: 
     gradients = open_hf(save(theirs, tmp_path / "gradients"))
     for name, parameter in ours.named_parameters():
         gradient = gradients.read_slice(name, "master", Slice.full(gradients.shape(name)))
+        assert parameter.grad is not None
         assert (parameter.grad - gradient).norm() <= 5e-6 * gradient.norm(), name
 
 
