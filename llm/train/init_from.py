@@ -16,7 +16,7 @@ from llm.config.parse import changed_fields
 from llm.errors import CheckpointError, InputError, require
 from llm.model.gpt import GPT
 from llm.model.init import initial_tensor
-from llm.parallel.agreement import together
+from llm.parallel.agreement import broadcast, together
 from llm.parallel.parallelize import choose_layers
 from llm.slices import Slice, slice_of
 from llm.train.resume import check_same_model, saved_config
@@ -73,16 +73,16 @@ def open_weights(config: RunConfig, tokenizer: Path, say: Callable[[str], None])
 
     tokenizer: the run's tokenizer.json. Raises Agreed where they are damaged, of another architecture, or cut short.
     """
-    path, warnings = Path(config.train.init_from or ""), []
-    if (path / "config.json").is_file():
+    path = Path(config.train.init_from or "")
+    path, warnings = path.resolve() if path.is_symlink() else path, []
+    if broadcast("hf" if (path / "config.json").is_file() else ""):
         source = together(lambda: open_hf(path))
-        model = source.config
+        model, found = source.config, next(path.glob("tokenizer.json"), None)
     else:
-        source, warnings = open_agreed(path.resolve() if path.is_symlink() else path, find_named)
+        source, warnings = open_agreed(path, find_named)
         assert source is not None, "find_named raises where it finds nothing"
-        model = together(lambda: saved_config(source.state).model)
+        model, found = together(lambda: saved_config(source.state).model), tokenizer_of(source.folder)
     weights = together(lambda: OtherWeights(source, model, config))
-    found = tokenizer_of(source.folder)
     warnings += together(lambda: compare_tokenizers(found, tokenizer, config.model.vocab_size) if found else [])
     changed = changed_fields(model, config.model).items()
     lines = [f"model.{key} {values}{EFFECTS.get(key, '')}" for key, values in changed]
@@ -94,7 +94,7 @@ def compare_tokenizers(source: Path, run: Path, vocab_size: int) -> list[str]:
     """A warning if ids mean other text than they did to the weights; InputError if some would lose their rows."""
     try:
         before, now = token_ids(source), token_ids(run)
-    except (CheckpointError, InputError, LookupError, TypeError) as error:
+    except (CheckpointError, InputError, LookupError, TypeError, ValueError) as error:
         return [f"{source} and {run} cannot be compared: {error!r}; the same id may mean other text"]
     size = max(before.values(), default=-1) + 1
     require(
@@ -109,5 +109,7 @@ def compare_tokenizers(source: Path, run: Path, vocab_size: int) -> list[str]:
 def token_ids(path: Path) -> dict[str, int]:
     """The id of each token of a tokenizer.json; raises one of several errors for a kind without a table of them."""
     parts = files.parse_json(path.read_bytes(), str(path))
-    added = {token["content"]: token["id"] for token in parts["added_tokens"]}
-    return read(dict[str, int], parts["model"]["vocab"] | added, "tokens")
+    vocabulary, added = parts["model"]["vocab"], {token["content"]: token["id"] for token in parts["added_tokens"]}
+    if isinstance(vocabulary, list):  # Unigram's: each token with its score, in the order of the ids
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return read(dict[str, int], vocabulary | added, "tokens")

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import pytest
 import torch
 from thread_ranks import on_thread_ranks, ranks_in_threads
 from torch import Tensor
 
+from llm.checkpoint.convert import open_hf
 from llm.checkpoint.reader import open_checkpoint
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import RunConfig
@@ -22,7 +24,7 @@ from llm.config.parse import to_dict
 from llm.config.sections import CheckpointConfig
 from llm.errors import Agreed, InputError
 from llm.model.init import InitialWeights
-from llm.slices import Slice
+from llm.slices import Slice, slice_of
 from llm.train.build import build_model
 from llm.train.engines.base import MOMENTS, WeightSource
 from llm.train.engines.plain import PlainEngine
@@ -31,7 +33,7 @@ from llm.train.loop import train
 from llm.train.start import claim, start
 from pool import RankPool
 from test_train_start_data import made_run
-from tiny_run import V, batches, case, plain
+from tiny_run import BASE, V, batches, case, plain
 
 CPU = torch.device("cpu")
 TOKENS = {"a": 0, "b": 1, "c": 2}
@@ -128,6 +130,36 @@ def test_tables_grow_and_it_is_said(tmp_path: Path) -> None:
         "model.vocab_size 50 -> 57 (new rows are the mean of the others)",
         "model.max_seq_len 16 -> 24 (new rows of a table of positions are initial ones)",
     ]
+
+
+@pytest.mark.parametrize("form", ["gpt2", "llama"])
+def test_a_hugging_face_folder_gives_its_weights(form: str, tmp_path: Path) -> None:
+    """With rows added: transformers' own logits for the old ones, and the mean of these for the new."""
+    theirs = hf_models.make(form)
+    folder = hf_models.save(theirs, tmp_path / form)
+    write_tokenizer(folder / "tokenizer.json")
+    old = open_hf(folder).config
+    V = old.vocab_size
+    ids = torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(3))
+    config = replace(BASE, model=replace(old, vocab_size=V + 3))
+    results, (said,) = opened(folder, config)
+    assert said.split("\n  ")[1:] == [f"model.vocab_size {V} -> {V + 3} (new rows are the mean of the others)"]
+    ours = build_model(config, None)
+    for name, parameter in ours.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(results[1].read_slice(name, "master", slice_of(parameter)))
+    with torch.no_grad():
+        found, expected = hf_models.logits(ours, ids), theirs(ids).logits
+    torch.testing.assert_close(found[..., :V], expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(found[..., V:], expected.mean(-1, keepdim=True).expand(-1, -1, 3), atol=2e-6, rtol=0)
+    deeper = replace(config, model=replace(config.model, n_layer=3))
+    assert "model.n_layer: the checkpoint has 2, the config has 3" in refused(folder, deeper)
+    write_tokenizer(tmp_path / "tokenizer.json", {"b": 0})
+    assert "3 of the 3 tokens" in opened(folder, config)[1][0]
+    (folder / "tokenizer.json").unlink()
+    assert "warning" not in opened(folder, config)[1][0]
+    (folder / "model.safetensors").unlink()
+    assert "cannot be read as a Hugging Face model" in refused(folder, config)
 
 
 def test_slices_of_a_resized_table_are_those_of_the_whole(tmp_path: Path) -> None:
@@ -232,7 +264,13 @@ def test_ids_of_another_tokenizer_are_warned_about(tmp_path: Path) -> None:
         write_tokenizer(tmp_path / "tokenizer.json", tokens)
         _, (said,) = opened(tmp_path / "one", model())
         assert ("warning" in said) == (warned is not None) and (warned or "") in said
-    for text in ('{"model": {}}', '{"model": {"vocab": {"a": "b"}}, "added_tokens": []}', "[]"):
+    for text in (
+        '{"model": {}}',
+        '{"model": {"vocab": {"a": "b"}}, "added_tokens": []}',
+        "[]",
+        '{"model": {"vocab": [1]}, "added_tokens": []}',
+        '{"model": {"vocab": ["abc"]}, "added_tokens": []}',
+    ):
         (tmp_path / "one/tokenizer.json").write_text(text)
         _, (said,) = opened(tmp_path / "one", model())
         assert "cannot be compared" in said
@@ -248,6 +286,9 @@ def test_rows_that_the_tokenizer_uses_are_not_cut(tmp_path: Path) -> None:
 
 def test_the_ids_of_a_real_tokenizer(tmp_path: Path) -> None:
     made_run(tmp_path)
+    unigram = {"model": {"vocab": [["<unk>", 0.0], ["a", -1.5]]}, "added_tokens": [{"id": 2, "content": "</s>"}]}
+    (tmp_path / "u.json").write_text(json.dumps(unigram))
+    assert token_ids(tmp_path / "u.json") == {"<unk>": 0, "a": 1, "</s>": 2}
     ids = token_ids(tmp_path / "t.json")
     assert sorted(ids.values()) == list(range(257)) and ids["<|endoftext|>"] == 0
 

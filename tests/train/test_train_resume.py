@@ -273,6 +273,11 @@ def test_a_run_that_went_back_keeps_what_it_has_done_since(tmp_path: Path) -> No
     assert [found(tmp_path, step) for step in (2, 3, 5)] == [7, 3, 5]
     spoil(tmp_path, 7)
     assert found(tmp_path, 2) == 5
+    for step in (3, 5):  # nothing whole is left of what followed
+        shard = tmp_path / f"step-{step:08d}/rank-00000-00000.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert found(tmp_path, 2) == 2
+    put(tmp_path, [3, 5], resume_step=2)
     shutil.rmtree(tmp_path / "step-00000002")  # as keep_last does in time
     assert found(tmp_path, 2) == 5
     put(tmp_path, [8])  # by a run that asked for nothing: 2 means 2 again
