@@ -60,7 +60,8 @@ def import_folder(folder: Path, name: str, runs: Path) -> str:
     tokenizer = Tokenizer.load(folder / "tokenizer.json", source.end)
     found, expected = tokenizer.vocab_size, source.config.vocab_size
     require(found <= expected, f"{folder}: the tokenizer has {found} tokens and the model {expected}")
-    data = DataConfig(seq_len=source.config.max_seq_len, end_token=source.end)
+    own = str(runs / name / "tokenizer.json")
+    data = DataConfig(tokenizer=own, end_token=source.end, seq_len=source.config.max_seq_len)
     config = RunConfig(name=name, model=source.config, data=data)
     engine = {"optimizer_step": 0, "loss_scale": None}
     counts = {"step": 0, "consumed_samples": 0, "skipped_samples": 0}
