@@ -13,6 +13,7 @@ from argparse import ArgumentParser
 
 from llm.cluster.ranks import Ranks
 from llm.cluster.script import run_script
+from llm.errors import require
 
 
 def main(ranks: Ranks) -> None:
@@ -22,6 +23,7 @@ def main(ranks: Ranks) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     parser.add_argument("--plain", action="store_true", help="whole tensors under Ingot's own names (docs/weights.md)")
     args = parser.parse_args()
+    require(ranks.world_size == 1, f"this script is one process; found {ranks.world_size}: start it with python")
     from llm.huggingface import export
 
     print(export(args.checkpoint, args.to, dtype=args.dtype, plain=args.plain))

@@ -13,6 +13,7 @@ from argparse import ArgumentParser
 
 from llm.cluster.ranks import Ranks, export, initialize
 from llm.cluster.script import run_script
+from llm.errors import require
 
 
 def main(ranks: Ranks) -> None:
@@ -22,6 +23,7 @@ def main(ranks: Ranks) -> None:
     )
     parser.add_argument("--name", required=True, help="of the run: runs/<name> is made")
     args = parser.parse_args()
+    require(ranks.world_size == 1, f"this script is one process; found {ranks.world_size}: start it with python")
     export(ranks, os.environ)
     import torch
 

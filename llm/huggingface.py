@@ -56,10 +56,13 @@ def import_folder(folder: Path, name: str, runs: Path) -> str:
     Needs a process group of this process. Raises InputError for a folder that is not one of the forms, has no tokenizer
     that Ingot reads, or of whose model Ingot computes other logits; then nothing is written.
     """
-    source, tokenizer = open_hf(folder), Tokenizer.load(folder / "tokenizer.json")
+    source = open_hf(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", source.end)
     found, expected = tokenizer.vocab_size, source.config.vocab_size
     require(found <= expected, f"{folder}: the tokenizer has {found} tokens and the model {expected}")
-    config = RunConfig(name=name, model=source.config, data=DataConfig(seq_len=source.config.max_seq_len))
+    own = str(runs / name / "tokenizer.json")
+    data = DataConfig(tokenizer=own, end_token=source.end, seq_len=source.config.max_seq_len)
+    config = RunConfig(name=name, model=source.config, data=data)
     engine = {"optimizer_step": 0, "loss_scale": None}
     counts = {"step": 0, "consumed_samples": 0, "skipped_samples": 0}
     state = {**counts, "config": to_dict(config), "data": {}, "engine": engine}
@@ -77,18 +80,13 @@ def _has_transformers() -> bool:
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
-    """tokenizer.json and what AutoTokenizer needs besides to give the same ids: no token is added to a text."""
-    tokenizer.save(folder / "tokenizer.json")
-    parts = json.loads((folder / "tokenizer.json").read_text())
-    if (parts["post_processor"] or {}).get("type") != "ByteLevel":
+    """tokenizer.json, and what AutoTokenizer needs beside it to give the same ids: no token is added to a text."""
+    parts = json.loads(tokenizer.raw) | {"truncation": None, "padding": None}
+    if (parts.get("post_processor") or {}).get("type") != "ByteLevel":
         parts["post_processor"] = None
-    (folder / "tokenizer.json").write_text(json.dumps(parts, ensure_ascii=False))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": tokenizer.end_token,
-        "model_max_length": longest,
-        "clean_up_tokenization_spaces": False,
-    }
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {"eos_token": tokenizer.end_token, "model_max_length": longest}
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 

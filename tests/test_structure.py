@@ -66,6 +66,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/harness.py": {
         "torch", "lm_eval", "llm.errors", "llm.parallel", "llm.evaluate", "llm.generate", "llm.sampling",
     },
+    "llm/huggingface.py": {
+        "torch", "transformers", "llm.checkpoint", "llm.config", "llm.data", "llm.errors", "llm.files", "llm.trained",
+    },
     "llm/report.py": {"torch", "matplotlib", "llm.errors", "llm.data", "llm.generate", "llm.sampling", "llm.trained"},
     "launch": {"llm", "torch", "rich"},
     "setup.py": None,

@@ -38,14 +38,18 @@ class HuggingFaceReader:
     def __init__(self, folder: Path) -> None:
         """Check that every tensor is there, in its shape, and no other. Raises InputError or CheckpointError."""
         self.folder = folder
-        self.form, self.config = read_config(_json(folder / "config.json"))
+        found = _json(folder / "config.json")
+        self.form, self.config = read_config(found)
+        ends = found.get("eos_token_id")
+        self.end: int | None = read(int | None, ends[0] if ends and isinstance(ends, list) else ends, "eos_token_id")
+        """The token that ends a document, the first of several."""
         self._open: dict[str, Any] = {}
         self._files = self._tensor_files()
         # Some files hold the model without the head's class, whose names begin with that of the whole.
         outer = self.form.blocks.split(".")[0] + "."
         self._prefix = "" if any(name.startswith(outer) for name in self._files) else outer
-        found, expected = len(self._files), self.config.n_layer
-        require(expected <= found, f"there are {expected} blocks by config.json and {found} tensors")
+        count, layers = len(self._files), self.config.n_layer
+        require(layers <= count, f"there are {layers} blocks by config.json and {count} tensors")
         self._weights = weights(self.form, self.config)
         self._check()
 

@@ -72,6 +72,8 @@ def _resume_step(checkpoint: Path) -> int | None:
 
 def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
     """The corpora in the checkpoint's order, the same on every rank; InputError if its run cannot go on so."""
+    run = f"runs/{config.name}"
+    require(state["data"] != {}, f"{run} is imported; train with --train.init_from={run} and another --name")
     saved = saved_config(state)
     check_same_model(saved.model, config.model)
     for key in FIXED:
