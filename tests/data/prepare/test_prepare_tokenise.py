@@ -350,6 +350,7 @@ def test_what_is_passed_over_is_counted_and_said():
 
 def test_cut_words_are_counted(monkeypatch: pytest.MonkeyPatch):
     encode = Tokenizer.encode_batch
+    monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 1000)
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: (encode(self, texts)[0], len(texts)))
     manifest = prepare(make_config())
     assert manifest.text == TextCounts(cut_words=len(DOCUMENTS))
