@@ -16,6 +16,7 @@ NAME = re.compile(r"(?i).+\.(?:(txt|jsonl|ndjson|json)(?:\.(?:gz|bz2|xz|zst))?|(
 EXPECTED = ".txt, .jsonl, .ndjson or .json (or these with .gz, .bz2, .xz or .zst), .parquet, .arrow or .feather"
 # What Hugging Face's `datasets` writes beside its data.
 ABOUT_DATA = re.compile(r"dataset_(?:dict|info|infos)\.json|state\.json|cache-.*\.arrow")
+SUFFIX = re.compile(r"(?<=.)\.[a-z][a-z0-9]{0,7}\Z")  # one that can be shown
 
 
 def kind_of(path: Path) -> str | None:
@@ -39,7 +40,8 @@ def list_files(source: str) -> tuple[list[Path], dict[str, int]]:
     for path in sorted(_walk(roots), key=Path.as_posix):
         real = os.path.realpath(path)
         if kind_of(path) is None or ABOUT_DATA.fullmatch(path.name):
-            others[_suffix(path)] += 1
+            suffix = SUFFIX.search(path.name.lower())
+            others[suffix[0] if suffix else "without a known suffix"] += 1
         elif real in seen:
             others["further links to a file"] += 1
         else:
@@ -63,11 +65,6 @@ def _walk(roots: Iterable[str]) -> Iterator[Path]:
             entered.add(os.path.realpath(folder))
             folders[:] = sorted(name for name in folders if new and not name.startswith("."))
             yield from (Path(folder, name) for name in names if new and not name.startswith("."))
-
-
-def _suffix(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return suffix if re.fullmatch(r"\.[a-z][a-z0-9]{0,7}", suffix) else "without a known suffix"
 
 
 def _unreadable(error: OSError) -> NoReturn:
