@@ -15,7 +15,8 @@ from llm.errors import InputError, require
 NAME = re.compile(r"(?i).+\.(?:(txt|jsonl|ndjson|json)(?:\.(?:gz|bz2|xz|zst))?|(parquet|arrow|feather))")
 EXPECTED = ".txt, .jsonl, .ndjson or .json (or these with .gz, .bz2, .xz or .zst), .parquet, .arrow or .feather"
 # What Hugging Face's `datasets` writes beside its data.
-ABOUT_DATASETS = {"dataset_dict.json", "dataset_infos.json"}
+ABOUT_DATA = re.compile(r"dataset_(?:dict|info|infos)\.json|state\.json|cache-.*\.arrow")
+SUFFIX = re.compile(r"(?<=.)\.[a-z][a-z0-9]{0,7}\Z")  # one that can be shown
 
 
 def kind_of(path: Path) -> str | None:
@@ -33,13 +34,14 @@ def list_files(source: str) -> tuple[list[Path], dict[str, int]]:
     if os.path.isfile(source):
         require(kind_of(Path(source)) is not None, f"data.source {source}: expected a name that ends in {EXPECTED}")
         return [Path(source)], {}
-    roots = [source] if os.path.isdir(source) else sorted(glob.glob(source, recursive=True))
+    roots = [source] if os.path.isdir(source) else glob.glob(source)
     require(bool(roots), f"data.source {source} does not exist; expected `stdlib`, a file, a folder or a glob")
     files, others, seen = list[Path](), Counter[str](), set[str]()
-    for path, is_text in sorted(_walk(roots), key=lambda found: found[0].as_posix()):
+    for path in sorted(_walk(roots), key=Path.as_posix):
         real = os.path.realpath(path)
-        if not is_text or kind_of(path) is None:
-            others[_suffix(path)] += 1
+        if kind_of(path) is None or ABOUT_DATA.fullmatch(path.name):
+            suffix = SUFFIX.search(path.name.lower())
+            others[suffix[0] if suffix else "without a known suffix"] += 1
         elif real in seen:
             others["further links to a file"] += 1
         else:
@@ -51,27 +53,18 @@ def list_files(source: str) -> tuple[list[Path], dict[str, int]]:
     return files, dict(others)
 
 
-def _walk(roots: Iterable[str]) -> Iterator[tuple[Path, bool]]:
-    """Every file below the roots that is not hidden, and whether it may hold text. Each folder is entered once."""
+def _walk(roots: Iterable[str]) -> Iterator[Path]:
+    """Roots that are no folders, and every file below the others but what is hidden. Each folder is entered once."""
     entered = set[str]()
     for root in roots:
         if not os.path.isdir(root):
-            yield Path(root), True
+            yield Path(root)
             continue
         for folder, folders, names in os.walk(root, followlinks=True, onerror=_unreadable):
             new = os.path.realpath(folder) not in entered
             entered.add(os.path.realpath(folder))
             folders[:] = sorted(name for name in folders if new and not name.startswith("."))
-            saved = "dataset_info.json" in names and any(name.endswith(".arrow") for name in names)
-            for name in names if new else []:
-                about = saved and (not name.endswith(".arrow") or name.startswith("cache-"))
-                if not name.startswith("."):
-                    yield Path(folder, name), not about and name not in ABOUT_DATASETS
-
-
-def _suffix(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return suffix if re.fullmatch(r"\.[a-z][a-z0-9]{0,7}", suffix) else "without a known suffix"
+            yield from (Path(folder, name) for name in names if new and not name.startswith("."))
 
 
 def _unreadable(error: OSError) -> NoReturn:

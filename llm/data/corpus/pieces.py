@@ -11,10 +11,10 @@ LINE_END, WORD_END = re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)
 
 
 def cut_point(text: str, low: int, high: int) -> int:
-    """Where to cut between low and high so that no word is torn: after the last line, else before the last space.
+    """Where to cut between low and high: after the last line, else before the last word, else (tearing one) at high.
 
-    If there is neither, at high. Byte-level tokenizers (GPT-2's, Llama 3's) give the two sides the tokens that they
-    have in the whole text: the white space around the cut is one character, which they do not join to its left.
+    Between words, byte-level tokenizers (GPT-2's, Llama 3's) give the sides the tokens that they have in the whole: the
+    white space there is one character, which they join to nothing, or to the word that follows a space.
     """
     for pattern in (LINE_END, WORD_END):
         if found := [match.start() for match in pattern.finditer(text, max(0, low), high)]:

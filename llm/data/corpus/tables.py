@@ -15,7 +15,6 @@ from llm.errors import InputError, require
 
 ROWS = 128  # texts that are Python objects at a time
 BUFFER = 1 << 20  # bytes of a Parquet column read at a time
-MAGIC = b"ARROW1"  # how an Arrow file begins; a stream does not
 TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.null())
 
 
@@ -47,7 +46,7 @@ def _parquet(path: Path, key: str) -> Iterator[tuple[pa.Array, list[str]]]:
 def _arrow(path: Path, key: str) -> Iterator[tuple[pa.Array, list[str]]]:
     """The column as the batches of an Arrow file or stream have it, mapped into memory, and the names likewise."""
     with pa.memory_map(str(path)) as mapped:
-        is_file = mapped.read(len(MAGIC)) == MAGIC
+        is_file = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
         reader = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
         names = _resolve(reader.schema, key, path)

@@ -32,8 +32,6 @@ else:
 Document: TypeAlias = tuple[str, Iterable[str]]
 """The place of a document, for messages, and the pieces of its text, none empty; () stands for no text."""
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 OPENERS: dict[str, Callable[[Path], io.BufferedIOBase]] = {
     ".gz": gzip.GzipFile,
     ".bz2": bz2.BZ2File,
@@ -42,8 +40,6 @@ OPENERS: dict[str, Callable[[Path], io.BufferedIOBase]] = {
 }
 
 DECODER = json.JSONDecoder(parse_int=float)  # int() refuses long numbers, which may stand in fields that no one reads
-GAP = " \t\r\n,"
-LONGEST_WORD = 16  # characters within which a JSON parser notices that its text ends, but for strings
 
 
 @contextmanager
@@ -52,7 +48,7 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     try:
         with OPENERS.get(path.suffix.lower(), partial(open, mode="rb"))(path) as raw:
             yield raw
-    except UNREADABLE as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
@@ -82,7 +78,7 @@ def read_txt(path: Path) -> Iterator[Document]:
 def read_json(path: Path, key: str) -> Iterator[Document]:
     """A document of each object: one a line; or, in a .json file or an array, wherever they begin and end."""
     with _opened(path) as raw:
-        is_array = raw.read(64).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+        is_array = raw.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     records = _values(path) if is_array or kind_of(path) == "json" else _lines(path, key)
     for where, record in records:
         text = _field(record, key, where)
@@ -95,7 +91,7 @@ def _lines(path: Path, key: str) -> Iterator[tuple[str, object]]:
         for number, raw in enumerate(lines, start=1):
             where = f"{path}, line {number}"
             try:
-                line = raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8").strip()
+                line = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8").strip()
                 if line:
                     yield where, DECODER.decode(line)
             except RecursionError:
@@ -122,7 +118,7 @@ def _values(path: Path) -> Iterator[tuple[str, object]]:
     """(place, value) of each value in an array, or of values that follow one another."""
     chunks, text, at, in_array, number = _chunks(path), "", 0, None, 1
     while True:
-        while at < len(text) and text[at] in GAP:
+        while at < len(text) and text[at] in " \t\r\n,":
             at += 1
         if in_array is None and at < len(text):
             in_array = text[at] == "["
@@ -137,8 +133,9 @@ def _values(path: Path) -> Iterator[tuple[str, object]]:
         except RecursionError as error:
             raise InputError(f"{where} is nested too deeply; write one object a line, in a .jsonl file") from error
         except json.JSONDecodeError as error:
-            # Wrong, or what has been read ends within the value. Twice as much is read then, for values of any size.
-            is_cut = error.msg.startswith("Unterminated") or error.pos > len(text) - LONGEST_WORD
+            # Wrong, or the text ends within the value, which is noticed in a string or at its last word (-Infinity).
+            # Then twice as much is read, so that the work on a value is linear in its size.
+            is_cut = error.msg.startswith("Unterminated") or error.pos > len(text) - 16
             more = "".join(islice(chunks, 1 + (len(text) - at) // PIECE)) if is_cut else ""
             if not more and at == len(text) and not in_array:
                 return

@@ -47,16 +47,14 @@ class _Reading:
     """One pass over the corpus, which is counted and hashed as it goes by."""
 
     def __init__(self, corpus: TextCorpus, fraction: float, inside: bool) -> None:
-        """fraction: for validation. inside: of each document, not of the documents."""
+        """fraction: for validation. inside: of each document, not of the documents.
+
+        digest: SHA-256 over that of each document, in order. count, total: of documents, and of the bytes in them.
+        """
         self.corpus, self._fraction, self._inside = corpus, fraction, inside
-        self.digest, self.count = hashlib.sha256(), 0
+        self.digest, self.count, self.total = hashlib.sha256(), 0, 0
         self.documents: dict[str, int] = dict.fromkeys(SPLITS, 0)
         self.bytes: dict[str, int] = dict.fromkeys(SPLITS, 0)
-
-    @property
-    def total(self) -> int:
-        """Bytes of the text, as far as it has been gone through."""
-        return sum(self.bytes.values())
 
     def pieces(self, stage: str, total: int, progress: Progress) -> Iterator[Piece]:
         """All text in order. InputError at its end where a split is empty."""
@@ -75,13 +73,14 @@ class _Reading:
                 for i, part in enumerate(share):
                     yield split, part.decode(), i == len(share) - 1
                     self.bytes[split] += len(part)
+                    self.total += len(part)
                     progress(stage, self.total, total)
-        for split in SPLITS:
-            require(
-                self.documents[split] > 0,
-                f"the {split} split is empty: the corpus has {self.count} documents, "
-                f"data.validation_fraction is {self._fraction}; use more text or another fraction",
-            )
+        empty = [split for split in SPLITS if not self.documents[split]]
+        require(
+            not empty,
+            f"the {' and '.join(empty)} split is empty: the corpus has {self.count} documents, "
+            f"data.validation_fraction is {self._fraction}; use more text or another fraction",
+        )
 
 
 def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Manifest:
