@@ -41,7 +41,6 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
                 for start in range(0, len(view), CHUNK):
                     write_all(file.fileno(), view[start : start + CHUNK])
                     digest.update(view[start : start + CHUNK])
-                del part, view  # before the next part is made
             os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -73,7 +72,6 @@ def create_safetensors(
             tensor = next(tensors)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape))
             yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore
-            del tensor  # before the next is made
 
     size = 8 + len(text) + end
     return size, create(path, parts(), size)

@@ -23,7 +23,8 @@ from llm.config import OptimConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.huggingface import export, import_folder
-from llm.trained import load_trained
+from llm.train.resume import check_resumable
+from llm.trained import load_trained, open_trained
 from pool import RankPool
 from test_generate import continuations
 
@@ -97,6 +98,9 @@ def test_an_imported_run_is_read_like_any(imported: tuple[Path, Path], tmp_path:
     folder, run = imported
     trained = load_trained(run, CPU)
     assert trained.step == 0 and trained.config.name == "one"
+    reader, config, _ = open_trained(run)
+    with pytest.raises(InputError, match=r"is imported; train with --train\.init_from=runs/one and another --name"):
+        check_resumable(config, None, reader.state)
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     with torch.inference_mode():
         torch.testing.assert_close(logits(trained.model, tokens(3)), theirs(tokens(3)).logits, rtol=0, atol=2e-6)
