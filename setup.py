@@ -28,6 +28,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "deepspeed==0.19.8",
+        "backports.zstd>=1.0; python_version < '3.14'",
         "numpy>=2.0",
         "fsspec>=2024.6",
         "ninja>=1.11",
@@ -35,7 +36,6 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tokenizers>=0.21",
-        "zstandard>=0.23",
         "rich>=14.0",
         "tensorboard>=2.19",
         "matplotlib>=3.9",
@@ -45,12 +45,14 @@ setup(
         # To export a checkpoint as a Hugging Face folder, which is compared with transformers before it is finished.
         "hf": ["transformers>=5.0"],
         # Tasks of EleutherAI's lm-evaluation-harness in launch/evaluate.py.
-        "eval": ["lm-eval>=0.4.9", "transformers>=5.0"],
+        "eval": ["lm-eval>=0.4.13", "transformers>=5.0"],
         # Whose files tests/data/tokens/test_tokens_peers.py reads back.
         "formats": ["megatron-core>=0.16", "datatrove>=0.10"],
         "dev": [
             # Oracles: transformers' models and tokenizers, tiktoken's encodings, the harness's scores.
             "ingot[hf,eval]",
+            "accelerate>=1.0",
+            "datasets>=4.0",
             "tiktoken>=0.9",
             "pytest>=8.0",
             "pytest-xdist>=3.6",

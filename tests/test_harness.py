@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -138,12 +135,9 @@ def hf(peer: Any, folder: Path) -> Any:
 
 
 def through_hf(model: Any, ids: Any) -> Any:
-    """The harness's `hf` model. It imports accelerate, of which it uses nothing for a model that is given to it."""
-    with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("accelerate") is None:
-            patch.setitem(sys.modules, "accelerate", MagicMock())
-            patch.setitem(sys.modules, "accelerate.utils", MagicMock())
-        from lm_eval.models.huggingface import HFLM
+    """The harness's `hf` model."""
+    from lm_eval.models.huggingface import HFLM
+
     return HFLM(pretrained=model, tokenizer=ids, batch_size=3, max_length=T)
 
 

@@ -57,7 +57,8 @@ class Ingot(System):
         )
         manifest, widen = read_manifest(tokens.folder), self.form == "int64"
         corpus = Corpus(manifest.shard_list(tokens.folder, "train"), tokens.folder, manifest)
-        corpora = Corpora(config, tokens.folder, manifest, {str(tokens.folder): corpus})  # without a validation split
+        name = str(tokens.folder)
+        corpora = Corpora(config, tokens.folder, manifest, {name: corpus}, {name: name})  # without a validation split
         loader = open_loader(corpora, dp_rank=0, dp_size=1, consumed=state or 0, widen=widen)
         try:
             while True:

@@ -205,7 +205,8 @@ def test_files_without_an_end_of_document_token_are_told_of_and_trained_on_witho
         "note: no token of the train files is the end-of-document token 0: documents cannot be told apart, and "
         "document masks and packing are refused"
     )
-    assert "  43 tokens  documents not told apart  (" in summary(Path("corpus"), manifest, manifest.vocab_size).replace("train     ", "")
+    shown = summary(Path("corpus"), manifest, manifest.vocab_size)
+    assert "  43 tokens  documents not told apart  (" in shown.replace("train     ", "")
     assert (read_manifest(Path("corpus")).splits["train"].documents, manifest.splits["validation"].documents) == (0, 5)
     assert Corpora.open(make_config()).curriculum().phases[0].sources[0].n_samples == 2
     for changes in ({}, {"packing": "best_fit"}):
