@@ -310,13 +310,12 @@ def test_one_text_is_split_inside(given: bool):
     config = make_config(path="folder", source="input.txt", tokenizer=name, validation_fraction=0.1)
     manifest = prepare(config)
     (train,), (validation,) = text_of("folder", "train"), text_of("folder", "validation")
-    assert train + validation == text
-    assert train[-1] == "\n"
+    assert train + validation == text and train[-1] == "\n"
     assert len(validation.encode()) == pytest.approx(0.1 * len(text.encode()), abs=300)
     assert manifest.text == TextCounts(inside=True)
     assert [split.documents for split in manifest.splits.values()] == [1, 1]
     assert manifest.splits["validation"].bytes == len(validation.encode())
-    assert "the last 10.000% of each are for validation" in summary(Path("folder"), manifest)
+    assert "the last 10.000% of each are for validation" in summary(Path("folder"), manifest, 300)
     assert prepare(config) == manifest == load_manifest(config)
 
 
@@ -340,8 +339,8 @@ def test_what_is_passed_over_is_counted_and_said():
     Path("texts/empty.txt").touch()
     manifest = prepare(make_config(source="texts"))
     assert manifest.text == TextCounts(empty=3, others={".md": 1})
-    said = summary(Path("x"), manifest)
-    assert "  3 documents without text, passed over\n  1 other files, passed over: 1 .md\n" in said
+    said = "  3 documents without text, passed over\n  1 other files, passed over: 1 .md\n"
+    assert said in summary(Path("x"), manifest, 300)
     path = Path("data/texts-280/manifest.json")
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "text"}))
     assert prepare(make_config(source="texts")) == dataclasses.replace(manifest, text=None)  # as before the counts
@@ -355,7 +354,7 @@ def test_cut_words_are_counted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: (encode(self, texts)[0], len(texts)))
     manifest = prepare(make_config())
     assert manifest.text == TextCounts(cut_words=len(DOCUMENTS))
-    assert "60 words too long for the tokenizer, cut" in summary(Path("x"), manifest)
+    assert "60 words too long for the tokenizer, cut" in summary(Path("x"), manifest, 300)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
