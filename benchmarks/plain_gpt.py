@@ -27,7 +27,7 @@ def rotary(x: Tensor) -> Tensor:
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
+        self.norm_1, self.norm_2 = nn.RMSNorm(WIDTH, eps=1e-5), nn.RMSNorm(WIDTH, eps=1e-5)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.output = nn.Linear(WIDTH, WIDTH, bias=False)
         self.up = nn.Linear(WIDTH, 2 * FEED_FORWARD, bias=False)
@@ -47,7 +47,7 @@ class PlainGPT(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(WIDTH, bias=False)
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [B, T + 1] -> mean loss."""
