@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
-from llm.train.engines.base import DTYPES, MicroBatch
+from llm.train.engines.base import DTYPES, Fragment
 from llm.train.engines.masters import MasterWeightsEngine
-from llm.train.engines.shared import evaluate_batches, global_norm
-from llm.train.engines.state import Fragment
+from llm.train.engines.shared import global_norm
 
 
 class PlainEngine(MasterWeightsEngine):
@@ -55,9 +52,6 @@ class PlainEngine(MasterWeightsEngine):
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
-
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        return evaluate_batches(self.model, micro_batches, self.dp_group)
 
     def gradient(self, name: str) -> Tensor:
         grad = self.masters[name].grad
