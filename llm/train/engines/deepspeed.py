@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class DeepSpeedEngine(Engine):
         self.zero: Any
         try:
             self.engine, self.zero, _, _ = deepspeed.initialize(
-                model=model, optimizer=self.optimizer, config=generated, mpu=Grid(mesh), dist_init_required=False
+                model=model, optimizer=self.optimizer, config=generated, mpu=groups_of(mesh), dist_init_required=False
             )
         except ValidationError as error:  # a key of the `deepspeed` section is the user's to mend
             raise InputError(f"DeepSpeed refuses its part of the config (deepspeed.*): {error}") from error
@@ -123,33 +124,17 @@ class DeepSpeedEngine(Engine):
         self.engine.destroy()
 
 
-class Grid:
-    """Our mesh as the `mpu` object that DeepSpeed asks for groups."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-
-    def get_model_parallel_rank(self) -> int:
-        return self.mesh.tp_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.mesh.tp_size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.tp_group
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self.mesh.dp_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.mesh.dp_size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.dp_group
+def groups_of(mesh: Mesh) -> SimpleNamespace:
+    """The mesh as the `mpu` object that DeepSpeed asks for ranks, sizes and groups."""
+    axes = {"model": "tp", "tensor_model": "tp", "data": "dp"}
+    asked = {"rank": "rank", "world_size": "size", "group": "group"}
+    return SimpleNamespace(
+        **{
+            f"get_{name}_parallel_{what}": partial(getattr, mesh, f"{axis}_{ours}")
+            for name, axis in axes.items()
+            for what, ours in asked.items()
+        }
+    )
 
 
 @torch.no_grad()
@@ -170,5 +155,5 @@ def partition(
             nn.ParameterList([parameter]),
             data_parallel_group=mesh.dp_group,
             config_dict_or_path=generated,
-            mpu=Grid(mesh),
+            mpu=groups_of(mesh),
         )
