@@ -114,7 +114,9 @@ def shard(model: GPT, config: RunConfig, mesh: Mesh, device: torch.device) -> li
     modules = [(block, not keep_gathered) for block in model.blocks.values()] + [(model, False)]
     units = []
     for module, reshard in modules:
-        materialise(module, device)
+        for parameter in module.parameters():
+            if parameter.is_meta:  # of the model, what is in no block
+                torch.utils.swap_tensors(parameter, nn.Parameter(torch.zeros_like(parameter, device=device)))
         unit = fully_shard(
             module, mesh=mesh.devices["dp"], reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload
         )
@@ -123,10 +125,3 @@ def shard(model: GPT, config: RunConfig, mesh: Mesh, device: torch.device) -> li
         unit.set_force_sum_reduction_for_comms(True)
         units.append(unit)
     return units
-
-
-def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give the parameters of `module` that are on the meta device memory on `device`, filled with zeros."""
-    for parameter in module.parameters():
-        if parameter.is_meta:
-            torch.utils.swap_tensors(parameter, nn.Parameter(torch.zeros_like(parameter, device=device)))

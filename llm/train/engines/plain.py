@@ -20,7 +20,9 @@ class PlainEngine(MasterWeightsEngine):
 
     def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh | None, device: torch.device) -> None:
         model = model.to(device=device, dtype=DTYPES[config.train.precision])
-        masters = {name: fp32_master(parameter) for name, parameter in model.named_parameters()}
+        masters: dict[str, Tensor] = dict(model.named_parameters())
+        if config.train.precision != "fp32":
+            masters = {name: p.detach().float().requires_grad_() for name, p in masters.items()}
         super().__init__(config, model, masters, mesh, device)
 
     def _fragments(self) -> dict[str, Fragment]:
@@ -60,8 +62,3 @@ class PlainEngine(MasterWeightsEngine):
 
     def local_weight(self, name: str) -> Tensor:
         return self.parameters[name].detach()
-
-
-def fp32_master(parameter: nn.Parameter) -> Tensor:
-    """The parameter itself where it is fp32, else a copy."""
-    return parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
