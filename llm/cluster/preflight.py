@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping
+from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 
@@ -39,15 +39,9 @@ def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> No
 
     `engine` is train.engine, `loader` is data.loader, `environ` supplies PATH and CXX.
     """
-    installed = dict.fromkeys(["torch", "numpy"])
-    if sys.platform == "linux":
-        installed["triton"] = None
-    if engine == "deepspeed":
-        installed["deepspeed"] = None
-    for name in installed:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    check_versions(sys.version_info[:2], installed)
+    needed = {"torch": True, "numpy": True, "triton": sys.platform == "linux", "deepspeed": engine == "deepspeed"}
+    found = {name: next(iter(distributions(name=name)), None) for name in needed if needed[name]}
+    check_versions(sys.version_info[:2], {name: package and package.version for name, package in found.items()})
     check_import_names()
     if engine == "deepspeed":
         check_build_tools(environ)
@@ -70,12 +64,11 @@ def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None])
         supported = least <= found and (too_new is None or found < too_new)
         require(supported, f"{name} is {version}; expected {expected}: {INSTALL}")
     triton, numpy = installed.get("triton"), installed.get("numpy")
-    if triton and numpy:
-        require(
-            _numbers("triton", triton) >= (3, 7, 1) or _numbers("numpy", numpy) < (2, 4),
-            f"triton is {triton} and numpy {numpy}; expected triton 3.7.1 or later beside numpy 2.4: {INSTALL}, or "
-            "numpy below 2.4",
-        )
+    require(
+        not (triton and numpy) or _numbers("triton", triton) >= (3, 7, 1) or _numbers("numpy", numpy) < (2, 4),
+        f"triton is {triton} and numpy {numpy}; expected triton 3.7.1 or later beside numpy 2.4: {INSTALL}, or "
+        "numpy below 2.4",
+    )
 
 
 def check_import_names() -> None:
@@ -143,7 +136,7 @@ def remove_abandoned_locks(folder: Path, proc: Path = Path("/proc")) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # it has ended, or is another user's
         found = path.stat()
         return found.st_dev, found.st_ino, found.st_ctime_ns
     return None
@@ -151,11 +144,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 def _is_open(path: Path, proc: Path) -> bool:
     target = _identity(path)
-    for descriptor in proc.glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if target is not None and _identity(descriptor) == target:
-                return True
-    return False
+    return target is not None and any(_identity(descriptor) == target for descriptor in proc.glob("[0-9]*/fd/*"))
 
 
 def _import(name: str, remedy: str) -> ModuleType:
@@ -173,4 +162,4 @@ def _numbers(name: str, version: str) -> tuple[int, ...]:
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
-    return ".".join(str(number) for number in numbers)
+    return ".".join(map(str, numbers))

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from llm.cluster.ranks import Ranks, discover_ranks
-from llm.cluster.watchdog import LauncherWatch
+from llm.cluster.watchdog import watch_launcher
 from llm.errors import Agreed, CheckpointError, InputError, RendezvousError, ReplicaError
 
 
@@ -18,7 +18,7 @@ def run_script(action: Callable[[Ranks], None]) -> None:
     Exit codes: 2 for an InputError, 1 for anything else. What every rank knows is said by rank 0 alone, what one host
     knows by its first rank.
     """
-    watch = LauncherWatch.start()
+    done = watch_launcher()
     ranks = None
     try:
         ranks = discover_ranks(os.environ)
@@ -29,7 +29,7 @@ def run_script(action: Callable[[Ranks], None]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if isinstance(error, InputError) else 1)
-    watch.stop()
+    done.set()  # only the exit is left
 
 
 def explain(error: Exception, ranks: Ranks | None) -> None:

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 POLL_SECONDS = 1.0
@@ -68,7 +69,7 @@ def is_launcher(argv: Sequence[str]) -> bool:
         return True
     if not program.startswith(("python", "pypy")):
         return False
-    for word, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for word, following in pairwise([*argv[1:], ""]):
         if word == "-m":
             return following in MODULES
         if not word.startswith("-"):
@@ -116,40 +117,29 @@ def lost(chain: Sequence[Process], proc: Path = PROC) -> Process | None:
     return None
 
 
-class LauncherWatch:
-    """A daemon thread that ends this process, with exit code 1, when its launcher has died."""
+def watch_launcher() -> threading.Event:
+    """From now until the event is set: end this process, with exit code 1, when its launcher has died.
 
-    def __init__(self, chain: Sequence[Process]) -> None:
-        self.chain = tuple(chain)
-        self._stopped = threading.Event()
+    Call it first in the launch script: a launcher that dies before this call is noticed only when it is DeepSpeed's.
+    Plain `python` starts no thread. Without /proc (macOS) the parent is watched, whatever it is.
+    """
+    has_proc = PROC.joinpath("self/stat").exists()
+    chain = launcher_chain(os.getpid()) if has_proc else []
+    parent, done = os.getppid(), threading.Event()
+    if orphaned(chain):
+        _end("the launcher that started this process")
 
-    @classmethod
-    def start(cls) -> LauncherWatch:
-        """Find the launcher and watch it from now on; plain `python` starts no thread.
-
-        Call it first in the launch script: a launcher that dies before this call is noticed only when it is
-        DeepSpeed's. Without /proc (macOS) the parent is watched, whatever it is.
-        """
-        has_proc = PROC.joinpath("self/stat").exists()
-        watch = cls(launcher_chain(os.getpid()) if has_proc else ())
-        if orphaned(watch.chain):
-            _end("the launcher that started this process")
-        if watch.chain or not has_proc:
-            threading.Thread(target=watch._run, name="launcher-watch", daemon=True).start()
-        return watch
-
-    def stop(self) -> None:
-        """Stop watching, when the work is done and only the exit is left."""
-        self._stopped.set()
-
-    def _run(self) -> None:
-        parent = os.getppid()
-        while not self._stopped.wait(POLL_SECONDS):
+    def watch() -> None:
+        while not done.wait(POLL_SECONDS):
             if os.getppid() != parent:
                 _end(f"process {parent}, which started this one,")
-            process = lost(self.chain)
+            process = lost(chain)
             if process is not None:
                 _end(f"the launcher (process {process.pid}: {' '.join(process.argv)[:80]})")
+
+    if chain or not has_proc:
+        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+    return done
 
 
 def _end(who: str) -> None:

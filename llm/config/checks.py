@@ -40,30 +40,28 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 
 def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[str, Any]) -> None:
     """Refuse layouts that the engine does not have."""
-    engine, precision = train.engine, train.precision
+    engine, precision, tp = train.engine, train.precision, parallel.tensor_parallel
     stage, offload = parallel.zero_stage, parallel.offload
     found = f"found parallel.zero_stage {stage}"
-    if engine == "plain":
-        require(
-            stage == 0, f"train.engine plain has no ZeRO; {found}, use parallel.zero_stage=0 or train.engine=deepspeed"
-        )
-        require(
-            parallel.tensor_parallel == 1,
-            "train.engine plain has no tensor parallelism; found parallel.tensor_parallel "
-            f"{parallel.tensor_parallel}, use parallel.tensor_parallel=1 or train.engine=deepspeed",
-        )
-    elif engine == "fsdp":
-        require(
-            stage in (2, 3),
-            f"train.engine fsdp shards parameters; {found}, use parallel.zero_stage=3, or 2 to keep them gathered "
-            "between the forward and the backward pass",
-        )
-    else:
-        require(
-            precision == "fp32" or stage > 0,
-            f"train.precision {precision} with parallel.zero_stage 0: DeepSpeed would "
-            f"accumulate gradients in {precision}; use parallel.zero_stage=1",
-        )
+    require(
+        engine != "plain" or stage == 0,
+        f"train.engine plain has no ZeRO; {found}, use parallel.zero_stage=0 or train.engine=deepspeed",
+    )
+    require(
+        engine != "plain" or tp == 1,
+        f"train.engine plain has no tensor parallelism; found parallel.tensor_parallel {tp}, use "
+        "parallel.tensor_parallel=1 or train.engine=deepspeed",
+    )
+    require(
+        engine != "fsdp" or stage in (2, 3),
+        f"train.engine fsdp shards parameters; {found}, use parallel.zero_stage=3, or 2 to keep them gathered between "
+        "the forward and the backward pass",
+    )
+    require(
+        engine != "deepspeed" or precision == "fp32" or stage > 0,
+        f"train.precision {precision} with parallel.zero_stage 0: DeepSpeed would accumulate gradients in {precision}; "
+        "use parallel.zero_stage=1",
+    )
     require(
         engine == "deepspeed" or not deepspeed,
         f"train.engine {engine} reads nothing of the deepspeed section; found {', '.join(deepspeed)}: remove it",
@@ -74,12 +72,6 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
         engine != "fsdp" or offload != "optimizer",
         "train.engine fsdp offloads parameters with the optimizer's state; use parallel.offload=all",
     )
-
-
-def check_phases(model: ModelConfig, phases: tuple[Phase, ...]) -> None:
-    """Refuse sequences that the model has no positions for."""
-    longest = max(phase.seq_len for phase in phases)
-    require(longest <= model.max_seq_len, f"data.seq_len {longest} is above model.max_seq_len {model.max_seq_len}")
 
 
 def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:

@@ -40,7 +40,8 @@ class RunConfig:
             "names the run's folder",
         )
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
-        checks.check_phases(self.model, self.phases)
+        longest, positions = max(phase.seq_len for phase in self.phases), self.model.max_seq_len
+        require(longest <= positions, f"data.seq_len {longest} is above model.max_seq_len {positions}")
         checks.check_engine(self.train, self.parallel, self.deepspeed)
         checks.check_tensor_parallel(self.model, self.parallel, self.phases)
 

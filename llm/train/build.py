@@ -32,25 +32,17 @@ def build_engine(config: RunConfig, mesh: Mesh, device: torch.device, source: We
     parts = config.train.engine == "fsdp" or (config.train.engine == "deepspeed" and config.parallel.zero_stage == 3)
     with torch.device("meta" if parts else "cpu"):
         model = _model(config, mesh)
-    engine = _engine(config, model, mesh, device)
+    # Imported here so that only runs that use DeepSpeed pay for it, or need it installed.
+    if config.train.engine == "plain":
+        from llm.train.engines.plain import PlainEngine as Kind
+    elif config.train.engine == "fsdp":
+        from llm.train.engines.fsdp import FSDPEngine as Kind
+    else:
+        from llm.train.engines.deepspeed import DeepSpeedEngine as Kind
+    engine = Kind(config, model, mesh, device)
     if isinstance(source, CheckpointReader):
         engine.load_scalar_state(source.state["engine"])
         engine.load_pieces(source, source.state["engine"]["optimizer_step"])
     else:
         engine.load_pieces(source or InitialWeights(config.model, config.seed), 0)
     return engine
-
-
-def _engine(config: RunConfig, model: GPT, mesh: Mesh, device: torch.device) -> Engine:
-    if config.train.engine == "plain":
-        from llm.train.engines.plain import PlainEngine
-
-        return PlainEngine(config, model, mesh, device)
-    if config.train.engine == "fsdp":
-        from llm.train.engines.fsdp import FSDPEngine
-
-        return FSDPEngine(config, model, mesh, device)
-    # Imported here so that only runs that use DeepSpeed pay for it, or need it installed.
-    from llm.train.engines.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(config, model, mesh, device)

@@ -20,19 +20,15 @@ def check_kernels(config: RunConfig, device: torch.device) -> str:
     sparse = any(model.layer_sparse(layer) for layer in range(model.n_layer))
     no_triton, no_torch = attention_limits(model.head_dim, model.dropout, sparse, model.attention_softcap)
     norm = "layer_norm" if model.norm == "layernorm" else "rms_norm"
-    limits: dict[str, dict[str, str | None]] = {
+    limits = {
         "attention": {"no_triton": no_triton, "no_torch": no_torch},
-        "embedding": {},
-        **({"rope": {}} if model.position == "rope" else {}),
         norm: {"no_triton": norm_limit(model.d_model)},
-        **({"dropout": {}} if model.dropout > 0 else {}),
-        model.activation: {},
-        "cross_entropy": {},
     }
+    rope, dropout = ["rope"] * (model.position == "rope"), ["dropout"] * (model.dropout > 0)
     chosen: dict[str, list[str]] = {}
     try:
-        for op, limit in limits.items():
-            form = choose(config.train.impl, op, device=device, dtype=dtype, **limit)
+        for op in ("attention", "embedding", *rope, norm, *dropout, model.activation, "cross_entropy"):
+            form = choose(config.train.impl, op, device=device, dtype=dtype, **limits.get(op, {}))
             chosen.setdefault(form, []).append(op)
     except KernelError as error:
         raise InputError(f"train.impl: {error}") from error

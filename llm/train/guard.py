@@ -46,11 +46,9 @@ def compare_replicas(engine: Engine, mesh: Mesh) -> list[str]:
     The majority is right; of equally many, those of the lowest rank.
     """
     grid = mesh.devices.mesh[0, :, 0, :]  # ranks [dp, tp]
-    expected: dict[str, list[list[int]]] = {}
-    for name, parameter in engine.parameters.items():
-        groups = equal_ranks(grid, getattr(parameter, "tensor_model_parallel", False), engine.replicated)
-        if groups:
-            expected[name] = groups
+    split = {name: getattr(p, "tensor_model_parallel", False) for name, p in engine.parameters.items()}
+    groups_of = {name: equal_ranks(grid, each, engine.replicated) for name, each in split.items()}
+    expected = {name: groups for name, groups in groups_of.items() if groups}
     if not expected:
         return []
     device = backend_device()

@@ -30,11 +30,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     without parameters is left out.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if decays(name)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    groups = {decay: [p for name, p in named if decays(name) == decay] for decay in (True, False)}
+    return [{"params": found, "weight_decay": weight_decay * decay} for decay, found in groups.items() if found]
 
 
 class KernelAdamW(torch.optim.AdamW):

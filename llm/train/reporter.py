@@ -21,6 +21,7 @@ class Reporter:
         tensorboard = run.folder.tensorboard if run.config.logging.tensorboard else None
         self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)
         self.console = Console(run.config.train.max_steps, run.step, enabled=run.lead)
+        self.say = self.console.say
         device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
         self.peak_tflops = peak_tflops(device, run.config.train.precision)
         self.restart_clock()
@@ -56,6 +57,3 @@ class Reporter:
         self.metrics.write(record)
         bits = f", {record['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in record else ""
         self.say(f"step {self.run.step}: validation loss {loss:.4f} nats per token{bits}")
-
-    def say(self, text: str) -> None:
-        self.console.say(text)

@@ -51,11 +51,10 @@ class RunFolder:
             raise InputError(f"{path} cannot be opened: {error}") from error
         while not _try_lock(file, path):
             if time.monotonic() > deadline:
-                holder = _holder(file.read())
-                file.close()
-                raise InputError(
-                    f"{self.path} is in use by {holder}; wait for that run to end, stop it, or choose another --name"
-                )
+                with file:
+                    holder = _holder(file.read())
+                advice = "wait for that run to end, stop it, or choose another --name"
+                raise InputError(f"{self.path} is in use by {holder}; {advice}")
             time.sleep(0.1)
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         file.truncate(0)

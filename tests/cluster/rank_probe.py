@@ -15,9 +15,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 def main() -> int:
     from llm.cluster.ranks import discover_ranks, export, initialize, strip_local_rank
-    from llm.cluster.watchdog import LauncherWatch
+    from llm.cluster.watchdog import launcher_chain, watch_launcher
 
-    watch = LauncherWatch.start()
+    watch_launcher()
     arguments = strip_local_rank(sys.argv[1:])
     ranks = discover_ranks(os.environ)
     export(ranks, os.environ)
@@ -28,7 +28,7 @@ def main() -> int:
     total = torch.tensor([ranks.rank + 1.0])
     torch.distributed.all_reduce(total)
     report = asdict(ranks) | {"sum": total.item(), "arguments": arguments, "pid": os.getpid()}
-    report["watched"] = [process.pid for process in watch.chain]
+    report["watched"] = [process.pid for process in launcher_chain(os.getpid())]
     path = Path(arguments[0]) / f"rank-{ranks.rank}.json"
     path.with_suffix(".tmp").write_text(json.dumps(report), encoding="utf-8")
     path.with_suffix(".tmp").rename(path)

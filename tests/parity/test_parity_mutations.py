@@ -109,7 +109,7 @@ def after_each_step(fault: Callable[[DeepSpeedEngine], None]) -> AbstractContext
 
 
 def moment_lost() -> AbstractContextManager:
-    return after_each_step(lambda engine: engine.adam.state[engine.parameters["norm.weight"]]["exp_avg"].zero_())
+    return after_each_step(lambda engine: engine.optimizer.state[engine.parameters["norm.weight"]]["exp_avg"].zero_())
 
 
 def weight_not_updated() -> AbstractContextManager:

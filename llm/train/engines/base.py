@@ -1,18 +1,22 @@
-"""The interface between the training loop and an engine."""
+"""What an engine is for the training loop, and how a checkpoint sees its fp32 state."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from llm.checkpoint.manifest import Piece
+from llm.config import RunConfig
 from llm.data.batch import Batch
 from llm.model.layers import IGNORED_TARGET, Documents
-from llm.slices import Slice
+from llm.parallel.mesh import Mesh
+from llm.slices import Slice, slice_of
 
 # Adam's moments, by the names that checkpoints, torch and DeepSpeed use.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,62 +72,118 @@ class WeightSource(Protocol):
         ...
 
 
-class Engine(Protocol):
+class Fragment(NamedTuple):
+    """`numel` elements from `offset` of `flat` are those from `start` of the flattened slice of a parameter.
+
+    `flat` holds fp32 weights and is a key of the optimizer's state. A vocabulary's padding rows are not counted.
+    """
+
+    flat: Tensor
+    offset: int
+    start: int
+    numel: int
+
+    def tensors(self, optimizer: Optimizer, *, moments: bool) -> dict[str, Tensor]:
+        """Views [numel] of the master weights, and of the moments if asked for."""
+        tensors = {"master": self.flat.detach()}
+        if moments:
+            tensors |= {kind: optimizer.state[self.flat][kind] for kind in MOMENTS}
+        return {kind: tensor.view(-1).narrow(0, self.offset, self.numel) for kind, tensor in tensors.items()}
+
+
+class Engine(ABC):
     """Holds the model and the optimizer, spread over ranks in its own way.
 
     Every method is collective but set_lr and those that say so.
     """
 
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    optimizer: Optimizer
+    """AdamW over the fp32 masters."""
+    replicated: bool
+    """Whether every data-parallel rank holds the same weights, rather than a part of them."""
+    replicated_state: bool
+    """Whether every data-parallel rank holds the same masters and moments."""
+
+    def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh | None, device: torch.device) -> None:
+        """mesh: None for a process alone, which only the plain engine can be."""
+        self.model, self.device, self.grad_clip = model, device, config.optim.grad_clip
+        self.dp_group = mesh.dp_group if mesh is not None else None
+        self.dp_rank, self.tp_rank = (mesh.dp_rank, mesh.tp_rank) if mesh is not None else (0, 0)
+        self.parameters: dict[str, Any] = dict(model.named_parameters())
         """The model's parameters by name; under ZeRO 3 they are partitioned."""
-        ...
+        self.slices = {name: slice_of(parameter) for name, parameter in self.parameters.items()}
+        self.updates = 0
 
-    @property
-    def replicated(self) -> bool:
-        """Whether every data-parallel rank holds the same weights, rather than a part of them."""
-        ...
-
+    @abstractmethod
     def local_weight(self, name: str) -> Tensor:
         """What this rank keeps of a parameter between steps, as the forward pass uses it; not collective.
 
         All of its tensor-parallel slice, or under ZeRO 3 and FSDP this rank's partition of it.
         """
-        ...
 
+    @abstractmethod
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
         """Accumulate the gradient of (sum of losses over all ranks) / target_count and return that quotient."""
-        ...
 
+    @abstractmethod
     def step(self) -> StepResult:
         """Clip by the global norm and update the weights, unless the gradients overflowed."""
-        ...
 
+    @abstractmethod
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
         """Sum of losses and count of targets over all ranks, without dropout; every rank passes as many batches."""
-        ...
 
+    @abstractmethod
     def gradient(self, name: str) -> Tensor:
         """The accumulated gradient of a parameter in its global shape, fp32; between forward_backward and step."""
-        ...
 
-    def set_lr(self, lr: float) -> None: ...
+    @abstractmethod
+    def scalar_state(self) -> dict[str, Any]:
+        """JSON-ready: `optimizer_step` (updates made) and `loss_scale` (None unless fp16)."""
+
+    @abstractmethod
+    def load_scalar_state(self, state: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def _fragments(self) -> dict[str, Fragment]:
+        """This rank's part of the fp32 state, by parameter."""
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Copy changed masters to the weights that the forward pass uses."""
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def state_pieces(self) -> Iterator[Piece]:
         """What this rank writes: over all ranks, each element of master weights and moments exactly once."""
-        ...
+        if self.replicated_state and self.dp_rank != 0:
+            return
+        for name, fragment in self._fragments().items():
+            part = self.slices[name]
+            if fragment.numel == 0 or (part.is_full and self.tp_rank != 0):
+                continue
+            for kind, tensor in fragment.tensors(self.optimizer, moments=self.updates > 0).items():
+                yield Piece(name, kind, part, fragment.start, tensor.float().cpu())
 
+    @torch.no_grad()
     def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
         """Fill master weights, and moments if optimizer_step > 0, from any layout's, and publish them."""
-        ...
+        for name, fragment in self._fragments().items():
+            flat, state = fragment.flat, self.optimizer.state
+            if optimizer_step:
+                if flat not in state:  # several fragments may lie in one tensor
+                    state[flat] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+                state[flat]["step"] = torch.tensor(float(optimizer_step), device=flat.device)
+            tensors = fragment.tensors(self.optimizer, moments=optimizer_step > 0) if fragment.numel else {}
+            for kind, tensor in tensors.items():
+                values = source.read_slice(name, kind, self.slices[name]).flatten()
+                tensor.copy_(values.narrow(0, fragment.start, fragment.numel))
+        self._publish()
 
-    def scalar_state(self) -> dict[str, Any]:
-        """JSON-ready: `optimizer_step` (updates made) and `loss_scale` (None unless fp16)."""
-        ...
-
-    def load_scalar_state(self, state: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027 - most have nothing to do
+        """Give back what is held beyond the process group, which its creator ends."""
 
 
 def sum_over(values: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> None:

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
 from llm.errors import InputError
 from llm.parallel.mesh import Mesh
-from llm.slices import slice_of
-from llm.train.engines.base import DTYPES, MicroBatch, StepResult, WeightSource, sum_over
+from llm.train.engines.base import DTYPES, Engine, Fragment, MicroBatch, StepResult, sum_over
 from llm.train.engines.deepspeed_config import deepspeed_config
 from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches, gather_slices, global_norm
-from llm.train.engines.state import Fragment, load_state, state_pieces
 from llm.train.engines.zero_state import fragments, publish
 from llm.train.optim import adamw, parameter_groups
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """AdamW under ZeRO, with gradients, norms and checkpoints in terms of global tensors."""
 
     def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device) -> None:
-        self.model = model
+        super().__init__(config, model, mesh, device)
         self.mesh = mesh
-        self.device = device
         self.stage = config.parallel.zero_stage
+        self.replicated, self.replicated_state = self.stage < 3, self.stage == 0
         self.fp16 = config.train.precision == "fp16"
-        self.grad_clip = config.optim.grad_clip
-        self.parameters = dict(model.named_parameters())
-        self.slices = {name: slice_of(p) for name, p in self.parameters.items()}
         self.shapes = {name: p.shape for name, p in self.parameters.items()}  # before ZeRO 3 partitions them
         generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; each would warn once per call site.
@@ -46,16 +41,15 @@ class DeepSpeedEngine:
         if self.stage == 3:
             partition(model, generated, mesh, device, DTYPES[config.train.precision])
         # ZeRO will replace its parameters by flat fp32 tensors.
-        self.adam = adamw(parameter_groups(model, config.optim.weight_decay), config.optim, config.train.impl)
+        self.optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim, config.train.impl)
         self.engine: deepspeed.DeepSpeedEngine
-        self.optimizer: Any
+        self.zero: Any
         try:
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=self.adam, config=generated, mpu=Grid(mesh), dist_init_required=False
+            self.engine, self.zero, _, _ = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=generated, mpu=groups_of(mesh), dist_init_required=False
             )
         except ValidationError as error:  # a key of the `deepspeed` section is the user's to mend
             raise InputError(f"DeepSpeed refuses its part of the config (deepspeed.*): {error}") from error
-        self.updates = 0
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
         total = torch.zeros(1, dtype=torch.float64)
@@ -68,7 +62,7 @@ class DeepSpeedEngine:
             total += loss.detach().double().cpu()
             if i + 1 < len(micro_batches):
                 self.engine.step()  # not at the accumulation boundary: only counts
-        sum_over(total, self.mesh.dp_group, self.device)
+        sum_over(total, self.dp_group, self.device)
         return float(total) / target_count
 
     def step(self) -> StepResult:
@@ -90,7 +84,7 @@ class DeepSpeedEngine:
         return StepResult(float(norm), skipped=self.fp16 and not applied)
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        return evaluate_batches(self.engine, micro_batches, self.mesh.dp_group)
+        return evaluate_batches(self.engine, micro_batches, self.dp_group)
 
     def gradient(self, name: str) -> Tensor:
         parameter = self.parameters[name]
@@ -98,39 +92,23 @@ class DeepSpeedEngine:
         assert local is not None, f"no gradient of {name}: call forward_backward first"
         return gather_slices(local.float().view(self.shapes[name]), self.slices[name], self.mesh)
 
-    @property
-    def replicated(self) -> bool:
-        return self.stage < 3
-
     def local_weight(self, name: str) -> Tensor:
         parameter: Any = self.parameters[name]
-        if self.stage < 3:
+        if self.replicated:
             return parameter.detach()
         part = parameter.ds_tensor  # the last ranks' end in padding that DeepSpeed leaves as it found it
-        return part.detach()[: max(0, parameter.ds_numel - self.mesh.dp_rank * part.numel())]
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        return part.detach()[: max(0, parameter.ds_numel - self.dp_rank * part.numel())]
 
     def _fragments(self) -> dict[str, Fragment]:
-        return fragments(self.stage, self.optimizer, self.parameters, self.mesh.dp_rank)
+        return fragments(self.stage, self.zero, self.parameters, self.dp_rank)
 
-    def state_pieces(self) -> Iterator[Piece]:
-        if self.stage == 0 and self.mesh.dp_rank != 0:
-            return iter(())
-        tp_rank, moments = self.mesh.tp_rank, self.updates > 0
-        return state_pieces(self._fragments(), self.slices, self.adam, tp_rank=tp_rank, moments=moments)
-
-    @torch.no_grad()
-    def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
-        load_state(self._fragments(), self.slices, self.adam, source, optimizer_step)
-        publish(self.stage, self.optimizer)
+    def _publish(self) -> None:
+        publish(self.stage, self.zero)
 
     def scalar_state(self) -> dict[str, Any]:
         scale = None
         if self.fp16:
-            scaler = self.optimizer.loss_scaler
+            scaler = self.zero.loss_scaler
             good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
             scale = DynamicLossScale(scaler.cur_scale, remaining=scaler.cur_hysteresis, good_steps=good_steps).state()
         return {"optimizer_step": self.updates, "loss_scale": scale}
@@ -138,7 +116,7 @@ class DeepSpeedEngine:
     def load_scalar_state(self, state: dict[str, Any]) -> None:
         self.updates = state["optimizer_step"]
         if self.fp16 and state["loss_scale"]:
-            scaler, saved = self.optimizer.loss_scaler, state["loss_scale"]
+            scaler, saved = self.zero.loss_scaler, state["loss_scale"]
             scaler.cur_scale, scaler.cur_hysteresis = saved["scale"], saved["remaining"]
             scaler.cur_iter, scaler.last_overflow_iter = saved["good_steps"], -1
 
@@ -146,33 +124,17 @@ class DeepSpeedEngine:
         self.engine.destroy()
 
 
-class Grid:
-    """Our mesh as the `mpu` object that DeepSpeed asks for groups."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-
-    def get_model_parallel_rank(self) -> int:
-        return self.mesh.tp_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.mesh.tp_size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.tp_group
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self.mesh.dp_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.mesh.dp_size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.dp_group
+def groups_of(mesh: Mesh) -> SimpleNamespace:
+    """The mesh as the `mpu` object that DeepSpeed asks for ranks, sizes and groups."""
+    axes = {"model": "tp", "tensor_model": "tp", "data": "dp"}
+    asked = {"rank": "rank", "world_size": "size", "group": "group"}
+    return SimpleNamespace(
+        **{
+            f"get_{name}_parallel_{what}": partial(getattr, mesh, f"{axis}_{ours}")
+            for name, axis in axes.items()
+            for what, ours in asked.items()
+        }
+    )
 
 
 @torch.no_grad()
@@ -193,5 +155,5 @@ def partition(
             nn.ParameterList([parameter]),
             data_parallel_group=mesh.dp_group,
             config_dict_or_path=generated,
-            mpu=Grid(mesh),
+            mpu=groups_of(mesh),
         )

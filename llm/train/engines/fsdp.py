@@ -20,10 +20,9 @@ from llm.errors import require
 from llm.model.gpt import GPT
 from llm.parallel.mesh import Mesh
 from llm.slices import mark, slice_of
-from llm.train.engines.base import DTYPES, MicroBatch, sum_over
+from llm.train.engines.base import DTYPES, Fragment, MicroBatch, sum_over
 from llm.train.engines.masters import MasterWeightsEngine
-from llm.train.engines.shared import evaluate_batches, gather_slices, sum_of_squares
-from llm.train.engines.state import Fragment
+from llm.train.engines.shared import gather_slices, sum_of_squares
 
 
 class FSDPEngine(MasterWeightsEngine):
@@ -86,8 +85,11 @@ class FSDPEngine(MasterWeightsEngine):
         sum_over(squares[:1], self.mesh.tp_group, self.device)
         return squares.sum().sqrt()
 
+    def _publish(self) -> None:
+        """FSDP casts the masters' memory whenever it gathers it."""
+
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        result = evaluate_batches(self.model, micro_batches, self.mesh.dp_group)
+        result = super().evaluate(micro_batches)
         for unit in self.units:  # no backward pass followed, which would have done it
             unit.reshard()
         return result
@@ -112,7 +114,9 @@ def shard(model: GPT, config: RunConfig, mesh: Mesh, device: torch.device) -> li
     modules = [(block, not keep_gathered) for block in model.blocks.values()] + [(model, False)]
     units = []
     for module, reshard in modules:
-        materialise(module, device)
+        for parameter in module.parameters():
+            if parameter.is_meta:  # of the model, what is in no block
+                torch.utils.swap_tensors(parameter, nn.Parameter(torch.zeros_like(parameter, device=device)))
         unit = fully_shard(
             module, mesh=mesh.devices["dp"], reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload
         )
@@ -121,10 +125,3 @@ def shard(model: GPT, config: RunConfig, mesh: Mesh, device: torch.device) -> li
         unit.set_force_sum_reduction_for_comms(True)
         units.append(unit)
     return units
-
-
-def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give the parameters of `module` that are on the meta device memory on `device`, filled with zeros."""
-    for parameter in module.parameters():
-        if parameter.is_meta:
-            torch.utils.swap_tensors(parameter, nn.Parameter(torch.zeros_like(parameter, device=device)))

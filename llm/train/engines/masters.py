@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
-from llm.slices import slice_of
-from llm.train.engines.base import MicroBatch, StepResult, WeightSource, sum_over
-from llm.train.engines.shared import DynamicLossScale, clip
-from llm.train.engines.state import Fragment, load_state, state_pieces
+from llm.train.engines.base import Engine, MicroBatch, StepResult, sum_over
+from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches
 from llm.train.optim import adamw, parameter_groups
 
 
-class MasterWeightsEngine:
+class MasterWeightsEngine(Engine):
     """AdamW on fp32 masters; a subclass adds how gradients are reduced, their norm, and which shards it holds."""
-
-    replicated: bool
-    """Whether every data-parallel rank holds the same masters, rather than a shard of each."""
 
     def __init__(
         self,
@@ -33,40 +28,26 @@ class MasterWeightsEngine:
         mesh: Mesh | None,
         device: torch.device,
     ) -> None:
-        """masters: fp32, by parameter; the parameters themselves, shards of them, or copies. mesh: None if alone."""
-        self.model = model
-        self.masters = masters
-        self.device = device
-        self.dp_group = mesh.dp_group if mesh is not None else None
-        self.dp_rank, self.tp_rank = (mesh.dp_rank, mesh.tp_rank) if mesh is not None else (0, 0)
-        self.grad_clip = config.optim.grad_clip
-        self.parameters: dict[str, Any] = dict(model.named_parameters())
-        self.slices = {name: slice_of(parameter) for name, parameter in self.parameters.items()}
+        """masters: fp32, by parameter; the parameters themselves, shards of them, or copies."""
+        super().__init__(config, model, mesh, device)
+        self.masters, self.replicated_state = masters, self.replicated
         master_of = {id(parameter): masters[name] for name, parameter in self.parameters.items()}
         groups = parameter_groups(model, config.optim.weight_decay)
         for group in groups:
             group["params"] = [master_of[id(parameter)] for parameter in group["params"]]
         self.optimizer = adamw(groups, config.optim, config.train.impl)
-        self.updates = 0
         self.scale = DynamicLossScale() if config.train.precision == "fp16" else None
 
-    def _fragments(self) -> dict[str, Fragment]:
-        """Which part of its parameter's slice each master is."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _reduce(self) -> None:
         """Give the masters the gradients of the micro-batches, summed over the data-parallel ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _norm(self) -> Tensor:
         """2-norm of the model's gradient, fp32 []."""
-        raise NotImplementedError
 
     def _accumulate(self) -> None:
         """Take over the gradient of one micro-batch."""
-
-    def _publish(self) -> None:
-        """Copy changed masters to the weights that the forward pass uses."""
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
         total = torch.zeros(1, dtype=torch.float64)
@@ -97,19 +78,8 @@ class MasterWeightsEngine:
         self.model.zero_grad()
         return StepResult(float(norm), skipped=self.scale is not None and not finite)
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
-    def state_pieces(self) -> Iterator[Piece]:
-        if self.replicated and self.dp_rank != 0:
-            return iter(())
-        moments = self.updates > 0
-        return state_pieces(self._fragments(), self.slices, self.optimizer, tp_rank=self.tp_rank, moments=moments)
-
-    def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
-        load_state(self._fragments(), self.slices, self.optimizer, source, optimizer_step)
-        self._publish()
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        return evaluate_batches(self.model, micro_batches, self.dp_group)
 
     def scalar_state(self) -> dict[str, Any]:
         return {"optimizer_step": self.updates, "loss_scale": self.scale.state() if self.scale else None}
@@ -118,6 +88,3 @@ class MasterWeightsEngine:
         self.updates = state["optimizer_step"]
         if self.scale and state["loss_scale"]:
             self.scale = replace(self.scale, **state["loss_scale"])
-
-    def close(self) -> None:
-        """Nothing is held beyond the process group, which its creator ends."""

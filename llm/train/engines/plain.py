@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
-from llm.train.engines.base import DTYPES, MicroBatch
+from llm.train.engines.base import DTYPES, Fragment
 from llm.train.engines.masters import MasterWeightsEngine
-from llm.train.engines.shared import evaluate_batches, global_norm
-from llm.train.engines.state import Fragment
+from llm.train.engines.shared import global_norm
 
 
 class PlainEngine(MasterWeightsEngine):
@@ -23,7 +20,9 @@ class PlainEngine(MasterWeightsEngine):
 
     def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh | None, device: torch.device) -> None:
         model = model.to(device=device, dtype=DTYPES[config.train.precision])
-        masters = {name: fp32_master(parameter) for name, parameter in model.named_parameters()}
+        masters: dict[str, Tensor] = dict(model.named_parameters())
+        if config.train.precision != "fp32":
+            masters = {name: p.detach().float().requires_grad_() for name, p in masters.items()}
         super().__init__(config, model, masters, mesh, device)
 
     def _fragments(self) -> dict[str, Fragment]:
@@ -56,9 +55,6 @@ class PlainEngine(MasterWeightsEngine):
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        return evaluate_batches(self.model, micro_batches, self.dp_group)
-
     def gradient(self, name: str) -> Tensor:
         grad = self.masters[name].grad
         assert grad is not None, f"no gradient of {name}: call forward_backward first"
@@ -66,8 +62,3 @@ class PlainEngine(MasterWeightsEngine):
 
     def local_weight(self, name: str) -> Tensor:
         return self.parameters[name].detach()
-
-
-def fp32_master(parameter: nn.Parameter) -> Tensor:
-    """The parameter itself where it is fp32, else a copy."""
-    return parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()

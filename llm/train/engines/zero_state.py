@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm.slices import slice_of
-from llm.train.engines.state import Fragment
+from llm.train.engines.base import Fragment
 
 
 def fragments(stage: int, optimizer: Any, parameters: Mapping[str, Any], dp_rank: int) -> dict[str, Fragment]:
