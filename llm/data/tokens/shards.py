@@ -230,32 +230,27 @@ def document_lengths(shards: ShardList) -> Iterator[NDArray[np.int64]]:
     then a document may lie in several files, and what is left at either end counts as one.
     """
     if index_path("", shards.format) is None:
-        begin = 0
-        for _, ends in document_ends(shards, SCANNED):
-            if ends.size:
-                yield np.diff(ends, prepend=begin)
-                begin = int(ends[-1])
-        return
-    for path, tokens in zip(shards.paths, shards.tokens, strict=True):
-        check_header(path, shards.format, shards.dtype, tokens)
-        yield from _megatron_lengths(path) if shards.format == "megatron" else _datatrove_lengths(path)
+        files = [(ends for _, ends in document_ends(shards, SCANNED))]
+    else:
+        files = (_indexed_ends(shards, path, tokens) for path, tokens in zip(shards.paths, shards.tokens, strict=True))
+    for parts in files:
+        last = 0
+        for ends in filter(len, parts):
+            yield np.diff(ends, prepend=last)
+            last = int(ends[-1])
 
 
-def _megatron_lengths(path: str) -> Iterator[NDArray[np.int64]]:
-    index = read_index(Path(path).with_suffix(""))
-    sequences, width = index.offsets.size, np.dtype(index.dtype).itemsize
-    for start in range(0, index.documents, formats.CHUNK):
-        bounds = index.bounds[start : start + formats.CHUNK + 1]
-        begins = index.offsets[np.minimum(bounds, sequences - 1)] // width
-        yield np.diff(np.where(bounds < sequences, begins, index.tokens))
-
-
-def _datatrove_lengths(path: str) -> Iterator[NDArray[np.int64]]:
-    ends, last = _read_ends(path), 0
-    for start in range(0, ends.size, formats.CHUNK):
-        part = ends[start : start + formats.CHUNK]
-        yield np.diff(part, prepend=last)
-        last = int(part[-1])
+def _indexed_ends(shards: ShardList, path: str, tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Where each document of one file ends, in its tokens, by its index."""
+    check_header(path, shards.format, shards.dtype, tokens)
+    index = read_index(Path(path).with_suffix("")) if shards.format == "megatron" else None
+    bounds = index.bounds[1:] if index else _read_ends(path)
+    for start in range(0, bounds.size, formats.CHUNK):
+        part = bounds[start : start + formats.CHUNK]
+        if index:  # which counts sequences: a document ends where the next one's first begins
+            last, width = index.offsets.size - 1, np.dtype(index.dtype).itemsize
+            part = np.where(part > last, index.tokens, index.offsets[np.minimum(part, last)] // width)
+        yield part
 
 
 def has_documents(shards: ShardList) -> bool:
