@@ -7,8 +7,9 @@ Mistral's, which is Llama's with a window. What changes the mathematics and is n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from llm.config import ModelConfig
@@ -24,10 +25,8 @@ class Form:
     architecture: str
     model: dict[str, Any]
     """Fields of ModelConfig, with the values that this form stands for."""
-    fields: dict[str, str]
-    """Other fields of ModelConfig by name, and what config.json calls them."""
-    defaults: dict[str, Any]
-    """What `transformers` takes where config.json leaves out one of these."""
+    fields: dict[str, tuple[Any, ...]]
+    """Other fields of ModelConfig: what config.json calls them and, if it may leave them out, what stands for them."""
     fixed: dict[str, tuple[Any, ...]]
     """Further fields, with the values under which the mathematics is Ingot's; the first is written."""
     names: dict[str, str]
@@ -43,11 +42,11 @@ GPT2 = Form(
     "GPT2LMHeadModel",
     model={"position": "learned", "norm": "layernorm", "activation": "gelu"},
     fields={
-        "vocab_size": "vocab_size", "max_seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
-        "d_model": "n_embd", "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon",
-        "tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range",
+        "vocab_size": ("vocab_size",), "max_seq_len": ("n_positions",), "n_layer": ("n_layer",),
+        "n_head": ("n_head",), "d_model": ("n_embd",), "d_ff": ("n_inner", None),
+        "norm_eps": ("layer_norm_epsilon", 1e-5), "tie_embeddings": ("tie_word_embeddings", True),
+        "init_std": ("initializer_range", 0.02),
     },
-    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.02},
     fixed={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
@@ -60,20 +59,17 @@ GPT2 = Form(
     blocks="transformer.h.",
     transposed=True,
 )  # fmt: skip
-LLAMA = Form(
-    "llama",
-    "LlamaForCausalLM",
+MISTRAL = Form(
+    "mistral",
+    "MistralForCausalLM",
     model={"position": "rope", "norm": "rmsnorm", "activation": "swiglu"},
     fields={
-        "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "d_model": "hidden_size",
-        "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
-        "init_std": "initializer_range",
+        "vocab_size": ("vocab_size",), "max_seq_len": ("max_position_embeddings",), "n_layer": ("num_hidden_layers",),
+        "n_head": ("num_attention_heads",), "n_kv_head": ("num_key_value_heads",), "d_model": ("hidden_size",),
+        "d_ff": ("intermediate_size",), "norm_eps": ("rms_norm_eps", 1e-6),
+        "tie_embeddings": ("tie_word_embeddings", False), "init_std": ("initializer_range", 0.02),
     },
-    defaults={
-        "num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02,
-    },
-    fixed={"hidden_act": ("silu", "swish"), "attention_dropout": (0.0, None), "sliding_window": (None,)},
+    fixed={"hidden_act": ("silu", "swish"), "attention_dropout": (0.0, None)},
     names={
         "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "norm_1": "input_layernorm",
         "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attention_output": "self_attn.o_proj",
@@ -81,13 +77,12 @@ LLAMA = Form(
     },
     blocks="model.layers.",
 )  # fmt: skip
-MISTRAL = replace(
-    LLAMA,
-    model_type="mistral",
-    architecture="MistralForCausalLM",
-    # Not num_key_value_heads: `transformers` takes 8.
-    defaults={name: LLAMA.defaults[name] for name in ("rms_norm_eps", "tie_word_embeddings", "initializer_range")},
-    fixed={name: LLAMA.fixed[name] for name in ("hidden_act", "attention_dropout")},
+LLAMA = replace(
+    MISTRAL,
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    fields=MISTRAL.fields | {"n_kv_head": ("num_key_value_heads", None)},
+    fixed=MISTRAL.fixed | {"sliding_window": (None,)},
 )
 FORMS = (GPT2, LLAMA, MISTRAL)
 # Fields of any form that would change the mathematics; those that `transformers` does not read are of models made from
@@ -140,10 +135,10 @@ def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
         value = found.get(name, allowed[0])
         require(value in allowed, f"{name} is {shown(value)}; Ingot has no other than {shown(allowed[0])}")
     values, kinds = dict(form.model), dotted_keys(ModelConfig)
-    for ours, theirs in form.fields.items():
-        value = form.defaults.get(theirs) if found.get(theirs) is None else found[theirs]
-        require(value is not None or theirs in form.defaults, f"{theirs} is missing")
-        values[ours] = read(kinds[ours], value, theirs)
+    for ours, (theirs, *default) in form.fields.items():
+        stated = [value for value in (found.get(theirs), *default) if value is not None] or default
+        require(bool(stated), f"{theirs} is missing")
+        values[ours] = read(kinds[ours], stated[0], theirs)
     if form is GPT2:
         dropouts = {name: read(float, found.get(name, 0.1), name) for name in DROPOUTS}
         require(len(set(dropouts.values())) == 1, f"{dropouts}: Ingot has one dropout for the three")
@@ -168,7 +163,7 @@ def write_config(config: ModelConfig, *, end: int, dtype: str) -> dict[str, Any]
     form = form_of(config)
     values = {"d_ff": config.ff_dim, "n_kv_head": config.kv_heads}
     found: dict[str, Any] = {"model_type": form.model_type, "architectures": [form.architecture]}
-    found |= {theirs: values.get(ours, getattr(config, ours)) for ours, theirs in form.fields.items()}
+    found |= {theirs: values.get(ours, getattr(config, ours)) for ours, (theirs, *_) in form.fields.items()}
     found |= {name: allowed[0] for name, allowed in form.fixed.items() if allowed[0] is not None}
     if form is GPT2:
         found |= dict.fromkeys(DROPOUTS, config.dropout)
@@ -195,22 +190,6 @@ def _rope_theta(found: dict[str, Any]) -> float:
     return bases.pop() if bases else 10000.0
 
 
-class Part(NamedTuple):
-    """The same rows of each group of rows of one of Ingot's weights, as they lie in a tensor of the folder."""
-
-    tensor: str
-    rows: int
-    """Of each group."""
-    offset: int
-    """In the group."""
-    start: int
-    """In the folder's tensor, where those of the first group lie; the others follow."""
-
-    def of(self, whole: Tensor, group: int) -> Tensor:
-        """A view [groups, rows, ...] of these rows in one of Ingot's weights, whose groups have `group` rows."""
-        return whole.unflatten(0, (len(whole) // group, group))[:, self.offset : self.offset + self.rows]
-
-
 @dataclass(frozen=True)
 class Weight:
     """One of Ingot's weights: its rows come in equal groups, whose parts lie in tensors of the folder.
@@ -220,55 +199,46 @@ class Weight:
     """
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    sizes: tuple[int, ...]
+    """Rows of each part of a group."""
+    tensors: list[str]
+    """One for each part of all groups; or one alone, in which these lie one after the other."""
     transposed: bool
 
-    @property
-    def group(self) -> int:
-        """Rows of a group."""
-        return sum(part.rows for part in self.parts)
-
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the folder's tensors."""
-        rows: dict[str, int] = {}
-        for part in self.parts:
-            rows[part.tensor] = rows.get(part.tensor, 0) + self.shape[0] // self.group * part.rows
-        step = -1 if self.transposed else 1
-        return {name: (count, *self.shape[1:])[::step] for name, count in rows.items()}
+        """Of the tensors."""
+        groups, step = self.shape[0] // sum(self.sizes), -1 if self.transposed else 1
+        rows = [groups * size for size in self.sizes] if len(self.tensors) > 1 else self.shape[:1]
+        return {name: (n, *self.shape[1:])[::step] for name, n in zip(self.tensors, rows, strict=True)}
+
+    def runs(self) -> dict[str, list[Tensor]]:
+        """The rows of this weight, by number, in the order in which each tensor has them: runs of rising numbers."""
+        parts = torch.arange(self.shape[0]).view(-1, sum(self.sizes)).split(self.sizes, dim=1)
+        runs = [part.flatten() for part in parts]
+        tensors = [[run] for run in runs] if len(self.tensors) > 1 else [runs]
+        return dict(zip(self.tensors, tensors, strict=True))
 
 
 def weights(form: Form, config: ModelConfig) -> dict[str, Weight]:
     """Where each of the model's parameters, by name, lies in a folder of the form."""
     C, D, K, F, V = config.d_model, config.head_dim, config.kv_heads, config.ff_dim, config.vocab_size
-    R, halves = config.n_head // K, (1, 1) if config.activation == "swiglu" else (1,)
-    # Rows, columns (none: a vector), and the rows that each part has of a group.
-    outer = {"embedding": (V, C, (1,)), "norm": (C, None, (1,))}
-    if config.position == "learned":
-        outer["position_table"] = (config.max_seq_len, C, (1,))
-    if not config.tie_embeddings:
-        outer["head"] = (V, C, (1,))
-    linears = {
-        "qkv": ((R + 2) * K * D, C, (R * D, D, D)), "attention_output": (C, R * K * D, (1,)),
-        "up": (len(halves) * F, C, halves), "down": (C, F, (1,)),
+    R = config.n_head // K
+    sizes = {"qkv": (R * D, D, D), "up": (1, 1) if config.activation == "swiglu" else (1,)}
+    outer = {"embedding": (V, C), "norm": (C,), "position_table": (config.max_seq_len, C), "head": (V, C)}
+    block = {
+        "norm_1": (C,), "norm_2": (C,), "qkv": ((R + 2) * K * D, C), "attention_output": (C, R * K * D),
+        "up": (len(sizes["up"]) * F, C), "down": (C, F),
     }  # fmt: skip
-    block = {"norm_1": outer["norm"], "norm_2": outer["norm"], **linears}
+    absent = {"position_table": config.position != "learned", "head": config.tie_embeddings}
+    outer = {name: shape for name, shape in outer.items() if not absent.get(name)}
     blocks = [(f"blocks.{i}.", f"{form.blocks}{i}.", block) for i in range(config.n_layer)]
     found = {}
     for ours, theirs, modules in [("", "", outer), *blocks]:
-        for name, (rows, columns, sizes) in modules.items():
-            shapes = {"weight": (rows,) if columns is None else (rows, columns)}
-            if config.bias and (name in linears or (columns is None and config.norm == "layernorm")):
-                shapes["bias"] = (rows,)
-            for kind, shape in shapes.items():
+        for name, shape in modules.items():
+            linear = modules is block and len(shape) == 2
+            biased = config.bias and (linear or (len(shape) == 1 and config.norm == "layernorm"))
+            for kind, size in {"weight": shape, **({"bias": shape[:1]} if biased else {})}.items():
                 tensors = [f"{theirs}{module}.{kind}" for module in form.names[name].split()]
-                transposed = form.transposed and name in linears
-                found[f"{ours}{name}.{kind}"] = Weight(shape, _parts(tensors, sizes, rows), transposed)
+                transposed = form.transposed and linear
+                found[f"{ours}{name}.{kind}"] = Weight(size, sizes.get(name, (1,)), tensors, transposed)
     return found
-
-
-def _parts(tensors: list[str], sizes: tuple[int, ...], rows: int) -> tuple[Part, ...]:
-    """One part per tensor, or in one tensor all of them, one after the other."""
-    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    if len(tensors) == len(sizes):
-        return tuple(Part(tensor, size, at, 0) for tensor, size, at in zip(tensors, sizes, offsets, strict=True))
-    return tuple(Part(tensors[0], size, at, rows // sum(sizes) * at) for size, at in zip(sizes, offsets, strict=True))

@@ -177,6 +177,30 @@ class Span:
     """In the stored flat range."""
 
 
+class TensorFiles:
+    """The safetensors files of a folder, each opened when it is first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, Any] = {}
+
+    def file(self, name: str) -> Any:
+        """What `safe_open` gives; raises CheckpointError."""
+        try:
+            if name not in self._open:
+                self._open[name] = safe_open(self._folder / name, framework="pt", device="cpu")
+            return self._open[name]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._folder / name} cannot be read: {error}") from error
+
+    def tensor(self, file: str, key: str) -> Any:
+        """A tensor to be sliced, safetensors' `PySafeSlice`; raises CheckpointError."""
+        try:
+            return self.file(file).get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._folder / file} cannot be read: {error}") from error
+
+
 class CheckpointReader:
     """An open checkpoint; tensors are read when asked for, and only the parts asked for."""
 
@@ -185,7 +209,7 @@ class CheckpointReader:
         self.manifest = manifest
         self.state = state
         """What write_checkpoint was given as `state`."""
-        self._open: dict[str, Any] = {}
+        self._open = TensorFiles(folder)
 
     def shape(self, name: str, kind: str = "master") -> tuple[int, ...]:
         """Global shape; raises CheckpointError if there is no such tensor."""
@@ -239,17 +263,11 @@ class CheckpointReader:
 
     def _flat(self, piece: Stored, offset: int, count: int) -> Tensor:
         """`count` elements of the stored range from `offset` on; raises CheckpointError."""
-        path = self.folder / piece.file
-        try:
-            if piece.file not in self._open:
-                self._open[piece.file] = safe_open(path, framework="pt", device="cpu")
-            stored = self._open[piece.file].get_slice(piece.key)
-            found = (stored.get_dtype(), list(stored.get_shape()))
-            if found != ("F32", [piece.length]):
-                raise CheckpointError(f"{path}: {piece.key} is {found}; expected {piece.length} F32")
-            return stored[offset : offset + count]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        stored = self._open.tensor(piece.file, piece.key)
+        found = (stored.get_dtype(), list(stored.get_shape()))
+        if found != ("F32", [piece.length]):
+            raise CheckpointError(f"{self.folder / piece.file}: {piece.key} is {found}; expected {piece.length} F32")
+        return stored[offset : offset + count]
 
 
 def _spans(piece: Stored, inner: int) -> list[Span]:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from llm import files
-from llm.checkpoint.manifest import KINDS, FileEntry, Manifest, Piece, Stored, TensorEntry, merge
+from llm.checkpoint.manifest import FileEntry, Manifest, Piece, Stored, TensorEntry, merge
 from llm.errors import CheckpointError
 from llm.parallel.agreement import together
 
@@ -120,32 +120,12 @@ def _write_rank(partial: Path, step: int, rank: int, pieces: Iterable[Piece]) ->
     """Write this rank's pieces in files of about SHARD_BYTES, and its report."""
     prefix = f"rank-{rank:05d}"
     parts = [Manifest(step, {}, {})]
-    for number, shard in enumerate(_shards(pieces)):
+    some = (piece for piece in pieces if len(piece.data))
+    for number, shard in enumerate(files.by_size(some, lambda piece: piece.data.nbytes, SHARD_BYTES)):
         parts.append(_write_shard(partial, f"{prefix}-{number:05d}.safetensors", step, shard))
         shard.clear()  # before the next one is gathered
     report = merge(parts).to_json().encode()
     files.create(partial / f"{prefix}.json", [report], len(report))
-
-
-def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Group the pieces into files, without keeping more than one file's worth."""
-    shard: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        data, part = piece.data, piece.slice
-        if piece.kind not in KINDS or data.dtype != torch.float32 or data.dim() != 1:
-            raise ValueError(f"{piece.name}: kind {piece.kind}, {data.dtype} {tuple(data.shape)}")
-        if piece.start < 0 or piece.start + len(data) > part.numel:
-            raise ValueError(f"{piece.name}: {len(data)} from {piece.start} on exceed {part.numel} elements")
-        if data.numel() == 0:
-            continue
-        if shard and size + data.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append(piece)
-        size += data.nbytes
-    if shard:
-        yield shard
 
 
 def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:
@@ -156,8 +136,6 @@ def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Man
         part, name = piece.slice, (piece.name, piece.kind)
         key = f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}"
         stored = Stored(file, key, part.dim, part.start, part.stop, offset=piece.start, length=len(piece.data))
-        if key in shapes:
-            raise ValueError(f"{key} is given twice")
         shapes[key] = [stored.length]
         before = tensors.get(name, TensorEntry(part.global_shape, ()))
         tensors[name] = TensorEntry(part.global_shape, (*before.pieces, stored))

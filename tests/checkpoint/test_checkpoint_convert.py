@@ -350,7 +350,8 @@ JSON = st.recursive(
 @given(data=st.data())
 def test_any_config_gives_a_model_or_one_error(data: st.DataObject, folders: dict[str, Path]) -> None:
     form = FORMS_BY_NAME[data.draw(st.sampled_from(FORMS))]
-    known = [*form.fields.values(), *form.fixed, *NEUTRAL, *DROPOUTS, ROPE, "rope_scaling", "rope_theta", "model_type"]
+    fields = [name for name, *_ in form.fields.values()]
+    known = [*fields, *form.fixed, *NEUTRAL, *DROPOUTS, ROPE, "rope_scaling", "rope_theta", "model_type"]
     found = json.loads((folders[form.model_type] / "config.json").read_text())
     found |= data.draw(st.dictionaries(st.sampled_from([*known, "layer_types", "head_dim", "attention_bias"]), JSON))
     with contextlib.suppress(InputError):
