@@ -57,7 +57,15 @@ def write_checkpoint(
     rank, world = dist.get_rank(group), dist.get_world_size(group)
 
     def on_all_ranks(action: Callable[[], None]) -> None:
-        together(lambda: _attempt(action), group)
+        def attempt() -> None:
+            try:
+                action()
+            except CheckpointError:
+                raise
+            except Exception as error:
+                raise CheckpointError(f"saving failed: {type(error).__name__}: {error}") from error
+
+        together(attempt, group)
 
     try:
         on_all_ranks(lambda: _prepare(root, partial) if rank == 0 else None)
@@ -88,16 +96,6 @@ def checkpoints(root: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step of a checkpoint's folder."""
     return int(path.stem.removeprefix("step-"))
-
-
-def _attempt(action: Callable[[], None]) -> None:
-    """Run a part of saving; whatever goes wrong is raised as a CheckpointError."""
-    try:
-        action()
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"saving failed: {type(error).__name__}: {error}") from error
 
 
 def _prepare(root: Path, partial: Path) -> None:
@@ -131,16 +129,15 @@ def _write_rank(partial: Path, step: int, rank: int, pieces: Iterable[Piece]) ->
 def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:
     """Write one safetensors file of the pieces."""
     shapes: dict[str, list[int]] = {}
-    tensors: dict[tuple[str, str], TensorEntry] = {}
+    parts = []
     for piece in shard:
-        part, name = piece.slice, (piece.name, piece.kind)
+        part = piece.slice
         key = f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}"
         stored = Stored(file, key, part.dim, part.start, part.stop, offset=piece.start, length=len(piece.data))
         shapes[key] = [stored.length]
-        before = tensors.get(name, TensorEntry(part.global_shape, ()))
-        tensors[name] = TensorEntry(part.global_shape, (*before.pieces, stored))
+        parts.append(Manifest(step, {}, {(piece.name, piece.kind): TensorEntry(part.global_shape, (stored,))}))
     entry = FileEntry(*files.create_safetensors(partial / file, torch.float32, shapes, (p.data for p in shard)))
-    return Manifest(step, {file: entry}, tensors)
+    return merge([Manifest(step, {file: entry}, {}), *parts])
 
 
 def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:

@@ -218,7 +218,7 @@ def test_one_tensor_at_a_time_is_in_memory(
         monkeypatch.setattr(owner, name, sampled(getattr(owner, name)))
     exported(source, open_hf(folder).config, tmp_path / "out")
     print(f"{peak[0] / largest:.3f} of the largest tensor")
-    assert largest <= peak[0] <= 2 * largest + 4096
+    assert largest <= peak[0] <= 2.1 * largest  # with the numbers of its rows
     peak[0] = 0
     monkeypatch.setattr("llm.checkpoint.writer.SHARD_BYTES", 32768)
     as_checkpoint(folder, tmp_path / "in")
