@@ -53,6 +53,12 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
     return digest.hexdigest()
 
 
+def create_text(path: Path, text: str) -> tuple[int, str]:
+    """`create` a file of UTF-8: (size, sha256)."""
+    raw = text.encode()
+    return len(raw), create(path, [raw], len(raw))
+
+
 def create_safetensors(
     path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], tensors: Iterator[Tensor]
 ) -> tuple[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llm import files
-from llm.checkpoint.forms import GPT2, Weight, form_of, read_config, weights, write_config
+from llm.checkpoint.forms import GPT2, form_of, read_config, weights, write_config
 from llm.checkpoint.manifest import NAME, Piece
 from llm.checkpoint.reader import CheckpointReader, TensorFiles
 from llm.config import ModelConfig
@@ -152,14 +152,32 @@ def write_hf(
 
     Raises InputError if no form has the model, or a weight is too large for `dtype`.
     """
-    form = form_of(config)
+    form, kind = form_of(config), DTYPES[dtype]
+    ours = weights(form, config)
     # GPT-2's form always has biases: they are zero where the model has none.
-    table = weights(form, replace(config, bias=config.bias or form is GPT2))
+    table = weights(form, replace(config, bias=True)) if form is GPT2 else ours
     shapes = {tensor: shape for weight in table.values() for tensor, shape in weight.shapes().items()}
-    theirs = _theirs(source, table, weights(form, config).keys(), DTYPES[dtype])
-    _write_weights(folder, DTYPES[dtype], shapes, theirs, shard_bytes)
-    _write_json(folder / "config.json", write_config(config, end=end, dtype=dtype))
-    _write_json(folder / "generation_config.json", {"eos_token_id": end, "pad_token_id": end})
+
+    def theirs() -> Iterator[Tensor]:
+        for name, weight in table.items():
+            whole = _whole(source, name, kind) if name in ours else torch.zeros(weight.shape, dtype=kind)
+            for runs in weight.runs().values():
+                rows = torch.cat(runs)
+                yield whole.t().index_select(-1, rows) if weight.transposed else whole.index_select(0, rows)
+            del whole  # before the next is read
+
+    sizes = {name: prod(shape) * kind.itemsize for name, shape in shapes.items()}
+    shards, tensors, files_of = list(files.by_size(sizes, sizes.__getitem__, shard_bytes)), theirs(), {}
+    for i, shard in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        files.create_safetensors(folder / file, kind, {name: shapes[name] for name in shard}, tensors)
+        files_of |= dict.fromkeys(shard, file)
+    contents = {"config.json": write_config(config, end=end, dtype=dtype)}
+    contents["generation_config.json"] = {"eos_token_id": end, "pad_token_id": end}
+    if len(shards) > 1:
+        contents[INDEX] = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files_of}
+    for file, content in contents.items():
+        files.create_text(folder / file, json.dumps(content, indent=2))
 
 
 def write_plain(source: CheckpointReader, folder: Path, *, dtype: str = "float32") -> None:
@@ -167,18 +185,6 @@ def write_plain(source: CheckpointReader, folder: Path, *, dtype: str = "float32
     shapes = {name: source.shape(name) for name, kind in sorted(source.manifest.tensors) if kind == "master"}
     tensors = (_whole(source, name, DTYPES[dtype]) for name in shapes)
     files.create_safetensors(folder / SINGLE, DTYPES[dtype], shapes, tensors)
-
-
-def _theirs(
-    source: CheckpointReader, table: Mapping[str, Weight], ours: Collection[str], dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """The folder's tensors in the order of `table`; nothing of a weight is held while the next is read."""
-    for name, weight in table.items():
-        whole = _whole(source, name, dtype) if name in ours else torch.zeros(weight.shape, dtype=dtype)
-        for runs in weight.runs().values():
-            rows = torch.cat(runs)
-            yield whole.t().index_select(-1, rows) if weight.transposed else whole.index_select(0, rows)
-        del whole
 
 
 def _whole(source: CheckpointReader, name: str, dtype: torch.dtype) -> Tensor:
@@ -190,29 +196,9 @@ def _whole(source: CheckpointReader, name: str, dtype: torch.dtype) -> Tensor:
     return found.to(dtype)
 
 
-def _write_weights(
-    folder: Path, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[Tensor], limit: int
-) -> None:
-    """Write the tensors into one file, or several and an index: a file ends before it would exceed `limit` bytes."""
-    sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards = list(files.by_size(sizes, sizes.__getitem__, limit))
-    files_of: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        files.create_safetensors(folder / file, dtype, {name: shapes[name] for name in shard}, tensors)
-        files_of |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files_of})
-
-
 def _json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, which may be a link; raises CheckpointError."""
     try:
         return files.parse_json(path.read_bytes(), path.name)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2).encode()
-    files.create(path, [text], len(text))

@@ -26,7 +26,7 @@ class Form:
     model: dict[str, Any]
     """Fields of ModelConfig, with the values that this form stands for."""
     fields: dict[str, tuple[Any, ...]]
-    """Other fields of ModelConfig: what config.json calls them and, if it may leave them out, what stands for them."""
+    """Other fields of ModelConfig: what config.json calls them (several: alike), and the default if any."""
     fixed: dict[str, tuple[Any, ...]]
     """Further fields, with the values under which the mathematics is Ingot's; the first is written."""
     names: dict[str, str]
@@ -45,7 +45,7 @@ GPT2 = Form(
         "vocab_size": ("vocab_size",), "max_seq_len": ("n_positions",), "n_layer": ("n_layer",),
         "n_head": ("n_head",), "d_model": ("n_embd",), "d_ff": ("n_inner", None),
         "norm_eps": ("layer_norm_epsilon", 1e-5), "tie_embeddings": ("tie_word_embeddings", True),
-        "init_std": ("initializer_range", 0.02),
+        "init_std": ("initializer_range", 0.02), "dropout": ("resid_pdrop embd_pdrop attn_pdrop", 0.1),
     },
     fixed={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
@@ -68,6 +68,7 @@ MISTRAL = Form(
         "n_head": ("num_attention_heads",), "n_kv_head": ("num_key_value_heads",), "d_model": ("hidden_size",),
         "d_ff": ("intermediate_size",), "norm_eps": ("rms_norm_eps", 1e-6),
         "tie_embeddings": ("tie_word_embeddings", False), "init_std": ("initializer_range", 0.02),
+        "bias": ("attention_bias mlp_bias", False),
     },
     fixed={"hidden_act": ("silu", "swish"), "attention_dropout": (0.0, None)},
     names={
@@ -95,13 +96,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (None, 1), "use_qk_norm": (None, False),
 }  # fmt: skip
 ROPE = {"rope_type": ("default", None), "type": ("default", None), "partial_rotary_factor": (None, 1)}
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def form_of(config: ModelConfig) -> Form:
     """The form that a model is exported in; raises InputError, with the reason, where there is none."""
     form = next((form for form in FORMS if all(getattr(config, n) == v for n, v in form.model.items())), None)
-    windows, layers = _windows(config), range(config.n_layer)
+    layers = range(config.n_layer)
+    windows = {config.layer_window(layer) for layer in layers}
     found = ", ".join(f"{name} {getattr(config, name)}" for name in GPT2.model)
     reasons = {
         f"{found} (GPT-2's form has {', '.join(GPT2.model.values())}; Llama's {', '.join(LLAMA.model.values())})": (
@@ -120,10 +121,6 @@ def form_of(config: ModelConfig) -> Form:
     return MISTRAL if windows != {None} else form
 
 
-def _windows(config: ModelConfig) -> set[int | None]:
-    return {config.layer_window(layer) for layer in range(config.n_layer)}
-
-
 def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
     """The form and the model of a config.json; raises InputError where Ingot would compute something else."""
     known = ", ".join(form.model_type for form in FORMS)
@@ -136,15 +133,13 @@ def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
         require(value in allowed, f"{name} is {shown(value)}; Ingot has no other than {shown(allowed[0])}")
     values, kinds = dict(form.model), dotted_keys(ModelConfig)
     for ours, (theirs, *default) in form.fields.items():
-        stated = [value for value in (found.get(theirs), *default) if value is not None] or default
-        require(bool(stated), f"{theirs} is missing")
-        values[ours] = read(kinds[ours], stated[0], theirs)
+        missing = [name for name in theirs.split() if not default and found.get(name) is None]
+        require(not missing, f"{theirs} is missing")
+        stated = {name: read(kinds[ours], found.get(name, *default), name) for name in theirs.split()}
+        require(len({*stated.values()}) == 1, f"{stated}: Ingot has one value, model.{ours}, for all of these")
+        values[ours] = stated.popitem()[1]
     if form is GPT2:
-        dropouts = {name: read(float, found.get(name, 0.1), name) for name in DROPOUTS}
-        require(len(set(dropouts.values())) == 1, f"{dropouts}: Ingot has one dropout for the three")
-        return form, ModelConfig(**values, dropout=dropouts["attn_pdrop"])
-    biases = {name: read(bool, found.get(name, False), name) for name in ("attention_bias", "mlp_bias")}
-    require(len(set(biases.values())) == 1, f"{biases}: Ingot has biases in every linear or in none")
+        return form, ModelConfig(**values)
     if form is MISTRAL:
         values["attention_window"] = window = read(int | None, found.get("sliding_window", 4096), "sliding_window")
         types = found.get("layer_types") or []
@@ -152,7 +147,7 @@ def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
         require(
             same, f"layer_types is {shown(types)}; Ingot has the window of sliding_window in every layer or in none"
         )
-    config = ModelConfig(**values, rope_theta=_rope_theta(found), bias=biases["mlp_bias"])
+    config = ModelConfig(**values, rope_theta=_rope_theta(found))
     width = found.get("head_dim")
     require(width in (None, config.head_dim), f"head_dim is {shown(width)}; Ingot's is hidden_size / heads")
     return form, config
@@ -163,14 +158,12 @@ def write_config(config: ModelConfig, *, end: int, dtype: str) -> dict[str, Any]
     form = form_of(config)
     values = {"d_ff": config.ff_dim, "n_kv_head": config.kv_heads}
     found: dict[str, Any] = {"model_type": form.model_type, "architectures": [form.architecture]}
-    found |= {theirs: values.get(ours, getattr(config, ours)) for ours, (theirs, *_) in form.fields.items()}
+    for ours, (theirs, *_) in form.fields.items():
+        found |= dict.fromkeys(theirs.split(), values.get(ours, getattr(config, ours)))
     found |= {name: allowed[0] for name, allowed in form.fixed.items() if allowed[0] is not None}
-    if form is GPT2:
-        found |= dict.fromkeys(DROPOUTS, config.dropout)
-    else:
+    if form is not GPT2:
         found |= {"head_dim": config.head_dim, "rope_theta": config.rope_theta}
         found["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        found |= dict.fromkeys(("attention_bias", "mlp_bias"), config.bias)
         found |= {"sliding_window": config.layer_window(0)} if form is MISTRAL else {}
     return found | {"bos_token_id": None, "eos_token_id": end, "torch_dtype": dtype}
 

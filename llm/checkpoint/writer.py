@@ -122,8 +122,7 @@ def _write_rank(partial: Path, step: int, rank: int, pieces: Iterable[Piece]) ->
     for number, shard in enumerate(files.by_size(some, lambda piece: piece.data.nbytes, SHARD_BYTES)):
         parts.append(_write_shard(partial, f"{prefix}-{number:05d}.safetensors", step, shard))
         shard.clear()  # before the next one is gathered
-    report = merge(parts).to_json().encode()
-    files.create(partial / f"{prefix}.json", [report], len(report))
+    files.create_text(partial / f"{prefix}.json", merge(parts).to_json())
 
 
 def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:
@@ -146,11 +145,9 @@ def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
     merged = merge(Manifest.from_json(files.read_regular(path)) for path in reports)
     merged.check_coverage()
     merged.check_sizes(partial)
-    text = json.dumps(state, indent=1).encode()
-    entry = FileEntry(len(text), files.create(partial / "state.json", [text], len(text)))
+    entry = FileEntry(*files.create_text(partial / "state.json", json.dumps(state, indent=1)))
     manifest = Manifest(merged.step, {**merged.files, "state.json": entry}, merged.tensors)
-    text = manifest.to_json().encode()
-    files.create(partial / "manifest.json", [text], len(text))
+    files.create_text(partial / "manifest.json", manifest.to_json())
     for path in reports:
         path.unlink()
     files.sync_folder(partial)
