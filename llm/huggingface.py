@@ -62,9 +62,8 @@ def import_folder(folder: Path, name: str, runs: Path) -> str:
     own = str(runs / name / "tokenizer.json")
     data = DataConfig(tokenizer=own, end_token=source.end, seq_len=source.config.max_seq_len)
     config = RunConfig(name=name, model=source.config, data=data)
-    engine = {"optimizer_step": 0, "loss_scale": None}
-    counts = {"step": 0, "consumed_samples": 0, "skipped_samples": 0}
-    state = {**counts, "config": to_dict(config), "data": {}, "engine": engine}
+    state = {"step": 0, "consumed_samples": 0, "skipped_samples": 0, "config": to_dict(config), "data": {}}
+    state["engine"] = {"optimizer_step": 0, "loss_scale": None}
     with files.complete_folder(runs / name) as partial:
         checkpoint = write_checkpoint(partial / "checkpoints", 0, source.pieces(), state, keep_last=1)
         (partial / "config.yaml").write_text(to_yaml(config))

@@ -64,9 +64,8 @@ class HuggingFaceReader:
             raise CheckpointError(
                 f"{name} has shape {weight.shape} in {self.folder}; the model has {part.global_shape}"
             )
-        (start, stop), columns = (part.start, part.stop), slice(None)
-        if part.dim == 1:
-            (start, stop), columns = (0, weight.shape[0]), slice(part.start, part.stop)
+        start, stop = (part.start, part.stop) if part.dim == 0 else (0, weight.shape[0])
+        columns = slice(None) if part.dim == 0 else slice(part.start, part.stop)
         target = torch.empty(part.shape)
         for tensor, runs in weight.runs().items():
             stored, before = self._stored(tensor), 0
@@ -117,9 +116,8 @@ class HuggingFaceReader:
         extra = sorted(name for name in extra if not HARMLESS.fullmatch(name))
         if extra == [head] and self.config.tie_embeddings:  # a copy of the embedding
             table = self._stored(self.form.names["embedding"] + ".weight")
-            require(
-                torch.equal(self._stored(head)[:], table[:]), f"{head} differs from the embedding that it is tied to"
-            )
+            same = torch.equal(self._stored(head)[:], table[:])
+            require(same, f"{head} differs from the embedding that it is tied to")
             extra = []
         require(not extra, f"{', '.join(extra[:3])}: no such weights in a {self.form.model_type} of Ingot's")
 

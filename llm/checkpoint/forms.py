@@ -123,19 +123,18 @@ def form_of(config: ModelConfig) -> Form:
 
 def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
     """The form and the model of a config.json; raises InputError where Ingot would compute something else."""
-    known = ", ".join(form.model_type for form in FORMS)
     kind = found.get("model_type")
     form = next((form for form in FORMS if form.model_type == kind), None)
     if form is None:
-        raise InputError(f"model_type is {shown(kind)}; expected one of {known}")
+        raise InputError(f"model_type is {shown(kind)}; expected one of {', '.join(form.model_type for form in FORMS)}")
     for name, allowed in {**NEUTRAL, **form.fixed}.items():
         value = found.get(name, allowed[0])
         require(value in allowed, f"{name} is {shown(value)}; Ingot has no other than {shown(allowed[0])}")
     values, kinds = dict(form.model), dotted_keys(ModelConfig)
+    given = {name: value for name, value in found.items() if value is not None}
     for ours, (theirs, *default) in form.fields.items():
-        missing = [name for name in theirs.split() if not default and found.get(name) is None]
-        require(not missing, f"{theirs} is missing")
-        stated = {name: read(kinds[ours], found.get(name, *default), name) for name in theirs.split()}
+        require(bool(default) or theirs in given, f"{theirs} is missing")
+        stated = {name: read(kinds[ours], given.get(name, *default), name) for name in theirs.split()}
         require(len({*stated.values()}) == 1, f"{stated}: Ingot has one value, model.{ours}, for all of these")
         values[ours] = stated.popitem()[1]
     if form is GPT2:

@@ -140,18 +140,18 @@ class Manifest:
 
 def merge(parts: Iterable[Manifest]) -> Manifest:
     """One manifest of what the ranks of a save wrote; CheckpointError where they disagree."""
-    step, files, tensors = None, {}, {}
-    for part in parts:
-        _expect(step in (None, part.step), f"ranks saved different steps, {step} and {part.step}")
-        step = part.step
-        _expect(not files.keys() & part.files.keys(), "two ranks wrote the same file")
-        files.update(part.files)
-        for key, entry in part.tensors.items():
-            before = tensors.get(key, TensorEntry(entry.shape, ()))
-            _expect(before.shape == entry.shape, f"ranks disagree on the shape of {key}")
-            tensors[key] = TensorEntry(entry.shape, before.pieces + entry.pieces)
-    _expect(step is not None, "no rank saved anything")
-    return Manifest(step, files, tensors)  # pyright: ignore[reportArgumentType]
+    parts = list(parts)
+    steps = sorted({part.step for part in parts})
+    _expect(steps, "no rank saved anything")
+    _expect(len(steps) == 1, f"ranks saved different steps, {steps}")
+    files = [item for part in parts for item in part.files.items()]
+    _expect(len(dict(files)) == len(files), "two ranks wrote the same file")
+    tensors: dict[tuple[str, str], TensorEntry] = {}
+    for key, entry in (item for part in parts for item in part.tensors.items()):
+        before = tensors.get(key, TensorEntry(entry.shape, ()))
+        _expect(before.shape == entry.shape, f"ranks disagree on the shape of {key}")
+        tensors[key] = TensorEntry(entry.shape, before.pieces + entry.pieces)
+    return Manifest(steps[0], dict(files), tensors)
 
 
 def parse(body: dict[str, Any]) -> Manifest:

@@ -48,15 +48,15 @@ def open_loader(corpora: Corpora, *, dp_rank: int, dp_size: int, consumed: int =
             open_corpus(config, corpus)
     native = import_native() if config.data.loader == "native" else None
     curriculum = corpora.curriculum(native.BlendTable if native else BlendTable)
-    dtype = common_dtype(shards)
+    dtype = getattr(torch, common_dtype(shards))
     policy = {
         "packed": config.data.packing == "best_fit",
         "document_masks": config.data.document_masks,
         "skip_damaged": config.data.damaged == "skip",
     }
     if native is not None:
-        token_dtype = torch.int64 if widen else getattr(torch, dtype)
-        return NativeLoader(native, shards, curriculum, share, config.seed, consumed, dtype=token_dtype, **policy)
+        dtype = torch.int64 if widen else dtype
+        return NativeLoader(native, shards, curriculum, share, config.seed, consumed, dtype=dtype, **policy)
     return NumpyLoader(shards, curriculum, share, config.seed, consumed, widen=widen, **policy)
 
 
@@ -104,8 +104,7 @@ def validation_batches(corpora: Corpora, *, dp_rank: int, dp_size: int) -> Itera
     wanted = config.data.validation_samples or available
     require(
         wanted <= available,
-        f"data.validation_samples is {wanted}; the validation split has {available} samples of "
-        f"data.seq_len {config.data.seq_len}",
+        f"data.validation_samples is {wanted}; the validation split has {available} samples of data.seq_len {seq_len}",
     )
 
     def batches() -> Iterator[tuple[Batch, int]]:  # apart, so that the checks are made before the first is asked for

@@ -265,8 +265,8 @@ def refused(config, match: str, **ranks) -> None:
 def test_unfit_data_is_refused(make_data: MakeData, kind: str):
     config = make_data(loader=kind)
     refused(with_data(config, seq_len=1001), "has no sample of data.seq_len 1001")
-    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=501))
-    refused(wider, "vocabulary of 500, model.vocab_size is 501")
+    narrower = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=499))
+    refused(narrower, "vocabulary of 500, model.vocab_size is 499")
     refused(config, "12 is not a multiple of 5", dp_size=5)
     refused(config, "rank 2 of 2", dp_rank=2, dp_size=2)
     refused(config, "-1 consumed", consumed=-1)
