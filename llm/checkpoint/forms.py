@@ -206,7 +206,7 @@ class Weight:
     def runs(self) -> dict[str, list[Tensor]]:
         """The rows of this weight, by number, in the order in which each tensor has them: runs of rising numbers."""
         parts = torch.arange(self.shape[0]).view(-1, sum(self.sizes)).split(self.sizes, dim=1)
-        runs = [part.flatten() for part in parts]
+        runs = [part.flatten().contiguous() for part in parts]
         tensors = [[run] for run in runs] if len(self.tensors) > 1 else [runs]
         return dict(zip(self.tensors, tensors, strict=True))
 
