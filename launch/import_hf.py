@@ -8,23 +8,20 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import os
 from argparse import ArgumentParser
 
-from llm.cluster.ranks import Ranks, export, initialize
+from llm.cluster.ranks import Ranks, initialize
 from llm.cluster.script import run_script
 from llm.errors import require
 
 
 def main(ranks: Ranks) -> None:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--from", dest="folder", type=Path, required=True, help="config.json, *.safetensors, tokenizer.json"
-    )
+    files = "config.json, *.safetensors, tokenizer.json"
+    parser.add_argument("--from", dest="folder", type=Path, required=True, help=files)
     parser.add_argument("--name", required=True, help="of the run: runs/<name> is made")
     args = parser.parse_args()
     require(ranks.world_size == 1, f"this script is one process; found {ranks.world_size}: start it with python")
-    export(ranks, os.environ)
     import torch
 
     from llm.huggingface import import_folder

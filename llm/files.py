@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
 from llm.errors import CheckpointError, InputError, require
 
+T = TypeVar("T")
 # Writes and reads go through hashing in parts of this size, in bytes.
 CHUNK = 1 << 22
 # As safetensors names them.
@@ -52,6 +53,12 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
     return digest.hexdigest()
 
 
+def create_text(path: Path, text: str) -> tuple[int, str]:
+    """`create` a file of UTF-8: (size, sha256)."""
+    raw = text.encode()
+    return len(raw), create(path, [raw], len(raw))
+
+
 def create_safetensors(
     path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], tensors: Iterator[Tensor]
 ) -> tuple[int, str]:
@@ -68,13 +75,27 @@ def create_safetensors(
     def parts() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little")
         yield text
-        for shape in shapes.values():
+        for name, shape in shapes.items():
             tensor = next(tensors)
-            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape))
+            found, expected = (tensor.dtype, tuple(tensor.shape)), (dtype, tuple(shape))
+            assert found == expected, f"{name} is {found}; expected {expected}"
             yield memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore
 
     size = 8 + len(text) + end
     return size, create(path, parts(), size)
+
+
+def by_size(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """The items in lists of at most `limit` bytes, or of one item that has more."""
+    group, total = list[T](), 0
+    for item in items:
+        if group and total + size(item) > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    if group:
+        yield group
 
 
 def write_all(descriptor: int, view: memoryview) -> None:

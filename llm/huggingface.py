@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llm import files
 from llm.checkpoint.convert import DTYPES, open_hf, write_hf, write_plain
@@ -31,7 +30,7 @@ def export(path: Path, target: Path, *, dtype: str, plain: bool) -> str:
     there is something at `target`, `transformers` is missing or computes other logits; then nothing is written.
     """
     require(
-        plain or _has_transformers(),
+        plain or find_spec("transformers") is not None,
         "an export is compared with transformers, which is not installed; install it "
         "(pip install 'ingot[hf]') or export the weights under Ingot's own names (--plain)",
     )
@@ -63,20 +62,15 @@ def import_folder(folder: Path, name: str, runs: Path) -> str:
     own = str(runs / name / "tokenizer.json")
     data = DataConfig(tokenizer=own, end_token=source.end, seq_len=source.config.max_seq_len)
     config = RunConfig(name=name, model=source.config, data=data)
-    engine = {"optimizer_step": 0, "loss_scale": None}
-    counts = {"step": 0, "consumed_samples": 0, "skipped_samples": 0}
-    state = {**counts, "config": to_dict(config), "data": {}, "engine": engine}
+    state = {"step": 0, "consumed_samples": 0, "skipped_samples": 0, "config": to_dict(config), "data": {}}
+    state["engine"] = {"optimizer_step": 0, "loss_scale": None}
     with files.complete_folder(runs / name) as partial:
         checkpoint = write_checkpoint(partial / "checkpoints", 0, source.pieces(), state, keep_last=1)
         (partial / "config.yaml").write_text(to_yaml(config))
         shutil.copyfile(folder / "tokenizer.json", partial / "tokenizer.json")
-        if not _has_transformers():
+        if find_spec("transformers") is None:
             return f"{runs / name}: not compared with transformers, which is not installed (pip install 'ingot[hf]')"
         return f"{runs / name}: {_compare(checkpoint, folder, 'float32')}"
-
-
-def _has_transformers() -> bool:
-    return find_spec("transformers") is not None
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
@@ -96,6 +90,8 @@ def _compare(checkpoint: Path, folder: Path, dtype: str) -> str:
     dtype: what the weights of the checkpoint are rounded to first, as those of the folder are. The models are in memory
     one after the other.
     """
+    from transformers import AutoModelForCausalLM
+
     model = load_trained(checkpoint, torch.device("cpu")).model
     V, beyond = model.config.vocab_size, max(model.config.layer_window(i) or 0 for i in range(model.config.n_layer))
     T = min(model.config.max_seq_len, beyond + POSITIONS)
@@ -104,19 +100,15 @@ def _compare(checkpoint: Path, folder: Path, dtype: str) -> str:
         for parameter in model.parameters():
             parameter.copy_(parameter.to(DTYPES[dtype]))
         ours = model(tokens, torch.arange(T), torch.arange(ROWS))
-    del model, parameter
-    error, largest = float((ours - _their_logits(folder, tokens)).abs().max()), float(ours.abs().max())
+        del model, parameter
+        theirs = (
+            AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
+            .eval()(tokens)
+            .logits
+        )
+    error, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
     text = f"the logits of {ROWS} x {T} random tokens differ by {error:.1e} at most, the largest is {largest:.1f}"
     require(error <= TOLERANCE * max(1, largest), f"{text}; expected {TOLERANCE:.0e} of it: nothing was written")
     return text
-
-
-@torch.inference_mode()
-def _their_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits of `transformers`, fp32 [B, T, V]."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
-    return model.eval()(tokens).logits

@@ -7,8 +7,9 @@ Mistral's, which is Llama's with a window. What changes the mathematics and is n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from llm.config import ModelConfig
@@ -24,10 +25,8 @@ class Form:
     architecture: str
     model: dict[str, Any]
     """Fields of ModelConfig, with the values that this form stands for."""
-    fields: dict[str, str]
-    """Other fields of ModelConfig by name, and what config.json calls them."""
-    defaults: dict[str, Any]
-    """What `transformers` takes where config.json leaves out one of these."""
+    fields: dict[str, tuple[Any, ...]]
+    """Other fields of ModelConfig: what config.json calls them (several: alike), and the default if any."""
     fixed: dict[str, tuple[Any, ...]]
     """Further fields, with the values under which the mathematics is Ingot's; the first is written."""
     names: dict[str, str]
@@ -43,11 +42,11 @@ GPT2 = Form(
     "GPT2LMHeadModel",
     model={"position": "learned", "norm": "layernorm", "activation": "gelu"},
     fields={
-        "vocab_size": "vocab_size", "max_seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
-        "d_model": "n_embd", "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon",
-        "tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range",
+        "vocab_size": ("vocab_size",), "max_seq_len": ("n_positions",), "n_layer": ("n_layer",),
+        "n_head": ("n_head",), "d_model": ("n_embd",), "d_ff": ("n_inner", None),
+        "norm_eps": ("layer_norm_epsilon", 1e-5), "tie_embeddings": ("tie_word_embeddings", True),
+        "init_std": ("initializer_range", 0.02), "dropout": ("resid_pdrop embd_pdrop attn_pdrop", 0.1),
     },
-    defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.02},
     fixed={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
@@ -60,20 +59,18 @@ GPT2 = Form(
     blocks="transformer.h.",
     transposed=True,
 )  # fmt: skip
-LLAMA = Form(
-    "llama",
-    "LlamaForCausalLM",
+MISTRAL = Form(
+    "mistral",
+    "MistralForCausalLM",
     model={"position": "rope", "norm": "rmsnorm", "activation": "swiglu"},
     fields={
-        "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "d_model": "hidden_size",
-        "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
-        "init_std": "initializer_range",
+        "vocab_size": ("vocab_size",), "max_seq_len": ("max_position_embeddings",), "n_layer": ("num_hidden_layers",),
+        "n_head": ("num_attention_heads",), "n_kv_head": ("num_key_value_heads",), "d_model": ("hidden_size",),
+        "d_ff": ("intermediate_size",), "norm_eps": ("rms_norm_eps", 1e-6),
+        "tie_embeddings": ("tie_word_embeddings", False), "init_std": ("initializer_range", 0.02),
+        "bias": ("attention_bias mlp_bias", False),
     },
-    defaults={
-        "num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02,
-    },
-    fixed={"hidden_act": ("silu", "swish"), "attention_dropout": (0.0, None), "sliding_window": (None,)},
+    fixed={"hidden_act": ("silu", "swish"), "attention_dropout": (0.0, None)},
     names={
         "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "norm_1": "input_layernorm",
         "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attention_output": "self_attn.o_proj",
@@ -81,13 +78,12 @@ LLAMA = Form(
     },
     blocks="model.layers.",
 )  # fmt: skip
-MISTRAL = replace(
-    LLAMA,
-    model_type="mistral",
-    architecture="MistralForCausalLM",
-    # Not num_key_value_heads: `transformers` takes 8.
-    defaults={name: LLAMA.defaults[name] for name in ("rms_norm_eps", "tie_word_embeddings", "initializer_range")},
-    fixed={name: LLAMA.fixed[name] for name in ("hidden_act", "attention_dropout")},
+LLAMA = replace(
+    MISTRAL,
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    fields=MISTRAL.fields | {"n_kv_head": ("num_key_value_heads", None)},
+    fixed=MISTRAL.fixed | {"sliding_window": (None,)},
 )
 FORMS = (GPT2, LLAMA, MISTRAL)
 # Fields of any form that would change the mathematics; those that `transformers` does not read are of models made from
@@ -100,13 +96,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (None, 1), "use_qk_norm": (None, False),
 }  # fmt: skip
 ROPE = {"rope_type": ("default", None), "type": ("default", None), "partial_rotary_factor": (None, 1)}
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def form_of(config: ModelConfig) -> Form:
     """The form that a model is exported in; raises InputError, with the reason, where there is none."""
     form = next((form for form in FORMS if all(getattr(config, n) == v for n, v in form.model.items())), None)
-    windows, layers = _windows(config), range(config.n_layer)
+    layers = range(config.n_layer)
+    windows = {config.layer_window(layer) for layer in layers}
     found = ", ".join(f"{name} {getattr(config, name)}" for name in GPT2.model)
     reasons = {
         f"{found} (GPT-2's form has {', '.join(GPT2.model.values())}; Llama's {', '.join(LLAMA.model.values())})": (
@@ -125,31 +121,24 @@ def form_of(config: ModelConfig) -> Form:
     return MISTRAL if windows != {None} else form
 
 
-def _windows(config: ModelConfig) -> set[int | None]:
-    return {config.layer_window(layer) for layer in range(config.n_layer)}
-
-
 def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
     """The form and the model of a config.json; raises InputError where Ingot would compute something else."""
-    known = ", ".join(form.model_type for form in FORMS)
     kind = found.get("model_type")
     form = next((form for form in FORMS if form.model_type == kind), None)
     if form is None:
-        raise InputError(f"model_type is {shown(kind)}; expected one of {known}")
+        raise InputError(f"model_type is {shown(kind)}; expected one of {', '.join(form.model_type for form in FORMS)}")
     for name, allowed in {**NEUTRAL, **form.fixed}.items():
         value = found.get(name, allowed[0])
         require(value in allowed, f"{name} is {shown(value)}; Ingot has no other than {shown(allowed[0])}")
     values, kinds = dict(form.model), dotted_keys(ModelConfig)
-    for ours, theirs in form.fields.items():
-        value = form.defaults.get(theirs) if found.get(theirs) is None else found[theirs]
-        require(value is not None or theirs in form.defaults, f"{theirs} is missing")
-        values[ours] = read(kinds[ours], value, theirs)
+    given = {name: value for name, value in found.items() if value is not None}
+    for ours, (theirs, *default) in form.fields.items():
+        require(bool(default) or theirs in given, f"{theirs} is missing")
+        stated = {name: read(kinds[ours], given.get(name, *default), name) for name in theirs.split()}
+        require(len({*stated.values()}) == 1, f"{stated}: Ingot has one value, model.{ours}, for all of these")
+        values[ours] = stated.popitem()[1]
     if form is GPT2:
-        dropouts = {name: read(float, found.get(name, 0.1), name) for name in DROPOUTS}
-        require(len(set(dropouts.values())) == 1, f"{dropouts}: Ingot has one dropout for the three")
-        return form, ModelConfig(**values, dropout=dropouts["attn_pdrop"])
-    biases = {name: read(bool, found.get(name, False), name) for name in ("attention_bias", "mlp_bias")}
-    require(len(set(biases.values())) == 1, f"{biases}: Ingot has biases in every linear or in none")
+        return form, ModelConfig(**values)
     if form is MISTRAL:
         values["attention_window"] = window = read(int | None, found.get("sliding_window", 4096), "sliding_window")
         types = found.get("layer_types") or []
@@ -157,7 +146,7 @@ def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
         require(
             same, f"layer_types is {shown(types)}; Ingot has the window of sliding_window in every layer or in none"
         )
-    config = ModelConfig(**values, rope_theta=_rope_theta(found), bias=biases["mlp_bias"])
+    config = ModelConfig(**values, rope_theta=_rope_theta(found))
     width = found.get("head_dim")
     require(width in (None, config.head_dim), f"head_dim is {shown(width)}; Ingot's is hidden_size / heads")
     return form, config
@@ -168,14 +157,12 @@ def write_config(config: ModelConfig, *, end: int, dtype: str) -> dict[str, Any]
     form = form_of(config)
     values = {"d_ff": config.ff_dim, "n_kv_head": config.kv_heads}
     found: dict[str, Any] = {"model_type": form.model_type, "architectures": [form.architecture]}
-    found |= {theirs: values.get(ours, getattr(config, ours)) for ours, theirs in form.fields.items()}
+    for ours, (theirs, *_) in form.fields.items():
+        found |= dict.fromkeys(theirs.split(), values.get(ours, getattr(config, ours)))
     found |= {name: allowed[0] for name, allowed in form.fixed.items() if allowed[0] is not None}
-    if form is GPT2:
-        found |= dict.fromkeys(DROPOUTS, config.dropout)
-    else:
+    if form is not GPT2:
         found |= {"head_dim": config.head_dim, "rope_theta": config.rope_theta}
         found["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        found |= dict.fromkeys(("attention_bias", "mlp_bias"), config.bias)
         found |= {"sliding_window": config.layer_window(0)} if form is MISTRAL else {}
     return found | {"bos_token_id": None, "eos_token_id": end, "torch_dtype": dtype}
 
@@ -195,22 +182,6 @@ def _rope_theta(found: dict[str, Any]) -> float:
     return bases.pop() if bases else 10000.0
 
 
-class Part(NamedTuple):
-    """The same rows of each group of rows of one of Ingot's weights, as they lie in a tensor of the folder."""
-
-    tensor: str
-    rows: int
-    """Of each group."""
-    offset: int
-    """In the group."""
-    start: int
-    """In the folder's tensor, where those of the first group lie; the others follow."""
-
-    def of(self, whole: Tensor, group: int) -> Tensor:
-        """A view [groups, rows, ...] of these rows in one of Ingot's weights, whose groups have `group` rows."""
-        return whole.unflatten(0, (len(whole) // group, group))[:, self.offset : self.offset + self.rows]
-
-
 @dataclass(frozen=True)
 class Weight:
     """One of Ingot's weights: its rows come in equal groups, whose parts lie in tensors of the folder.
@@ -220,55 +191,46 @@ class Weight:
     """
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    sizes: tuple[int, ...]
+    """Rows of each part of a group."""
+    tensors: list[str]
+    """One for each part of all groups; or one alone, in which these lie one after the other."""
     transposed: bool
 
-    @property
-    def group(self) -> int:
-        """Rows of a group."""
-        return sum(part.rows for part in self.parts)
-
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the folder's tensors."""
-        rows: dict[str, int] = {}
-        for part in self.parts:
-            rows[part.tensor] = rows.get(part.tensor, 0) + self.shape[0] // self.group * part.rows
-        step = -1 if self.transposed else 1
-        return {name: (count, *self.shape[1:])[::step] for name, count in rows.items()}
+        """Of the tensors."""
+        groups, step = self.shape[0] // sum(self.sizes), -1 if self.transposed else 1
+        rows = [groups * size for size in self.sizes] if len(self.tensors) > 1 else self.shape[:1]
+        return {name: (n, *self.shape[1:])[::step] for name, n in zip(self.tensors, rows, strict=True)}
+
+    def runs(self) -> dict[str, list[Tensor]]:
+        """The rows of this weight, by number, in the order in which each tensor has them: runs of rising numbers."""
+        parts = torch.arange(self.shape[0]).view(-1, sum(self.sizes)).split(self.sizes, dim=1)
+        runs = [part.flatten().contiguous() for part in parts]
+        tensors = [[run] for run in runs] if len(self.tensors) > 1 else [runs]
+        return dict(zip(self.tensors, tensors, strict=True))
 
 
 def weights(form: Form, config: ModelConfig) -> dict[str, Weight]:
     """Where each of the model's parameters, by name, lies in a folder of the form."""
     C, D, K, F, V = config.d_model, config.head_dim, config.kv_heads, config.ff_dim, config.vocab_size
-    R, halves = config.n_head // K, (1, 1) if config.activation == "swiglu" else (1,)
-    # Rows, columns (none: a vector), and the rows that each part has of a group.
-    outer = {"embedding": (V, C, (1,)), "norm": (C, None, (1,))}
-    if config.position == "learned":
-        outer["position_table"] = (config.max_seq_len, C, (1,))
-    if not config.tie_embeddings:
-        outer["head"] = (V, C, (1,))
-    linears = {
-        "qkv": ((R + 2) * K * D, C, (R * D, D, D)), "attention_output": (C, R * K * D, (1,)),
-        "up": (len(halves) * F, C, halves), "down": (C, F, (1,)),
+    R = config.n_head // K
+    sizes = {"qkv": (R * D, D, D), "up": (1, 1) if config.activation == "swiglu" else (1,)}
+    outer = {"embedding": (V, C), "norm": (C,), "position_table": (config.max_seq_len, C), "head": (V, C)}
+    block = {
+        "norm_1": (C,), "norm_2": (C,), "qkv": ((R + 2) * K * D, C), "attention_output": (C, R * K * D),
+        "up": (len(sizes["up"]) * F, C), "down": (C, F),
     }  # fmt: skip
-    block = {"norm_1": outer["norm"], "norm_2": outer["norm"], **linears}
+    absent = {"position_table": config.position != "learned", "head": config.tie_embeddings}
+    outer = {name: shape for name, shape in outer.items() if not absent.get(name)}
     blocks = [(f"blocks.{i}.", f"{form.blocks}{i}.", block) for i in range(config.n_layer)]
     found = {}
     for ours, theirs, modules in [("", "", outer), *blocks]:
-        for name, (rows, columns, sizes) in modules.items():
-            shapes = {"weight": (rows,) if columns is None else (rows, columns)}
-            if config.bias and (name in linears or (columns is None and config.norm == "layernorm")):
-                shapes["bias"] = (rows,)
-            for kind, shape in shapes.items():
+        for name, shape in modules.items():
+            linear = modules is block and len(shape) == 2
+            biased = config.bias and (linear or (len(shape) == 1 and config.norm == "layernorm"))
+            for kind, size in {"weight": shape, **({"bias": shape[:1]} if biased else {})}.items():
                 tensors = [f"{theirs}{module}.{kind}" for module in form.names[name].split()]
-                transposed = form.transposed and name in linears
-                found[f"{ours}{name}.{kind}"] = Weight(shape, _parts(tensors, sizes, rows), transposed)
+                transposed = form.transposed and linear
+                found[f"{ours}{name}.{kind}"] = Weight(size, sizes.get(name, (1,)), tensors, transposed)
     return found
-
-
-def _parts(tensors: list[str], sizes: tuple[int, ...], rows: int) -> tuple[Part, ...]:
-    """One part per tensor, or in one tensor all of them, one after the other."""
-    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    if len(tensors) == len(sizes):
-        return tuple(Part(tensor, size, at, 0) for tensor, size, at in zip(tensors, sizes, offsets, strict=True))
-    return tuple(Part(tensors[0], size, at, rows // sum(sizes) * at) for size, at in zip(sizes, offsets, strict=True))

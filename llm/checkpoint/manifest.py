@@ -110,9 +110,24 @@ class Manifest:
             _expect(size == entry.size, f"{folder / name} has {size} bytes; expected {entry.size}")
 
     def check_coverage(self) -> None:
-        """Raise CheckpointError unless each element of each tensor is stored exactly once."""
+        """Raise CheckpointError unless each element of each tensor is stored exactly once.
+
+        Ranges tile their slices, and the slices, all of one dimension, tile the tensor: intervals are all it takes.
+        """
         for (name, kind), entry in self.tensors.items():
-            _check_tensor(f"{name} ({kind})", entry)
+            where, sizes = f"{name} ({kind})", entry.shape or (1,)
+            dims = {piece.dim for piece in entry.pieces}
+            _expect(len(dims) == 1, f"{where} is cut along dimensions {sorted(dims)}; expected one")
+            dim = dims.pop()
+            slices: dict[tuple[int, int], list[tuple[int, int]]] = {}
+            for piece in entry.pieces:
+                ranges = slices.setdefault((piece.start, piece.stop), [])
+                ranges.append((piece.offset, piece.offset + piece.length))
+            _expect(_tiles(list(slices), sizes[dim]), f"the slices of {where} do not make it up exactly")
+            for (start, stop), ranges in slices.items():
+                whole = f"{where}, {start}:{stop} of dimension {dim}"
+                count = prod(sizes) // sizes[dim] * (stop - start)
+                _expect(_tiles(ranges, count), f"the pieces of {whole}, do not make it up exactly")
 
     def _body(self) -> dict[str, Any]:
         tensors: dict[str, dict[str, Any]] = {}
@@ -125,18 +140,18 @@ class Manifest:
 
 def merge(parts: Iterable[Manifest]) -> Manifest:
     """One manifest of what the ranks of a save wrote; CheckpointError where they disagree."""
-    step, files, tensors = None, {}, {}
-    for part in parts:
-        _expect(step in (None, part.step), f"ranks saved different steps, {step} and {part.step}")
-        step = part.step
-        _expect(not files.keys() & part.files.keys(), "two ranks wrote the same file")
-        files.update(part.files)
-        for key, entry in part.tensors.items():
-            before = tensors.get(key, TensorEntry(entry.shape, ()))
-            _expect(before.shape == entry.shape, f"ranks disagree on the shape of {key}")
-            tensors[key] = TensorEntry(entry.shape, before.pieces + entry.pieces)
-    _expect(step is not None, "no rank saved anything")
-    return Manifest(step, files, tensors)  # pyright: ignore[reportArgumentType]
+    parts = list(parts)
+    steps = sorted({part.step for part in parts})
+    _expect(steps, "no rank saved anything")
+    _expect(len(steps) == 1, f"ranks saved different steps, {steps}")
+    files = [item for part in parts for item in part.files.items()]
+    _expect(len(dict(files)) == len(files), "two ranks wrote the same file")
+    tensors: dict[tuple[str, str], TensorEntry] = {}
+    for key, entry in (item for part in parts for item in part.tensors.items()):
+        before = tensors.get(key, TensorEntry(entry.shape, ()))
+        _expect(before.shape == entry.shape, f"ranks disagree on the shape of {key}")
+        tensors[key] = TensorEntry(entry.shape, before.pieces + entry.pieces)
+    return Manifest(steps[0], dict(files), tensors)
 
 
 def parse(body: dict[str, Any]) -> Manifest:
@@ -177,23 +192,6 @@ def _check_range(where: str, shape: tuple[int, ...], piece: Stored) -> None:
         piece.offset >= 0 and piece.length >= 1 and piece.offset + piece.length <= count,
         f"{where}: elements from {piece.offset}, {piece.length} of them, do not lie in its slice",
     )
-
-
-def _check_tensor(where: str, entry: TensorEntry) -> None:
-    """Ranges tile their slices, and the slices, all of one dimension, tile the tensor: intervals are all it takes."""
-    sizes = entry.shape or (1,)
-    dims = {piece.dim for piece in entry.pieces}
-    _expect(len(dims) == 1, f"{where} is cut along dimensions {sorted(dims)}; expected one")
-    dim = dims.pop()
-    slices: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for piece in entry.pieces:
-        ranges = slices.setdefault((piece.start, piece.stop), [])
-        ranges.append((piece.offset, piece.offset + piece.length))
-    _expect(_tiles(list(slices), sizes[dim]), f"the slices of {where} do not make it up exactly")
-    for (start, stop), ranges in slices.items():
-        count = prod(sizes) // sizes[dim] * (stop - start)
-        slice_name = f"{where}, {start}:{stop} of dimension {dim}"
-        _expect(_tiles(ranges, count), f"the pieces of {slice_name}, do not make it up exactly")
 
 
 def _tiles(intervals: list[tuple[int, int]], length: int) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -161,20 +161,28 @@ def open_agreed(
     return together(open_found, group), warnings
 
 
-@dataclass(frozen=True)
-class Span:
-    """A rectangle of a stored flat range, in global rows and columns.
+class TensorFiles:
+    """The safetensors files of a folder, each opened when it is first needed."""
 
-    A tensor is seen as [rows, columns]: the product of the dimensions before the one that is cut,
-    and of that one and those after it. So a slice is the same columns of every row.
-    """
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, Any] = {}
 
-    row: int
-    rows: int
-    column: int
-    columns: int
-    offset: int
-    """In the stored flat range."""
+    def file(self, name: str) -> Any:
+        """What `safe_open` gives; raises CheckpointError."""
+        try:
+            if name not in self._open:
+                self._open[name] = safe_open(self._folder / name, framework="pt", device="cpu")
+            return self._open[name]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._folder / name} cannot be read: {error}") from error
+
+    def tensor(self, file: str, key: str) -> Any:
+        """A tensor to be sliced, safetensors' `PySafeSlice`; raises CheckpointError."""
+        try:
+            return self.file(file).get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._folder / file} cannot be read: {error}") from error
 
 
 class CheckpointReader:
@@ -185,7 +193,7 @@ class CheckpointReader:
         self.manifest = manifest
         self.state = state
         """What write_checkpoint was given as `state`."""
-        self._open: dict[str, Any] = {}
+        self._open = TensorFiles(folder)
 
     def shape(self, name: str, kind: str = "master") -> tuple[int, ...]:
         """Global shape; raises CheckpointError if there is no such tensor."""
@@ -225,44 +233,38 @@ class CheckpointReader:
         inner = prod(entry.shape[piece.dim + 1 :])
         left, right = part.start * inner, part.stop * inner
         grid = target.view(-1, right - left)
-        for span in _spans(piece, inner):
-            start, stop = max(left, span.column), min(right, span.column + span.columns)
+        for row, rows, column, columns, offset in _spans(piece, inner):
+            start, stop = max(left, column), min(right, column + columns)
             if start >= stop:
                 continue
             # One row: read just the columns. More: whole rows, as the columns do not lie together.
-            first = start - span.column if span.rows == 1 else 0
-            count = stop - start if span.rows == 1 else span.rows * span.columns
-            data = self._flat(piece, span.offset + first, count).view(span.rows, -1)
-            if span.rows > 1:
-                data = data[:, start - span.column : stop - span.column]
-            grid[span.row : span.row + span.rows, start - left : stop - left] = data
+            if rows == 1:
+                data = self._flat(piece, offset + start - column, stop - start)
+            else:
+                data = self._flat(piece, offset, rows * columns).view(rows, -1)[:, start - column : stop - column]
+            grid[row : row + rows, start - left : stop - left] = data
 
     def _flat(self, piece: Stored, offset: int, count: int) -> Tensor:
         """`count` elements of the stored range from `offset` on; raises CheckpointError."""
-        path = self.folder / piece.file
-        try:
-            if piece.file not in self._open:
-                self._open[piece.file] = safe_open(path, framework="pt", device="cpu")
-            stored = self._open[piece.file].get_slice(piece.key)
-            found = (stored.get_dtype(), list(stored.get_shape()))
-            if found != ("F32", [piece.length]):
-                raise CheckpointError(f"{path}: {piece.key} is {found}; expected {piece.length} F32")
-            return stored[offset : offset + count]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        stored = self._open.tensor(piece.file, piece.key)
+        found = (stored.get_dtype(), list(stored.get_shape()))
+        if found != ("F32", [piece.length]):
+            raise CheckpointError(f"{self.folder / piece.file}: {piece.key} is {found}; expected {piece.length} F32")
+        return stored[offset : offset + count]
 
 
-def _spans(piece: Stored, inner: int) -> list[Span]:
+def _spans(piece: Stored, inner: int) -> Iterator[tuple[int, int, int, int, int]]:
     """The piece as at most three rectangles: the end of a row, whole rows, the start of a row.
 
-    inner: number of elements of the dimensions after the piece's.
+    A tensor is seen as [rows, columns]: the product of the dimensions before the one that is cut, and of that one and
+    those after it. So a slice is the same columns of every row. Yields (global row, rows, global column, columns,
+    offset in the piece). inner: number of elements of the dimensions after the piece's.
     """
     width, left = (piece.stop - piece.start) * inner, piece.start * inner
-    spans, position, end = [], piece.offset, piece.offset + piece.length
+    position, end = piece.offset, piece.offset + piece.length
     while position < end:
         row, column = divmod(position, width)
-        rows = (end - position) // width if column == 0 else 0
-        columns = width if rows else min(width - column, end - position)
-        spans.append(Span(row, max(rows, 1), left + column, columns, position - piece.offset))
-        position += max(rows, 1) * columns
-    return spans
+        rows = max(1, (end - position) // width) if column == 0 else 1
+        columns = min(width - column, end - position)
+        yield row, rows, left + column, columns, position - piece.offset
+        position += rows * columns

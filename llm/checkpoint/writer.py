@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from llm import files
-from llm.checkpoint.manifest import KINDS, FileEntry, Manifest, Piece, Stored, TensorEntry, merge
+from llm.checkpoint.manifest import FileEntry, Manifest, Piece, Stored, TensorEntry, merge
 from llm.errors import CheckpointError
 from llm.parallel.agreement import together
 
@@ -57,7 +57,15 @@ def write_checkpoint(
     rank, world = dist.get_rank(group), dist.get_world_size(group)
 
     def on_all_ranks(action: Callable[[], None]) -> None:
-        together(lambda: _attempt(action), group)
+        def attempt() -> None:
+            try:
+                action()
+            except CheckpointError:
+                raise
+            except Exception as error:
+                raise CheckpointError(f"saving failed: {type(error).__name__}: {error}") from error
+
+        together(attempt, group)
 
     try:
         on_all_ranks(lambda: _prepare(root, partial) if rank == 0 else None)
@@ -90,16 +98,6 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def _attempt(action: Callable[[], None]) -> None:
-    """Run a part of saving; whatever goes wrong is raised as a CheckpointError."""
-    try:
-        action()
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"saving failed: {type(error).__name__}: {error}") from error
-
-
 def _prepare(root: Path, partial: Path) -> None:
     """Make the empty folder; what a crash left goes first, so that it does not take room."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -120,49 +118,25 @@ def _write_rank(partial: Path, step: int, rank: int, pieces: Iterable[Piece]) ->
     """Write this rank's pieces in files of about SHARD_BYTES, and its report."""
     prefix = f"rank-{rank:05d}"
     parts = [Manifest(step, {}, {})]
-    for number, shard in enumerate(_shards(pieces)):
+    some = (piece for piece in pieces if len(piece.data))
+    for number, shard in enumerate(files.by_size(some, lambda piece: piece.data.nbytes, SHARD_BYTES)):
         parts.append(_write_shard(partial, f"{prefix}-{number:05d}.safetensors", step, shard))
         shard.clear()  # before the next one is gathered
-    report = merge(parts).to_json().encode()
-    files.create(partial / f"{prefix}.json", [report], len(report))
-
-
-def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Group the pieces into files, without keeping more than one file's worth."""
-    shard: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        data, part = piece.data, piece.slice
-        if piece.kind not in KINDS or data.dtype != torch.float32 or data.dim() != 1:
-            raise ValueError(f"{piece.name}: kind {piece.kind}, {data.dtype} {tuple(data.shape)}")
-        if piece.start < 0 or piece.start + len(data) > part.numel:
-            raise ValueError(f"{piece.name}: {len(data)} from {piece.start} on exceed {part.numel} elements")
-        if data.numel() == 0:
-            continue
-        if shard and size + data.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append(piece)
-        size += data.nbytes
-    if shard:
-        yield shard
+    files.create_text(partial / f"{prefix}.json", merge(parts).to_json())
 
 
 def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:
     """Write one safetensors file of the pieces."""
     shapes: dict[str, list[int]] = {}
-    tensors: dict[tuple[str, str], TensorEntry] = {}
+    parts = []
     for piece in shard:
-        part, name = piece.slice, (piece.name, piece.kind)
+        part = piece.slice
         key = f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}"
         stored = Stored(file, key, part.dim, part.start, part.stop, offset=piece.start, length=len(piece.data))
-        if key in shapes:
-            raise ValueError(f"{key} is given twice")
         shapes[key] = [stored.length]
-        before = tensors.get(name, TensorEntry(part.global_shape, ()))
-        tensors[name] = TensorEntry(part.global_shape, (*before.pieces, stored))
+        parts.append(Manifest(step, {}, {(piece.name, piece.kind): TensorEntry(part.global_shape, (stored,))}))
     entry = FileEntry(*files.create_safetensors(partial / file, torch.float32, shapes, (p.data for p in shard)))
-    return Manifest(step, {file: entry}, tensors)
+    return merge([Manifest(step, {file: entry}, {}), *parts])
 
 
 def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
@@ -171,11 +145,9 @@ def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
     merged = merge(Manifest.from_json(files.read_regular(path)) for path in reports)
     merged.check_coverage()
     merged.check_sizes(partial)
-    text = json.dumps(state, indent=1).encode()
-    entry = FileEntry(len(text), files.create(partial / "state.json", [text], len(text)))
+    entry = FileEntry(*files.create_text(partial / "state.json", json.dumps(state, indent=1)))
     manifest = Manifest(merged.step, {**merged.files, "state.json": entry}, merged.tensors)
-    text = manifest.to_json().encode()
-    files.create(partial / "manifest.json", [text], len(text))
+    files.create_text(partial / "manifest.json", manifest.to_json())
     for path in reports:
         path.unlink()
     files.sync_folder(partial)

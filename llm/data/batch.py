@@ -76,9 +76,7 @@ class Loader(ABC):
         """End the threads, if any; next_step() must not be called afterwards."""
 
 
-def batch_of(*arrays: NDArray | None) -> Batch:
+def batch_of(*arrays: NDArray) -> Batch:
     """The fields of a Batch, in order, as tensors over the same memory; pinned, by a copy, when there is a GPU."""
-    tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
-    if torch.cuda.is_available():
-        tensors = [None if tensor is None else tensor.pin_memory() for tensor in tensors]
-    return Batch(*tensors)  # pyright: ignore[reportArgumentType]
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return Batch(*(tensor.pin_memory() for tensor in tensors) if torch.cuda.is_available() else tensors)

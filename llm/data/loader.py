@@ -8,35 +8,21 @@ sample.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from llm.config import RunConfig
-from llm.data.batch import Batch, Loader, Step, batch_of
+from llm.data.batch import Batch, Loader, batch_of
 from llm.data.corpora import Corpora
 from llm.data.native import NativeCorpus, NativeLoader, import_native
 from llm.data.samples.blend import BlendTable
 from llm.data.samples.documents import scan_documents
-from llm.data.samples.packing import NumpyPackPlan
-from llm.data.samples.sampler import NumpySampler, Share
-from llm.data.samples.schedule import Curriculum, Schedule
+from llm.data.samples.sampler import NumpyLoader, Share
 from llm.data.tokens.shards import NumpyCorpus, ShardList
 from llm.errors import require
 
 CHECKED_FILES = 64  # of each corpus when it is opened; the others are checked when they are first read
-
-
-class NumpyLoader(Loader):
-    """The plain loader: the native one's twin and oracle."""
-
-    def __init__(self, sampler: NumpySampler, curriculum: Curriculum, consumed: int) -> None:
-        super().__init__(curriculum, consumed)
-        self._sampler = sampler
-
-    def _assemble(self) -> tuple[Step, int]:
-        return self._sampler.step(self.consumed)
 
 
 def open_loader(corpora: Corpora, *, dp_rank: int, dp_size: int, consumed: int = 0, widen: bool = False) -> Loader:
@@ -59,24 +45,19 @@ def open_loader(corpora: Corpora, *, dp_rank: int, dp_size: int, consumed: int =
     shards = [corpus.shards for corpus in corpora.training.values()]  # in the order of their numbers
     if config.data.damaged == "stop":
         for corpus in shards:
-            check_first_files(open_corpus(config, corpus), corpus)
+            open_corpus(config, corpus)
     native = import_native() if config.data.loader == "native" else None
     curriculum = corpora.curriculum(native.BlendTable if native else BlendTable)
-    dtype = common_dtype(shards)
-    packed = config.data.packing == "best_fit"
-    policy = {"document_masks": config.data.document_masks, "skip_damaged": config.data.damaged == "skip"}
+    dtype = getattr(torch, common_dtype(shards))
+    policy = {
+        "packed": config.data.packing == "best_fit",
+        "document_masks": config.data.document_masks,
+        "skip_damaged": config.data.damaged == "skip",
+    }
     if native is not None:
-        token_dtype = torch.int64 if widen else getattr(torch, dtype)
-        return NativeLoader(
-            native, shards, curriculum, share, config.seed, consumed, packed=packed, dtype=token_dtype, **policy
-        )
-    plans = [
-        {T: NumpyPackPlan(Path(path), T, corpus.n_tokens) for T, path in corpus.plans.items()} if packed else {}
-        for corpus in shards
-    ]
-    schedule = Schedule(config.seed, curriculum.phases)
-    sampler = NumpySampler(shards, plans, schedule, curriculum.phases, share, widen=widen, **policy)
-    return NumpyLoader(sampler, curriculum, consumed)
+        dtype = torch.int64 if widen else dtype
+        return NativeLoader(native, shards, curriculum, share, config.seed, consumed, dtype=dtype, **policy)
+    return NumpyLoader(shards, curriculum, share, config.seed, consumed, widen=widen, **policy)
 
 
 def common_dtype(corpora: Sequence[ShardList]) -> str:
@@ -93,16 +74,14 @@ def common_dtype(corpora: Sequence[ShardList]) -> str:
 
 
 def open_corpus(config: RunConfig, shards: ShardList) -> NativeCorpus | NumpyCorpus:
-    """A corpus to be read by rows, in the form of the loader that the config names. Touches no file."""
-    if config.data.loader == "native":
-        native = import_native()
-        return NativeCorpus(native, shards, native.FileCache())
-    return NumpyCorpus(shards)
+    """A corpus to be read by rows, in the form of the loader that the config names.
 
-
-def check_first_files(corpus: NativeCorpus | NumpyCorpus, shards: ShardList) -> None:
-    """Read one token of the first files of a corpus: what is wrong with them is said before training starts."""
+    One token of each of its first files is read: what is wrong with them is said before training starts.
+    """
+    native = import_native() if config.data.loader == "native" else None
+    corpus = NativeCorpus(native, shards, native.FileCache()) if native else NumpyCorpus(shards)
     corpus.read_rows(np.cumsum((0, *shards.tokens[: CHECKED_FILES - 1]))[: len(shards.tokens)], 1)
+    return corpus
 
 
 def validation_batches(corpora: Corpora, *, dp_rank: int, dp_size: int) -> Iterator[tuple[Batch, int]]:
@@ -116,7 +95,6 @@ def validation_batches(corpora: Corpora, *, dp_rank: int, dp_size: int) -> Itera
     config = corpora.config
     shards = corpora.manifest.shard_list(corpora.folder, "validation")
     corpus = open_corpus(config, shards)
-    check_first_files(corpus, shards)
     available, seq_len = (shards.n_tokens - 1) // config.data.seq_len, config.data.seq_len
     require(
         available >= 1,
@@ -126,8 +104,7 @@ def validation_batches(corpora: Corpora, *, dp_rank: int, dp_size: int) -> Itera
     wanted = config.data.validation_samples or available
     require(
         wanted <= available,
-        f"data.validation_samples is {wanted}; the validation split has {available} samples of "
-        f"data.seq_len {config.data.seq_len}",
+        f"data.validation_samples is {wanted}; the validation split has {available} samples of data.seq_len {seq_len}",
     )
 
     def batches() -> Iterator[tuple[Batch, int]]:  # apart, so that the checks are made before the first is asked for

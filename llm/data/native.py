@@ -47,9 +47,6 @@ class NativeCorpus:
             cache=cache,
         )
 
-    def __len__(self) -> int:
-        return len(self.inner)
-
     def read_rows(self, starts, width: int):
         """Tokens [len(starts), width], row i from starts[i] on. DamagedFile as NumpyCorpus.read."""
         try:
@@ -132,7 +129,7 @@ class NativeLoader(Loader):
         for shards in corpora:
             tokens = NativeCorpus(native, shards, cache)
             listed = shards.plans if packed else {}
-            plans = {T: native.PackPlan(path, T, len(tokens)) for T, path in listed.items()}
+            plans = {T: native.PackPlan(path, T, shards.n_tokens) for T, path in listed.items()}
             opened.append((tokens.inner, shards.eod_id, shards.eod_first, plans))
         sampler = native.Sampler(
             corpora=opened,

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 from llm import files
 from llm.checkpoint import convert
 from llm.checkpoint.convert import open_hf, write_hf, write_plain
-from llm.checkpoint.forms import DROPOUTS, NEUTRAL, form_of, read_config, weights, write_config
 from llm.checkpoint.forms import FORMS as ALL_FORMS
+from llm.checkpoint.forms import NEUTRAL, form_of, read_config, weights, write_config
 from llm.checkpoint.reader import CheckpointReader, open_checkpoint
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import ModelConfig
@@ -218,7 +218,7 @@ def test_one_tensor_at_a_time_is_in_memory(
         monkeypatch.setattr(owner, name, sampled(getattr(owner, name)))
     exported(source, open_hf(folder).config, tmp_path / "out")
     print(f"{peak[0] / largest:.3f} of the largest tensor")
-    assert largest <= peak[0] <= 2 * largest + 4096
+    assert largest <= peak[0] <= 2.1 * largest  # with the numbers of its rows
     peak[0] = 0
     monkeypatch.setattr("llm.checkpoint.writer.SHARD_BYTES", 32768)
     as_checkpoint(folder, tmp_path / "in")
@@ -296,10 +296,10 @@ BAD = {
     "exact-gelu": ("gpt2", with_config(activation_function="gelu"), "activation_function is 'gelu'"),
     "unscaled": ("gpt2", with_config(scale_attn_weights=False), "scale_attn_weights is False"),
     "scaled": ("gpt2", with_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
-    "dropouts": ("gpt2", with_config(attn_pdrop=0.5), "one dropout for the three"),
+    "dropouts": ("gpt2", with_config(attn_pdrop=0.5), "one value, model.dropout, for all of these"),
     "cross-attention": ("gpt2", with_config(add_cross_attention=True), "add_cross_attention is True"),
     "attention-dropout": ("llama", with_config(attention_dropout=0.5), "attention_dropout is 0.5"),
-    "some-biases": ("llama", with_config(attention_bias=True), "biases in every linear or in none"),
+    "some-biases": ("llama", with_config(attention_bias=True), "one value, model.bias, for all of these"),
     "head-dim": ("llama", with_config(head_dim=16), "head_dim is 16"),
     "rope-scaling": ("llama", with_config(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling.type is"),
     "rope-type": ("llama", with_config(**{ROPE: {"rope_type": "yarn"}}), "rope_parameters.rope_type is 'yarn'"),
@@ -350,7 +350,8 @@ JSON = st.recursive(
 @given(data=st.data())
 def test_any_config_gives_a_model_or_one_error(data: st.DataObject, folders: dict[str, Path]) -> None:
     form = FORMS_BY_NAME[data.draw(st.sampled_from(FORMS))]
-    known = [*form.fields.values(), *form.fixed, *NEUTRAL, *DROPOUTS, ROPE, "rope_scaling", "rope_theta", "model_type"]
+    fields = [name for theirs, *_ in form.fields.values() for name in theirs.split()]
+    known = [*fields, *form.fixed, *NEUTRAL, ROPE, "rope_scaling", "rope_theta", "model_type"]
     found = json.loads((folders[form.model_type] / "config.json").read_text())
     found |= data.draw(st.dictionaries(st.sampled_from([*known, "layer_types", "head_dim", "attention_bias"]), JSON))
     with contextlib.suppress(InputError):

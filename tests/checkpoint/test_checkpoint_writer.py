@@ -266,7 +266,7 @@ def fail(pieces: list[Piece]) -> list[Piece]:
     [
         (lose, "make it up exactly"),
         (double, "make it up exactly"),
-        (overrun, "exceed"),
+        (overrun, "do not lie in its slice"),
         (wrong_dtype, "float16"),
         (fail, "out of memory"),
     ],

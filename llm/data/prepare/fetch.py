@@ -47,7 +47,13 @@ def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total
     except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
         raise InputError(f"{url} cannot be opened: {error}") from error
     remote = _Remote(url.rstrip("/"), system, root.rstrip("/"))
-    wanted = remote.manifest()
+    raw = remote.read(FILE_NAME)
+    try:
+        wanted = parse_manifest(raw)
+        away = next((name for name in wanted.all_files() if name.startswith("/")), None)
+        require(away is None, f"it lists {away}, which lies outside its folder: such a corpus cannot be copied")
+    except InputError as error:
+        raise InputError(f"{remote.url}/{FILE_NAME}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         if (folder / FILE_NAME).exists():
@@ -70,16 +76,6 @@ class _Remote:
     url: str
     system: Any  # fsspec's AbstractFileSystem
     root: str
-
-    def manifest(self) -> Manifest:
-        raw = self.read(FILE_NAME)
-        try:
-            manifest = parse_manifest(raw)
-            away = next((name for name in manifest.all_files() if name.startswith("/")), None)
-            require(away is None, f"it lists {away}, which lies outside its folder: such a corpus cannot be copied")
-        except InputError as error:
-            raise InputError(f"{self.url}/{FILE_NAME}: {error}") from error
-        return manifest
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         try:

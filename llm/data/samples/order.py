@@ -14,7 +14,6 @@ from llm.errors import require
 
 ROUNDS = 8
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment, 2^64 / golden ratio
-MASK64 = 2**64 - 1
 
 
 def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -25,7 +24,7 @@ def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _mix_integer(x: int) -> int:
-    return int(mix64(np.array([x & MASK64], dtype=np.uint64))[0])
+    return int(mix64(np.array([x % 2**64], dtype=np.uint64))[0])
 
 
 def corpus_seed(seed: int, corpus: int) -> int:

@@ -7,17 +7,18 @@ padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.batch import Batch, Step, batch_of
+from llm.data.batch import Batch, Loader, Step, batch_of
 from llm.data.samples.documents import lay_out_pieces, scan_documents
 from llm.data.samples.packing import NumpyPackPlan
-from llm.data.samples.schedule import Schedule, SchedulePhase
+from llm.data.samples.schedule import Curriculum, Schedule, SchedulePhase
 from llm.data.tokens.shards import NumpyCorpus, ShardList
 from llm.errors import DamagedFile
 
@@ -51,32 +52,37 @@ class Sample(NamedTuple):
     """Its targets less those of that one."""
 
 
-class NumpySampler:
-    """Makes the steps of one rank."""
+class NumpyLoader(Loader):
+    """The plain loader: the native one's twin and oracle."""
 
     def __init__(
         self,
         corpora: Sequence[ShardList],
-        plans: Sequence[Mapping[int, NumpyPackPlan]],
-        schedule: Schedule,
-        phases: Sequence[SchedulePhase],
+        curriculum: Curriculum,
         share: Share,
+        seed: int,
+        consumed: int,
         *,
+        packed: bool,
         document_masks: bool,
         skip_damaged: bool,
         widen: bool,
     ) -> None:
-        """plans: of each corpus by sequence length; none: samples are chunks. widen: tokens are int64."""
-        self._shards, self._plans, self._packed = corpora, plans, any(plans)
+        """widen: tokens are int64."""
+        super().__init__(curriculum, consumed)
+        self._shards, self._packed = corpora, packed
         self._corpora = [NumpyCorpus(shards) for shards in corpora]
-        self._schedule, self._phases, self._share = schedule, phases, share
+        self._plans = [
+            {T: NumpyPackPlan(Path(path), T, shards.n_tokens) for T, path in shards.plans.items() if packed}
+            for shards in corpora
+        ]
+        self._schedule, self._phases, self._share = Schedule(seed, curriculum.phases), curriculum.phases, share
         self._document_masks, self._skip_damaged, self._widen = document_masks, skip_damaged, widen
 
-    def step(self, consumed: int) -> tuple[Step, int]:
-        """This rank's part of the step that begins after `consumed` samples, and the samples of all of it."""
-        index = self._schedule.phase_index(consumed)
+    def _assemble(self) -> tuple[Step, int]:
+        index = self._schedule.phase_index(self.consumed)
         phase, rows = self._phases[index], self._share.rows(self._phases[index])
-        first = consumed + self._share.dp_rank * rows
+        first = self.consumed + self._share.dp_rank * rows
         corpora, positions, epochs = (column.tolist() for column in self._schedule.locate(first, rows))
         samples = [self._read(*place, index) for place in zip(corpora, positions, epochs, strict=True)]
         size = self._share.micro_batch
@@ -86,7 +92,7 @@ class NumpySampler:
         ]
         skipped = sum(sample.replaces for sample in samples) if self._skip_damaged else None
         changed = sum(sample.replaced_targets for sample in samples) if self._skip_damaged and self._packed else None
-        return Step(batches, self._targets(consumed, phase), skipped, changed), phase.global_batch
+        return Step(batches, self._targets(phase), skipped, changed), phase.global_batch
 
     def _batch(self, samples: Sequence[Sample], sample_ids: NDArray[np.int64], T: int) -> Batch:
         tokens = np.stack([sample.tokens for sample in samples])
@@ -130,11 +136,11 @@ class NumpySampler:
         padding = np.full(T + 1 - row.size, self._shards[corpus].eod_id, row.dtype)
         return Sample(corpus, np.concatenate([row, padding]), pieces)
 
-    def _targets(self, consumed: int, phase: SchedulePhase) -> int:
+    def _targets(self, phase: SchedulePhase) -> int:
         """Targets of a step over all ranks that count, as planned."""
         if not self._packed:
             return phase.global_batch * phase.seq_len
-        corpora, positions, _ = self._schedule.locate(consumed, phase.global_batch)
+        corpora, positions, _ = self._schedule.locate(self.consumed, phase.global_batch)
         places = zip(corpora.tolist(), positions.tolist(), strict=True)
         return sum(self._row_targets(corpus, position, phase.seq_len) for corpus, position in places)
 
