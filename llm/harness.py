@@ -18,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.tasks import TaskManager
 
 from llm.errors import InputError, require
-from llm.evaluate import Record, Request, Scorer, in_parts, ready, windows
+from llm.evaluate import Record, Request, Scorer, in_parts, windows
 from llm.generate import generate
 from llm.parallel.agreement import together
 from llm.sampling import SamplingConfig
@@ -29,7 +29,7 @@ GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top
 class HarnessModel(TemplateLM):
     """The model as the harness sees it: as one process. Every call deals its requests over the ranks by itself.
 
-    So a task may have fewer items than there are ranks, and requests that share a context stay on one rank.
+    So a task may have fewer items than there are ranks, and requests that share a context stand in one batch.
     """
 
     def __init__(self, scorer: Scorer) -> None:
@@ -42,9 +42,6 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         return self.ids.encode(string)
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # no bar on every rank
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: object
@@ -82,18 +79,20 @@ class HarnessModel(TemplateLM):
         self, prompts: list[list[int]], until: list[str], max_gen_toks: int, do_sample: bool, **sampling: Any
     ) -> list[list[int]]:
         """The tokens after each prompt, until every row has ended or holds a text of `until`."""
-        rows, texts, ended = [[] for _ in prompts], [""] * len(prompts), [False] * len(prompts)
-        streams = [self.ids.stream() for _ in prompts]
+        rows, ended = [list[int]() for _ in prompts], [False] * len(prompts)
         cut = [prompt[max_gen_toks - self.longest :] for prompt in prompts]
         config = SamplingConfig(**{"temperature": float(do_sample), **sampling})
         model, end = self.scorer.model, self.ids.eod_id
         banned = self.ids.unused(model.config.vocab_size)
-        for step in generate(model, cut, max_new_tokens=max_gen_toks, end=end, sampling=config, banned=banned):
+        steps = generate(model, cut, max_new_tokens=max_gen_toks, end=end, sampling=config, banned=banned)
+        for position, step in enumerate(steps, min(map(len, cut))):
             for i, token in enumerate(step):
-                if token is not None:
+                if token is None:
+                    ended[i] = position >= len(cut[i])
+                else:
                     rows[i].append(token)
-                    texts[i] += streams[i].push(token)
-                ended[i] |= any(text in texts[i] for text in until if text) or (token is None and bool(rows[i]))
+                    text = self.ids.decode(rows[i])
+                    ended[i] |= any(stop in text for stop in until if stop)
             if all(ended):
                 break
         return rows
@@ -154,4 +153,4 @@ def run_tasks(
             log_samples=False,
         )  # fmt: skip
     found = results["results"] if results else {}
-    return {task: ready({k: v for k, v in record.items() if not isinstance(v, str)}) for task, record in found.items()}
+    return {task: {k: v for k, v in record.items() if not isinstance(v, str)} for task, record in found.items()}
