@@ -5,7 +5,6 @@ Shapes: N requests, R of them in a batch.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections import Counter
@@ -27,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm import __version__
 from llm.errors import require
-from llm.files import replace
+from llm.files import write_json
 from llm.generate import hidden
 from llm.model.cache import KVCache
 from llm.model.layers import IGNORED_TARGET
@@ -186,6 +185,4 @@ def report(result: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         packages = ["torch", "tokenizers", *(["lm_eval"] if result["tasks"] else [])]
         versions = {"ingot": __version__, **{package: version(package) for package in packages}}
-        text = json.dumps({**result, "versions": versions}, default=float)
-        finite = json.loads(text, parse_constant=lambda name: str(float(name)))  # the text "nan" or "inf", as JSON
-        replace(path, json.dumps(finite, indent=1).encode())
+        write_json(path, {**result, "versions": versions})
