@@ -123,7 +123,7 @@ class Scorer:
         scores = torch.zeros(len(requests), 2, dtype=torch.float64, device=self.device)
         parts = (x.split(LOGIT_ROWS) for x in (states, targets, counted.nonzero()[:, 0]))
         for state, target, row in zip(*parts, strict=True):
-            logits = self.model.head.logits(state)
+            logits = self.model.head(state)
             likelihood = -F.cross_entropy(logits, target, reduction="none")
             scores.index_add_(0, row, torch.stack([likelihood, logits.argmax(-1) != target], 1).double())
         return scores
