@@ -280,3 +280,16 @@ def test_a_token_that_pads_the_vocabulary_is_not_written(
     trained = trained_of(weights | {"embedding.weight": table, "norm.weight": nothing, "norm.bias": bias}, folder)
     asked = instances("generate_until", [("def f", {"max_gen_toks": 4}), ("", {"max_gen_toks": 4})])
     assert HarnessModel(Scorer(trained, mesh, 2)).generate_until(asked) == [trained.tokenizer.decode([65] * 4)] * 2
+
+
+def test_a_rank_without_work_refuses_what_the_others_refuse(
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    mesh: Mesh,  # noqa: F811
+) -> None:
+    from llm.harness import HarnessModel
+
+    idle = Scorer(trained_of(weights, folder), mesh, 2)
+    idle.mine = slice(1, None, 2)
+    with pytest.raises(InputError, match="top_p is 0"):
+        HarnessModel(idle).generate_until(instances("generate_until", [("a", {"top_p": 0, "max_gen_toks": 4})]))
