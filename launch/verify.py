@@ -49,7 +49,7 @@ def verify_layout(ranks: Ranks) -> None:
     import torch
     from rich.console import Console
 
-    from llm.files import claim
+    from llm.files import claim, write_json
     from llm.parallel.agreement import broadcast, together
     from llm.parallel.mesh import Mesh
     from llm.parity import report
@@ -71,7 +71,7 @@ def verify_layout(ranks: Ranks) -> None:
     if ranks.rank == 0:
         result = dataclasses.replace(result, requested=None if fitted is config else config.model)
         report.show(result, Console(width=None if sys.stdout.isatty() else 160))
-        report.write(result, path)
+        write_json(path, report.to_json(result))
     if not result.passed:
         sys.exit(1)
 

@@ -1,16 +1,16 @@
 """Scores text with a trained model: likelihoods of continuations, and loss, perplexity and bits per byte of documents.
 
-Shapes: N requests, R rows of a batch, T time, C model width, M tokens scored.
+Shapes: N requests, R of them in a batch.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -22,18 +22,19 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llm import __version__
 from llm.errors import require
-from llm.files import replace
+from llm.files import write_json
 from llm.generate import hidden
 from llm.model.cache import KVCache
+from llm.model.layers import IGNORED_TARGET
 from llm.parallel.agreement import backend_device, together
 from llm.parallel.mesh import Mesh
 from llm.trained import Trained
 
 Item = TypeVar("Item")
-Batch: TypeAlias = list[list[int]]  # numbers of requests, grouped by the context that they share
 Record: TypeAlias = dict[str, str | int | float]
 LOGIT_ROWS = 1024  # logits fp32 [1024, V] at a time
 BATCHES_AT_ONCE = 32  # sorted by length together, so that the rows of a batch need little padding
@@ -53,38 +54,32 @@ def in_parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     return iter(lambda: list(islice(iterator, size)), [])
 
 
-def plan(requests: Sequence[Request], rows: int, share: bool) -> list[Batch]:
-    """Every request once, in batches of at most `rows`, the longest first.
+def plan(requests: Sequence[Request], rows: int) -> list[tuple[int, list[int]]]:
+    """Every request once, in batches of at most `rows`: (length of what is shared, numbers of the requests).
 
-    share: requests with the same context stand together, beside others whose contexts are as long as theirs.
+    A context up to its last token is shared if several requests have it; they stand together, beside others as long.
+    The longest come first, so that the rows of a batch need little padding.
     """
-    same: dict[tuple[int, ...], list[int]] = {}
-    for i, request in enumerate(requests):
-        same.setdefault(tuple(request.context) if share else (i,), []).append(i)
+    prefixes = [tuple(request.context[:-1]) for request in requests]
+    times = Counter(prefixes)
+    shared = [len(prefix) if times[prefix] > 1 else 0 for prefix in prefixes]
 
-    def order(group: list[int]) -> tuple[int, int]:
-        context, continuation = requests[group[0]]
-        return len(context) if len(group) > 1 else 0, len(context) + len(continuation)
+    def order(i: int) -> tuple[int, tuple[int, ...], int]:
+        return shared[i], prefixes[i][: shared[i]], sum(map(len, requests[i]))
 
-    found, last = list[Batch](), -1
-    for group in sorted((part for all_ in same.values() for part in in_parts(all_, rows)), key=order, reverse=True):
-        if order(group)[0] != last or sum(map(len, found[-1])) + len(group) > rows:
-            found.append([])
-        found[-1].append(group)
-        last = order(group)[0]
-    return found
+    alike = groupby(sorted(range(len(requests)), key=order, reverse=True), shared.__getitem__)
+    return [(start, batch) for start, numbers in alike for batch in in_parts(numbers, rows)]
 
 
 class Scorer:
     """Scores requests in batches of at most `rows`, which are dealt over the data-parallel ranks of a mesh.
 
-    The batches do not depend on the number of ranks. Tensor-parallel ranks call it alike. share: the keys and values of
-    a context that several requests have are computed once.
+    The batches do not depend on the number of ranks. Tensor-parallel ranks call it alike.
     """
 
-    def __init__(self, trained: Trained, mesh: Mesh, rows: int, share: bool = True) -> None:
+    def __init__(self, trained: Trained, mesh: Mesh, rows: int) -> None:
         require(rows >= 1, f"the batch size is {rows}; expected at least 1")
-        self.trained, self.model, self.mesh, self.rows, self.share = trained, trained.model, mesh, rows, share
+        self.trained, self.model, self.mesh, self.rows = trained, trained.model, mesh, rows
         self.device, self.mine = next(self.model.parameters()).device, slice(mesh.dp_rank, None, mesh.dp_size)
 
     def shown(self, items: Iterable[Item], title: str) -> Iterable[Item]:
@@ -104,39 +99,33 @@ class Scorer:
         Zero for requests of other data-parallel ranks: `total` joins them.
         """
         scores = torch.zeros(len(requests), 2, dtype=torch.float64)
-        for batch in self.shown(plan(requests, self.rows, self.share)[self.mine], title):
-            scores[list(chain(*batch))] = self.run([[requests[i] for i in group] for group in batch]).cpu()
+        for start, batch in self.shown(plan(requests, self.rows)[self.mine], title):
+            scores[batch] = self.run(start, [requests[i] for i in batch]).cpu()
         return scores
 
     @torch.inference_mode()
-    def run(self, groups: Sequence[Sequence[Request]]) -> Tensor:
-        """The scores [R, 2] of groups of requests. Those of a group, if it has several, share their context."""
-        members = [request for group in groups for request in group]
-        shared = len(members) > len(groups)
-        rows = [[*([] if shared else request.context), *request.continuation[:-1]] for request in members]
-        start, width = len(members[0].context) if shared else 0, max(map(len, rows))
-        # Zeros on the right are seen by no token before them.
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long, device=self.device)
-        counts = torch.tensor([len(request.continuation) for request in members], device=self.device)
-        if shared:
-            cache = KVCache(start + width)
-            contexts = torch.tensor([group[0].context for group in groups], device=self.device)
-            owner = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=self.device)
-            x = hidden(self.model, contexts, 0, cache)[owner, -1:]
-            if width:
-                x = torch.cat([x, hidden(self.model, tokens, start, cache.select(owner))], 1)
-        else:
-            x = hidden(self.model, tokens, 0, None)
-        # A row's last states, as many as its continuation has tokens, predict these.
-        ends = torch.tensor([len(row) + shared for row in rows], device=self.device)
-        row = torch.arange(len(rows), device=self.device).repeat_interleave(counts)
-        place = torch.arange(len(row), device=self.device) + (ends - counts.cumsum(0))[row]
-        targets = torch.tensor([*chain(*(request.continuation for request in members))], device=self.device)
-        scores = torch.zeros(len(rows), 2, dtype=torch.float64, device=self.device)
-        for part in torch.arange(len(row), device=self.device).split(LOGIT_ROWS):
-            logits, wanted = self.model.head.logits(x[row[part], place[part]]), targets[part]
-            likelihood = -F.cross_entropy(logits, wanted, reduction="none")
-            scores.index_add_(0, row[part], torch.stack([likelihood, logits.argmax(-1) != wanted], 1).double())
+    def run(self, start: int, requests: Sequence[Request]) -> Tensor:
+        """The scores [R, 2] of requests; the first `start` tokens go through the model once for all that share them."""
+        rows = [torch.tensor([*r.context[start:], *r.continuation[:-1]]) for r in requests]
+        wanted = [torch.tensor([IGNORED_TARGET] * (len(r.context) - start - 1) + [*r.continuation]) for r in requests]
+        # What pads a row on the right is seen by no token before it.
+        tokens = pad_sequence(rows, batch_first=True).to(self.device)
+        targets = pad_sequence(wanted, batch_first=True, padding_value=IGNORED_TARGET).to(self.device)
+        cache = None
+        if start:
+            prefixes: dict[tuple[int, ...], int] = {}
+            owner = [prefixes.setdefault(tuple(r.context[:start]), len(prefixes)) for r in requests]
+            cache = KVCache(start + tokens.shape[1])
+            hidden(self.model, torch.tensor([*prefixes], device=self.device), 0, cache)
+            cache = cache.select(torch.tensor(owner, device=self.device))
+        counted = targets != IGNORED_TARGET
+        states, targets = hidden(self.model, tokens, start, cache)[counted], targets[counted]
+        scores = torch.zeros(len(requests), 2, dtype=torch.float64, device=self.device)
+        parts = (x.split(LOGIT_ROWS) for x in (states, targets, counted.nonzero()[:, 0]))
+        for state, target, row in zip(*parts, strict=True):
+            logits = self.model.head(state)
+            likelihood = -F.cross_entropy(logits, target, reduction="none")
+            scores.index_add_(0, row, torch.stack([likelihood, logits.argmax(-1) != target], 1).double())
         return scores
 
 
@@ -161,7 +150,7 @@ def score_text(
     None: windows as long as the model allows, which advance by half of their length. Collective. Raises InputError if
     there is no token, or the lengths do not fit the model or each other.
     """
-    tokenizer, longest, counts = scorer.trained.tokenizer, scorer.model.config.max_seq_len, [0, 0, 0]
+    tokenizer, longest, sizes = scorer.trained.tokenizer, scorer.model.config.max_seq_len, Counter[str]()
     seq_len = longest if seq_len is None else seq_len
     stride = max(1, seq_len // 2) if stride is None else stride
     require(1 <= seq_len <= longest, f"--seq-len is {seq_len}; expected 1 to {longest}, the model's max_seq_len")
@@ -170,25 +159,18 @@ def score_text(
     def requests() -> Iterator[Request]:
         for texts in in_parts(documents, DOCUMENTS_AT_ONCE):
             for text, tokens in zip(texts, tokenizer.encode_batch(texts)[0], strict=True):
-                for i, count in enumerate((1, len(tokens), len(text.encode()))):
-                    counts[i] += count
+                sizes.update(documents=1, tokens=len(tokens), bytes=len(text.encode()))
                 yield from windows(tokens, tokenizer.eod_id, seq_len, stride)
 
     def nats() -> float:
         parts = in_parts(requests(), BATCHES_AT_ONCE * scorer.rows)
         return -sum(scorer.score(part)[:, 0].sum().item() for part in scorer.shown(parts, "scoring"))
 
-    total = scorer.total(torch.tensor([together(nats)], dtype=torch.float64)).item()
-    require(counts[1] > 0, f"{source} holds no token to score; expected text")
-    loss, sizes = total / counts[1], dict(zip(("documents", "tokens", "bytes"), counts, strict=True))
-    perplexity = math.inf if loss > 700 else math.exp(loss)  # exp(710) is beyond fp64
-    bits = {"loss": loss, "perplexity": perplexity, "bits_per_byte": total / math.log(2) / counts[2]}
-    return ready({"seq_len": seq_len, "stride": stride, **sizes, **bits})
-
-
-def ready(record: Record) -> Record:
-    """The record for JSON: a number that is not finite is the text "nan" or "inf"."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    total = scorer.total(torch.tensor(together(nats), dtype=torch.float64))
+    require(sizes["tokens"] > 0, f"{source} holds no token to score; expected text")
+    loss, bits = total / sizes["tokens"], total / math.log(2) / sizes["bytes"]
+    measures = {"loss": loss, "perplexity": loss.exp(), "bits_per_byte": bits}
+    return {"seq_len": seq_len, "stride": stride, **sizes, **{name: x.item() for name, x in measures.items()}}
 
 
 def report(result: dict[str, Any], path: Path | None) -> None:
@@ -203,4 +185,4 @@ def report(result: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         packages = ["torch", "tokenizers", *(["lm_eval"] if result["tasks"] else [])]
         versions = {"ingot": __version__, **{package: version(package) for package in packages}}
-        replace(path, json.dumps({**result, "versions": versions}, indent=1, default=float).encode())
+        write_json(path, {**result, "versions": versions})

@@ -129,6 +129,13 @@ def replace(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`replace` a file by JSON, where a number that is not finite is the text "nan" or "inf"."""
+    text = json.dumps(content, default=float)  # default: numbers of numpy
+    finite = json.loads(text, parse_constant=lambda name: str(float(name)))
+    replace(path, (json.dumps(finite, indent=1) + "\n").encode())
+
+
 @contextmanager
 def complete_file(path: Path) -> Iterator[BinaryIO]:
     """A new file to write, which takes the place of `path`, fsynced, when the block ends without an exception."""

@@ -47,22 +47,20 @@ def generate(
         row[: len(prompt)] = torch.tensor(prompt, device=device)
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache = KVCache(max(limits)) if use_cache else None
-    open_rows = [True] * len(prompts)
-    start = 0
-    for position in range(min(lengths), max(limits)):
-        logits = model.head.logits(hidden(model, rows[:, start:position], start, cache)[:, -1])
+    start, position = 0, min(lengths)
+    while position < max(limits):
+        logits = model.head(hidden(model, rows[:, start:position], start, cache)[:, -1])
         logits[:, list(banned)] = -torch.inf
-        start = position if use_cache else 0
         drawn = sample(logits, sampling, history=rows[:, :position], generator=generator).tolist()
         new: list[int | None] = [None] * len(prompts)
         for i, token in enumerate(drawn):
-            if lengths[i] <= position < limits[i] and open_rows[i]:
-                open_rows[i] = token != end
-                rows[i, position] = token
-                new[i] = token if open_rows[i] else None
+            if lengths[i] <= position < limits[i]:
+                if token == end:
+                    limits[i] = position
+                else:
+                    rows[i, position] = new[i] = token
+        start, position = position if use_cache else 0, position + 1
         yield new
-        if not any(is_open and position + 1 < limit for is_open, limit in zip(open_rows, limits, strict=True)):
-            return
 
 
 def hidden(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
@@ -71,7 +69,7 @@ def hidden(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -> Ten
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     x = model.embed(tokens, positions, samples)
     for block in model.blocks.values():
-        x = block(x, positions, samples, cache=cache)
+        x = block(x, positions, samples, None, cache)
     return model.norm(x)
 
 

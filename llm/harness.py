@@ -18,18 +18,18 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.tasks import TaskManager
 
 from llm.errors import InputError, require
-from llm.evaluate import Record, Request, Scorer, in_parts, ready, windows
+from llm.evaluate import Record, Request, Scorer, in_parts, windows
 from llm.generate import generate
 from llm.parallel.agreement import together
 from llm.sampling import SamplingConfig
 
-GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
+SAMPLING = {"temperature", "top_k", "top_p", "repetition_penalty"}
 
 
 class HarnessModel(TemplateLM):
     """The model as the harness sees it: as one process. Every call deals its requests over the ranks by itself.
 
-    So a task may have fewer items than there are ranks, and requests that share a context stay on one rank.
+    So a task may have fewer items than there are ranks, and requests that share a context stand in one batch.
     """
 
     def __init__(self, scorer: Scorer) -> None:
@@ -42,9 +42,6 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         return self.ids.encode(string)
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # no bar on every rank
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: object
@@ -63,37 +60,43 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         prompts = [self.ids.encode(request.args[0]) or [self.ids.eod_id] for request in requests]
-        options: list[dict[str, Any]] = [{**normalize_gen_kwargs(request.arguments[1])} for request in requests]
-        for option in options:
-            unknown, limit = sorted(option.keys() - GENERATION), option["max_gen_toks"]
-            require(not unknown, f"generation_kwargs {unknown} are unknown; expected some of {sorted(GENERATION)}")
-            found = f"max_gen_toks is {limit} (256 where a task has none in its generation_kwargs)"
-            require(0 < limit < self.longest, f"{found}; expected 1 to {self.longest - 1}: below max_seq_len")
+        options = [self.generation(**normalize_gen_kwargs(request.arguments[1])) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (repr(options[i]), -len(prompts[i])))
         alike = (in_parts(group, self.scorer.rows) for _, group in groupby(order, lambda i: repr(options[i])))
         found = torch.zeros(len(requests), self.longest, dtype=torch.long)  # each token's id + 1
         for batch in self.scorer.shown([*chain.from_iterable(alike)][self.scorer.mine], "generating"):
-            for i, row in zip(batch, self.continued([prompts[i] for i in batch], **options[batch[0]]), strict=True):
+            for i, row in zip(batch, self.continued([prompts[i] for i in batch], *options[batch[0]]), strict=True):
                 found[i, : len(row)] = torch.tensor(row) + 1
         texts = [self.ids.decode([token - 1 for token in row if token]) for row in self.scorer.total(found).tolist()]
-        return [postprocess_generated_text(t, o["until"], None) for t, o in zip(texts, options, strict=True)]
+        return [postprocess_generated_text(t, until, None) for t, (until, *_) in zip(texts, options, strict=True)]
+
+    def generation(
+        self, until: list[str], max_gen_toks: int, do_sample: bool, **sampling: Any
+    ) -> tuple[list[str], int, SamplingConfig]:
+        """The generation_kwargs of a task: texts that end a row, how many tokens at most, how they are drawn."""
+        unknown = sorted(sampling.keys() - SAMPLING)
+        require(not unknown, f"generation_kwargs {unknown} are unknown; expected some of {sorted(SAMPLING)}")
+        found = f"max_gen_toks is {max_gen_toks} (256 where a task has none in its generation_kwargs)"
+        require(0 < max_gen_toks < self.longest, f"{found}; expected 1 to {self.longest - 1}: below max_seq_len")
+        return until, max_gen_toks, SamplingConfig(**{"temperature": float(do_sample), **sampling})
 
     def continued(
-        self, prompts: list[list[int]], until: list[str], max_gen_toks: int, do_sample: bool, **sampling: Any
+        self, prompts: list[list[int]], until: list[str], max_gen_toks: int, sampling: SamplingConfig
     ) -> list[list[int]]:
         """The tokens after each prompt, until every row has ended or holds a text of `until`."""
-        rows, texts, ended = [[] for _ in prompts], [""] * len(prompts), [False] * len(prompts)
-        streams = [self.ids.stream() for _ in prompts]
+        rows, ended = [list[int]() for _ in prompts], [False] * len(prompts)
         cut = [prompt[max_gen_toks - self.longest :] for prompt in prompts]
-        config = SamplingConfig(**{"temperature": float(do_sample), **sampling})
         model, end = self.scorer.model, self.ids.eod_id
         banned = self.ids.unused(model.config.vocab_size)
-        for step in generate(model, cut, max_new_tokens=max_gen_toks, end=end, sampling=config, banned=banned):
+        steps = generate(model, cut, max_new_tokens=max_gen_toks, end=end, sampling=sampling, banned=banned)
+        for position, step in enumerate(steps, min(map(len, cut))):
             for i, token in enumerate(step):
-                if token is not None:
+                if token is None:
+                    ended[i] = position >= len(cut[i])
+                else:
                     rows[i].append(token)
-                    texts[i] += streams[i].push(token)
-                ended[i] |= any(text in texts[i] for text in until if text) or (token is None and bool(rows[i]))
+                    text = self.ids.decode(rows[i])
+                    ended[i] |= any(stop in text for stop in until if stop)
             if all(ended):
                 break
         return rows
@@ -154,4 +157,4 @@ def run_tasks(
             log_samples=False,
         )  # fmt: skip
     found = results["results"] if results else {}
-    return {task: ready({k: v for k, v in record.items() if not isinstance(v, str)}) for task, record in found.items()}
+    return {task: {k: v for k, v in record.items() if not isinstance(v, str)} for task, record in found.items()}

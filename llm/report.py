@@ -8,25 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from llm.data.tokens.folder import load_manifest
 from llm.errors import require
 from llm.generate import stream
 from llm.sampling import SamplingConfig
-from llm.trained import Trained, load_trained
+from llm.trained import load_trained
 
 
 def report(run: Path) -> str:
     """Draw loss.png of a run with a checkpoint and describe the run in a few lines."""
-    require((run / "metrics.jsonl").is_file(), f"{run} is not a run's folder; expected runs/<name>")
+    metrics = run / "metrics.jsonl"
+    require(metrics.is_file(), f"{run} is not a run's folder; expected runs/<name>")
     trained = load_trained(run, torch.device("cpu"))
     config, manifest = trained.config, load_manifest(trained.config)
     bigram = manifest.bigram_nats_per_token
-    plot_loss(run / "metrics.jsonl", run / "loss.png", config.name, bigram)
+    plot_loss(metrics, run / "loss.png", config.name, bigram)
     lines = [f"run {config.name}: {trained.step} of {config.train.max_steps} steps, {run / 'loss.png'}"]
-    loss = validation_loss(run)
+    _, losses = series(read_metrics(metrics), "val_loss")
+    loss = losses[-1] if losses else None
     for name, nats in (("validation loss", loss), ("bigram model", bigram)):
         if nats is not None:
             bits = manifest.bits_per_byte(nats)
@@ -35,22 +36,16 @@ def report(run: Path) -> str:
     if bigram is not None and loss is not None:
         side = "under" if loss < bigram else "above"
         lines.append(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
-    if config.logging.sample_tokens > 0:
-        lines += ["", continuation(trained)]
+    settings = config.logging
+    if settings.sample_tokens > 0:
+        sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=config.seed)
+        lines += ["", "".join(stream(trained, [settings.sample_prompt], settings.sample_tokens, sampling))]
     return "\n".join(lines)
 
 
-def validation_loss(run: Path) -> float | None:
-    """The last one in metrics.jsonl, nats per token."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return next((r["val_loss"] for r in reversed(list(records)) if "val_loss" in r), None)
-
-
-def continuation(trained: Trained) -> str:
-    """The configured prompt and what the model writes after it."""
-    settings = trained.config.logging
-    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=trained.config.seed)
-    return "".join(stream(trained, [settings.sample_prompt], settings.sample_tokens, sampling))
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | None = None) -> None:
@@ -58,12 +53,11 @@ def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | No
 
     All are in nats per token. Raises InputError if metrics.jsonl holds no finite loss.
     """
-    records = [json.loads(line) for line in metrics_path.read_text().splitlines() if line.strip()]
+    records = read_metrics(metrics_path)
     steps, losses = series(records, "loss")
     val_steps, val_losses = series(records, "val_loss")
     require(bool(losses or val_losses), f"{metrics_path} holds no loss; expected a line per logged step")
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if losses:
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)

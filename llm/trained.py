@@ -29,26 +29,20 @@ class Trained:
     step: int
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The checkpoint that `path` names (`find_named`), and the folder of its tokenizer.json; else InputError."""
-    checkpoint, warnings = find_named(path)
+def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
+    """The checkpoint that `path` names, every byte of it verified, with its config and tokenizer; else InputError."""
+    checkpoint, warnings = find_named(path.resolve() if path.is_symlink() else path)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     tokenizer = tokenizer_of(checkpoint)
     if tokenizer is None:
         raise InputError(f"no tokenizer.json in {checkpoint} or the two folders above; copy that of its run there")
-    return checkpoint, tokenizer.parent
-
-
-def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
-    """The checkpoint that `path` names, every byte of it verified, with its config and tokenizer; else InputError."""
-    checkpoint, folder = find_checkpoint(path.resolve() if path.is_symlink() else path)
     try:
         reader = open_checkpoint(checkpoint)
     except CheckpointError as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
     config = from_dict(reader.state["config"])
-    return reader, config, Tokenizer.load(folder / "tokenizer.json", config.data.end_token)
+    return reader, config, Tokenizer.load(tokenizer, config.data.end_token)
 
 
 def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> Trained:

@@ -129,16 +129,16 @@ REQUESTS = st.lists(
 )
 
 
-@given(requests=REQUESTS, rows=st.integers(1, 9), share=st.booleans())
-def test_a_plan_holds_every_request_once(requests: list, rows: int, share: bool) -> None:
+@given(requests=REQUESTS, rows=st.integers(1, 9))
+def test_a_plan_holds_every_request_once_and_says_what_is_shared(requests: list, rows: int) -> None:
     requests = [Request(*pair) for pair in requests]
-    batches = plan(requests, rows, share)
-    assert sorted(i for batch in batches for group in batch for i in group) == list(range(len(requests)))
-    for batch in batches:
-        assert 0 < sum(map(len, batch)) <= rows
-        assert all(requests[i].context == requests[group[0]].context for group in batch for i in group)
-        if any(len(group) > 1 for group in batch):
-            assert share and len({len(requests[group[0]].context) for group in batch}) == 1
+    batches = plan(requests, rows)
+    assert sorted(i for _, batch in batches for i in batch) == list(range(len(requests)))
+    prefixes = [request.context[:-1] for request in requests]
+    for start, batch in batches:
+        assert 0 < len(batch) <= rows
+        for i in batch:
+            assert start == (len(prefixes[i]) if prefixes.count(prefixes[i]) > 1 else 0)
 
 
 def choices() -> list[Request]:
@@ -148,7 +148,7 @@ def choices() -> list[Request]:
     def tokens(n: int) -> list[int]:
         return torch.randint(0, 260, (n,), generator=random).tolist()
 
-    made, lengths = [], [(6, (1, 1, 1)), (6, (4, 1, 2)), (9, (1, 7)), (1, (2,)), (6, (3,)), (3, (2, 2)), (9, (1,))]
+    made, lengths = [], [(12, (1, 1, 1)), (12, (4, 1, 2)), (9, (1, 7)), (1, (2,)), (6, (3,)), (3, (2, 2)), (9, (1,))]
     for length, continuations in lengths:
         context = tokens(length)
         made += [Request(context, tokens(n)) for n in continuations]
@@ -174,11 +174,11 @@ def test_scores_are_those_of_each_request_alone_and_shared_contexts_are_computed
         pairs = list(zip(rows, continuation, strict=True))
         expected.append([sum(row[t].item() for row, t in pairs), sum(int(row.argmax()) != t for row, t in pairs)])
     for rows in (1, 2, 5, 64):
-        for share in (True, False):
-            computed.append(0)
-            found = Scorer(trained, mesh, rows, share).score(requests)
-            torch.testing.assert_close(found, torch.tensor(expected).double(), atol=1e-5, rtol=1e-6)
-    shared, alone = computed[-2:]
+        computed.append(0)
+        found = Scorer(trained, mesh, rows).score(requests)
+        torch.testing.assert_close(found, torch.tensor(expected).double(), atol=1e-5, rtol=1e-6)
+    alone, *_, shared = computed
+    assert alone == sum(len(context) + len(continuation) - 1 for context, continuation in requests)
     assert shared < 0.75 * alone
 
 

@@ -21,6 +21,7 @@ from llm.huggingface import export
 from llm.model.gpt import GPT
 from llm.model.layers import DenseLayers
 from llm.parallel.mesh import Mesh
+from llm.sampling import SamplingConfig
 from llm.train.engines.plain import PlainEngine
 from llm.trained import Trained, load_trained
 from pool import RankPool
@@ -280,3 +281,28 @@ def test_a_token_that_pads_the_vocabulary_is_not_written(
     trained = trained_of(weights | {"embedding.weight": table, "norm.weight": nothing, "norm.bias": bias}, folder)
     asked = instances("generate_until", [("def f", {"max_gen_toks": 4}), ("", {"max_gen_toks": 4})])
     assert HarnessModel(Scorer(trained, mesh, 2)).generate_until(asked) == [trained.tokenizer.decode([65] * 4)] * 2
+
+
+def test_a_rank_without_work_refuses_what_the_others_refuse(
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    mesh: Mesh,  # noqa: F811
+) -> None:
+    from llm.harness import HarnessModel
+
+    idle = Scorer(trained_of(weights, folder), mesh, 2)
+    idle.mine = slice(1, None, 2)
+    with pytest.raises(InputError, match="top_p is 0"):
+        HarnessModel(idle).generate_until(instances("generate_until", [("a", {"top_p": 0, "max_gen_toks": 4})]))
+
+
+def test_generation_stops_when_every_row_has_ended_one_at_its_first_token(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm.harness import HarnessModel
+
+    steps = iter([[None, 65], [None, 66], [None, 67]])
+    monkeypatch.setattr("llm.harness.generate", lambda *_, **__: steps)
+    stop = scorer.trained.tokenizer.decode([66])
+    rows = HarnessModel(scorer).continued([[1], [2]], [stop], 4, SamplingConfig())
+    assert rows == [[], [65, 66]] and next(steps) == [None, 67]

@@ -56,21 +56,17 @@ class Block(nn.Module):
         self.attention_output = layers.linear("attention_output", config.n_head * D, C, bias=bias)
         self.norm_2 = layers.add_norm(config.norm, C, bias=bias, eps=eps, p=config.dropout, site=site + 1)
         self.up = layers.linear("up", C, config.ff_dim * (2 if gated else 1), bias=bias)
+        self.activation = swiglu if gated else gelu
         self.down = layers.linear("down", config.ff_dim, C, bias=bias)
         self.down_dropout = layers.dropout(config.dropout, site + 2)
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        samples: Tensor,
-        documents: Documents | None = None,
-        cache: KVCache | None = None,
+        self, x: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None = None
     ) -> Tensor:
         """x [B, T, C], positions int64 [T] in the row, global sample numbers int64 [B] -> [B, T, C]."""
         attended = self.attend(self.norm_1(x), positions, samples, documents, cache)
         x, normed = self.norm_2(x, attended, samples, positions)  # x = x + dropout(attended), and its norm
-        transformed = self.down(self.activate(self.up(normed)))
+        transformed = self.down(self.activation(self.up(normed), impl=self.impl))
         return self.down_dropout(transformed, samples, positions, residual=x)  # x + dropout(transformed)
 
     def attend(
@@ -85,12 +81,7 @@ class Block(nn.Module):
         return self.attention_output(attended)
 
     def core_attention(
-        self,
-        qkv: Tensor,
-        positions: Tensor,
-        samples: Tensor,
-        documents: Documents | None = None,
-        cache: KVCache | None = None,
+        self, qkv: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None = None
     ) -> Tensor:
         """softmax(q k^T) v, between the two projections: qkv [B, T, (R + 2) K D] -> [B, T, H D]."""
         q, k, v = self.heads(qkv, document_positions(positions, documents))
@@ -111,11 +102,6 @@ class Block(nn.Module):
             return rope_qkv(qkv, positions, n_kv_head=K, head_dim=D, theta=theta, impl=self.impl)
         q, k, v = qkv.unflatten(-1, (K, R + 2, D)).split((R, 1, 1), dim=3)
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
-
-    def activate(self, x: Tensor) -> Tensor:
-        if self.config.activation == "gelu":
-            return gelu(x, impl=self.impl)
-        return swiglu(x, impl=self.impl)
 
 
 class GPT(nn.Module):
@@ -180,5 +166,4 @@ class GPT(nn.Module):
                 x = recomputed(block, x, positions, samples, documents)
             else:
                 x = block(x, positions, samples, documents, cache)
-        x = self.norm(x)
-        return self.head.logits(x) if targets is None else self.head.loss(x, targets)
+        return self.head(self.norm(x), targets)

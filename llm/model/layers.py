@@ -9,7 +9,7 @@ Shapes: B batch, T time (sequence), C model width, H query heads, K key/value he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from llm.config import ModelConfig
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
+Module = TypeVar("Module", bound=nn.Module)
 TensorFunction: TypeAlias = Callable[[Tensor], Tensor]
 # A target of this value is not counted in the loss.
 IGNORED_TARGET = -100
@@ -40,7 +41,7 @@ class Documents(NamedTuple):
     """int32 [documents + 1]: where documents begin in the B * T tokens, ascending from 0 to B * T."""
 
 
-def replicated(module: nn.Module) -> nn.Module:
+def replicated(module: Module) -> Module:
     """Mark every parameter of `module` as the full global tensor."""
     for parameter in module.parameters():
         mark(parameter, Slice.full(tuple(parameter.shape)))
@@ -83,7 +84,7 @@ class Embedding(nn.Module):
 
 
 class LanguageModelHead(nn.Module):
-    """Projection to the vocabulary and its loss; both go through `forward`, where ZeRO 3 gathers the weight."""
+    """Projection to the vocabulary, and its loss: both in `forward`, where ZeRO 3 gathers the weight."""
 
     def __init__(self, weight: nn.Parameter, *, z_loss: float, impl: str = "auto") -> None:
         super().__init__()
@@ -91,18 +92,11 @@ class LanguageModelHead(nn.Module):
         self.z_loss = z_loss
         self.impl = impl
 
-    def logits(self, x: Tensor) -> Tensor:
-        """[..., C] -> fp32 [..., V]."""
-        return self(x)
-
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """[..., C], int64 [...] -> fp32 []: the sum of -log p(target) over targets that are not IGNORED_TARGET.
-
-        In training the z-loss is added to it (kernels/cross_entropy/linear.py).
-        """
-        return self(x, targets)
-
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x [..., C] -> logits fp32 [..., V], or with targets int64 [...] the sum of their losses, fp32 [].
+
+        A loss is -log p(target), 0 for IGNORED_TARGET; in training with z-loss (kernels/cross_entropy/linear.py).
+        """
         if targets is None:
             return F.linear(x, self.weight).float()
         z_loss = self.z_loss if self.training else 0.0
@@ -136,39 +130,6 @@ class Norm(nn.Module):
         return layer_norm(x, weight, bias, self.eps, impl=self.impl)
 
 
-class AddNorm(Norm):
-    """Adds a branch, with dropout, to the stream and normalises the sum: one pass instead of three."""
-
-    def __init__(
-        self,
-        kind: str,
-        width: int,
-        *,
-        bias: bool,
-        eps: float,
-        impl: str,
-        on_weight: TensorFunction,
-        key: DropoutKey,
-        local_positions: TensorFunction,
-    ) -> None:
-        super().__init__(kind, width, bias=bias, eps=eps, impl=impl, on_weight=on_weight)
-        self.key = key
-        self.local_positions = local_positions
-
-    def forward(self, stream: Tensor, branch: Tensor, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(stream + dropout(branch), its norm), all [B, T, C]; samples int64 [B], positions int64 [T] as in Dropout."""
-        weight, bias = self.affine()
-        key = self.key if self.training and self.key.p > 0 else None
-        options: dict[str, Any] = dict(
-            dropout=key, samples=samples, positions=self.local_positions(positions), impl=self.impl
-        )
-        if self.kind == "rmsnorm":
-            normed, stream = add_rms_norm(branch, stream, weight, self.eps, **options)
-        else:
-            normed, stream = add_layer_norm(branch, stream, weight, bias, self.eps, **options)
-        return stream, normed
-
-
 class Dropout(nn.Module):
     """Dropout whose mask is a function of (seed, site, sample, position, channel): no layout changes it.
 
@@ -181,11 +142,37 @@ class Dropout(nn.Module):
         self.impl = impl
         self.local_positions = local_positions
 
+    @property
+    def active(self) -> DropoutKey | None:
+        """The key of the mask; None where nothing is dropped."""
+        return self.key if self.training and self.key.p > 0 else None
+
     def forward(self, x: Tensor, samples: Tensor, positions: Tensor, residual: Tensor | None = None) -> Tensor:
         """dropout(x) (+ residual): x, residual [B, T, C], global sample numbers int64 [B], positions int64 [T]."""
-        if not self.training or self.key.p == 0:
+        if self.active is None:
             return x if residual is None else residual + x
         return dropout(x, self.key, samples, self.local_positions(positions), residual=residual, impl=self.impl)
+
+
+class AddNorm(Norm):
+    """Adds a branch, with dropout, to the stream and normalises the sum: one pass instead of three."""
+
+    def __init__(
+        self, kind: str, width: int, dropout: Dropout, *, bias: bool, eps: float, impl: str, on_weight: TensorFunction
+    ) -> None:
+        super().__init__(kind, width, bias=bias, eps=eps, impl=impl, on_weight=on_weight)
+        self.dropout = dropout
+
+    def forward(self, stream: Tensor, branch: Tensor, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(stream + dropout(branch), its norm), all [B, T, C]; samples int64 [B], positions int64 [T] as in Dropout."""
+        weight, bias = self.affine()
+        key, positions = self.dropout.active, self.dropout.local_positions(positions)
+        options: dict[str, Any] = dict(dropout=key, samples=samples, positions=positions, impl=self.impl)
+        if self.kind == "rmsnorm":
+            normed, stream = add_rms_norm(branch, stream, weight, self.eps, **options)
+        else:
+            normed, stream = add_layer_norm(branch, stream, weight, bias, self.eps, **options)
+        return stream, normed
 
 
 class CausalAttention(nn.Module):
@@ -251,12 +238,8 @@ class DenseLayers:
 
     def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         """`tied`: the embedding whose table is the projection too."""
-        if tied is not None:
-            return LanguageModelHead(cast(nn.Parameter, tied.weight), z_loss=self.z_loss, impl=self.impl)
-        weight = nn.Parameter(torch.empty(vocab_size, width))
-        head = LanguageModelHead(weight, z_loss=self.z_loss, impl=self.impl)
-        replicated(head)
-        return head
+        weight = nn.Parameter(torch.empty(vocab_size, width)) if tied is None else cast(nn.Parameter, tied.weight)
+        return replicated(LanguageModelHead(weight, z_loss=self.z_loss, impl=self.impl))
 
     def norm(self, kind: str, width: int, *, bias: bool, eps: float) -> nn.Module:
         """[..., width] -> [..., width]."""
@@ -264,19 +247,8 @@ class DenseLayers:
 
     def add_norm(self, kind: str, width: int, *, bias: bool, eps: float, p: float, site: int) -> nn.Module:
         """stream, branch -> (stream + dropout(branch), its norm)."""
-        key = DropoutKey(p, self.seed, site)
-        return replicated(
-            AddNorm(
-                kind,
-                width,
-                bias=bias,
-                eps=eps,
-                impl=self.impl,
-                on_weight=self.on_weight,
-                key=key,
-                local_positions=self.local_positions,
-            )
-        )
+        dropout = self.dropout(p, site)
+        return replicated(AddNorm(kind, width, dropout, bias=bias, eps=eps, impl=self.impl, on_weight=self.on_weight))
 
     def dropout(self, p: float, site: int) -> Dropout:
         return Dropout(DropoutKey(p, self.seed, site), impl=self.impl, local_positions=self.local_positions)

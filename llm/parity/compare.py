@@ -84,11 +84,6 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return size(found.to(expected.device).double() - expected.double())
 
 
-def joint_size(tensors: Iterable[Tensor]) -> float:
-    """2-norm of all of them as one vector."""
-    return math.sqrt(sum(size(tensor) ** 2 for tensor in tensors))
-
-
 def gradient_check(name: str, step: int, found: Tensor, own: Tensor, exact: Tensor, all_gradients: float) -> Check:
     """`own`: the oracle's in the layout's precision; `exact`: in fp32 (the same tensor); `all_gradients`: |g_all|."""
     expected = size(exact)
@@ -98,7 +93,7 @@ def gradient_check(name: str, step: int, found: Tensor, own: Tensor, exact: Tens
 
 def norm_check(step: int, found: float, gradients: Iterable[Tensor]) -> Check:
     """The layout's norm against that of the very gradients it reports: exact in every precision."""
-    expected = joint_size(gradients)
+    expected = math.hypot(*map(size, gradients))
     return Check("gradient norm", "", step, abs(found - expected), SCALARS["gradient norm"] * expected, expected)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypeAlias
 
 import torch
@@ -135,24 +137,22 @@ def gather_state(pieces: Iterable[Piece], shapes: Shapes, kinds: Sequence[str]) 
     Every element of every tensor must be in exactly one piece. A sum over ranks of tensors that are zero elsewhere is
     then exact; a second sum counts. Collective.
     """
-    held: dict[tuple[str, str], list[Piece]] = {}
+    held: defaultdict[tuple[str, str], list[Piece]] = defaultdict(list)
     for piece in pieces:
-        held.setdefault((piece.name, piece.kind), []).append(piece)
-    unexpected = {key for key in held if key[0] not in shapes or key[1] not in kinds}
-    problems = [f"{name} ({kind}): a piece that was not expected" for name, kind in unexpected]
-    state: State = {}
-    for name, shape in shapes.items():
-        for kind in kinds:
-            values, counts = torch.zeros(shape), torch.zeros(shape, dtype=torch.uint8)
-            for piece in held.get((name, kind), []):
-                problem = _add_piece(piece, values, counts)
-                problems += [f"{name} ({kind}): {problem}"] if problem else []
-            values, counts = _all_reduce(values), _all_reduce(counts)
-            if dist.get_rank() == 0:
-                state[name, kind] = values
-                for wrong, where in ((counts == 0, "in no rank's state"), (counts > 1, "in more than one piece")):
-                    if n := int(wrong.sum()):
-                        problems.append(f"{name} ({kind}): {n} of {counts.numel()} elements are {where}")
+        held[piece.name, piece.kind].append(piece)
+    state, problems = State(), list[str]()
+    for name, kind in product(shapes, kinds):
+        values, counts = torch.zeros(shapes[name]), torch.zeros(shapes[name], dtype=torch.uint8)
+        for piece in held.pop((name, kind), []):
+            problem = _add_piece(piece, values, counts)
+            problems += [f"{name} ({kind}): {problem}"] if problem else []
+        values, counts = _all_reduce(values), _all_reduce(counts)
+        if dist.get_rank() == 0:
+            state[name, kind] = values
+            for wrong, where in ((counts == 0, "in no rank's state"), (counts > 1, "in more than one piece")):
+                if n := int(wrong.sum()):
+                    problems.append(f"{name} ({kind}): {n} of {counts.numel()} elements are {where}")
+    problems += [f"{name} ({kind}): a piece that was not expected" for name, kind in held]
     return state, _of_all_ranks(problems)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from llm.config import ParallelConfig, RunConfig
 from llm.parity.batches import micro_batches, target_count
-from llm.parity.compare import Check, Scalar, gradient_check, joint_size, norm_check, scalar_checks, state_check
+from llm.parity.compare import Check, Scalar, gradient_check, norm_check, scalar_checks, size, state_check
 from llm.parity.layout import Gathered, State, StepRecord
 from llm.train.build import build_model
 from llm.train.engines.plain import PlainEngine
@@ -78,7 +79,7 @@ class Oracle:
 
     def _check_gradients(self, record: StepRecord, losses: list[float]) -> None:
         number, names = record.number, record.gradients
-        all_gradients = joint_size(self.exact.gradient(name) for name in names)
+        all_gradients = math.hypot(*(size(self.exact.gradient(name)) for name in names))
         for name, gradient in record.gradients.items():
             own, exact = self.own.gradient(name), self.exact.gradient(name)
             self.checks.append(gradient_check(name, number, gradient, own, exact, all_gradients))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from llm.config import ModelConfig, RunConfig
-from llm.files import replace
 from llm.parity.compare import SCALARS, Check, worst
 
 GROUPS = ("embedding", "position table", "norms", "qkv", "attention output", "up", "down", "head")
@@ -108,7 +104,7 @@ def _verdict(checks: Sequence[Check]) -> str:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report as JSON types; a number that is not finite is the text "nan" or "inf"."""
+    """The report for `llm.files.write_json`."""
     names = dict.fromkeys(check.name for check in report.checks if check.name)
     parameters = {name: {q: _numbers([c for c in report.of(q) if c.name == name]) for q in TENSORS} for name in names}
     groups = {group: {q: _numbers(report.of(q, group)) for q in TENSORS} for group in GROUPS}
@@ -129,15 +125,13 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def _numbers(checks: Sequence[Check]) -> dict[str, Any] | None:
     """The check nearest to its bound, or None where nothing was compared."""
-    most = worst(checks)
-    if most is None:
+    if (most := worst(checks)) is None:
         return None
-    numbers = {
-        "error": most.error, "bound": most.bound, "expected": most.size, "relative": most.relative, "share": most.share,
+    return {
+        **({"parameter": most.name} if most.name else {}), "step": most.step, "error": most.error,
+        "bound": most.bound, "expected": most.size, "relative": most.relative, "share": most.share,
+        "passed": all(check.passed for check in checks),
     }  # fmt: skip
-    ready = {key: value if math.isfinite(value) else str(value) for key, value in numbers.items()}
-    named = {"parameter": most.name} if most.name else {}
-    return {**named, "step": most.step, **ready, "passed": all(check.passed for check in checks)}
 
 
 def show(report: Report, terminal: Console) -> None:
@@ -156,8 +150,3 @@ def show(report: Report, terminal: Console) -> None:
     if len(failures) > SHOWN:
         terminal.print(f"  and {len(failures) - SHOWN} more failures: see the JSON")
     terminal.print("PASS" if report.passed else "FAIL")
-
-
-def write(report: Report, path: Path) -> None:
-    """Write the JSON whole, or leave what was there."""
-    replace(path, (json.dumps(to_json(report), indent=1, allow_nan=False) + "\n").encode())

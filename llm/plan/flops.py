@@ -86,18 +86,16 @@ def flops_of_steps(model: ModelConfig, phases: Sequence[Phase], first: int, last
 
     Documents that do not attend to one another spare some of attention's, which no formula here leaves out.
     """
-    total = 0.0
-    for phase, steps in steps_by_phase(phases, first, last):
-        total += steps * phase.global_batch_size * phase.seq_len * flops_per_token(model, phase.seq_len, formula)
-    return total
+    return sum(
+        steps * phase.global_batch_size * phase.seq_len * flops_per_token(model, phase.seq_len, formula)
+        for phase, steps in steps_by_phase(phases, first, last)
+    )
 
 
 def peak_tflops(device_name: str, precision: Precision) -> float | None:
     """Dense peak of one GPU in TFLOP/s; None if not known (a CPU, a MIG slice, a new GPU)."""
-    for pattern, peaks in PEAK_TFLOPS.items():
-        if re.fullmatch(pattern, device_name):
-            return peaks.get(precision)
-    return None
+    known = (peaks for pattern, peaks in PEAK_TFLOPS.items() if re.fullmatch(pattern, device_name))
+    return next(known, {}).get(precision)
 
 
 def achieved_tflops(flops: float, seconds: float, world_size: int) -> float:

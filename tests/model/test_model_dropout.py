@@ -39,7 +39,7 @@ def keys_by_place(model: GPT) -> dict[str, DropoutKey]:
 
 
 PLACES = ["embedding_dropout"] + [
-    f"blocks.{i}.{name}" for i in range(L) for name in ("attention", "norm_2", "down_dropout")
+    f"blocks.{i}.{name}" for i in range(L) for name in ("attention", "norm_2.dropout", "down_dropout")
 ]
 
 

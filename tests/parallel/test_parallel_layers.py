@@ -156,7 +156,7 @@ def vocabulary_case(size: int, V: int) -> None:
         embedding.weight[: held.stop - held.start].copy_(held.take(table))
     head = VocabParallelHead(embedding.weight, z_loss=0.0, tp=tp)
     x = embedding(tokens).tanh()
-    loss = head.loss(x, targets)
+    loss = head(x, targets)
     loss.backward()
     grad = embedding.weight.grad
     assert grad is not None
@@ -164,7 +164,7 @@ def vocabulary_case(size: int, V: int) -> None:
     torch.testing.assert_close(grad[: held.stop - held.start], held.take(whole.grad), atol=1e-6, rtol=1e-5)
     assert not grad[held.stop - held.start :].any(), "padding rows must stay untouched"
     with torch.no_grad():
-        gathered = head.logits(x)
+        gathered = head(x)
     assert gathered.shape == (3, 7, V)
     torch.testing.assert_close(gathered, logits.float().detach())
 
@@ -184,7 +184,7 @@ def extreme_logits_case() -> None:
     with torch.no_grad():
         weight.copy_(weight.slice.take(torch.tensor([[1000.0], *[[0.0]] * 7])))
     x = torch.tensor([[1.0], [1.0], [0.0]])
-    losses = [float(head.loss(x[i : i + 1], torch.tensor([t]))) for i, t in enumerate((0, 3, 5))]
+    losses = [float(head(x[i : i + 1], torch.tensor([t]))) for i, t in enumerate((0, 3, 5))]
     torch.testing.assert_close(losses, [0.0, 1000.0, 2.0794415])
 
 
