@@ -394,6 +394,7 @@ def test_no_space_is_put_between_the_pieces_of_a_document(monkeypatch: pytest.Mo
     text = "\n".join(f"line {i} of one text" for i in range(400))
     write_corpus(Path("text.jsonl"), [*(text for text in DOCUMENTS if chosen(text) == "validation"), text])
     monkeypatch.setattr(cutting, "PIECE", 1000)
+    monkeypatch.setattr(reading, "PIECE", 1000)
     monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 2000)
     prepare(make_config(2000, path="out", tokenizer="given.json", validation_fraction=0.2))
     tokenizer = Tokenizer.load(Path("given.json"))
