@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from llm.errors import InputError, require
 
-NAME = re.compile(r"(?i).+\.(?:(txt|jsonl|ndjson|json)(?:\.(?:gz|bz2|xz|zst))?|(parquet|arrow|feather))")
+NAME = re.compile(r"(?is).+\.(?:(txt|jsonl|ndjson|json)(?:\.(?:gz|bz2|xz|zst))?|(parquet|arrow|feather))")
 EXPECTED = ".txt, .jsonl, .ndjson or .json (or these with .gz, .bz2, .xz or .zst), .parquet, .arrow or .feather"
 # What Hugging Face's `datasets` writes beside its data.
 ABOUT_DATA = re.compile(r"dataset_(?:dict|info|infos)\.json|state\.json|cache-.*\.arrow")

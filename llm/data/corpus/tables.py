@@ -40,7 +40,7 @@ def _parquet(path: Path, key: str) -> Iterator[tuple[pa.Array, list[str]]]:
     with pq.ParquetFile(path, buffer_size=BUFFER, page_checksum_verification=True) as file:
         names = _resolve(file.schema_arrow, key, path)
         for batch in file.iter_batches(ROWS, columns=[".".join(names)], use_threads=False):
-            yield batch.column(0), names
+            yield batch.column(names[0]), names
 
 
 def _arrow(path: Path, key: str) -> Iterator[tuple[pa.Array, list[str]]]:

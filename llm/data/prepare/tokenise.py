@@ -212,11 +212,13 @@ def _write(
 
 def _tokenise(pieces: Iterator[Piece], folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, int], int]:
     """Write the .bin/.idx pairs; the number of tokens of each split, and how many words were cut."""
-    dtype, cut_words = token_dtype(tokenizer.vocab_size), 0
+    dtype, cut_words, begins = token_dtype(tokenizer.vocab_size), 0, True
     with ExitStack() as files:
         writers = {name: files.enter_context(TokenWriter.open(folder / name, dtype)) for name in SPLITS}
         for batch in _batches(pieces):
-            encoded, cut = tokenizer.encode_batch([text for _, text, _ in batch])
+            ended = [begins, *(ends for _, _, ends in batch)]
+            encoded, cut = tokenizer.encode_batch([text for _, text, _ in batch], ended[:-1])
+            begins = ended[-1]
             cut_words += cut
             for (split, _, ends), ids in zip(batch, encoded, strict=True):
                 end = [tokenizer.eod_id] * ends

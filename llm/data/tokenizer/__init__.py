@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 
 import numpy as np
@@ -126,13 +126,17 @@ class Tokenizer:
         """Token ids of a text; no end-of-document token is added. InputError for text that has no tokens."""
         return self.encode_batch([text])[0][0]
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-        """Token ids of each text, on all cores, and how many cuts were forced (`pieces`). InputError as encode()."""
+    def encode_batch(self, texts: Sequence[str], begins: Iterable[bool] = repeat(True)) -> tuple[list[list[int]], int]:
+        """Token ids of each text, on all cores, and how many cuts were forced (`pieces`). InputError as encode().
+
+        begins: whether each begins a document. If it goes on with one, no space is put before it.
+        """
         cut = [pieces(text, LONGEST_PIECE) for text in texts]
-        found = self._encode(self._inner, [parts[0] for parts, _ in cut])
-        rest = iter(self._encode(self._rest, [piece for parts, _ in cut for piece in parts[1:]]))
+        firsts = [parts.pop(0) if first else "" for (parts, _), first in zip(cut, begins, strict=False)]
+        found = self._encode(self._inner, firsts)
+        rest = iter(self._encode(self._rest, [piece for parts, _ in cut for piece in parts]))
         for ids, (parts, _) in zip(found, cut, strict=True):
-            for _ in parts[1:]:
+            for _ in parts:
                 ids += next(rest)
         return found, sum(forced for _, forced in cut)
 

@@ -8,6 +8,8 @@ import os
 import sysconfig
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from formats import COMPRESSIONS, FORMS, SKIPPABLE, array, arrow, jsonl, parquet
@@ -39,7 +41,8 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path):
     (tmp_path / "z-.txt").write_text("z-")
     (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(jsonl(["a"])))
     (tmp_path / "c.jsonl.txt").write_text("not json")
-    assert read(tmp_path) == ["a", "b", "not json", "z-", "za1", "za2"]
+    (tmp_path / "c\n\x1b[31m.txt").write_text("any name")
+    assert read(tmp_path) == ["a", "b", "any name", "not json", "z-", "za1", "za2"]
     assert list(read_corpus(f"{tmp_path}/[bz]*")) == ["b", "z-", "za1", "za2"]
 
 
@@ -107,6 +110,13 @@ def test_any_field_holds_the_text(tmp_path: Path):
             refused(tmp_path / name, f"{name}: found no field `{key}`, but n, meta; set data.text_key", text_key=key)
         refused(tmp_path / name, f"{name}: `n` is int64; expected text", text_key="n")
         refused(tmp_path / name, f"{name}: `meta` is struct", text_key="meta")
+
+
+@pytest.mark.parametrize("columns", [["a", "a.b"], ["a.b", "a"]])
+def test_a_column_of_that_whole_name_comes_first(tmp_path: Path, columns: list[str]):
+    table = pa.table({"a": [{"b": "no"}], "a.b": ["dotted"]}).select(columns)
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", text_key="a.b") == ["dotted"]
 
 
 def test_what_no_one_reads_may_be_odd(tmp_path: Path):

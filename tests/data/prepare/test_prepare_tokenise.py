@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizer_kinds import tokenizer_json
 
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.data.corpora import Corpora
@@ -351,7 +352,9 @@ def test_what_is_passed_over_is_counted_and_said():
 def test_cut_words_are_counted(monkeypatch: pytest.MonkeyPatch):
     encode = Tokenizer.encode_batch
     monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 1000)
-    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: (encode(self, texts)[0], len(texts)))
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda self, texts, begins: (encode(self, texts, begins)[0], len(texts))
+    )
     manifest = prepare(make_config())
     assert manifest.text == TextCounts(cut_words=len(DOCUMENTS))
     assert "60 words too long for the tokenizer, cut" in summary(Path("x"), manifest, 300)
@@ -374,11 +377,28 @@ def test_long_documents_are_tokenised_in_pieces(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(cutting, "WINDOW", 300)
     monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 5000)
     monkeypatch.setattr(
-        Tokenizer, "encode_batch", lambda self, texts: (sizes.append(sum(map(len, texts))), encode(self, texts))[1]
+        Tokenizer,
+        "encode_batch",
+        lambda self, texts, begins: (sizes.append(sum(map(len, texts))), encode(self, texts, begins))[1],
     )
     assert prepare(make_config(path="parts", source="texts")) == whole
     assert hashes(Path("parts")) == hashes(Path("whole"))
     assert max(sizes) <= 6000 < min(map(len, texts))
+
+
+@pytest.mark.parametrize("kind", ["llama2", "mistral"])
+def test_no_space_is_put_between_the_pieces_of_a_document(monkeypatch: pytest.MonkeyPatch, kind: str):
+    """Tokenizers that put a space before a text put one before a document, not before each piece of it."""
+    Path("given.json").write_text(tokenizer_json(kind))
+    text = "\n".join(f"line {i} of one text" for i in range(400))
+    write_corpus(Path("text.jsonl"), [*(text for text in DOCUMENTS if chosen(text) == "validation"), text])
+    monkeypatch.setattr(cutting, "PIECE", 1000)
+    monkeypatch.setattr(reading, "PIECE", 1000)
+    monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 2000)
+    prepare(make_config(2000, path="out", tokenizer="given.json", validation_fraction=0.2))
+    tokenizer = Tokenizer.load(Path("given.json"))
+    ids = np.fromfile("out/train.bin", "<u2")
+    assert tokenizer.decode(ids[:-1].tolist()) == text
 
 
 @pytest.mark.parametrize(("tokenizer", "passes"), [("trained/tokenizer.json", 1), ("train", 2)])
