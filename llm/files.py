@@ -52,6 +52,11 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
     return digest.hexdigest()
 
 
+def create_bytes(path: Path, content: bytes) -> None:
+    """`create` a file that holds `content`."""
+    create(path, [content], len(content))
+
+
 def create_safetensors(
     path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], tensors: Iterator[Tensor]
 ) -> tuple[int, str]:
@@ -103,7 +108,7 @@ def replace(path: Path, content: bytes) -> None:
     """Make `path` hold `content`, or, whatever happens, leave it as it was."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    create(temporary, [content], len(content))
+    create_bytes(temporary, content)
     os.replace(temporary, path)
     sync_folder(path.parent)
 
@@ -126,12 +131,13 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
 def complete_folder(path: Path) -> Iterator[Path]:
     """An empty folder, which becomes `path` when the block ends without an exception, and is gone after one.
 
-    Raises InputError where there is something at `path` already.
+    Raises InputError where there is something at `path` already; an empty folder is none, but a link is, or a mount.
     """
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        found = path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)
+        special = path.is_symlink() or path.is_mount()  # which no folder can take the place of
+        found = special or (path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None))
         require(not found, f"{path} is there already; choose another, or move it away")
         temporary.mkdir(mode=0o700, parents=True)
     except OSError as error:

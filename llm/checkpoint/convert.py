@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,8 @@ class HuggingFaceReader:
             found = found.t() if weight.transposed and found.dim() == 2 else found
             ours = each.of(target, group)
             ours.copy_(found.unflatten(0, ours.shape[:2]))
+        if not target.isfinite().all():
+            raise CheckpointError(f"{name} has values that are not finite in {self.folder}")
         return target
 
     def pieces(self) -> Iterator[Piece]:
@@ -198,6 +200,7 @@ def _whole(source: CheckpointReader, name: str, dtype: torch.dtype) -> Tensor:
     found = source.read(name)
     low, high = found.aminmax()
     largest, limit = float(torch.maximum(-low, high)), torch.finfo(dtype).max
+    require(largest < inf, f"{name} has values that are not finite; choose an earlier checkpoint")
     require(largest <= limit, f"{name} has values up to {largest:g}; {dtype} ends at {limit:g}: choose another --dtype")
     return found
 
@@ -244,5 +247,4 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2).encode()
-    files.create(path, [text], len(text))
+    files.create_bytes(path, json.dumps(content, indent=2).encode())
