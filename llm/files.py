@@ -53,10 +53,9 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
     return digest.hexdigest()
 
 
-def create_text(path: Path, text: str) -> tuple[int, str]:
-    """`create` a file of UTF-8: (size, sha256)."""
-    raw = text.encode()
-    return len(raw), create(path, [raw], len(raw))
+def create_bytes(path: Path, content: bytes) -> tuple[int, str]:
+    """`create` a file that holds `content`: (size, sha256)."""
+    return len(content), create(path, [content], len(content))
 
 
 def create_safetensors(
@@ -124,7 +123,7 @@ def replace(path: Path, content: bytes) -> None:
     """Make `path` hold `content`, or, whatever happens, leave it as it was."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    create(temporary, [content], len(content))
+    create_bytes(temporary, content)
     os.replace(temporary, path)
     sync_folder(path.parent)
 
@@ -154,12 +153,13 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
 def complete_folder(path: Path) -> Iterator[Path]:
     """An empty folder, which becomes `path` when the block ends without an exception, and is gone after one.
 
-    Raises InputError where there is something at `path` already.
+    Raises InputError where there is something at `path` already; an empty folder is none, but a link is, or a mount.
     """
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        found = path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)
+        special = path.is_symlink() or path.is_mount()  # which no folder can take the place of
+        found = special or (path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None))
         require(not found, f"{path} is there already; choose another, or move it away")
         temporary.mkdir(mode=0o700, parents=True)
     except OSError as error:

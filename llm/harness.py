@@ -20,7 +20,6 @@ from lm_eval.tasks import TaskManager
 from llm.errors import InputError, require
 from llm.evaluate import Record, Request, Scorer, in_parts, windows
 from llm.generate import generate
-from llm.parallel.agreement import together
 from llm.sampling import SamplingConfig
 
 SAMPLING = {"temperature", "top_k", "top_p", "repetition_penalty"}
@@ -129,7 +128,11 @@ def check_answers(task: Task, limit: int | None) -> None:
 
 
 def open_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> TaskManager:
-    """Find the tasks and check their items, before the model is asked."""
+    """Find the tasks and check their items, before the model is asked. Raises InputError for one that cannot be loaded.
+
+    names: known to the harness, given by a YAML file in `folder`, or paths of YAML files. limit: items of each task.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     require(folder is None or folder.is_dir(), f"--task-folder {folder} is not a folder")
     require(limit is None or limit >= 1, f"--limit is {limit}; expected at least 1")
     with explained(names):
@@ -142,15 +145,13 @@ def open_tasks(names: Sequence[str], folder: Path | None, limit: int | None) -> 
 
 
 def run_tasks(
-    scorer: Scorer, names: Sequence[str], folder: Path | None, num_fewshot: int | None, limit: int | None
+    scorer: Scorer, names: Sequence[str], manager: TaskManager, num_fewshot: int | None, limit: int | None
 ) -> dict[str, Record]:
     """The metrics of each task, as the harness names them: `acc,none` is accuracy without a filter.
 
-    names: known to the harness, given by a YAML file in `folder`, or paths of YAML files. limit: items of each task.
-    Collective; rank 0 has the result. Raises InputError for a task that cannot be loaded or scored.
+    manager: what open_tasks gave for these names. Collective; rank 0 has the result. Raises InputError for a task that
+    cannot be scored.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = together(lambda: open_tasks(names, folder, limit))
     with explained(names):
         results: Any = simple_evaluate(
             HarnessModel(scorer), tasks=[*names], num_fewshot=num_fewshot, limit=limit, task_manager=manager,

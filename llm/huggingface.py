@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llm import files
 from llm.checkpoint.convert import DTYPES, open_hf, write_hf, write_plain
@@ -16,7 +16,7 @@ from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, RunConfig
 from llm.config.parse import to_dict, to_yaml
 from llm.data.tokenizer import Tokenizer
-from llm.errors import require
+from llm.errors import InputError, require
 from llm.trained import load_trained, open_trained
 
 TOLERANCE = 1e-4  # of logits, in fp32; where one is above 1, of the largest
@@ -40,8 +40,8 @@ def export(path: Path, target: Path, *, dtype: str, plain: bool) -> str:
     with files.complete_folder(target) as folder:
         if plain:
             write_plain(source, folder, dtype=dtype)
-            (folder / "config.yaml").write_text(to_yaml(config))
-            tokenizer.save(folder / "tokenizer.json")
+            files.create_bytes(folder / "config.yaml", to_yaml(config).encode())
+            files.create_bytes(folder / "tokenizer.json", tokenizer.raw)
             return f"{target}: the weights of step {source.state['step']} under Ingot's names, in {dtype}"
         write_hf(source, config.model, folder, end=tokenizer.eod_id, dtype=dtype)
         _write_tokenizer(tokenizer, folder, config.model.max_seq_len)
@@ -66,8 +66,8 @@ def import_folder(folder: Path, name: str, runs: Path) -> str:
     state["engine"] = {"optimizer_step": 0, "loss_scale": None}
     with files.complete_folder(runs / name) as partial:
         checkpoint = write_checkpoint(partial / "checkpoints", 0, source.pieces(), state, keep_last=1)
-        (partial / "config.yaml").write_text(to_yaml(config))
-        shutil.copyfile(folder / "tokenizer.json", partial / "tokenizer.json")
+        files.create_bytes(partial / "config.yaml", to_yaml(config).encode())
+        files.create_bytes(partial / "tokenizer.json", tokenizer.raw)
         if find_spec("transformers") is None:
             return f"{runs / name}: not compared with transformers, which is not installed (pip install 'ingot[hf]')"
         return f"{runs / name}: {_compare(checkpoint, folder, 'float32')}"
@@ -80,8 +80,8 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
         parts["post_processor"] = None
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {"eos_token": tokenizer.end_token, "model_max_length": longest}
-    (folder / "tokenizer.json").write_text(json.dumps(parts))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    files.create_bytes(folder / "tokenizer.json", json.dumps(parts).encode())
+    files.create_bytes(folder / "tokenizer_config.json", json.dumps(settings, indent=2).encode())
 
 
 def _compare(checkpoint: Path, folder: Path, dtype: str) -> str:
@@ -90,8 +90,6 @@ def _compare(checkpoint: Path, folder: Path, dtype: str) -> str:
     dtype: what the weights of the checkpoint are rounded to first, as those of the folder are. The models are in memory
     one after the other.
     """
-    from transformers import AutoModelForCausalLM
-
     model = load_trained(checkpoint, torch.device("cpu")).model
     V, beyond = model.config.vocab_size, max(model.config.layer_window(i) or 0 for i in range(model.config.n_layer))
     T = min(model.config.max_seq_len, beyond + POSITIONS)
@@ -100,15 +98,22 @@ def _compare(checkpoint: Path, folder: Path, dtype: str) -> str:
         for parameter in model.parameters():
             parameter.copy_(parameter.to(DTYPES[dtype]))
         ours = model(tokens, torch.arange(T), torch.arange(ROWS))
-        del model, parameter
-        theirs = (
-            AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-            )
-            .eval()(tokens)
-            .logits
-        )
-    error, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
+    del model, parameter
+    error, largest = float((ours - _their_logits(folder, tokens)).abs().max()), float(ours.abs().max())
     text = f"the logits of {ROWS} x {T} random tokens differ by {error:.1e} at most, the largest is {largest:.1f}"
     require(error <= TOLERANCE * max(1, largest), f"{text}; expected {TOLERANCE:.0e} of it: nothing was written")
     return text
+
+
+@torch.inference_mode()
+def _their_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Logits of `transformers`, fp32 [B, T, V]."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+        return model.eval()(tokens).logits
+    except Exception as error:  # what it raises for a config.json of which it makes nothing is of any type
+        raise InputError(f"{folder}: transformers cannot run this model: {type(error).__name__}: {error}") from error

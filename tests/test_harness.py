@@ -176,10 +176,11 @@ def test_each_request_scores_as_through_hf(hf: Any, scorer: Scorer) -> None:
     assert found == expected and found[0] == probe.split(stop)[0] and len(set(found)) > 3
 
 
-def scores(scorer: Scorer, folder: Path, names: tuple[str, ...] = (*TASKS,), **options: Any) -> dict[str, Any]:
-    from llm.harness import run_tasks
+def scores(scorer: Scorer, folder: Path | None, names: tuple[str, ...] = (*TASKS,), **options: Any) -> dict[str, Any]:
+    from llm.harness import open_tasks, run_tasks
 
-    return run_tasks(scorer, [*names], folder, options.get("num_fewshot"), options.get("limit"))
+    limit = options.get("limit")
+    return run_tasks(scorer, names, open_tasks(names, folder, limit), options.get("num_fewshot"), limit)
 
 
 def test_tasks_score_as_through_hf(hf: Any, scorer: Scorer, folder: Path) -> None:
@@ -253,20 +254,16 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_task_that_cannot_be_scored_is_one_error(scorer: Scorer, tmp_path: Path, name: str) -> None:
-    from llm.harness import run_tasks
-
     items, task, message = BROKEN[name]
     write_task(tmp_path, name, items, task)
     with pytest.raises(InputError, match=f"--tasks {name}: .*{message}.*; check the YAML of the task and its data"):
-        run_tasks(scorer, [name], tmp_path, None, None)
+        scores(scorer, tmp_path, (name,))
 
 
 def test_a_broken_file_is_one_error(scorer: Scorer, tmp_path: Path) -> None:
-    from llm.harness import run_tasks
-
     (tmp_path / "x.yaml").write_text("task: [\n")
     with pytest.raises(InputError, match=r"x\.yaml: ParserError"):
-        run_tasks(scorer, [str(tmp_path / "x.yaml")], None, None, None)
+        scores(scorer, None, (str(tmp_path / "x.yaml"),))
 
 
 def test_a_token_that_pads_the_vocabulary_is_not_written(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import re
 import shutil
 import subprocess
@@ -18,10 +20,10 @@ from thread_ranks import ranks_in_threads
 from tokenizer_kinds import LOSSLESS, tokenizer_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm import huggingface
+from llm import files, huggingface
 from llm.config import OptimConfig
 from llm.data.tokenizer import Tokenizer
-from llm.errors import InputError
+from llm.errors import CheckpointError, InputError
 from llm.huggingface import export, import_folder
 from llm.train.resume import check_resumable
 from llm.trained import load_trained, open_trained
@@ -161,6 +163,15 @@ def test_what_an_export_needs_is_asked_for_first(
     for target in (folder, folder / "config.json"):
         with pytest.raises(InputError, match="is there already"):
             export(run, target, dtype="float32", plain=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for target in ("link", "dangling"):
+        with pytest.raises(InputError, match="is there already"):
+            export(run, tmp_path / target, dtype="float32", plain=True)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "empty")
+    with pytest.raises(InputError, match="is there already"):
+        export(run, tmp_path / "empty", dtype="float32", plain=True)
     (tmp_path / "bare").mkdir()
     shutil.copyfile(folder / "config.json", tmp_path / "bare/config.json")
     shutil.copyfile(folder / "model.safetensors", tmp_path / "bare/model.safetensors")
@@ -177,6 +188,44 @@ def test_what_an_export_needs_is_asked_for_first(
     with ranks_in_threads(1):
         assert "not compared with transformers" in import_folder(folder, "three", tmp_path)
     assert not (tmp_path / "out").exists() and not (tmp_path / "two").exists()
+
+
+def test_what_transformers_cannot_load_is_one_error(imported: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(imported[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": {}}))
+    with pytest.raises(InputError, match="transformers cannot run this model: AttributeError"), ranks_in_threads(1):
+        import_folder(folder, "two", tmp_path / "runs")
+    assert not [*(tmp_path / "runs").iterdir()]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_full_disk_is_one_error_whatever_the_file(
+    plain: bool, imported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write_all = list[int](), files.write_all
+
+    def limited(descriptor: int, view: memoryview) -> None:
+        if len(written) == limit:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(descriptor)
+        write_all(descriptor, view)
+
+    monkeypatch.setattr(files, "write_all", limited)
+    monkeypatch.setattr(huggingface, "_compare", lambda *arguments: "")
+    limit = 1000
+    export(imported[1], tmp_path / "out", dtype="float32", plain=plain)
+    total, names = len(written), [*(tmp_path / "out").iterdir()]
+    # By files.create, which says what is full and syncs the bytes.
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in names)
+    shutil.rmtree(tmp_path / "out")
+    for last in (0, *range(total - len(names) + 1, total)):  # the first part of the weights, and every other file
+        limit = last
+        written.clear()
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            export(imported[1], tmp_path / "out", dtype="float32", plain=plain)
+        assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

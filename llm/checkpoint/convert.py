@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class HuggingFaceReader:
                 found = stored[keys[::-1]].t() if weight.transposed else stored[keys]
                 target[run[first:last] - start] = found.float()
                 before += len(run)
+        if not target.isfinite().all():
+            raise CheckpointError(f"{name} has values that are not finite in {self.folder}")
         return target
 
     def pieces(self) -> Iterator[Piece]:
@@ -175,7 +177,7 @@ def write_hf(
     if len(shards) > 1:
         contents[INDEX] = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files_of}
     for file, content in contents.items():
-        files.create_text(folder / file, json.dumps(content, indent=2))
+        files.create_bytes(folder / file, json.dumps(content, indent=2).encode())
 
 
 def write_plain(source: CheckpointReader, folder: Path, *, dtype: str = "float32") -> None:
@@ -190,6 +192,7 @@ def _whole(source: CheckpointReader, name: str, dtype: torch.dtype) -> Tensor:
     found = source.read(name)
     low, high = found.aminmax()
     largest, limit = float(torch.maximum(-low, high)), torch.finfo(dtype).max
+    require(largest < inf, f"{name} has values that are not finite; choose an earlier checkpoint")
     require(largest <= limit, f"{name} has values up to {largest:g}; {dtype} ends at {limit:g}: choose another --dtype")
     return found.to(dtype)
 

@@ -140,12 +140,10 @@ def read_config(found: dict[str, Any]) -> tuple[Form, ModelConfig]:
     if form is GPT2:
         return form, ModelConfig(**values)
     if form is MISTRAL:
-        values["attention_window"] = window = read(int | None, found.get("sliding_window", 4096), "sliding_window")
-        types = found.get("layer_types") or []
-        same = isinstance(types, list) and {*map(str, types)} <= {"sliding_attention" if window else "full_attention"}
-        require(
-            same, f"layer_types is {shown(types)}; Ingot has the window of sliding_window in every layer or in none"
-        )
+        values["attention_window"] = read(int | None, found.get("sliding_window", 4096), "sliding_window")
+    types, kind = found.get("layer_types") or [], "sliding" if values.get("attention_window") else "full"
+    same = isinstance(types, list) and {*map(str, types)} <= {f"{kind}_attention"}
+    require(same, f"layer_types is {shown(types)}; Ingot has the window of sliding_window in every layer or in none")
     config = ModelConfig(**values, rope_theta=_rope_theta(found))
     width = found.get("head_dim")
     require(width in (None, config.head_dim), f"head_dim is {shown(width)}; Ingot's is hidden_size / heads")

@@ -122,7 +122,7 @@ def _write_rank(partial: Path, step: int, rank: int, pieces: Iterable[Piece]) ->
     for number, shard in enumerate(files.by_size(some, lambda piece: piece.data.nbytes, SHARD_BYTES)):
         parts.append(_write_shard(partial, f"{prefix}-{number:05d}.safetensors", step, shard))
         shard.clear()  # before the next one is gathered
-    files.create_text(partial / f"{prefix}.json", merge(parts).to_json())
+    files.create_bytes(partial / f"{prefix}.json", merge(parts).to_json().encode())
 
 
 def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:
@@ -145,9 +145,9 @@ def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
     merged = merge(Manifest.from_json(files.read_regular(path)) for path in reports)
     merged.check_coverage()
     merged.check_sizes(partial)
-    entry = FileEntry(*files.create_text(partial / "state.json", json.dumps(state, indent=1)))
+    entry = FileEntry(*files.create_bytes(partial / "state.json", json.dumps(state, indent=1).encode()))
     manifest = Manifest(merged.step, {**merged.files, "state.json": entry}, merged.tensors)
-    files.create_text(partial / "manifest.json", manifest.to_json())
+    files.create_bytes(partial / "manifest.json", manifest.to_json().encode())
     for path in reports:
         path.unlink()
     files.sync_folder(partial)

@@ -128,7 +128,7 @@ def check_same_model(saved: ModelConfig, current: ModelConfig, but: Collection[s
         for field in now
         if before[field] != now[field] and field not in (*FREE, *but)
     ]
-    advice = "set model.* as the checkpoint has it, or choose another --name"
+    advice = f"set model.* as the checkpoint has it, or choose another {'train.init_from' if but else '--name'}"
     require(not lines, f"the checkpoint is of another model; {advice}" + "".join(lines))
 
 

@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,18 +22,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from thread_ranks import ranks_in_threads
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
 from llm import files
 from llm.checkpoint import convert
 from llm.checkpoint.convert import open_hf, write_hf, write_plain
+from llm.checkpoint.forms import GPT2, NEUTRAL, Form, form_of, read_config, weights, write_config
 from llm.checkpoint.forms import FORMS as ALL_FORMS
-from llm.checkpoint.forms import NEUTRAL, form_of, read_config, weights, write_config
 from llm.checkpoint.reader import CheckpointReader, open_checkpoint
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import ModelConfig
 from llm.config.sections import SparseAttention
-from llm.errors import InputError
+from llm.errors import CheckpointError, InputError
 from llm.model.gpt import GPT
 from llm.model.layers import DenseLayers
 from llm.slices import Slice
@@ -141,11 +142,35 @@ def test_weights_are_rounded_once(dtype: str, folders: dict[str, Path], tmp_path
 
 
 def test_a_weight_that_a_dtype_cannot_hold_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    for value in (1e5, float("nan")):
-        folder = changed(folders["llama"], tmp_path / str(value), {"lm_head.weight": torch.full((301, 32), value)})
-        source = as_checkpoint(folder, tmp_path / f"run-{value}")
-        with pytest.raises(InputError, match=r"head\.weight has values up to .*float16"):
-            exported(source, open_hf(folder).config, tmp_path / f"out-{value}", dtype="float16")
+    folder = changed(folders["llama"], tmp_path / "large", {"lm_head.weight": torch.full((301, 32), 1e5)})
+    source = as_checkpoint(folder, tmp_path / "run")
+    with pytest.raises(InputError, match=r"head\.weight has values up to .*float16"):
+        exported(source, open_hf(folder).config, tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_refused(value: float, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Both ways: a comparison of logits need not meet it."""
+    rows = torch.zeros(301, 32)
+    rows[300, 31] = value
+    reader = open_hf(changed(folders["llama"], tmp_path / "folder", {"lm_head.weight": rows}))
+    with pytest.raises(CheckpointError, match=r"head\.weight has values that are not finite"):
+        reader.read_slice("head.weight", "master", Slice.full((301, 32)))
+    with pytest.raises(InputError, match="values that are not finite"):
+        convert._whole(cast(CheckpointReader, SimpleNamespace(read=lambda name: rows)), "head.weight", torch.bfloat16)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS, ids=lambda form: form.model_type)
+def test_what_a_config_leaves_out_is_as_transformers_takes_it(form: Form) -> None:
+    theirs = {"gpt2": GPT2Config, "llama": LlamaConfig, "mistral": MistralConfig}[form.model_type]()
+    needed = {names: getattr(theirs, names) for names, *default in form.fields.values() if not default}
+    _, config = read_config({"model_type": form.model_type, **needed})
+    for ours, (names, *_) in form.fields.items():
+        for name in names.split():
+            assert getattr(config, "kv_heads" if ours == "n_kv_head" else ours) == getattr(theirs, name, False), name
+    if form is not GPT2:
+        assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert config.attention_window == getattr(theirs, "sliding_window", None)
 
 
 def changed(folder: Path, target: Path, tensors: dict[str, torch.Tensor | None]) -> Path:
@@ -310,6 +335,7 @@ BAD = {
     "quantized": ("llama", with_config(quantization_config={"bits": 4}), "quantization_config is"),
     "code": ("llama", with_config(auto_map={"AutoModel": "x.y"}), "auto_map is"),
     "window-of-llama": ("llama", with_config(sliding_window=7), "sliding_window is 7"),
+    "layer-types-of-llama": ("llama", with_config(layer_types=["sliding_attention"] * 2), "layer_types is"),
     "layer-types": (
         "mistral",
         with_config(layer_types=["sliding_attention", "full_attention"]),
