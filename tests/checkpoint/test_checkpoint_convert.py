@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 from llm import files
 from llm.checkpoint import convert
 from llm.checkpoint.convert import open_hf, write_hf, write_plain
-from llm.checkpoint.forms import GPT2, NEUTRAL, Form, form_of, read_config, weights, write_config
 from llm.checkpoint.forms import FORMS as ALL_FORMS
+from llm.checkpoint.forms import GPT2, NEUTRAL, Form, form_of, read_config, weights, write_config
 from llm.checkpoint.reader import CheckpointReader, open_checkpoint
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import ModelConfig
