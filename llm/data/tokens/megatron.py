@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.tokens.headers import CODES, HEADER, MAGIC, VERSION, check_header, describe_megatron, index_path
+from llm.data.tokens.headers import CODES, HEADER, MAGIC, VERSION, check_header, describe_megatron
 from llm.errors import DamagedFile, InputError
 from llm.files import complete_file
 
@@ -97,19 +97,13 @@ class TokenIndex:
     """Sequences before each document, and all of them [documents + 1]."""
     tokens: int
 
-    @property
-    def documents(self) -> int:
-        return self.bounds.size - 1
-
 
 def read_index(prefix: Path) -> TokenIndex:
     """Open `<prefix>.idx` and check all of it, and the size of `<prefix>.bin` against it.
 
     Raises DamagedFile when a file is unreadable, truncated, of another format or inconsistent.
     """
-    name = f"{prefix}.bin"
-    path = index_path(name, "megatron")
-    assert path is not None
+    name, path = f"{prefix}.bin", f"{prefix}.idx"
     header = describe_megatron(name)
     check_header(name, "megatron", header.dtype, header.tokens)
     sequences, boundaries = (int(n) for n in np.memmap(path, "<i8", "r", 18, (2,)))
