@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.tokens import megatron as formats
-from llm.data.tokens.headers import DTYPES, Header, check_header, check_metadata, check_request, index_path, read_header
+from llm.data.tokens.headers import Header, check_header, check_metadata, check_request, index_path, read_header
 from llm.data.tokens.megatron import check_rising, read_index, token_dtype
 from llm.errors import DamagedFile, require
 
@@ -51,18 +51,6 @@ class ShardList:
     """It is the first token of its document (llm.c), not the last."""
     plans: dict[int, str] = field(default_factory=dict)
     """Sequence length -> path of its packing plan."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.format in DTYPES and self.dtype in DTYPES[self.format],
-            f"corpus {self.name}: {self.format} files of {self.dtype}; expected one of "
-            + "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in DTYPES.items()),
-        )
-        require(
-            len(self.paths) == len(self.tokens) >= 1,
-            f"corpus {self.name}: found {len(self.paths)} files and {len(self.tokens)} token counts; "
-            "expected as many of each, and at least one",
-        )
 
     @property
     def n_tokens(self) -> int:

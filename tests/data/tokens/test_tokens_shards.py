@@ -328,16 +328,3 @@ def test_what_is_no_corpus_is_refused_by_name(tmp_path: Path):
     os.symlink("nowhere", tmp_path / "lost.bin")
     with pytest.raises(DamagedFile, match=r"lost\.bin: cannot be opened"):
         inspect("lost.bin")
-
-
-def test_a_shard_list_is_checked():
-    good = dict(name="x", format="raw", dtype="uint16", paths=("a",), tokens=(1,), vocab_size=9, eod_id=0)
-    assert ShardList(**good).n_tokens == 1
-    for changes, message in [
-        ({"format": "npy"}, "npy files"),
-        ({"format": "llm.c", "dtype": "int32"}, r"llm\.c files of int32"),
-        ({"paths": ()}, "0 files and 1 token counts"),
-        ({"paths": (), "tokens": ()}, "at least one"),
-    ]:
-        with pytest.raises(InputError, match=message):
-            ShardList(**{**good, **changes})
