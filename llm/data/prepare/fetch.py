@@ -88,9 +88,8 @@ class _Remote:
 
 def _without_plans(manifest: Manifest) -> Manifest:
     """The manifest but for packing plans, which prepare_data.py adds to a copy."""
-    return replace(
-        manifest, files={name: entry for name, entry in manifest.files.items() if not name.endswith(".plan")}
-    )
+    files = {name: entry for name, entry in manifest.files.items() if not name.endswith(".plan")}
+    return replace(manifest, files=files)
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:

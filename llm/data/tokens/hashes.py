@@ -80,10 +80,8 @@ class HashCheck:
 
     def check(self) -> None:
         """Raise InputError, naming the file and both hashes, if a file read so far is not as its manifest says."""
-        if self._damage is not None:
-            raise InputError(
-                f"{self._damage}: restore it, or run python launch/prepare_data.py again"
-            ) from self._damage
+        if damage := self._damage:
+            raise InputError(f"{damage}: restore it, or run python launch/prepare_data.py again") from damage
 
     def close(self) -> None:
         """End the thread, at the latest when it has read one more block; check() still answers."""

@@ -139,12 +139,11 @@ def _megatron_counts(file: _File, least: int) -> tuple[int, int]:
         file.fail("does not begin with MMIDIDX as an index of Megatron does")
     file.expect(9, "q", "the version", VERSION)
     sequences, boundaries = struct.unpack("<qq", file.read(18, 16))
+    counts = f"{sequences} sequences and {boundaries} boundaries"
     if sequences < least or boundaries < least + 1:
-        file.fail(f"holds no document: {sequences} sequences and {boundaries} boundaries at byte 18")
+        file.fail(f"holds no document: {counts} at byte 18")
     if file.size != HEADER.size + 12 * sequences + 8 * boundaries:
-        file.fail(
-            f"has {file.size} bytes, which is not what its {sequences} sequences and {boundaries} boundaries take"
-        )
+        file.fail(f"has {file.size} bytes, which is not what its {counts} take")
     return sequences, boundaries
 
 
