@@ -133,8 +133,8 @@ class Manifest:
     def __post_init__(self) -> None:
         require(self.format == FORMAT, f"format is {self.format!r}; expected {FORMAT!r}")
         require(self.vocab_size >= 1, f"vocab_size is {self.vocab_size}; expected at least 1")
-        known = 0 <= self.eod_id < self.vocab_size
-        require(known, f"eod_id is {self.eod_id}; expected 0 <= eod_id < {self.vocab_size}")
+        possible = 0 <= self.eod_id < self.vocab_size
+        require(possible, f"eod_id is {self.eod_id}; expected 0 <= eod_id < {self.vocab_size}")
         known = "train" in self.splits and set(self.splits) <= set(SPLITS)
         require(known, f"splits are {sorted(self.splits)}; expected {SPLITS}, or train alone")
         require("tokenizer.json" in self.files, "files lack tokenizer.json")
