@@ -16,11 +16,6 @@ STDLIB = "stdlib"
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def describe_source(source: str) -> str:
-    """Where the text comes from, for people."""
-    return "source files of the Python standard library" if source == STDLIB else source
-
-
 def stdlib_files() -> list[Path]:
     """Every .py file of the standard library but its tests and installed packages, sorted."""
     root = Path(sysconfig.get_path("stdlib"))

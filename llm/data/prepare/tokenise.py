@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from llm.config import RunConfig
-from llm.data.corpus import TextCorpus, describe_source
+from llm.data.corpus import STDLIB, TextCorpus
 from llm.data.corpus.pieces import divide
 from llm.data.prepare.bigram import folder_loss
 from llm.data.tokenizer import LEARNED, Tokenizer
@@ -193,7 +193,7 @@ def _write(
     bigram = folder_loss(folder, dtype, tokenizer.vocab_size, config.data.seq_len)
     manifest = Manifest(
         format=FORMAT,
-        source=describe_source(config.data.source),
+        source="source files of the Python standard library" if config.data.source == STDLIB else config.data.source,
         source_sha256=text.digest.hexdigest(),
         validation_fraction=config.data.validation_fraction,
         tokenizer=_tokenizer_origin(config),

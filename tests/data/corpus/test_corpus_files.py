@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from formats import COMPRESSIONS, FORMS, SKIPPABLE, array, arrow, jsonl, parquet
 
-from llm.data.corpus import TextCorpus, describe_source, read_corpus, stdlib_files
+from llm.data.corpus import TextCorpus, read_corpus, stdlib_files
 from llm.data.corpus.files import kind_of
 from llm.data.tokens.folder import source_name
 from llm.errors import InputError
@@ -225,4 +225,3 @@ def test_names_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert source_name(name) == name.split(".")[0]
     monkeypatch.chdir(tmp_path)
     assert source_name(".") == source_name(str(tmp_path))
-    assert describe_source("x.txt") == "x.txt"
