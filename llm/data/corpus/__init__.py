@@ -19,10 +19,8 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 def stdlib_files() -> list[Path]:
     """Every .py file of the standard library but its tests and installed packages, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = sorted(
-        (path for path in root.rglob("*.py") if path.is_file() and not LEFT_OUT & set(path.relative_to(root).parts)),
-        key=lambda path: path.relative_to(root).as_posix(),
-    )
+    kept = (path for path in root.rglob("*.py") if path.is_file() and not LEFT_OUT & set(path.relative_to(root).parts))
+    found = sorted(kept, key=Path.as_posix)
     require(
         bool(found),
         f"the Python standard library has no source files in {root}; "
