@@ -7,16 +7,10 @@ from typing import Any
 
 Step = dict[str, Any]
 
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones stand for themselves, the others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-BYTES = _byte_of_character()
+# GPT-2's spelling of bytes: printable ones stand for themselves, the others from U+0100 on.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 SPACE = "▁"  # of SentencePiece
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 KEEP_TEXT = ("Prepend", "NFC", "ByteLevel", "Metaspace", "Split", "Digits", "Punctuation")
