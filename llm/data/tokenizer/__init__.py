@@ -62,11 +62,8 @@ class Tokenizer:
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn the merges of a byte-level BPE. InputError when the text is too small for vocab_size."""
-        require(
-            vocab_size >= SMALLEST_VOCABULARY,
-            f"model.vocab_size is {vocab_size}; expected at least {SMALLEST_VOCABULARY} "
-            "(every byte and the end-of-document token)",
-        )
+        least = f"at least {SMALLEST_VOCABULARY} (every byte and the end-of-document token)"
+        require(vocab_size >= SMALLEST_VOCABULARY, f"model.vocab_size is {vocab_size}; expected {least}")
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
