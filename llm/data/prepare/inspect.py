@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,17 +29,17 @@ def show(corpora: Corpora, sample: int) -> str:
     end = consumed_samples(config.phases, config.train.max_steps)
     require(0 <= sample < end, f"sample {sample} is not of this run; expected 0 to {end - 1}")
     drawn = corpora.curriculum()
-    numbers, positions, epochs = Schedule(config.seed, drawn.phases).locate(sample, 1)
-    number, position = int(numbers[0]), int(positions[0])
+    schedule = Schedule(config.seed, drawn.phases)
+    (number,), (position,), (epoch,) = (column.tolist() for column in schedule.locate(sample, 1))
     name = drawn.names[number]
     shards = corpora.training[name].shards
-    index = [phase.first_sample <= sample for phase in drawn.phases].count(True) - 1
+    index = schedule.phase_index(sample)
     phase = config.phases[index]
     n_samples = next(s.n_samples for s in drawn.phases[index].sources if s.corpus == number)
     step = phase.first_step + (sample - phase.first_sample) // phase.global_batch_size
     head = [
         f"sample {sample}: step {step + 1}, phase {index + 1} of {len(drawn.phases)}, {phase.seq_len} tokens",
-        f"corpus {name}: epoch {int(epochs[0]) + 1}, place {position} of {n_samples}",
+        f"corpus {name}: epoch {epoch + 1}, place {position} of {n_samples}",
     ]
     if len(blend := corpora.blends[index]) > 1:
         head[1] += f", weight {blend[name]:g} of {sum(blend.values()):g}"
@@ -76,16 +76,13 @@ def _describe(shards: ShardList, pieces: Sequence[tuple[int, int]], folder: Path
     return [*lines, ""]
 
 
-def _files(shards: ShardList, start: int, count: int) -> list[str]:
+def _files(shards: ShardList, start: int, count: int) -> Iterator[str]:
     """A line for each file that tokens start .. start + count - 1 lie in."""
     width, before = np.dtype(shards.dtype).itemsize, header_bytes(shards.format)
-    lines = []
     for file, first, n in shards.split(start, count):
         begin, end = (before + token * width for token in (first, first + n))
-        stop = start + n
-        lines.append(f"{shards.paths[file]}: bytes {begin} to {end - 1}, tokens {start} to {stop - 1} of the corpus")
-        start = stop
-    return lines
+        yield f"{shards.paths[file]}: bytes {begin} to {end - 1}, tokens {start} to {start + n - 1} of the corpus"
+        start += n
 
 
 def document_numbers(shards: ShardList, tokens: Sequence[int]) -> list[tuple[int, int, int]]:
