@@ -47,11 +47,6 @@ class SchedulePhase:
 class Curriculum:
     """What a run draws from each of its corpora, phase by phase."""
 
-    names: tuple[str, ...]
-    """The corpora by their numbers."""
-    phases: tuple[SchedulePhase, ...]
-    """What `Schedule` and `_native.Schedule` are made of."""
-
     def __init__(
         self,
         phases: Sequence[Phase],
@@ -66,7 +61,9 @@ class Curriculum:
         """
         self._table = cache(table)
         self.names = corpus_names(blends)
-        self.phases = ()
+        """The corpora by their numbers."""
+        self.phases: tuple[SchedulePhase, ...] = ()
+        """What `Schedule` and `_native.Schedule` are made of."""
         numbers = {name: number for number, name in enumerate(self.names)}
         for phase, blend in zip(phases, blends, strict=True):
             passed = {  # of a corpus that several phases had, the last
