@@ -95,9 +95,7 @@ class NumpyLoader(Loader):
         return Step(batches, self._targets(phase), skipped, changed), phase.global_batch
 
     def _batch(self, samples: Sequence[Sample], sample_ids: NDArray[np.int64], T: int) -> Batch:
-        tokens = np.stack([sample.tokens for sample in samples])
-        if self._widen:
-            tokens = tokens.astype(np.int64)
+        tokens = np.stack([sample.tokens for sample in samples], dtype=np.int64 if self._widen else None)
         if not self._document_masks:
             return batch_of(tokens, sample_ids)
         if self._packed:
