@@ -131,7 +131,6 @@ class Manifest:
     """Null: the token files were made elsewhere, or before this was counted."""
 
     def __post_init__(self) -> None:
-        require(self.format == FORMAT, f"format is {self.format!r}; expected {FORMAT!r}")
         require(self.vocab_size >= 1, f"vocab_size is {self.vocab_size}; expected at least 1")
         possible = 0 <= self.eod_id < self.vocab_size
         require(possible, f"eod_id is {self.eod_id}; expected 0 <= eod_id < {self.vocab_size}")
