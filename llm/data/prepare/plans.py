@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llm.config import RunConfig
 from llm.data.corpora import Corpora
 from llm.data.native import import_native
-from llm.data.prepare.tokenise import Progress
+from llm.data.prepare.tokenise import Progress, gather
 from llm.data.samples.packing import HEADER, MAGIC, VERSION, PlanHeader
 from llm.data.tokens.folder import lock
 from llm.data.tokens.hashes import file_entry
@@ -121,13 +121,4 @@ def document_ranges(shards: ShardList, seq_len: int, block: int) -> Iterator[NDA
 
 def windows(ranges: Iterable[NDArray[np.int64]], seq_len: int, window: int) -> Iterator[NDArray[np.int64]]:
     """The ranges, gathered until they make about `window` pieces."""
-    gathered: list[NDArray[np.int64]] = []
-    pieces = 0
-    for part in ranges:
-        gathered.append(part)
-        pieces += len(part) + int(part[:, 1].sum()) // seq_len
-        if pieces >= window:
-            yield np.concatenate(gathered)
-            gathered, pieces = [], 0
-    if pieces:
-        yield np.concatenate(gathered)
+    return map(np.concatenate, gather(ranges, lambda part: len(part) + int(part[:, 1].sum()) // seq_len, window))

@@ -6,11 +6,11 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from llm.data.tokens.megatron import TokenWriter, token_dtype
 from llm.errors import require
 from llm.files import sha256_of
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, bytes of text done, and bytes in all (0: not known yet)."""
 
@@ -215,7 +216,7 @@ def _tokenise(pieces: Iterator[Piece], folder: Path, tokenizer: Tokenizer) -> tu
     dtype, cut_words, begins = token_dtype(tokenizer.vocab_size), 0, True
     with ExitStack() as files:
         writers = {name: files.enter_context(TokenWriter.open(folder / name, dtype)) for name in SPLITS}
-        for batch in _batches(pieces):
+        for batch in gather(pieces, lambda piece: len(piece[1]), BATCH_CHARACTERS):
             ended = [begins, *(ends for _, _, ends in batch)]
             encoded, cut = tokenizer.encode_batch([text for _, text, _ in batch], ended[:-1])
             begins = ended[-1]
@@ -226,13 +227,14 @@ def _tokenise(pieces: Iterator[Piece], folder: Path, tokenizer: Tokenizer) -> tu
     return {name: writer.tokens for name, writer in writers.items()}, cut_words
 
 
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    batch, characters = list[Piece](), 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece[1])
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def gather(items: Iterable[T], size: Callable[[T], int], enough: int) -> Iterator[list[T]]:
+    """The items in order, in lists that end where the sizes in them reach `enough`, and what is left."""
+    found, total = list[T](), 0
+    for item in items:
+        found.append(item)
+        total += size(item)
+        if total >= enough:
+            yield found
+            found, total = [], 0
+    if found:
+        yield found
