@@ -19,8 +19,7 @@ def scan_documents(
 
     The token `eod_id` is the last of its document, or the first (eod_first).
     """
-    begins = np.zeros((tokens.shape[0], tokens.shape[1] - 1), bool)
-    begins[:, 0] = True
+    begins = np.ones((tokens.shape[0], tokens.shape[1] - 1), bool)
     begins[:, 1:] = (tokens[:, 1:-1] if eod_first else tokens[:, :-2]) == eod_id
     return number_documents(begins)
 
@@ -34,8 +33,7 @@ def lay_out_pieces(
     slots; padding after them is a document of its own. counted[t] is 0 where slot t + 1, the target
     of input t, begins a piece or is padding: nothing before it tells what it is.
     """
-    begins = np.zeros((len(rows), seq_len + 1), bool)
-    padding = np.zeros((len(rows), seq_len + 1), bool)
+    begins, padding = np.zeros((2, len(rows), seq_len + 1), bool)
     for row, pieces in enumerate(rows):
         ends = pieces[:, 1].cumsum()
         begins[row, 0] = True
