@@ -45,10 +45,8 @@ class TokenCounts:
         if int(ids.max()) >= shards.vocab_size:
             i = int(np.argmax(ids >= shards.vocab_size))
             raise DamagedFile(f"{where(i)} is {ids[i]}, expected ids below {shards.vocab_size}")
-        if not shards.eod_first:
-            self.open_document = bool(ids[-1] != shards.eod_id)
-        elif self.done == 0:
-            self.open_document = bool(ids[0] != shards.eod_id)
+        if self.done == 0 or not shards.eod_first:
+            self.open_document = bool(ids[0 if shards.eod_first else -1] != shards.eod_id)
         self.documents += int(np.count_nonzero(ids == shards.eod_id))
         if self.per_id is not None:
             self.per_id += np.bincount(ids, minlength=shards.vocab_size)
