@@ -81,9 +81,8 @@ class _Remote:
         try:
             return self.system.cat_file(f"{self.root}/{name}", start=start, end=stop)
         except Exception as error:  # each file system raises classes of its own
-            raise InputError(
-                f"{self.url}/{name} cannot be read: {type(error).__name__}: {error}; run again to go on from there"
-            ) from error
+            what = f"{type(error).__name__}: {error}; run again to go on from there"
+            raise InputError(f"{self.url}/{name} cannot be read: {what}") from error
 
 
 def _without_plans(manifest: Manifest) -> Manifest:

@@ -57,11 +57,10 @@ class TokenWriter:
 
     def add(self, tokens: NDArray[np.integer], ends: bool = True) -> None:
         """Append ids [n] to the open document. ends: it ends with them, the last being the end-of-document token."""
-        limits = np.iinfo(self.dtype)
         self._open += int(tokens.size)
         if self._open > np.iinfo(np.int32).max or (ends and not self._open):
             raise InputError(f"a document has {self._open} tokens; expected between 1 and 2^31 - 1")
-        if tokens.size and (tokens.min() < 0 or tokens.max() > limits.max):
+        if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(self.dtype).max):
             raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
         self._ids.write(tokens.astype(self.dtype).tobytes())
         self.tokens += int(tokens.size)
@@ -80,8 +79,7 @@ class TokenWriter:
             file.write(np.append(offset, ends[:-1]).astype("<i8").tobytes())
             offset = int(ends[-1])
         for start in range(0, self.documents + 1, CHUNK):
-            stop = min(start + CHUNK, self.documents + 1)
-            file.write(np.arange(start, stop, dtype="<i8").tobytes())
+            file.write(np.arange(start, min(start + CHUNK, self.documents + 1), dtype="<i8").tobytes())
 
 
 @dataclass(frozen=True)

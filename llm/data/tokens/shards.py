@@ -154,7 +154,7 @@ class NumpyCorpus:
         Raises IndexError outside the corpus; DamagedFile where a file is not what the corpus says of it, was
         truncated, or holds an id there that is not below the vocabulary.
         """
-        if not 0 <= start <= start + count <= len(self) or count < 0:
+        if not 0 <= start <= start + count <= len(self):
             raise IndexError(f"{count} tokens from {start} lie outside the {len(self)} tokens of the corpus")
         out, done = np.empty(count, f"u{self._width}"), 0
         for file, first, n in self._shards.split(start, count):
