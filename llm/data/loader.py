@@ -1,8 +1,7 @@
 """Batches for training and validation. The only state of a training loader is the number of consumed samples.
 
 A step takes the next G samples of the global order (G: global batch of the phase). Rank r of D takes the contiguous
-slice [r G / D, (r + 1) G / D) of them, micro-batch by micro-batch. llm/data/samples/sampler.py finds the tokens of a
-sample.
+slice [r G / D, (r + 1) G / D) of them, micro-batch by micro-batch. llm/data/samples/sampler.py finds their tokens.
 """
 
 from __future__ import annotations

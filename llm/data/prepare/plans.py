@@ -101,10 +101,9 @@ def write_plan(
 def document_ranges(shards: ShardList, seq_len: int, block: int) -> Iterator[NDArray[np.int64]]:
     """Documents of a corpus in order, as ranges [n, 2] (first token, tokens), for each `block` tokens read.
 
-    Documents are told apart by the end-of-document token, as in samples cut from the stream.
-
-    A document that goes on beyond a block is handed over as far as its full pieces go; what follows
-    of it begins with the last token of those. So memory does not grow with the longest document.
+    Documents are told apart by the end-of-document token, as in samples cut from the stream. One that goes on beyond a
+    block is handed over as far as its full pieces go; what follows of it begins with the last token of those. So memory
+    does not grow with the longest document.
     """
     begin = 0
     for stop, ends in document_ends(shards, block):

@@ -1,8 +1,7 @@
 """Says which corpus each sample of a blend is drawn from: a table of one period, read in O(1).
 
 Tijdeman's rule (The chairman assignment problem, 1980): with n sources, no source ever is more than 1 - 1 / (2n - 2)
-samples from its exact share of the samples drawn so far. No rule does better. csrc/core/blend.cpp computes the same
-table.
+samples from its exact share of the samples drawn so far. No rule does better. csrc/core/blend.cpp does the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Assembles the samples of one data-parallel rank's step with NumPy: the reference for csrc/core/sampler.cpp.
 
 The schedule gives a sample's corpus and its position p in it (llm/data/samples/schedule.py). A chunk at position p has
-the tokens p T .. p T + T of its corpus, both included; a packed sample is row p of the corpus's plan, then
-padding.
+the tokens p T .. p T + T of its corpus, both included; a packed sample is row p of its plan, then padding.
 """
 
 from __future__ import annotations

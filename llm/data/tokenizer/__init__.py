@@ -1,5 +1,4 @@
-"""Tokenizers of Hugging Face's `tokenizers` library; a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) is
-trained.
+"""Tokenizers of Hugging Face's `tokenizers`; trains byte-level BPE (Sennrich et al. 2016; Radford et al. 2019).
 
 If a text contains a special token, that is encoded as ordinary characters: no document can end another.
 """
@@ -175,8 +174,7 @@ class Tokenizer:
         return TextStream(self)
 
     def token_bytes(self, token: int) -> bytes | None:
-        """The bytes of text that one token stands for, none for a special token; None where they cannot be told: the
-        tokenizer changes the text, or does not know it."""
+        """The bytes of text that a token stands for, none for a special one; None where that cannot be told."""
         spelling = self._inner.id_to_token(token)
         if spelling is None or token == self._unknown or not self._keeps_text:
             return None
