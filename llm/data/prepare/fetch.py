@@ -58,10 +58,8 @@ def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total
     with lock(folder):
         if (folder / FILE_NAME).exists():
             found = read_manifest(folder)
-            require(
-                _without_plans(found) == _without_plans(wanted),
-                f"{url} is not what it was when {folder} was copied; remove that folder to copy it again",
-            )
+            same = _without_plans(found) == _without_plans(wanted)
+            require(same, f"{url} is not what it was when {folder} was copied; remove that folder to copy it again")
             _check_sizes(folder, found)
             return found
         _copy(remote, wanted, folder, progress)

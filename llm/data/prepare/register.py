@@ -140,10 +140,8 @@ def _check_folder(config: RunConfig, folder: Path) -> None:
         "registering token files needs the tokenizer that made them; set data.tokenizer to its tokenizer.json",
     )
     require(not is_url(config.data.path or ""), f"data.path is {config.data.path}; expected a folder on this machine")
-    require(
-        not (folder / FILE_NAME).exists(),
-        f"{folder} has a {FILE_NAME} already; remove it or set data.path to another folder",
-    )
+    registered = (folder / FILE_NAME).exists()
+    require(not registered, f"{folder} has a {FILE_NAME} already; remove it or set data.path to another folder")
 
 
 def _manifest_name(folder: Path, path: str) -> str:

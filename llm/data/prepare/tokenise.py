@@ -180,10 +180,8 @@ def _write(
         tokenizer = learned_tokenizer(config, first.pieces("reading", 0, progress))
     tokenizer.save(folder / "tokenizer.json")
     tokens, cut_words = _tokenise(text.pieces("tokenising", first.total, progress), folder, tokenizer)
-    require(
-        inside == (text.count < FEW) and (first.count == 0 or first.digest.digest() == text.digest.digest()),
-        f"{config.data.source} changed while it was read; run again",
-    )
+    same = inside == (text.count < FEW) and (first.count == 0 or first.digest.digest() == text.digest.digest())
+    require(same, f"{config.data.source} changed while it was read; run again")
     dtype, shards = token_dtype(tokenizer.vocab_size), {}
     for name in SPLITS:
         entry = file_entry(folder / f"{name}.bin")

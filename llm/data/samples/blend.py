@@ -24,9 +24,8 @@ def shares(weights: Sequence[float]) -> tuple[int, ...]:
     The weights need not sum to 1. The shares sum to 2^16.
     Raises InputError for more than 2^16 weights, or one that is not above 0.
     """
-    require(
-        1 <= len(weights) <= PERIOD, f"the blend has {len(weights)} corpora; expected 1 to {PERIOD}, join some of them"
-    )
+    possible = 1 <= len(weights) <= PERIOD
+    require(possible, f"the blend has {len(weights)} corpora; expected 1 to {PERIOD}, join some of them")
     exact = [Fraction(weight) for weight in weights]
     require(min(exact) > 0, f"a weight of the blend is {min(weights)}; expected above 0")
     out = [1] * len(weights)

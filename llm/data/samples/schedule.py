@@ -131,10 +131,8 @@ class Schedule:
         Raises InputError where they lie in several phases.
         """
         index = self.phase_index(first)
-        require(
-            count == 0 or self.phase_index(first + count - 1) == index,
-            f"samples {first} to {first + count - 1} lie in several phases",
-        )
+        together = count == 0 or self.phase_index(first + count - 1) == index
+        require(together, f"samples {first} to {first + count - 1} lie in several phases")
         phase = self._phases[index]
         which, ordinals = self._tables[phase.shares].entries(first - phase.first_sample, count)
         corpora, positions, epochs = np.empty(count, np.int32), np.empty(count, np.int64), np.empty(count, np.int64)
