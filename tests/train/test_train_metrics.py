@@ -44,6 +44,8 @@ def test_rates_follow_from_the_time_of_a_step() -> None:
     per_token = flops_per_token(CONFIG.model, CONFIG.data.seq_len, "causal")
     assert found["tflops"] == pytest.approx(tokens / 0.5 * per_token / 2 / 1e12)
     assert (found["mfu"], found["mfu_formula"]) == (None, "causal")
+    peak = 4 * found["tflops"]
+    assert step_rates(CONFIG, 2, 3, 0.5, world_size=2, peak_tflops=peak)["mfu"] == pytest.approx(0.25)
 
 
 def test_steps_reported_together_share_their_time() -> None:
