@@ -106,8 +106,7 @@ def operator_folder() -> Path:
 
     Each host has its own, so that llm.cluster.preflight can tell the lock of a build that was killed.
     """
-    name = f"ingot-{os.uname().nodename}-{sys.implementation.cache_tag}"
-    return Path.home() / ".cache/torch_extensions" / name
+    return Path.home() / f".cache/torch_extensions/ingot-{os.uname().nodename}-{sys.implementation.cache_tag}"
 
 
 def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) -> None:
@@ -200,11 +199,8 @@ def _from_rank_variables(environ: Mapping[str, str]) -> Ranks:
         f"LOCAL_WORLD_SIZE is {environ.get('LOCAL_WORLD_SIZE')} but LOCAL_SIZE is {environ.get('LOCAL_SIZE')}; "
         "expected the same number: unset the stray one",
     )
-    launcher = "environment"
-    if "TORCHELASTIC_RUN_ID" in environ:
-        launcher = "torchrun"
-    elif "CROSS_RANK" in environ:
-        launcher = "deepspeed"
+    marks = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
+    launcher = next((launcher for name, launcher in marks.items() if name in environ), "environment")
     rank, local_rank, world_size = (_integer(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     return Ranks(rank, local_rank, world_size, sizes.pop(), *_master(environ), launcher)
 
@@ -241,8 +237,7 @@ def _agree_through_mpi(rank: int, world_size: int, *, one_host: bool) -> tuple[s
     message = bytearray(256)
     if rank == 0:
         address = LOOPBACK if one_host else _own_address()
-        text = f"{address} {free_port()}".encode()
-        message[: len(text)] = text
+        message = bytearray(f"{address} {free_port()}".encode().ljust(len(message), b"\0"))
     MPI.COMM_WORLD.Bcast(message, root=0)
     MPI.Finalize()
     require(
