@@ -279,16 +279,10 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     )
     # Below Linux's ephemeral ports; two steps of one job get two ports.
     job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
-    port = 15000 + (31 * job + step) % 15000
-    return Ranks(
-        rank=_integer(environ, "SLURM_PROCID"),
-        local_rank=_integer(environ, "SLURM_LOCALID"),
-        world_size=world_size,
-        local_world_size=per_node[node],
-        master_addr=environ.get("MASTER_ADDR") or _first_host(nodes),
-        master_port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else port,
-        launcher="slurm",
-    )
+    port = _integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else 15000 + (31 * job + step) % 15000
+    rank, local_rank = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID")
+    address = environ.get("MASTER_ADDR") or _first_host(nodes)
+    return Ranks(rank, local_rank, world_size, per_node[node], address, port, "slurm")
 
 
 def _first_host(nodes: str) -> str:
