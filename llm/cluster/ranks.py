@@ -121,14 +121,10 @@ def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     host = f"[{ranks.master_addr}]" if ":" in ranks.master_addr else ranks.master_addr  # an IPv6 address in a URL
+    url, limit = f"tcp://{host}:{ranks.master_port}", timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{host}:{ranks.master_port}",
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        dist.init_process_group(backend, url, rank=ranks.rank, world_size=ranks.world_size, timeout=limit)
     except (RuntimeError, OSError) as error:  # torch's DistError classes are RuntimeErrors
         hint = "that no other program listens on the port"
         if ranks.world_size > ranks.local_world_size:
@@ -186,7 +182,6 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
 
 
 def _master(environ: Mapping[str, str]) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT."""
     require(bool(environ.get("MASTER_ADDR")), "MASTER_ADDR is not set; expected the host of rank 0")
     return environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
 
