@@ -47,11 +47,6 @@ def phases_of(data: DataConfig, global_batch_size: int) -> tuple[Phase, ...]:
     return tuple(found)
 
 
-def phase_of_step(phases: tuple[Phase, ...], step: int) -> Phase:
-    """The phase that the step after `step` steps belongs to."""
-    return [phase for phase in phases if phase.first_step <= step][-1]
-
-
 def consumed_samples(phases: tuple[Phase, ...], step: int) -> int:
     """Samples that `step` steps have taken."""
     return sum(steps * phase.global_batch_size for phase, steps in steps_by_phase(phases, 0, step))
