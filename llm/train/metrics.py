@@ -44,17 +44,6 @@ def step_rates(
     }
 
 
-def validation_record(step: int, loss: float, bytes_per_token: float | None) -> dict[str, Any]:
-    """The metrics line of a validation after `step` steps.
-
-    loss: nats per token; bytes_per_token: of the validation split's text, None where it is not known.
-    """
-    record = {"step": step, "val_loss": loss}
-    if bytes_per_token is not None:
-        record["val_bits_per_byte"] = loss / math.log(2) / bytes_per_token
-    return record
-
-
 def peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: allocated on a GPU, resident on a CPU (Linux)."""
     if device.type == "cuda":

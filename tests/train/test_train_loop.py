@@ -105,7 +105,7 @@ def trained(config: RunConfig, root: Path, step: int = 0) -> bool:
 class MadeUpCorpora:
     """Text whose bytes were not counted."""
 
-    manifest = SimpleNamespace(bytes_per_token=None)
+    manifest = SimpleNamespace(bits_per_byte=lambda nats: None)
 
     def identity(self) -> dict[str, str]:
         return {"made up": "1"}
