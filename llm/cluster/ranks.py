@@ -57,8 +57,7 @@ class Ranks:
             f"{self.launcher}: {self.local_world_size} processes on this host but a world size of "
             f"{self.world_size}; unset the rank variable that is left over from another run",
         )
-        port = self.master_port
-        require(0 < port < 65536, f"MASTER_PORT is {port}; expected a port from 1 to 65535")
+        require(0 < self.master_port < 65536, f"MASTER_PORT is {self.master_port}; expected a port from 1 to 65535")
 
 
 def discover_ranks(environ: Mapping[str, str]) -> Ranks:
