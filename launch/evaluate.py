@@ -63,18 +63,12 @@ def main(ranks: Ranks) -> None:
     mesh = Mesh.create(ParallelConfig(tensor_parallel=tp), device.type)
     together(lambda: claim(args.json) if args.json and ranks.rank == 0 else None)
     together(lambda: [next(read_corpus(source), None) for source in args.text])
-    names, manager = args.tasks.split(","), None
-    if args.tasks:
-        from llm.harness import open_tasks
-
-        manager = together(lambda: open_tasks(names, args.task_folder, args.limit))
+    names, harness = args.tasks.split(","), importlib.import_module("llm.harness") if args.tasks else None
+    manager = together(lambda: harness.open_tasks(names, args.task_folder, args.limit)) if harness else None
     trained = together(lambda: load_trained(args.checkpoint, device, mesh))
-    scorer, tasks = Scorer(trained, mesh, args.batch_size), {}
+    scorer = Scorer(trained, mesh, args.batch_size)
     texts = {s: score_text(scorer, s, read_corpus(s), args.seq_len, args.stride) for s in args.text}
-    if manager is not None:
-        from llm.harness import run_tasks
-
-        tasks = run_tasks(scorer, names, manager, args.num_fewshot, args.limit)
+    tasks = harness.run_tasks(scorer, names, manager, args.num_fewshot, args.limit) if harness else {}
     torch.distributed.destroy_process_group()
     if ranks.rank == 0:
         report({"checkpoint": str(args.checkpoint), "step": trained.step, "text": texts, "tasks": tasks}, args.json)

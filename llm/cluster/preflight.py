@@ -127,12 +127,10 @@ def remove_abandoned_locks(folder: Path, proc: Path = Path("/proc")) -> None:
     """
     for lock in folder.glob("*/lock"):
         before = _identity(lock)
-        # Looked at twice, because a holder that is done closes the file just before it removes it.
-        abandoned = proc.is_dir() and not _is_open(lock, proc)
-        if abandoned:
-            time.sleep(0.2)
-        if abandoned and _identity(lock) == before and not _is_open(lock, proc):
-            lock.unlink(missing_ok=True)
+        if proc.is_dir() and not _is_open(lock, proc):
+            time.sleep(0.2)  # a holder that is done closes the file just before it removes it: look again
+            if _identity(lock) == before and not _is_open(lock, proc):
+                lock.unlink(missing_ok=True)
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

@@ -57,8 +57,7 @@ class Ranks:
             f"{self.launcher}: {self.local_world_size} processes on this host but a world size of "
             f"{self.world_size}; unset the rank variable that is left over from another run",
         )
-        port = self.master_port
-        require(0 < port < 65536, f"MASTER_PORT is {port}; expected a port from 1 to 65535")
+        require(0 < self.master_port < 65536, f"MASTER_PORT is {self.master_port}; expected a port from 1 to 65535")
 
 
 def discover_ranks(environ: Mapping[str, str]) -> Ranks:
@@ -106,8 +105,7 @@ def operator_folder() -> Path:
 
     Each host has its own, so that llm.cluster.preflight can tell the lock of a build that was killed.
     """
-    name = f"ingot-{os.uname().nodename}-{sys.implementation.cache_tag}"
-    return Path.home() / ".cache/torch_extensions" / name
+    return Path.home() / f".cache/torch_extensions/ingot-{os.uname().nodename}-{sys.implementation.cache_tag}"
 
 
 def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) -> None:
@@ -122,14 +120,10 @@ def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     host = f"[{ranks.master_addr}]" if ":" in ranks.master_addr else ranks.master_addr  # an IPv6 address in a URL
+    url, limit = f"tcp://{host}:{ranks.master_port}", timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{host}:{ranks.master_port}",
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        dist.init_process_group(backend, url, rank=ranks.rank, world_size=ranks.world_size, timeout=limit)
     except (RuntimeError, OSError) as error:  # torch's DistError classes are RuntimeErrors
         hint = "that no other program listens on the port"
         if ranks.world_size > ranks.local_world_size:
@@ -187,7 +181,6 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
 
 
 def _master(environ: Mapping[str, str]) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT."""
     require(bool(environ.get("MASTER_ADDR")), "MASTER_ADDR is not set; expected the host of rank 0")
     return environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
 
@@ -200,11 +193,8 @@ def _from_rank_variables(environ: Mapping[str, str]) -> Ranks:
         f"LOCAL_WORLD_SIZE is {environ.get('LOCAL_WORLD_SIZE')} but LOCAL_SIZE is {environ.get('LOCAL_SIZE')}; "
         "expected the same number: unset the stray one",
     )
-    launcher = "environment"
-    if "TORCHELASTIC_RUN_ID" in environ:
-        launcher = "torchrun"
-    elif "CROSS_RANK" in environ:
-        launcher = "deepspeed"
+    marks = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
+    launcher = next((launcher for name, launcher in marks.items() if name in environ), "environment")
     rank, local_rank, world_size = (_integer(environ, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     return Ranks(rank, local_rank, world_size, sizes.pop(), *_master(environ), launcher)
 
@@ -241,8 +231,7 @@ def _agree_through_mpi(rank: int, world_size: int, *, one_host: bool) -> tuple[s
     message = bytearray(256)
     if rank == 0:
         address = LOOPBACK if one_host else _own_address()
-        text = f"{address} {free_port()}".encode()
-        message[: len(text)] = text
+        message = bytearray(f"{address} {free_port()}".encode().ljust(len(message), b"\0"))
     MPI.COMM_WORLD.Bcast(message, root=0)
     MPI.Finalize()
     require(
@@ -284,16 +273,10 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     )
     # Below Linux's ephemeral ports; two steps of one job get two ports.
     job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
-    port = 15000 + (31 * job + step) % 15000
-    return Ranks(
-        rank=_integer(environ, "SLURM_PROCID"),
-        local_rank=_integer(environ, "SLURM_LOCALID"),
-        world_size=world_size,
-        local_world_size=per_node[node],
-        master_addr=environ.get("MASTER_ADDR") or _first_host(nodes),
-        master_port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else port,
-        launcher="slurm",
-    )
+    port = _integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else 15000 + (31 * job + step) % 15000
+    rank, local_rank = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID")
+    address = environ.get("MASTER_ADDR") or _first_host(nodes)
+    return Ranks(rank, local_rank, world_size, per_node[node], address, port, "slurm")
 
 
 def _first_host(nodes: str) -> str:

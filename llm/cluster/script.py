@@ -15,8 +15,8 @@ from llm.errors import Agreed, CheckpointError, InputError, RendezvousError, Rep
 def run_script(action: Callable[[Ranks], None]) -> None:
     """Run `action` on this rank, watched; if it fails, say why and end the process.
 
-    Exit codes: 2 for an InputError, 1 for anything else. What every rank knows is said by rank 0 alone, what one host
-    knows by its first rank.
+    What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0
+    alone, what one host knows by its first rank. Exit codes: 2 for an InputError, 1 for anything else.
     """
     done = watch_launcher()
     ranks = None
@@ -24,19 +24,13 @@ def run_script(action: Callable[[Ranks], None]) -> None:
         ranks = discover_ranks(os.environ)
         action(ranks)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and the process ends
-        explain(error, ranks)
+        shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReplicaError))
+        if not shared and not isinstance(error, (InputError, RendezvousError)):
+            traceback.print_exception(error)
+        elif ranks is None or ranks.rank == 0 or not (shared or ranks.local_rank):
+            print(f"error: {error}", file=sys.stderr)
         # Not sys.exit: tearing down a process group would wait for ranks that may be gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if isinstance(error, InputError) else 1)
     done.set()  # only the exit is left
-
-
-def explain(error: Exception, ranks: Ranks | None) -> None:
-    """Print one line for what a user can mend or must know, a traceback for the rest."""
-    shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReplicaError))
-    if not shared and not isinstance(error, (InputError, RendezvousError)):
-        traceback.print_exception(error)
-        return
-    if ranks is None or ranks.rank == 0 or not (shared or ranks.local_rank):
-        print(f"error: {error}", file=sys.stderr)

@@ -146,7 +146,6 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def _load_yaml(text: str, where: str) -> Any:
-    """The value of a YAML document, read by _Loader."""
     try:
         return _Loader(text).get_single_data()
     except InputError as error:

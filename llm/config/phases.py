@@ -47,21 +47,14 @@ def phases_of(data: DataConfig, global_batch_size: int) -> tuple[Phase, ...]:
     return tuple(found)
 
 
-def phase_of_step(phases: tuple[Phase, ...], step: int) -> Phase:
-    """The phase that the step after `step` steps belongs to."""
-    return [phase for phase in phases if phase.first_step <= step][-1]
-
-
 def consumed_samples(phases: tuple[Phase, ...], step: int) -> int:
     """Samples that `step` steps have taken."""
-    phase = phase_of_step(phases, step)
-    return phase.first_sample + (step - phase.first_step) * phase.global_batch_size
+    return sum(steps * phase.global_batch_size for phase, steps in steps_by_phase(phases, 0, step))
 
 
 def consumed_tokens(phases: tuple[Phase, ...], step: int) -> int:
     """Target positions that `step` steps have taken."""
-    split = steps_by_phase(phases, 0, step)
-    return sum(steps * phase.global_batch_size * phase.seq_len for phase, steps in split)
+    return sum(steps * phase.global_batch_size * phase.seq_len for phase, steps in steps_by_phase(phases, 0, step))
 
 
 def steps_by_phase(phases: Sequence[Phase], first: int, last: int) -> Iterator[tuple[Phase, int]]:

@@ -210,8 +210,7 @@ def check_blend(key: str, blend: dict[str, float] | None) -> None:
     """Refuse a blend of nothing, and weights that are no shares. The weights need not sum to 1."""
     require(blend != {}, f"{key}: the blend is empty; expected at least one corpus with its weight")
     for name, weight in (blend or {}).items():
-        found = f"{key}: the weight of {name!r} is {weight}"
-        require(weight > 0, f"{found}; expected a number above 0 (leave the corpus out for none)")
+        require(weight > 0, f"{key}: the weight of {name!r} is {weight}; expected above 0 (or leave the corpus out)")
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,7 @@ def shrink(config: RunConfig, available: int, world_size: int) -> RunConfig:
     """`config` itself if `verify` can hold its model in `available` bytes, else with the largest model that fits.
 
     Norms, activation, positions, tying, biases, dropout, query heads per key/value head, attention's window, pattern
-    and softcap, sequence and batch stay.
-    Raises InputError if not even the smallest fits.
+    and softcap, sequence and batch stay. Raises InputError if not even the smallest fits.
     """
     limit = int(USABLE * available)
     if needed_bytes(config, world_size) <= limit:
@@ -74,9 +73,8 @@ def shrink(config: RunConfig, available: int, world_size: int) -> RunConfig:
         if needed_bytes(smallest, world_size) <= limit:
             return smallest
     raise InputError(
-        f"verify needs {needed_bytes(smallest, world_size) / 1e9:.2f} GB on rank 0 "
-        f"even for a model of {smallest.model}; "
-        f"{limit / 1e9:.2f} GB can be used: lower train.micro_batch_size or data.seq_len"
+        f"verify needs {needed_bytes(smallest, world_size) / 1e9:.2f} GB on rank 0 even for a model of "
+        f"{smallest.model}; {limit / 1e9:.2f} GB can be used: lower train.micro_batch_size or data.seq_len"
     )
 
 

@@ -96,13 +96,3 @@ def peak_tflops(device_name: str, precision: Precision) -> float | None:
     """Dense peak of one GPU in TFLOP/s; None if not known (a CPU, a MIG slice, a new GPU)."""
     known = (peaks for pattern, peaks in PEAK_TFLOPS.items() if re.fullmatch(pattern, device_name))
     return next(known, {}).get(precision)
-
-
-def achieved_tflops(flops: float, seconds: float, world_size: int) -> float:
-    """TFLOP/s of each of `world_size` devices that together do `flops` in `seconds`."""
-    return flops / seconds / world_size / 1e12
-
-
-def mfu(tflops: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation in [0, 1]: achieved over peak TFLOP/s of a device; None: no peak."""
-    return None if peak is None else tflops / peak

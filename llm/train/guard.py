@@ -67,13 +67,12 @@ def compare_replicas(engine: Engine, mesh: Mesh) -> list[str]:
 
 def equal_ranks(grid: Tensor, split: bool, replicated: bool) -> list[list[int]]:
     """The groups of two ranks or more that hold the same bits of a parameter; grid: ranks [dp, tp]."""
-    same = {
+    groups = {
         (False, True): grid.reshape(1, -1),
         (False, False): grid,
         (True, True): grid.t(),
         (True, False): grid.reshape(-1, 1),
-    }
-    groups = same[split, replicated]
+    }[split, replicated]
     return groups.tolist() if groups.shape[1] > 1 else []
 
 

@@ -84,12 +84,8 @@ class Trainer:
         self.reporter.validation(total / count)
 
     def save(self) -> None:
-        run, skipped_samples = self.run, self.feed.skipped_samples()
-        path = write_checkpoint(
-            run.folder.checkpoints,
-            run.step,
-            self.engine.state_pieces(),
-            checkpoint_state(run.config, run.corpora, run.step, skipped_samples, self.engine.scalar_state()),
-            keep_last=run.config.checkpoint.keep_last,
-        )
+        run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
+        state = checkpoint_state(run.config, run.corpora, run.step, skipped_samples, scalars)
+        pieces, keep_last = self.engine.state_pieces(), run.config.checkpoint.keep_last
+        path = write_checkpoint(run.folder.checkpoints, run.step, pieces, state, keep_last=keep_last)
         self.reporter.say(f"step {run.step}: saved {path}")

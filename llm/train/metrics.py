@@ -27,32 +27,21 @@ def step_rates(
 ) -> dict[str, Any]:
     """What the run has done after `step` steps, and its rates when the steps after `since` took `seconds` together.
 
-    peak_tflops: of one device; None where it is not known.
+    peak_tflops: of one device; None where it is not known. `mfu` is the share of it that is used, in [0, 1].
     """
     tokens = consumed_tokens(config.phases, step)
     work = flops.flops_of_steps(config.model, config.phases, since, step, FORMULA)
-    tflops = flops.achieved_tflops(work, seconds, world_size)
+    tflops = work / seconds / world_size / 1e12  # of one device
     return {
         "step": step,
         "samples": consumed_samples(config.phases, step),
         "tokens": tokens,
         "tokens_per_second": (tokens - consumed_tokens(config.phases, since)) / seconds,
         "tflops": tflops,
-        "mfu": flops.mfu(tflops, peak_tflops),
+        "mfu": None if peak_tflops is None else tflops / peak_tflops,
         "mfu_formula": FORMULA,
         "step_seconds": seconds / (step - since),
     }
-
-
-def validation_record(step: int, loss: float, bytes_per_token: float | None) -> dict[str, Any]:
-    """The metrics line of a validation after `step` steps.
-
-    loss: nats per token; bytes_per_token: of the validation split's text, None where it is not known.
-    """
-    record = {"step": step, "val_loss": loss}
-    if bytes_per_token is not None:
-        record["val_bits_per_byte"] = loss / math.log(2) / bytes_per_token
-    return record
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from llm.plan.flops import peak_tflops
 from llm.train.console import Console
-from llm.train.metrics import MetricsWriter, peak_memory, step_rates, validation_record
+from llm.train.metrics import MetricsWriter, peak_memory, step_rates
 from llm.train.start import Run
 
 
@@ -53,7 +53,8 @@ class Reporter:
 
     def validation(self, loss: float) -> None:
         """Report the validation loss, nats per token, after the steps made so far."""
-        record = validation_record(self.run.step, loss, self.run.corpora.manifest.bytes_per_token)
-        self.metrics.write(record)
-        bits = f", {record['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in record else ""
-        self.say(f"step {self.run.step}: validation loss {loss:.4f} nats per token{bits}")
+        bits = self.run.corpora.manifest.bits_per_byte(loss)
+        known = {} if bits is None else {"val_bits_per_byte": bits}
+        self.metrics.write({"step": self.run.step, "val_loss": loss} | known)
+        in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
+        self.say(f"step {self.run.step}: validation loss {loss:.4f} nats per token{in_bits}")

@@ -12,7 +12,7 @@ from kernels.attention import Strided
 from kernels.attention.reference import visible
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.config.sections import SparseAttention
-from llm.plan.flops import achieved_tflops, flops_per_token, matmul_parameters, mfu, peak_tflops, visible_pairs
+from llm.plan.flops import flops_per_token, matmul_parameters, peak_tflops, visible_pairs
 from llm.train.build import build_model
 
 SHAPES = [
@@ -120,9 +120,3 @@ def test_gpt2_small_by_hand() -> None:
 )
 def test_the_peak_is_that_of_exactly_this_gpu(name: str, precision, peak: float | None) -> None:
     assert peak_tflops(name, precision) == peak
-
-
-def test_utilisation_is_per_device_and_unknown_without_a_peak() -> None:
-    assert achieved_tflops(2e15, 0.5, 4) == pytest.approx(1000)
-    assert mfu(500, 1000) == 0.5
-    assert mfu(500, None) is None

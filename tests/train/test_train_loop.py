@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from llm.checkpoint.reader import open_checkpoint
 from llm.config import PhaseChange, RunConfig
-from llm.config.phases import consumed_samples, phase_of_step
+from llm.config.phases import consumed_samples
 from llm.config.sections import CheckpointConfig, LoggingConfig
 from llm.data.batch import Batch, Step
 from llm.parallel.mesh import Mesh
@@ -58,7 +58,8 @@ class MadeUp:
         self.consumed, self.wait_seconds, self.closed = 0, 0.0, False
 
     def next_step(self) -> Step:
-        phase, size = phase_of_step(self.config.phases, self.step), self.config.train.micro_batch_size
+        phase = [phase for phase in self.config.phases if phase.first_step <= self.step][-1]
+        size = self.config.train.micro_batch_size
         share = phase.global_batch_size // self.mesh.dp_size
         first = consumed_samples(self.config.phases, self.step) + self.mesh.dp_rank * share
         self.step += 1
@@ -104,7 +105,7 @@ def trained(config: RunConfig, root: Path, step: int = 0) -> bool:
 class MadeUpCorpora:
     """Text whose bytes were not counted."""
 
-    manifest = SimpleNamespace(bytes_per_token=None)
+    manifest = SimpleNamespace(bits_per_byte=lambda nats: None)
 
     def identity(self) -> dict[str, str]:
         return {"made up": "1"}

@@ -6,14 +6,19 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llm.config import PhaseChange, RunConfig
+from llm.config.sections import LoggingConfig
 from llm.plan.flops import flops_per_token
-from llm.train.metrics import MetricsWriter, peak_memory, step_rates, validation_record
+from llm.train.metrics import MetricsWriter, peak_memory, step_rates
+from llm.train.reporter import Reporter
+from llm.train.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig()
@@ -44,6 +49,8 @@ def test_rates_follow_from_the_time_of_a_step() -> None:
     per_token = flops_per_token(CONFIG.model, CONFIG.data.seq_len, "causal")
     assert found["tflops"] == pytest.approx(tokens / 0.5 * per_token / 2 / 1e12)
     assert (found["mfu"], found["mfu_formula"]) == (None, "causal")
+    peak = 4 * found["tflops"]
+    assert step_rates(CONFIG, 2, 3, 0.5, world_size=2, peak_tflops=peak)["mfu"] == pytest.approx(0.25)
 
 
 def test_steps_reported_together_share_their_time() -> None:
@@ -70,11 +77,18 @@ def test_a_report_across_phases_counts_each_step_as_it_was() -> None:
             assert found["tflops"] == pytest.approx(work / 2.0 / 2 / 1e12)
 
 
-def test_bits_per_byte() -> None:
-    found = validation_record(7, math.log(2) * 6, bytes_per_token=3.0)
-    assert (found["step"], found["val_loss"]) == (7, math.log(2) * 6)
-    assert found["val_bits_per_byte"] == pytest.approx(2.0)
-    assert validation_record(7, 6.0, None) == {"step": 7, "val_loss": 6.0}
+def test_a_validation_is_reported_in_bits_per_byte_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = SimpleNamespace(bits_per_byte=lambda nats: nats / 2)
+    run: Any = SimpleNamespace(
+        config=replace(CONFIG, logging=LoggingConfig(tensorboard=False)), folder=RunFolder(tmp_path, ""), step=7,
+        lead=True, device=CPU, feed=SimpleNamespace(wait_seconds=0.0), engine=object(),
+        corpora=SimpleNamespace(manifest=manifest),
+    )  # fmt: skip
+    reporter = Reporter(run)
+    with reporter.metrics:
+        reporter.validation(6.0)
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 7, "val_loss": 6.0, "val_bits_per_byte": 3.0}]
+    assert "validation loss 6.0000 nats per token, 3.0000 bits per byte" in capsys.readouterr().out
 
 
 def test_a_line_reads_back_to_the_last_bit_and_at_once(tmp_path: Path) -> None:
@@ -114,7 +128,7 @@ def test_tensorboard_shows_the_same_numbers_without_what_a_restart_redoes(tmp_pa
         with MetricsWriter(tmp_path / "m.jsonl", tmp_path / "tb", first_step=first) as writer:
             for step in steps:
                 writer.write(record(step, loss=step + first / 10) | {"epochs": {"code": step / 4, "prose": 0.5}})
-            writer.write(validation_record(3, 2.0, 3.0))
+            writer.write({"step": 3, "val_loss": 2.0})
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     found = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert found == [(1, 1.0), (2, pytest.approx(2.1)), (3, pytest.approx(3.1))]
