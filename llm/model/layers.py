@@ -59,18 +59,6 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Documents | No
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
 
 
-def cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, z_loss: float, vocabulary: Vocabulary | None = None, impl: str = "auto"
-) -> Tensor:
-    """Sum of the losses of counted tokens: x [..., C], weight [V_tp, C], targets int64 [...] -> fp32 [].
-
-    V_tp is this rank's part of the vocabulary, padding included; the whole of it if `vocabulary` is None.
-    """
-    return linear_cross_entropy(
-        x, weight, targets, z_loss=z_loss, ignore_index=IGNORED_TARGET, vocabulary=vocabulary, impl=impl
-    )
-
-
 class Embedding(nn.Module):
     """A table of vectors: int64 [...] -> [..., width]."""
 
@@ -99,8 +87,14 @@ class LanguageModelHead(nn.Module):
         """
         if targets is None:
             return F.linear(x, self.weight).float()
+        return self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor, vocabulary: Vocabulary | None = None) -> Tensor:
+        """The sum of the losses; `vocabulary`: which part of it `weight` has, padding included (None: all)."""
         z_loss = self.z_loss if self.training else 0.0
-        return cross_entropy(x, self.weight, targets, z_loss, impl=self.impl)
+        return linear_cross_entropy(
+            x, self.weight, targets, z_loss=z_loss, ignore_index=IGNORED_TARGET, vocabulary=vocabulary, impl=self.impl
+        )
 
 
 class Norm(nn.Module):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kernels.embedding import embedding
 from kernels.philox import DropoutKey
 from llm.config import ModelConfig
-from llm.model.layers import CausalAttention, DenseLayers, LanguageModelHead, LinearRole, cross_entropy, replicated
+from llm.model.layers import CausalAttention, DenseLayers, LanguageModelHead, LinearRole, replicated
 from llm.parallel.collectives import (
     all_gather,
     batch_first,
@@ -214,8 +214,7 @@ class VocabParallelHead(LanguageModelHead):
         if targets is None:
             parts = all_gather(F.linear(x, self.weight).float(), self.tp.size, self.tp.name)  # [tp, ..., V / tp]
             return parts.movedim(0, -2).flatten(-2)[..., : held.global_shape[0]]
-        z_loss = self.z_loss if self.training else 0.0
-        return cross_entropy(x, self.weight, targets, z_loss, VocabularyPart(held, self.tp), self.impl)
+        return self.loss(x, targets, VocabularyPart(held, self.tp))
 
 
 class TensorParallelLayers(DenseLayers):
