@@ -64,21 +64,14 @@ class Block(nn.Module):
         self, x: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None = None
     ) -> Tensor:
         """x [B, T, C], positions int64 [T] in the row, global sample numbers int64 [B] -> [B, T, C]."""
-        attended = self.attend(self.norm_1(x), positions, samples, documents, cache)
+        selective = self.recompute == "selective" and self.training
+        heads = recomputed(
+            selective, self.core_attention, self.qkv(self.norm_1(x)), positions, samples, documents, cache
+        )
+        attended = self.attention_output(heads)
         x, normed = self.norm_2(x, attended, samples, positions)  # x = x + dropout(attended), and its norm
         transformed = self.down(self.activation(self.up(normed), impl=self.impl))
         return self.down_dropout(transformed, samples, positions, residual=x)  # x + dropout(transformed)
-
-    def attend(
-        self, x: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None
-    ) -> Tensor:
-        """Attention from its input to its output projection: [B, T, C] -> [B, T, C]."""
-        qkv = self.qkv(x)
-        if self.recompute == "selective" and self.training:
-            attended = recomputed(self.core_attention, qkv, positions, samples, documents)
-        else:
-            attended = self.core_attention(qkv, positions, samples, documents, cache)
-        return self.attention_output(attended)
 
     def core_attention(
         self, qkv: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None = None
@@ -162,8 +155,6 @@ class GPT(nn.Module):
         """
         x = self.embed(tokens, positions, samples, documents)
         for block in cast("Iterable[Block]", self.blocks.values()):
-            if block.recompute == "full" and self.training:
-                x = recomputed(block, x, positions, samples, documents)
-            else:
-                x = block(x, positions, samples, documents, cache)
+            full = block.recompute == "full" and self.training
+            x = recomputed(full, block, x, positions, samples, documents, cache)
         return self.head(self.norm(x), targets)

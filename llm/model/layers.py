@@ -53,8 +53,10 @@ def document_positions(positions: Tensor, documents: Documents | None) -> Tensor
     return positions if documents is None else documents.position_ids
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Documents | None) -> Tensor:
-    """function(*inputs), whose activations the backward pass computes again from the inputs (Chen et al. 2016)."""
+def recomputed(when: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs); `when`: the backward pass computes its activations again from these (Chen et al. 2016)."""
+    if not when:
+        return function(*inputs)
     # No generator's state is kept: dropout masks are functions of counters.
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
 
