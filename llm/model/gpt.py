@@ -29,7 +29,7 @@ from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
 from llm.config import ModelConfig
 from llm.model.cache import KVCache
-from llm.model.layers import DenseLayers, Documents, document_positions, recomputed
+from llm.model.layers import DenseLayers, Documents, recomputed
 
 Recompute: TypeAlias = Literal["none", "full", "selective"]
 # Dropout sites: the embedding's, then three per block.
@@ -77,10 +77,10 @@ class Block(nn.Module):
         self, qkv: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None = None
     ) -> Tensor:
         """softmax(q k^T) v, between the two projections: qkv [B, T, (R + 2) K D] -> [B, T, H D]."""
-        q, k, v = self.heads(qkv, document_positions(positions, documents))
+        positions, cu_seqlens = documents or (positions, None)
+        q, k, v = self.heads(qkv, positions)
         if cache is not None:
             k, v = cache.append(self.index, k, v, self.attention.window)
-        cu_seqlens = None if documents is None else documents.cu_seqlens
         return self.attention(q, k, v, samples, cu_seqlens).flatten(-2)
 
     def heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +135,7 @@ class GPT(nn.Module):
         """tokens int64 [B, T] -> [B, T, C]."""
         x = self.embedding(tokens)
         if self.config.position == "learned":
-            x = x + self.position_table(document_positions(positions, documents))
+            x = x + self.position_table(positions if documents is None else documents.position_ids)
         return self.embedding_dropout(x, samples, positions)
 
     def forward(

@@ -36,7 +36,7 @@ class Documents(NamedTuple):
     """Where the documents of a batch begin; the end of a row ends its last one."""
 
     position_ids: Tensor
-    """int64 [B, T]: of each token in its document, from 0."""
+    """int64 [B, T]: of each token in its document, from 0; these are encoded, in place of those in the row."""
     cu_seqlens: Tensor
     """int32 [documents + 1]: where documents begin in the B * T tokens, ascending from 0 to B * T."""
 
@@ -46,11 +46,6 @@ def replicated(module: Module) -> Module:
     for parameter in module.parameters():
         mark(parameter, Slice.full(tuple(parameter.shape)))
     return module
-
-
-def document_positions(positions: Tensor, documents: Documents | None) -> Tensor:
-    """The positions that are encoded: in the row, int64 [T], or with document masks in the document, int64 [B, T]."""
-    return positions if documents is None else documents.position_ids
 
 
 def recomputed(when: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
