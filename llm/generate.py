@@ -67,10 +67,7 @@ def hidden(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -> Ten
     """The states [B, T, C] before the head, of `tokens` int64 [B, T], the first of which stands at position `start`."""
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-    x = model.embed(tokens, positions, samples)
-    for block in model.blocks.values():
-        x = block(x, positions, samples, None, cache)
-    return model.norm(x)
+    return model.states(tokens, positions, samples, None, cache)
 
 
 def stream(trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampling: SamplingConfig) -> Iterator[str]:

@@ -131,12 +131,18 @@ class GPT(nn.Module):
         tied = self.embedding if config.tie_embeddings else None
         self.head = layers.lm_head(C, config.vocab_size, tied)
 
-    def embed(self, tokens: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None = None) -> Tensor:
-        """tokens int64 [B, T] -> [B, T, C]."""
+    def states(
+        self, tokens: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None
+    ) -> Tensor:
+        """What the head reads, [B, T, C]; the arguments are those of `forward`."""
         x = self.embedding(tokens)
         if self.config.position == "learned":
             x = x + self.position_table(positions if documents is None else documents.position_ids)
-        return self.embedding_dropout(x, samples, positions)
+        x = self.embedding_dropout(x, samples, positions)
+        for block in cast("Iterable[Block]", self.blocks.values()):
+            full = block.recompute == "full" and self.training
+            x = recomputed(full, block, x, positions, samples, documents, cache)
+        return self.norm(x)
 
     def forward(
         self,
@@ -153,8 +159,4 @@ class GPT(nn.Module):
         positions key the dropout masks; targets int64 [B, T], IGNORED_TARGET where not counted; documents: None where
         a row is one; cache: of the positions before these, not together with documents.
         """
-        x = self.embed(tokens, positions, samples, documents)
-        for block in cast("Iterable[Block]", self.blocks.values()):
-            full = block.recompute == "full" and self.training
-            x = recomputed(full, block, x, positions, samples, documents, cache)
-        return self.head(self.norm(x), targets)
+        return self.head(self.states(tokens, positions, samples, documents, cache), targets)
