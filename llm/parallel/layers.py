@@ -208,11 +208,11 @@ class VocabParallelHead(LanguageModelHead):
         self.tp = tp
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        held, x = self.held, self.tp.enter(x)
+        x = self.tp.enter(x)
         if targets is None:
             parts = all_gather(F.linear(x, self.weight).float(), self.tp.size, self.tp.name)  # [tp, ..., V / tp]
-            return parts.movedim(0, -2).flatten(-2)[..., : held.global_shape[0]]
-        return self.loss(x, targets, VocabularyPart(held, self.tp))
+            return parts.movedim(0, -2).flatten(-2)[..., : self.held.global_shape[0]]
+        return self.loss(x, targets, VocabularyPart(self.held, self.tp))
 
 
 class TensorParallelLayers(DenseLayers):
