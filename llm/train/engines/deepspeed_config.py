@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from typing import Any, Literal
+from typing import Any
 
 from llm.config import RunConfig
 from llm.errors import InputError, require
@@ -53,7 +53,7 @@ PASSED_THROUGH = (
 )  # fmt: skip
 
 
-def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", "cuda"] | str) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, *, dp_size: int, device: str) -> dict[str, Any]:
     """The dict that `deepspeed.initialize(config=...)` takes.
 
     Raises:
