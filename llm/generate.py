@@ -36,11 +36,8 @@ def generate(
     device, longest = next(model.parameters()).device, model.config.max_seq_len
     lengths = [len(prompt) for prompt in prompts]
     require(min(lengths) > 0, "a prompt is empty; give at least one character to continue")
-    require(
-        max(lengths) < longest,
-        f"a prompt has {max(lengths)} tokens; the model's longest sequence is {longest} (model.max_seq_len), and at "
-        "least one must be free",
-    )
+    found = f"a prompt has {max(lengths)} tokens; the model's longest sequence is {longest} (model.max_seq_len)"
+    require(max(lengths) < longest, f"{found}, and at least one must be free")
     limits = [min(n + max_new_tokens, longest) for n in lengths]
     rows = torch.zeros(len(prompts), max(limits), dtype=torch.long, device=device)
     for row, prompt in zip(rows, prompts, strict=True):
