@@ -36,11 +36,8 @@ def generate(
     device, longest = next(model.parameters()).device, model.config.max_seq_len
     lengths = [len(prompt) for prompt in prompts]
     require(min(lengths) > 0, "a prompt is empty; give at least one character to continue")
-    require(
-        max(lengths) < longest,
-        f"a prompt has {max(lengths)} tokens; the model's longest sequence is {longest} (model.max_seq_len), and at "
-        "least one must be free",
-    )
+    found = f"a prompt has {max(lengths)} tokens; the model's longest sequence is {longest} (model.max_seq_len)"
+    require(max(lengths) < longest, f"{found}, and at least one must be free")
     limits = [min(n + max_new_tokens, longest) for n in lengths]
     rows = torch.zeros(len(prompts), max(limits), dtype=torch.long, device=device)
     for row, prompt in zip(rows, prompts, strict=True):
@@ -67,10 +64,7 @@ def hidden(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -> Ten
     """The states [B, T, C] before the head, of `tokens` int64 [B, T], the first of which stands at position `start`."""
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-    x = model.embed(tokens, positions, samples)
-    for block in model.blocks.values():
-        x = block(x, positions, samples, None, cache)
-    return model.norm(x)
+    return model.states(tokens, positions, samples, None, cache)
 
 
 def stream(trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampling: SamplingConfig) -> Iterator[str]:

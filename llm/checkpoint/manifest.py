@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ class Manifest:
             _expect(_tiles(list(slices), sizes[dim]), f"the slices of {where} do not make it up exactly")
             for (start, stop), ranges in slices.items():
                 whole = f"{where}, {start}:{stop} of dimension {dim}"
-                count = prod(sizes) // sizes[dim] * (stop - start)
+                count = Slice(entry.shape, dim, start, stop).numel
                 _expect(_tiles(ranges, count), f"the pieces of {whole}, do not make it up exactly")
 
     def _body(self) -> dict[str, Any]:
@@ -183,15 +182,11 @@ def _check_range(where: str, shape: tuple[int, ...], piece: Stored) -> None:
     """The slice lies in the tensor and the range in the slice."""
     sizes = shape or (1,)
     _expect(0 <= piece.dim < len(sizes), f"{where} has no dimension {piece.dim}")
-    _expect(
-        0 <= piece.start < piece.stop <= sizes[piece.dim],
-        f"{where}: {piece.start}:{piece.stop} is not a part of its dimension {piece.dim}",
-    )
-    count = prod(sizes) // sizes[piece.dim] * (piece.stop - piece.start)
-    _expect(
-        piece.offset >= 0 and piece.length >= 1 and piece.offset + piece.length <= count,
-        f"{where}: elements from {piece.offset}, {piece.length} of them, do not lie in its slice",
-    )
+    inside = 0 <= piece.start < piece.stop <= sizes[piece.dim]
+    _expect(inside, f"{where}: {piece.start}:{piece.stop} is not a part of its dimension {piece.dim}")
+    count = Slice(shape, piece.dim, piece.start, piece.stop).numel
+    inside = piece.offset >= 0 and piece.length >= 1 and piece.offset + piece.length <= count
+    _expect(inside, f"{where}: elements from {piece.offset}, {piece.length} of them, do not lie in its slice")
 
 
 def _tiles(intervals: list[tuple[int, int]], length: int) -> bool:

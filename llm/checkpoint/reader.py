@@ -85,11 +85,8 @@ def find_latest(root: Path, among: list[Path] | None = None) -> tuple[Path | Non
             warnings.append(f"checkpoint {folder.name} cannot be used: {error}")
         else:
             return folder, warnings
-    if warnings:
-        raise InputError(
-            f"no checkpoint in {root} can be used; repair one, or move the folder away to start from nothing"
-            + "".join(f"\n  {warning}" for warning in warnings)
-        )
+    found = f"no checkpoint in {root} can be used; repair one, or move the folder away to start from nothing"
+    require(not warnings, "\n  ".join([found, *warnings]))
     return None, []
 
 

@@ -29,7 +29,7 @@ from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
 from llm.config import ModelConfig
 from llm.model.cache import KVCache
-from llm.model.layers import DenseLayers, Documents, document_positions, recomputed
+from llm.model.layers import DenseLayers, Documents, recomputed
 
 Recompute: TypeAlias = Literal["none", "full", "selective"]
 # Dropout sites: the embedding's, then three per block.
@@ -64,30 +64,23 @@ class Block(nn.Module):
         self, x: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None = None
     ) -> Tensor:
         """x [B, T, C], positions int64 [T] in the row, global sample numbers int64 [B] -> [B, T, C]."""
-        attended = self.attend(self.norm_1(x), positions, samples, documents, cache)
+        selective = self.recompute == "selective" and self.training
+        heads = recomputed(
+            selective, self.core_attention, self.qkv(self.norm_1(x)), positions, samples, documents, cache
+        )
+        attended = self.attention_output(heads)
         x, normed = self.norm_2(x, attended, samples, positions)  # x = x + dropout(attended), and its norm
         transformed = self.down(self.activation(self.up(normed), impl=self.impl))
         return self.down_dropout(transformed, samples, positions, residual=x)  # x + dropout(transformed)
-
-    def attend(
-        self, x: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None
-    ) -> Tensor:
-        """Attention from its input to its output projection: [B, T, C] -> [B, T, C]."""
-        qkv = self.qkv(x)
-        if self.recompute == "selective" and self.training:
-            attended = recomputed(self.core_attention, qkv, positions, samples, documents)
-        else:
-            attended = self.core_attention(qkv, positions, samples, documents, cache)
-        return self.attention_output(attended)
 
     def core_attention(
         self, qkv: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None = None
     ) -> Tensor:
         """softmax(q k^T) v, between the two projections: qkv [B, T, (R + 2) K D] -> [B, T, H D]."""
-        q, k, v = self.heads(qkv, document_positions(positions, documents))
+        positions, cu_seqlens = documents or (positions, None)
+        q, k, v = self.heads(qkv, positions)
         if cache is not None:
             k, v = cache.append(self.index, k, v, self.attention.window)
-        cu_seqlens = None if documents is None else documents.cu_seqlens
         return self.attention(q, k, v, samples, cu_seqlens).flatten(-2)
 
     def heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,12 +131,18 @@ class GPT(nn.Module):
         tied = self.embedding if config.tie_embeddings else None
         self.head = layers.lm_head(C, config.vocab_size, tied)
 
-    def embed(self, tokens: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None = None) -> Tensor:
-        """tokens int64 [B, T] -> [B, T, C]."""
+    def states(
+        self, tokens: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None
+    ) -> Tensor:
+        """What the head reads, [B, T, C]; the arguments are those of `forward`."""
         x = self.embedding(tokens)
         if self.config.position == "learned":
-            x = x + self.position_table(document_positions(positions, documents))
-        return self.embedding_dropout(x, samples, positions)
+            x = x + self.position_table(positions if documents is None else documents.position_ids)
+        x = self.embedding_dropout(x, samples, positions)
+        for block in cast("Iterable[Block]", self.blocks.values()):
+            full = block.recompute == "full" and self.training
+            x = recomputed(full, block, x, positions, samples, documents, cache)
+        return self.norm(x)
 
     def forward(
         self,
@@ -160,10 +159,4 @@ class GPT(nn.Module):
         positions key the dropout masks; targets int64 [B, T], IGNORED_TARGET where not counted; documents: None where
         a row is one; cache: of the positions before these, not together with documents.
         """
-        x = self.embed(tokens, positions, samples, documents)
-        for block in cast("Iterable[Block]", self.blocks.values()):
-            if block.recompute == "full" and self.training:
-                x = recomputed(block, x, positions, samples, documents)
-            else:
-                x = block(x, positions, samples, documents, cache)
-        return self.head(self.norm(x), targets)
+        return self.head(self.states(tokens, positions, samples, documents, cache), targets)

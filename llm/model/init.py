@@ -12,23 +12,18 @@ from llm.config import ModelConfig
 from llm.slices import Slice, slice_of
 
 
-def initial_std(config: ModelConfig, name: str) -> float | None:
-    """Standard deviation of the normal distribution that parameter `name` is drawn from; None: it is not drawn.
+def initial_tensor(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The whole initial value of a parameter, fp32 on the CPU, from a generator keyed by (seed, name).
 
-    As GPT-2's: `init_std` for linears and tables, divided by sqrt(2 n_layer) for the linears that end a residual branch
+    As GPT-2's: normal with `init_std`, which is divided by sqrt(2 n_layer) for the linears that end a residual branch
     (Radford et al. 2019, 2.3).
     """
-    if "norm" in name or name.endswith("bias"):
-        return None
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in name:
+        return torch.ones(shape)
     ends_branch = name.endswith(("attention_output.weight", "down.weight"))
-    return config.init_std / math.sqrt(2 * config.n_layer) if ends_branch else config.init_std
-
-
-def initial_tensor(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The whole initial value of a parameter, fp32 on the CPU, from a generator keyed by (seed, name)."""
-    std = initial_std(config, name)
-    if std is None:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    std = config.init_std / math.sqrt(2 * config.n_layer) if ends_branch else config.init_std
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -36,7 +36,7 @@ class Documents(NamedTuple):
     """Where the documents of a batch begin; the end of a row ends its last one."""
 
     position_ids: Tensor
-    """int64 [B, T]: of each token in its document, from 0."""
+    """int64 [B, T]: of each token in its document, from 0; these are encoded, in place of those in the row."""
     cu_seqlens: Tensor
     """int32 [documents + 1]: where documents begin in the B * T tokens, ascending from 0 to B * T."""
 
@@ -48,27 +48,12 @@ def replicated(module: Module) -> Module:
     return module
 
 
-def document_positions(positions: Tensor, documents: Documents | None) -> Tensor:
-    """The positions that are encoded: in the row, int64 [T], or with document masks in the document, int64 [B, T]."""
-    return positions if documents is None else documents.position_ids
-
-
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Documents | None) -> Tensor:
-    """function(*inputs), whose activations the backward pass computes again from the inputs (Chen et al. 2016)."""
+def recomputed(when: bool, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs); `when`: the backward pass computes its activations again from these (Chen et al. 2016)."""
+    if not when:
+        return function(*inputs)
     # No generator's state is kept: dropout masks are functions of counters.
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
-
-
-def cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, z_loss: float, vocabulary: Vocabulary | None = None, impl: str = "auto"
-) -> Tensor:
-    """Sum of the losses of counted tokens: x [..., C], weight [V_tp, C], targets int64 [...] -> fp32 [].
-
-    V_tp is this rank's part of the vocabulary, padding included; the whole of it if `vocabulary` is None.
-    """
-    return linear_cross_entropy(
-        x, weight, targets, z_loss=z_loss, ignore_index=IGNORED_TARGET, vocabulary=vocabulary, impl=impl
-    )
 
 
 class Embedding(nn.Module):
@@ -99,8 +84,14 @@ class LanguageModelHead(nn.Module):
         """
         if targets is None:
             return F.linear(x, self.weight).float()
+        return self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor, vocabulary: Vocabulary | None = None) -> Tensor:
+        """The sum of the losses; `vocabulary`: which part of it `weight` has, padding included (None: all)."""
         z_loss = self.z_loss if self.training else 0.0
-        return cross_entropy(x, self.weight, targets, z_loss, impl=self.impl)
+        return linear_cross_entropy(
+            x, self.weight, targets, z_loss=z_loss, ignore_index=IGNORED_TARGET, vocabulary=vocabulary, impl=self.impl
+        )
 
 
 class Norm(nn.Module):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kernels.embedding import embedding
 from kernels.philox import DropoutKey
 from llm.config import ModelConfig
-from llm.model.layers import CausalAttention, DenseLayers, LanguageModelHead, LinearRole, cross_entropy, replicated
+from llm.model.layers import CausalAttention, DenseLayers, Embedding, LanguageModelHead, LinearRole, replicated
 from llm.parallel.collectives import (
     all_gather,
     batch_first,
@@ -174,14 +174,12 @@ class VocabParallelEmbedding(nn.Module):
         return self.tp.leave(rows)
 
 
-class PositionTable(nn.Module):
+class PositionTable(Embedding):
     """A learned table of positions that every rank holds whole."""
 
-    def __init__(self, max_positions: int, width: int, *, tp: TensorParallel, impl: str = "auto") -> None:
-        super().__init__()
+    def __init__(self, max_positions: int, width: int, *, tp: TensorParallel, impl: str) -> None:
+        super().__init__(max_positions, width, impl=impl)
         self.tp = tp
-        self.impl = impl
-        self.weight = nn.Parameter(torch.empty(max_positions, width))
 
     def forward(self, positions: Tensor) -> Tensor:
         """int64 [T] or [B, T] -> [..., T, C] ([..., T / tp, C])."""
@@ -210,12 +208,11 @@ class VocabParallelHead(LanguageModelHead):
         self.tp = tp
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        held, x = self.held, self.tp.enter(x)
+        x = self.tp.enter(x)
         if targets is None:
             parts = all_gather(F.linear(x, self.weight).float(), self.tp.size, self.tp.name)  # [tp, ..., V / tp]
-            return parts.movedim(0, -2).flatten(-2)[..., : held.global_shape[0]]
-        z_loss = self.z_loss if self.training else 0.0
-        return cross_entropy(x, self.weight, targets, z_loss, VocabularyPart(held, self.tp), self.impl)
+            return parts.movedim(0, -2).flatten(-2)[..., : self.held.global_shape[0]]
+        return self.loss(x, targets, VocabularyPart(self.held, self.tp))
 
 
 class TensorParallelLayers(DenseLayers):
@@ -242,7 +239,7 @@ class TensorParallelLayers(DenseLayers):
         return replicated(PositionTable(max_positions, width, tp=self.tp, impl=self.impl))
 
     def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
-        source = tied or VocabParallelEmbedding(vocab_size, width, tp=self.tp, impl=self.impl)
+        source = tied or self.embedding(vocab_size, width)
         return VocabParallelHead(cast(nn.Parameter, source.weight), z_loss=self.z_loss, tp=self.tp, impl=self.impl)
 
     def attention(self, config: ModelConfig, block: int, site: int) -> CausalAttention:

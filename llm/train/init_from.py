@@ -97,10 +97,8 @@ def compare_tokenizers(source: Path, run: Path, vocab_size: int) -> list[str]:
     except (CheckpointError, InputError, LookupError, TypeError, ValueError) as error:
         return [f"{source} and {run} cannot be compared: {error!r}; the same id may mean other text"]
     size = max(before.values(), default=-1) + 1
-    require(
-        size <= vocab_size,
-        f"model.vocab_size {vocab_size} cuts rows off that {source} uses; use model.vocab_size={size} or more",
-    )
+    cut = f"model.vocab_size {vocab_size} cuts rows off that {source} uses"
+    require(size <= vocab_size, f"{cut}; use model.vocab_size={size} or more")
     moved = sum(now.get(token) != number for token, number in before.items())
     text = f"{moved} of the {len(before)} tokens of {source} are not in {run} by the same id: ids mean other text"
     return [text] if moved else []

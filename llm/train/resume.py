@@ -78,24 +78,15 @@ def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) 
     check_same_model(saved.model, config.model)
     for key in FIXED:
         before, now = map(attrgetter(key), (saved, config))
-        require(
-            before == now,
-            f"runs/{config.name} was trained with {key} {before}, the config has {now}; "
-            "restore it, or choose another --name",
-        )
+        found = f"{run} was trained with {key} {before}, the config has {now}"
+        require(before == now, f"{found}; restore it, or choose another --name")
     corpora = _check_phases(config, saved, corpora, state)
-    step = state["step"]
+    step, taken, most = state["step"], state["consumed_samples"], config.train.max_steps
     consumed = consumed_samples(config.phases, step)
-    require(
-        state["consumed_samples"] == consumed,
-        f"runs/{config.name} has taken {state['consumed_samples']} samples in {step} steps, by the config they are "
-        f"{consumed}; restore train.global_batch_size and data.phases, or choose another --name",
-    )
-    require(
-        step <= config.train.max_steps,
-        f"runs/{config.name} has done {step} steps, beyond train.max_steps {config.train.max_steps}; "
-        "raise it, or choose another --name",
-    )
+    found = f"{run} has taken {taken} samples in {step} steps, by the config they are {consumed}"
+    require(taken == consumed, f"{found}; restore train.global_batch_size and data.phases, or choose another --name")
+    found = f"{run} has done {step} steps, beyond train.max_steps {most}"
+    require(step <= most, f"{found}; raise it, or choose another --name")
     return corpora
 
 

@@ -7,22 +7,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.cross_entropy import linear as linear_cross_entropy
 from llm.config import ModelConfig
 from llm.model.gpt import GPT
 from llm.model.init import init_weights
-from llm.model.layers import IGNORED_TARGET, DenseLayers, cross_entropy
+from llm.model.layers import IGNORED_TARGET, DenseLayers, LanguageModelHead
 
 C, V = 12, 37
 
 
-def example(N: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def example(N: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, nn.Parameter, Tensor]:
     torch.manual_seed(0)
     x, weight, targets = torch.randn(N, C), torch.randn(V, C), torch.randint(0, V, (N,))
     targets[::5] = IGNORED_TARGET
-    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+    return x.to(dtype).requires_grad_(), nn.Parameter(weight.to(dtype)), targets
 
 
 def reference(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
@@ -37,7 +37,7 @@ def reference(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tens
 def test_value_and_gradients(N: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cross_entropy, "CPU_CHUNK", 16)
     x, weight, targets = example(N)
-    value = cross_entropy(x, weight, targets, z_loss)
+    value = LanguageModelHead(weight, z_loss=z_loss)(x, targets)
     (value * 3).backward()
     a, b = (t.detach().double().requires_grad_() for t in (x, weight))
     expected = reference(a, b, targets, z_loss)
@@ -54,14 +54,14 @@ def test_low_precision_sums_the_weight_gradient_in_fp32(monkeypatch: pytest.Monk
     errors = []
     for tokens in (1024, 16):
         monkeypatch.setattr(linear_cross_entropy, "CPU_CHUNK", tokens)
-        grad = torch.autograd.grad(cross_entropy(x, weight, targets, 0.0), weight)[0]
+        grad = torch.autograd.grad(LanguageModelHead(weight, z_loss=0.0)(x, targets), weight)[0]
         errors.append(float((grad.float() - exact).norm() / exact.norm()))
     assert errors[1] < 2 * errors[0] < 0.01
 
 
 def test_nothing_is_counted() -> None:
     x, weight, targets = example(8)
-    value = cross_entropy(x, weight, torch.full_like(targets, IGNORED_TARGET), 1e-4)
+    value = LanguageModelHead(weight, z_loss=1e-4)(x, torch.full_like(targets, IGNORED_TARGET))
     value.backward()
     assert value.item() == 0.0 and not x.grad.any() and not weight.grad.any()
 
@@ -69,8 +69,8 @@ def test_nothing_is_counted() -> None:
 def test_extreme_logits() -> None:
     x = torch.tensor([[1.0], [1.0], [0.0]])
     weight = torch.tensor([[1000.0], *[[0.0]] * 7])
-    losses = [float(cross_entropy(x[i : i + 1], weight, torch.tensor([t]), 0.0)) for i, t in
-              enumerate((0, 3, 5))]  # fmt: skip
+    head = LanguageModelHead(nn.Parameter(weight), z_loss=0.0)
+    losses = [head(x[i : i + 1], torch.tensor([t])).item() for i, t in enumerate((0, 3, 5))]
     assert losses == [0.0, 1000.0, pytest.approx(math.log(8))]
 
 

@@ -188,8 +188,7 @@ class Engine(ABC):
 
 def sum_over(values: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> None:
     """All-reduce a small CPU tensor in place through `device`, where the group's backend can see it."""
-    if group is None or group.size() == 1:
-        return
-    on_device = values.to(device)
-    dist.all_reduce(on_device, group=group)
-    values.copy_(on_device)
+    if group is not None and group.size() > 1:
+        on_device = values.to(device)
+        dist.all_reduce(on_device, group=group)
+        values.copy_(on_device)

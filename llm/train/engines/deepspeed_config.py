@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from typing import Any, Literal
+from typing import Any
 
 from llm.config import RunConfig
 from llm.errors import InputError, require
@@ -53,7 +53,7 @@ PASSED_THROUGH = (
 )  # fmt: skip
 
 
-def deepspeed_config(config: RunConfig, *, dp_size: int, device: Literal["cpu", "cuda"] | str) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, *, dp_size: int, device: str) -> dict[str, Any]:
     """The dict that `deepspeed.initialize(config=...)` takes.
 
     Raises:
@@ -105,10 +105,8 @@ def _offloaded(config: RunConfig) -> tuple[str, ...]:
 
 
 def _precision(precision: str) -> dict[str, Any]:
-    if precision == "fp32":
-        return {}
-    if precision == "bf16":
-        return {"bf16": {"enabled": True}}
+    if precision != "fp16":
+        return {"bf16": {"enabled": True}} if precision == "bf16" else {}
     scaling = DynamicLossScale()
     return {
         "fp16": {
@@ -131,9 +129,8 @@ def _check_user_keys(section: dict[str, Any], prefix: str = "") -> None:
         if not prefix and key not in PASSED_THROUGH:
             near = difflib.get_close_matches(key, [*PASSED_THROUGH, *OWNED], n=1, cutoff=0.0)[0]
             instead = OWNED.get(near, f"deepspeed.{near}")
-            raise InputError(
-                f"deepspeed.{key} is not a key that Ingot passes on; the nearest is {near!r}: use {instead}"
-            )
+            found = f"deepspeed.{key} is not a key that Ingot passes on"
+            raise InputError(f"{found}; the nearest is {near!r}: use {instead}")
         if path == "zero_optimization":
             require(isinstance(value, dict), f"deepspeed.{path} is {value!r}; expected keys and values")
         if isinstance(value, dict):

@@ -109,9 +109,8 @@ def shard(model: GPT, config: RunConfig, mesh: Mesh, device: torch.device) -> li
     # Floating-point activations have the parameters' precision from the embedding on: none is an input to cast.
     precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if config.parallel.offload == "all" else OffloadPolicy()
-    keep_gathered = config.parallel.zero_stage == 2
     # The rest stays gathered at either stage: the backward pass begins where the forward pass ends, with the head.
-    modules = [(block, not keep_gathered) for block in model.blocks.values()] + [(model, False)]
+    modules = [(block, config.parallel.zero_stage != 2) for block in model.blocks.values()] + [(model, False)]
     units = []
     for module, reshard in modules:
         for parameter in module.parameters():
