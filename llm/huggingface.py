@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm import files
 from llm.checkpoint.convert import DTYPES, open_hf, write_hf, write_plain
+from llm.checkpoint.forms import form_of
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, RunConfig
 from llm.config.parse import to_dict, to_yaml
@@ -34,6 +35,8 @@ def export(path: Path, target: Path, *, dtype: str, plain: bool) -> str:
         "(pip install 'ingot[hf]') or export the weights under Ingot's own names (--plain)",
     )
     source, config, tokenizer = open_trained(path)
+    if not plain:
+        form_of(config.model)
     with files.complete_folder(target) as folder:
         if plain:
             write_plain(source, folder, dtype=dtype)
