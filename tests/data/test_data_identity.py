@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -159,8 +160,6 @@ def test_the_state_of_0_1_0_is_read():
 
 
 def test_files_without_a_manifest_that_0_1_0_knew_by_their_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from conftest import write_shards
-
     monkeypatch.chdir(tmp_path)
     tokens = np.arange(300) % 50
     write_shards(Path("one"), {"train": tokens, "validation": tokens}, 50)
