@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chosen import slow_but
 from llm.config import ModelConfig
 from llm.model.gpt import GPT
 from llm.model.layers import DenseLayers
@@ -76,7 +77,7 @@ def formula(w: dict[str, Tensor], config: ModelConfig, tokens: Tensor) -> Tensor
     return norm("norm", x) @ w["embedding.weight" if config.tie_embeddings else "head.weight"].T
 
 
-@pytest.mark.parametrize("options", CASES, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("options", slow_but(CASES[::5], CASES), ids=lambda case: "-".join(map(str, case.values())))
 def test_formulas(options: dict) -> None:
     config = ModelConfig(n_layer=L, n_head=H, d_model=C, vocab_size=V, max_seq_len=T + 3, rope_theta=300.0, **options)
     model = GPT(config, DenseLayers(seed=0))

@@ -182,6 +182,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
 
 
 @pytest.mark.usefixtures("in_a_folder")
+@pytest.mark.slow
 def test_the_script_says_that_the_vocabulary_is_padded():
     command = [sys.executable, str(ROOT / "launch/prepare_data.py"), "--data.source=text.jsonl", "--data.end_token=2"]
     command += ["--data.tokenizer=llama3.json", "--model.vocab_size=640", "--data.validation_fraction=0.2"]
