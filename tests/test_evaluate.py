@@ -16,25 +16,19 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from thread_ranks import ranks_in_threads
+from trained_run import write_run
 
-from llm.checkpoint.writer import write_checkpoint
 from llm.cluster.ranks import discover_ranks, initialize
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
-from llm.config.parse import to_dict
-from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.evaluate import Request, Scorer, plan, report, score_text, windows
 from llm.generate import hidden
 from llm.parallel.mesh import Mesh
-from llm.train.build import build_model
-from llm.train.engines.plain import PlainEngine
 from llm.trained import Trained, load_trained
 from pool import RankPool
 
 CPU = torch.device("cpu")
 T = 16
-TEXTS = ["def f(x):\n    return x\n", "import os\nprint(os.name)\n", "class A:\n    pass\n"]
 # The vocabulary is padded: the tokenizer has 261 tokens.
 MODEL = ModelConfig(
     n_layer=2, n_head=4, n_kv_head=2, d_model=32, vocab_size=272, max_seq_len=T, position="learned", bias=True
@@ -45,19 +39,7 @@ DOCUMENTS = ["", "é", "import os", "x = 'naïve' # 日本\n" * 3, "def f(x):\n 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with a checkpoint of random, but not tiny, weights."""
-    folder = tmp_path_factory.mktemp("runs") / "one"
-    folder.mkdir()
-    Tokenizer.train(TEXTS * 50, 261).save(folder / "tokenizer.json")
-    model = build_model(CONFIG, None)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)), alpha=0.3)
-    state = {"step": 5, "config": to_dict(CONFIG)}
-    with ranks_in_threads(1):
-        pieces = PlainEngine(CONFIG, model, None, CPU).state_pieces()
-        write_checkpoint(folder / "checkpoints", 5, pieces, state, keep_last=1)
-    return folder
+    return write_run(tmp_path_factory.mktemp("runs") / "one", CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -8,26 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from thread_ranks import ranks_in_threads
+from trained_run import write_run
 
-from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
-from llm.config.parse import to_dict
 from llm.config.sections import SparseAttention
-from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.generate import generate, stream
 from llm.model.gpt import GPT
 from llm.parallel.mesh import Mesh
 from llm.sampling import SamplingConfig
 from llm.train.build import build_model
-from llm.train.engines.plain import PlainEngine
 from llm.trained import load_trained
 from pool import RankPool
 
 CPU = torch.device("cpu")
 GREEDY = SamplingConfig(temperature=0)
-TEXTS = ["def f(x):\n    return x\n", "import os\nprint(os.name)\n", "class A:\n    pass\n"]
 CONFIG = RunConfig(
     data=DataConfig(seq_len=48),
     model=ModelConfig(
@@ -44,19 +39,7 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with a checkpoint of random, but not tiny, weights."""
-    folder = tmp_path_factory.mktemp("runs") / "one"
-    folder.mkdir()
-    Tokenizer.train(TEXTS * 50, 261).save(folder / "tokenizer.json")
-    model = build_model(CONFIG, None)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8)
-    engine = PlainEngine(CONFIG, model, None, CPU)
-    state = {"step": 5, "config": to_dict(CONFIG)}
-    with ranks_in_threads(1):
-        write_checkpoint(folder / "checkpoints", 5, engine.state_pieces(), state, keep_last=1)
-    return folder
+    return write_run(tmp_path_factory.mktemp("runs") / "one", CONFIG)
 
 
 def continuations(model: GPT, prompts: list[list[int]], sampling=GREEDY, cache=True, n=20) -> list[list[int]]:

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from chosen import slow_but
 from llm.checkpoint.reader import find_latest, open_checkpoint
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import RunConfig
+from llm.errors import CheckpointError
 from llm.parallel.mesh import Mesh
+from llm.slices import Slice
 from llm.train.build import build_engine, build_model
 from pool import RankPool
 from tiny_run import batches, case, plain, target_count
@@ -144,3 +147,35 @@ def weights_only(config: RunConfig, root: Path) -> list[float]:
     losses = steps(engine, config, mesh, 3, 3)
     engine.close()
     return losses
+
+
+class Unreadable:
+    """A source of which rank 1 alone cannot read its part."""
+
+    def read_slice(self, name: str, kind: str, part: Slice) -> torch.Tensor:
+        if dist.get_rank() == 1:
+            raise CheckpointError("rank 1's part is damaged")
+        return torch.ones(part.shape)
+
+
+def load_unreadable(config: RunConfig) -> str:
+    engine = build_engine(config, Mesh.create(config.parallel, "cpu"), CPU)
+    try:
+        engine.load_pieces(Unreadable(), 0)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return "no error"
+
+
+LAYOUTS = {
+    "tp2": dict(parallel=dict(tensor_parallel=2)),
+    "zero3": dict(parallel=dict(zero_stage=3)),
+    "fsdp": dict(parallel=dict(zero_stage=3), train=dict(engine="fsdp")),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_part_that_one_rank_cannot_read_stops_all(name: str, two_ranks: RankPool) -> None:
+    assert two_ranks.run(load_unreadable, case(**LAYOUTS[name])) == ["rank 1's part is damaged"] * 2

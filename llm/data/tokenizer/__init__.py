@@ -239,5 +239,6 @@ def _end_token(vocabulary: dict[str, int], special: dict[str, int], end: str | i
         problem = f"has no token of {'id' if by_id else 'name'} {end}"
     shown = ", ".join(f"{token} ({i})" for token, i in list(special.items())[:SHOWN]) or "none"
     more = f" and {len(special) - SHOWN} more" if len(special) > SHOWN else ""
-    require(len(found) == 1, f"{problem}; set data.end_token to one of its special tokens: {shown}{more}")
+    remedy = "set data.end_token (of a Hugging Face model: eos_token_id in config.json) to one of its special tokens"
+    require(len(found) == 1, f"{problem}; {remedy}: {shown}{more}")
     return found[0]

@@ -15,6 +15,7 @@ from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
 from llm.data.batch import Batch
 from llm.model.layers import IGNORED_TARGET, Documents
+from llm.parallel.agreement import together
 from llm.parallel.mesh import Mesh
 from llm.slices import Slice, slice_of
 
@@ -169,7 +170,17 @@ class Engine(ABC):
 
     @torch.no_grad()
     def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
-        """Fill master weights, and moments if optimizer_step > 0, from any layout's, and publish them."""
+        """Fill master weights, and moments if optimizer_step > 0, from any layout's, and publish them.
+
+        What a rank's part of the source raises is raised by every rank.
+        """
+        if dist.is_initialized():
+            together(lambda: self._read_pieces(source, optimizer_step))
+        else:
+            self._read_pieces(source, optimizer_step)
+        self._publish()
+
+    def _read_pieces(self, source: WeightSource, optimizer_step: int) -> None:
         for name, fragment in self._fragments().items():
             flat, state = fragment.flat, self.optimizer.state
             if optimizer_step:
@@ -180,7 +191,6 @@ class Engine(ABC):
             for kind, tensor in tensors.items():
                 values = source.read_slice(name, kind, self.slices[name]).flatten()
                 tensor.copy_(values.narrow(0, fragment.start, fragment.numel))
-        self._publish()
 
     def close(self) -> None:  # noqa: B027 - most have nothing to do
         """Give back what is held beyond the process group, which its creator ends."""

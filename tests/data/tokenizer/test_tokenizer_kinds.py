@@ -141,7 +141,7 @@ def test_the_end_token_is_found_by_name_by_itself_or_by_id():
         (
             "bert",
             None,
-            r"has 0 of the known .*; set data.end_token to one of its special tokens: \[PAD\] \(0\), \[UNK\]",
+            r"has 0 of the known .*; set data.end_token .* to one of its special tokens: \[PAD\] \(0\), \[UNK\]",
         ),
         ("llama3", "<eos>", r"no token of name <eos>; set .*: <\|begin_of_text\|> \(0\), <\|end_of_text\|> \(1\)"),
         ("llama3", 100_000, "no token of id 100000"),
