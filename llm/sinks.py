@@ -61,7 +61,7 @@ def protect_streams() -> None:
 
 def _protected(stream: TextIO | None, name: str, say: Callable[[str], None]) -> TextIO:
     if stream is None:  # it was closed before Python began
-        return open(os.devnull, "w", encoding="utf-8")
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     raw, lines = Stream(stream.fileno(), name, say), stream.line_buffering
     options = {"line_buffering": lines, "write_through": getattr(stream, "write_through", False)}
     return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", **options)  # pyright: ignore[reportArgumentType]

@@ -168,3 +168,48 @@ def test_more_ranks_than_heads_are_refused(run: Path, four_ranks: RankPool) -> N
 def test_several_prompts_are_printed_one_after_the_other(run: Path) -> None:
     text = "".join(stream(load_trained(run, CPU), ["def f", "import"], 5, GREEDY))
     assert text.startswith("--- 1 of 2\ndef f") and "--- 2 of 2\nimport" in text
+
+
+def test_a_text_that_the_context_ends_is_noted(run: Path) -> None:
+    trained, notes = load_trained(run, CPU), list[str]()
+    prompt, sampling = "x" * 40, SamplingConfig(seed=4)
+    ids = trained.tokenizer.encode(prompt)
+    text = "".join(stream(trained, [prompt, "import"], 100, sampling, notes.append))
+    room = 48 - len(ids)
+    expected = f"ends at the model's longest sequence, 48 tokens (model.max_seq_len), after {room} of 100 new tokens"
+    assert f"note: text 1 {expected}" in notes and text.startswith("--- 1 of 2\nxxxx")
+    notes.clear()
+    "".join(stream(trained, [prompt], room, sampling, notes.append))
+    assert notes == []
+
+
+def test_a_text_that_ends_by_itself_is_not_noted(run: Path) -> None:
+    trained, notes = load_trained(run, CPU), list[str]()
+    trained.tokenizer.eod_id = continuations(trained.model, [trained.tokenizer.encode("def f")])[0][3]
+    assert "".join(stream(trained, ["def f"], 100, GREEDY, notes.append)).startswith("def f")
+    assert notes == []
+
+
+def test_an_empty_prompt_is_the_start_of_a_document(run: Path) -> None:
+    trained = load_trained(run, CPU)
+    expected = trained.tokenizer.decode(continuations(trained.model, [[trained.tokenizer.eod_id]])[0])
+    assert "".join(stream(trained, [""], 20, GREEDY)) == expected + "\n"
+    both = "".join(stream(trained, ["", "def f"], 20, GREEDY))
+    assert both.startswith(f"--- 1 of 2\n{expected}\n--- 2 of 2\ndef f") and "endoftext" not in both
+
+
+def test_a_prompt_of_bytes_is_read_as_utf_8(run: Path) -> None:
+    trained = load_trained(run, CPU)
+    prompts = {"d\udcc3\udca9f": "déf", "日本": "日本"} | dict.fromkeys(["d\udcff", "d\ud800", "d\udcc3"], "d\ufffd")
+    for prompt, read in prompts.items():
+        text = "".join(stream(trained, [prompt], 5, GREEDY))
+        assert text.startswith(read) and text == "".join(stream(trained, [read], 5, GREEDY))
+
+
+def test_a_character_cut_short_by_the_end_is_shown(run: Path) -> None:
+    """One token is drawn, the first byte of a character: it is not lost."""
+    trained = load_trained(run, CPU)
+    token = trained.tokenizer.encode("\U0001f9ff")[0]
+    others = [i for i in range(261) if i != token]
+    trained.tokenizer.unused = lambda size: others  # type: ignore[method-assign]
+    assert "".join(stream(trained, ["ab"], 1, GREEDY)) == "ab\ufffd\n"

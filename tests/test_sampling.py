@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm.errors import InputError
 from llm.sampling import SamplingConfig, keep_top_k, keep_top_p, penalise, sample
@@ -96,9 +98,36 @@ def test_the_arguments_are_not_changed() -> None:
     [
         ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf),
         ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("top_p", math.nan),
-        ("repetition_penalty", 0.0), ("repetition_penalty", math.inf),
+        ("repetition_penalty", 0.0), ("repetition_penalty", math.inf), ("seed", 2**64), ("seed", -(2**63) - 1),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{field} is .*expected"):
         SamplingConfig(**{field: value})
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-39, 1.2e-38, 1e-30])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e30])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float, scale: float) -> None:
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * scale
+    logits[:, 3] = -torch.inf
+    assert torch.equal(sample(logits, SamplingConfig(temperature=temperature)), logits.argmax(-1))
+
+
+positive = st.floats(0, exclude_min=True, allow_nan=False, allow_infinity=False)
+
+
+@given(
+    positive | st.just(0.0), positive, st.none() | st.integers(1, 2**70), st.floats(0, 1, exclude_min=True),
+    st.integers(-(2**63), 2**64 - 1), st.sampled_from([1e-40, 1.0, 1e4, 3e38]),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_allowed_draws_a_token_that_can_be(
+    temperature: float, penalty: float, top_k: int | None, top_p: float, seed: int, scale: float
+) -> None:
+    config = SamplingConfig(penalty, temperature, top_k, top_p, seed)
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(1)).clamp(-1, 1) * scale
+    logits[:, [0, 4]] = -torch.inf
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = sample(logits, config, history=torch.tensor([[1, 2], [3, 5], [6, 7], [8, 8]]), generator=generator)
+    assert not set(ids.tolist()) & {0, 4}

@@ -85,6 +85,17 @@ def test_streaming_gives_what_the_librarys_decoder_gives(ours: Tokenizer, librar
     assert "".join(pushed) + stream.finish() == ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
 
 
+@given(before=TEXT, after=TEXT)
+@settings(max_examples=60, deadline=None)
+@example("Hello", " world")
+@example("日", "本")
+def test_a_stream_goes_on_with_a_text(ours: Tokenizer, before: str, after: str):
+    first, ids = ours.encode(before), ours.encode_batch([after], [False])[0][0]
+    stream = ours.stream(first)
+    pushed = "".join([stream.push(i) for i in ids]) + stream.finish()
+    assert pushed == ours.decode(first + ids)[len(ours.decode(first)) :]
+
+
 def test_no_half_character_is_shown(ours: Tokenizer):
     ids = ours.encode("a naïve 日本 \U0001f9ff tail, \U0001f9ff")
     stream = ours.stream()
