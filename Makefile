@@ -42,7 +42,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 pretrain: setup ## prepare the corpus, train, evaluate, save, and write text (ARGS="--name=x --a.b=c")
 	@$(BIN)/python launch/prepare_data.py --config $(CONFIG) $(ARGS)
-	@PATH=$(CURDIR)/$(BIN):$$PATH deepspeed --num_gpus $(RANKS) launch/pretrain.py --config $(CONFIG) $(ARGS)
+	@$(BIN)/python -m deepspeed.launcher.runner --num_gpus $(RANKS) launch/pretrain.py --config $(CONFIG) $(ARGS)
 
 # The GPUs there are, else two ranks on the CPU.
 GPUS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | wc -l || echo 0)
@@ -76,7 +76,7 @@ bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--q
 	@$(BIN)/python -m benchmarks.loader $(ARGS)
 
 bench-parallel: setup ## what ZeRO stages and recomputation cost (results: docs/benchmarks.md)
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \
 	  --config $(CONFIG) --train.micro_batch_size=4 $(ARGS)
 
 test-gpu: setup ## the same ladder on an NVIDIA GPU
@@ -102,9 +102,9 @@ test-triton-3.6: ## the kernels under Triton 3.6: interpreted, and compiled for 
 	@$(OLD_TRITON)/bin/python -m benchmarks.kernels.aot $(ARGS)
 
 check: setup ## lint, formatting, types
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m pyright
 
 clean: ## remove what was built, never data/ or runs/
 	rm -rf build *.egg-info llm/data/_native*.so $(VENV) $(OLD_TRITON)

@@ -17,10 +17,11 @@ def main() -> int:
     if sys.argv[1:2] in ([], ["--help"], ["-h"]):
         print(__doc__, file=sys.stderr if len(sys.argv) < 2 else sys.stdout)
         return 2 if len(sys.argv) < 2 else 0
+    paths = [Path.cwd(), Path(sys.executable), Path(__file__).resolve()]
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     try:
         hosts = read_hostfile(Path(sys.argv[1]))
-        check_remote_words(os.environ, [Path.home() / name, Path(name)], sys.argv[2:])
+        check_remote_words(os.environ, [Path.home() / name, Path(name)], sys.argv[2:], paths)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains with torchrun. Arguments go to launch/pretrain.py; paths are relative to the checkout.
+# Trains with torchrun. Arguments go to launch/pretrain.py; paths count from the folder you are in.
 #
 #   launch/torchrun.sh --config launch/configs/tiny-cpu.yaml              one host, RANKS processes on it
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh ...      on the first of two hosts
@@ -11,9 +11,9 @@
 # MASTER_ADDR  address of host 0
 # MASTER_PORT  a port that is free on host 0, by default 29500
 set -euo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-[[ -d .venv/bin ]] && PATH="$PWD/.venv/bin:$PATH"
-[[ " $* " == *" --help "* ]] && exec python launch/pretrain.py --help # without the launcher's imports
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+[[ -d "$root/.venv/bin" ]] && PATH="$root/.venv/bin:$PATH"
+[[ $# == 0 || " $* " == *" --help "* ]] && exec python "$root/launch/pretrain.py" "$@" # without the launcher's imports
 
 gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) || gpus=0
 options=(--nproc_per_node "${RANKS:-$((gpus > 0 ? gpus : 2))}")
@@ -27,4 +27,4 @@ else
 fi
 
 set -x
-exec torchrun "${options[@]}" launch/pretrain.py "$@"
+exec python -m torch.distributed.run "${options[@]}" "$root/launch/pretrain.py" "$@"

@@ -16,6 +16,7 @@ MAX_SLOTS = 64
 # What `deepspeed` exports from its own environment, on CPU and CUDA machines.
 EXPORTED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 SAFE_ARGUMENT = r"[\w@+=:,./\[\] -]*"
+SAFE_PATH = r"[\w@+=:,./-]*"
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -45,13 +46,21 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def check_remote_words(environ: Mapping[str, str], env_files: Sequence[Path], arguments: Sequence[str]) -> None:
+def check_remote_words(
+    environ: Mapping[str, str], env_files: Sequence[Path], arguments: Sequence[str], paths: Sequence[Path] = ()
+) -> None:
     """Refuse what a remote shell would interpret in what `deepspeed` hands to it.
 
     `environ` is its environment, `env_files` the `.deepspeed_env` files that it reads, `arguments` those of the launch
-    script. Raises InputError naming the variable, line or argument; the values of variables are not shown, for they may
-    be secret.
+    script, `paths` what the command for a host names without quotes. Raises InputError naming the path, variable, line
+    or argument; the values of variables are not shown, for they may be secret.
     """
+    for path in paths:
+        require(
+            re.fullmatch(SAFE_PATH, str(path), re.ASCII) is not None,
+            f"the path {str(path)!r} has a space or another character at which a shell on another host would cut it; "
+            "move it to a path of letters, digits and _@+=:,./-, or start on one host",
+        )
     for name, value in environ.items():
         if name.startswith(EXPORTED_PREFIXES):
             _check_export(f"the environment variable {name}", f"{name}={value}")

@@ -151,7 +151,7 @@ def choose_device(ranks: Ranks) -> torch.device:
     if count == 1 and ranks.launcher == "slurm":
         return torch.device("cuda", 0)
     require(
-        ranks.local_rank < count,
+        ranks.local_world_size <= count,  # not local_rank: every rank of the host is refused, before any waits
         f"this host has {count} GPUs for {ranks.local_world_size} ranks; start at most {count} here",
     )
     return torch.device("cuda", ranks.local_rank)

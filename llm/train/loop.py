@@ -48,7 +48,6 @@ class Trainer:
     """A run under way: what its steps share. Every method is collective."""
 
     def __init__(self, run: Run) -> None:
-        assert run.feed is not None and run.engine is not None, "the run is complete"
         self.run, self.feed, self.engine = run, run.feed, run.engine
         self.reporter = Reporter(run)
 

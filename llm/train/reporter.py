@@ -16,7 +16,6 @@ class Reporter:
     """Measures the steps of a run; rank 0 alone writes and prints."""
 
     def __init__(self, run: Run) -> None:
-        assert run.feed is not None and run.engine is not None
         self.run, self.feed, self.engine = run, run.feed, run.engine
         tensorboard = run.folder.tensorboard if run.config.logging.tensorboard else None
         self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)

@@ -8,6 +8,8 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +17,7 @@ from typing import BinaryIO
 from llm import files
 from llm.errors import InputError, require
 
+RUNS = Path("runs")
 # A run that was just killed may have ranks that are still ending.
 LOCK_PATIENCE_SECONDS = 5.0
 
@@ -30,6 +33,45 @@ class RunFolder:
         """One JSON line per logged step."""
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.tokenizer = self.path / "tokenizer.json"
+
+    def claim(self) -> BinaryIO:
+        """Rank 0, before the ranks meet: `create`, `lock` and `share_nonce`; returns what holds the lock.
+
+        Before, for a second start must not reach the first one's port.
+        """
+        while True:
+            made = sum(not path.exists() for path in (self.path, self.path.parent))
+            self.create()
+            file = self.lock()
+            if os.fstat(file.fileno()).st_nlink:
+                break
+            file.close()  # a start that failed held it, and has removed it with the folder
+        self.share_nonce(made)
+        return file
+
+    @contextmanager
+    def undone_on_failure(self, nonce: str) -> Iterator[None]:
+        """Remove what a start has made, if it fails: by each rank, for a launcher may kill the others at once.
+
+        nonce: that of the start. A folder that was there before stays, and so does one that another start has claimed.
+        """
+        try:
+            yield
+        except BaseException:
+            _, _, made = nonce.partition(" ")
+            with suppress(OSError):  # another rank was faster, or somebody has put a file there
+                if made in ("1", "2") and self.nonce() == nonce:
+                    for name in ("nonce", "lock", self.config.name, self.tokenizer.name):
+                        (self.path / name).unlink(missing_ok=True)
+                    self.path.rmdir()
+                    if made == "2":
+                        self.path.parent.rmdir()
+            raise
+
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step`, whole or not."""
+        return (self.checkpoints / f"step-{step:08d}").exists()
 
     def create(self) -> None:
         """Make the folder where there is none; raises InputError where that cannot be."""
@@ -61,9 +103,12 @@ class RunFolder:
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode())
         return file
 
-    def share_nonce(self) -> str:
-        """Rank 0: write a new nonce into the folder and return it, to be sent to every rank."""
-        nonce = secrets.token_hex(16)
+    def share_nonce(self, made: int = 0) -> str:
+        """Rank 0: write a new nonce into the folder and return it, to be sent to every rank.
+
+        made: how many folders this start has made, 2 with that of all runs; the nonce says it.
+        """
+        nonce = f"{secrets.token_hex(16)} {made}"
         # In place, not by a rename: opening the same file anew is what NFS keeps consistent.
         descriptor = os.open(self.path / "nonce", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "w") as file:
@@ -72,16 +117,21 @@ class RunFolder:
             os.fsync(file.fileno())
         return nonce
 
+    def nonce(self) -> str:
+        """The nonce that is there; raises OSError."""
+        return (self.path / "nonce").read_text()
+
     def check_nonce(self, nonce: str) -> None:
         """Every rank: raise InputError unless the folder here holds the nonce that rank 0 sent."""
         try:
-            found = (self.path / "nonce").read_text()
+            found = self.nonce()
         except OSError as error:
             found = f"nothing ({error.strerror})"
         require(
             found == nonce,
-            f"{socket.gethostname()} does not see what rank 0 wrote into {self.path}: found {found}, expected {nonce}; "
-            "put the run's folder on a file system that all nodes share",
+            f"{socket.gethostname()} does not see what rank 0 wrote into {self.path}: {self.path.absolute()} holds "
+            f"{found}, expected {nonce}; put the run's folder on a file system that all nodes share, and start on each "
+            "in the same folder",
         )
 
 

@@ -108,12 +108,12 @@ def test_a_node_with_another_folder_is_refused(folder: RunFolder, tmp_path: Path
     other.create()
     first = folder.share_nonce()
     folder.check_nonce(first)
-    with pytest.raises(InputError, match=r"found nothing \(No such file.*all nodes share"):
+    with pytest.raises(InputError, match=r"local/a-run holds nothing \(No such file.*all nodes share"):
         other.check_nonce(first)
     second = folder.share_nonce()
     assert second != first
     folder.check_nonce(second)
-    with pytest.raises(InputError, match=f"found {second}, expected {first}"):
+    with pytest.raises(InputError, match=f"holds {second}, expected {first}"):
         folder.check_nonce(first)
 
 
