@@ -6,11 +6,13 @@ All ranks together find everything that can be wrong with the request, before an
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import torch
 
@@ -25,6 +27,7 @@ from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
 from llm.train.checks import check_kernels, check_tokenizer
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
+from llm.train.engines.deepspeed_log import divert
 from llm.train.feed import Feed
 from llm.train.init_from import open_weights
 from llm.train.resume import check_resumable, find_step, resume_report, saved_config
@@ -92,7 +95,8 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     together(run.validation_batches)
     run.feed = together(lambda: _open_feed(run, skipped_samples))
     together(lambda: _write_folder(run) if lead else None)
-    run.engine = build_engine(config, mesh, device, checkpoint or weights)
+    with redirect_stdout(_deepspeed_log(run, say)):
+        run.engine = build_engine(config, mesh, device, checkpoint or weights)
     if checkpoint is not None:
         say(resume_report(saved_config(checkpoint.state), config, step))
     return run
@@ -104,6 +108,16 @@ def _open_feed(run: Run, skipped_samples: int) -> Feed:
     loader = open_loader(run.corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu")
     steps, hash_check = run.config.train.max_steps - run.step, run.corpora.hash_check(**ranks)
     return Feed(loader, run.device, steps, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
+
+
+def _deepspeed_log(run: Run, say: Callable[[str], None]) -> TextIO:
+    """Where what the engine prints goes while it is built. Collective."""
+    if run.config.train.engine != "deepspeed":
+        return sys.stdout
+    log = run.folder.path / "deepspeed" / f"rank-{run.mesh.rank}.log"
+    slow = "; its first start on a machine compiles for a minute or two" if run.device.type == "cpu" else ""
+    say(f"DeepSpeed logs to {log.parent}{slow}")
+    return together(lambda: divert(log))
 
 
 def _write_folder(run: Run) -> None:
