@@ -42,10 +42,11 @@ def pretrain(ranks: Ranks) -> None:
     torch.distributed.destroy_process_group()
     if held is not None:
         from llm.report import report
+        from llm.sinks import Sink
 
         if run.engine is None:
             print(f"{held[0].path} is complete: {run.step} steps; raise train.max_steps, or choose another --name")
-        print(report(held[0].path), flush=True)
+        Sink("the report", print)(lambda: report(held[0].path))
 
 
 if __name__ == "__main__":

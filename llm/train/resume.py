@@ -72,14 +72,7 @@ def _resume_step(checkpoint: Path) -> int | None:
 
 def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
     """The corpora in the checkpoint's order, the same on every rank; InputError if its run cannot go on so."""
-    run = f"runs/{config.name}"
-    require(state["data"] != {}, f"{run} is imported; train with --train.init_from={run} and another --name")
-    saved = saved_config(state)
-    check_same_model(saved.model, config.model)
-    for key in FIXED:
-        before, now = map(attrgetter(key), (saved, config))
-        found = f"{run} was trained with {key} {before}, the config has {now}"
-        require(before == now, f"{found}; restore it, or choose another --name")
+    run, saved = f"runs/{config.name}", check_settings(config, state)
     corpora = _check_phases(config, saved, corpora, state)
     step, taken, most = state["step"], state["consumed_samples"], config.train.max_steps
     consumed = consumed_samples(config.phases, step)
@@ -88,6 +81,18 @@ def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) 
     found = f"{run} has done {step} steps, beyond train.max_steps {most}"
     require(step <= most, f"{found}; raise it, or choose another --name")
     return corpora
+
+
+def check_settings(config: RunConfig, state: dict[str, Any]) -> RunConfig:
+    """The config of a checkpoint; InputError unless `config` has its model and what else, beside data, stays fixed."""
+    run, saved = f"runs/{config.name}", saved_config(state)
+    require(state["data"] != {}, f"{run} is imported; train with --train.init_from={run} and another --name")
+    check_same_model(saved.model, config.model)
+    for key in FIXED:
+        before, now = map(attrgetter(key), (saved, config))
+        found = f"{run} was trained with {key} {before}, the config has {now}"
+        require(before == now, f"{found}; restore it, or choose another --name")
+    return saved
 
 
 def saved_config(state: dict[str, Any]) -> RunConfig:

@@ -30,7 +30,7 @@ from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.engines.deepspeed_log import divert
 from llm.train.feed import Feed
 from llm.train.init_from import open_weights
-from llm.train.resume import check_resumable, find_step, resume_report, saved_config
+from llm.train.resume import check_resumable, check_settings, find_step, resume_report, saved_config
 from llm.train.run_folder import RunFolder, truncate_metrics
 
 RUNS = Path("runs")
@@ -42,14 +42,14 @@ class Run:
 
     config: RunConfig
     folder: RunFolder
-    corpora: Corpora
+    corpora: Corpora | None
     mesh: Mesh
     device: torch.device
     step: int
     """Steps that are done."""
     feed: Feed | None = None
     engine: Engine | None = None
-    """Both None when nothing is left to do."""
+    """These and `corpora` are None when nothing is left to do."""
 
     @property
     def lead(self) -> bool:
@@ -58,6 +58,7 @@ class Run:
 
     def validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share of the validation samples. Raises InputError at once where the split cannot be used."""
+        assert self.corpora is not None
         batches = validation_batches(self.corpora, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
         return (micro_batch(batch, self.device, rows) for batch, rows in batches)
 
@@ -77,24 +78,25 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
     nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
     together(lambda: folder.check_nonce(nonce))
-    corpora = together(lambda: Corpora.open(config, say))
     checkpoint, warnings = open_agreed(folder.checkpoints, partial(find_step, step=config.checkpoint.resume_step))
     for warning in warnings:
         say(f"warning: {warning}")
     step = skipped_samples = 0
     weights = None
+    if checkpoint is not None and checkpoint.state["step"] == config.train.max_steps:  # its data may be gone
+        together(lambda: check_settings(config, checkpoint.state))
+        return Run(config, folder, None, mesh, device, config.train.max_steps)
+    corpora = together(lambda: Corpora.open(config, say))
     if checkpoint is not None:
         corpora = together(lambda: check_resumable(config, corpora, checkpoint.state))
         step, skipped_samples = checkpoint.state["step"], checkpoint.state["skipped_samples"]
     elif config.train.init_from is not None:
         weights = open_weights(config, corpora.folder / "tokenizer.json", say)
     run = Run(config, folder, corpora, mesh, device, step)
-    if step == config.train.max_steps:
-        return run
     say(f"vocabulary: {together(lambda: check_tokenizer(corpora))}")
     together(run.validation_batches)
-    run.feed = together(lambda: _open_feed(run, skipped_samples))
-    together(lambda: _write_folder(run) if lead else None)
+    run.feed = together(lambda: _open_feed(run, corpora, skipped_samples))
+    together(lambda: _write_folder(run, corpora) if lead else None)
     with redirect_stdout(_deepspeed_log(run, say)):
         run.engine = build_engine(config, mesh, device, checkpoint or weights)
     if checkpoint is not None:
@@ -102,11 +104,11 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     return run
 
 
-def _open_feed(run: Run, skipped_samples: int) -> Feed:
+def _open_feed(run: Run, corpora: Corpora, skipped_samples: int) -> Feed:
     mesh, consumed = run.mesh, consumed_samples(run.config.phases, run.step)
     ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-    loader = open_loader(run.corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu")
-    steps, hash_check = run.config.train.max_steps - run.step, run.corpora.hash_check(**ranks)
+    loader = open_loader(corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu")
+    steps, hash_check = run.config.train.max_steps - run.step, corpora.hash_check(**ranks)
     return Feed(loader, run.device, steps, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
 
 
@@ -120,7 +122,7 @@ def _deepspeed_log(run: Run, say: Callable[[str], None]) -> TextIO:
     return together(lambda: divert(log))
 
 
-def _write_folder(run: Run) -> None:
+def _write_folder(run: Run, corpora: Corpora) -> None:
     run.folder.config.write_text(to_yaml(run.config))
-    shutil.copyfile(run.corpora.folder / "tokenizer.json", run.folder.path / "tokenizer.json")
+    shutil.copyfile(corpora.folder / "tokenizer.json", run.folder.path / "tokenizer.json")
     truncate_metrics(run.folder.metrics, run.step)
