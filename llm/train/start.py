@@ -32,6 +32,7 @@ from llm.train.feed import Feed
 from llm.train.init_from import open_weights
 from llm.train.resume import check_resumable, check_settings, find_step, resume_report, saved_config
 from llm.train.run_folder import RunFolder, truncate_metrics
+from llm.train.wandb_run import check_wandb
 
 RUNS = Path("runs")
 
@@ -74,6 +75,7 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -
     """Check, open the data, resume. Whatever is wrong with the request raises Agreed on every rank. Collective."""
     mesh = Mesh.create(config.parallel, device.type)
     folder, lead = RunFolder(RUNS, config.name), mesh.rank == 0
+    together(lambda: check_wandb(config) if lead else None)
     forms = together(lambda: check_kernels(config, device))
     say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
     nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
