@@ -46,11 +46,12 @@ setup(
         "hf": ["transformers>=5.0"],
         # Tasks of EleutherAI's lm-evaluation-harness in launch/evaluate.py.
         "eval": ["lm-eval>=0.4.13", "transformers>=5.0"],
+        "wandb": ["wandb>=0.31"],
         # Whose files tests/data/tokens/test_tokens_peers.py reads back.
         "formats": ["megatron-core>=0.16", "datatrove>=0.10"],
         "dev": [
             # Oracles: transformers' models and tokenizers, tiktoken's encodings, the harness's scores.
-            "ingot[hf,eval]",
+            "ingot[hf,eval,wandb]",
             "accelerate>=1.0",
             "datasets>=4.0",
             "tiktoken>=0.9",

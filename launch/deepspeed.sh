@@ -14,7 +14,7 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 [[ -d "$root/.venv/bin" ]] && PATH="$root/.venv/bin:$PATH"
 [[ $# == 0 || " $* " == *" --help "* ]] && exec python "$root/launch/pretrain.py" "$@" # without the launcher's imports
 
-options=(--master_port "${MASTER_PORT:-29500}")
+options=(--log_level error --master_port "${MASTER_PORT:-29500}")
 if [[ -z "${HOSTFILE:-}" ]]; then
   gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) || gpus=0
   options+=(--hostfile /dev/null --num_gpus "${RANKS:-$((gpus > 0 ? gpus : 2))}")

@@ -11,10 +11,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
 from argparse import ArgumentParser, Namespace
+from functools import partial
 
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.cluster.script import run_script
 from llm.config import ParallelConfig
+from llm.sinks import output_failure
 
 OPTIONS = {
     "max_new_tokens": (int, 200, "tokens to add"),
@@ -29,7 +31,7 @@ OPTIONS = {
 def arguments(argv: list[str]) -> Namespace:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="runs/<name>, or one of its checkpoints")
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; repeatable")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue, or '' for none; repeatable")
     for name, (kind, default, text) in OPTIONS.items():
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {default})")
@@ -53,11 +55,16 @@ def main(ranks: Ranks) -> None:
         initialize(ranks, timeout_seconds=600, device=device)
         mesh = Mesh.create(ParallelConfig(tensor_parallel=ranks.world_size), device.type)
     trained = load_trained(args.checkpoint, device, mesh)
-    for text in stream(trained, args.prompt, args.max_new_tokens, sampling):
+    say = partial(print, file=sys.stderr) if ranks.rank == 0 else lambda note: None
+    for text in stream(trained, args.prompt, args.max_new_tokens, sampling, say):
         if ranks.rank == 0:
             print(text, end="", flush=True)
+        if mesh is None and output_failure():
+            break
     if ranks.world_size > 1:
         torch.distributed.destroy_process_group()
+    if not isinstance(output_failure(), BrokenPipeError | None):  # the text is what was asked for: a full disk loses it
+        sys.exit(1)
 
 
 if __name__ == "__main__":

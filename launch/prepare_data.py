@@ -16,9 +16,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
+from llm.cluster.script import run_alone
 from llm.config import RunConfig
 from llm.config.parse import parse_config
-from llm.errors import InputError, require
+from llm.errors import require
 
 OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify": [], "show": ["sample"], "stats": []}
 
@@ -52,23 +53,18 @@ def run(command: str, options: dict[str, str], config: RunConfig) -> None:
         print("\n\n".join(map(describe, statistics(Corpora.open(config)))))
 
 
-def main(argv: list[str]) -> int:
-    try:
-        require(bool(argv), "no config is given, such as --config launch/configs/tiny-cpu.yaml; --help lists all")
-        command = argv.pop(0) if argv and not argv[0].startswith("-") else "prepare"
-        require(command in OPTIONS, f"unknown command {command!r}; expected one of {', '.join(OPTIONS)}")
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        for option in OPTIONS[command]:
-            parser.add_argument(f"--{option}")
-        options, rest = parser.parse_known_args(argv)
-        if {"--help", "-h"} & set(rest):
-            print(__doc__)
-        run(command, vars(options), parse_config(rest, prog="prepare_data.py"))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str]) -> None:
+    require(bool(argv), "no config is given, such as --config launch/configs/tiny-cpu.yaml; --help lists all")
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else "prepare"
+    require(command in OPTIONS, f"unknown command {command!r}; expected one of {', '.join(OPTIONS)}")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for option in OPTIONS[command]:
+        parser.add_argument(f"--{option}")
+    options, rest = parser.parse_known_args(argv)
+    if {"--help", "-h"} & set(rest):
+        print(__doc__)
+    run(command, vars(options), parse_config(rest, prog="prepare_data.py"))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_alone(main)

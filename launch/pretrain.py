@@ -66,11 +66,12 @@ def pretrain(ranks: Ranks) -> None:
     torch.distributed.destroy_process_group()
     if lock is not None:
         from llm.report import report
+        from llm.sinks import Sink
 
         if run is None:
             done = f"{folder.path} is complete: {config.train.max_steps} steps"
             print(f"{done}; raise train.max_steps, or choose another --name")
-        print(report(folder.path), flush=True)
+        Sink("the report", print)(lambda: report(folder.path))
 
 
 if __name__ == "__main__":

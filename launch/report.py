@@ -8,22 +8,17 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from llm.errors import InputError
+from llm.cluster.script import run_alone
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
         print(__doc__)
-        return 2 if len(argv) != 1 else 0
+        sys.exit(2 if len(argv) != 1 else 0)
     from llm.report import report  # imports torch
 
-    try:
-        print(report(Path(argv[0])))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    report(Path(argv[0]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_alone(main)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -67,23 +69,42 @@ def hidden(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -> Ten
     return model.states(tokens, positions, samples, None, cache)
 
 
-def stream(trained: Trained, prompts: Sequence[str], max_new_tokens: int, sampling: SamplingConfig) -> Iterator[str]:
-    """The prompts and what follows them, as text: one prompt piece by piece, several one after the other at the end."""
-    tokenizer = trained.tokenizer
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+def stream(
+    trained: Trained,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    say: Callable[[str], None] = lambda note: None,
+) -> Iterator[str]:
+    """The prompts and what follows them, as text: one prompt piece by piece, several one after the other at the end.
+
+    An empty prompt is the start of a document. `say` gets a note of each text that the model's longest sequence ended.
+    """
+    tokenizer, longest = trained.tokenizer, trained.model.config.max_seq_len
+    texts = [as_text(prompt) for prompt in prompts]
+    begun = [tokenizer.encode(text) for text in texts]
+    ids = [tokens or [tokenizer.eod_id] for tokens in begun]  # which in training stands before the next document
     banned, end = tokenizer.unused(trained.config.model.vocab_size), tokenizer.eod_id
     steps = generate(trained.model, ids, max_new_tokens=max_new_tokens, end=end, sampling=sampling, banned=banned)
-    if len(prompts) == 1:
-        pieces = tokenizer.stream()
-        yield prompts[0]
-        for row in steps:
-            if row[0] is not None:
-                yield pieces.push(row[0])
-        yield pieces.finish() + "\n"
-        return
-    for row in steps:
-        for tokens, new in zip(ids, row, strict=True):
-            if new is not None:
-                tokens.append(new)
-    for number, tokens in enumerate(ids, 1):
-        yield f"--- {number} of {len(ids)}\n{tokenizer.decode(tokens)}\n"
+    streams, counts, alone = [tokenizer.stream(tokens) for tokens in begun], [0] * len(texts), len(texts) == 1
+    for row in chain([[]], steps):  # before the first step there is the prompt to show
+        for i, token in enumerate(row):
+            if token is not None:
+                counts[i] += 1
+                texts[i] += streams[i].push(token)
+        if alone:
+            yield texts[0]
+            texts[0] = ""
+    for number, (text, pieces) in enumerate(zip(texts, streams, strict=True), 1):
+        header = "" if alone else f"--- {number} of {len(texts)}\n"
+        yield f"{header}{text}{pieces.finish()}\n"
+    for number, (tokens, count) in enumerate(zip(ids, counts, strict=True), 1):
+        if count < max_new_tokens and len(tokens) + count == longest:
+            limit = f"at the model's longest sequence, {longest} tokens (model.max_seq_len)"
+            say(f"note: text {number} ends {limit}, after {count} of {max_new_tokens} new tokens")
+
+
+def as_text(prompt: str) -> str:
+    """A prompt as UTF-8 can hold it: bytes that the locale could not read are read as UTF-8, what is none is U+FFFD."""
+    halves = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", prompt)  # surrogates that stand for no byte
+    return halves.encode(errors="surrogateescape").decode(errors="replace")

@@ -3,56 +3,75 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
+from llm.checkpoint.writer import checkpoints, step_of
+from llm.config.parse import parse_config
+from llm.config.sections import LoggingConfig
 from llm.data.tokens.folder import load_manifest
 from llm.errors import require
+from llm.files import complete_file
 from llm.generate import stream
 from llm.sampling import SamplingConfig
+from llm.sinks import Sink
 from llm.trained import load_trained
 
 
-def report(run: Path) -> str:
-    """Draw loss.png of a run with a checkpoint and describe the run in a few lines."""
-    metrics = run / "metrics.jsonl"
+def report(run: Path, say: Callable[[str], None] = print) -> None:
+    """Draw loss.png of a run and say how far it is, its losses and a sample of its text.
+
+    What cannot be had, be it for a full disk or for data that has moved, is left out, and a warning says so. Raises
+    InputError where `run` is not a run's folder.
+    """
+    metrics, picture = run / "metrics.jsonl", run / "loss.png"
     require(metrics.is_file(), f"{run} is not a run's folder; expected runs/<name>")
-    trained = load_trained(run, torch.device("cpu"))
-    config, manifest = trained.config, load_manifest(trained.config)
-    bigram = manifest.bigram_nats_per_token
-    plot_loss(metrics, run / "loss.png", config.name, bigram)
-    lines = [f"run {config.name}: {trained.step} of {config.train.max_steps} steps, {run / 'loss.png'}"]
+    config = parse_config([f"--config={run / 'config.yaml'}"])
+    step = max(map(step_of, checkpoints(run / "checkpoints")), default=0)
+    manifest = Sink("what is known of the data", say)(lambda: load_manifest(config))
+    bigram = manifest and manifest.bigram_nats_per_token
+    drawn = Sink(str(picture), say)(lambda: plot_loss(metrics, picture, config.name, bigram))
+    say(f"run {config.name}: {step} of {config.train.max_steps} steps" + (f", {drawn}" if drawn else ""))
     _, losses = series(read_metrics(metrics), "val_loss")
     loss = losses[-1] if losses else None
     for name, nats in (("validation loss", loss), ("bigram model", bigram)):
         if nats is not None:
-            bits = manifest.bits_per_byte(nats)
+            bits = manifest and manifest.bits_per_byte(nats)
             in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
-            lines.append(f"  {name:16}  {nats:.4f} nats per token{in_bits}")
+            say(f"  {name:16}  {nats:.4f} nats per token{in_bits}")
     if bigram is not None and loss is not None:
         side = "under" if loss < bigram else "above"
-        lines.append(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
-    settings = config.logging
-    if settings.sample_tokens > 0:
-        sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=config.seed)
-        lines += ["", "".join(stream(trained, [settings.sample_prompt], settings.sample_tokens, sampling))]
-    return "\n".join(lines)
+        say(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
+    if config.logging.sample_tokens > 0:
+        text = Sink("the sample of text", say)(lambda: sample_text(run, config.logging))
+        if text:
+            say(f"\n{text}")
+
+
+def sample_text(run: Path, settings: LoggingConfig) -> str:
+    """logging.sample_prompt and what the run's newest checkpoint writes after it. Raises InputError as load_trained."""
+    trained = load_trained(run, torch.device("cpu"))
+    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=trained.config.seed)
+    return "".join(stream(trained, [settings.sample_prompt], settings.sample_tokens, sampling))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """The records of a metrics.jsonl, without a line that a full disk cut short."""
+    whole = (line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
+    return [json.loads(line) for line in whole if line.strip()]
 
 
-def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | None = None) -> None:
+def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | None = None) -> Path:
     """Write a PNG with the training loss (as logged, and smoothed), the validation losses and a line for `bigram`.
 
-    All are in nats per token. Raises InputError if metrics.jsonl holds no finite loss.
+    All are in nats per token. Returns `out_path`. Raises InputError if metrics.jsonl holds no finite loss.
     """
+    from matplotlib.figure import Figure  # only here: without it a run misses its picture, no more
+
     records = read_metrics(metrics_path)
     steps, losses = series(records, "loss")
     val_steps, val_losses = series(records, "val_loss")
@@ -70,7 +89,9 @@ def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | No
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out_path, format="png")
+    with complete_file(out_path) as file:
+        figure.savefig(file, format="png")
+    return out_path
 
 
 def series(records: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -79,11 +100,11 @@ def series(records: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list
     return [step for step, _ in found], [value for _, value in found]
 
 
-def smoothed(values: list[float], horizon: int = 20) -> list[float]:
-    """Exponential moving average over about `horizon` values, without bias towards 0 at its start."""
-    keep = 1 - 1 / min(horizon, max(1, len(values) // 10))
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append(average / weight)
-    return result
+def smoothed(values: list[float], most: int = 20) -> list[float]:
+    """Means of the values around each, as many before it as after it, so that the curve lags behind no trend.
+
+    At most `most` on each side, and a twentieth of all; towards both ends fewer.
+    """
+    last, widest = len(values) - 1, min(most, len(values) // 20)
+    sides = [min(i, last - i, widest) for i in range(len(values))]
+    return [fmean(values[i - side : i + side + 1]) for i, side in enumerate(sides)]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from llm.errors import require
 
+FP32 = torch.finfo(torch.float32)
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -32,6 +34,7 @@ class SamplingConfig:
         require(0 <= temperature < float("inf"), f"temperature is {temperature}; {expected}")
         require(self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}; expected at least 1, or null for all")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1: all)")
+        require(-(2**63) <= self.seed < 2**64, f"seed is {self.seed}; expected a number of 64 bits")
 
 
 def sample(
@@ -45,9 +48,10 @@ def sample(
     logits = logits.float()
     if config.repetition_penalty != 1 and history is not None:
         logits = penalise(logits, history, config.repetition_penalty)
-    if config.temperature == 0:
+    if config.temperature < FP32.tiny:
         return logits.argmax(-1)
-    logits = logits / config.temperature
+    # The largest becomes 0, which no temperature turns into inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / min(config.temperature, FP32.max)
     if config.top_k is not None and config.top_k < logits.shape[-1]:
         logits = keep_top_k(logits, config.top_k)
     if config.top_p < 1:
@@ -60,8 +64,9 @@ def penalise(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
 
     The paper divides all of them, which would make a negative logit likelier.
     """
-    seen = logits.gather(-1, history)
-    return logits.scatter(-1, history, torch.where(seen > 0, seen / penalty, seen * penalty))
+    seen, penalty = logits.gather(-1, history), min(max(penalty, FP32.tiny), FP32.max)
+    penalised = torch.where(seen > 0, seen / penalty, seen * penalty)
+    return logits.scatter(-1, history, penalised.clamp(FP32.min, FP32.max))
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

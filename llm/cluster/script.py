@@ -1,4 +1,4 @@
-"""Starts and ends a launch script on every rank: it watches the launcher, explains failures, sets the exit code."""
+"""Starts and ends a launch script, on every rank: it watches the launcher, explains failures, sets the exit code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from llm.cluster.ranks import Ranks, discover_ranks
 from llm.cluster.watchdog import watch_launcher
 from llm.errors import Agreed, CheckpointError, InputError, RendezvousError, ReplicaError
+from llm.sinks import protect_streams
 
 
 def run_script(action: Callable[[Ranks], None]) -> None:
@@ -18,6 +19,7 @@ def run_script(action: Callable[[Ranks], None]) -> None:
     What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0
     alone, what one host knows by its first rank. Exit codes: 2 for an InputError, 1 for anything else.
     """
+    protect_streams()
     done = watch_launcher()
     ranks = None
     try:
@@ -34,3 +36,13 @@ def run_script(action: Callable[[Ranks], None]) -> None:
         sys.stderr.flush()
         os._exit(2 if isinstance(error, InputError) else 1)
     done.set()  # only the exit is left
+
+
+def run_alone(action: Callable[[list[str]], None]) -> None:
+    """Run `action` on the arguments of a script of one process; an InputError ends it with one line and exit code 2."""
+    protect_streams()
+    try:
+        action(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -50,9 +50,9 @@ def check_tokenizer(corpora: Corpora) -> str:
         f"{tokenizer.end_token} ({tokenizer.eod_id}); set --data.end_token={manifest.eod_id}",
     )
     longest, size = config.model.max_seq_len, config.model.vocab_size
-    prompt = tokenizer.encode(config.logging.sample_prompt) if config.logging.sample_tokens > 0 else [0]
-    expected = f"at least 1 and fewer than model.max_seq_len ({longest}), or logging.sample_tokens=0"
-    require(0 < len(prompt) < longest, f"logging.sample_prompt has {len(prompt)} tokens; expected {expected}")
+    prompt = tokenizer.encode(config.logging.sample_prompt) if config.logging.sample_tokens > 0 else []
+    expected = f"fewer than model.max_seq_len ({longest}), or logging.sample_tokens=0"
+    require(len(prompt) < longest, f"logging.sample_prompt has {len(prompt)} tokens; expected {expected}")
     padded = f", padded to {size} (model.vocab_size)" if size > tokenizer.vocab_size else ""
     return f"{tokenizer.vocab_size} tokens{padded}; {tokenizer.end_token} ends a document"
 

@@ -52,17 +52,15 @@ class Console:
         edge = step in (self.first_step + 1, self.max_steps)
         if edge or now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
-            waiting, memory = record["data_wait_share"], record["memory_bytes"] / 2**30
-            more = f"waiting for data {waiting:.1%}  memory {memory:.2f} GiB"
-            self.say(f"step {step}/{self.max_steps}  {text}  {more}")
+            memory = record["memory_bytes"]
+            in_gib = "" if memory is None else f"  memory {memory / 2**30:.2f} GiB"
+            waiting = f"waiting for data {record['data_wait_share']:.1%}"
+            self.say(f"step {step}/{self.max_steps}  {text}  {waiting}{in_gib}")
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        if self.has_bar:
+        if self.enabled:
             self.terminal.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
-        elif self.enabled:
-            # Not by rich, which raises SystemExit on a broken pipe: run_script would not see it.
-            print(text, file=self.terminal.file, flush=True)
 
     def __enter__(self) -> Console:
         self.progress.start()
@@ -74,12 +72,12 @@ class Console:
 
 def step_text(record: Mapping[str, Any]) -> str:
     """The measures of a step; the first ones matter most, for a narrow terminal cuts the rest."""
-    mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%} ({record['mfu_formula']})"
+    mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%} ({record['mfu_formula']})"
     skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
     return (
         f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
         f"lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}{skipped}  "
-        f"{record['tflops']:.3g} TFLOP/s  MFU {mfu}"
+        f"{record['tflops']:.3g} TFLOP/s{mfu}"
     )
 
 

@@ -1,8 +1,9 @@
-"""Reports a training run to metrics.jsonl, TensorBoard and the console."""
+"""Reports a training run to metrics.jsonl, TensorBoard, Weights & Biases and the console."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 
@@ -10,17 +11,20 @@ from llm.plan.flops import peak_tflops
 from llm.train.console import Console
 from llm.train.metrics import MetricsWriter, peak_memory, step_rates
 from llm.train.start import Run
+from llm.train.wandb_run import WandbRun
 
 
 class Reporter:
     """Measures the steps of a run; rank 0 alone writes and prints."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.feed, self.engine = run, run.feed, run.engine
+        self.run, self.feed, self.engine, self.data = run, run.feed, run.engine, run.corpora.manifest
         tensorboard = run.folder.tensorboard if run.config.logging.tensorboard else None
-        self.metrics = MetricsWriter(run.folder.metrics, tensorboard, first_step=run.step, enabled=run.lead)
         self.console = Console(run.config.train.max_steps, run.step, enabled=run.lead)
         self.say = self.console.say
+        where = run.folder.metrics, tensorboard
+        wandb = partial(WandbRun, run.folder.path, run.config) if run.config.logging.wandb else None
+        self.metrics = MetricsWriter(*where, wandb=wandb, first_step=run.step, enabled=run.lead, say=self.say)
         device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
         self.peak_tflops = peak_tflops(device, run.config.train.precision)
         self.restart_clock()
@@ -52,7 +56,7 @@ class Reporter:
 
     def validation(self, loss: float) -> None:
         """Report the validation loss, nats per token, after the steps made so far."""
-        bits = self.run.corpora.manifest.bits_per_byte(loss)
+        bits = self.data.bits_per_byte(loss)
         known = {} if bits is None else {"val_bits_per_byte": bits}
         self.metrics.write({"step": self.run.step, "val_loss": loss} | known)
         in_bits = "" if bits is None else f", {bits:.4f} bits per byte"

@@ -72,7 +72,7 @@ def _resume_step(checkpoint: Path) -> int | None:
 
 def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
     """The corpora in the checkpoint's order, the same on every rank; InputError if its run cannot go on so."""
-    run, saved = f"runs/{config.name}", check_same_run(config, state)
+    run, saved = f"runs/{config.name}", check_settings(config, state)
     corpora = _check_phases(config, saved, corpora, state)
     step, taken, most = state["step"], state["consumed_samples"], config.train.max_steps
     consumed = consumed_samples(config.phases, step)
@@ -83,11 +83,10 @@ def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) 
     return corpora
 
 
-def check_same_run(config: RunConfig, state: dict[str, Any]) -> RunConfig:
-    """The config that a checkpoint was saved with; InputError if `config` is of another run, whatever its data."""
-    run = f"runs/{config.name}"
+def check_settings(config: RunConfig, state: dict[str, Any]) -> RunConfig:
+    """The config of a checkpoint; InputError unless `config` has its model and what else, beside data, stays fixed."""
+    run, saved = f"runs/{config.name}", saved_config(state)
     require(state["data"] != {}, f"{run} is imported; train with --train.init_from={run} and another --name")
-    saved = saved_config(state)
     check_same_model(saved.model, config.model)
     for key in FIXED:
         before, now = map(attrgetter(key), (saved, config))

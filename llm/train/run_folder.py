@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -60,11 +61,9 @@ class RunFolder:
             yield
         except BaseException:
             _, _, made = nonce.partition(" ")
-            with suppress(OSError):  # another rank was faster, or somebody has put a file there
+            with suppress(OSError):  # another rank was faster, or has begun another run
                 if made in ("1", "2") and self.nonce() == nonce:
-                    for name in ("nonce", "lock", self.config.name, self.tokenizer.name):
-                        (self.path / name).unlink(missing_ok=True)
-                    self.path.rmdir()
+                    shutil.rmtree(self.path)
                     if made == "2":
                         self.path.parent.rmdir()
             raise

@@ -6,9 +6,12 @@ All ranks together find everything that can be wrong with the request, before an
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from typing import TextIO
 
 import torch
 
@@ -24,10 +27,12 @@ from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
 from llm.train.checks import check_kernels, check_tokenizer, repetitions
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
+from llm.train.engines.deepspeed_log import divert
 from llm.train.feed import Feed
 from llm.train.init_from import open_weights
-from llm.train.resume import check_resumable, check_same_run, find_step, resume_report, saved_config
+from llm.train.resume import check_resumable, check_settings, find_step, resume_report, saved_config
 from llm.train.run_folder import RUNS, RunFolder, truncate_metrics
+from llm.train.wandb_run import check_wandb
 
 
 @dataclass
@@ -66,13 +71,14 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None], *
     nonce = broadcast(together(lambda: folder.nonce() if lead else ""))
     with folder.undone_on_failure(nonce):
         together(lambda: folder.check_nonce(nonce))
+        together(lambda: check_wandb(config) if lead else None)
         forms = together(lambda: check_kernels(config, device))
         say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
         checkpoint, warnings = open_agreed(folder.checkpoints, partial(find_step, step=config.checkpoint.resume_step))
         for warning in warnings:
             say(f"warning: {warning}")
         if checkpoint is not None:
-            together(lambda: check_same_run(config, checkpoint.state))
+            together(lambda: check_settings(config, checkpoint.state))
             if checkpoint.state["step"] == config.train.max_steps:
                 return None
         if prepare:
@@ -88,7 +94,7 @@ def _ready(
     checkpoint: CheckpointReader | None,
     say: Callable[[str], None],
 ) -> Run:
-    """The run, with its data open and its engine built. Nothing is written before both are."""
+    """The run, with its data open and its engine built. Only then its own files are written."""
     corpora = together(lambda: Corpora.open(config, say))
     step = skipped_samples = 0
     weights = None
@@ -107,12 +113,25 @@ def _ready(
         say(f"warning: {warning}")
     left = config.train.max_steps - step
     feed = Feed(loader, device, left, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
-    engine = build_engine(config, mesh, device, checkpoint or weights)
+    with redirect_stdout(_engine_output(config, folder, mesh.rank, device, say)):
+        engine = build_engine(config, mesh, device, checkpoint or weights)
     run = Run(config, folder, corpora, mesh, device, step, feed, engine)
     together(lambda: _write_folder(run) if run.lead else None)
     if checkpoint is not None:
         say(resume_report(saved_config(checkpoint.state), config, step))
     return run
+
+
+def _engine_output(
+    config: RunConfig, folder: RunFolder, rank: int, device: torch.device, say: Callable[[str], None]
+) -> TextIO:
+    """Where what the engine prints goes while it is built. Collective."""
+    if config.train.engine != "deepspeed":
+        return sys.stdout
+    log = folder.path / "deepspeed" / f"rank-{rank}.log"
+    slow = "; its first start on a machine compiles for a minute or two" if device.type == "cpu" else ""
+    say(f"DeepSpeed logs to {log.parent}{slow}")
+    return together(lambda: divert(log))
 
 
 def _write_folder(run: Run) -> None:

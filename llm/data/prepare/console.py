@@ -85,6 +85,6 @@ def describe(found: Statistics) -> str:
     largest = max(count for _, _, count in rows)
     edge, number = len(f"{rows[-1][1]:,}"), len(f"{largest:,}")
     for least, most, count in rows:
-        bar = "█" * -(-WIDEST_BAR * count // largest)
+        bar = "#" * -(-WIDEST_BAR * count // largest)
         lines.append(f"  {least:>{edge},} to {most:<{edge},} {count:>{number},} {bar}".rstrip())
     return "\n".join(lines)

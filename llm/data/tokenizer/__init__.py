@@ -169,9 +169,9 @@ class Tokenizer:
             raise InputError(f"token {unknown[0]} is not among the tokenizer's {len(self._ids)} tokens")
         return self._inner.decode(list(ids), skip_special_tokens=False)
 
-    def stream(self) -> TextStream:
-        """A decoder that takes one token at a time."""
-        return TextStream(self)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """A decoder that takes one token at a time; `after`: the tokens of the text that they go on with."""
+        return TextStream(self, after)
 
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes of text that a token stands for, none for a special one; None where that cannot be told."""
@@ -196,10 +196,10 @@ class Tokenizer:
 class TextStream:
     """Decodes tokens as they come; a character split over tokens appears when it is complete."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._shown = 0  # how many of them are: one, so that no other is taken for the first of a text
+        self._tokens = list(after)
+        self._shown = len(after)  # how many of them are: later one, so that no other is taken for the first of a text
 
     def push(self, token: int) -> str:
         """The characters that this token completes, maybe none."""

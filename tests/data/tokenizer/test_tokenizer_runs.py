@@ -68,7 +68,7 @@ def trained(folder: Path) -> dict[str, dict]:
     os.chdir(written(folder))
     found = {}
     for name in GIVEN:
-        config, said = config_of(name), list[str]()
+        config, said, reported = config_of(name), list[str](), list[str]()
         manifest = prepare(config)
         assert prepare(config) == manifest
         RunFolder(RUNS, config.name).claim()
@@ -79,13 +79,14 @@ def trained(folder: Path) -> dict[str, dict]:
         one = load_trained(Path("runs") / name, CPU)
         with torch.no_grad():  # were ids without a token drawn, these would be
             one.model.embedding.weight[one.tokenizer.vocab_size :] += 100 * one.model.norm.weight.sign()
+        report(Path("runs") / name, reported.append)
         text = "".join(stream(one, ["The d"], 20, SamplingConfig(seed=2, temperature=2)))
         found[name] = {
             "eod": (manifest.eod_id, one.tokenizer.eod_id),
             "sizes": (manifest.vocab_size, config.model.vocab_size),
             "documents": ends(Path(f"data-{name}"), manifest.eod_id) == manifest.splits["train"].documents,
             "text": text,
-            "report": report(Path("runs") / name),
+            "report": "\n".join(reported),
             "show": show(run.corpora, 0),
             "said": "\n".join(said),
         }
