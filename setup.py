@@ -32,6 +32,7 @@ setup(
         "numpy>=2.0",
         "fsspec>=2024.6",
         "ninja>=1.11",
+        "packaging>=24.0",
         "pyarrow>=18.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/parallel": {
         "torch", "kernels", "llm.config", "llm.errors", "llm.slices", "llm.model", "llm.parallel",
     },
-    "llm/cluster": {"torch", "mpi4py", "llm.config", "llm.errors", "llm.cluster"},
+    "llm/cluster": {"torch", "mpi4py", "packaging", "llm.config", "llm.errors", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
     "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.typed", "llm.data"},
     "llm/data/corpus": {"backports.zstd", "compression", "pyarrow", "llm.errors", "llm.data.corpus"},
