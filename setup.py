@@ -30,6 +30,7 @@ setup(
         "deepspeed==0.19.8",
         "backports.zstd>=1.0; python_version < '3.14'",
         "numpy>=2.0",
+        "filelock>=3.30",
         "fsspec>=2024.6",
         "ninja>=1.11",
         "packaging>=24.0",

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/errors.py": set(),
     "llm/slices.py": {"torch"},
     "llm/files.py": {"torch", "llm.errors"},
+    "llm/locks.py": {"filelock", "llm.errors"},
     "llm/typed.py": {"llm.errors"},
     "llm/config": {"llm.config", "llm.errors", "llm.typed", "yaml"},
     "llm/model": {"torch", "kernels", "llm.config", "llm.errors", "llm.slices", "llm.model"},
@@ -37,7 +38,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/cluster": {"torch", "mpi4py", "packaging", "llm.config", "llm.errors", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
-    "llm/data": {"numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.typed", "llm.data"},
+    "llm/data": {
+        "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
+    },
     "llm/data/corpus": {"backports.zstd", "compression", "pyarrow", "llm.errors", "llm.data.corpus"},
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},
     "llm/data/prepare/console.py": {"rich", "llm.data"},
@@ -46,8 +49,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.checkpoint",
     },
     "llm/train": {
-        "torch", "numpy", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed",
-        "llm.model", "llm.parallel", "llm.data", "llm.checkpoint", "llm.cluster", "llm.plan", "llm.train",
+        "torch", "numpy", "filelock", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.locks",
+        "llm.slices", "llm.typed", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint", "llm.cluster", "llm.plan",
+        "llm.train",
     },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/parity": {

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
+from filelock import FileLock
 
 from llm.checkpoint.reader import open_agreed
 from llm.config import RunConfig
@@ -59,7 +59,7 @@ class Run:
         return (micro_batch(batch, self.device, rows) for batch, rows in batches)
 
 
-def claim(config: RunConfig) -> tuple[RunFolder, BinaryIO]:
+def claim(config: RunConfig) -> tuple[RunFolder, FileLock]:
     """Rank 0, before the ranks meet: make the run's folder and lock it. InputError if another process holds it."""
     folder = RunFolder(RUNS, config.name)
     folder.create()

@@ -330,7 +330,7 @@ def go(config: RunConfig, folder: Path) -> list[str]:
     if run.engine is not None:
         train(run)
         run.engine.close()
-    lock.close()
+    lock.release()
     return said
 
 
