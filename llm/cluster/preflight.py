@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import re
 import shutil
 import sys
 import sysconfig
@@ -18,16 +17,18 @@ from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 
+from packaging.version import InvalidVersion, Version
+
 from llm.cluster.ranks import operator_folder
 from llm.errors import InputError, require
 
-PYTHON = (3, 10)
+PYTHON = "3.10"
 # Package -> the least version, the first one that is too new (None: no limit known).
 SUPPORTED = {
-    "torch": ((2, 11), None),
-    "triton": ((3, 6), None),
-    "numpy": ((2, 0), None),
-    "deepspeed": ((0, 19, 8), (0, 19, 9)),
+    "torch": ("2.11", None),
+    "triton": ("3.6", None),
+    "numpy": ("2.0", None),
+    "deepspeed": ("0.19.8", "0.19.9"),
 }
 HEADERS = Path(sysconfig.get_path("include"))
 KERNELS_VERSION = "0.0.0"  # why it must be this: docs/decisions, the import names
@@ -52,23 +53,28 @@ def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> No
 
 def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None]) -> None:
     """Raise InputError unless Python and every package (None: not installed) has a supported version."""
-    require(
-        python >= PYTHON,
-        f"Python is {_dotted(python)}; expected at least {_dotted(PYTHON)}: make .venv with a newer one",
-    )
-    for name, version in installed.items():
+    dotted = ".".join(map(str, python))
+    newer = f"Python is {dotted}; expected at least {PYTHON}: make .venv with a newer one"
+    require(Version(dotted) >= Version(PYTHON), newer)
+    found: dict[str, Version] = {}
+    for name, text in installed.items():
         least, too_new = SUPPORTED[name]
-        expected = f"at least {_dotted(least)}" + (f", below {_dotted(too_new)}" if too_new else "")
-        require(version is not None, f"{name} is not installed; expected {expected}: {INSTALL}")
-        found = _numbers(name, version or "")
-        supported = least <= found and (too_new is None or found < too_new)
-        require(supported, f"{name} is {version}; expected {expected}: {INSTALL}")
-    triton, numpy = installed.get("triton"), installed.get("numpy")
-    require(
-        not (triton and numpy) or _numbers("triton", triton) >= (3, 7, 1) or _numbers("numpy", numpy) < (2, 4),
-        f"triton is {triton} and numpy {numpy}; expected triton 3.7.1 or later beside numpy 2.4: {INSTALL}, or "
-        "numpy below 2.4",
-    )
+        expected = f"expected at least {least}" + (f", below {too_new}" if too_new else "") + f": {INSTALL}"
+        if text is None:
+            raise InputError(f"{name} is not installed; {expected}")
+        try:
+            # What was built before a release counts as that release: NVIDIA's containers have torch 2.11.0a0+....
+            version = found[name] = Version(Version(text).base_version)
+        except InvalidVersion as error:
+            raise InputError(f"{name} has the version {text!r}; {expected}") from error
+        supported = Version(least) <= version and (too_new is None or version < Version(too_new))
+        require(supported, f"{name} is {text}; {expected}")
+    if {"triton", "numpy"} <= found.keys() and found["triton"] < Version("3.7.1"):
+        require(
+            found["numpy"] < Version("2.4"),
+            f"triton is {installed['triton']} and numpy {installed['numpy']}; expected triton 3.7.1 or later beside "
+            f"numpy 2.4: {INSTALL}, or numpy below 2.4",
+        )
 
 
 def check_import_names() -> None:
@@ -150,14 +156,3 @@ def _import(name: str, remedy: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"`import {name}` fails ({error}); {remedy}") from error
-
-
-def _numbers(name: str, version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    if match is None:
-        raise InputError(f"{name} has the version {version!r}; expected numbers: {INSTALL}")
-    return tuple(int(part) for part in match.group().split("."))
-
-
-def _dotted(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))

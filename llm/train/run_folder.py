@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO
 
-from llm import files
+from filelock import FileLock
+
+from llm import files, locks
 from llm.errors import InputError, require
 
 RUNS = Path("runs")
@@ -36,20 +34,16 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer.json"
 
-    def claim(self) -> BinaryIO:
+    def claim(self) -> FileLock:
         """Rank 0, before the ranks meet: `create`, `lock` and `share_nonce`; returns what holds the lock.
 
         Before, for a second start must not reach the first one's port.
         """
-        while True:
-            made = sum(not path.exists() for path in (self.path, self.path.parent))
-            self.create()
-            file = self.lock()
-            if os.fstat(file.fileno()).st_nlink:
-                break
-            file.close()  # a start that failed held it, and has removed it with the folder
+        made = sum(not path.exists() for path in (self.path, self.path.parent))
+        self.create()
+        held = self.lock()
         self.share_nonce(made)
-        return file
+        return held
 
     @contextmanager
     def undone_on_failure(self, nonce: str) -> Iterator[None]:
@@ -79,28 +73,13 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"the run's folder {self.path} cannot be made: {error}") from error
 
-    def lock(self) -> BinaryIO:
-        """Refuse a second job: called by rank 0, which holds the lock until it closes the file or ends, however.
+    def lock(self) -> FileLock:
+        """Refuse a second job: called by rank 0, which holds the lock until it releases it or ends, however.
 
         Raises InputError, saying who holds it, if it is not free within LOCK_PATIENCE_SECONDS.
         """
-        path, deadline = self.path / "lock", time.monotonic() + LOCK_PATIENCE_SECONDS
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - it is open for as long as it is locked
-        except OSError as error:
-            raise InputError(f"{path} cannot be opened: {error}") from error
-        while not _try_lock(file, path):
-            if time.monotonic() > deadline:
-                with file:
-                    holder = _holder(file.read())
-                advice = "wait for that run to end, stop it, or choose another --name"
-                raise InputError(f"{self.path} is in use by {holder}; {advice}")
-            time.sleep(0.1)
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode())
-        return file
+        advice = "wait for that run to end, stop it, or choose another --name"
+        return locks.lock(self.path / "lock", LOCK_PATIENCE_SECONDS, advice)
 
     def share_nonce(self, made: int = 0) -> str:
         """Rank 0: write a new nonce into the folder and return it, to be sent to every rank.
@@ -155,22 +134,3 @@ def _is_of_step(line: bytes, last: int) -> bool:
     except (ValueError, KeyError, TypeError):
         return False
     return line.endswith(b"\n") and isinstance(step, int) and step <= last
-
-
-def _try_lock(file: BinaryIO, path: Path) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:
-        raise InputError(f"the file system cannot lock {path}: {error.strerror}") from error
-    return True
-
-
-def _holder(record: bytes) -> str:
-    """What the holder of the lock wrote of itself, in words."""
-    try:
-        found = json.loads(record)
-        return f"process {found['pid']} on {found['host']} since {found['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "a process that has not yet said who it is"

@@ -24,6 +24,8 @@ def test_this_machine_passes():
         {"torch": "2.11.0+cu130", "triton": "3.6.0", "numpy": "2.3.5"},
         {"triton": "3.10.0"},
         {"torch": "2.14.0.dev20261101"},
+        {"torch": "2.11.0a0+50eac811a6.nv25.09"},
+        {"numpy": "2.10.0", "triton": "3.8.0+git1234"},
     ],
 )
 def test_supported_versions(changes):
@@ -43,6 +45,8 @@ def test_supported_versions(changes):
         ({"triton": "3.6.0"}, "triton is 3.6.0 and numpy 2.4.6"),
         ({"triton": "3.7.0", "numpy": "2.10.0"}, "triton is 3.7.0 and numpy 2.10.0"),
         ({"torch": "unknown"}, "torch has the version 'unknown'"),
+        ({"torch": ""}, "torch has the version ''"),
+        ({"deepspeed": "0.19.9rc1"}, "deepspeed is 0.19.9rc1"),
     ],
 )
 def test_unsupported_versions(changes, words):

@@ -319,7 +319,7 @@ def validation_losses(config: RunConfig, folder: Path) -> dict[str, Any]:
         torch.distributed.barrier()
         run = start(run_config, CPU, said.append)
         if held is not None:
-            held.close()
+            held.release()
         return run
 
     source = started("source", [])

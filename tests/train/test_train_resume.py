@@ -331,7 +331,7 @@ def go(config: RunConfig, folder: Path) -> list[str]:
     if run is not None:
         train(run)
         run.engine.close()
-    lock.close()
+    lock.release()
     return said
 
 

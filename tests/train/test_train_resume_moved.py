@@ -70,7 +70,7 @@ def trained(folder: Path, config: RunConfig) -> list[dict[str, float]] | str:
     except Agreed as error:
         return str(error)
     finally:
-        lock.close()
+        lock.release()
     lines = map(json.loads, Path(f"runs/{config.name}/metrics.jsonl").read_text().splitlines())
     kept = ("step", "loss", "val_loss", "grad_norm")
     return [
