@@ -21,6 +21,9 @@ def pretrain(ranks: Ranks) -> None:
     """One run on this rank: what is cheap to check, then the ranks meet, train, and rank 0 reports."""
     config = parse_config(strip_local_rank(sys.argv[1:]), prog="pretrain.py")
     config.check_world(ranks.world_size)
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if ranks.launcher == "python" and tasks != "1":
+        print(f"note: this is one process, in a Slurm job of {tasks} tasks; `srun` starts one for each", file=sys.stderr)
     check_machine(engine=config.train.engine, loader=config.data.loader, environ=os.environ)
     export(ranks, os.environ)
 
