@@ -23,7 +23,7 @@ def pretrain(ranks: Ranks) -> None:
     config.check_world(ranks.world_size)
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if ranks.launcher == "python" and tasks != "1":
-        print(f"note: this is one process, in a Slurm job of {tasks} tasks; `srun` starts one for each", file=sys.stderr)
+        print(f"note: one process, in a Slurm job of {tasks} tasks; start with srun for all of them", file=sys.stderr)
     check_machine(engine=config.train.engine, loader=config.data.loader, environ=os.environ)
     export(ranks, os.environ)
 
