@@ -5,8 +5,8 @@
 #   HOSTFILE=hostfile launch/deepspeed.sh --config ...                    the hosts of a hostfile, over ssh
 #
 # RANKS        processes on this host: default one per GPU, or 2 without a GPU (a hostfile has its own)
-# HOSTFILE     lines `host slots=N` (hostfile.example); needs pdsh, ssh without a password, and the same
-#              checkout at the same path on every host, without a space in it
+# HOSTFILE     lines `host slots=N` (hostfile.example; Open MPI's and MPICH's spelling too); needs pdsh, ssh
+#              without a password, and the same checkout at the same path on every host, without a space in it
 # MASTER_ADDR  address of the first host, by default what `hostname -I` prints first there
 # MASTER_PORT  a port that is free on the first host, by default 29500
 set -euo pipefail
@@ -23,8 +23,10 @@ if [[ -z "${HOSTFILE:-}" ]]; then
 fi
 
 # DeepSpeed would hand anything in the hostfile, the exported variables and the arguments to a shell.
-python "$root/launch/check_hostfile.py" "$HOSTFILE" "$@"
-options+=(--hostfile "$HOSTFILE" --launcher_args=-b) # -b: an interrupt ends pdsh at once
+hosts=$(mktemp)
+trap 'rm -f -- "$hosts"' EXIT
+python "$root/launch/check_hostfile.py" "$HOSTFILE" "$@" >"$hosts"
+options+=(--hostfile "$hosts" --launcher_args=-b) # -b: an interrupt ends pdsh at once
 [[ -n "${MASTER_ADDR:-}" ]] && options+=(--master_addr "$MASTER_ADDR")
 
 # A runner that is killed leaves pdsh behind, and with it every host at work. So it gets a process

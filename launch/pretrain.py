@@ -36,12 +36,15 @@ def pretrain(ranks: Ranks) -> None:
     prepare, words = "--prepare" in argv, [word for word in argv if word != "--prepare"]
     config = parse_config(words, prog="pretrain.py")
     config.check_world(ranks.world_size)
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if ranks.launcher == "python" and tasks != "1":
+        print(f"note: one process, in a Slurm job of {tasks} tasks; start with srun for all of them", file=sys.stderr)
     check_machine(engine=config.train.engine, loader=config.data.loader, environ=os.environ)
     from llm.data.corpora import unprepared
     from llm.train.run_folder import RUNS, RunFolder
 
-    folder = RunFolder(RUNS, config.name)
-    if not prepare and not folder.has(config.train.max_steps) and (missing := unprepared(config)):
+    folder, steps = RunFolder(RUNS, config.name), config.train.max_steps
+    if not prepare and not folder.has(steps) and (missing := unprepared(config)):
         command = shlex.join(["python", str(place / "prepare_data.py"), *words])
         found = f"the data is not prepared: there is no {missing[0].absolute()}"
         raise InputError(f"{found}; add --prepare to this command, or run {command}")
@@ -69,8 +72,7 @@ def pretrain(ranks: Ranks) -> None:
         from llm.sinks import Sink
 
         if run is None:
-            done = f"{folder.path} is complete: {config.train.max_steps} steps"
-            print(f"{done}; raise train.max_steps, or choose another --name")
+            print(f"{folder.path} is complete: {steps} steps; raise train.max_steps, or choose another --name")
         Sink("the report", print)(lambda: report(folder.path))
 
 

@@ -6,11 +6,13 @@ Versions are read from package metadata and torch is not imported, so a wrong ma
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib
 import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Mapping
 from importlib.metadata import distributions
@@ -49,6 +51,31 @@ def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> No
         remove_abandoned_locks(operator_folder())
     if loader == "native":
         _import("llm.data._native", "build the C++ loader with `make setup`, or use --data.loader=numpy")
+
+
+def provide_home() -> None:
+    """Set USER for a user without a name, and HOME, to a folder of this user's, where there is none to write to.
+
+    Containers started with `--user 54321` have neither, and torch, Triton and DeepSpeed keep there what they compile.
+    Raises InputError when the folder for temporary files cannot serve either.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError: from Python 3.13
+        os.environ["USER"] = f"uid-{os.getuid()}"
+    with contextlib.suppress(RuntimeError):  # no HOME, and no entry in /etc/passwd
+        if os.access(Path.home(), os.W_OK | os.X_OK):
+            return
+    try:
+        home = Path(tempfile.gettempdir()) / f"ingot-{os.getuid()}"
+        home.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home) as own:
+            # Another user could have made it, and put code there that this one would run.
+            ours = home.lstat().st_uid == os.fstat(own.fileno()).st_uid
+    except OSError as error:
+        raise InputError(f"there is no HOME that can be written, nor another folder ({error}); set HOME") from error
+    require(ours, f"there is no HOME that can be written, and {home} is another user's; set HOME or TMPDIR")
+    os.environ["HOME"] = str(home)
 
 
 def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None]) -> None:
