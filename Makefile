@@ -9,7 +9,9 @@ BIN := $(VENV)/bin
 # Where the CPU build of PyTorch is published, for machines whose pip does not know one already.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' constraints.txt)
-PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q --disable-pip-version-check
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check
+# Of what pip prints, a line for each package. Its errors go past this, to the terminal.
+BRIEFLY := | sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking them/p'
 
 .PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-parallel clean
 
@@ -24,15 +26,16 @@ $(VENV)/.packages: constraints.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
 	  || { echo "error: Python's C headers were not found; install them (Debian: apt-get install python3-dev)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned packages (a few minutes the first time)"
-	@if command -v nvidia-smi >/dev/null; then $(PIP) "$(TORCH)"; \
-	else $(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) "$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX); fi
-	@$(PIP) setuptools wheel pybind11 numpy
-	@$(PIP) --no-build-isolation -e '.[dev,mpi]'
+	@echo "setup 1/3: $(TORCH) (all of setup takes about 4 minutes on 2 cores)"
+	@if command -v nvidia-smi >/dev/null; then $(PIP) "$(TORCH)" $(BRIEFLY); \
+	else $(PIP) "$(TORCH)+cpu" 2>/dev/null $(BRIEFLY) || $(PIP) "$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX) $(BRIEFLY); fi
+	@echo "setup 2/3: the other packages of constraints.txt"
+	@$(PIP) setuptools wheel pybind11 numpy $(BRIEFLY)
+	@$(PIP) --no-build-isolation -e '.[dev,mpi]' $(BRIEFLY)
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.packages $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
-	@echo "building the C++ extension"
+	@echo "setup 3/3: the C++ data loader"
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
@@ -42,11 +45,12 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 pretrain: setup ## prepare the corpus, train, evaluate, save, and write text (ARGS="--name=x --a.b=c")
 	@$(BIN)/python launch/prepare_data.py --config $(CONFIG) $(ARGS)
-	@PATH=$(CURDIR)/$(BIN):$$PATH deepspeed --num_gpus $(RANKS) launch/pretrain.py --config $(CONFIG) $(ARGS)
+	@$(QUIETLY) $(BIN)/python -m deepspeed.launcher.runner --log_level error --num_gpus $(RANKS) launch/pretrain.py --config $(CONFIG) $(ARGS)
 
-# The GPUs there are, else two ranks on the CPU.
+# The GPUs there are, else two ranks on the CPU, which DeepSpeed is told: else each process warns that it finds no GPU.
 GPUS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | wc -l || echo 0)
 RANKS ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
+QUIETLY := $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu)
 CONFIG ?= launch/configs/$(if $(filter 0,$(GPUS)),tiny-cpu,tiny-gpu).yaml
 
 # Tests of one process run side by side, then those that start several ranks alone.
@@ -76,7 +80,7 @@ bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--q
 	@$(BIN)/python -m benchmarks.loader $(ARGS)
 
 bench-parallel: setup ## what ZeRO stages and recomputation cost (results: docs/benchmarks.md)
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \
 	  --config $(CONFIG) --train.micro_batch_size=4 $(ARGS)
 
 test-gpu: setup ## the same ladder on an NVIDIA GPU
@@ -102,9 +106,9 @@ test-triton-3.6: ## the kernels under Triton 3.6: interpreted, and compiled for 
 	@$(OLD_TRITON)/bin/python -m benchmarks.kernels.aot $(ARGS)
 
 check: setup ## lint, formatting, types
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m pyright
 
 clean: ## remove what was built, never data/ or runs/
 	rm -rf build *.egg-info llm/data/_native*.so $(VENV) $(OLD_TRITON)

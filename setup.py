@@ -30,8 +30,10 @@ setup(
         "deepspeed==0.19.8",
         "backports.zstd>=1.0; python_version < '3.14'",
         "numpy>=2.0",
+        "filelock>=3.30",
         "fsspec>=2024.6",
         "ninja>=1.11",
+        "packaging>=24.0",
         "pyarrow>=18.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",
@@ -46,11 +48,12 @@ setup(
         "hf": ["transformers>=5.0"],
         # Tasks of EleutherAI's lm-evaluation-harness in launch/evaluate.py.
         "eval": ["lm-eval>=0.4.13", "transformers>=5.0"],
+        "wandb": ["wandb>=0.31"],
         # Whose files tests/data/tokens/test_tokens_peers.py reads back.
         "formats": ["megatron-core>=0.16", "datatrove>=0.10"],
         "dev": [
             # Oracles: transformers' models and tokenizers, tiktoken's encodings, the harness's scores.
-            "ingot[hf,eval]",
+            "ingot[hf,eval,wandb]",
             "accelerate>=1.0",
             "datasets>=4.0",
             "tiktoken>=0.9",

@@ -18,7 +18,7 @@ ROOMS = (
     *("launch", "benchmarks", "kernels", "llm"),
     *(f"llm/{name}" for name in ("parity", "train", "cluster", "checkpoint", "parallel", "data", "model", "plan")),
 )
-READ_BY_ALL = ("llm/config", "llm/errors", "llm/files", "llm/sinks", "llm/slices", "llm/typed")
+READ_BY_ALL = ("llm/config", "llm/errors", "llm/files", "llm/locks", "llm/sinks", "llm/slices", "llm/typed")
 BOX, GAP, MARGIN, LINE = 236, 28, 20, 15  # pixels
 
 

@@ -27,21 +27,14 @@ OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify"
 def run(command: str, options: dict[str, str], config: RunConfig) -> None:
     """Do what `command` says and print what came of it."""
     from llm.data.corpora import Corpora
-    from llm.data.prepare.console import describe, progress_bar, summary
+    from llm.data.prepare.console import describe, prepare_all, progress_bar, summary
     from llm.data.prepare.damage import find_damage
-    from llm.data.prepare.fetch import fetch_corpora
     from llm.data.prepare.inspect import show, statistics
-    from llm.data.prepare.plans import write_plans
     from llm.data.prepare.register import register
-    from llm.data.prepare.tokenise import prepare
     from llm.data.tokens.folder import data_folder
 
     if command == "prepare":
-        with progress_bar() as bar:
-            fetch_corpora(config, bar)
-            manifest = prepare(config, bar)
-            write_plans(config, bar)
-        print(summary(data_folder(config), manifest, config.model.vocab_size))
+        print(prepare_all(config))
     elif command == "register":
         require("train" in options, "register needs --train=GLOB")
         notes, dtype = list[str](), options.pop("dtype", None)
@@ -61,6 +54,7 @@ def run(command: str, options: dict[str, str], config: RunConfig) -> None:
 
 
 def main(argv: list[str]) -> None:
+    require(bool(argv), "no config is given, such as --config launch/configs/tiny-cpu.yaml; --help lists all")
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "prepare"
     require(command in OPTIONS, f"unknown command {command!r}; expected one of {', '.join(OPTIONS)}")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)

@@ -1,7 +1,8 @@
 """Train a GPT: `deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/tiny-cpu.yaml --optim.lr=1e-3`.
 
-The same script runs under `torchrun`, `mpirun`, `srun` and plain `python`. `--help` lists every setting.
-Exit codes: 0 finished, 2 wrong config or input, 1 anything else.
+The same script runs under `torchrun`, `mpirun`, `srun` and plain `python`. `--help` lists every setting. With
+`--prepare`, rank 0 first does what launch/prepare_data.py does, where that is not done, and the others wait for it.
+Paths count from the folder that you are in. Exit codes: 0 finished, 2 wrong config or input, 1 anything else.
 """
 
 import sys
@@ -10,43 +11,69 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
+import shlex
 
 from llm.cluster.preflight import check_machine
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.cluster.script import run_script
 from llm.config.parse import parse_config
+from llm.errors import InputError, require
+
+START = """no config is given; a first run, of minutes on two CPU cores:
+  python {0}/pretrain.py --config {0}/configs/tiny-cpu.yaml --prepare
+Or prepare data once, and train with several processes:
+  python {0}/prepare_data.py --config FILE
+  deepspeed --num_gpus 8 {0}/pretrain.py --config FILE
+All settings: python {0}/pretrain.py --help"""
 
 
 def pretrain(ranks: Ranks) -> None:
     """One run on this rank: what is cheap to check, then the ranks meet, train, and rank 0 reports."""
-    config = parse_config(strip_local_rank(sys.argv[1:]), prog="pretrain.py")
+    argv, place = strip_local_rank(sys.argv[1:]), Path(sys.argv[0]).parent
+    require(bool(argv), START.format(shlex.quote(str(place))))
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+    prepare, words = "--prepare" in argv, [word for word in argv if word != "--prepare"]
+    config = parse_config(words, prog="pretrain.py")
     config.check_world(ranks.world_size)
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if ranks.launcher == "python" and tasks != "1":
+        print(f"note: one process, in a Slurm job of {tasks} tasks; start with srun for all of them", file=sys.stderr)
     check_machine(engine=config.train.engine, loader=config.data.loader, environ=os.environ)
+    from llm.data.corpora import unprepared
+    from llm.train.run_folder import RUNS, RunFolder
+
+    folder, steps = RunFolder(RUNS, config.name), config.train.max_steps
+    if not prepare and not folder.has(steps) and (missing := unprepared(config)):
+        command = shlex.join(["python", str(place / "prepare_data.py"), *words])
+        found = f"the data is not prepared: there is no {missing[0].absolute()}"
+        raise InputError(f"{found}; add --prepare to this command, or run {command}")
     export(ranks, os.environ)
 
     import torch
 
     from llm.train.loop import train
-    from llm.train.start import claim, start
+    from llm.train.start import start
 
     device = choose_device(ranks)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     lead = ranks.rank == 0
-    held = claim(config) if lead else None  # before the ranks meet: a second start must not reach the first one's port
-    initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
-    run = start(config, device, print if lead else lambda text: None)
-    if run.engine is not None:
+    lock = folder.claim() if lead else None
+    with folder.undone_on_failure(folder.nonce() if lead else ""):
+        initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
+        run = start(config, device, print if lead else lambda text: None, prepare=prepare)
+    if run is not None:
         train(run)
         run.engine.close()
     torch.distributed.destroy_process_group()
-    if held is not None:
+    if lock is not None:
         from llm.report import report
         from llm.sinks import Sink
 
-        if run.engine is None:
-            print(f"{held[0].path} is complete: {run.step} steps; raise train.max_steps, or choose another --name")
-        Sink("the report", print)(lambda: report(held[0].path))
+        if run is None:
+            print(f"{folder.path} is complete: {steps} steps; raise train.max_steps, or choose another --name")
+        Sink("the report", print)(lambda: report(folder.path))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains with torchrun. Arguments go to launch/pretrain.py; paths are relative to the checkout.
+# Trains with torchrun. Arguments go to launch/pretrain.py; paths count from the folder you are in.
 #
 #   launch/torchrun.sh --config launch/configs/tiny-cpu.yaml              one host, RANKS processes on it
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh ...      on the first of two hosts
@@ -10,21 +10,29 @@
 # NODE_RANK    number of this host, 0 to NNODES - 1
 # MASTER_ADDR  address of host 0
 # MASTER_PORT  a port that is free on host 0, by default 29500
+# PET_*        torchrun's own, as Kubeflow sets them: they replace all of these
 set -euo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-[[ -d .venv/bin ]] && PATH="$PWD/.venv/bin:$PATH"
-[[ " $* " == *" --help "* ]] && exec python launch/pretrain.py --help # without the launcher's imports
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+[[ -d "$root/.venv/bin" ]] && PATH="$root/.venv/bin:$PATH"
+[[ $# == 0 || " $* " == *" --help "* ]] && exec python "$root/launch/pretrain.py" "$@" # without the launcher's imports
 
 gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) || gpus=0
-options=(--nproc_per_node "${RANKS:-$((gpus > 0 ? gpus : 2))}")
-if ((${NNODES:-1} > 1)); then
+options=(--nproc_per_node "${PET_NPROC_PER_NODE:-${RANKS:-$((gpus > 0 ? gpus : 2))}}")
+if [[ -n "${PET_NNODES:-}" ]]; then
+  : # torchrun reads the hosts from PET_*
+elif ((${NNODES:-1} > 1)); then
   : "${NODE_RANK:?set NODE_RANK to the number of this host, 0 to NNODES - 1}"
   : "${MASTER_ADDR:?set MASTER_ADDR to the address of host 0}"
   options+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
-  options+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+  port=${MASTER_PORT:-29500}
+  if [[ "$NODE_RANK" == 0 ]] && (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+    echo "error: another program listens on port $port of this host; choose another on every host: MASTER_PORT=N" >&2
+    exit 1
+  fi
+  options+=(--master_addr "$MASTER_ADDR" --master_port "$port")
 else
   options+=(--standalone)
 fi
 
 set -x
-exec torchrun "${options[@]}" launch/pretrain.py "$@"
+exec python -m torch.distributed.run "${options[@]}" "$root/launch/pretrain.py" "$@"

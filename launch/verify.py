@@ -25,6 +25,7 @@ from llm.errors import InputError, require
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Verify's own options, and the rest, which is the config's."""
+    require(bool(argv), "no config is given, such as --config launch/configs/tiny-cpu.yaml; --help lists all")
     parser = argparse.ArgumentParser("verify.py", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="Updates to compare (default: 3).")
     parser.add_argument("--json", type=Path, metavar="PATH", help="The report (default: runs/<name>/verify.json).")
@@ -56,7 +57,7 @@ def verify_layout(ranks: Ranks) -> None:
     from llm.parity.shrink import available_bytes, shrink
     from llm.parity.verify import check_parity
     from llm.train.checks import check_kernels
-    from llm.train.start import RUNS
+    from llm.train.run_folder import RUNS
 
     device = choose_device(ranks)
     path = own.json or RUNS / config.name / "verify.json"
@@ -64,8 +65,7 @@ def verify_layout(ranks: Ranks) -> None:
     mesh = Mesh.create(config.parallel, device.type)
     together(lambda: check_kernels(config, device))
     together(lambda: claim(path) if ranks.rank == 0 else None)
-    available = broadcast(str(available_bytes(device, ranks.local_world_size)))
-    fitted = shrink(config, int(available), ranks.world_size)
+    fitted = shrink(config, int(broadcast(str(available_bytes(device, ranks.local_world_size)))), ranks.world_size)
     result = check_parity(fitted, mesh, device, own.steps)
     torch.distributed.destroy_process_group()
     if ranks.rank == 0:

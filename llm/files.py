@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from llm.errors import CheckpointError, InputError, require
+
+if TYPE_CHECKING:  # what is read before torch is imported, such as a corpus's manifest, needs this module too
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 # Writes and reads go through hashing in parts of this size, in bytes.
 CHUNK = 1 << 22
-# As safetensors names them.
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# torch's names, and those of safetensors.
+DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 
 def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
@@ -62,12 +63,14 @@ def create_safetensors(
     path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], tensors: Iterator[Tensor]
 ) -> tuple[int, str]:
     """`create` a safetensors file of the next tensors, on the CPU and of these shapes, one by one: (size, sha256)."""
+    import torch
+
     # Not by safetensors.save_file: the hash is of what was meant to be written, and a full disk is an OSError.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPES[str(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format pads its header so that the tensors are aligned
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.layout.counters import is_wrapper
-from llm.plan.traffic import Collective
+from traffic_theory import Collective
 
 
 class Volume(NamedTuple):

@@ -15,34 +15,49 @@ from llm.errors import InputError, require
 MAX_SLOTS = 64
 # What `deepspeed` exports from its own environment, on CPU and CUDA machines.
 EXPORTED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+# `host slots=8` (DeepSpeed), `host slots=8 max_slots=8` (Open MPI), `host:8` (MPICH); the host may be `user@host`.
+HOST_LINE = (
+    r"((?:[A-Za-z_][\w.-]*@)?[A-Za-z0-9_][\w.-]*)"
+    r"(?::([0-9]{1,3})|[ \t]+slots[ \t]*=[ \t]*([0-9]{1,3})(?:[ \t]+max[_-]slots[ \t]*=[ \t]*[0-9]{1,3})?)"
+)
 SAFE_ARGUMENT = r"[\w@+=:,./\[\] -]*"
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Host -> slots (processes on it), in the file's order.
+    """Host, or user@host -> slots (processes on it), in the file's order.
 
-    Raises InputError, with the line, unless every line is `host slots=N`, blank or a comment, with a host name that
-    starts with a letter or digit and goes on with those, dots and hyphens, N from 1 to 64, and no host twice.
+    Raises InputError, with the line, unless every line is as HOST_LINE, blank or a comment (which may also follow an
+    entry), with a host name of letters, digits, dots, underscores and hyphens, N from 1 to 64, and no host twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # -sig: editors on Windows write a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"hostfile {path} cannot be read: {error}") from error
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
-        text = line.strip()
-        if not text or text.startswith("#"):
+        text = line.partition("#")[0].strip()
+        if not text:
             continue
-        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9.-]*)[ \t]+slots=([0-9]{1,3})", text)
+        match = re.fullmatch(HOST_LINE, text, re.ASCII)
         where = f"{path}:{number}: {text!r}"
         if match is None:
-            raise InputError(f"{where}; expected `host slots=N`, such as `node-1 slots=8`")
-        host, slots = match[1], int(match[2])
+            raise InputError(f"{where}; expected `host slots=N`, such as `node-1 slots=8` or `user@node-1 slots=8`")
+        host, slots = match[1], int(match[2] or match[3])
         require(1 <= slots <= MAX_SLOTS, f"{where}; expected slots from 1 to {MAX_SLOTS}")
-        require(host not in hosts, f"{where}; the host is listed twice, expected once")
+        listed = host.rpartition("@")[2] in [other.rpartition("@")[2] for other in hosts]
+        require(not listed, f"{where}; the host is listed twice, expected once")
         hosts[host] = slots
     require(bool(hosts), f"hostfile {path} lists no host; expected lines such as `node-1 slots=8`")
     return hosts
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError if a shell on another host would split or interpret a path that it gets from DeepSpeed."""
+    require(
+        re.fullmatch(r"[\w+=:,./@-]+", str(folder)) is not None,
+        f"{str(folder)!r} has a space or the like; for a run on several hosts DeepSpeed hands this path to a shell on "
+        "each, so it may have letters, digits and _+=:,./@- alone: move it",
+    )
 
 
 def check_remote_words(environ: Mapping[str, str], env_files: Sequence[Path], arguments: Sequence[str]) -> None:
@@ -55,10 +70,13 @@ def check_remote_words(environ: Mapping[str, str], env_files: Sequence[Path], ar
     for name, value in environ.items():
         if name.startswith(EXPORTED_PREFIXES):
             _check_export(f"the environment variable {name}", f"{name}={value}")
-    for path in env_files:
-        if path.is_file():
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                _check_export(f"{path}:{number}", line)
+    for path in filter(Path.is_file, env_files):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}, whose variables DeepSpeed exports, cannot be read: {error}") from error
+        for number, line in enumerate(lines, 1):
+            _check_export(f"{path}:{number}", line)
     for argument in arguments:
         require(
             re.fullmatch(SAFE_ARGUMENT, argument, re.ASCII) is not None,

@@ -6,28 +6,31 @@ Versions are read from package metadata and torch is not imported, so a wrong ma
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib
 import os
-import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 
+from packaging.version import InvalidVersion, Version
+
 from llm.cluster.ranks import operator_folder
 from llm.errors import InputError, require
 
-PYTHON = (3, 10)
+PYTHON = "3.10"
 # Package -> the least version, the first one that is too new (None: no limit known).
 SUPPORTED = {
-    "torch": ((2, 11), None),
-    "triton": ((3, 6), None),
-    "numpy": ((2, 0), None),
-    "deepspeed": ((0, 19, 8), (0, 19, 9)),
+    "torch": ("2.11", None),
+    "triton": ("3.6", None),
+    "numpy": ("2.0", None),
+    "deepspeed": ("0.19.8", "0.19.9"),
 }
 HEADERS = Path(sysconfig.get_path("include"))
 KERNELS_VERSION = "0.0.0"  # why it must be this: docs/decisions, the import names
@@ -50,25 +53,55 @@ def check_machine(*, engine: str, loader: str, environ: Mapping[str, str]) -> No
         _import("llm.data._native", "build the C++ loader with `make setup`, or use --data.loader=numpy")
 
 
+def provide_home() -> None:
+    """Set USER for a user without a name, and HOME, to a folder of this user's, where there is none to write to.
+
+    Containers started with `--user 54321` have neither, and torch, Triton and DeepSpeed keep there what they compile.
+    Raises InputError when the folder for temporary files cannot serve either.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError: from Python 3.13
+        os.environ["USER"] = f"uid-{os.getuid()}"
+    with contextlib.suppress(RuntimeError):  # no HOME, and no entry in /etc/passwd
+        if os.access(Path.home(), os.W_OK | os.X_OK):
+            return
+    try:
+        home = Path(tempfile.gettempdir()) / f"ingot-{os.getuid()}"
+        home.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home) as own:
+            # Another user could have made it, and put code there that this one would run.
+            ours = home.lstat().st_uid == os.fstat(own.fileno()).st_uid
+    except OSError as error:
+        raise InputError(f"there is no HOME that can be written, nor another folder ({error}); set HOME") from error
+    require(ours, f"there is no HOME that can be written, and {home} is another user's; set HOME or TMPDIR")
+    os.environ["HOME"] = str(home)
+
+
 def check_versions(python: tuple[int, ...], installed: Mapping[str, str | None]) -> None:
     """Raise InputError unless Python and every package (None: not installed) has a supported version."""
-    require(
-        python >= PYTHON,
-        f"Python is {_dotted(python)}; expected at least {_dotted(PYTHON)}: make .venv with a newer one",
-    )
-    for name, version in installed.items():
+    dotted = ".".join(map(str, python))
+    newer = f"Python is {dotted}; expected at least {PYTHON}: make .venv with a newer one"
+    require(Version(dotted) >= Version(PYTHON), newer)
+    found: dict[str, Version] = {}
+    for name, text in installed.items():
         least, too_new = SUPPORTED[name]
-        expected = f"at least {_dotted(least)}" + (f", below {_dotted(too_new)}" if too_new else "")
-        require(version is not None, f"{name} is not installed; expected {expected}: {INSTALL}")
-        found = _numbers(name, version or "")
-        supported = least <= found and (too_new is None or found < too_new)
-        require(supported, f"{name} is {version}; expected {expected}: {INSTALL}")
-    triton, numpy = installed.get("triton"), installed.get("numpy")
-    require(
-        not (triton and numpy) or _numbers("triton", triton) >= (3, 7, 1) or _numbers("numpy", numpy) < (2, 4),
-        f"triton is {triton} and numpy {numpy}; expected triton 3.7.1 or later beside numpy 2.4: {INSTALL}, or "
-        "numpy below 2.4",
-    )
+        expected = f"expected at least {least}" + (f", below {too_new}" if too_new else "") + f": {INSTALL}"
+        if text is None:
+            raise InputError(f"{name} is not installed; {expected}")
+        try:
+            # What was built before a release counts as that release: NVIDIA's containers have torch 2.11.0a0+....
+            version = found[name] = Version(Version(text).base_version)
+        except InvalidVersion as error:
+            raise InputError(f"{name} has the version {text!r}; {expected}") from error
+        supported = Version(least) <= version and (too_new is None or version < Version(too_new))
+        require(supported, f"{name} is {text}; {expected}")
+    if {"triton", "numpy"} <= found.keys() and found["triton"] < Version("3.7.1"):
+        require(
+            found["numpy"] < Version("2.4"),
+            f"triton is {installed['triton']} and numpy {installed['numpy']}; expected triton 3.7.1 or later beside "
+            f"numpy 2.4: {INSTALL}, or numpy below 2.4",
+        )
 
 
 def check_import_names() -> None:
@@ -150,14 +183,3 @@ def _import(name: str, remedy: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"`import {name}` fails ({error}); {remedy}") from error
-
-
-def _numbers(name: str, version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    if match is None:
-        raise InputError(f"{name} has the version {version!r}; expected numbers: {INSTALL}")
-    return tuple(int(part) for part in match.group().split("."))
-
-
-def _dotted(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))

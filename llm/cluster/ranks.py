@@ -1,7 +1,8 @@
 """Finds out which rank this process is. No other module reads rank variables.
 
-`deepspeed`, `torchrun`, `mpirun` (Open MPI, MPICH, Intel MPI), `srun` and plain `python` start the same script;
-`discover_ranks` turns the variables that each sets into one `Ranks`.
+`deepspeed`, `torchrun`, `mpirun` (Open MPI, MPICH, Intel MPI, MVAPICH2), Cray's `mpiexec`, `flux run`, `srun`,
+Kubeflow, AzureML and plain `python` start the same script; `discover_ranks` turns the variables that each sets into one
+`Ranks`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,18 @@ if TYPE_CHECKING:
     import torch
 
 LOOPBACK = "127.0.0.1"
-# Rank, rank on this host, processes, processes on this host.
-OPENMPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"))
-MPICH = ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS")
+# Launcher -> its variables of rank, rank on this host, processes, processes on this host; `|`: the first that is set.
+# The order counts: Flux and PALS set PMI_RANK too. tests/cluster/test_cluster_launchers.py names the sources.
+LAUNCHERS = {
+    "openmpi": [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")],
+    "mvapich2": [f"MV2_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")],
+    "flux": ["FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID", "FLUX_JOB_SIZE", "LOCAL_WORLD_SIZE"],
+    "pals": ["PALS_RANKID", "PALS_LOCAL_RANKID", "PMI_SIZE|WORLD_SIZE", "PALS_LOCAL_SIZE|PMI_LOCAL_SIZE"],
+    "mpich": ["PMI_RANK", "MPI_LOCALRANKID|PMI_LOCAL_RANK", "PMI_SIZE", "MPI_LOCALNRANKS|PMI_LOCAL_SIZE"],
+}
+# Ranks of launchers that are not known here (PMIx, IBM's jsrun, SGI's MPT, Cray's ALPS): none may train alone.
+UNKNOWN = ("PMIX_RANK", "JSM_NAMESPACE_RANK", "MPT_LRANK", "ALPS_APP_PE")
+SLURM_LAST_STEP = 0xFFFFFFF0  # SLURM_MAX_NORMAL_STEP_ID; above: batch script, salloc's shell, what is not srun's
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Ranks:
     master_port: int
     """Port on that host where the processes meet."""
     launcher: str
-    """deepspeed, torchrun, openmpi, mpich, slurm, environment (set by hand), or python (alone)."""
+    """deepspeed, torchrun, slurm, kubeflow, one of LAUNCHERS, environment (set by hand), or python (alone)."""
 
     def __post_init__(self) -> None:
         numbers = (("rank", self.rank, self.world_size), ("local rank", self.local_rank, self.local_world_size))
@@ -58,28 +68,38 @@ class Ranks:
             f"{self.world_size}; unset the rank variable that is left over from another run",
         )
         require(0 < self.master_port < 65536, f"MASTER_PORT is {self.master_port}; expected a port from 1 to 65535")
+        require(
+            re.fullmatch(r"(?!-)[\w.:%-]+", self.master_addr, re.ASCII) is not None,
+            f"MASTER_ADDR is {self.master_addr!r}; expected a host name or an IP address without brackets",
+        )
 
 
 def discover_ranks(environ: Mapping[str, str]) -> Ranks:
     """The place of this process, from the variables that its launcher set in `environ`.
 
-    The most explicit wins: RANK and its companions (`torchrun` under `srun` has both), then Open MPI's, MPICH's, then
+    The most explicit wins: RANK and its companions (`torchrun` under `srun` has both), then those of LAUNCHERS, then
     those of an `srun` step. None of these: one process, with a free port.
 
-    Raises InputError, which names the variable, when a set of variables is incomplete, contradicts itself or is not
-    made of integers.
+    Raises InputError, which names the variable and the remedy, when a set of variables is incomplete, contradicts
+    itself or is not made of integers, and when they show a job of several processes but not which of them this is.
     """
     # `deepspeed --launcher mpich` gives WORLD_SIZE to MPICH's launcher, which sets the rest.
-    of_mpi_or_slurm = any(name in environ for name in (*OPENMPI, *MPICH, "SLURM_PROCID"))
-    if "RANK" in environ or "LOCAL_RANK" in environ or ("WORLD_SIZE" in environ and not of_mpi_or_slurm):
+    launcher = _launcher(environ)
+    alone = environ.get("WORLD_SIZE", "1") == "1" or launcher is not None
+    if "RANK" in environ or "LOCAL_RANK" in environ or not alone:
         return _from_rank_variables(environ)
-    if any(name in environ for name in OPENMPI):
-        return _from_mpi(environ, "openmpi", OPENMPI)
-    # `srun --mpi=pmi2` sets PMI_RANK too, but only MPICH's own launcher sets MPI_LOCALRANKID.
-    if "PMI_RANK" in environ and ("MPI_LOCALRANKID" in environ or not _in_srun_step(environ)):
-        return _from_mpi(environ, "mpich", MPICH)
-    if _in_srun_step(environ):
+    if launcher == "slurm":
         return _from_slurm(environ)
+    if launcher is not None:
+        return _from_launcher(environ, launcher)
+    # Kubeflow's Trainer sets PET_*, which only torchrun reads. In a Slurm job, PMIX_RANK may be that of salloc's shell.
+    pods = [f"{name}={environ[name]}" for name in ("PET_NNODES", "PET_NPROC_PER_NODE") if environ.get(name, "1") != "1"]
+    strange = [f"{name}={environ[name]}" for name in UNKNOWN if name in environ and "SLURM_JOB_ID" not in environ]
+    require(
+        not pods + strange,
+        f"{', '.join(pods + strange)} shows a job of several processes, but not which of them this is; start with "
+        "launch/torchrun.sh, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT",
+    )
     return Ranks(0, 0, 1, 1, LOOPBACK, free_port(), "python")
 
 
@@ -112,7 +132,7 @@ def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) ->
     """Make the default process group: NCCL when `device` is a CUDA device, else Gloo.
 
     Every later collective on it ends with an error after `timeout_seconds`. Raises RendezvousError, with what to look
-    at, when the ranks do not all meet within that time.
+    at, when the ranks do not all meet within that time, and at once when rank 0 cannot listen on its port.
     """
     import torch
     import torch.distributed as dist
@@ -120,6 +140,8 @@ def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     host = f"[{ranks.master_addr}]" if ":" in ranks.master_addr else ranks.master_addr  # an IPv6 address in a URL
+    if ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun's agent listens
+        _check_port(ranks.master_port)
     url, limit = f"tcp://{host}:{ranks.master_port}", timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
@@ -137,21 +159,34 @@ def initialize(ranks: Ranks, *, timeout_seconds: float, device: torch.device) ->
         ) from error
 
 
+def _check_port(port: int) -> None:
+    # Bound but not listening: a rank that comes early is refused, and tries again.
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a closed run's port is free
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise RendezvousError(
+                f"rank 0 cannot listen on port {port} of this host ({error.strerror}); choose another: MASTER_PORT=N "
+                "before launch/deepspeed.sh, launch/torchrun.sh or srun, --master_port N of deepspeed and torchrun"
+            ) from error
+
+
 def choose_device(ranks: Ranks) -> torch.device:
     """This rank's GPU, or the CPU of a machine without one.
 
-    A rank takes the GPU of its local number, or the only one it sees if Slurm has given each task its own. Raises
-    InputError when there are fewer GPUs than ranks.
+    A rank takes the GPU of its local number, or the only one it sees if Slurm, Flux or PALS has given each task its
+    own. Raises InputError when there are fewer GPUs than ranks.
     """
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if count == 1 and ranks.launcher == "slurm":
+    if count == 1 and ranks.launcher in ("slurm", "flux", "pals"):
         return torch.device("cuda", 0)
     require(
-        ranks.local_rank < count,
+        ranks.local_world_size <= count,  # not local_rank: every rank of the host is refused, before any waits
         f"this host has {count} GPUs for {ranks.local_world_size} ranks; start at most {count} here",
     )
     return torch.device("cuda", ranks.local_rank)
@@ -169,14 +204,28 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    text = environ.get(name)
-    if text is None:
+def _launcher(environ: Mapping[str, str]) -> str | None:
+    """The one of LAUNCHERS, or `slurm`, whose variables are set."""
+    for launcher, names in LAUNCHERS.items():
+        own = [name for name in "|".join(names).split("|") if name.startswith(names[0][:4]) and name in environ]
+        # `srun --mpi=pmi2` and `--mpi=cray_shasta` set PMI_* and PALS_*; MPICH's own launcher sets MPI_LOCALRANKID.
+        of_srun = launcher in ("pals", "mpich") and "MPI_LOCALRANKID" not in environ and _in_srun_step(environ)
+        if own and not of_srun:
+            return launcher
+    return "slurm" if _in_srun_step(environ) else None
+
+
+def _integer(environ: Mapping[str, str], names: str) -> int:
+    """The number in the first variable of `names`, such as "PMI_SIZE|WORLD_SIZE", that is set."""
+    name = next((name for name in names.split("|") if name in environ), None)
+    if name is None:
         raise InputError(
-            f"{name} is not set, but other rank variables are; start with deepspeed, torchrun, mpirun or srun, or "
-            "unset RANK, LOCAL_RANK, WORLD_SIZE for a single process"
+            f"{names.replace('|', ' or ')} is not set, but other rank variables are: set it for every process "
+            "(mpiexec ... env NAME=N python ...), start with deepspeed, torchrun, mpirun or srun, or unset the others "
+            "for a single process"
         )
-    require(re.fullmatch(r"[0-9]{1,9}", text) is not None, f"{name} is {text!r}; expected a whole number")
+    text = environ[name]
+    require(re.fullmatch(r"[0-9]{1,10}", text) is not None, f"{name} is {text!r}; expected a whole number")
     return int(text)
 
 
@@ -187,6 +236,20 @@ def _master(environ: Mapping[str, str]) -> tuple[str, int]:
 
 def _from_rank_variables(environ: Mapping[str, str]) -> Ranks:
     local = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ]
+    pod = "KUBERNETES_SERVICE_HOST" in environ or "PET_NNODES" in environ
+    if pod and not local and "LOCAL_RANK" not in environ:
+        # A PyTorchJob: RANK is the number of the pod, and WORLD_SIZE the number of pods times nprocPerNode.
+        count = environ.get("PET_NPROC_PER_NODE", "")
+        require(
+            count == "1" or not count.isdecimal(),
+            f"PET_NPROC_PER_NODE is {count}, and RANK is the number of this pod; start with launch/torchrun.sh",
+        )
+        return Ranks(_integer(environ, "RANK"), 0, _integer(environ, "WORLD_SIZE"), 1, *_master(environ), "kubeflow")
+    require(
+        bool(local) or "NODE_RANK" not in environ,
+        "LOCAL_WORLD_SIZE is not set, but NODE_RANK is: set it to the processes on this host (AzureML: "
+        "environment_variables of the job, to process_count_per_instance)",
+    )
     sizes = {_integer(environ, name) for name in local or ["LOCAL_WORLD_SIZE"]}
     require(
         len(sizes) == 1,
@@ -199,13 +262,25 @@ def _from_rank_variables(environ: Mapping[str, str]) -> Ranks:
     return Ranks(rank, local_rank, world_size, sizes.pop(), *_master(environ), launcher)
 
 
-def _from_mpi(environ: Mapping[str, str], launcher: str, names: Sequence[str]) -> Ranks:
-    rank, local_rank, world_size, local_world_size = (_integer(environ, name) for name in names)
-    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
-        address, port = _master(environ)
+def _from_launcher(environ: Mapping[str, str], launcher: str) -> Ranks:
+    if launcher == "flux" and "LOCAL_WORLD_SIZE" not in environ:
+        size, nodes = _integer(environ, "FLUX_JOB_SIZE"), _integer(environ, "FLUX_JOB_NNODES")
+        require(
+            nodes > 0 and size % nodes == 0,
+            f"FLUX_JOB_SIZE is {size} and FLUX_JOB_NNODES {nodes}; start as many tasks on every node: flux run "
+            "--nodes=N --tasks-per-node=M",
+        )
+        environ = {**environ, "LOCAL_WORLD_SIZE": str(size // nodes)}
+    rank, local_rank, world_size, local_world_size = (_integer(environ, names) for names in LAUNCHERS[launcher])
+    # AzureML's MPI jobs have the host and a port of rank 0 there, "10.0.0.4:6000", if they have several hosts.
+    host, _, port = environ.get("AZ_BATCH_MASTER_NODE", "").partition(":")
+    known = {"MASTER_ADDR": host, "MASTER_PORT": port} if host else {}
+    known |= {name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ}
+    if len(known) == 2:
+        address, number = _master(known)
     else:
-        address, port = _agree_through_mpi(rank, world_size, one_host=local_world_size == world_size)
-    return Ranks(rank, local_rank, world_size, local_world_size, address, port, launcher)
+        address, number = _agree_through_mpi(rank, world_size, one_host=local_world_size == world_size)
+    return Ranks(rank, local_rank, world_size, local_world_size, address, number, launcher)
 
 
 def _agree_through_mpi(rank: int, world_size: int, *, one_host: bool) -> tuple[str, int]:
@@ -222,9 +297,10 @@ def _agree_through_mpi(rank: int, world_size: int, *, one_host: bool) -> tuple[s
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
         raise InputError(
-            "mpirun started this process without MASTER_ADDR and MASTER_PORT, and mpi4py, through which the ranks "
-            f"would agree on them, does not work here ({error}); install mpi4py and an MPI library (Debian: apt-get "
-            "install openmpi-bin), or set both variables (Open MPI: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500)"
+            "the launcher started this process without MASTER_ADDR and MASTER_PORT, and mpi4py, through which the "
+            f"ranks would agree on them, does not work here ({str(error).partition(chr(10))[0]}); install mpi4py and "
+            "an MPI library (Debian: apt-get install openmpi-bin), or set both variables for every process (Open MPI: "
+            "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500)"
         ) from error
     MPI.Init()
     found = MPI.COMM_WORLD.Get_size()
@@ -236,8 +312,8 @@ def _agree_through_mpi(rank: int, world_size: int, *, one_host: bool) -> tuple[s
     MPI.Finalize()
     require(
         found == world_size,
-        f"mpirun started {world_size} processes but mpi4py's MPI library sees {found}; use the mpirun of the library "
-        "that mpi4py loads",
+        f"the launcher started {world_size} processes but mpi4py's MPI library sees {found}; use the mpirun of the "
+        "library that mpi4py loads, or set MASTER_ADDR and MASTER_PORT",
     )
     address, port = message.rstrip(b"\0").decode().split(" ")
     require(address != "", "the host of rank 0 has only loopback addresses; set MASTER_ADDR and MASTER_PORT")
@@ -257,17 +333,23 @@ def _own_address() -> str:
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
-    # A batch script and a shell in an allocation have SLURM_NTASKS too; only srun sets the step's.
-    return "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ
+    # A batch script and a shell in an allocation have SLURM_NTASKS too, and SLURM_PROCID=0; only srun sets the step's.
+    # The shell of `salloc` may be a step of its own (LaunchParameters=use_interactive_step): what is typed there is
+    # one process, and `srun` typed there sets the number of its own step.
+    step = environ.get("SLURM_STEP_ID", "")
+    if re.fullmatch(r"[0-9]{1,10}", step) and int(step) >= SLURM_LAST_STEP:
+        return False
+    return "SLURM_STEP_NUM_TASKS" in environ or environ.get("SLURM_PROCID", "0") != "0"
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     world_size = _integer(environ, "SLURM_STEP_NUM_TASKS")
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-    per_node = _tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", ""))
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")
     node = _integer(environ, "SLURM_NODEID")
+    here, total = _count_tasks(per_node, node)
     require(
-        node < len(per_node) and sum(per_node) == world_size,
+        here > 0 and total == world_size,
         f"SLURM_NODEID is {node} and SLURM_STEP_NUM_TASKS {world_size}, which do not fit SLURM_STEP_TASKS_PER_NODE = "
         f"{per_node}",
     )
@@ -276,7 +358,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     port = _integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else 15000 + (31 * job + step) % 15000
     rank, local_rank = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID")
     address = environ.get("MASTER_ADDR") or _first_host(nodes)
-    return Ranks(rank, local_rank, world_size, per_node[node], address, port, "slurm")
+    return Ranks(rank, local_rank, world_size, here, address, port, "slurm")
 
 
 def _first_host(nodes: str) -> str:
@@ -284,18 +366,20 @@ def _first_host(nodes: str) -> str:
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group() if first else "")
     require(
-        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", host) is not None,
+        re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", host) is not None,
         f"SLURM_JOB_NODELIST is {nodes!r}; expected a list of hosts such as node[01-04]",
     )
     return host
 
 
-def _tasks_per_node(text: str) -> list[int]:
-    """`2(x3),1` -> [2, 2, 2, 1]."""
-    tasks: list[int] = []
+def _count_tasks(text: str, node: int) -> tuple[int, int]:
+    """The tasks on the node of this number, 0 if there is none, and on all: `2(x3),1` and 3 -> 1, 7."""
+    nodes = here = total = 0
     for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part)
+        match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)
         if match is None:
             raise InputError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}; expected counts such as 2(x3),1")
-        tasks += [int(match[1])] * int(match[2] or 1)
-    return tasks
+        tasks, times = int(match[1]), int(match[2] or 1)
+        here = tasks if nodes <= node < nodes + times else here
+        nodes, total = nodes + times, total + tasks * times
+    return here, total

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from llm.cluster.preflight import provide_home
 from llm.cluster.ranks import Ranks, discover_ranks
 from llm.cluster.watchdog import watch_launcher
 from llm.errors import Agreed, CheckpointError, InputError, RendezvousError, ReplicaError
@@ -23,6 +24,7 @@ def run_script(action: Callable[[Ranks], None]) -> None:
     done = watch_launcher()
     ranks = None
     try:
+        provide_home()
         ranks = discover_ranks(os.environ)
         action(ranks)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and the process ends

@@ -329,6 +329,8 @@ class LoggingConfig:
     """Steps between metric lines."""
     tensorboard: bool = True
     """Write TensorBoard events to runs/<name>/tensorboard."""
+    wandb: bool = False
+    """Send the same numbers to Weights & Biases (WANDB_PROJECT, WANDB_ENTITY); needs `pip install -e '.[wandb]'`."""
     sample_prompt: str = "def "
     """Text that the finished model continues."""
     sample_tokens: int = 120

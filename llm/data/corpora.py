@@ -142,9 +142,27 @@ def blends_of(config: RunConfig) -> tuple[dict[str, float], ...]:
     return tuple(dict(sorted((phase.blend or own).items())) for phase in config.phases)
 
 
+def unprepared(config: RunConfig) -> list[Path]:
+    """The files that prepare_data.py has still to write for the run: manifests, then packing plans."""
+    blends = blends_of(config)
+    remote = [copy_folder(config, name) for name in corpus_names(blends) if is_url(name)]
+    missing = [path for folder in (data_folder(config), *remote) if not (path := folder / FILE_NAME).exists()]
+    packed = zip(config.phases, blends, strict=True) if config.data.packing == "best_fit" else ()
+    for phase, blend in packed:
+        folders = [_folder(config, name) for name in blend]
+        plans = [folder / plan_name("train", phase.seq_len) for folder in folders if (folder / FILE_NAME).exists()]
+        missing += [plan for plan in plans if not plan.exists()]
+    return missing
+
+
+def _folder(config: RunConfig, name: str) -> Path:
+    """Where the corpus `name` of a config lies."""
+    return copy_folder(config, name) if is_url(name) else Path(name)
+
+
 def _open_corpus(config: RunConfig, name: str, own_folder: Path, own: Manifest, say: Say) -> Corpus:
     """The corpus `name` of a run whose data.path is `own_folder`, with the manifest `own`."""
-    folder = copy_folder(config, name) if is_url(name) else Path(name)
+    folder = _folder(config, name)
     if folder == own_folder:
         return Corpus(own.shard_list(folder, "train", name), folder, own)
     if (folder / FILE_NAME).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -69,3 +70,10 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
         return result  # pyright: ignore[reportReturnType]
     kind, message = first.split(":", 1)
     raise {"input": Agreed, "checkpoint": CheckpointError, "other": RuntimeError}[kind](message) from cause
+
+
+def lead_first(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0 while the others wait, for days if need be. Collective; raises as `together` does."""
+    patient = dist.new_group(timeout=timedelta(days=365), backend="gloo")
+    together(lambda: action() if dist.get_rank() == 0 else None, patient)
+    dist.destroy_process_group(patient)

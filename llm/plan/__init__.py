@@ -1,1 +1,1 @@
-"""What a step costs in closed form: arithmetic, memory, bytes sent."""
+"""What a model and a step cost in closed form: parameters, arithmetic."""

@@ -8,10 +8,15 @@ from kernels.attention.op import limits as attention_limits
 from kernels.dispatch import KernelError, choose
 from kernels.norm.op import no_triton as norm_limit
 from llm.config import RunConfig
+from llm.config.phases import consumed_samples
 from llm.data.corpora import Corpora
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError, require
 from llm.train.engines.base import DTYPES
+
+# Text read so often teaches nearly as much as new text would, and beyond it ever less (Muennighoff et al. 2023,
+# Scaling Data-Constrained Language Models).
+EPOCHS = 4
 
 
 def check_kernels(config: RunConfig, device: torch.device) -> str:
@@ -50,3 +55,15 @@ def check_tokenizer(corpora: Corpora) -> str:
     require(len(prompt) < longest, f"logging.sample_prompt has {len(prompt)} tokens; expected {expected}")
     padded = f", padded to {size} (model.vocab_size)" if size > tokenizer.vocab_size else ""
     return f"{tokenizer.vocab_size} tokens{padded}; {tokenizer.end_token} ends a document"
+
+
+def repetitions(corpora: Corpora) -> list[str]:
+    """A warning for each corpus that the whole run reads more than EPOCHS times."""
+    config = corpora.config
+    epochs = corpora.curriculum().epochs(consumed_samples(config.phases, config.train.max_steps))
+    return [
+        f"the run reads {name} {times:,.0f} times ({corpora.training[name].shards.n_tokens:,} tokens); beyond about "
+        f"{EPOCHS} times repeated text teaches ever less: give it more text, or fewer train.max_steps"
+        for name, times in epochs.items()
+        if times > EPOCHS
+    ]

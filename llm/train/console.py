@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 SECONDS_BETWEEN_LINES = 5.0  # without a terminal
@@ -32,22 +33,23 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_steps, self.first_step, self.enabled, self.clock = max_steps, first_step, enabled, clock
-        self.start = self.last_line = clock()
+        self.last_line = clock()
+        self.left = TimeRemainingColumn(compact=True)
         self.terminal = Terminal(file=file)
         # The text takes what the counter and the bar leave, and is cut where it is too long.
         text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
-        columns = MofNCompleteColumn(), BarColumn(10), text
+        columns = MofNCompleteColumn(), BarColumn(10), self.left, text
         self.has_bar = enabled and self.terminal.is_terminal
-        self.progress = Progress(*columns, console=self.terminal, expand=True, disable=not self.has_bar)
+        # The time left comes from the last 1,000 reports, however slow they are.
+        settings = {"console": self.terminal, "expand": True, "get_time": clock, "speed_estimate_period": math.inf}
+        self.progress = Progress(*columns, **settings, disable=not self.has_bar)
         self.task = self.progress.add_task("", total=max_steps, completed=first_step)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Report the metrics of a step (`Reporter.step`)."""
         now, step = self.clock(), record["step"]
-        left = (now - self.start) / max(1, step - self.first_step) * (self.max_steps - step)
-        text = f"{clock_text(left)} left  {step_text(record)}"
+        self.progress.update(self.task, completed=step, description=step_text(record))
         if self.has_bar:
-            self.progress.update(self.task, completed=step, description=text)
             return
         edge = step in (self.first_step + 1, self.max_steps)
         if edge or now - self.last_line >= SECONDS_BETWEEN_LINES:
@@ -55,7 +57,8 @@ class Console:
             memory = record["memory_bytes"]
             in_gib = "" if memory is None else f"  memory {memory / 2**30:.2f} GiB"
             waiting = f"waiting for data {record['data_wait_share']:.1%}"
-            self.say(f"step {step}/{self.max_steps}  {text}  {waiting}{in_gib}")
+            left = self.left.render(self.progress.tasks[0])
+            self.say(f"step {step}/{self.max_steps}  {left} left  {step_text(record)}  {waiting}{in_gib}")
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -79,10 +82,3 @@ def step_text(record: Mapping[str, Any]) -> str:
         f"lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}{skipped}  "
         f"{record['tflops']:.3g} TFLOP/s{mfu}"
     )
-
-
-def clock_text(seconds: float) -> str:
-    """59 -> "0:59", 3661 -> "1:01:01"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -48,8 +48,7 @@ class Trainer:
     """A run under way: what its steps share. Every method is collective."""
 
     def __init__(self, run: Run) -> None:
-        assert run.corpora is not None and run.feed is not None and run.engine is not None, "the run is complete"
-        self.run, self.corpora, self.feed, self.engine = run, run.corpora, run.feed, run.engine
+        self.run, self.feed, self.engine = run, run.feed, run.engine
         self.reporter = Reporter(run)
 
     def step(self) -> tuple[float, float, float]:
@@ -85,7 +84,7 @@ class Trainer:
 
     def save(self) -> None:
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
-        state = checkpoint_state(run.config, self.corpora, run.step, skipped_samples, scalars)
+        state = checkpoint_state(run.config, run.corpora, run.step, skipped_samples, scalars)
         pieces, keep_last = self.engine.state_pieces(), run.config.checkpoint.keep_last
         path = write_checkpoint(run.folder.checkpoints, run.step, pieces, state, keep_last=keep_last)
         self.reporter.say(f"step {run.step}: saved {path}")

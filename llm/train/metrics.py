@@ -1,4 +1,4 @@
-"""Writes metrics.jsonl, one line per logged step, and TensorBoard events.
+"""Writes metrics.jsonl, one line per logged step, TensorBoard events, and a W&B run.
 
 Floats keep their full precision. A number that is not known is null. One that is not finite is the
 text "nan", "inf" or "-inf", which JSON has no number for and `float()` reads.
@@ -21,6 +21,7 @@ from llm.config.phases import consumed_samples, consumed_tokens
 from llm.files import write_all
 from llm.plan import flops
 from llm.sinks import Sink
+from llm.train.wandb_run import WandbRun
 
 FORMULA: flops.Formula = "causal"  # of the FLOPs and the MFU
 
@@ -55,13 +56,14 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 class MetricsWriter:
-    """Appends records to a JSONL file and to TensorBoard; on ranks that are not enabled, nothing.
+    """Appends records to a JSONL file, TensorBoard and Weights & Biases; on ranks that are not enabled, nothing.
 
     Args:
         path: of metrics.jsonl; it goes on after the lines it has.
         tensorboard: folder of the event files; None: none.
+        wandb: opens the W&B run; None: none.
         first_step: steps done before; TensorBoard drops what an earlier process wrote beyond.
-        say: gets a warning when one of the two can no longer be written; the other goes on.
+        say: gets a warning when one of these can no longer be written; the others go on.
     """
 
     def __init__(
@@ -69,27 +71,31 @@ class MetricsWriter:
         path: Path,
         tensorboard: Path | None,
         *,
+        wandb: Callable[[], WandbRun] | None = None,
         first_step: int = 0,
         enabled: bool = True,
         say: Callable[[str], None] = print,
     ) -> None:
         self._to_file, self._to_events = Sink(str(path), say), Sink("TensorBoard", say)
+        self._to_wandb = Sink("Weights & Biases", say)
         # Unbuffered: after a full disk nothing is left that closing the file would write.
         self._file = self._to_file(lambda: path.open("ab", buffering=0)) if enabled else None
         folder = tensorboard if enabled else None
         self._events = self._to_events(lambda: open_events(folder, first_step + 1)) if folder is not None else None
+        self._wandb = self._to_wandb(wandb) if wandb is not None and enabled else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one line, with `step` among its keys; it outlives the process once this returns."""
-        file, events = self._file, self._events
+        file, events, wandb = self._file, self._events, self._wandb
         if file is not None:
             finite = {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
             line = (json.dumps(finite, allow_nan=False) + "\n").encode()
             self._to_file(lambda: write_all(file.fileno(), memoryview(line)))
         if events is not None:
             for name, value in scalars(record):
-                group = "validation" if name.startswith("val_") else "train"
-                self._to_events(partial(events.add_scalar, f"{group}/{name}", value, record["step"]))
+                self._to_events(partial(events.add_scalar, name, value, record["step"]))
+        if wandb is not None:
+            self._to_wandb(lambda: wandb.write(dict(scalars(record)), record["step"]))
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -98,6 +104,8 @@ class MetricsWriter:
         for sink, file in ((self._to_file, self._file), (self._to_events, self._events)):
             if file is not None:
                 sink(file.close)
+        if (wandb := self._wandb) is not None:
+            self._to_wandb(lambda: wandb.close(failed=error[0] is not None))
 
 
 def open_events(folder: Path, first_step: int) -> Any:
@@ -109,9 +117,10 @@ def open_events(folder: Path, first_step: int) -> Any:
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a record but its step, those of a mapping by "name/key"."""
+    """The numbers of a record but its step, as "train/name" or "validation/name", those of a mapping "name/key"."""
     for name, value in record.items():
+        name = f"{'validation' if name.startswith('val_') else 'train'}/{name}"
         if isinstance(value, Mapping):
             yield from ((f"{name}/{key}", number) for key, number in value.items())
-        elif name != "step" and isinstance(value, (int, float)):
+        elif name != "train/step" and isinstance(value, (int, float)):
             yield name, value

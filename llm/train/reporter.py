@@ -1,8 +1,9 @@
-"""Reports a training run to metrics.jsonl, TensorBoard and the console."""
+"""Reports a training run to metrics.jsonl, TensorBoard, Weights & Biases and the console."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 
@@ -10,19 +11,20 @@ from llm.plan.flops import peak_tflops
 from llm.train.console import Console
 from llm.train.metrics import MetricsWriter, peak_memory, step_rates
 from llm.train.start import Run
+from llm.train.wandb_run import WandbRun
 
 
 class Reporter:
     """Measures the steps of a run; rank 0 alone writes and prints."""
 
     def __init__(self, run: Run) -> None:
-        assert run.corpora is not None and run.feed is not None and run.engine is not None
         self.run, self.feed, self.engine, self.data = run, run.feed, run.engine, run.corpora.manifest
         tensorboard = run.folder.tensorboard if run.config.logging.tensorboard else None
         self.console = Console(run.config.train.max_steps, run.step, enabled=run.lead)
         self.say = self.console.say
         where = run.folder.metrics, tensorboard
-        self.metrics = MetricsWriter(*where, first_step=run.step, enabled=run.lead, say=self.say)
+        wandb = partial(WandbRun, run.folder.path, run.config) if run.config.logging.wandb else None
+        self.metrics = MetricsWriter(*where, wandb=wandb, first_step=run.step, enabled=run.lead, say=self.say)
         device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
         self.peak_tflops = peak_tflops(device, run.config.train.precision)
         self.restart_clock()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
+import shutil
 import socket
-import time
-from datetime import datetime, timezone
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
-from llm import files
+from filelock import FileLock
+
+from llm import files, locks
 from llm.errors import InputError, require
 
+RUNS = Path("runs")
 # A run that was just killed may have ranks that are still ending.
 LOCK_PATIENCE_SECONDS = 5.0
 
@@ -30,6 +32,39 @@ class RunFolder:
         """One JSON line per logged step."""
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.tokenizer = self.path / "tokenizer.json"
+
+    def claim(self) -> FileLock:
+        """Rank 0, before the ranks meet: `create`, `lock` and `share_nonce`; returns what holds the lock.
+
+        Before, for a second start must not reach the first one's port.
+        """
+        made = sum(not path.exists() for path in (self.path, self.path.parent))
+        self.create()
+        held = self.lock()
+        self.share_nonce(made)
+        return held
+
+    @contextmanager
+    def undone_on_failure(self, nonce: str) -> Iterator[None]:
+        """Remove what a start has made, if it fails: by each rank, for a launcher may kill the others at once.
+
+        nonce: that of the start. A folder that was there before stays, and so does one that another start has claimed.
+        """
+        try:
+            yield
+        except BaseException:
+            _, _, made = nonce.partition(" ")
+            with suppress(OSError):  # another rank was faster, or has begun another run
+                if made in ("1", "2") and self.nonce() == nonce:
+                    shutil.rmtree(self.path)
+                    if made == "2":
+                        self.path.parent.rmdir()
+            raise
+
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step`, whole or not."""
+        return (self.checkpoints / f"step-{step:08d}").exists()
 
     def create(self) -> None:
         """Make the folder where there is none; raises InputError where that cannot be."""
@@ -38,32 +73,20 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"the run's folder {self.path} cannot be made: {error}") from error
 
-    def lock(self) -> BinaryIO:
-        """Refuse a second job: called by rank 0, which holds the lock until it closes the file or ends, however.
+    def lock(self) -> FileLock:
+        """Refuse a second job: called by rank 0, which holds the lock until it releases it or ends, however.
 
         Raises InputError, saying who holds it, if it is not free within LOCK_PATIENCE_SECONDS.
         """
-        path, deadline = self.path / "lock", time.monotonic() + LOCK_PATIENCE_SECONDS
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - it is open for as long as it is locked
-        except OSError as error:
-            raise InputError(f"{path} cannot be opened: {error}") from error
-        while not _try_lock(file, path):
-            if time.monotonic() > deadline:
-                with file:
-                    holder = _holder(file.read())
-                advice = "wait for that run to end, stop it, or choose another --name"
-                raise InputError(f"{self.path} is in use by {holder}; {advice}")
-            time.sleep(0.1)
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode())
-        return file
+        advice = "wait for that run to end, stop it, or choose another --name"
+        return locks.lock(self.path / "lock", LOCK_PATIENCE_SECONDS, advice)
 
-    def share_nonce(self) -> str:
-        """Rank 0: write a new nonce into the folder and return it, to be sent to every rank."""
-        nonce = secrets.token_hex(16)
+    def share_nonce(self, made: int = 0) -> str:
+        """Rank 0: write a new nonce into the folder and return it, to be sent to every rank.
+
+        made: how many folders this start has made, 2 with that of all runs; the nonce says it.
+        """
+        nonce = f"{secrets.token_hex(16)} {made}"
         # In place, not by a rename: opening the same file anew is what NFS keeps consistent.
         descriptor = os.open(self.path / "nonce", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "w") as file:
@@ -72,16 +95,21 @@ class RunFolder:
             os.fsync(file.fileno())
         return nonce
 
+    def nonce(self) -> str:
+        """The nonce that is there; raises OSError."""
+        return (self.path / "nonce").read_text()
+
     def check_nonce(self, nonce: str) -> None:
         """Every rank: raise InputError unless the folder here holds the nonce that rank 0 sent."""
         try:
-            found = (self.path / "nonce").read_text()
+            found = self.nonce()
         except OSError as error:
             found = f"nothing ({error.strerror})"
         require(
             found == nonce,
-            f"{socket.gethostname()} does not see what rank 0 wrote into {self.path}: found {found}, expected {nonce}; "
-            "put the run's folder on a file system that all nodes share",
+            f"{socket.gethostname()} does not see what rank 0 wrote into {self.path}: {self.path.absolute()} holds "
+            f"{found}, expected {nonce}; put the run's folder on a file system that all nodes share, and start on each "
+            "in the same folder",
         )
 
 
@@ -106,22 +134,3 @@ def _is_of_step(line: bytes, last: int) -> bool:
     except (ValueError, KeyError, TypeError):
         return False
     return line.endswith(b"\n") and isinstance(step, int) and step <= last
-
-
-def _try_lock(file: BinaryIO, path: Path) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:
-        raise InputError(f"the file system cannot lock {path}: {error.strerror}") from error
-    return True
-
-
-def _holder(record: bytes) -> str:
-    """What the holder of the lock wrote of itself, in words."""
-    try:
-        found = json.loads(record)
-        return f"process {found['pid']} on {found['host']} since {found['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "a process that has not yet said who it is"

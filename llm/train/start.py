@@ -6,31 +6,33 @@ All ranks together find everything that can be wrong with the request, before an
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO
+from typing import TextIO
 
 import torch
 
-from llm.checkpoint.reader import open_agreed
+from llm.checkpoint.reader import CheckpointReader, open_agreed
 from llm.config import RunConfig
 from llm.config.parse import to_yaml
 from llm.config.phases import consumed_samples
-from llm.data.corpora import Corpora
+from llm.data.corpora import Corpora, unprepared
 from llm.data.loader import open_loader, validation_batches
-from llm.parallel.agreement import broadcast, together
+from llm.data.prepare.console import prepare_all
+from llm.parallel.agreement import broadcast, lead_first, together
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
-from llm.train.checks import check_kernels, check_tokenizer
+from llm.train.checks import check_kernels, check_tokenizer, repetitions
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
+from llm.train.engines.deepspeed_log import divert
 from llm.train.feed import Feed
 from llm.train.init_from import open_weights
 from llm.train.resume import check_resumable, check_settings, find_step, resume_report, saved_config
-from llm.train.run_folder import RunFolder, truncate_metrics
-
-RUNS = Path("runs")
+from llm.train.run_folder import RUNS, RunFolder, truncate_metrics
+from llm.train.wandb_run import check_wandb
 
 
 @dataclass
@@ -39,14 +41,13 @@ class Run:
 
     config: RunConfig
     folder: RunFolder
-    corpora: Corpora | None
+    corpora: Corpora
     mesh: Mesh
     device: torch.device
     step: int
     """Steps that are done."""
-    feed: Feed | None = None
-    engine: Engine | None = None
-    """These and `corpora` are None when nothing is left to do."""
+    feed: Feed
+    engine: Engine
 
     @property
     def lead(self) -> bool:
@@ -55,60 +56,85 @@ class Run:
 
     def validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share of the validation samples. Raises InputError at once where the split cannot be used."""
-        assert self.corpora is not None
         batches = validation_batches(self.corpora, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
         return (micro_batch(batch, self.device, rows) for batch, rows in batches)
 
 
-def claim(config: RunConfig) -> tuple[RunFolder, BinaryIO]:
-    """Rank 0, before the ranks meet: make the run's folder and lock it. InputError if another process holds it."""
-    folder = RunFolder(RUNS, config.name)
-    folder.create()
-    return folder, folder.lock()
+def start(config: RunConfig, device: torch.device, say: Callable[[str], None], *, prepare: bool = False) -> Run | None:
+    """Check, open the data, resume; None when every step is done, for which no data is needed. Collective.
 
-
-def start(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> Run:
-    """Check, open the data, resume. Whatever is wrong with the request raises Agreed on every rank. Collective."""
+    prepare: the data too, first, where that is not done. Whatever is wrong with the request raises Agreed on every
+    rank, and then the run's folder is as rank 0 found it before `RunFolder.claim`.
+    """
     mesh = Mesh.create(config.parallel, device.type)
     folder, lead = RunFolder(RUNS, config.name), mesh.rank == 0
-    forms = together(lambda: check_kernels(config, device))
-    say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
-    nonce = broadcast(together(lambda: folder.share_nonce() if lead else ""))
-    together(lambda: folder.check_nonce(nonce))
-    checkpoint, warnings = open_agreed(folder.checkpoints, partial(find_step, step=config.checkpoint.resume_step))
-    for warning in warnings:
-        say(f"warning: {warning}")
+    nonce = broadcast(together(lambda: folder.nonce() if lead else ""))
+    with folder.undone_on_failure(nonce):
+        together(lambda: folder.check_nonce(nonce))
+        together(lambda: check_wandb(config) if lead else None)
+        forms = together(lambda: check_kernels(config, device))
+        say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
+        checkpoint, warnings = open_agreed(folder.checkpoints, partial(find_step, step=config.checkpoint.resume_step))
+        for warning in warnings:
+            say(f"warning: {warning}")
+        if checkpoint is not None:
+            together(lambda: check_settings(config, checkpoint.state))
+            if checkpoint.state["step"] == config.train.max_steps:
+                return None
+        if prepare:
+            lead_first(lambda: say(prepare_all(config)) if unprepared(config) else None)
+        return _ready(config, folder, mesh, device, checkpoint, say)
+
+
+def _ready(
+    config: RunConfig,
+    folder: RunFolder,
+    mesh: Mesh,
+    device: torch.device,
+    checkpoint: CheckpointReader | None,
+    say: Callable[[str], None],
+) -> Run:
+    """The run, with its data open and its engine built. Only then its own files are written."""
+    corpora = together(lambda: Corpora.open(config, say))
     step = skipped_samples = 0
     weights = None
-    if checkpoint is not None and checkpoint.state["step"] == config.train.max_steps:  # its data may be gone
-        together(lambda: check_settings(config, checkpoint.state))
-        return Run(config, folder, None, mesh, device, config.train.max_steps)
-    corpora = together(lambda: Corpora.open(config, say))
     if checkpoint is not None:
         corpora = together(lambda: check_resumable(config, corpora, checkpoint.state))
         step, skipped_samples = checkpoint.state["step"], checkpoint.state["skipped_samples"]
     elif config.train.init_from is not None:
         weights = open_weights(config, corpora.folder / "tokenizer.json", say)
-    run = Run(config, folder, corpora, mesh, device, step)
     say(f"vocabulary: {together(lambda: check_tokenizer(corpora))}")
-    together(run.validation_batches)
-    run.feed = together(lambda: _open_feed(run, corpora, skipped_samples))
-    together(lambda: _write_folder(run, corpora) if lead else None)
-    run.engine = build_engine(config, mesh, device, checkpoint or weights)
+    ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
+    together(lambda: validation_batches(corpora, **ranks))
+    consumed = consumed_samples(config.phases, step)
+    loader = together(lambda: open_loader(corpora, **ranks, consumed=consumed, widen=device.type == "cpu"))
+    hash_check = together(lambda: corpora.hash_check(**ranks))
+    for warning in together(lambda: repetitions(corpora) if mesh.rank == 0 else []):
+        say(f"warning: {warning}")
+    left = config.train.max_steps - step
+    feed = Feed(loader, device, left, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
+    with redirect_stdout(_engine_output(config, folder, mesh.rank, device, say)):
+        engine = build_engine(config, mesh, device, checkpoint or weights)
+    run = Run(config, folder, corpora, mesh, device, step, feed, engine)
+    together(lambda: _write_folder(run) if run.lead else None)
     if checkpoint is not None:
         say(resume_report(saved_config(checkpoint.state), config, step))
     return run
 
 
-def _open_feed(run: Run, corpora: Corpora, skipped_samples: int) -> Feed:
-    mesh, consumed = run.mesh, consumed_samples(run.config.phases, run.step)
-    ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-    loader = open_loader(corpora, **ranks, consumed=consumed, widen=run.device.type == "cpu")
-    steps, hash_check = run.config.train.max_steps - run.step, corpora.hash_check(**ranks)
-    return Feed(loader, run.device, steps, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
+def _engine_output(
+    config: RunConfig, folder: RunFolder, rank: int, device: torch.device, say: Callable[[str], None]
+) -> TextIO:
+    """Where what the engine prints goes while it is built. Collective."""
+    if config.train.engine != "deepspeed":
+        return sys.stdout
+    log = folder.path / "deepspeed" / f"rank-{rank}.log"
+    slow = "; its first start on a machine compiles for a minute or two" if device.type == "cpu" else ""
+    say(f"DeepSpeed logs to {log.parent}{slow}")
+    return together(lambda: divert(log))
 
 
-def _write_folder(run: Run, corpora: Corpora) -> None:
+def _write_folder(run: Run) -> None:
     run.folder.config.write_text(to_yaml(run.config))
-    shutil.copyfile(corpora.folder / "tokenizer.json", run.folder.path / "tokenizer.json")
+    shutil.copyfile(run.corpora.folder / "tokenizer.json", run.folder.tokenizer)
     truncate_metrics(run.folder.metrics, run.step)

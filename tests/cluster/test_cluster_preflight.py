@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from llm.cluster import preflight
 from llm.errors import InputError
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"torch": "2.13.0+cpu", "triton": "3.7.1", "numpy": "2.4.6", "deepspeed": "0.19.8"}
 
 
@@ -24,6 +26,8 @@ def test_this_machine_passes():
         {"torch": "2.11.0+cu130", "triton": "3.6.0", "numpy": "2.3.5"},
         {"triton": "3.10.0"},
         {"torch": "2.14.0.dev20261101"},
+        {"torch": "2.11.0a0+50eac811a6.nv25.09"},
+        {"numpy": "2.10.0", "triton": "3.8.0+git1234"},
     ],
 )
 def test_supported_versions(changes):
@@ -43,6 +47,8 @@ def test_supported_versions(changes):
         ({"triton": "3.6.0"}, "triton is 3.6.0 and numpy 2.4.6"),
         ({"triton": "3.7.0", "numpy": "2.10.0"}, "triton is 3.7.0 and numpy 2.10.0"),
         ({"torch": "unknown"}, "torch has the version 'unknown'"),
+        ({"torch": ""}, "torch has the version ''"),
+        ({"deepspeed": "0.19.9rc1"}, "deepspeed is 0.19.9rc1"),
     ],
 )
 def test_unsupported_versions(changes, words):
@@ -144,3 +150,52 @@ def test_native_extension_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "llm.data._native", None)
     with pytest.raises(InputError, match="make setup"):
         preflight.check_machine(engine="plain", loader="native", environ={})
+
+
+def home_of(folder: Path, **environ: str) -> list[str]:
+    """HOME and the user's name after provide_home, in a process for which /etc/passwd has no entry."""
+    code = """
+import getpass, os, pwd, sys
+def unknown(*_): raise KeyError
+pwd.getpwuid = unknown
+from llm.cluster.preflight import provide_home
+from llm.errors import InputError
+try: provide_home()
+except InputError as error: sys.exit(f"refused: {error}")
+print(os.environ["HOME"], getpass.getuser())
+"""
+    python = {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=python | environ, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout or "refused: " in done.stderr, done.stderr
+    return done.stdout.split() or [done.stderr]
+
+
+@pytest.mark.parametrize("home", [{}, {"HOME": "/proc/nowhere"}, {"HOME": "relative/none"}])
+def test_a_user_without_a_name_or_a_home(home, tmp_path):
+    uid = os.getuid()
+    assert home_of(tmp_path, **home) == [f"{tmp_path}/ingot-{uid}", f"uid-{uid}"]
+    assert (tmp_path / f"ingot-{uid}").stat().st_mode & 0o777 == 0o700
+    assert home_of(tmp_path, **home, USER="me") == [f"{tmp_path}/ingot-{uid}", "me"]  # the folder is there now
+
+
+def test_a_home_that_can_be_written_stays(tmp_path):
+    assert home_of(tmp_path, HOME=str(tmp_path), LOGNAME="me") == [str(tmp_path), "me"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to make another user's folder")
+def test_another_users_folder_is_refused(tmp_path):
+    folder = tmp_path / "ingot-0"
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+    assert "another user's; set HOME or TMPDIR" in home_of(tmp_path)[0]
+    folder.rmdir()
+    folder.symlink_to("/tmp")
+    os.chown(folder, 12345, 12345, follow_symlinks=False)
+    assert "another user's" in home_of(tmp_path)[0]
+
+
+def test_no_folder_at_all(tmp_path):
+    (tmp_path / f"ingot-{os.getuid()}").touch()
+    assert "no HOME that can be written" in home_of(tmp_path)[0]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,27 @@ def test_rendezvous_failure_says_where_and_what_to_look_at():
     ranks = Ranks(1, 0, 2, 1, "127.0.0.1", free_port(), "environment")
     with pytest.raises(RendezvousError, match=r"rank 1 of 2 .*127\.0\.0\.1.*SOCKET_IFNAME"):
         initialize(ranks, timeout_seconds=1, device=torch.device("cpu"))
+
+
+def test_a_busy_port_is_named_at_once(monkeypatch):
+    """By the rank that would listen, and not where torchrun's agent listens for it."""
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        ranks = Ranks(0, 0, 2, 2, "127.0.0.1", port, "environment")
+        with pytest.raises(RendezvousError, match=rf"port {port} .*MASTER_PORT=N before launch/deepspeed\.sh"):
+            initialize(ranks, timeout_seconds=3600, device=torch.device("cpu"))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        with pytest.raises(RendezvousError, match="did not meet the others"):
+            initialize(ranks, timeout_seconds=1, device=torch.device("cpu"))
+
+
+def test_one_process_in_a_job_of_several_says_so(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {path: /none}\n")
+    done = subprocess.run(
+        [sys.executable, "launch/pretrain.py", "--config", tmp_path / "c.yaml"],
+        cwd=ROOT, env={**os.environ, **BATCH_SCRIPT}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "note: one process, in a Slurm job of 4 tasks; start with srun" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def test_refused_by_all_ranks_alike(launcher: str, workspace: Workspace) -> None
     result = start(2, name="refused", data__path="nowhere")
     assert result.returncode == (2 if launcher == "deepspeed" else 1)
     text = result.stdout + result.stderr
-    assert text.count("error: nowhere holds no prepared data") == 1
-    assert "Traceback (most recent call last):\n  File" not in text.split("error: nowhere")[0]
+    assert text.count("error: the data is not prepared") == 1
+    assert "Traceback (most recent call last):\n  File" not in text.split("error: the data")[0]
     assert launcher == "deepspeed" or "exitcode  : 2" in text
 
 

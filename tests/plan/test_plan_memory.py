@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 
-from llm.plan.memory import block_parameters, parameters, replicated_parameters
+from llm.plan.memory import block_parameters, parameters
 from llm.train.build import build_model
 from tiny_run import case
+from traffic_theory import replicated_parameters
 
 MODELS = {
     "base": {},

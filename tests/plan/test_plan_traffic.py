@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor, Shard
 from llm.config import ParallelConfig, RunConfig
 from llm.parallel.collectives import all_reduce, f, g, gather_sequence
 from llm.parallel.mesh import Mesh
-from llm.plan.traffic import Collective, payload
 from llm.train.build import build_engine
 from pool import RankPool
 from tiny_run import batches, case, target_count
 from traffic_count import Traffic, Volume
+from traffic_theory import Collective, payload
 
 pytestmark = pytest.mark.ranks
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from llm.train.console import Console, clock_text, step_text
+from llm.train.console import Console, step_text
 
 RECORD = {
     "loss": 3.25, "lr": 4e-3, "grad_norm": 0.5, "tokens_per_second": 12345.6, "tflops": 0.0123,
@@ -54,8 +54,14 @@ def test_what_is_not_known_is_left_out() -> None:
 
 def test_time_left_counts_the_steps_of_this_process_only() -> None:
     lines = run(io.StringIO(), 100, seconds=6.0, first_step=90).splitlines()
-    assert lines[0].startswith("step 91/100  0:54 left")
-    assert lines[-1].startswith("step 100/100  0:00 left")
+    assert lines[0].startswith("step 91/100  --:-- left")  # the first step is slower than those that follow
+    assert lines[1].startswith("step 92/100  00:48 left")
+    assert lines[-1].startswith("step 100/100  00:00 left")
+
+
+def test_time_left_of_slow_steps() -> None:
+    lines = run(io.StringIO(), 10, seconds=600.0).splitlines()
+    assert lines[1].startswith("step 2/10  1:20:00 left")
 
 
 def test_a_known_mfu_comes_with_its_formula_and_skips_are_shown() -> None:
@@ -68,6 +74,7 @@ def test_a_known_mfu_comes_with_its_formula_and_skips_are_shown() -> None:
 def test_a_terminal_gets_a_bar() -> None:
     text = run(FakeTerminal(), 20, seconds=1.0)
     assert "20/20" in text
+    assert "00:00" in text
     assert "loss 3.2500" in text
     assert "\x1b" in text
 
@@ -87,5 +94,10 @@ def test_say_prints_text_as_it_is(file: io.StringIO) -> None:
     assert "[bold] validation loss 3.1" in file.getvalue()
 
 
-def test_clock() -> None:
-    assert [clock_text(s) for s in (0, 59.6, 3661)] == ["0:00", "1:00", "1:01:01"]
+def test_a_pipe_that_nobody_reads_raises_and_does_not_exit() -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with Console(10, file=Closed()) as console, pytest.raises(BrokenPipeError):
+        console.say("hello")

@@ -30,7 +30,8 @@ from llm.train.engines.base import MOMENTS, WeightSource
 from llm.train.engines.plain import PlainEngine
 from llm.train.init_from import OtherWeights, open_weights, token_ids
 from llm.train.loop import train
-from llm.train.start import claim, start
+from llm.train.run_folder import RUNS, RunFolder
+from llm.train.start import start
 from pool import RankPool
 from test_train_start_data import made_run
 from tiny_run import BASE, V, batches, case, plain
@@ -306,7 +307,6 @@ def validation_losses(config: RunConfig, folder: Path) -> dict[str, Any]:
     losses: dict[str, Any] = {}
 
     def loss_of(run: Any) -> float:
-        assert run.engine is not None and run.feed is not None
         total, count = run.engine.evaluate(run.validation_batches())
         return total / count
 
@@ -315,11 +315,11 @@ def validation_losses(config: RunConfig, folder: Path) -> dict[str, Any]:
         parts = {"parallel": layout.parallel, "deepspeed": layout.deepspeed, "optim": replace(layout.optim, lr=0.03)}
         changed = replace(layout.train, max_steps=2, **options)
         run_config = replace(config, name=name, train=changed, checkpoint=CheckpointConfig(interval=2), **parts)
-        held = claim(run_config) if torch.distributed.get_rank() == 0 else None
+        held = RunFolder(RUNS, name).claim() if torch.distributed.get_rank() == 0 else None
         torch.distributed.barrier()
         run = start(run_config, CPU, said.append)
         if held is not None:
-            held[1].close()
+            held.release()
         return run
 
     source = started("source", [])

@@ -26,7 +26,8 @@ from llm.errors import InputError
 from llm.slices import Slice
 from llm.train.loop import train
 from llm.train.resume import check_resumable, check_same_model, checkpoint_state, find_step, resume_report, saved_config
-from llm.train.start import claim, start
+from llm.train.run_folder import RUNS, RunFolder
+from llm.train.start import start
 from pool import RankPool
 from test_train_start_data import made_run
 from tiny_run import BASE
@@ -325,12 +326,12 @@ def go(config: RunConfig, folder: Path) -> list[str]:
     """Start a run, as launch/pretrain.py does, and train it to its end; what was said."""
     os.chdir(folder)
     said: list[str] = []
-    _, lock = claim(config)
+    lock = RunFolder(RUNS, config.name).claim()
     run = start(config, torch.device("cpu"), said.append)
-    if run.engine is not None:
+    if run is not None:
         train(run)
         run.engine.close()
-    lock.close()
+    lock.release()
     return said
 
 

@@ -20,7 +20,8 @@ from llm.data.prepare.register import register
 from llm.data.tokenizer import Tokenizer
 from llm.errors import Agreed
 from llm.train.loop import train
-from llm.train.start import claim, start
+from llm.train.run_folder import RUNS, RunFolder
+from llm.train.start import start
 from pool import RankPool
 from tiny_run import case, plain
 
@@ -61,13 +62,15 @@ def run_config(names: Names, **changes: Any) -> RunConfig:
 def trained(folder: Path, config: RunConfig) -> list[dict[str, float]] | str:
     """The losses of every step of the run in `folder`, after it has gone on; or why it does not."""
     os.chdir(folder)
-    _, lock = claim(config)
+    lock = RunFolder(RUNS, config.name).claim()
     try:
-        train(start(config, torch.device("cpu"), lambda line: None))
+        run = start(config, torch.device("cpu"), lambda line: None)
+        assert run is not None
+        train(run)
     except Agreed as error:
         return str(error)
     finally:
-        lock.close()
+        lock.release()
     lines = map(json.loads, Path(f"runs/{config.name}/metrics.jsonl").read_text().splitlines())
     kept = ("step", "loss", "val_loss", "grad_norm")
     return [

@@ -84,23 +84,23 @@ def test_a_second_run_is_refused_until_the_first_is_killed(
         process.wait()
     lock = folder.lock()
     assert json.loads((folder.path / "lock").read_text())["pid"] == os.getpid()
-    lock.close()
-    folder.lock().close()
+    lock.release()
+    folder.lock().release()
 
 
 def test_a_run_that_is_ending_is_waited_for(folder: RunFolder, tmp_path: Path) -> None:
     process = hold(tmp_path, 0.5)
-    folder.lock().close()
+    folder.lock().release()
     assert process.wait() == 0
 
 
 def test_a_lock_without_a_record(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.1)
     lock = folder.lock()
-    lock.truncate(3)
+    os.truncate(lock.lock_file, 3)
     with pytest.raises(InputError, match="has not yet said"):
         folder.lock()
-    lock.close()
+    lock.release()
 
 
 def test_a_node_with_another_folder_is_refused(folder: RunFolder, tmp_path: Path) -> None:
@@ -108,12 +108,12 @@ def test_a_node_with_another_folder_is_refused(folder: RunFolder, tmp_path: Path
     other.create()
     first = folder.share_nonce()
     folder.check_nonce(first)
-    with pytest.raises(InputError, match=r"found nothing \(No such file.*all nodes share"):
+    with pytest.raises(InputError, match=r"local/a-run holds nothing \(No such file.*all nodes share"):
         other.check_nonce(first)
     second = folder.share_nonce()
     assert second != first
     folder.check_nonce(second)
-    with pytest.raises(InputError, match=f"found {second}, expected {first}"):
+    with pytest.raises(InputError, match=f"holds {second}, expected {first}"):
         folder.check_nonce(first)
 
 

@@ -15,7 +15,8 @@ from llm.config import DataConfig, PhaseChange, RunConfig
 from llm.data.prepare.register import register
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens import manifest as manifests
-from llm.train.start import claim, start
+from llm.train.run_folder import RUNS, RunFolder
+from llm.train.start import start
 from pool import RankPool
 from tiny_run import case, plain
 
@@ -53,9 +54,9 @@ def count_manifests(config: RunConfig, folder: Path) -> Counter[str]:
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifests, "parse_manifest", counted)
-        claim(config)
+        RunFolder(RUNS, config.name).claim()
         run = start(config, torch.device("cpu"), lambda line: None)
-    assert run.step == 0
+    assert run is not None and run.step == 0
     return found
 
 

@@ -11,8 +11,12 @@ from rich import progress
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
+from llm.config import RunConfig
+from llm.data.prepare.fetch import fetch_corpora
 from llm.data.prepare.inspect import Statistics
-from llm.data.prepare.tokenise import Progress
+from llm.data.prepare.plans import write_plans
+from llm.data.prepare.tokenise import Progress, prepare
+from llm.data.tokens.folder import data_folder
 from llm.data.tokens.manifest import Manifest, TextCounts
 
 WIDEST_BAR = 40
@@ -25,6 +29,15 @@ def progress_bar() -> Iterator[Progress]:
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading", total=None)
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total or None)
+
+
+def prepare_all(config: RunConfig) -> str:
+    """Copy remote corpora, tokenise data.source, write packing plans, unless that is done; `summary` of data.path."""
+    with progress_bar() as bar:
+        fetch_corpora(config, bar)
+        manifest = prepare(config, bar)
+        write_plans(config, bar)
+    return summary(data_folder(config), manifest, config.model.vocab_size)
 
 
 def summary(folder: Path, manifest: Manifest, vocab_size: int) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llm import locks
 from llm.config import RunConfig
 from llm.data.tokens.manifest import FILE_NAME, Manifest, read_manifest
 from llm.errors import require
@@ -66,6 +66,8 @@ def load_manifest(config: RunConfig) -> Manifest:
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """One process at a time changes the folder; the lock goes with the process, however that ends."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    held = locks.lock(folder / ".lock")
+    try:
         yield
+    finally:
+        held.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from llm.config import RunConfig
 from llm.errors import InputError
@@ -37,6 +39,8 @@ class DeepSpeedEngine(Engine):
         generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; each would warn once per call site.
         warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+        # torch quotes every path in the build of DeepSpeed's operator but this one, which a space would cut in two.
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(f"{cpp_extension._TORCH_PATH}/lib")
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         if self.stage == 3:
             partition(model, generated, mesh, device, DTYPES[config.train.precision])

@@ -26,7 +26,8 @@ from llm.generate import stream
 from llm.report import report
 from llm.sampling import SamplingConfig
 from llm.train.loop import train
-from llm.train.start import claim, start
+from llm.train.run_folder import RUNS, RunFolder
+from llm.train.start import start
 from llm.trained import load_trained
 from pool import RankPool
 from tiny_run import case, plain
@@ -70,10 +71,10 @@ def trained(folder: Path) -> dict[str, dict]:
         config, said, reported = config_of(name), list[str](), list[str]()
         manifest = prepare(config)
         assert prepare(config) == manifest
-        claim(config)
+        RunFolder(RUNS, config.name).claim()
         run = start(config, CPU, said.append)
+        assert run is not None
         train(run)
-        assert run.engine is not None and run.corpora is not None
         run.engine.close()
         one = load_trained(Path("runs") / name, CPU)
         with torch.no_grad():  # were ids without a token drawn, these would be
@@ -129,7 +130,7 @@ def started(folder: Path) -> list[str]:
     prepare(config_of("llama3"))
     messages = []
     for config in (config_of("llama3", end_token=None), config_of("llama3", end_token="<|eot|>")):
-        claim(config)
+        RunFolder(RUNS, config.name).claim()
         try:
             start(config, CPU, lambda line: None)
         except Agreed as error:

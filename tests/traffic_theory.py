@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple, TypeAlias
 
-from llm.config import RunConfig
-from llm.plan.memory import FP32, block_parameters, parameters, replicated_parameters, weight_bytes
+from benchmarks.layout.cost import FP32, weight_bytes
+from llm.config import ModelConfig, RunConfig
+from llm.plan.memory import block_parameters, norm_parameters, parameters, position_parameters
 
 
 class Collective(NamedTuple):
@@ -101,3 +102,9 @@ def data_parallel(config: RunConfig, dp: int, m: int) -> Payload:
     if stage == 0:
         return Counter({reduce: gradients})
     return Counter({reduce: gradients * (m if stage == 2 else 1), gather: n * w})
+
+
+def replicated_parameters(model: ModelConfig) -> int:
+    """Elements that every tensor-parallel rank holds in full: norms, biases of rows, the position table."""
+    row_biases = 2 * int(model.bias) * model.n_layer * model.d_model
+    return position_parameters(model) + row_biases + (2 * model.n_layer + 1) * norm_parameters(model)
