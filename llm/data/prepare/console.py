@@ -26,7 +26,8 @@ WIDEST_BAR = 40
 def progress_bar() -> Iterator[Progress]:
     """A bar on stderr that shows the stages of what is called with it, one after another, and is gone afterwards."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total or None)
 
