@@ -34,6 +34,7 @@ setup(
         "fsspec>=2024.6",
         "ninja>=1.11",
         "packaging>=24.0",
+        "psutil>=6.0",
         "pyarrow>=18.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",

@@ -57,8 +57,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/train/wandb_run.py": {"wandb", "llm.config", "llm.errors", "llm.files"},
     "llm/parity": {
-        "torch", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.model", "llm.parallel",
-        "llm.data", "llm.checkpoint", "llm.plan", "llm.train", "llm.parity",
+        "torch", "psutil", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.model",
+        "llm.parallel", "llm.data", "llm.checkpoint", "llm.plan", "llm.train", "llm.parity",
     },
     "llm/sampling.py": {"torch", "llm.config", "llm.errors"},
     "llm/trained.py": {

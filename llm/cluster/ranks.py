@@ -362,7 +362,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
 
 
 def _first_host(nodes: str) -> str:
-    """`node[07-09,12],login` -> `node07`."""
+    """`node[07-09,12],login` -> `node07`. The package that reads such lists, python-hostlist, is under the GPL."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group() if first else "")
     require(

@@ -45,7 +45,7 @@ class Process:
 
 
 def read_process(pid: int, proc: Path = PROC) -> Process | None:
-    """The process `pid`, or None when there is none."""
+    """The process `pid`, or None when there is none. psutil would split a title, such as `sshd: me@pts/0`, in two."""
     try:
         stat = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
         argv = (proc / str(pid) / "cmdline").read_bytes()

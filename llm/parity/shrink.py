@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from kernels.cross_entropy.linear import GPU_CHUNK
@@ -30,12 +30,9 @@ def available_bytes(device: torch.device, local_world_size: int) -> int:
     return min(share, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else share
 
 
-def _host_bytes(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Free memory of this host, and no more than its control group leaves to a container."""
-    if not proc.is_file():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    lines = (line.split() for line in proc.read_text().splitlines())
-    free = next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
+def _host_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Free memory of this host, and no more than its control group, which psutil does not read, leaves a container."""
+    free = psutil.virtual_memory().available
     maximum, current = group / "memory.max", group / "memory.current"
     if maximum.is_file() and current.is_file() and (limit := maximum.read_text().strip()) != "max":
         return min(free, max(0, int(limit) - int(current.read_text())))

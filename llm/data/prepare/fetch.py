@@ -3,6 +3,9 @@
 The manifest is read first and written last. Each file arrives under its name with `.part` behind it, goes on where an
 earlier transfer stopped, and takes its name when its hash is right. One process at a time copies. Others wait for it
 and find the work done.
+
+Some of fsspec's stores repeat a request that failed (s3fs, gcsfs; not HTTP), so nothing here does. Its own get() would
+begin a file anew after an interruption, and compares no hashes.
 """
 
 from __future__ import annotations

@@ -194,7 +194,10 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes tokens as they come; a character split over tokens appears when it is complete."""
+    """Decodes tokens as they come; a character split over tokens appears when it is complete.
+
+    Not tokenizers' DecodeStream, which has no end: a character that is cut there would be lost.
+    """
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer

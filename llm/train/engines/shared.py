@@ -97,7 +97,10 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 
 def clip(parameters: Sequence[Tensor], norm: Tensor, limit: float) -> None:
-    """Scale all gradients by limit / norm if the norm is above the limit (Pascanu et al. 2013); 0: no limit."""
+    """Scale all gradients by limit / norm if the norm is above the limit (Pascanu et al. 2013); 0: no limit.
+
+    PyTorch's clip_grads_with_norm_ goes through all gradients where nothing is to be scaled, too.
+    """
     if limit > 0 and norm > limit:
         grads = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_mul_(grads, limit / (norm + 1e-6))
