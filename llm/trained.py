@@ -14,7 +14,7 @@ from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
 from llm.errors import CheckpointError, InputError
 from llm.model.gpt import GPT
-from llm.model.init import fill
+from llm.model.init import fill, give_memory
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 
@@ -45,17 +45,20 @@ def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
     return reader, config, Tokenizer.load(tokenizer, config.data.end_token)
 
 
-def load_trained(path: Path, device: torch.device, mesh: Mesh | None = None) -> Trained:
-    """Read a model written under any layout; with a mesh, this tensor-parallel rank's part of it.
+def load_trained(path: Path | str, device: torch.device | str = "cpu", mesh: Mesh | None = None) -> Trained:
+    """Read a model written under any layout: fp32, for evaluation; with a mesh, this tensor-parallel rank's part of it.
 
+    path: runs/<name>, or the folder of a checkpoint with its tokenizer.json in it or up to two folders above.
     Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's heads can be cut for.
     """
-    reader, config, tokenizer = open_trained(path)
+    reader, config, tokenizer = open_trained(Path(path))
     # The layout and kernels of the training run do not matter here.
     parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
     train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
     config = replace(config, parallel=parallel, train=train)
-    model = GPT(config.model, choose_layers(config, mesh))
+    with torch.device("meta"):
+        model = GPT(config.model, choose_layers(config, mesh))
     for name, parameter in model.named_parameters():
+        give_memory(parameter, device)
         fill(parameter, reader.read(name, "master"))
-    return Trained(model.to(device).eval(), tokenizer, config, reader.state["step"])
+    return Trained(model.eval(), tokenizer, config, reader.state["step"])

@@ -19,7 +19,6 @@ from benchmarks.layout.counters import LiveStorages
 from benchmarks.report import table
 from llm.config import ParallelConfig, RunConfig
 from llm.model.gpt import GPT, Recompute
-from llm.model.init import init_weights
 from llm.model.layers import DenseLayers
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import micro_batches, target_count
@@ -129,7 +128,6 @@ def activations(config: RunConfig, device: torch.device, rounds: int) -> dict[tu
     for recompute, every in RECOMPUTED:
         layers = DenseLayers(seed=config.seed, impl=config.train.impl)
         model = GPT(config.model, layers, None, recompute, every)
-        init_weights(model, config.model, config.seed)
         models[recompute, every] = model.to(device=device, dtype=DTYPES[config.train.precision])
     held = {key: _activation_bytes(model, batch) for key, model in models.items()}
     steps = {key: partial(_step, model, batch) for key, model in models.items()}

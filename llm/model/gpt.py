@@ -22,13 +22,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 from kernels.gelu import gelu
 from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
 from llm.config import ModelConfig
+from llm.errors import require
 from llm.model.cache import KVCache
+from llm.model.init import init_weights
 from llm.model.layers import DenseLayers, Documents, recomputed
 
 Recompute: TypeAlias = Literal["none", "full", "selective"]
@@ -98,8 +101,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, or a range of its blocks.
+    """The model, or a range of its blocks, with its initial weights; on the meta device with none.
 
+    layers: the factory of its layers, whose seed is that of the weights too (by default plain layers).
     blocks: the global numbers of the blocks that live here (all of them by default).
     recompute: what the backward pass of every `recompute_every`-th block computes again (activation checkpointing): the
     whole block, of which only the input is kept ("full", Chen et al. 2016), or attention between its two matrix
@@ -109,13 +113,13 @@ class GPT(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        layers: DenseLayers,
+        layers: DenseLayers | None = None,
         blocks: range | None = None,
         recompute: Recompute = "none",
         recompute_every: int = 1,
     ) -> None:
         super().__init__()
-        C = config.d_model
+        C, layers = config.d_model, layers or DenseLayers()
         self.config = config
         self.embedding = layers.embedding(config.vocab_size, C)
         if config.position == "learned":
@@ -130,6 +134,7 @@ class GPT(nn.Module):
         self.norm = layers.norm(config.norm, C, bias=config.bias, eps=config.norm_eps)
         tied = self.embedding if config.tie_embeddings else None
         self.head = layers.lm_head(C, config.vocab_size, tied)
+        init_weights(self, config, layers.seed)
 
     def states(
         self, tokens: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None
@@ -147,16 +152,26 @@ class GPT(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        positions: Tensor,
-        samples: Tensor,
+        positions: Tensor | None = None,
+        samples: Tensor | None = None,
         targets: Tensor | None = None,
         documents: Documents | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits fp32 [B, T, V], or with `targets` the sum of their losses, fp32 [].
 
-        tokens int64 [B, T]; positions int64 [T], in the row; samples int64 [B], global sample numbers, which with the
-        positions key the dropout masks; targets int64 [B, T], IGNORED_TARGET where not counted; documents: None where
-        a row is one; cache: of the positions before these, not together with documents.
+        tokens int64 [B, T]; positions int64 [T], in the row (None: from 0 on); samples int64 [B], global sample numbers
+        that with the positions key the dropout masks (None: nothing is dropped); targets int64 [B, T], IGNORED_TARGET
+        where not counted; documents: None where a row is one; cache: of the positions before these, not together with
+        documents. Raises InputError where positions or samples are needed and not given.
         """
+        if positions is None:
+            require(cache is None, "a cache holds earlier positions; give the positions of these tokens, int64 [T]")
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if samples is None:
+            require(
+                self.config.dropout == 0 or not self.training,
+                "dropout masks are keyed by samples; give the rows' numbers in the training data, int64 [B]",
+            )
+            samples = torch.arange(len(tokens), device=tokens.device)
         return self.head(self.states(tokens, positions, samples, documents, cache), targets)

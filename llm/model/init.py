@@ -13,20 +13,20 @@ from llm.slices import Slice, slice_of
 
 
 def initial_tensor(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The whole initial value of a parameter, fp32 on the CPU, from a generator keyed by (seed, name).
+    """The whole initial value of a parameter, fp32 on the CPU whatever the defaults are, keyed by (seed, name).
 
     As GPT-2's: normal with `init_std`, which is divided by sqrt(2 n_layer) for the linears that end a residual branch
     (Radford et al. 2019, 2.3).
     """
     if name.endswith("bias"):
-        return torch.zeros(shape)
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
     if "norm" in name:
-        return torch.ones(shape)
+        return torch.ones(shape, dtype=torch.float32, device="cpu")
     ends_branch = name.endswith(("attention_output.weight", "down.weight"))
     std = config.init_std / math.sqrt(2 * config.n_layer) if ends_branch else config.init_std
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
 
 
 class InitialWeights:
@@ -44,9 +44,13 @@ class InitialWeights:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter with its slice of the initial tensor; padding rows become zero."""
+    """Fill every parameter with its slice of the initial tensor; padding rows become zero.
+
+    Nothing is drawn for one on the meta device, which has no memory.
+    """
     for name, parameter in model.named_parameters():
-        fill(parameter, initial_tensor(config, seed, name, slice_of(parameter).global_shape))
+        if not parameter.is_meta:
+            fill(parameter, initial_tensor(config, seed, name, slice_of(parameter).global_shape))
 
 
 @torch.no_grad()
@@ -55,3 +59,14 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
     held = slice_of(parameter)
     parameter.zero_()
     parameter.narrow(held.dim, 0, held.stop - held.start).copy_(held.take(whole))
+
+
+@torch.no_grad()
+def give_memory(parameter: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+    """Give a parameter on the meta device its memory, filled with zeros.
+
+    It stays the same object, so that ties, and marks such as its slice, hold: `Module.to_empty` keeps neither.
+    """
+    real = nn.Parameter(torch.zeros_like(parameter, dtype=dtype, device=device), parameter.requires_grad)
+    vars(real).update(vars(parameter))
+    torch.utils.swap_tensors(parameter, real)

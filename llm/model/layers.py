@@ -22,7 +22,7 @@ from kernels.dropout import dropout
 from kernels.embedding import embedding
 from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.philox import DropoutKey
-from llm.config import ModelConfig
+from llm.config import ModelConfig, RunConfig
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
@@ -56,12 +56,20 @@ def recomputed(when: bool, function: Callable[..., Tensor], *inputs: Any) -> Ten
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
 
 
+class Linear(nn.Linear):
+    """nn.Linear of zeros: what its model is filled with is drawn once, in llm/model/init.py."""
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class Embedding(nn.Module):
     """A table of vectors: int64 [...] -> [..., width]."""
 
     def __init__(self, rows: int, width: int, *, impl: str) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.weight = nn.Parameter(torch.zeros(rows, width))
         self.impl = impl
 
     def forward(self, numbers: Tensor) -> Tensor:
@@ -198,11 +206,12 @@ class CausalAttention(nn.Module):
 class DenseLayers:
     """The factory of layers on one device.
 
-    seed: of the dropout masks. impl: kernel implementation (kernels/dispatch.py). z_loss: its weight in the loss.
+    seed: of the initial weights and the dropout masks. impl: kernel implementation (kernels/dispatch.py). z_loss: its
+    weight in the loss.
     p: probability of dropout. site: the number of a dropout in the network, which keys its masks.
     """
 
-    def __init__(self, *, seed: int, impl: str = "auto", z_loss: float = 0.0) -> None:
+    def __init__(self, *, seed: int = RunConfig.seed, impl: str = "auto", z_loss: float = 0.0) -> None:
         self.seed = seed
         self.impl = impl
         self.z_loss = z_loss
@@ -217,7 +226,7 @@ class DenseLayers:
 
     def linear(self, role: LinearRole, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         """[..., in_features] -> [..., out_features]; `role`: the linear's place in the block."""
-        return replicated(nn.Linear(in_features, out_features, bias=bias))
+        return replicated(Linear(in_features, out_features, bias=bias))
 
     def embedding(self, vocab_size: int, width: int) -> nn.Module:
         """int [...] -> [..., width]; its table is `.weight`."""
@@ -229,7 +238,7 @@ class DenseLayers:
 
     def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         """`tied`: the embedding whose table is the projection too."""
-        weight = nn.Parameter(torch.empty(vocab_size, width)) if tied is None else cast(nn.Parameter, tied.weight)
+        weight = nn.Parameter(torch.zeros(vocab_size, width)) if tied is None else cast(nn.Parameter, tied.weight)
         return replicated(LanguageModelHead(weight, z_loss=self.z_loss, impl=self.impl))
 
     def norm(self, kind: str, width: int, *, bias: bool, eps: float) -> nn.Module:

@@ -132,7 +132,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         held = tp.slice((out_features, in_features), 0)
-        self.weight = split(torch.empty(out_features // tp.size, in_features), held)
+        self.weight = split(torch.zeros(out_features // tp.size, in_features), held)
         self.bias = split(torch.zeros(out_features // tp.size), tp.slice((out_features,), 0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         held = tp.slice((out_features, in_features), 1)
-        self.weight = split(torch.empty(out_features, in_features // tp.size), held)
+        self.weight = split(torch.zeros(out_features, in_features // tp.size), held)
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features))

@@ -7,31 +7,26 @@ import torch
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.model.gpt import GPT
-from llm.model.init import InitialWeights, init_weights
+from llm.model.init import InitialWeights, give_memory
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import Engine, WeightSource
 
 
 def build_model(config: RunConfig, mesh: Mesh | None) -> GPT:
-    """This rank's slices of the model, fp32 on the CPU, with their initial weights."""
-    model = _model(config, mesh)
-    init_weights(model, config.model, config.seed)
-    return model
-
-
-def _model(config: RunConfig, mesh: Mesh | None) -> GPT:
-    """The model before its weights have values."""
+    """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none)."""
     recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
     return GPT(config.model, choose_layers(config, mesh), recompute=recompute, recompute_every=every)
 
 
 def build_engine(config: RunConfig, mesh: Mesh, device: torch.device, source: WeightSource | None = None) -> Engine:
     """The engine of the config, in the state of a checkpoint, or new on other weights (None: initial). Collective."""
+    with torch.device("meta"):  # load_pieces fills the weights: they are drawn, or read, once
+        model = build_model(config, mesh)
     # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
-    parts = config.train.engine == "fsdp" or (config.train.engine == "deepspeed" and config.parallel.zero_stage == 3)
-    with torch.device("meta" if parts else "cpu"):
-        model = _model(config, mesh)
+    if config.train.engine == "plain" or (config.train.engine == "deepspeed" and config.parallel.zero_stage < 3):
+        for parameter in model.parameters():
+            give_memory(parameter, "cpu")
     # Imported here so that only runs that use DeepSpeed pay for it, or need it installed.
     if config.train.engine == "plain":
         from llm.train.engines.plain import PlainEngine as Kind

@@ -18,6 +18,7 @@ from torch.utils import cpp_extension
 
 from llm.config import RunConfig
 from llm.errors import InputError
+from llm.model.init import give_memory
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import DTYPES, Engine, Fragment, MicroBatch, StepResult, sum_over
 from llm.train.engines.deepspeed_config import deepspeed_config
@@ -147,14 +148,12 @@ def partition(
 ) -> None:
     """Give a model on the "meta" device its memory, filled with zeros, of which every data-parallel rank keeps a part.
 
-    One parameter is whole at a time. Each stays the same object, so that ties and marks (llm/slices.py) hold.
+    One parameter is whole at a time.
     DeepSpeed's own group would be the world, which would spread one tensor-parallel rank's slice over its peers.
     `generated`: the DeepSpeed config. Collective.
     """
     for parameter in model.parameters():
-        real = nn.Parameter(torch.zeros_like(parameter, dtype=dtype, device=device), parameter.requires_grad)
-        vars(real).update(vars(parameter))
-        torch.utils.swap_tensors(parameter, real)
+        give_memory(parameter, device, dtype)
         deepspeed.zero.Init(
             nn.ParameterList([parameter]),
             data_parallel_group=mesh.dp_group,

@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from llm.config import RunConfig
 from llm.errors import require
 from llm.model.gpt import GPT
+from llm.model.init import give_memory
 from llm.parallel.mesh import Mesh
 from llm.slices import mark, slice_of
 from llm.train.engines.base import DTYPES, Fragment, MicroBatch, sum_over
@@ -115,7 +116,7 @@ def shard(model: GPT, config: RunConfig, mesh: Mesh, device: torch.device) -> li
     for module, reshard in modules:
         for parameter in module.parameters():
             if parameter.is_meta:  # of the model, what is in no block
-                torch.utils.swap_tensors(parameter, nn.Parameter(torch.zeros_like(parameter, device=device)))
+                give_memory(parameter, device)
         unit = fully_shard(
             module, mesh=mesh.devices["dp"], reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload
         )
