@@ -58,7 +58,7 @@ def main(ranks: Ranks) -> None:
     from llm.trained import load_trained
 
     device, tp = choose_device(ranks), args.tensor_parallel
-    require(tp > 0 == ranks.world_size % tp, f"--tensor-parallel {tp} does not divide the {ranks.world_size} ranks")
+    require(tp > 0 and ranks.world_size % tp == 0, f"--tensor-parallel {tp} does not divide {ranks.world_size} ranks")
     initialize(ranks, timeout_seconds=3600, device=device)
     mesh = Mesh.create(ParallelConfig(tensor_parallel=tp), device.type)
     together(lambda: claim(args.json) if args.json and ranks.rank == 0 else None)

@@ -162,11 +162,10 @@ def score_text(
                 sizes.update(documents=1, tokens=len(tokens), bytes=len(text.encode()))
                 yield from windows(tokens, tokenizer.eod_id, seq_len, stride)
 
-    def nats() -> float:
-        parts = in_parts(requests(), BATCHES_AT_ONCE * scorer.rows)
-        return -sum(scorer.score(part)[:, 0].sum().item() for part in scorer.shown(parts, "scoring"))
-
-    total = scorer.total(torch.tensor(together(nats), dtype=torch.float64))
+    parts = in_parts(requests(), BATCHES_AT_ONCE * scorer.rows)
+    agreed = iter(lambda: together(lambda: next(parts, [])), [])  # no rank scores what another cannot read
+    likelihoods = (scorer.score(part)[:, 0].sum().item() for part in scorer.shown(agreed, "scoring"))
+    total = -scorer.total(torch.tensor(sum(likelihoods), dtype=torch.float64))
     require(sizes["tokens"] > 0, f"{source} holds no token to score; expected text")
     loss, bits = total / sizes["tokens"], total / math.log(2) / sizes["bytes"]
     measures = {"loss": loss, "perplexity": loss.exp(), "bits_per_byte": bits}

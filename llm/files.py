@@ -153,10 +153,10 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
+def complete_folder(path: Path, mode: int = 0o700) -> Iterator[Path]:
     """An empty folder, which becomes `path` when the block ends without an exception, and is gone after one.
 
-    Raises InputError where there is something at `path` already; an empty folder is none, but a link is, or a mount.
+    mode: its own. Raises InputError where it cannot be made or `path` is taken: by all but an empty folder of no mount.
     """
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -164,7 +164,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
         special = path.is_symlink() or path.is_mount()  # which no folder can take the place of
         found = special or (path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None))
         require(not found, f"{path} is there already; choose another, or move it away")
-        temporary.mkdir(mode=0o700, parents=True)
+        temporary.mkdir(mode, parents=True)
     except OSError as error:
         raise InputError(f"{path} cannot be made: {error.strerror}") from error
     try:

@@ -20,7 +20,7 @@ from trained_run import write_run
 
 from llm.cluster.ranks import discover_ranks, initialize
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
-from llm.errors import InputError
+from llm.errors import Agreed, InputError, require
 from llm.evaluate import Request, Scorer, plan, report, score_text, windows
 from llm.generate import hidden
 from llm.parallel.mesh import Mesh
@@ -183,6 +183,24 @@ def test_neither_ranks_nor_batches_change_a_score(run: Path, trained: Trained, m
         torch.testing.assert_close(torch.tensor(requests), scores, atol=1e-5, rtol=1e-6)
 
 
+def on_a_rank_that_cannot_read(run: Path) -> str:
+    mesh = Mesh.create(ParallelConfig(tensor_parallel=2), "cpu")
+    scorer = Scorer(load_trained(run, CPU, mesh), mesh, rows=1)
+
+    def documents() -> Iterator[str]:
+        yield from DOCUMENTS * 11  # more than are encoded together
+        require(mesh.rank == 0, "the disk is gone")
+
+    with pytest.raises(Agreed, match="the disk is gone"):
+        score_text(scorer, "x", documents(), None, None)
+    return "all know"
+
+
+def test_a_text_that_one_rank_cannot_read_ends_all(run: Path, two_ranks: RankPool) -> None:
+    """And none waits for the part of another in the products of tensor parallelism."""
+    assert two_ranks.run(on_a_rank_that_cannot_read, run) == ["all know"] * 2
+
+
 @pytest.mark.parametrize(
     ("documents", "seq_len", "stride", "message"),
     [
@@ -203,17 +221,27 @@ def test_what_cannot_be_scored_is_refused(
         Scorer(trained, mesh, 0)
 
 
-def test_the_table_and_the_json_take_any_name_and_number(run: Path, mesh: Mesh, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(("scale", "perplexity"), [(math.nan, "nan"), (1e6, "inf")])  # e^700 is no double
+def test_the_table_and_the_json_take_any_name_and_number(
+    scale: float, perplexity: str, run: Path, mesh: Mesh, tmp_path: Path, capsys: Any
+) -> None:
     broken = load_trained(run, CPU)
     with torch.no_grad():
-        broken.model.norm.weight.fill_(math.nan)
+        broken.model.norm.weight.fill_(scale)
     record = score_text(Scorer(broken, mesh, 2), "[red]x", iter(["ab"]), None, None)
     task = {"sample_len": 4, "acc,none": 0.25, "acc_stderr,none": 0.125}
     report({"text": {"[red]x": record}, "tasks": {"some": task}}, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)
-    assert found["text"]["[red]x"]["loss"] == found["text"]["[red]x"]["perplexity"] == "nan"
+    loss = found["text"]["[red]x"]["loss"]
+    assert loss == "nan" if perplexity == "nan" else loss > 710
+    assert found["text"]["[red]x"]["perplexity"] == perplexity
     rows = [row.strip("│ ").split() for row in capsys.readouterr().out.replace("│", "").splitlines()]
-    for row in ("[red]x loss nan", "[red]x tokens 2", "some sample_len 4", "some acc,none 0.2500 0.1250"):
+    for row in (
+        f"[red]x perplexity {perplexity}",
+        "[red]x tokens 2",
+        "some sample_len 4",
+        "some acc,none 0.2500 0.1250",
+    ):
         assert row.split() in rows
 
 

@@ -156,6 +156,24 @@ def test_other_logits_leave_nothing(
     assert {path.name for path in tmp_path.rglob("*")} == {path.name for path in folder.iterdir()} | {"folder", "runs"}
 
 
+def test_the_comparison_reads_tokens_beyond_the_window(
+    imported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another window would give the same logits."""
+    monkeypatch.setattr(huggingface, "POSITIONS", 2)
+    assert "of 4 x 9 random tokens" in export(imported[1], tmp_path / "out", dtype="float32", plain=False)
+    write_config = huggingface.write_hf
+
+    def wider(*arguments: Any, **options: Any) -> None:
+        write_config(*arguments, **options)
+        path = arguments[2] / "config.json"
+        path.write_text(path.read_text().replace('"sliding_window": 7', '"sliding_window": 8'))
+
+    monkeypatch.setattr(huggingface, "write_hf", wider)
+    with pytest.raises(InputError, match="nothing was written"):
+        export(imported[1], tmp_path / "other", dtype="float32", plain=False)
+
+
 def test_what_an_export_needs_is_asked_for_first(
     imported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,9 +197,8 @@ def _attention(
     if form == "reference":
         options = {"window": window, "sparse": sparse, "cu_seqlens": cu_seqlens, "softcap": softcap}
         options |= {"dropout": key, "samples": samples, "head_offset": head_offset}
-        return (
-            reference.attention_with_lse(q, k, v, **options) if lse else (reference.attention(q, k, v, **options), None)
-        )
+        o, log_sums = reference.attention_with_lse(q, k, v, **options)
+        return o, log_sums if lse else None
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
     o, base_2 = attention_op(

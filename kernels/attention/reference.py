@@ -40,7 +40,10 @@ def attention_with_lse(
     cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
     samples: Tensor | None = None, head_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(attention(...), lse [B, H, Tq]): the natural logarithm of each query's sum of exp(score), in fp32 or fp64."""
+    """(dropout(softmax(cap(q k^T / sqrt(D)) + mask)) v, lse [B, H, Tq]); see kernels.attention.attention.
+
+    lse: the natural logarithm of each query's sum of exp(score), in fp32 or fp64.
+    """
     B, Tq, H, D = q.shape
     Tk, K = k.shape[1], k.shape[2]
     queries = wide(q).reshape(B, Tq, K, H // K, D)
@@ -58,15 +61,3 @@ def attention_with_lse(
         weights = torch.where(keep, weights, 0.0) * (1 / (1 - dropout.p))
     out = torch.einsum("bkrts,bskd->btkrd", weights, wide(v))
     return out.reshape(B, Tq, H, D).to(q.dtype), scores.logsumexp(dim=-1).reshape(B, H, Tq)
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sparse: Strided | None = None,
-    cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
-    samples: Tensor | None = None, head_offset: int = 0,
-) -> Tensor:  # fmt: skip
-    """dropout(softmax(cap(q k^T / sqrt(D)) + mask)) v; see kernels.attention.attention."""
-    return attention_with_lse(
-        q, k, v, window=window, sparse=sparse, cu_seqlens=cu_seqlens, softcap=softcap,
-        dropout=dropout, samples=samples, head_offset=head_offset,
-    )[0]  # fmt: skip

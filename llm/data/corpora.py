@@ -14,7 +14,7 @@ from llm.data.samples.blend import BlendTable
 from llm.data.samples.packing import read_header
 from llm.data.samples.schedule import Curriculum, corpus_names
 from llm.data.tokens.folder import copy_folder, data_folder, is_url, load_manifest
-from llm.data.tokens.hashes import HashCheck, sampled_hash
+from llm.data.tokens.hashes import CHECKED_FILES, HashCheck, sampled_hash
 from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, locate, plan_name, read_manifest
 from llm.data.tokens.shards import Say, ShardList, has_documents, inspect_files
 from llm.errors import InputError, require
@@ -35,6 +35,12 @@ class Corpus:
         if self.manifest is None:
             return self._digest("sampled ", [sampled_hash(self.shards.paths)])
         return self._digest("", self.manifest.splits["train"].shards.sha256)
+
+    def check_sample(self) -> None:
+        """Read a part of the first files; InputError if it is not what it was when the manifest was written."""
+        known = self.manifest and self.manifest.splits["train"].shards.sampled
+        if known and sampled_hash(self.shards.paths[:CHECKED_FILES]) != known:
+            raise InputError(f"the token files of {self.shards.name} changed under their manifest; restore them")
 
     def is_known_as(self, digest: str) -> bool:
         """Whether a checkpoint says `digest` of these contents. 0.1.0 said sizes alone of files without a manifest."""

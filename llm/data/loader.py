@@ -21,10 +21,9 @@ from llm.data.native import NativeCorpus, NativeLoader, import_native
 from llm.data.samples.blend import BlendTable
 from llm.data.samples.documents import scan_documents
 from llm.data.samples.sampler import NumpyLoader, Share
+from llm.data.tokens.hashes import CHECKED_FILES
 from llm.data.tokens.shards import NumpyCorpus, ShardList
 from llm.errors import require
-
-CHECKED_FILES = 64  # of each corpus when it is opened; the others are checked when they are first read
 
 
 def open_loader(corpora: Corpora, *, dp_rank: int, dp_size: int, consumed: int = 0, widen: bool = False) -> Loader:
@@ -46,8 +45,9 @@ def open_loader(corpora: Corpora, *, dp_rank: int, dp_size: int, consumed: int =
         )
     shards = [corpus.shards for corpus in corpora.training.values()]  # in the order of their numbers
     if config.data.damaged == "stop":
-        for corpus in shards:
-            open_corpus(config, corpus)
+        for corpus in corpora.training.values():
+            open_corpus(config, corpus.shards)
+            corpus.check_sample()
     native = import_native() if config.data.loader == "native" else None
     curriculum = corpora.curriculum(native.BlendTable if native else BlendTable)
     dtype = getattr(torch, common_dtype(shards))

@@ -13,8 +13,9 @@ from conftest import write_shards
 
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig
 from llm.data.corpora import Corpora
+from llm.data.loader import open_loader
 from llm.data.tokens.folder import copy_folder, data_folder
-from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.hashes import file_entry, sampled_hash
 from llm.data.tokens.manifest import plan_name, read_manifest
 from llm.errors import InputError
 
@@ -166,6 +167,25 @@ def test_packing_plans():
     assert after == before._replace(plans={"train.16.plan": file_entry("one/train.16.plan").sha256}) != before
     assert list(corpora.hashed_files()) == ["one/train.bin", "one/train.16.plan"]
     assert not Corpora.open(make_config()).known("one").plans
+
+
+@pytest.mark.parametrize("loader", ["native", "numpy"])
+def test_training_refuses_other_bytes_under_the_same_manifest(loader: str):
+    config = make_config(blend={"one": 1.0, "two": 1.0}, loader=loader)
+    manifest, path = read_manifest(Path("two")), Path("two/train.bin")
+    split = manifest.splits["train"]
+    shards = dataclasses.replace(split.shards, sampled=sampled_hash([str(path)]))
+    dataclasses.replace(manifest, splits=manifest.splits | {"train": dataclasses.replace(split, shards=shards)}).save(
+        Path("two")
+    )
+    open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
+    np.fromfile(path, "<u2")[::-1].tofile(path)
+    with pytest.raises(InputError, match="the token files of two changed under their manifest; restore them"):
+        open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
+    skipping = make_config(blend={"one": 1.0, "two": 1.0}, loader=loader, damaged="skip")
+    open_loader(Corpora.open(skipping), dp_rank=0, dp_size=1)
+    manifest.save(Path("two"))  # of a version that took no sample
+    open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
 
 
 def test_hashed_files_are_those_of_training():

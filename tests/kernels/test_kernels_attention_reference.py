@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import reference
 from kernels.attention.options import Strided
 from kernels.attention.reference import attention_with_lse, visible
 from kernels.dispatch import KernelError
@@ -98,7 +97,6 @@ def test_against_loops(case: str) -> None:
         options = options | {"samples": SAMPLES, "head_offset": offset}
     found = attention_with_lse(q, k, v, **options)
     torch.testing.assert_close(found, (out, lse))
-    torch.testing.assert_close(reference.attention(q, k, v, **options), out)
 
 
 @pytest.mark.parametrize("lengths", [(40, 40), (7, 40)], ids=str)
@@ -108,7 +106,7 @@ def test_against_the_stock_operator(lengths: tuple[int, int], options: dict[str,
     mask = visible(2, *lengths, options.get("window"), options.get("sparse"), None, q.device)
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]
     stock = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(reference.attention(q, k, v, **options), stock)
+    torch.testing.assert_close(attention_with_lse(q, k, v, **options)[0], stock)
 
 
 def test_documents_are_separate_sequences() -> None:

@@ -139,6 +139,10 @@ def everywhere(root: Path) -> dict[str, Any]:
         ids[300] ^= 1
         ids.tofile(name)
     found["a bare byte"] = trained(root / "changed", run_config(OWN))
+    changed = Path("bare.bin").read_bytes()
+    shutil.copy(base / "bare.bin", "bare.bin")
+    found["a byte under its manifest"] = trained(root / "changed", run_config(OWN))
+    Path("bare.bin").write_bytes(changed)
     move({"bare.bin": "elsewhere.bin"})
     found["moved and changed"] = trained(root / "changed", run_config(OWN | {"bare.bin": "elsewhere.bin"}))
     shutil.copy(base / "bare.bin", "elsewhere.bin")
@@ -164,6 +168,7 @@ def test_a_run_goes_on_wherever_its_corpora_lie(found: dict[str, Any], place: st
 def test_a_corpus_that_changed_is_named_by_its_path_now(found: dict[str, Any]) -> None:
     remedy = "; restore the data, or choose another --name"
     assert found["a bare byte"] == "what bare.bin holds is not what runs/run was trained on" + remedy
+    assert found["a byte under its manifest"] == "the token files of two changed under their manifest; restore them"
     assert found["a registered byte"] == "what two holds is not what runs/run was trained on" + remedy
     moved = found["moved and changed"]
     assert "'bare.bin (gone)': 1.0" in moved and "'elsewhere.bin': 1.0" in moved

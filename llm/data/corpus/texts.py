@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ OPENERS: dict[str, Callable[[Path], io.BufferedIOBase]] = {
     ".zst": partial(zstd.ZstdFile, options={int(zstd.DecompressionParameter.window_log_max): 31}),  # zstd --long=31
 }
 
+BETWEEN = re.compile(r"[ \t\r\n,]*")  # values of a .json file
 DECODER = json.JSONDecoder(parse_int=float)  # int() refuses long numbers, which may stand in fields that no one reads
 
 
@@ -118,8 +120,7 @@ def _values(path: Path) -> Iterator[tuple[str, object]]:
     """(place, value) of each value in an array, or of values that follow one another."""
     chunks, text, at, in_array, number = _chunks(path), "", 0, None, 1
     while True:
-        while at < len(text) and text[at] in " \t\r\n,":
-            at += 1
+        at = BETWEEN.match(text, at).end()  # pyright: ignore
         if in_array is None and at < len(text):
             in_array = text[at] == "["
             at += in_array

@@ -15,7 +15,7 @@ from llm.config import RunConfig
 from llm.data.prepare.tokenise import Progress, given_tokenizer
 from llm.data.tokenizer import LEARNED, Tokenizer
 from llm.data.tokens.folder import data_folder, is_url
-from llm.data.tokens.hashes import file_entry
+from llm.data.tokens.hashes import CHECKED_FILES, file_entry, sampled_hash
 from llm.data.tokens.headers import DTYPES, header_bytes, index_path
 from llm.data.tokens.manifest import FILE_NAME, FORMAT, SAFE_NAME, FileEntry, Manifest, Shards, Split
 from llm.data.tokens.shards import Say, ShardList, check_file, document_lengths, inspect_files
@@ -167,8 +167,8 @@ def _scan_split(split: str, shards: ShardList, folder: Path, tokenizer: Tokenize
     documents = counts.documents and counts.documents + counts.open_document
     text_bytes = None if per_id is None else tokenizer.text_bytes(per_id, documents)
     names = tuple(_manifest_name(folder, path) for path in shards.paths)
-    columns = Shards(shards.format, shards.dtype, names, shards.tokens, tuple(sizes), tuple(hashes))
-    return Split(shards.n_tokens, documents, text_bytes, columns)
+    columns = (names, shards.tokens, tuple(sizes), tuple(hashes), sampled_hash(shards.paths[:CHECKED_FILES]))
+    return Split(shards.n_tokens, documents, text_bytes, Shards(shards.format, shards.dtype, *columns))
 
 
 def _say_of_documents(split: str, shards: ShardList, documents: int, say: Say) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -20,11 +18,11 @@ from llm.data.corpus.pieces import divide
 from llm.data.prepare.bigram import folder_loss
 from llm.data.tokenizer import LEARNED, Tokenizer
 from llm.data.tokens.folder import data_folder, is_url, load_manifest
-from llm.data.tokens.hashes import check_hashes, file_entry
+from llm.data.tokens.hashes import check_hashes, file_entry, sampled_hash
 from llm.data.tokens.manifest import FILE_NAME, FORMAT, SPLITS, Manifest, Shards, Split, TextCounts, read_manifest
 from llm.data.tokens.megatron import TokenWriter, token_dtype
-from llm.errors import require
-from llm.files import sha256_of
+from llm.errors import InputError, require
+from llm.files import complete_folder, sha256_of
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
@@ -100,20 +98,13 @@ def prepare(config: RunConfig, progress: Progress = lambda stage, done, total: N
     corpus = TextCorpus(config.data.source, config.data.text_key, config.data.empty == "skip")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         return _check_prepared(config, folder, corpus, tokenizer, progress)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
     try:
-        manifest = _write(config, temporary, corpus, tokenizer, progress)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / FILE_NAME).exists():
-                raise
-            return _check_prepared(config, folder, corpus, tokenizer, progress)  # another process was faster
-        return manifest
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with complete_folder(Path(os.path.realpath(folder)), 0o777) as temporary:
+            return _write(config, temporary, corpus, tokenizer, progress)
+    except OSError as error:
+        if (folder / FILE_NAME).exists():  # another process was faster
+            return _check_prepared(config, folder, corpus, tokenizer, progress)
+        raise InputError(f"{folder} cannot be written: {error}") from error
 
 
 def given_tokenizer(config: RunConfig) -> Tokenizer:
@@ -184,8 +175,9 @@ def _write(
     require(same, f"{config.data.source} changed while it was read; run again")
     dtype, shards = token_dtype(tokenizer.vocab_size), {}
     for name in SPLITS:
-        entry = file_entry(folder / f"{name}.bin")
-        shards[name] = Shards("megatron", dtype, (f"{name}.bin",), (tokens[name],), (entry.bytes,), (entry.sha256,))
+        path = folder / f"{name}.bin"
+        columns = [(value,) for value in (path.name, tokens[name], *file_entry(path))]
+        shards[name] = Shards("megatron", dtype, *columns, sampled_hash([str(path)]))
     names = ["tokenizer.json", *(f"{split}.idx" for split in SPLITS)]
     entries = {name: file_entry(folder / name) for name in names}
     progress("counting bigrams", text.total, text.total)

@@ -37,7 +37,9 @@ class Tokenizer:
         """raw: a tokenizer.json; end: as data.end_token. InputError where raw is no tokenizer or has no such token."""
         try:
             self._inner = _open(raw)
-        except Exception as error:  # the library raises no narrower class
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # panics of the library's Rust code are no Exceptions
             raise InputError(f"is not a tokenizer.json: {error}") from error
         self.raw = raw
         parts, rest = (json.loads(self._inner.to_str()) for _ in range(2))
@@ -48,8 +50,8 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary.values()) + 1
         self._ids, self._added = frozenset(vocabulary.values()), frozenset(added)
         self._decoder = [step["type"] for step in steps(parts["decoder"])]
-        byte_level = vocabulary.items() if "ByteFallback" in self._decoder else ()
-        self.byte_tokens = frozenset(i for spelling, i in byte_level if BYTE_TOKEN.fullmatch(spelling))
+        fallback = vocabulary.items() if "ByteFallback" in self._decoder else ()
+        self.byte_tokens = frozenset(i for token, i in fallback if BYTE_TOKEN.fullmatch(token))
         self._keeps_text = keeps_text(parts)
         if self._keeps_text:
             drop_prefix(rest)
@@ -142,7 +144,9 @@ class Tokenizer:
             for i in range(0, len(texts), BATCH):
                 encoded = inner.encode_batch_fast(list(texts[i : i + BATCH]), add_special_tokens=False)
                 found += [encoding.ids for encoding in encoded]
-        except Exception as error:  # the library raises no narrower class
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # panics of the library's Rust code are no Exceptions
             unknown = sorted({c for text in texts for c in text if inner.token_to_id(c) is None})[:SHOWN]
             what = f"{error}; characters that are no tokens: {', '.join(map(repr, unknown)) or 'none'}"
             raise InputError(f"the tokenizer cannot encode the text: {what}") from error
@@ -238,7 +242,7 @@ def _end_token(vocabulary: dict[str, int], special: dict[str, int], end: str | i
         problem = f"has {len(found)} of the known end-of-document tokens ({', '.join(found or END_TOKENS)})"
     else:
         by_id = str(end).isdecimal()
-        found = [token for token, i in vocabulary.items() if (i == int(end) if by_id else token == end)]
+        found = [token for token, i in vocabulary.items() if (str(i) == str(end) if by_id else token == end)]
         problem = f"has no token of {'id' if by_id else 'name'} {end}"
     shown = ", ".join(f"{token} ({i})" for token, i in list(special.items())[:SHOWN]) or "none"
     more = f" and {len(special) - SHOWN} more" if len(special) > SHOWN else ""

@@ -13,6 +13,7 @@ from llm.data.tokens.manifest import FileEntry, Manifest, locate
 from llm.errors import InputError, require
 from llm.files import sha256_of
 
+CHECKED_FILES = 64  # of each corpus when a run starts; the others are checked when they are first read
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # read of a file for sampled_hash()
 SAMPLED_BYTES = 1 << 26  # of all files of a corpus, at most
 

@@ -51,6 +51,8 @@ class Shards:
     tokens: tuple[int, ...]
     bytes: tuple[int, ...]
     sha256: tuple[str, ...]
+    sampled: str | None = None
+    """`sampled_hash` of the first CHECKED_FILES files; null: written by a version that took none."""
 
     def __post_init__(self) -> None:
         known = DTYPES.get(self.format)

@@ -21,6 +21,7 @@ from llm.data.prepare.bigram import bigram_loss
 from llm.data.prepare.tokenise import prepare, split_of
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, load_manifest
+from llm.data.tokens.hashes import sampled_hash
 from llm.data.tokens.megatron import read_index
 from llm.errors import InputError
 
@@ -93,6 +94,11 @@ def test_the_shards_hold_the_documents():
     assert manifest.bigram_seq_len == 16
     total = sum(len(text.encode()) for text in DOCUMENTS)
     assert [s for s in stages if s[1] == total and s[0] == "tokenising"] == [("tokenising", total, total)]
+
+
+def test_the_manifest_has_a_sample_of_the_tokens():
+    for name, split in prepare(make_config()).splits.items():
+        assert split.shards.sampled == sampled_hash([f"data/text-280/{name}.bin"])
 
 
 def test_the_split_goes_by_hash_alone():
@@ -180,11 +186,23 @@ def test_a_failure_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "_tokenise", full)
-        with pytest.raises(OSError, match="No space"):
-            prepare(make_config())
+        refused(make_config(), "data/text-280 cannot be written: .*No space left")
     assert os.listdir("data") == []
     refused(make_config(2000), "corpus is too small")
     assert os.listdir("data") == []
+
+
+def test_links_are_followed_and_what_cannot_be_made_is_refused_at_once(monkeypatch: pytest.MonkeyPatch):
+    for folder in ("elsewhere", "elsewhere/empty"):
+        Path(folder).mkdir()
+    for link, target in {"link": "elsewhere/empty", "dangling": "elsewhere/new"}.items():
+        Path(link).symlink_to(target)
+        manifest = prepare(make_config(path=link))
+        assert Path(link).is_symlink() and load_manifest(make_config(path=target)) == manifest
+    assert sorted(os.listdir("elsewhere")) == ["empty", "new"]
+    assert Path("link").stat().st_mode == Path("elsewhere").stat().st_mode  # whoever may read its neighbours reads it
+    monkeypatch.setattr(preparing, "_write", None)
+    refused(make_config(path="text.jsonl/below"), "text.jsonl/below cannot be made: Not a directory")
 
 
 def test_a_faster_process_wins(monkeypatch: pytest.MonkeyPatch):

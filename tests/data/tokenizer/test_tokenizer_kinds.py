@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,12 +157,37 @@ def test_the_end_token_is_found_by_name_by_itself_or_by_id():
         ),
         ("llama3", "<eos>", r"no token of name <eos>; set .*: <\|begin_of_text\|> \(0\), <\|end_of_text\|> \(1\)"),
         ("llama3", 100_000, "no token of id 100000"),
+        ("llama3", "3" * 5000, "no token of id 333"),  # more digits than int() reads
         ("mistral", "-1", "no token of name -1"),
     ],
 )
 def test_a_missing_end_token_is_refused(kind: str, end: str | int | None, message: str):
     with pytest.raises(InputError, match=message):
         Tokenizer(tokenizer_json(kind).encode(), end)
+
+
+def test_what_makes_the_library_panic_is_refused(capfd: pytest.CaptureFixture[str]):
+    parts = json.loads(tokenizer_json("mistral"))
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    with pytest.raises(InputError, match=r"is not a tokenizer\.json: .*Cannot parse precompiled_charsmap"):
+        Tokenizer(json.dumps(parts | {"normalizer": charsmap}).encode())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    with pytest.raises(InputError, match=r"cannot encode the text: .*retry-limit-in-match"):
+        Tokenizer(json.dumps(parts | {"pre_tokenizer": split}).encode()).encode("a" * 30 + "b")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_who_ends_the_program_is_obeyed(error: type[BaseException], monkeypatch: pytest.MonkeyPatch):
+    def end(*arguments: object, **options: object) -> None:
+        raise error
+
+    tokenizer = opened("llama3")
+    monkeypatch.setattr(tokenizer, "_inner", SimpleNamespace(encode_batch_fast=end))
+    with pytest.raises(error):
+        tokenizer.encode("a")
+    monkeypatch.setattr("llm.data.tokenizer._open", end)
+    with pytest.raises(error):
+        opened("llama3")
 
 
 def test_two_end_tokens_are_refused():
