@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import runs
 from llm.cluster.ranks import Ranks, discover_ranks, export, free_port, initialize, strip_local_rank
 from llm.errors import InputError, RendezvousError
 
@@ -206,8 +207,8 @@ def test_one_process_in_a_job_of_several_says_so(tmp_path):
     ("command", "launcher", "code"),
     [
         ([sys.executable], "python", 75),
-        ([BIN / "torchrun", "--standalone", "--nproc_per_node", "2"], "torchrun", 0),
-        ([BIN / "deepspeed", "--num_gpus", "2", "--master_port", "PORT"], "deepspeed", 75),
+        ([*runs.TORCHRUN, "--standalone", "--nproc_per_node", "2"], "torchrun", 0),
+        ([*runs.DEEPSPEED, "--num_gpus", "2", "--master_port", "PORT"], "deepspeed", 75),
         (
             ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable],
             "openmpi",
