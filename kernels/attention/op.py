@@ -18,11 +18,12 @@ from kernels.attention.backward import backward
 from kernels.attention.forward import forward
 from kernels.attention.options import Options, Strided
 from kernels.attention.reference import visible
-from kernels.dispatch import choose, expect
+from kernels.dispatch import KernelError, choose, expect
 from kernels.philox import DropoutKey
 from kernels.registration import operator
 
 MAX_HEAD_WIDTH = 256  # one tile holds a head
+MAX_HEADS = 256  # no model has more: they are positions, in the order of torch's operator
 
 
 def limits(
@@ -58,14 +59,22 @@ def stock(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, cu_seql
     ).transpose(1, 2)  # fmt: skip
 
 
+def fit(Tq: int, H: int, Tk: int, K: int) -> bool:
+    """Whether attention takes so many queries and keys, with so many heads each."""
+    return 1 <= Tq <= Tk and 1 <= K <= H <= MAX_HEADS and H % K == 0
+
+
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     found = f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     expect(
         q.dim() == 4 and k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3],
         f"{found}, expected [B, Tq, H, D] and twice [B, Tk, K, D]",
     )
-    expect(q.shape[2] % k.shape[2] == 0, f"{found}, expected H = {q.shape[2]} to be a multiple of K")
-    expect(1 <= q.shape[1] <= k.shape[1], f"{found}, expected 1 <= Tq <= Tk")
+    (Tq, H), (Tk, K) = q.shape[1:3], k.shape[1:3]
+    if not fit(Tq, H, Tk, K):
+        order = "; these fit as [B, H, T, D], the order of torch's scaled_dot_product_attention: transpose(1, 2) each"
+        hint = order if fit(H, Tq, K, Tk) else ""
+        raise KernelError(f"{found}, expected 1 <= Tq <= Tk, and H, at most {MAX_HEADS}, a multiple of K{hint}")
     expect(
         q.dtype == k.dtype == v.dtype,
         f"attention: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype: cast them alike",
@@ -206,7 +215,8 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """dropout(softmax(cap(q k^T / sqrt(D)) + mask)) v (Vaswani et al. 2017, eq. 1).
 
-    q [B, Tq, H, D]; k, v [B, Tk, K, D], any strides; H a multiple of K: query head h uses key/value head h // (H / K).
+    q [B, Tq, H, D]; k, v [B, Tk, K, D], any strides: NOT the order of torch's scaled_dot_product_attention, which has
+    positions and heads the other way round. H at most 256, a multiple of K: head h uses key/value head h // (H / K).
     Query row i stands at position Tk - Tq + i and sees the keys up to it (decoding with a cache has Tq < Tk), of those:
     window: the last `window` ones, its own among them (Beltagy et al. 2020).
     sparse: those of a block-sparse pattern; not together with window.

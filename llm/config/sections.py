@@ -83,6 +83,7 @@ class ModelConfig:
         check_at_least(1, "model.", self, "vocab_size", "max_seq_len")
         width, heads, kv_heads = self.d_model, self.n_head, self.kv_heads
         require(width % heads == 0, f"model.d_model {width} is not a multiple of model.n_head {heads}")
+        require(heads <= 256, f"model.n_head is {heads}; attention takes at most 256 heads")
         require(heads % kv_heads == 0, f"model.n_head {heads} is not a multiple of model.n_kv_head {kv_heads}")
         require(
             self.position != "rope" or self.head_dim % 2 == 0,

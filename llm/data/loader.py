@@ -7,11 +7,14 @@ slice [r G / D, (r + 1) G / D) of them, micro-batch by micro-batch. llm/data/sam
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from llm.config import RunConfig
+from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.data.batch import Batch, Loader, batch_of
 from llm.data.corpora import Corpora
 from llm.data.native import NativeCorpus, NativeLoader, import_native
@@ -116,3 +119,47 @@ def validation_batches(corpora: Corpora, *, dp_rank: int, dp_size: int) -> Itera
             yield batch_of(tokens, sample_ids, *masks), min(max(wanted - first, 0), rows)
 
     return batches()
+
+
+def token_batches(
+    folder: Path | str,
+    *,
+    batch_size: int,
+    seq_len: int,
+    split: Literal["train", "validation"] = "train",
+    seed: int = RunConfig.seed,
+    consumed: int = 0,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, int64 [batch_size, seq_len] on the CPU, of a prepared folder: for a loop of your own.
+
+    train: without end, the samples of a run of this seed that takes dp_size * batch_size of them a step, after the
+    first `consumed` of all ranks. validation: each of this rank's samples once; the last batch may be smaller.
+    Raises InputError at once where the folder holds no prepared data, or none of this length.
+    """
+    config = RunConfig(
+        seed=seed,
+        model=ModelConfig(vocab_size=2**31, max_seq_len=seq_len),  # any vocabulary
+        data=DataConfig(path=str(folder), seq_len=seq_len),
+        train=TrainConfig(global_batch_size=dp_size * batch_size, micro_batch_size=batch_size),
+    )
+    corpora, ranks = Corpora.open(config), {"dp_rank": dp_rank, "dp_size": dp_size}
+    if split == "validation":
+        found = validation_batches(corpora, **ranks)
+        return (_pair(batch.tokens[:rows].long()) for batch, rows in found if rows)
+    loader = open_loader(corpora, **ranks, consumed=consumed, widen=True)
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:  # apart, so that the checks are made before the first is asked for
+        try:
+            while True:
+                yield _pair(loader.next_step().batches[0].tokens)
+        finally:
+            loader.close()
+
+    return pairs()
+
+
+def _pair(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets with memory of their own: the loader uses its buffers again."""
+    return tokens[:, :-1].clone(), tokens[:, 1:].clone()

@@ -9,11 +9,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Strided, attention, attention_with_lse, backward, forward, reference
-from kernels.attention.op import attention_op
+from kernels.attention.op import attention_op, check_shapes
 from kernels.attention.options import Options
 from kernels.attention.tiles import KINDS, Tile, describable, tile_for
 from kernels.dispatch import KernelError
@@ -272,6 +274,37 @@ def test_compiles_whole_and_recomputes(impl: str) -> None:
 def test_wrong_shapes_are_named(q: tuple[int, ...], k: tuple[int, ...], message: str) -> None:
     with pytest.raises(KernelError, match=message):
         attention(torch.zeros(q), torch.zeros(k), torch.zeros(k), impl="triton")
+
+
+TORCH_ORDER = {
+    "as many heads": ((2, 12, 1024, 64), (2, 12, 1024, 64)),
+    "grouped heads": ((2, 8, 100, 64), (2, 2, 100, 64)),
+    "decoding": ((2, 8, 1, 64), (2, 8, 100, 64)),
+    "a cache": ((2, 8, 3, 64), (2, 8, 100, 64)),
+}
+
+
+@pytest.mark.parametrize("shapes", TORCH_ORDER.values(), ids=TORCH_ORDER)
+def test_shapes_that_only_torch_s_order_can_have_are_refused(shapes: tuple) -> None:
+    q, k = (torch.zeros(shape, device="meta") for shape in shapes)
+    with pytest.raises(KernelError, match=r"fit as \[B, H, T, D\].*scaled_dot_product_attention: transpose\(1, 2\)"):
+        attention(q, k, k)
+    check_shapes(q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2))
+
+
+def refusal(q: Tensor, k: Tensor) -> str | None:
+    try:
+        check_shapes(q, k, k)
+    except KernelError as error:
+        return str(error)
+
+
+@given(*[st.integers(1, 600)] * 2, *[st.integers(1, 40)] * 2)
+def test_the_hint_comes_where_the_other_order_fits_alone(T: int, S: int, H: int, K: int) -> None:
+    q, k = torch.zeros(1, T, H, 8, device="meta"), torch.zeros(1, S, K, 8, device="meta")
+    swapped = q.transpose(1, 2), k.transpose(1, 2)
+    for found, other in ((refusal(q, k), refusal(*swapped)), (refusal(*swapped), refusal(q, k))):
+        assert found is None or ("[B, H, T, D]" in found) == (other is None)
 
 
 @pytest.mark.parametrize(
