@@ -209,6 +209,7 @@ def test_a_key_that_is_near_none_gets_no_suggestion(key: str) -> None:
     ("argv", "words"),
     [
         (["--model.init_std=0"], ["model.init_std is 0.0", "above 0"]),
+        (["--model.n_head=512", "--model.d_model=512"], ["model.n_head is 512", "at most 256"]),
         (["--data.seq_len=129"], ["data.seq_len 129", "model.max_seq_len 128"]),
         (["--train.precision=bf16"], ["bf16", "use parallel.zero_stage=1"]),
         (["--train.engine=plain", "--parallel.zero_stage=1"], ["plain", "parallel.zero_stage=0"]),
