@@ -67,10 +67,8 @@ def test_a_launch_script_without_arguments_says_how_to_start(script: str) -> Non
 def test_make_calls_python_by_its_place_in_the_checkout(checkout: Path) -> None:
     settings = ["ARGS=--name=x --data.path='../my data'", "RANKS=2", "CONFIG=c.yaml"]
     prepared, trained = called(["make", "-o", "setup", "pretrain", *settings], checkout)
-    assert prepared == (
-        str(checkout),
-        ["launch/prepare_data.py", "--config", "c.yaml", "--name=x", "--data.path=../my data"],
-    )
+    words = ["--config", "c.yaml", "--name=x", "--data.path=../my data"]
+    assert prepared == (str(checkout), ["launch/prepare_data.py", *words])
     assert trained[1][:2] == ["-m", "deepspeed.launcher.runner"]
     assert trained[1][-5:] == ["launch/pretrain.py", *words]
 
