@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -13,6 +13,7 @@ from llm.errors import require
 from llm.model.cache import KVCache
 from llm.model.gpt import GPT
 from llm.sampling import SamplingConfig, sample
+from llm.sinks import Say
 from llm.trained import Trained
 
 
@@ -74,7 +75,7 @@ def stream(
     prompts: Sequence[str],
     max_new_tokens: int,
     sampling: SamplingConfig,
-    say: Callable[[str], None] = lambda note: None,
+    say: Say = lambda note: None,
 ) -> Iterator[str]:
     """The prompts and what follows them, as text: one prompt piece by piece, several one after the other at the end.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,21 +12,19 @@ import torch
 
 from llm.checkpoint.writer import checkpoints, step_of
 from llm.config.parse import parse_config
-from llm.config.sections import LoggingConfig
 from llm.data.tokens.folder import load_manifest
 from llm.errors import require
 from llm.files import complete_file
 from llm.generate import stream
 from llm.sampling import SamplingConfig
-from llm.sinks import Sink
+from llm.sinks import Say, Sink
 from llm.trained import load_trained
 
 
-def report(run: Path, say: Callable[[str], None] = print) -> None:
+def report(run: Path, say: Say = print) -> None:
     """Draw loss.png of a run and say how far it is, its losses and a sample of its text.
 
-    What cannot be had, be it for a full disk or for data that has moved, is left out, and a warning says so. Raises
-    InputError where `run` is not a run's folder.
+    What cannot be had is left out with a warning. Raises InputError where `run` is not a run's folder.
     """
     metrics, picture = run / "metrics.jsonl", run / "loss.png"
     require(metrics.is_file(), f"{run} is not a run's folder; expected runs/<name>")
@@ -46,17 +44,14 @@ def report(run: Path, say: Callable[[str], None] = print) -> None:
     if bigram is not None and loss is not None:
         side = "under" if loss < bigram else "above"
         say(f"  the model is {abs(1 - loss / bigram):.1%} {side} the interpolated bigram model")
-    if config.logging.sample_tokens > 0:
-        text = Sink("the sample of text", say)(lambda: sample_text(run, config.logging))
-        if text:
-            say(f"\n{text}")
+    prompt, tokens = config.logging.sample_prompt, config.logging.sample_tokens
 
+    def sample() -> str:
+        trained, sampling = load_trained(run, torch.device("cpu")), SamplingConfig(1, 0.7, top_p=0.95, seed=config.seed)
+        return "\n" + "".join(stream(trained, [prompt], tokens, sampling))
 
-def sample_text(run: Path, settings: LoggingConfig) -> str:
-    """logging.sample_prompt and what the run's newest checkpoint writes after it. Raises InputError as load_trained."""
-    trained = load_trained(run, torch.device("cpu"))
-    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=trained.config.seed)
-    return "".join(stream(trained, [settings.sample_prompt], settings.sample_tokens, sampling))
+    if tokens > 0 and (text := Sink("the sample of text", say)(sample)):
+        say(text)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

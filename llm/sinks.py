@@ -1,7 +1,6 @@
 """The places that reports go to: a terminal, metrics.jsonl, TensorBoard, loss.png. Each may fail; the work may not.
 
-A report is what a run says of itself. What was asked for, such as a checkpoint, is none: failing to write that is an
-error.
+A report is what a run says of itself. What was asked for, such as a checkpoint, is none: it fails loudly.
 """
 
 from __future__ import annotations
@@ -11,17 +10,19 @@ import os
 import select
 import sys
 from collections.abc import Callable
-from typing import TextIO, TypeVar
+from typing import TextIO, TypeAlias, TypeVar
 
 T = TypeVar("T")
+Say: TypeAlias = Callable[[str], None]
 
 
 class Sink:
     """A place that reports go to. When it fails, `say` gets a warning, once, and no more is sent there."""
 
-    def __init__(self, name: str, say: Callable[[str], None]) -> None:
+    failure: Exception | None = None
+
+    def __init__(self, name: str, say: Say) -> None:
         self.name, self.say = name, say
-        self.failure: Exception | None = None
 
     def __call__(self, report: Callable[[], T]) -> T | None:
         """What `report` returns; None where it fails, or an earlier one failed."""
@@ -38,7 +39,7 @@ class Sink:
 class Stream(io.FileIO):
     """A standard stream: it takes all that is printed, and drops it once it has failed."""
 
-    def __init__(self, descriptor: int, name: str, say: Callable[[str], None]) -> None:
+    def __init__(self, descriptor: int, name: str, say: Say) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self.sink = Sink(name, say)
 
@@ -59,7 +60,7 @@ def protect_streams() -> None:
     sys.stdout = _protected(sys.stdout, "standard output", lambda warning: print(warning, file=sys.stderr))
 
 
-def _protected(stream: TextIO | None, name: str, say: Callable[[str], None]) -> TextIO:
+def _protected(stream: TextIO | None, name: str, say: Say) -> TextIO:
     if stream is None:  # it was closed before Python began
         return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     raw, lines = Stream(stream.fileno(), name, say), stream.line_buffering

@@ -52,8 +52,15 @@ def test_only_a_validation_can_be_drawn(tmp_path: Path) -> None:
     assert ink(tmp_path / "x.png") > 0
 
 
-def test_smoothing_keeps_a_constant_and_the_order_of_a_trend() -> None:
-    assert smoothed([2.0] * 30) == pytest.approx([2.0] * 30)
-    falling = smoothed([float(-i) for i in range(400)])
-    assert falling == sorted(falling, reverse=True)
+def test_a_smoothed_trend_is_the_trend() -> None:
+    """An average of what came before would lag behind it, from the first value to the last."""
+    for count in (1, 2, 19, 20, 400, 1000):
+        falling = [7 - i / 50 for i in range(count)]
+        assert smoothed(falling) == pytest.approx(falling)
     assert smoothed([]) == []
+
+
+def test_smoothing_takes_out_what_goes_up_and_down() -> None:
+    noisy = [(-1.0) ** i for i in range(400)]
+    assert max(map(abs, smoothed(noisy)[20:-20])) < 0.05
+    assert smoothed(noisy[:19]) == noisy[:19]  # too few to tell noise from trend

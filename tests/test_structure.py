@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/trained.py": {
         "torch", "llm.config", "llm.errors", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
     },
-    "llm/generate.py": {"torch", "llm.config", "llm.errors", "llm.model", "llm.sampling", "llm.trained"},
+    "llm/generate.py": {"torch", "llm.config", "llm.errors", "llm.model", "llm.sampling", "llm.sinks", "llm.trained"},
     "llm/evaluate.py": {
         "torch", "rich", "llm.__version__", "llm.config", "llm.errors", "llm.files", "llm.model", "llm.parallel",
         "llm.data", "llm.generate", "llm.trained",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from llm.config import RunConfig
 from llm.config.phases import consumed_samples, consumed_tokens
 from llm.files import write_all
 from llm.plan import flops
-from llm.sinks import Sink
+from llm.sinks import Say, Sink
 from llm.train.wandb_run import WandbRun
 
 FORMULA: flops.Formula = "causal"  # of the FLOPs and the MFU
@@ -74,7 +74,7 @@ class MetricsWriter:
         wandb: Callable[[], WandbRun] | None = None,
         first_step: int = 0,
         enabled: bool = True,
-        say: Callable[[str], None] = print,
+        say: Say = print,
     ) -> None:
         self._to_file, self._to_events = Sink(str(path), say), Sink("TensorBoard", say)
         self._to_wandb = Sink("Weights & Biases", say)
