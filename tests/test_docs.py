@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from trained_run import write_run
 
 from llm.config import ModelConfig, RunConfig
 from llm.config.parse import from_dict, parse_config, to_yaml
 from runs import BIN, ROOT, Workspace
+from trained_run import write_run
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from trained_run import write_run
 
 from llm.cluster.ranks import discover_ranks, initialize
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
@@ -26,6 +25,7 @@ from llm.generate import hidden
 from llm.parallel.mesh import Mesh
 from llm.trained import Trained, load_trained
 from pool import RankPool
+from trained_run import write_run
 
 CPU = torch.device("cpu")
 T = 16

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from trained_run import write_run
 
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from llm.config.sections import SparseAttention
@@ -20,6 +19,7 @@ from llm.sampling import SamplingConfig
 from llm.train.build import build_model
 from llm.trained import load_trained
 from pool import RankPool
+from trained_run import write_run
 
 CPU = torch.device("cpu")
 GREEDY = SamplingConfig(temperature=0)

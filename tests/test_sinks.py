@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trained_run import write_run
 
 import llm.report
 import llm.train.metrics
@@ -28,6 +27,7 @@ from llm.sinks import Sink, Stream
 from llm.train.reporter import Reporter
 from llm.train.run_folder import RunFolder
 from test_generate import CONFIG
+from trained_run import write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,6 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
 
 def lead_first(action: Callable[[], object]) -> None:
     """Run `action` on rank 0 while the others wait, for days if need be. Collective; raises as `together` does."""
-    patient = dist.new_group(timeout=timedelta(days=365), backend="gloo")
+    patient: Any = dist.new_group(timeout=timedelta(days=365), backend="gloo")
     together(lambda: action() if dist.get_rank() == 0 else None, patient)
     dist.destroy_process_group(patient)

@@ -39,9 +39,15 @@ class RunFolder:
 
         Before, for a second start must not reach the first one's port.
         """
-        made = sum(not path.exists() for path in (self.path, self.path.parent))
-        self.create()
-        held = self.lock()
+        while True:
+            made = sum(not path.exists() for path in (self.path, self.path.parent))
+            self.create()
+            try:
+                held = self.lock()
+                break
+            except InputError:
+                if self.path.exists():  # else a start that failed has held the lock, and removed all
+                    raise
         self.share_nonce(made)
         return held
 

@@ -14,7 +14,7 @@ import pytest
 from llm.checkpoint.manifest import KINDS
 from llm.checkpoint.reader import open_checkpoint, verify
 from pool import free_port
-from runs import BIN, ROOT, Workspace, succeeded
+from runs import DEEPSPEED, ROOT, Workspace, succeeded
 
 FIXTURE = Path(__file__).with_name("fixture-0.1.0")
 STEP_FOLDER = Path("runs/fixture/checkpoints/step-00000006")
@@ -67,5 +67,5 @@ def test_a_run_goes_on_with_the_plain_engine(copied: Workspace) -> None:
 @pytest.mark.slow
 def test_a_run_goes_on_with_deepspeed(copied: Workspace) -> None:
     """Its own config, with as many ranks as tensor parallelism takes."""
-    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    launcher = [*DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port())]
     goes_on(copied, launcher, [])

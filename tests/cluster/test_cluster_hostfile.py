@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.cluster.hostfile import MAX_SLOTS, check_folder, check_remote_words, read_hostfile
@@ -77,6 +77,7 @@ def test_bad_line_is_refused_with_its_number(line, tmp_path):
         read_hostfile(path)
 
 
+@settings(deadline=None)
 @given(
     st.one_of(st.binary(max_size=60), st.text(st.sampled_from("ab-_.@:=# \r\n\t\x0b\u2028$;08slotmax"), max_size=60))
 )

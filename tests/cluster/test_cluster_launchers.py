@@ -179,7 +179,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(
     st.sampled_from(EVERY), st.sampled_from(EVERY), st.sets(st.sampled_from(NAMES), max_size=6),
     st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6),

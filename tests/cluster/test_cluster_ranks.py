@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import runs
 from llm.cluster.ranks import Ranks, discover_ranks, export, free_port, initialize, strip_local_rank
 from llm.errors import InputError, RendezvousError
 
@@ -181,16 +182,20 @@ def test_rendezvous_failure_says_where_and_what_to_look_at():
         initialize(ranks, timeout_seconds=1, device=torch.device("cpu"))
 
 
-def test_a_busy_port_is_named_at_once(monkeypatch):
-    """By the rank that would listen, and not where torchrun's agent listens for it."""
+def test_a_busy_port_is_named_at_once():
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         ranks = Ranks(0, 0, 2, 2, "127.0.0.1", port, "environment")
         with pytest.raises(RendezvousError, match=rf"port {port} .*MASTER_PORT=N before launch/deepspeed\.sh"):
             initialize(ranks, timeout_seconds=3600, device=torch.device("cpu"))
-        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-        with pytest.raises(RendezvousError, match="did not meet the others"):
-            initialize(ranks, timeout_seconds=1, device=torch.device("cpu"))
+
+
+def test_torchruns_agent_listens_for_rank_0(monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    ranks = Ranks(0, 0, 1, 1, "127.0.0.1", store.port, "torchrun")
+    initialize(ranks, timeout_seconds=60, device=torch.device("cpu"))
+    torch.distributed.destroy_process_group()
 
 
 def test_one_process_in_a_job_of_several_says_so(tmp_path):
@@ -206,8 +211,8 @@ def test_one_process_in_a_job_of_several_says_so(tmp_path):
     ("command", "launcher", "code"),
     [
         ([sys.executable], "python", 75),
-        ([BIN / "torchrun", "--standalone", "--nproc_per_node", "2"], "torchrun", 0),
-        ([BIN / "deepspeed", "--num_gpus", "2", "--master_port", "PORT"], "deepspeed", 75),
+        ([*runs.TORCHRUN, "--standalone", "--nproc_per_node", "2"], "torchrun", 0),
+        ([*runs.DEEPSPEED, "--num_gpus", "2", "--master_port", "PORT"], "deepspeed", 75),
         (
             ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable],
             "openmpi",

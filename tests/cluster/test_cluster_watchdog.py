@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import runs
 from llm.cluster.ranks import free_port
 from llm.cluster.watchdog import is_launcher, launcher_chain, lost, orphaned, read_process
 
@@ -131,8 +132,8 @@ def alive(pid: int) -> bool:
 def test_ranks_end_when_their_launcher_is_killed(launcher, tmp_path):
     port = str(free_port())
     command = {
-        "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--master_port", port],
-        "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", port],
+        "deepspeed": [*runs.DEEPSPEED, "--num_gpus", "2", "--master_port", port],
+        "torchrun": [*runs.TORCHRUN, "--nproc_per_node", "2", "--master_port", port],
     }[launcher]
     log = tmp_path / "log"
     with log.open("w") as stream:

@@ -15,6 +15,9 @@ from pool import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+# Not the scripts of those names: in a folder whose path has a space their first line is broken.
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SETTINGS = {
     "model.n_layer": 2,
     "model.n_head": 4,
@@ -91,7 +94,7 @@ class Workspace:
 
     def deepspeed_command(self, ranks: int, **overrides: Any) -> list[str]:
         launcher = [
-            str(BIN / "deepspeed"),
+            *DEEPSPEED,
             "--num_gpus",
             str(ranks),
             "--master_port",
@@ -101,7 +104,7 @@ class Workspace:
 
     def torchrun_command(self, ranks: int, **overrides: Any) -> list[str]:
         launcher = [
-            str(BIN / "torchrun"),
+            *TORCHRUN,
             "--nproc_per_node",
             str(ranks),
             "--master_port",
@@ -144,3 +147,10 @@ class Workspace:
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Every file below a folder with its bytes, and every folder; empty where there is none."""
+    return {
+        path: None if path.is_dir() else path.read_bytes() for path in [folder, *folder.rglob("*")] if path.exists()
+    }

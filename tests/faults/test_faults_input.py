@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import Workspace, succeeded
+from runs import Workspace, contents, succeeded
 
 
 def refused(result: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
@@ -32,7 +32,8 @@ ALONE = {
     "global batch": (dict(train__global_batch_size=9), ["train.global_batch_size 9", "multiple"]),
     "unknown key": (dict(model__n_layrs=3), ["n_layrs", "n_layer"]),
     "wrong type": (dict(train__max_steps="many"), ["max_steps", "many"]),
-    "no data": (dict(data__path="nowhere"), ["nowhere", "prepare_data.py"]),
+    "no data": (dict(data__path="nowhere"), ["nowhere/manifest.json", "add --prepare", "prepare_data.py"]),
+    "other weights": (dict(train__init_from="runs/none"), ["runs/none"]),
     "sample prompt": (dict(logging__sample_tokens=5, logging__sample_prompt="x " * 90), ["logging.sample_prompt"]),
     "validation samples": (dict(data__validation_samples=10**6), ["data.validation_samples"]),
     "DeepSpeed's own": (dict(deepspeed__zero_optimization__reduce_bucket_size="many"), ["reduce_bucket_size"]),
@@ -49,14 +50,26 @@ def test_refused_by_one_process(name: str, workspace: Workspace) -> None:
     overrides, words = ALONE[name]
     environment = workspace.environment()
     environment.pop("TRITON_INTERPRET", None)
+    before = contents(workspace.path / "runs")
     refused(workspace.python(environment, name="refused", **overrides), *words)
+    assert contents(workspace.path / "runs") == before
+
+
+def test_ranks_that_have_met_leave_no_folder(workspace: Workspace) -> None:
+    """torchrun ends the other rank as soon as one has gone."""
+    before = contents(workspace.path / "runs")
+    result = workspace.torchrun(2, name="refused", train__init_from="runs/none")
+    assert result.returncode == 1 and "runs/none" in result.stdout + result.stderr
+    assert contents(workspace.path / "runs") == before
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_refused_by_all_ranks_alike(launcher: str, workspace: Workspace) -> None:
     """`deepspeed` passes the code 2 on; `torchrun` returns 1 and names it."""
     start = workspace.deepspeed if launcher == "deepspeed" else workspace.torchrun
+    before = contents(workspace.path / "runs")
     result = start(2, name="refused", data__path="nowhere")
+    assert contents(workspace.path / "runs") == before
     assert result.returncode == (2 if launcher == "deepspeed" else 1)
     text = result.stdout + result.stderr
     assert text.count("error: the data is not prepared") == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pool import free_port
-from runs import BIN, ROOT, Workspace
+from runs import ROOT, TORCHRUN, Workspace
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs an NVIDIA GPU")]
@@ -27,7 +27,7 @@ def verify(folder: Path, *overrides: str) -> None:
     del environment["DS_ACCELERATOR"]
     launcher = [sys.executable]
     if GPUS > 1:
-        launcher = [str(BIN / "torchrun"), "--nproc_per_node", str(GPUS), "--master_port", str(free_port())]
+        launcher = [*TORCHRUN, "--nproc_per_node", str(GPUS), "--master_port", str(free_port())]
     command = [*launcher, str(ROOT / "launch/verify.py"), *SETTINGS, *overrides]
     result = space.run(command, environment)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]

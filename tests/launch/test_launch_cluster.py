@@ -40,7 +40,7 @@ def manifests() -> list[dict]:
     return list(yaml.safe_load_all((CLUSTER / "k8s.yaml").read_text()))
 
 
-@pytest.mark.parametrize("version", ["1.24", kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("version", ["1.25", kubernetes_validate.latest_version()])
 def test_kubernetes_schema(version):
     for document in manifests():
         kubernetes_validate.validate(document, version, strict=True)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from trained_run import write_run
 
 import llm.trained
 from llm.cluster.ranks import discover_ranks
 from llm.errors import InputError
 from llm.trained import Trained, load_trained
 from test_generate import CONFIG
+from trained_run import write_run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/generate.py"
 CPU = torch.device("cpu")

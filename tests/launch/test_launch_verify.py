@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pool import free_port
-from runs import BIN, ROOT, Workspace
+from runs import DEEPSPEED, ROOT, TORCHRUN, Workspace
 
 pytestmark = pytest.mark.ranks
 
@@ -23,11 +23,11 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def deepspeed(ranks: int) -> list[str]:
-    return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return [*DEEPSPEED, "--num_gpus", str(ranks), "--master_port", str(free_port())]
 
 
 def torchrun(ranks: int) -> list[str]:
-    return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return [*TORCHRUN, "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
 
 
 def verify(

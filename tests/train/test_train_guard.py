@@ -18,7 +18,7 @@ from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
 from llm.train.guard import checksum, compare_replicas, equal_ranks, majority
 from pool import RankPool, free_port
-from runs import BIN, Workspace, succeeded
+from runs import DEEPSPEED, Workspace, succeeded
 from tiny_run import batches, case, target_count
 
 GRID = torch.arange(4).view(2, 2)  # ranks [dp, tp]
@@ -163,7 +163,7 @@ def test_equal_nans_are_replicas(two_ranks: RankPool) -> None:
 
 def faulty_run(space: Workspace, name: str, **overrides: Any) -> Any:
     """A real run whose rank 1 suffers one flipped bit, in a norm's weight, after step 6."""
-    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    launcher = [*DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port())]
     script = Path(__file__).resolve().parents[1] / "faults/faulty_memory.py"
     return space.run([*launcher, str(script), *space.arguments(name=name, **overrides)])
 
