@@ -1,13 +1,14 @@
 """Records the first run for the README: `python docs/recording.py` runs `make pretrain` and draws docs/first-run.svg.
 
-The lines are those of the run, kept in docs/first-run.log. The picture leaves out the middle ones, and what is right of
-its edge. `python docs/recording.py --draw` draws the log again.
+The lines are those of the run, kept in docs/first-run.log with the command. The picture leaves out the middle ones, and
+what is right of its edge. `--draw` draws the log again; other arguments go to make.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,8 @@ WIDTH, FIRST, LAST = 100, 12, 14  # columns, and lines that are shown of the log
 
 
 def record(command: list[str]) -> str:
-    """Run a command in the checkout, showing it, and return the lines that it prints, errors too."""
-    lines = []
+    """Run a command in the checkout, showing it, and return it and the lines that it prints, errors too."""
+    lines = [f"$ {shlex.join(command)}\n"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -40,7 +41,7 @@ def draw(log: str) -> str:
     if left_out > 0:
         lines[FIRST:-LAST] = [f"[... {left_out} more lines ...]"]
     console = Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor")
-    for line in ["$ make pretrain", *lines]:
+    for line in lines:
         style = "bold" if line.startswith("$") else "dim" if line.startswith("[") else ""
         console.print(Text(line, style), no_wrap=True, overflow="ellipsis")
     svg = console.export_svg(title="the first run", unique_id="first-run")
@@ -50,5 +51,5 @@ def draw(log: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--draw"]:
-        LOG.write_text(record(["make", "pretrain"]))
+        LOG.write_text(record(["make", "pretrain", *sys.argv[1:]]))
     SVG.write_text(draw(LOG.read_text()))

@@ -27,6 +27,7 @@ CONFIG = replace(RunConfig(), name="tiny", logging=LoggingConfig(wandb=True))
 
 def sent(folder: Path) -> list[tuple[str, list[dict[str, float]], int]]:
     """The id, the logged numbers and the exit code of each W&B run of a folder, by their own files."""
+    wandb.teardown()  # its service writes for a while after a run has ended
     found = []
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
         rows, run_id, code = [], "", -1
