@@ -42,7 +42,7 @@ def divide(parts: list[bytes], fraction: float) -> tuple[list[bytes], list[bytes
     Both sides have text, unless the document is one character, which stays on the first side.
     """
     total = sum(map(len, parts))
-    tail = max(1, min(total - 1, round(total * fraction)))
+    tail = max(1, round(total * fraction))
     start, i = total - tail, 0
     while start >= len(parts[i]):
         start -= len(parts[i])

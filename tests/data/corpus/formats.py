@@ -45,11 +45,11 @@ def raw_jsonl(documents: list[str]) -> bytes:
 
 
 def array(documents: list[str]) -> bytes:
-    return json.dumps([{"text": text} for text in documents]).encode()
+    return json.dumps([{"text": text} for text in documents], indent="\t").replace("\n", "\r\n").encode()
 
 
 def pretty(documents: list[str]) -> bytes:
-    return b"\n\n".join(json.dumps({"text": text}, indent=4, ensure_ascii=False).encode() for text in documents)
+    return b"\r\n\t ".join(json.dumps({"text": text}, indent=4, ensure_ascii=False).encode() for text in documents)
 
 
 def table(documents: list[str], kind: str) -> pa.Table:

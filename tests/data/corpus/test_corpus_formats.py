@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from formats import COMPRESSIONS, FORMS, jsonl, text_key
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.data.corpus import read_corpus, texts
+from llm.data.corpus import TextCorpus, read_corpus, texts
+from llm.data.corpus.pieces import PIECE
 from llm.errors import InputError
 
 DOCUMENTS = [f"document {i}, naïve 日本 🎉\n\x00" + "word " * (i % 7) for i in range(40)]
@@ -59,6 +61,23 @@ def test_long_documents_are_joined_again(tmp_path: Path, name: str):
         assert read(tmp_path / name, "".join(documents).encode()) == ["".join(documents)]
     else:
         assert read(tmp_path / name, FORMS[name](documents)) == documents
+    for document in TextCorpus(str(tmp_path / name)).documents():
+        assert max(map(len, document)) <= PIECE
+
+
+def test_the_work_on_a_json_value_is_linear_in_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read_at_once = list[int]()
+
+    class Counting(json.JSONDecoder):
+        def raw_decode(self, text: str, at: int = 0) -> tuple[object, int]:
+            read_at_once.append(len(text) - at)
+            return super().raw_decode(text, at)
+
+    monkeypatch.setattr(texts, "DECODER", Counting())
+    monkeypatch.setattr(texts, "PIECE", 100)
+    content = FORMS["d.json"](["x" * 100_000])
+    assert read(tmp_path / "d.json", content) == ["x" * 100_000]
+    assert sum(read_at_once) < 4 * len(content)
 
 
 @pytest.mark.parametrize("name", ["a.txt", *FORMS])

@@ -87,3 +87,5 @@ def test_a_document_is_divided_after_a_line():
     lines = [f"line {i}\n".encode() for i in range(100)]
     _, tail = divide([b"".join(lines[:95]), b"".join(lines[95:])], 0.1)
     assert b"".join(tail) == b"".join(lines[90:])  # 80 bytes, where 79 of 790 are asked for
+    _, tail = divide([b"one line\n" + b"x" * 91], 0.1)  # and a line that is no nearer than twice as far
+    assert len(b"".join(tail)) == 10
