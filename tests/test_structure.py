@@ -17,8 +17,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 14
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 12_490, "kernels": 4_300, "csrc": 2_400, "launch": 560, "benchmarks": 4_000}
-MAX_PRODUCT_LINES = 19_750  # all of these but the benchmarks
+BUDGETS = {"llm": 13_010, "kernels": 4_300, "csrc": 2_400, "launch": 600, "benchmarks": 4_000}
+MAX_PRODUCT_LINES = 20_350  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
 MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_100
 
@@ -213,7 +213,7 @@ def test_one_step_can_be_followed() -> None:
     assert lines <= MAX_PATH_LINES, f"{lines} lines in {len(set(files))} files"
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if p.parts[-2] == "launch"], ids=str)
+@pytest.mark.parametrize("path", [p for p in sources() if p.parent == ROOT / "launch"], ids=str)
 def test_launch_scripts_are_thin_and_put_the_checkout_first(path: Path) -> None:
     text = path.read_text()
     if "__main__" not in text:

@@ -138,7 +138,7 @@ def test_tensorboard_shows_the_same_numbers_without_what_a_restart_redoes(tmp_pa
 
 
 def test_peak_memory_grows_with_what_was_held() -> None:
-    before = peak_memory(CPU)
+    before = peak_memory(CPU) or 0
     held = bytearray(b"x" * (before + 2**26))
-    assert peak_memory(CPU) >= before + 2**25
+    assert (peak_memory(CPU) or 0) >= before + 2**25 > 2**25
     del held

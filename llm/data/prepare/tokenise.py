@@ -176,8 +176,9 @@ def _write(
     dtype, shards = token_dtype(tokenizer.vocab_size), {}
     for name in SPLITS:
         path = folder / f"{name}.bin"
-        columns = [(value,) for value in (path.name, tokens[name], *file_entry(path))]
-        shards[name] = Shards("megatron", dtype, *columns, sampled_hash([str(path)]))
+        size, sha256 = file_entry(path)
+        sampled = sampled_hash([str(path)])
+        shards[name] = Shards("megatron", dtype, (path.name,), (tokens[name],), (size,), (sha256,), sampled)
     names = ["tokenizer.json", *(f"{split}.idx" for split in SPLITS)]
     entries = {name: file_entry(folder / name) for name in names}
     progress("counting bigrams", text.total, text.total)

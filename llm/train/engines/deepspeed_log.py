@@ -13,7 +13,8 @@ def divert(path: Path) -> TextIO:
     To be called before deepspeed is imported, which logs. Returns the file, for what DeepSpeed prints.
     """
     path.parent.mkdir(exist_ok=True)
-    file, shown = logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()
+    log = path.open("a", encoding="utf-8")
+    file, shown = logging.StreamHandler(log), logging.StreamHandler()
     shown.setLevel(logging.ERROR)
     for handler in (file, shown):
         handler.setFormatter(logging.Formatter("%(asctime)s DeepSpeed %(levelname)s %(filename)s: %(message)s"))
@@ -26,4 +27,4 @@ def divert(path: Path) -> TextIO:
 
     # A filter, which outlives the handlers that DeepSpeed gives its logger when it is imported.
     logging.getLogger("DeepSpeed").filters[:] = [keep]
-    return file.stream
+    return log
