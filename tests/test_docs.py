@@ -22,7 +22,8 @@ import yaml
 
 from llm.config import ModelConfig, RunConfig
 from llm.config.parse import from_dict, parse_config, to_yaml
-from runs import BIN, ROOT, Workspace
+from pool import free_port
+from runs import BIN, ROOT, Workspace, succeeded
 from trained_run import write_run
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -72,7 +73,7 @@ def of_kind(*kinds: str) -> list[Block]:
     return [block for block in BLOCKS if block.kind in kinds]
 
 
-def checkout(folder: Path, *, trained: bool) -> Path:
+def checkout(folder: Path, *, trained: bool) -> Workspace:
     """A folder in which the commands of the pages work as in a checkout, with a small corpus and a small config."""
     space = Workspace(folder)
     config = to_yaml(parse_config(space.arguments(train__max_steps=2000)))
@@ -88,22 +89,22 @@ def checkout(folder: Path, *, trained: bool) -> Path:
         (folder / "runs").mkdir()
         model = ModelConfig(n_layer=2, n_head=4, d_model=32, vocab_size=261, max_seq_len=128)
         write_run(folder / "runs/first", RunConfig(model=model))
-    return folder
+    return space
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return checkout(tmp_path_factory.mktemp("docs") / "checkout", trained=True)
 
 
-def run(block: Block, names: dict[str, Any], place: Path) -> None:
+def run(block: Block, names: dict[str, Any], space: Workspace) -> None:
     """Run a block where the process is; names: what the Python blocks of its page share."""
     if block.kind == "python":
         exec(compile("\n" * (block.line - 1) + block.text, str(block.page), "exec"), names)
         return
-    command, environment = ["bash", "-euo", "pipefail", "-c", block.text], Workspace.environment(place)
-    result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    text = block.text.replace("deepspeed ", f"deepspeed --master_port {free_port()} ")  # 29500 may be in use here
+    result = space.run(["bash", "-euo", "pipefail", "-c", text])
+    succeeded(result)
 
 
 RUNNING = [block for block in of_kind("python", "bash") if block.needs is None]
@@ -111,21 +112,21 @@ BY_HAND = ROOT / "docs/launching.md"  # which makes the run `first` itself
 
 
 @pytest.mark.parametrize("page", sorted({b.page for b in RUNNING} - {BY_HAND}), ids=lambda page: page.stem)
-def test_the_blocks_of_a_page_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def test_the_blocks_of_a_page_run(page: Path, space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(space.path)
     names = {"__name__": page.stem}
     for block in RUNNING:
         if block.page == page:
-            run(block, names, place)
+            run(block, names, space)
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_a_run_by_hand(tmp_path: Path) -> None:
-    place = checkout(tmp_path / "checkout", trained=False)
+    space = checkout(tmp_path / "checkout", trained=False)
     for block in RUNNING:
         if block.page == BY_HAND:
-            run(block, {}, place)
+            run(block, {}, space)
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -134,7 +135,7 @@ def commands_of(text: str) -> list[list[str]]:
     return [words for line in lines if (words := line[next((i for i, w in enumerate(line) if "=" not in w), 0) :])]
 
 
-def check_command(words: list[str], place: Path) -> None:
+def check_command(words: list[str], space: Workspace) -> None:
     """What the command line names is there, and its script takes its arguments."""
     if words[0] == "make":
         targets = re.findall(r"^([\w.-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -152,15 +153,15 @@ def check_command(words: list[str], place: Path) -> None:
     script = script if script.endswith(".py") else "launch/pretrain.py"  # to which the shell scripts pass everything
     takes_config = "parse_config" in (ROOT / script).read_text()
     command = [sys.executable, "-c", PARSE_ONLY, script, *words, *["--print-config"] * takes_config]
-    result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=60)
+    result = space.run(command)
     assert result.returncode == 0 if takes_config else "import of torch halted" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("block", of_kind("bash"), ids=str)
-def test_commands_are_known(block: Block, place: Path) -> None:
+def test_commands_are_known(block: Block, space: Workspace) -> None:
     subprocess.run(["bash", "-n", "-c", block.text], check=True)
     for words in commands_of(block.text):
-        check_command(words, place)
+        check_command(words, space)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +181,9 @@ def test_commands_are_known(block: Block, place: Path) -> None:
         "pyhton launch",
     ],
 )
-def test_a_wrong_command_is_seen(line: str, place: Path) -> None:
+def test_a_wrong_command_is_seen(line: str, space: Workspace) -> None:
     with pytest.raises(AssertionError):
-        check_command(commands_of(line)[0], place)
+        check_command(commands_of(line)[0], space)
 
 
 @pytest.mark.parametrize("block", of_kind("yaml"), ids=str)
