@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -13,12 +14,15 @@ from llm.cluster.watchdog import watch_launcher
 from llm.errors import Agreed, CheckpointError, InputError, RendezvousError, ReplicaError
 from llm.sinks import protect_streams
 
+PATIENCE_SECONDS = 10.0
+
 
 def run_script(action: Callable[[Ranks], None]) -> None:
     """Run `action` on this rank, watched; if it fails, say why and end the process.
 
-    What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0
-    alone, what one host knows by its first rank. Exit codes: 2 for an InputError, 1 for anything else.
+    What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0, what
+    one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too. Exit codes: 2 for
+    an InputError, 1 for anything else.
     """
     protect_streams()
     done = watch_launcher()
@@ -31,7 +35,9 @@ def run_script(action: Callable[[Ranks], None]) -> None:
         shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReplicaError))
         if not shared and not isinstance(error, (InputError, RendezvousError)):
             traceback.print_exception(error)
-        elif ranks is None or ranks.rank == 0 or not (shared or ranks.local_rank):
+        else:
+            if ranks is not None and ranks.rank and (shared or ranks.local_rank):
+                time.sleep(PATIENCE_SECONDS)  # a launcher ends all ranks as soon as one has gone: not the one that tells
             print(f"error: {error}", file=sys.stderr)
         # Not sys.exit: tearing down a process group would wait for ranks that may be gone.
         sys.stdout.flush()
