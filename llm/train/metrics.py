@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from llm.config import RunConfig
 from llm.config.phases import consumed_samples, consumed_tokens
 from llm.files import write_all
 from llm.plan import flops
-from llm.sinks import Say, Sink
+from llm.sinks import Sink
 
 FORMULA: flops.Formula = "causal"  # of the FLOPs and the MFU
 
@@ -65,7 +65,13 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, path: Path, tensorboard: Path | None, *, first_step: int = 0, enabled: bool = True, say: Say = print
+        self,
+        path: Path,
+        tensorboard: Path | None,
+        *,
+        first_step: int = 0,
+        enabled: bool = True,
+        say: Callable[[str], None] = print,
     ) -> None:
         self._to_file, self._to_events = Sink(str(path), say), Sink("TensorBoard", say)
         # Unbuffered: after a full disk nothing is left that closing the file would write.
