@@ -20,9 +20,9 @@ PATIENCE_SECONDS = 10.0
 def run_script(action: Callable[[Ranks], None]) -> None:
     """Run `action` on this rank, watched; if it fails, say why and end the process.
 
-    What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0, what
-    one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too. Exit codes: 2 for
-    an InputError, 1 for anything else.
+    What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0,
+    what one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too. Exit
+    codes: 2 for an InputError, 1 for anything else.
     """
     protect_streams()
     done = watch_launcher()
@@ -37,7 +37,7 @@ def run_script(action: Callable[[Ranks], None]) -> None:
             traceback.print_exception(error)
         else:
             if ranks is not None and ranks.rank and (shared or ranks.local_rank):
-                time.sleep(PATIENCE_SECONDS)  # a launcher ends all ranks as soon as one has gone: not the one that tells
+                time.sleep(PATIENCE_SECONDS)  # a launcher ends all ranks once one has gone: not the one that tells
             print(f"error: {error}", file=sys.stderr)
         # Not sys.exit: tearing down a process group would wait for ranks that may be gone.
         sys.stdout.flush()
