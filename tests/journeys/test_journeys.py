@@ -104,6 +104,10 @@ def form(line: str) -> str:
     return re.sub(r"[-\d.,:e+]*\d[-\d.,:e+]*", "0", re.sub(r"\S*/\S*", "PATH", line))
 
 
+RECORDED = pytest.mark.skipif(not LOG.exists(), reason="not recorded yet: python docs/recording.py")
+
+
+@RECORDED
 def test_the_picture_is_of_the_log() -> None:
     assert SVG.read_text() == draw(LOG.read_text()), "run: python docs/recording.py --draw"
 
@@ -123,9 +127,11 @@ def test_the_first_run(tmp_path: Path) -> None:
     assert complete(tmp_path / "runs/tiny-cpu", 4)
     # Ingot's lines alone, in the forms that the README's picture shows. A sample of text comes last.
     report = told[: told.index("\n\n", told.index("run tiny-cpu:"))]
-    shown = {form(line) for line in LOG.read_text().splitlines()}
-    others = {"  too few documents to choose from"}
-    assert [x for x in report.splitlines() if form(x) not in shown and x.split(":")[0] not in others] == []
+    assert not re.search(r"\[(INFO|WARNING)\]|built successfully", told)
+    if LOG.exists():
+        shown = {form(line) for line in LOG.read_text().splitlines()}
+        others = {"  too few documents to choose from"}
+        assert [x for x in report.splitlines() if form(x) not in shown and x.split(":")[0] not in others] == []
     logs = sorted((tmp_path / "runs/tiny-cpu/deepspeed").iterdir())
     assert [path.name for path in logs] == ["rank-0.log", "rank-1.log"]
     assert "built successfully" in logs[0].read_text()
