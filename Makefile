@@ -39,8 +39,8 @@ $(VENV)/.native: $(VENV)/.packages $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
-# One thread per rank on two cores; CI and users may override.
-TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
+# One thread per rank on two cores; files are UTF-8, whatever the terminal is.
+TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONUTF8=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 pretrain: setup ## prepare the corpus, train, evaluate, save, and write text (ARGS="--name=x --a.b=c")

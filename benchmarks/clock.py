@@ -141,7 +141,7 @@ def machine(device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
     """The hardware, the system, the load average before the run, and those of the packages that are installed."""
     on_gpu = device.type == "cuda"
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     versions = {}
     for name in packages:

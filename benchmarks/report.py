@@ -39,17 +39,17 @@ def header(module: str, arguments: Sequence[str], device: torch.device, packages
 def begin(path: Path, head: Record) -> None:
     """Write a file of no records yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"run": head}) + "\n")
+    path.write_text(json.dumps({"run": head}) + "\n", encoding="utf-8")
 
 
 def append(path: Path, record: Record) -> None:
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read(path: Path) -> tuple[Record, list[Record]]:
     """The header and the records. Raises ValueError or KeyError where the file is damaged."""
-    first, *records = map(json.loads, path.read_text().splitlines() or ["{}"])
+    first, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines() or ["{}"])
     return first["run"], records
 
 

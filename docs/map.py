@@ -36,7 +36,7 @@ def python_files() -> list[Path]:
 def imports(path: Path, modules: set[str]) -> set[str]:
     """The project's modules that a file imports, wherever in it, `TYPE_CHECKING` blocks included."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:

@@ -72,7 +72,7 @@ def report_of(launch: Launch) -> Report:
     assert target, "the PTX names its target"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
+        path.write_text(ptx, encoding="utf-8")
         account = subprocess.run(
             [ptxas, "-v", f"-arch={target[1]}", str(path), "-o", str(path.with_suffix(".cubin"))],
             check=True, capture_output=True, text=True,

@@ -13,7 +13,7 @@ class Memory:
     """Memory taken since `Memory()`: what was there before, such as imported libraries, does not count."""
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins here
         self._resident, self._anonymous = _kilobytes("status")["VmRSS"], _anonymous()
 
     def taken(self) -> dict[str, float]:
@@ -30,7 +30,7 @@ def _anonymous() -> int:
 
 def _kilobytes(name: str) -> dict[str, int]:
     """Fields of a file of /proc/self."""
-    lines = Path("/proc/self", name).read_text().splitlines()
+    lines = Path("/proc/self", name).read_text(encoding="utf-8").splitlines()
     pairs = (line.split()[:2] for line in lines if line.endswith(" kB"))
     return {name.rstrip(":"): int(value) for name, value in pairs}
 
@@ -45,7 +45,7 @@ def warm(paths: Iterable[Path]) -> None:
 def populate(folder: Path) -> None:
     """Put every page of the files under `folder` that this process has mapped into its page table."""
     libc = ctypes.CDLL(None)
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         span, *_, path = line.split(maxsplit=5)
         if path.startswith(f"{folder}/"):
             begin, end = (int(word, 16) for word in span.split("-"))

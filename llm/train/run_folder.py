@@ -95,7 +95,7 @@ class RunFolder:
         nonce = f"{secrets.token_hex(16)} {made}"
         # In place, not by a rename: opening the same file anew is what NFS keeps consistent.
         descriptor = os.open(self.path / "nonce", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with open(descriptor, "w") as file:
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(nonce)
             file.flush()
             os.fsync(file.fileno())
