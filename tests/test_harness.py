@@ -25,7 +25,8 @@ from llm.sampling import SamplingConfig
 from llm.train.engines.plain import PlainEngine
 from llm.trained import Trained, load_trained
 from pool import RankPool
-from test_evaluate import CPU, TEXTS, mesh  # noqa: F401 - a fixture
+from test_evaluate import CPU, mesh  # noqa: F401 - a fixture
+from trained_run import TEXTS
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
 os.environ.update(OFFLINE)

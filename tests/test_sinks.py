@@ -84,7 +84,7 @@ pathlib.Path(sys.argv[1]).write_text(repr(output_failure()))
 
 def speak(tmp_path: Path, redirection: str, **env: str) -> tuple[int, str, str, str]:
     """Run PROGRAM under a shell: its exit code, what came of stdout and stderr, and its output_failure()."""
-    command = ["bash", "-c", f'$0 -c "$1" failure {redirection}', sys.executable, PROGRAM]
+    command = ["bash", "-c", f'"$0" -c "$1" failure {redirection}', sys.executable, PROGRAM]
     env |= {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, timeout=60, check=False)
     return (

@@ -96,6 +96,7 @@ def test_any_hostfile_is_read_or_refused(tmp_path_factory, content):
         )
 
 
+@pytest.mark.skipif(" " in str(ROOT), reason="a checkout with a space in its path is refused")
 def test_deepspeed_reads_what_the_check_prints(tmp_path):
     from deepspeed.launcher.runner import fetch_hostfile
 
@@ -113,7 +114,7 @@ def test_deepspeed_reads_what_the_check_prints(tmp_path):
 @pytest.mark.parametrize("folder", ["/home/a b/ingot", "/home/$(id)/ingot", "/home/x;y", "/home/a\nb"])
 def test_a_folder_that_a_remote_shell_would_split(folder):
     check_folder(Path("/home/me_1/ingot-0.2+x"))
-    with pytest.raises(InputError, match="move the checkout"):
+    with pytest.raises(InputError, match=r"has a space or the like.*move it"):
         check_folder(Path(folder))
 
 

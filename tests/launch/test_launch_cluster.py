@@ -76,7 +76,7 @@ def checkout(tmp_path: Path) -> Path:
     checkout = tmp_path / "check out"
     shutil.copytree(ROOT / "launch", checkout / "launch")
     (tmp_path / "bin").mkdir()
-    for name in ("torchrun", "srun", "scontrol"):
+    for name in ("python", "srun", "scontrol"):
         path = tmp_path / "bin" / name
         path.write_text(f'#!/bin/bash\necho "{name} $*"\n')
         path.chmod(0o755)
@@ -95,7 +95,8 @@ def torchrun_options(checkout: Path, **environ: str) -> str:
     process = start(checkout, "launch/torchrun.sh", "--config", "a b.yaml", RANKS="8", **environ)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    return out.removeprefix("torchrun ").removesuffix(" launch/pretrain.py --config a b.yaml\n")
+    script = f" {checkout}/launch/pretrain.py --config a b.yaml\n"
+    return out.removeprefix("python -m torch.distributed.run ").removesuffix(script)
 
 
 def test_torchrun_in_a_pod(checkout):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_bytes_on_a_terminal_that_is_not_utf_8(run: Path) -> None:
 
 
 def test_text_for_a_full_disk_is_a_failure_and_for_a_closed_pipe_is_none(run: Path) -> None:
-    command = f"{sys.executable} {SCRIPT} --checkpoint={run} --prompt=a"
+    command = shlex.join([sys.executable, str(SCRIPT), f"--checkpoint={run}", "--prompt=a"])
     for redirection, code in (("> /dev/full", 1), ("| true; exit ${PIPESTATUS[0]}", 0)):
         result = subprocess.run(["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True, check=False)
         assert result.returncode == code, result.stderr

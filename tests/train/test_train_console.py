@@ -92,12 +92,3 @@ def test_say_prints_text_as_it_is(file: io.StringIO) -> None:
     with Console(10, file=file) as console:
         console.say("[bold] validation loss 3.1")
     assert "[bold] validation loss 3.1" in file.getvalue()
-
-
-def test_a_pipe_that_nobody_reads_raises_and_does_not_exit() -> None:
-    class Closed(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
-
-    with Console(10, file=Closed()) as console, pytest.raises(BrokenPipeError):
-        console.say("hello")
