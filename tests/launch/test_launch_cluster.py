@@ -115,7 +115,7 @@ def test_torchrun_names_a_busy_port(checkout):
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = str(busy.getsockname()[1])
         place = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        process = start(checkout, "launch/torchrun.sh", NODE_RANK="0", **place)
+        process = start(checkout, "launch/torchrun.sh", "--config", "a b.yaml", NODE_RANK="0", **place)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (1, "")
         assert f"port {port}" in err and "MASTER_PORT=N" in err
