@@ -174,10 +174,10 @@ class Engine(ABC):
 
         What a rank's part of the source raises is raised by every rank.
         """
-        if dist.is_initialized():
-            together(lambda: self._read_pieces(source, optimizer_step))
-        else:
+        if self.dp_group is None:  # a process alone, though other ranks may be there
             self._read_pieces(source, optimizer_step)
+        else:
+            together(lambda: self._read_pieces(source, optimizer_step))
         self._publish()
 
     def _read_pieces(self, source: WeightSource, optimizer_step: int) -> None:
