@@ -230,6 +230,7 @@ def on_ranks(folder: Path, weights: dict[str, Any]) -> dict[str, Any]:
     return scores(Scorer(trained_of(weights, folder), mesh, rows=2), folder)
 
 
+@pytest.mark.slow
 def test_ranks_share_tasks_even_one_of_a_single_item(
     scorer: Scorer, weights: dict[str, torch.Tensor], folder: Path, two_ranks: RankPool
 ) -> None:

@@ -94,6 +94,7 @@ def test_unfit_corpus(name: str, workspace: Workspace) -> None:
     assert not (workspace.path / "unfit").exists()
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model(workspace: Workspace) -> None:
     succeeded(workspace.python(name="model", train__max_steps=4))
     result = workspace.python(name="model", train__max_steps=8, model__n_layer=3)

@@ -90,6 +90,7 @@ def test_several_hosts_refuse_a_path_that_a_shell_would_cut(tmp_path: Path) -> N
 
 
 @pytest.mark.ranks
+@pytest.mark.slow
 def test_prepare_then_train_where_paths_have_spaces(tmp_path: Path) -> None:
     """Without data a start says what mends it; with --prepare two ranks make the data, and train."""
     space = Workspace(tmp_path / "my work")

@@ -97,6 +97,7 @@ def ends(folder: Path, eod_id: int) -> int:
     return int((np.fromfile(folder / "train.bin", "<u2") == eod_id).sum())
 
 
+@pytest.mark.slow
 def test_from_text_to_text(one_rank: RankPool, tmp_path: Path) -> None:
     (found,) = one_rank.run(trained, tmp_path)
     for name, (_, _, vocab_size, eod) in GIVEN.items():
