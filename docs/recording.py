@@ -51,5 +51,5 @@ def draw(log: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--draw"]:
-        LOG.write_text(record(["make", "pretrain", *sys.argv[1:]]))
-    SVG.write_text(draw(LOG.read_text()))
+        LOG.write_text(record(["make", "pretrain", *sys.argv[1:]]), encoding="utf-8")
+    SVG.write_text(draw(LOG.read_text(encoding="utf-8")), encoding="utf-8")
