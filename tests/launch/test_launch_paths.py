@@ -41,7 +41,9 @@ def checkout(tmp_path: Path) -> Path:
 
 def called(command: list[str | Path], folder: Path, **environ: str) -> list[tuple[str, list[str]]]:
     """Where and with what Python was started by a command in `folder`."""
-    environment = {**os.environ, "RANKS": "2", **environ}
+    # A make that was started by make would print the folders that it enters.
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    environment = {**outside, "RANKS": "2", **environ}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=True)
     return [(where, words) for where, words in map(json.loads, done.stdout.splitlines())]
 
