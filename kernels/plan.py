@@ -1,8 +1,8 @@
 """Launch plans: all that a launch depends on beyond the addresses of its tensors, worked out once.
 
 Triton types, binds and hashes every argument on every call, which takes longer than a small kernel runs. Here the first
-call goes through Triton, which compiles; later ones hand the addresses to the compiled kernel's own launcher. So does an
-operator use it:
+call goes through Triton, which compiles; later ones hand the addresses to the compiled kernel's own launcher. An
+operator uses it so:
 
     @planned
     def plan_of(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
@@ -37,8 +37,8 @@ Made = TypeVar("Made")
 
 
 # One cache for all operators. A plan holds numbers and compiled kernels, no tensor: about 2 KB each. A cache that is
-# full forgets what was used longest ago, and nothing but time is lost. What is cached is a function of its key alone, so
-# that neither the order of calls nor other threads can change it; lru_cache has its own lock.
+# full forgets what was used longest ago, and nothing but time is lost. What is cached is a function of its key alone,
+# so that neither the order of calls nor other threads can change it; lru_cache has its own lock.
 @lru_cache(maxsize=4096)
 def made(make: Callable[..., Any], *key: Any) -> Any:
     return make(*key)
@@ -85,8 +85,9 @@ class Plan:
         self.kernel, self.programs, self.device, self.last = kernel, programs, device, last
         self.options = {"num_warps": warps, "num_stages": stages}
         self.layouts = layouts
-        # Triton's code differs where an address is no multiple of 16. Keys: 0 if all are, else which are.
-        self.compiled: dict[Any, Any] = {}
+        # (launcher, its function, its metadata) by which addresses are multiples of 16 (0: all are), since Triton's
+        # code differs.
+        self.ready: dict[Any, tuple[Callable[..., None], int, Any]] = {}
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
@@ -99,33 +100,32 @@ class Plan:
         if INTERPRETED:
             self.compile(0, tensors, numbers)
             return
-        addresses = [x if x is None else x.data_ptr() for x in tensors]
+        arguments: list[Any] = [x if x is None else x.data_ptr() for x in tensors]
         aligned: Any = 0
-        for address in addresses:
+        for address in arguments:
             aligned |= address or 0
         aligned &= 15
         if aligned:
-            aligned = tuple([address is None or address % 16 == 0 for address in addresses])
-        compiled = self.compiled.get(aligned)
+            aligned = tuple([address is None or address % 16 == 0 for address in arguments])
+        ready = self.ready.get(aligned)
         # Profilers count on Triton's hooks, and Triton refuses a kernel whose global constants were changed.
-        if compiled is None or knobs.runtime.launch_enter_hook.calls or self.kernel.pre_run_hooks or self.is_stale():
+        if (
+            ready is None or knobs.runtime.launch_enter_hook.calls or self.kernel.pre_run_hooks
+            or (self.globals and self.is_stale())
+        ):  # fmt: skip
             self.compile(aligned, tensors, numbers)
             return
-        arguments: list[Any] = addresses
+        active, index = driver.active, self.device.index
+        here = active.get_current_device()
+        if index is not None and index != here:
+            with torch.cuda.device(index):
+                self(*tensors, numbers=numbers)
+            return
         for i, layout in enumerate(self.layouts):
             arguments[i] = Described(tensors[i], layout)  # pyright: ignore[reportArgumentType]
-        here, index = driver.active.get_current_device(), self.device.index
-        if index is None or here == index:
-            self.launch(compiled, here, arguments, numbers)
-        else:
-            with torch.cuda.device(index):
-                self.launch(compiled, index, arguments, numbers)
-
-    def launch(self, compiled: CompiledKernel, device: int, arguments: list[Any], numbers: tuple[float, ...]) -> None:
-        compiled.run(
-            self.programs, 1, 1, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
-            None, None, None, *arguments, *numbers, *self.last,
-        )  # fmt: skip
+        run, function, metadata = ready
+        stream = active.get_current_stream(here)
+        run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *numbers, *self.last)
 
     def compile(self, aligned: Any, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> None:
         """Launch by Triton's own path, which compiles if it must, and keep what it ran."""
@@ -139,7 +139,7 @@ class Plan:
         if isinstance(compiled, CompiledKernel):
             used = self.kernel.used_global_vals
             self.globals = [(used[key][1], key[0], used[key][1].get(key[0])) for key in used]
-            self.compiled[aligned] = compiled
+            self.ready[aligned] = compiled.run, compiled.function, compiled.packed_metadata
 
     def is_stale(self) -> bool:
         """Whether a global constant that the kernel was compiled with has another value now."""

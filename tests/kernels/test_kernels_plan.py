@@ -208,6 +208,7 @@ with (
     patch.object(Plan, "__call__", both),
     patch.object(host, "operations", lambda: some),
     patch.object(host, "CALLS", 1),
+    patch.object(host, "GRAPHS", 1),
 ):
     host.measured()
 print(json.dumps(launches))
