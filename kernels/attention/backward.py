@@ -70,7 +70,7 @@ def scale_and_cast_kernel(x_ptr, y_ptr, elements, scale, stride, D: tl.constexpr
 
 
 class Plans(NamedTuple):
-    """delta: of attention_delta_kernel. keys: of dkdv. queries: of dq, or if fused of what scales and casts the sums."""
+    """delta: of attention_delta_kernel. keys: of dkdv. queries: of dq, or if fused of what casts the sums."""
 
     delta: Plan
     keys: Plan
