@@ -6,9 +6,9 @@ from itertools import chain
 
 import pytest
 import torch
+from every_kernel import of_attention, of_rows, of_vocabulary
 
 from benchmarks.kernels.case import Case
-from every_kernel import of_attention, of_rows, of_vocabulary
 from rounding import GPU, GPU_ONLY
 
 pytestmark = GPU_ONLY
