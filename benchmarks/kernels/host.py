@@ -37,7 +37,10 @@ class Launcher:
         self.launch = nvidia.wrap_handle_tensordesc(lambda *_: None, signature, metadata.tensordesc_meta)
 
     def __call__(self, gx: int, gy: int, gz: int, stream: int, function: int, *rest: Any) -> None:
-        self.launch(gx, gy, gz, stream, function, False, False, *rest[:4], None, None, (), b"", rest[4:])
+        if hasattr(nvidia, "_BASE_ARGS_FORMAT_LEN"):  # Triton 3.6
+            self.launch(gx, gy, gz, stream, function, False, False, None, None, *rest)
+        else:
+            self.launch(gx, gy, gz, stream, function, False, False, *rest[:4], None, None, (), b"", rest[4:])
 
 
 def no_gpu() -> SimpleNamespace:
