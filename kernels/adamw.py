@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import TRITON_DTYPES, cdiv, choose, expect, interpretable, launch, wide
+from kernels.dispatch import TRITON_DTYPES, cdiv, choose, expect, interpretable, wide
 from kernels.philox import WORD, philox, signed
+from kernels.plan import Plan, planned
 from kernels.registration import operator
 
 # Four elements per thread: then 16-bit and fp32 tensors have one layout, and nothing crosses threads.
@@ -89,8 +90,8 @@ def adamw_block(
 
 @triton.jit(do_not_specialize=["N", "seed"])
 def adamw_kernel(
-    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, scale_ptr, step_ptr, N, seed,
-    step, lr, decay, rest1, beta2, rest2, eps, log_beta1, log_beta2,
+    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, scale_ptr, step_ptr,
+    seed, step, lr, decay, rest1, beta2, rest2, eps, log_beta1, log_beta2, N,
     BLOCK: tl.constexpr, DROPPED: tl.constexpr,
 ):  # fmt: skip
     """One block of N elements. low_ptr, scale_ptr and step_ptr may be None; `step` counts without step_ptr."""
@@ -121,6 +122,12 @@ def adamw_kernel(
         )  # fmt: skip
 
 
+@planned
+def plan_of(N: int, dtypes: tuple[torch.dtype | None, ...], dropped: int, device: torch.device) -> Plan:
+    """dtypes: of the kernel's tensors, None for what there is not. dropped: bits that are rounded stochastically."""
+    return Plan(adamw_kernel, cdiv(N, BLOCK), device, N, BLOCK, dropped, warps=WARPS)
+
+
 @operator("adamw_", fake=lambda *_: None, mutates=("parameter", "exp_avg", "exp_avg_sq", "low_precision"))
 def adamw_op(
     parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low_precision: Tensor | None,
@@ -132,13 +139,11 @@ def adamw_op(
     seen = interpretable(*targets)
     low = seen[3] if low_precision is not None else None
     rounded = parameter if low_precision is None else low_precision
-    N = parameter.numel()
-    launch(
-        adamw_kernel, cdiv(N, BLOCK), parameter.device,
-        seen[0], *interpretable(gradient.contiguous()), seen[1], seen[2], low, grad_scale, step_tensor,
-        N, signed(seed or 0), step, lr, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps,
-        log(beta1), log(beta2), BLOCK, 0 if seed is None else DROPPED_BITS[rounded.dtype], warps=WARPS,
-    )  # fmt: skip
+    tensors = seen[0], *interpretable(gradient.contiguous()), seen[1], seen[2], low, grad_scale, step_tensor
+    dtypes = tuple([None if t is None else t.dtype for t in tensors])
+    plan = plan_of(parameter.numel(), dtypes, 0 if seed is None else DROPPED_BITS[rounded.dtype], parameter.device)
+    factors = 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2
+    plan(*tensors, numbers=(signed(seed or 0), step, lr, *factors, eps, log(beta1), log(beta2)))
     for target, written in zip(targets, seen, strict=True):
         if written is not target:
             target.copy_(written)

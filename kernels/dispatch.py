@@ -55,14 +55,16 @@ def choose(
     no_triton, no_torch: why the arguments of this call, beyond device and dtype, rule that form out; None if they
     do not. Raises KernelError if `impl` is unknown, or names a form that cannot run.
     """
-    expect(impl in IMPLS, f"impl: found {impl!r}, expected one of {', '.join(IMPLS)}")
+    if impl not in IMPLS:
+        raise KernelError(f"impl: found {impl!r}, expected one of {', '.join(IMPLS)}")
     no_triton = why_not_triton(device, dtype) or no_triton
     if impl == "auto":
         if device.type == "cuda" and no_triton is None:
             return "triton"
         return "torch" if no_torch is None else "reference"
     reason = {"triton": no_triton, "torch": no_torch, "reference": None}[impl]
-    expect(reason is None, f"{op} with impl={impl}: {reason}")
+    if reason is not None:
+        raise KernelError(f"{op} with impl={impl}: {reason}")
     return impl
 
 
@@ -104,8 +106,18 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
 def interpretable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the tensors as the kernels may read them: in the interpreter bfloat16 as float32.
 
-    The interpreter multiplies bfloat16 as integers and truncates; so the caller rounds the kernels' results.
+    The interpreter multiplies bfloat16 as integers and truncates; so `rounded` rounds the kernels' results.
     """
     if not INTERPRETED:
         return tensors
     return tuple(t.float() if t.dtype == torch.bfloat16 else t for t in tensors)
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a kernel wrote, in the dtype that it has outside of the interpreter."""
+    return x.to(dtype) if INTERPRETED else x
+
+
+def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A contiguous tensor for a kernel to write, sooner made than by its shape."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import philox
-from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch
+from kernels.dispatch import KernelError, cdiv, choose, empty_like, interpretable, last_contiguous, rounded
 from kernels.philox import DropoutKey, keep_tile, signed
+from kernels.plan import Plan, planned
 from kernels.registration import operator
 
 ROWS, COLS = 4, 512
@@ -17,8 +18,8 @@ ROWS, COLS = 4, 512
 
 @triton.jit(do_not_specialize=["seed", "site", "threshold", "T"])
 def dropout_kernel(
-    x_ptr, residual_ptr, samples_ptr, positions_ptr, out_ptr, stride_xb, stride_xt, stride_rb, stride_rt,
-    T, keep_scale, seed, site, threshold,
+    x_ptr, residual_ptr, samples_ptr, positions_ptr, out_ptr, keep_scale, seed, site, threshold,
+    stride_xb, stride_xt, stride_rb, stride_rt, T,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """One tile of out [B, T, C] contiguous = x where kept, over 1 - p, (+ residual)."""
@@ -40,6 +41,17 @@ def dropout_kernel(
         at = residual_ptr + b * stride_rb + rows[:, None] * stride_rt + cols[None, :]
         out += tl.load(at, inside, 0.0).to(tl.float32)
     tl.store(out_ptr + (b * T + rows[:, None]) * C + cols[None, :], out.to(out_ptr.dtype.element_ty), inside)
+
+
+@planned
+def plan_of(
+    shape: torch.Size, x_strides: tuple[int, ...], residual_strides: tuple[int, ...] | None, dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:  # fmt: skip
+    B, T, C = shape
+    strides = *x_strides[:2], *(residual_strides or (0, 0))[:2]
+    programs = cdiv(C, COLS) * cdiv(T, ROWS) * B
+    return Plan(dropout_kernel, programs, device, *strides, T, C, ROWS, COLS, residual_strides is not None)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -67,16 +79,12 @@ def dropout_op(
     """[B, T, C] in the dtype of x."""
     (rows,) = interpretable(last_contiguous(x))
     added = None if residual is None else interpretable(last_contiguous(residual))[0]
-    B, T, C = x.shape
     key = DropoutKey(p, seed, site)
-    out = torch.empty((B, T, C), dtype=rows.dtype, device=x.device)
-    strides = (*rows.stride()[:2], *((0, 0) if added is None else added.stride()[:2]))
-    launch(
-        dropout_kernel, cdiv(C, COLS) * cdiv(T, ROWS) * B, x.device,
-        rows, added, samples, positions.contiguous(), out, *strides, T,
-        1 / (1 - p), signed(seed), signed(site), signed(key.threshold), C, ROWS, COLS, added is not None,
-    )  # fmt: skip
-    return out.to(x.dtype)
+    out = empty_like(x, rows.dtype)
+    plan = plan_of(x.shape, rows.stride(), None if added is None else added.stride(), rows.dtype, x.device)
+    numbers = 1 / (1 - p), signed(seed), signed(site), signed(key.threshold)
+    plan(rows, added, samples, positions.contiguous(), out, numbers=numbers)
+    return rounded(out, x.dtype)
 
 
 def dropout(
@@ -91,10 +99,9 @@ def dropout(
     operation. impl: see kernels/dispatch.py. Raises KernelError on arguments that do not fit together or a form that
     cannot run.
     """
-    expect(
-        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
-        f"dropout: found a residual that is not {tuple(x.shape)} of {x.dtype}, as x is: cast or reshape it",
-    )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        expected = f"{tuple(x.shape)} of {x.dtype}"
+        raise KernelError(f"dropout: found a residual that is not {expected}, as x is: cast or reshape it")
     form = choose(impl, "dropout", device=x.device, dtype=x.dtype)
     if form == "triton" and key.p > 0:
         return dropout_op(x, residual, samples, positions, key.p, key.seed, key.site)

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
+from kernels.dispatch import KernelError, cdiv, choose, interpretable, last_contiguous, padded, wide
+from kernels.plan import Plan, planned
 from kernels.registration import operator
 
 CHUNK = 64
@@ -94,6 +95,14 @@ def tile_of(C: int) -> tuple[int, int]:
     return cols, cdiv(C, cols)
 
 
+@planned
+def plans_of(N: int, V: int, C: int, stride: int, dtype: torch.dtype, device: torch.device) -> tuple[Plan, Plan]:
+    COLS, TILES = tile_of(C)
+    constants = N, V, C, CHUNK, ROWS, COLS, TILES
+    joined = Plan(embedding_joined_kernel, max(0, cdiv(N, CHUNK) - 1) * TILES, device, *constants)
+    return Plan(embedding_pieces_kernel, N * TILES, device, stride, *constants), joined
+
+
 @operator("embedding_backward", fake=lambda dy, tokens, V: dy.new_empty((V, dy.shape[-1])))
 def embedding_backward_op(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
     """dy [..., C], tokens int [...] -> the gradient of the table [V, C], in the dtype of dy."""
@@ -101,18 +110,11 @@ def embedding_backward_op(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
     N, C = rows.shape
     # 32-bit keys take half the passes of a radix sort; what is outside of the table stays outside.
     ids, order = tokens.flatten().clamp(-1, V).to(torch.int32).sort(stable=True)
-    COLS, TILES = tile_of(C)
-    chunks = cdiv(N, CHUNK)
-    dweight = torch.zeros((V, C), dtype=rows.dtype, device=dy.device)
-    partial = torch.empty((2, chunks, C), dtype=torch.float32, device=dy.device)
-    launch(
-        embedding_pieces_kernel, N * TILES, dy.device,
-        rows, ids, order, dweight, partial, rows.stride(0), N, V, C, CHUNK, ROWS, COLS, TILES,
-    )  # fmt: skip
-    launch(
-        embedding_joined_kernel, max(0, chunks - 1) * TILES, dy.device,
-        ids, dweight, partial, N, V, C, CHUNK, ROWS, COLS, TILES,
-    )  # fmt: skip
+    dweight = rows.new_zeros((V, C))
+    partial = rows.new_empty((2, cdiv(N, CHUNK), C), dtype=torch.float32)
+    pieces, joined = plans_of(N, V, C, rows.stride(0), rows.dtype, dy.device)
+    pieces(rows, ids, order, dweight, partial)
+    joined(ids, dweight, partial)
     return dweight.to(dy.dtype)
 
 
@@ -165,11 +167,9 @@ def embedding(tokens: Tensor, weight: Tensor, *, zero_outside: bool = False, imp
     tokens alone determine, so it has the same bits on every run and every GPU. impl: see kernels/dispatch.py.
     Raises KernelError on wrong shapes or dtypes or a form that cannot run.
     """
-    expect(
-        weight.ndim == 2 and tokens.dtype in (torch.int64, torch.int32),
-        f"embedding: found tokens {tokens.dtype} and weight of shape {tuple(weight.shape)}, expected int64 or int32 "
-        "tokens and a weight [V, C]",
-    )
+    if weight.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        found = f"tokens {tokens.dtype} and weight of shape {tuple(weight.shape)}"
+        raise KernelError(f"embedding: found {found}, expected int64 or int32 tokens and a weight [V, C]")
     form = choose(impl, "embedding", device=weight.device, dtype=weight.dtype)
     if form == "triton":
         return embedding_op(tokens, weight, zero_outside)

@@ -9,6 +9,7 @@ tensor is treated as one row.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, choose, expect, launch, wide
+from kernels.dispatch import KernelError, choose, empty_like, rounded, wide
+from kernels.plan import planned
 from kernels.registration import operator
-from kernels.swiglu import as_matrices, sigmoids, tile_of
+from kernels.swiglu import as_matrices, plan_of, sigmoids
 
 TWICE_SLOPE: tl.constexpr = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBE: tl.constexpr = tl.constexpr(0.044715)
@@ -57,18 +59,17 @@ def gelu_backward_kernel(
     tl.store(dx_ptr + rows * stride_y + cols, dx.to(dx_ptr.dtype.element_ty), inside)
 
 
+forward_plan = planned(partial(plan_of, gelu_forward_kernel, False))
+backward_plan = planned(partial(plan_of, gelu_backward_kernel, False))
+
+
 @operator("gelu_backward", fake=lambda dy, x: x.new_empty(x.shape))
 def gelu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     """dy, x [..., F] -> dx [..., F]."""
-    dy_rows, rows = as_matrices(dy, x)
-    M, width = rows.shape
-    dx = torch.empty((M, width), dtype=rows.dtype, device=x.device)
-    ROWS, COLS = tile_of(M, width)
-    launch(
-        gelu_backward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
-        dy_rows, rows, dx, dy_rows.stride(0), rows.stride(0), width, M, ROWS, COLS,
-    )  # fmt: skip
-    return dx.to(x.dtype).view(x.shape)
+    (dy_rows, rows), M, strides = as_matrices(dy, x)
+    dx = empty_like(x, rows.dtype)
+    backward_plan(M, x.numel() // M, strides, rows.dtype, x.device)(dy_rows, rows, dx)
+    return rounded(dx, x.dtype)
 
 
 def _backward(ctx, dy):
@@ -78,15 +79,10 @@ def _backward(ctx, dy):
 @operator("gelu", fake=lambda x: x.new_empty(x.shape), backward=_backward)
 def gelu_op(x: Tensor) -> Tensor:
     """x [..., F] -> y [..., F]."""
-    (rows,) = as_matrices(x)
-    M, width = rows.shape
-    y = torch.empty((M, width), dtype=rows.dtype, device=x.device)
-    ROWS, COLS = tile_of(M, width)
-    launch(
-        gelu_forward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
-        rows, y, rows.stride(0), width, M, ROWS, COLS,
-    )  # fmt: skip
-    return y.to(x.dtype).view(x.shape)
+    (rows,), M, strides = as_matrices(x)
+    y = empty_like(x, rows.dtype)
+    forward_plan(M, x.numel() // M, strides, rows.dtype, x.device)(rows, y)
+    return rounded(y, x.dtype)
 
 
 def gelu_reference(x: Tensor) -> Tensor:
@@ -102,7 +98,8 @@ def gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
     one stride, cost a copy. Returns [..., F] in the dtype of x; fp32 inside. Differentiable once. impl: see
     kernels/dispatch.py. Raises KernelError on an empty last dimension or a form that cannot run.
     """
-    expect(x.dim() > 0 and x.shape[-1] > 0, f"gelu: found x {tuple(x.shape)}, expected [..., F] with F at least 1")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise KernelError(f"gelu: found x {tuple(x.shape)}, expected [..., F] with F at least 1")
     form = choose(impl, "gelu", device=x.device, dtype=x.dtype)
     if form == "triton":
         return gelu_op(x)

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
-from kernels.dispatch import expect
+from kernels.dispatch import KernelError
 
 LIBRARY = torch.library.Library("ingot", "FRAGMENT")
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list})
 
 
 def save_inputs(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -47,7 +49,7 @@ def operator(
         if mutates:
             LIBRARY.impl(name, version_kernel(op), "ADInplaceOrView")
         if backward is not None:
-            LIBRARY.impl(name, autograd_kernel(op, save, backward), "Autograd")
+            LIBRARY.impl(name, autograd_kernel(op, function, save, backward), "Autograd")
         return op
 
     return register
@@ -65,14 +67,28 @@ def version_kernel(op: OpOverload) -> Callable[..., Any]:
     return kernel
 
 
-def autograd_kernel(op: OpOverload, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs `op` below autograd and records `backward`."""
+def is_plain(inputs: Sequence[Any]) -> bool:
+    """Whether nothing but this package's function wants to see a call with `inputs`, of which the first is a tensor."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or inputs[0].is_meta:
+        return False
+    for x in inputs:  # noqa: SIM110 - `all` takes twice as long
+        if x.__class__ not in PLAIN:
+            return False
+    return True
+
+
+def autograd_kernel(
+    op: OpOverload, function: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Runs `op`, which is `function`, below autograd and records `backward`."""
     twice = f"{op}: found create_graph=True, but the operator is differentiable once"
     nothing = (None,) * len(op._schema.arguments)
 
     def below(*inputs: Any) -> Any:
+        # A second way through PyTorch's dispatcher would cost more than the checks and the launch together.
+        run = function if is_plain(inputs) else op
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+            return run(*inputs)
 
     class Node(torch.autograd.Function):
         # Not with setup_context, for which torch binds the arguments to a signature on every call.
@@ -86,11 +102,20 @@ def autograd_kernel(op: OpOverload, save: Callable[..., None], backward: Callabl
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             # once_differentiable would detach a second derivative in silence where no gradient from above has one.
-            expect(not torch.is_grad_enabled(), twice)
+            if torch.is_grad_enabled():
+                raise KernelError(twice)
             if all(gradient is None for gradient in gradients):
                 return nothing
             found = backward(ctx, *gradients)
             found = found if isinstance(found, tuple) else (found,)
             return found + nothing[len(found) :]
 
-    return lambda *inputs: Node.apply(*inputs) if torch.is_grad_enabled() else below(*inputs)
+    # That of the class in C++: Python's only looks for torch.func's transforms, which Node refuses.
+    apply = super(torch.autograd.Function, Node).apply
+
+    def kernel(*inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return below(*inputs)
+        return Node.apply(*inputs) if torch._C._are_functorch_transforms_active() else apply(*inputs)
+
+    return kernel

@@ -9,6 +9,7 @@ kept. A program rotates a few heads of a tile of tokens, and computes the sine a
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
+from kernels.dispatch import KernelError, cdiv, choose, interpretable, last_contiguous, padded, rounded, wide
+from kernels.plan import Plan, planned
 from kernels.registration import operator
 
 TILE_PAIRS = 1024
@@ -117,20 +119,30 @@ def rope_kernel(
             move_head(packed_head, split_head, cos, sin, inside, D, PAIRS, False, UNPACK)
 
 
+@planned
+def plan_of(
+    heads: int, R: int, unpack: bool, inverse: bool, shape: torch.Size, x_strides: tuple[int, ...],
+    q_strides: tuple[int, ...], k_strides: tuple[int, ...], v_strides: tuple[int, ...], p_strides: tuple[int, ...],
+    dtype: torch.dtype, device: torch.device,
+) -> Plan:  # fmt: skip
+    """rope_kernel on x [B, T, heads D], q of `shape` [B, T, H, D], k, v [B, T, K, D], all with contiguous rows."""
+    B, T, _, D = shape
+    TOKENS, PAIRS = tile_of(D)
+    return Plan(
+        rope_kernel, cdiv(B * T, TOKENS) * cdiv(heads, HEADS), device, *x_strides[:2], *q_strides[:3], *k_strides[:3],
+        *v_strides[:3], *(0, *p_strides)[-2:], B * T, T, R, heads, D, TOKENS, PAIRS, HEADS, unpack, inverse,
+    )  # fmt: skip
+
+
 def run(
-    packed: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, frequencies: Tensor,
+    packed: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float,
     R: int, heads: int, *, unpack: bool, inverse: bool,
 ) -> None:  # fmt: skip
-    """rope_kernel on packed [B, T, heads D], q [B, T, H, D], k, v [B, T, K, D] with contiguous last dimensions."""
-    B, T, _, D = q.shape
-    positions = positions.expand(B, T)
-    TOKENS, PAIRS = tile_of(D)
-    launch(
-        rope_kernel, cdiv(B * T, TOKENS) * cdiv(heads, HEADS), packed.device,
-        packed, q, k, v, positions, frequencies, *packed.stride()[:2],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *positions.stride(), B * T, T, R, heads,
-        D, TOKENS, PAIRS, HEADS, unpack, inverse,
+    plan = plan_of(
+        heads, R, unpack, inverse, q.shape, packed.stride(), q.stride(), k.stride(), v.stride(), positions.stride(),
+        packed.dtype, packed.device,
     )  # fmt: skip
+    plan(packed, q, k, v, positions, kept_frequencies(q.shape[3], theta, packed.device))
 
 
 def _fake_qkv_backward(dq: Tensor, dk: Tensor, *_: Any) -> Tensor:
@@ -139,18 +151,18 @@ def _fake_qkv_backward(dq: Tensor, dk: Tensor, *_: Any) -> Tensor:
 
 
 @operator("rope_qkv_backward", fake=_fake_qkv_backward)
-def rope_qkv_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+def rope_qkv_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, theta: float) -> Tensor:
     """dq [B, T, H, D], dk and dv [B, T, K, D] with any strides -> dqkv [B, T, (R + 2) K D]."""
     q, k, v = interpretable(last_contiguous(dq), last_contiguous(dk), last_contiguous(dv))
     B, T, H, D = q.shape
     K = k.shape[2]
-    packed = q.new_empty(B, T, (H + 2 * K) * D)
-    run(packed, q, k, v, positions, frequencies, H // K, H + 2 * K, unpack=False, inverse=True)
-    return packed.to(dq.dtype)
+    packed = q.new_empty((B, T, (H + 2 * K) * D))
+    run(packed, q, k, v, positions, theta, H // K, H + 2 * K, unpack=False, inverse=True)
+    return rounded(packed, dq.dtype)
 
 
 def _fake_qkv(
-    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int
+    qkv: Tensor, positions: Tensor, theta: float, n_kv_head: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, W = qkv.shape
     k = qkv.new_empty(B, T, n_kv_head, head_dim)
@@ -158,51 +170,52 @@ def _fake_qkv(
 
 
 def _save_qkv(ctx, inputs, output) -> None:
-    qkv, positions, frequencies, K, D = inputs
+    qkv, positions, ctx.theta, K, D = inputs
     ctx.heads = qkv.shape[-1] // D - 2 * K, K, K
-    ctx.head_dim = D
-    ctx.save_for_backward(positions, frequencies)
+    ctx.save_for_backward(positions)
 
 
 def _backward_qkv(ctx, *gradients):
     given = next(g for g in gradients if g is not None)
-    B, T = given.shape[:2]
-    zero = given.new_zeros(ctx.head_dim)
-    full = [zero.expand(B, T, n, -1) if g is None else g for g, n in zip(gradients, ctx.heads, strict=True)]
-    return rope_qkv_backward_op(*full, *ctx.saved_tensors)
+    B, T, _, D = given.shape
+    pairs = zip(gradients, ctx.heads, strict=True)
+    full = [given.new_zeros(D).expand(B, T, n, D) if g is None else g for g, n in pairs]
+    return rope_qkv_backward_op(*full, *ctx.saved_tensors, ctx.theta)
 
 
 @operator("rope_qkv", fake=_fake_qkv, save=_save_qkv, backward=_backward_qkv)
 def rope_qkv_op(
-    qkv: Tensor, positions: Tensor, frequencies: Tensor, n_kv_head: int, head_dim: int
+    qkv: Tensor, positions: Tensor, theta: float, n_kv_head: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [B, T, (R + 2) K D], frequencies fp32 [D/2] -> q [B, T, H, D], k and v [B, T, K, D], contiguous."""
+    """qkv [B, T, (R + 2) K D] -> q [B, T, H, D], k and v [B, T, K, D], contiguous."""
     (packed,) = interpretable(last_contiguous(qkv))
-    heads = qkv.shape[-1] // head_dim
-    sizes = heads - 2 * n_kv_head, n_kv_head, n_kv_head
-    q, k, v = (packed.new_empty(*qkv.shape[:2], size, head_dim) for size in sizes)
-    run(packed, q, k, v, positions, frequencies, heads // n_kv_head - 2, heads, unpack=True, inverse=False)
-    return q.to(qkv.dtype), k.to(qkv.dtype), v.to(qkv.dtype)
+    B, T, W = qkv.shape
+    heads = W // head_dim
+    q = packed.new_empty((B, T, heads - 2 * n_kv_head, head_dim))
+    k = packed.new_empty((B, T, n_kv_head, head_dim))
+    v = torch.empty_like(k)
+    run(packed, q, k, v, positions, theta, heads // n_kv_head - 2, heads, unpack=True, inverse=False)
+    return rounded(q, qkv.dtype), rounded(k, qkv.dtype), rounded(v, qkv.dtype)
 
 
 def _save(ctx, inputs, output) -> None:
-    _, positions, frequencies, ctx.inverse = inputs
-    ctx.save_for_backward(positions, frequencies)
+    _, positions, ctx.theta, ctx.inverse = inputs
+    ctx.save_for_backward(positions)
 
 
 def _backward(ctx, dy):
-    return rope_op(dy, *ctx.saved_tensors, not ctx.inverse)
+    return rope_op(dy, *ctx.saved_tensors, ctx.theta, not ctx.inverse)
 
 
 @operator("rope", fake=lambda x, *_: x.new_empty(x.shape), save=_save, backward=_backward)
-def rope_op(x: Tensor, positions: Tensor, frequencies: Tensor, inverse: bool) -> Tensor:
+def rope_op(x: Tensor, positions: Tensor, theta: float, inverse: bool) -> Tensor:
     """x [B, T, heads, D] -> the same shape, contiguous."""
     (source,) = interpretable(last_contiguous(x))
     B, T, heads, D = x.shape
-    packed = source.new_empty(B, T, heads * D)
+    packed = source.new_empty((B, T, heads * D))
     # A tensor of query heads alone: no k, no v.
-    run(packed, source, source, source, positions, frequencies, heads, heads, unpack=False, inverse=inverse)
-    return packed.to(x.dtype).view(x.shape)
+    run(packed, source, source, source, positions, theta, heads, heads, unpack=False, inverse=inverse)
+    return rounded(packed, x.dtype).view(x.shape)
 
 
 def frequencies_of(D: int, theta: float, device: torch.device) -> Tensor:
@@ -210,6 +223,15 @@ def frequencies_of(D: int, theta: float, device: torch.device) -> Tensor:
     differently in its last bit turns by 0.06 more or less.
     """
     return theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+
+
+@lru_cache(maxsize=64)
+def kept_frequencies(D: int, theta: float, device: torch.device) -> Tensor:
+    """`frequencies_of` that later calls share. Only for operators, which see no fake tensors and save none of these."""
+    frequencies = frequencies_of(D, theta, device)
+    if device.type == "cuda":  # other streams read them too; inside a graph's capture this raises
+        torch.cuda.current_stream(device).synchronize()
+    return frequencies
 
 
 def stock_rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -257,16 +279,15 @@ def rope_qkv_reference(
 
 def check(name: str, x: Tensor, positions: Tensor, head_dim: int) -> None:
     """Raise KernelError unless the arguments that rope and rope_qkv share fit together."""
-    expect(
-        head_dim > 0 and head_dim % 2 == 0,
-        f"{name}: found heads of width {head_dim}, expected an even width: channels turn in pairs",
-    )
+    if head_dim <= 0 or head_dim % 2:
+        found = f"found heads of width {head_dim}"
+        raise KernelError(f"{name}: {found}, expected an even width: channels turn in pairs")
     B, T = x.shape[:2]
-    expect(
-        positions.dtype == torch.int64 and tuple(positions.shape) in ((T,), (B, T)) and positions.device == x.device,
-        f"{name}: found positions {positions.dtype} {tuple(positions.shape)} on {positions.device}, expected int64 "
-        f"({T},), or ({B}, {T}) for each token its own, on {x.device}",
-    )
+    if positions.dtype != torch.int64 or positions.shape not in ((T,), (B, T)) or positions.device != x.device:
+        raise KernelError(
+            f"{name}: found positions {positions.dtype} {tuple(positions.shape)} on {positions.device}, expected int64 "
+            f"({T},), or ({B}, {T}) for each token its own, on {x.device}"
+        )
 
 
 def rope_qkv(
@@ -281,29 +302,27 @@ def rope_qkv(
     qkv; the stock form's k and v are views. Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on
     arguments that do not fit together or a form that cannot run.
     """
-    expect(
-        qkv.dim() == 3 and n_kv_head > 0 and head_dim > 0 and qkv.shape[-1] % (n_kv_head * head_dim) == 0
-        and qkv.shape[-1] >= 3 * n_kv_head * head_dim,
-        f"rope_qkv: found qkv {tuple(qkv.shape)}, expected [B, T, (R + 2) K D] with K = {n_kv_head}, D = {head_dim} "
-        f"and R at least 1",
-    )  # fmt: skip
+    group = n_kv_head * head_dim
+    if qkv.dim() != 3 or n_kv_head < 1 or head_dim < 1 or qkv.shape[-1] % group or qkv.shape[-1] < 3 * group:
+        sizes = f"K = {n_kv_head}, D = {head_dim} and R at least 1"
+        raise KernelError(f"rope_qkv: found qkv {tuple(qkv.shape)}, expected [B, T, (R + 2) K D] with {sizes}")
     check("rope_qkv", qkv, positions, head_dim)
     form = choose(impl, "rope_qkv", device=qkv.device, dtype=qkv.dtype)
     if form == "reference":
         return rope_qkv_reference(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta)
     if form == "torch":
         return stock_qkv(qkv, positions, n_kv_head, head_dim, theta)
-    frequencies = frequencies_of(head_dim, theta, qkv.device)
-    return rope_qkv_op(qkv, positions, frequencies, n_kv_head, head_dim)
+    return rope_qkv_op(qkv, positions, theta, n_kv_head, head_dim)
 
 
 def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, impl: str = "auto") -> Tensor:
     """x [B, T, heads, D], any strides, turned as `rope_qkv` turns queries -> the same shape and dtype."""
-    expect(x.dim() == 4, f"rope: found x {tuple(x.shape)}, expected [B, T, heads, D]")
+    if x.dim() != 4:
+        raise KernelError(f"rope: found x {tuple(x.shape)}, expected [B, T, heads, D]")
     check("rope", x, positions, x.shape[-1])
     form = choose(impl, "rope", device=x.device, dtype=x.dtype)
     if form == "reference":
         return rope_reference(x, positions, theta=theta)
     if form == "torch":
         return stock_rotate(x, positions, theta)
-    return rope_op(x, positions, frequencies_of(x.shape[-1], theta, x.device), False)
+    return rope_op(x, positions, theta, False)

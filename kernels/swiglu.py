@@ -8,13 +8,27 @@ is one row of M F pairs, loaded in full 16-byte vectors.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, choose, expect, interpretable, last_contiguous, launch, padded, wide
+from kernels.dispatch import (
+    KernelError,
+    cdiv,
+    choose,
+    empty_like,
+    interpretable,
+    last_contiguous,
+    padded,
+    rounded,
+    wide,
+)
+from kernels.plan import Plan, planned
 from kernels.registration import operator
 
 TILE_ELEMENTS = 2048  # of the result
@@ -94,31 +108,34 @@ def swiglu_backward_kernel(
     tl.store(dx_ptr + rows * (2 * width) + pairs, dx, rows_inside & (pairs < 2 * width))
 
 
-def as_matrices(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return matrices with contiguous rows, of equally many rows; of one row if all tensors are contiguous."""
+def as_matrices(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int, tuple[int, ...]]:
+    """(tensors with contiguous rows, how many rows, the strides of the rows); one row if all tensors are contiguous."""
     if all(t.is_contiguous() for t in tensors):
-        return interpretable(*(t.view(1, -1) for t in tensors))
-    return interpretable(*(last_contiguous(t.reshape(-1, t.shape[-1])) for t in tensors))
+        return interpretable(*tensors), 1, (0,) * len(tensors)
+    rows = interpretable(*(last_contiguous(t.reshape(-1, t.shape[-1])) for t in tensors))
+    return rows, rows[0].shape[0], tuple([t.stride(0) for t in rows])
 
 
-def vector_of(x: Tensor) -> int:
-    """Results that a thread holds side by side after loading 16 bytes of x."""
-    return 8 // x.itemsize
+def plan_of(
+    kernel: Any, pairs: bool, M: int, width: int, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Plan:
+    """`kernel` over a result [M, width], from inputs with these strides of rows. pairs: it takes VECTOR."""
+    ROWS, COLS = tile_of(M, width)
+    vector = [8 // dtype.itemsize] * pairs  # results that a thread holds after loading 16 bytes of pairs
+    return Plan(kernel, cdiv(M, ROWS) * cdiv(width, COLS), device, *strides, width, M, ROWS, COLS, *vector)
+
+
+forward_plan = planned(partial(plan_of, swiglu_forward_kernel, True))
+backward_plan = planned(partial(plan_of, swiglu_backward_kernel, True))
 
 
 @operator("swiglu_backward", fake=lambda dy, x: x.new_empty(x.shape))
 def swiglu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     """dy [..., F], x [..., 2 F] -> dx [..., 2 F]."""
-    dy_rows, rows = as_matrices(dy, x)
-    M, width = dy_rows.shape
-    dx = torch.empty((M, 2 * width), dtype=rows.dtype, device=x.device)
-    ROWS, COLS = tile_of(M, width)
-    launch(
-        swiglu_backward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
-        dy_rows, rows, dx, dy_rows.stride(0), rows.stride(0), width, M,
-        ROWS, COLS, vector_of(rows),
-    )  # fmt: skip
-    return dx.to(x.dtype).view(x.shape)
+    (dy_rows, rows), M, strides = as_matrices(dy, x)
+    dx = empty_like(x, rows.dtype)
+    backward_plan(M, dy.numel() // M, strides, rows.dtype, x.device)(dy_rows, rows, dx)
+    return rounded(dx, x.dtype)
 
 
 def _backward(ctx, dy):
@@ -128,15 +145,10 @@ def _backward(ctx, dy):
 @operator("swiglu", fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), backward=_backward)
 def swiglu_op(x: Tensor) -> Tensor:
     """x [..., 2 F] -> [..., F]."""
-    (rows,) = as_matrices(x)
-    M, width = rows.shape[0], rows.shape[1] // 2
-    y = torch.empty((M, width), dtype=rows.dtype, device=x.device)
-    ROWS, COLS = tile_of(M, width)
-    launch(
-        swiglu_forward_kernel, cdiv(M, ROWS) * cdiv(width, COLS), x.device,
-        rows, y, rows.stride(0), width, M, ROWS, COLS, vector_of(rows),
-    )  # fmt: skip
-    return y.to(x.dtype).view(*x.shape[:-1], x.shape[-1] // 2)
+    (rows,), M, strides = as_matrices(x)
+    y = rows.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    forward_plan(M, y.numel() // M, strides, rows.dtype, x.device)(rows, y)
+    return rounded(y, x.dtype)
 
 
 def stock(x: Tensor) -> Tensor:
@@ -160,10 +172,9 @@ def swiglu(x: Tensor, *, impl: str = "auto") -> Tensor:
     KernelError on an odd or empty last dimension or a form that cannot run.
     """
     width = x.shape[-1] if x.dim() else 0
-    expect(
-        width > 0 and width % 2 == 0,
-        f"swiglu: found x {tuple(x.shape)}, expected [..., 2 F]: a gate and an up channel for each of F results",
-    )
+    if width == 0 or width % 2:
+        found = f"found x {tuple(x.shape)}"
+        raise KernelError(f"swiglu: {found}, expected [..., 2 F]: a gate and an up channel for each of F results")
     form = choose(impl, "swiglu", device=x.device, dtype=x.dtype)
     if form == "triton":
         return swiglu_op(x)

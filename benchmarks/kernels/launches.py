@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.kernels.case import Case
+from kernels.plan import made
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def recorded(arch: int) -> Iterator[dict[Launch, None]]:
         patch("kernels.dispatch.why_not_triton", lambda device, dtype: None),
         patch("kernels.attention.tiles.capability", lambda device: arch // 10),
     ):
+        made.cache_clear()  # of plans for another architecture
         yield launches
+    made.cache_clear()
 
 
 def launches_of(case: Case, arch: int) -> list[Launch]:

@@ -30,8 +30,9 @@ from benchmarks.kernels.launches import recorded
 from benchmarks.kernels.runner import TOLERANCE, comparison
 from kernels.attention.backward import backward
 from kernels.attention.forward import forward
-from kernels.attention.options import Options, Strided, flags
-from kernels.attention.tiles import KINDS, WIDTHS, Tile, describable, tile_for_device, tile_width
+from kernels.attention.options import Options, Strided
+from kernels.attention.problem import Problem
+from kernels.attention.tiles import KINDS, WIDTHS, Tile, tile_width
 from kernels.dispatch import INTERPRETED, why_not_triton
 
 # What is switched on.
@@ -101,7 +102,7 @@ def pass_of(kind: str, shape: Shape, given: Case) -> Callable[[Tile], Sequence[T
 def present(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tile:
     """The tile that the tables hold now."""
     q = torch.empty(1, shape.T, shape.H, shape.D, dtype=dtype, device=device)
-    return tile_for_device(kind, q, flags(options_of(shape, kind), None), describable(q))
+    return Problem.of(options_of(shape, kind), False, q, q, q).tile(kind)
 
 
 def tune(

@@ -12,6 +12,7 @@ to dQ by atomic additions.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,32 +21,28 @@ from torch import Tensor
 
 from kernels.attention.dkdv import attention_dkdv_kernel
 from kernels.attention.dq import attention_dq_kernel
-from kernels.attention.options import LOG2_E, Options, flags, scalars
-from kernels.attention.parts import MAY_END, document_bounds, head_of, load_tile
-from kernels.attention.tiles import (
-    Tile,
-    describable,
-    loadable,
-    origin_of,
-    section_of,
-    sources,
-    tile_for_device,
-    tile_width,
-)  # fmt: skip
-from kernels.dispatch import cdiv, launch
+from kernels.attention.options import LOG2_E, Options
+from kernels.attention.parts import MAY_END, head_of, load_tile
+from kernels.attention.problem import Problem, head_strides, loadable
+from kernels.attention.tiles import Tile, tile_width
+from kernels.dispatch import cdiv
+from kernels.plan import Plan, planned
 
 DELTA_ROWS = 16
+LONGEST_TILE = 128  # of queries
 CAST_ELEMENTS = 4096
 
 
 @triton.jit(do_not_specialize=["Tq"])
 def attention_delta_kernel(
-    o_ptr, do_ptr, dlse_ptr, delta_ptr, stride_dob, stride_dot, stride_doh, stride_dlseb, stride_dlseh, stride_dlset,
-    Tq, H, log2_e,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, rows_ptr, stride_dob, stride_dot, stride_doh,
+    stride_dlseb, stride_dlseh, stride_dlset, Tq, H, length, log2_e,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Write delta fp32 [B, H, Tq], the rowsum of o do (o [B, Tq, H, D] contiguous) less the base-2 gradient of lse."""
-    tiles = tl.cdiv(Tq, BLOCK_M)
+    """Write rows fp32 [B, H, 2, length]: lse, and delta, the rowsum of o do (o [B, Tq, H, D] contiguous) less the
+    base-2 gradient of lse. In the padding P and dS vanish: lse is infinite there, delta 0.
+    """
+    tiles = length // BLOCK_M
     first = tl.program_id(0) % tiles * BLOCK_M
     head = tl.program_id(0) // tiles
     b, h = head // H, head % H
@@ -58,88 +55,92 @@ def attention_delta_kernel(
     if dlse_ptr is not None:
         dlse_head, stride, _, _ = head_of(dlse_ptr, stride_dlseb, stride_dlset, stride_dlseh, b, h, False)
         delta -= tl.load(dlse_head + tl.cast(rows, tl.int64) * stride, rows < Tq, 0.0) * log2_e
-    tl.store(delta_ptr + tl.cast(head, tl.int64) * Tq + rows, delta, rows < Tq)
+    lse = tl.load(lse_ptr + tl.cast(head, tl.int64) * Tq + rows, rows < Tq, float("inf"))
+    rows_head = rows_ptr + tl.cast(head, tl.int64) * 2 * length + rows
+    tl.store(rows_head, lse)
+    tl.store(rows_head + length, delta)
 
 
 @triton.jit(do_not_specialize=["elements"])
-def scale_and_cast_kernel(x_ptr, y_ptr, elements, scale, BLOCK: tl.constexpr):
-    """y = x * scale in the dtype of y, both contiguous."""
+def scale_and_cast_kernel(x_ptr, y_ptr, elements, scale, stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """y = x * scale in the dtype of y: x contiguous, y in rows of D with a stride."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(x_ptr + at, at < elements) * scale
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), at < elements)
+    tl.store(y_ptr + at // D * stride + at % D, y.to(y_ptr.dtype.element_ty), at < elements)
 
 
-def delta_of(do: Tensor, o: Tensor, dlse: Tensor | None) -> Tensor:
-    """Return rowsum(do * o) less the gradient of lse, fp32 [B, H, Tq]."""
-    B, Tq, H, D = o.shape
-    delta = torch.empty((B, H, Tq), dtype=torch.float32, device=o.device)
-    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
-    launch(
-        attention_delta_kernel, cdiv(Tq, DELTA_ROWS) * B * H, o.device,
-        o, do, dlse, delta, *do.stride()[:3], *dlse_strides, Tq, H, LOG2_E, D, tile_width(D), DELTA_ROWS,
-    )  # fmt: skip
-    return delta
+class Plans(NamedTuple):
+    """delta: of attention_delta_kernel. keys: of dkdv. queries: of dq, or if fused of what casts the sums."""
+
+    delta: Plan
+    keys: Plan
+    queries: Plan
 
 
-def launch_dkdv(
-    inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], samples: Tensor | None, ends: Tensor | None,
-    gradients: tuple[Tensor | None, ...], options: Options, switched: tuple, tile: Tile,
-) -> None:  # fmt: skip
-    """inputs: q, k, v, do. saved: lse, delta. gradients: fp32 sums for dq (None if not fused), dk, dv."""
-    q, k, v, do = inputs
-    (B, Tq, H, D), (_, Tk, K, _) = q.shape, k.shape
-    m, n = tile.block_m, tile.block_n
-    loaded, strides = sources(tile, (q, m), (k, n), (v, n), (do, m))
-    fused = gradients[0] is not None
-    bytes_per_row = 2 * D * q.element_size() + 4 * D * fused  # of q, do and the sums
-    launch(
-        attention_dkdv_kernel, cdiv(Tk, n) * B * K, q.device,
-        *loaded, *saved, samples, ends, *gradients, *strides, Tq, Tk, H, H // K, origin_of(Tq, Tk, options, tile),
-        section_of(q, Tq * bytes_per_row * (H // K), 1), 1 / math.sqrt(D), *scalars(options, D, Tk),
-        D, tile_width(D), m, n, *switched, tile.tma, fused, warps=tile.warps, stages=tile.stages,
+def padded_length(Tq: int) -> int:
+    return cdiv(Tq, LONGEST_TILE) * LONGEST_TILE
+
+
+@planned
+def plans_of(
+    problem: Problem, dlse_strides: tuple[int, ...], out_strides: tuple[tuple[int, ...], ...],
+    tiles: tuple[Tile, Tile] | None,
+) -> Plans:  # fmt: skip
+    """out_strides: of dq and of dk and dv. tiles: of the dkdv (or fused) and the dq kernel."""
+    B, Tq, Tk, H, K, D = problem.sizes
+    device, length, fused = problem.device, padded_length(Tq), not problem.options.deterministic
+    one, two = tiles or (problem.tile(kind) for kind in ("fused" if fused else "dkdv", "dq"))
+    delta = Plan(
+        attention_delta_kernel, length // DELTA_ROWS * B * H, device,
+        *head_strides(problem.strides[3]), *dlse_strides, Tq, H, length, LOG2_E, D, tile_width(D), DELTA_ROWS,
     )  # fmt: skip
 
+    def products(kernel: Any, programs: int, tile: Tile, out: tuple[int, ...], section: int, *form: bool) -> Plan:
+        strides = head_strides(*problem.strides, out)
+        return Plan(
+            kernel, programs, device, *strides, length, Tq, Tk, H, H // K, problem.origin(tile), section,
+            1 / math.sqrt(D), *problem.numbers, D, tile_width(D), tile.block_m, tile.block_n, *problem.flags, tile.tma,
+            *form, warps=tile.warps, stages=tile.stages, layouts=problem.layouts(tile),
+        )  # fmt: skip
 
-def launch_dq(
-    inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...], samples: Tensor | None, starts: Tensor | None,
-    dq: Tensor, options: Options, switched: tuple, tile: Tile,
-) -> None:  # fmt: skip
-    """inputs: q, k, v, do. saved: lse, delta."""
-    q, k, v, do = inputs
-    (B, Tq, H, D), (_, Tk, K, _) = q.shape, k.shape
-    m, n = tile.block_m, tile.block_n
-    loaded, strides = sources(tile, (q, m), (k, n), (v, n), (do, m))
-    origin = origin_of(Tq, Tk, options, tile)
-    launch(
-        attention_dq_kernel, cdiv(Tk - origin, m) * B * H, q.device,
-        *loaded, *saved, samples, starts, dq, *strides, Tq, Tk, H, H // K, origin,
-        section_of(q, 2 * Tk * D * q.element_size(), H // K), 1 / math.sqrt(D), *scalars(options, D, Tk),
-        D, tile_width(D), m, n, *switched, tile.tma, warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
+    row_bytes = 2 * D * problem.dtype.itemsize  # of k and v; of q and do, beside the sums
+    of_keys = problem.section(Tq * (row_bytes + 4 * D * fused) * (H // K), 1)
+    keys = products(attention_dkdv_kernel, cdiv(Tk, one.block_n) * B * K, one, out_strides[1], of_keys, fused)
+    if fused:
+        size = B * Tq * H * D
+        scaled = size, 1 / math.sqrt(D), out_strides[0][2], D, CAST_ELEMENTS
+        return Plans(delta, keys, Plan(scale_and_cast_kernel, cdiv(size, CAST_ELEMENTS), device, *scaled))
+    programs = cdiv(Tk - problem.origin(two), two.block_m) * B * H
+    of_queries = problem.section(Tk * row_bytes, H // K)
+    return Plans(delta, keys, products(attention_dq_kernel, programs, two, out_strides[0], of_queries))
 
 
 def backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
-    samples: Tensor | None = None, cu_seqlens: Tensor | None = None, tiles: tuple[Tile, Tile] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (dq, dk, dv), contiguous. tiles: of the dkdv (or fused) and the dq kernel; by default from the tables."""
+    samples: Tensor | None = None, bounds: Tensor | None = None, tiles: tuple[Tile, Tile] | None = None,
+    packed: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return dq, dk, dv, contiguous, or if `packed` one tensor [B, T, H, 3, D] of them.
+
+    tiles: of the dkdv (or fused) and the dq kernel; by default from the tables.
+    """
     dtype = q.dtype
     q, k, v, do, o = loadable(q, k, v, do, o)
-    switched = flags(options, cu_seqlens)
-    first = "dkdv" if options.deterministic else "fused"
-    described = describable(q, k, v, do)
-    dkdv, rows = tiles or (tile_for_device(kind, q, switched, described) for kind in (first, "dq"))
-    starts, ends = document_bounds(cu_seqlens, q.shape[0], k.shape[1])
-    inputs, saved = (q, k, v, do), (lse, delta_of(do, o.contiguous(), dlse))
-    dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
-    if options.deterministic:
-        launch_dkdv(inputs, saved, samples, ends, (None, dk, dv), options, switched, dkdv)
-        launch_dq(inputs, saved, samples, starts, dq, options, switched, rows)
+    B, Tq, H, D = q.shape
+    if packed:
+        found = [q.new_empty((B, Tq, H, 3, D))]
+        dq, dk, dv = found[0].unbind(3)
     else:
-        sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        launch_dkdv(inputs, saved, samples, ends, (sums, dk, dv), options, switched, dkdv)
-        launch(
-            scale_and_cast_kernel, cdiv(sums.numel(), CAST_ELEMENTS), q.device,
-            sums, dq, sums.numel(), 1 / math.sqrt(q.shape[3]), CAST_ELEMENTS,
-        )  # fmt: skip
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+        found = dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    problem = Problem.of(options, bounds is not None, q, k, v, do)
+    plans = plans_of(problem, (0, 0, 0) if dlse is None else dlse.stride(), (dq.stride(), dk.stride()), tiles)
+    rows = q.new_empty((B, H, 2, padded_length(Tq)), dtype=torch.float32)
+    starts, ends = (None, None) if bounds is None else bounds.unbind()
+    plans.delta(o.contiguous(), do, lse, dlse, rows)
+    sums = None if options.deterministic else q.new_zeros(q.shape, dtype=torch.float32)
+    plans.keys(q, k, v, do, rows, samples, ends, sums, dk, dv)
+    if sums is None:
+        plans.queries(q, k, v, do, rows, samples, starts, dq)
+    else:
+        plans.queries(sums, dq)
+    return tuple([gradient.to(dtype) for gradient in found])

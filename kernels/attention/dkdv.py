@@ -14,16 +14,14 @@ from kernels.attention.parts import (
     MAY_END,
     head_of,
     inside,
-    last_query,
+    load_rows,
     load_tile,
-    queries_seeing,
-    query_of,
-    rows_inside,
     store_tile,
-    tanh_of_half,
     tile_and_head,
 )  # fmt: skip
+from kernels.attention.walk import last_query, queries_seeing, query_of
 from kernels.philox import keep_tile
+from kernels.softcap import tanh_of_half
 
 
 @triton.jit
@@ -39,7 +37,7 @@ def add_tile(
 
 @triton.jit
 def walk_queries(
-    dk, dv, k, v, first_col, highs, q_head, do_head, lse_ptr, delta_ptr, dq_ptr, stride_dq, walk, Tq, Tk, scale, cap,
+    dk, dv, k, v, first_col, highs, q_head, do_head, lse_ptr, length, dq_ptr, stride_dq, walk, Tq, Tk, scale, cap,
     keep_scale, dropout,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
@@ -53,12 +51,13 @@ def walk_queries(
         position = query_of(step, far, block, SPARSE, STRIDE)
         positions = position + tl.arange(0, BLOCK_M)
         row = position - (Tk - Tq)
-        rows, within = rows_inside(row, Tq, BLOCK_M, CHECK)
         q = load_tile(q_head, row, Tq, D, BLOCK_M, WIDTH, CHECK, TMA)
         do = load_tile(do_head, row, Tq, D, BLOCK_M, WIDTH, CHECK, TMA)
         # Rows past the end get P = 2^(0 - inf) = 0.
-        lse = tl.load(lse_ptr + rows, within, float("inf"))
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        lse = load_rows(lse_ptr, row, Tq, float("inf"), BLOCK_M, CHECK)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        scores *= scale
         slope = 1.0
         if SOFTCAP:
             tanh = tanh_of_half(scores)
@@ -71,7 +70,6 @@ def walk_queries(
             if BOUNDED:
                 seen &= positions[None, :] <= highs[:, None]
             p = tl.where(seen, p, 0.0)
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         kept = p
         if DROPOUT:
             seed, site, threshold, sample, head = dropout
@@ -79,7 +77,7 @@ def walk_queries(
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
-        delta = tl.load(delta_ptr + rows, within, 0.0)
+        delta = load_rows(lse_ptr + length, row, Tq, 0.0, BLOCK_M, CHECK)
         ds = (p * (dp - delta[None, :]) * slope).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         if FUSED:
@@ -92,15 +90,18 @@ def walk_queries(
     "Tq", "Tk", "origin", "section", "window", "seed", "site", "threshold", "head_offset",
 ])  # fmt: skip
 def attention_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, samples_ptr, ends_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, rows_ptr, samples_ptr, ends_ptr, dq_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_dob, stride_dot, stride_doh,
+    stride_dob, stride_dot, stride_doh, stride_outb, stride_outt, stride_outh, length,
     Tq, Tk, H, R, origin, section, grad_scale, window, scale, cap, keep_scale, seed, site, threshold, head_offset,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr,
     TMA: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Write dk, dv [B, Tk, K, D] of one tile of keys over R query heads. FUSED: add to dq [B, Tq, H, D], unscaled."""
+    """Write dk, dv [B, Tk, K, D] of one tile of keys over R query heads. FUSED: add to dq [B, Tq, H, D], unscaled.
+
+    rows: what attention_delta_kernel writes. stride_out: of dk and of dv.
+    """
     K = H // R
     # Keys early in the sequence are seen by the most queries: the longest start first.
     tiles = tl.cdiv(Tk, BLOCK_N)
@@ -124,13 +125,13 @@ def attention_dkdv_kernel(
         h = kv_head * R + r
         q_head = head_of(q_ptr, stride_qb, stride_qt, stride_qh, b, h, TMA)
         do_head = head_of(do_ptr, stride_dob, stride_dot, stride_doh, b, h, TMA)
-        lse_head = tl.cast(b * H + h, tl.int64) * Tq
+        lse_head = rows_ptr + tl.cast(b * H + h, tl.int64) * 2 * length
         dq_head = dq_ptr + (tl.cast(b, tl.int64) * Tq * H + h) * D if FUSED else dq_ptr
         dk, dv = walk_queries(
-            dk, dv, k, v, first_col, highs, q_head, do_head, lse_ptr + lse_head, delta_ptr + lse_head, dq_head, H * D,
+            dk, dv, k, v, first_col, highs, q_head, do_head, lse_head, length, dq_head, H * D,
             walk, Tq, Tk, scale, cap, keep_scale, (seed, site, threshold, sample, h + head_offset),
             D, WIDTH, BLOCK_M, BLOCK_N, DROPOUT, SOFTCAP, BOUNDED, SPARSE, STRIDE, TMA, FUSED,
         )  # fmt: skip
-    out = (tl.cast(b, tl.int64) * Tk * K + kv_head) * D
-    store_tile(dk_ptr + out, K * D, first_col, Tk, dk * grad_scale, D, BLOCK_N, WIDTH, MAY_END)
-    store_tile(dv_ptr + out, K * D, first_col, Tk, dv * keep_scale, D, BLOCK_N, WIDTH, MAY_END)
+    out = tl.cast(b, tl.int64) * stride_outb + tl.cast(kv_head, tl.int64) * stride_outh
+    store_tile(dk_ptr + out, stride_outt, first_col, Tk, dk * grad_scale, D, BLOCK_N, WIDTH, MAY_END)
+    store_tile(dv_ptr + out, stride_outt, first_col, Tk, dv * keep_scale, D, BLOCK_N, WIDTH, MAY_END)

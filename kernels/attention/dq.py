@@ -10,17 +10,15 @@ from kernels.attention.parts import (
     MAY_BEGIN,
     MAY_END,
     UNSEEN,
-    first_key,
     head_of,
-    key_of,
-    keys_seen,
+    load_rows,
     load_tile,
-    rows_inside,
     store_tile,
-    tanh_of_half,
     tile_and_head,
 )  # fmt: skip
+from kernels.attention.walk import first_key, key_of, keys_seen
 from kernels.philox import keep_tile
+from kernels.softcap import tanh_of_half
 
 
 @triton.jit
@@ -36,7 +34,9 @@ def walk_keys(
         start = key_of(step, begin, near, block, SPARSE, STRIDE)
         k = load_tile(k_head, start, Tk, D, BLOCK_N, WIDTH, CHECK, TMA)
         v = load_tile(v_head, start, Tk, D, BLOCK_N, WIDTH, CHECK, TMA)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        scores *= scale
         slope = 1.0
         if SOFTCAP:
             tanh = tanh_of_half(scores)
@@ -50,7 +50,6 @@ def walk_keys(
             if start < full:
                 scores = tl.where(cols[None, :] >= lows[:, None], scores, UNSEEN)
         p = tl.exp2(scores)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if DROPOUT:
             seed, site, threshold, sample, head = dropout
             keep = keep_tile(seed, site, threshold, sample, head, positions, start, BLOCK_N)
@@ -64,15 +63,15 @@ def walk_keys(
     "Tq", "Tk", "origin", "section", "window", "seed", "site", "threshold", "head_offset",
 ])  # fmt: skip
 def attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, samples_ptr, starts_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, rows_ptr, samples_ptr, starts_ptr, dq_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_dob, stride_dot, stride_doh,
+    stride_dob, stride_dot, stride_doh, stride_outb, stride_outt, stride_outh, length,
     Tq, Tk, H, R, origin, section, grad_scale, window, scale, cap, keep_scale, seed, site, threshold, head_offset,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
     SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SPARSE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, Tq, H, D] contiguous of one tile of queries of one head."""
+    """dq [B, Tq, H, D] of one tile of queries of one head. rows: what attention_delta_kernel writes."""
     tiles = tl.cdiv(Tk - origin, BLOCK_M)
     tile, head = tile_and_head(tiles, section)
     b, h = head // H, head % H
@@ -89,9 +88,9 @@ def attention_dq_kernel(
     do = load_tile(do_head, row, Tq, D, BLOCK_M, WIDTH, CHECK, TMA)
     k_head = head_of(k_ptr, stride_kb, stride_kt, stride_kh, b, h // R, TMA)
     v_head = head_of(v_ptr, stride_vb, stride_vt, stride_vh, b, h // R, TMA)
-    rows, within = rows_inside(row, Tq, BLOCK_M, CHECK)
-    lse = tl.load(lse_ptr + tl.cast(head, tl.int64) * Tq + rows, within, float("inf"))
-    delta = tl.load(delta_ptr + tl.cast(head, tl.int64) * Tq + rows, within, 0.0)
+    lse_head = rows_ptr + tl.cast(head, tl.int64) * 2 * length
+    lse = load_rows(lse_head, row, Tq, float("inf"), BLOCK_M, CHECK)
+    delta = load_rows(lse_head + length, row, Tq, 0.0, BLOCK_M, CHECK)
     positions = position + tl.arange(0, BLOCK_M)
     lows = first_key(starts_ptr, window, b, Tk, positions) if BOUNDED else positions
     begin, near, full, diagonal, end, block = keys_seen(
@@ -107,5 +106,5 @@ def attention_dq_kernel(
         dq, q, do, lse, delta, positions, lows, k_head, v_head, walk, diagonal, end, Tk, scale, cap, keep_scale,
         dropout, D, WIDTH, BLOCK_N, True, DROPOUT, SOFTCAP, BOUNDED, SPARSE, STRIDE, TMA,
     )  # fmt: skip
-    out = dq_ptr + (tl.cast(b, tl.int64) * Tq * H + h) * D
-    store_tile(out, H * D, row, Tq, dq * grad_scale, D, BLOCK_M, WIDTH, CHECK)
+    out, stride, _, _ = head_of(dq_ptr, stride_outb, stride_outt, stride_outh, b, h, False)
+    store_tile(out, stride, row, Tq, dq * grad_scale, D, BLOCK_M, WIDTH, CHECK)

@@ -1,7 +1,7 @@
 """The forward pass of attention: one program computes one tile of queries of one head.
 
-Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): scores are scaled by log2(e) / sqrt(D) in fp32,
-and lse = log2(sum of 2^score) is kept for the backward pass.
+Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): the maximum is that of raw scores, so that their
+scale log2(e) / sqrt(D) and its subtraction are one operation. lse = log2(sum of 2^score) is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -11,35 +11,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.options import Options, flags, scalars
+from kernels.attention.options import Options
 from kernels.attention.parts import (
     INSIDE,
     MAY_BEGIN,
     MAY_END,
     UNSEEN,
-    document_bounds,
-    first_key,
     head_of,
-    key_of,
-    keys_seen,
     load_tile,
     rows_inside,
     store_tile,
-    tanh_of_half,
     tile_and_head,
 )  # fmt: skip
-from kernels.attention.tiles import (
-    Tile,
-    describable,
-    loadable,
-    origin_of,
-    section_of,
-    sources,
-    tile_for_device,
-    tile_width,
-)  # fmt: skip
-from kernels.dispatch import cdiv, launch
+from kernels.attention.problem import Problem, head_strides, loadable
+from kernels.attention.tiles import Tile, tile_width
+from kernels.attention.walk import first_key, key_of, keys_seen
+from kernels.dispatch import cdiv
 from kernels.philox import keep_tile
+from kernels.plan import Plan, planned
+from kernels.softcap import tanh_of_half
 
 
 @triton.jit
@@ -50,13 +40,14 @@ def attend(
 ):  # fmt: skip
     """Fold steps first to last - 1 of the walk over the keys into the sums. MASKED: tiles the diagonal may cross."""
     begin, near, full, block = walk
+    unit = 1.0 if SOFTCAP else scale  # of a score, in base 2
     CHECK: tl.constexpr = MAY_END if MASKED else INSIDE
     for step in range(first, last, BLOCK_N):
         start = key_of(step, begin, near, block, SPARSE, STRIDE)
         k = load_tile(k_head, start, Tk, D, BLOCK_N, WIDTH, CHECK, TMA)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:
-            scores = tanh_of_half(scores) * cap
+            scores = tanh_of_half(scores * scale) * cap
         cols = start + tl.arange(0, BLOCK_N)
         if MASKED:
             scores = tl.where(cols[None, :] <= positions[:, None], scores, UNSEEN)
@@ -64,8 +55,8 @@ def attend(
             if start < full:
                 scores = tl.where(cols[None, :] >= lows[:, None], scores, UNSEEN)
         higher = tl.maximum(high, tl.max(scores, 1))
-        shrink = tl.exp2(high - higher)
-        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2((high - higher) * unit)
+        weights = tl.exp2(scores * unit - (higher * unit)[:, None])
         total = total * shrink + tl.sum(weights, 1)
         if DROPOUT:
             seed, site, threshold, sample, head = dropout
@@ -125,31 +116,35 @@ def attention_forward_kernel(
     rows, within = rows_inside(row, Tq, BLOCK_M, CHECK)
     o = acc * (keep_scale / total)[:, None]
     store_tile(o_ptr + (tl.cast(b, tl.int64) * Tq * H + h) * D, H * D, row, Tq, o, D, BLOCK_M, WIDTH, CHECK)
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * Tq + rows, high + tl.log2(total), within)
+    lse = high * (1.0 if SOFTCAP else scale) + tl.log2(total)
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * Tq + rows, lse, within)
+
+
+@planned
+def plan_of(problem: Problem, tile: Tile | None) -> Plan:
+    B, Tq, Tk, H, K, D = problem.sizes
+    tile = tile or problem.tile("forward")
+    origin, section = problem.origin(tile), problem.section(2 * Tk * D * problem.dtype.itemsize, H // K)
+    return Plan(
+        attention_forward_kernel, cdiv(Tk - origin, tile.block_m) * B * H, problem.device,
+        *head_strides(*problem.strides), Tq, Tk, H, H // K, origin, section, *problem.numbers,
+        D, tile_width(D), tile.block_m, tile.block_n, *problem.flags, tile.tma,
+        warps=tile.warps, stages=tile.stages, layouts=problem.layouts(tile),
+    )  # fmt: skip
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, samples: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, options: Options, samples: Tensor | None = None, bounds: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return o [B, Tq, H, D] in the dtype of q and lse in base 2, fp32 [B, H, Tq]. tile: by default from the tables."""
+    """Return o [B, Tq, H, D] in the dtype of q and lse in base 2, fp32 [B, H, Tq].
+
+    bounds: of documents (documents.py). tile: by default from the tables.
+    """
     dtype = q.dtype
     q, k, v = loadable(q, k, v)
-    B, Tq, H, D = q.shape
-    Tk, K = k.shape[1], k.shape[2]
-    switched = flags(options, cu_seqlens)
-    tile = tile or tile_for_device("forward", q, switched, describable(q, k, v))
-    starts, _ = document_bounds(cu_seqlens, B, Tk)
-    o = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    loaded, strides = sources(tile, (q, tile.block_m), (k, tile.block_n), (v, tile.block_n))
-    origin = origin_of(Tq, Tk, options, tile)
-    section = section_of(q, 2 * Tk * D * q.element_size(), H // K)
-    launch(
-        attention_forward_kernel, cdiv(Tk - origin, tile.block_m) * B * H, q.device,
-        *loaded, o, lse, samples, starts, *strides,
-        Tq, Tk, H, H // K, origin, section, *scalars(options, D, Tk),
-        D, tile_width(D), tile.block_m, tile.block_n, *switched, tile.tma,
-        warps=tile.warps, stages=tile.stages,
-    )  # fmt: skip
+    B, Tq, H, _ = q.shape
+    o, lse = q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+    plan = plan_of(Problem.of(options, bounds is not None, q, k, v), tile)
+    plan(q, k, v, o, lse, samples, None if bounds is None else bounds[0])
     return o.to(dtype), lse

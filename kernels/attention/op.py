@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.attention import reference
 from kernels.attention.backward import backward
+from kernels.attention.documents import document_bounds_op
 from kernels.attention.forward import forward
 from kernels.attention.options import Options, Strided
 from kernels.attention.reference import visible
@@ -121,7 +122,7 @@ def wrong_options(
 
 # `attention`'s options as its operators take them. window 0: none; sparse: [] or [block, local, stride].
 OPTIONS = (
-    "Tensor? samples, Tensor? cu_seqlens, SymInt window, SymInt[] sparse, float softcap, float p, SymInt seed, "
+    "Tensor? samples, Tensor? bounds, SymInt window, SymInt[] sparse, float softcap, float p, SymInt seed, "
     "SymInt site, SymInt head_offset, bool deterministic"
 )
 
@@ -140,14 +141,14 @@ def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, samples, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, samples, cu_seqlens)
+    q, k, v, samples, bounds, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, samples, bounds)
 
 
 def _backward(ctx, do, dlse):
-    q, k, v, o, lse, samples, cu_seqlens = ctx.saved_tensors
+    q, k, v, o, lse, samples, bounds = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    return attention_backward_op(do, dlse, q, k, v, o, lse, samples, cu_seqlens, *ctx.options)
+    return attention_backward_op(do, dlse, q, k, v, o, lse, samples, bounds, *ctx.options)
 
 
 @operator(
@@ -158,10 +159,10 @@ def _backward(ctx, do, dlse):
     backward=_backward,
 )
 def attention_op(
-    q: Tensor, k: Tensor, v: Tensor, samples: Tensor | None, cu_seqlens: Tensor | None, *options: Any
+    q: Tensor, k: Tensor, v: Tensor, samples: Tensor | None, bounds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """(o [B, Tq, H, D], lse in base 2, fp32 [B, H, Tq])."""
-    return forward(q, k, v, options_of(*options), samples, cu_seqlens)
+    return forward(q, k, v, options_of(*options), samples, bounds)
 
 
 @operator(
@@ -174,18 +175,58 @@ def attention_op(
 )
 def attention_backward_op(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, samples: Tensor | None,
-    cu_seqlens: Tensor | None, *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    bounds: Tensor | None, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """(dq, dk, dv)."""
-    return backward(do, dlse, q, k, v, o, lse, options_of(*options), samples, cu_seqlens)
+    return backward(do, dlse, q, k, v, o, lse, options_of(*options), samples, bounds)
+
+
+def _save_packed(ctx, inputs, output) -> None:
+    qkv, samples, bounds, *ctx.options = inputs
+    ctx.save_for_backward(qkv, *output, samples, bounds)
+
+
+def _backward_packed(ctx, do, dlse):
+    qkv, o, lse, samples, bounds = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    return attention_packed_backward_op(do, dlse, qkv, o, lse, samples, bounds, *ctx.options)
+
+
+@operator(
+    "attention_packed",
+    schema=f"(Tensor qkv, {OPTIONS}) -> (Tensor, Tensor)",
+    fake=lambda qkv, *_: _fake(qkv[..., 0, :]),
+    save=_save_packed,
+    backward=_backward_packed,
+)
+def attention_packed_op(
+    qkv: Tensor, samples: Tensor | None, bounds: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """attention_op of qkv [B, T, H, 3, D]."""
+    return forward(*qkv.unbind(3), options_of(*options), samples, bounds)
+
+
+@operator(
+    "attention_packed_backward",
+    schema=f"(Tensor do, Tensor? dlse, Tensor qkv, Tensor o, Tensor lse, {OPTIONS}) -> Tensor",
+    fake=lambda do, dlse, qkv, *_: qkv.new_empty(qkv.shape),
+)
+def attention_packed_backward_op(
+    do: Tensor, dlse: Tensor | None, qkv: Tensor, o: Tensor, lse: Tensor, samples: Tensor | None,
+    bounds: Tensor | None, *options: Any,
+) -> Tensor:  # fmt: skip
+    """dqkv [B, T, H, 3, D], contiguous."""
+    return backward(do, dlse, *qkv.unbind(3), o, lse, options_of(*options), samples, bounds, packed=True)[0]
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, sparse: Strided | None, cu_seqlens: Tensor | None,
-    softcap: float, dropout: DropoutKey | None, samples: Tensor | None, head_offset: int, deterministic: bool,
-    impl: str, lse: bool,
+    heads: tuple[Tensor, ...], lse: bool = False, *, window: int | None = None, sparse: Strided | None = None,
+    cu_seqlens: Tensor | None = None, bounds: Tensor | None = None, softcap: float = 0.0,
+    dropout: DropoutKey | None = None, samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(o, lse in natural logarithm; None if not asked for)."""
+    """(o, lse in natural logarithm; None if not asked for). heads: q, k and v, or one tensor of them."""
+    q, k, v = heads if len(heads) == 3 else heads[0].unbind(3)
     check_shapes(q, k, v)
     wrong = wrong_options(q, k, window, sparse, cu_seqlens, softcap, dropout, samples)
     expect(wrong is None, f"attention: {wrong}")
@@ -199,18 +240,20 @@ def _attention(
         options |= {"dropout": key, "samples": samples, "head_offset": head_offset}
         o, log_sums = reference.attention_with_lse(q, k, v, **options)
         return o, log_sums if lse else None
+    if cu_seqlens is not None and bounds is None:
+        bounds = document_bounds_op(cu_seqlens, len(q), k.shape[1])
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
-    o, base_2 = attention_op(
-        q, k, v, None if key is None else samples, cu_seqlens, window or 0, pattern, softcap, *drop, deterministic
-    )
+    rest = (samples if key else None, bounds, window or 0, pattern, softcap, *drop, deterministic)
+    o, base_2 = (attention_op if len(heads) == 3 else attention_packed_op)(*heads, *rest)
     return o, base_2 * math.log(2) if lse else None
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sparse: Strided | None = None,
-    cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
-    samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True, impl: str = "auto",
+    cu_seqlens: Tensor | None = None, bounds: Tensor | None = None, softcap: float = 0.0,
+    dropout: DropoutKey | None = None, samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True,
+    impl: str = "auto",
 ) -> Tensor:  # fmt: skip
     """dropout(softmax(cap(q k^T / sqrt(D)) + mask)) v (Vaswani et al. 2017, eq. 1).
 
@@ -221,7 +264,8 @@ def attention(
     sparse: those of a block-sparse pattern; not together with window.
     cu_seqlens: int32 [documents + 1] on the device of q, ascending from 0 to B * T: where documents begin in the B * T
     tokens, for Tq = Tk = T. A query sees its own document; rows end documents too. Documents may be empty. The numbers
-    are checked on a CPU only: on a GPU that would wait for it.
+    are checked on a CPU only: on a GPU that would wait for it. bounds: document_bounds(cu_seqlens, B, T), which calls
+    on the same rows can share; found here if None.
     softcap: cap(s) = softcap * tanh(s / softcap), 0 for none (Gemma 2, 2024).
     dropout: drops weights by the mask keyed (sample, head, query position, key position), where `samples` int64 [B] are
     global sample numbers and head_offset is the global number of this rank's first query head.
@@ -229,19 +273,18 @@ def attention(
     Returns [B, Tq, H, D] in the dtype of q. Differentiable once. impl: see kernels/dispatch.py; the stock operator has
     no sparse, softcap or dropout. Raises KernelError on arguments that do not fit together or a form that cannot run.
     """
-    return _attention(
-        q, k, v, window, sparse, cu_seqlens, softcap, dropout, samples, head_offset, deterministic, impl, False
-    )[0]
+    options = {"window": window, "sparse": sparse, "cu_seqlens": cu_seqlens, "bounds": bounds, "softcap": softcap}
+    options |= {"dropout": dropout, "samples": samples, "head_offset": head_offset, "deterministic": deterministic}
+    return _attention((q, k, v), **options, impl=impl)[0]
 
 
-def attention_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sparse: Strided | None = None,
-    cu_seqlens: Tensor | None = None, softcap: float = 0.0, dropout: DropoutKey | None = None,
-    samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True, impl: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Return attention(...) and lse fp32 [B, H, Tq], the natural log-sum-exp of each query's scores before dropout."""
-    o, lse = _attention(
-        q, k, v, window, sparse, cu_seqlens, softcap, dropout, samples, head_offset, deterministic, impl, True
-    )
+    o, lse = _attention((q, k, v), lse=True, **options)
     assert lse is not None
     return o, lse
+
+
+def attention_packed(qkv: Tensor, **options: Any) -> Tensor:
+    """Return attention(*qkv.unbind(3), **options) of qkv [B, T, H, 3, D]: the same bits, its gradient in one piece."""
+    return _attention((qkv,), **options)[0]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from kernels.dispatch import expect
 from kernels.philox import DropoutKey, signed
 
 LOG2_E = math.log2(math.e)
 LEAST_BLOCK = 64  # tiles of keys divide it
+MOST_POSITIONS = 2**29  # of a pattern: sums of a few stay within 32 bits
+MOST_SOFTCAP = 1e30  # a larger one moves no score, but its inverse is not a normal fp32 number
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Strided:
 
     A query in block row i = position // block sees the keys in block j = key // block, j <= i, if i - j < local or
     (i - j) % stride == 0; inside the diagonal block it sees the keys up to its own position. block: a positive
-    multiple of 64. local, stride: at least 1. Raises KernelError outside these ranges.
+    multiple of 64. local, stride: at least 1, and at most 2^29 positions. Raises KernelError outside these ranges.
     """
 
     block: int
@@ -34,6 +34,11 @@ class Strided:
         )
         for name, value in (("local", self.local), ("stride", self.stride)):
             expect(value >= 1, f"sparse: found {name} = {value}, expected at least 1")
+            expect(
+                value * self.block <= MOST_POSITIONS,
+                f"sparse: found {name} = {value} blocks of {self.block}, expected at most 2^29 positions: as many "
+                f"blocks as the longest row has do the same",
+            )
 
 
 @dataclass(frozen=True)
@@ -47,27 +52,26 @@ class Options:
     head_offset: int = 0
     deterministic: bool = True
 
+    def scalars(self, D: int, Tk: int) -> tuple[int, float, float, float, int, int, int, int]:
+        """(window, scale, cap, 1 / (1 - p), seed, site, threshold, head_offset) as the kernels take them.
 
-def scalars(options: Options, D: int, Tk: int) -> tuple[int, float, float, float, int, int, int, int]:
-    """(window, scale, cap, 1 / (1 - p), seed, site, threshold, head_offset) as the kernels take them.
+        scale: of q k^T to a score in base 2, or with softcap to what tanh_of_half takes; its value times cap is it.
+        """
+        window = Tk if self.window is None else min(self.window, Tk)
+        softcap = min(self.softcap, MOST_SOFTCAP)
+        scale, cap = LOG2_E / math.sqrt(D), LOG2_E * softcap
+        if softcap > 0:
+            scale *= 2 / softcap
+        key = self.key
+        if key is None:
+            return window, scale, cap, 1.0, 0, 0, 0, 0
+        seed, site, threshold = signed(key.seed), signed(key.site), signed(key.threshold)
+        return window, scale, cap, 1 / (1 - key.p), seed, site, threshold, self.head_offset
 
-    scale: of q k^T to a score in base 2, or with softcap to the argument of tanh_of_half, whose value times cap is it.
-    """
-    window = Tk if options.window is None else min(options.window, Tk)
-    scale, cap = LOG2_E / math.sqrt(D), LOG2_E * options.softcap
-    if options.softcap > 0:
-        scale *= 2 / options.softcap
-    key = options.key
-    if key is None:
-        return window, scale, cap, 1.0, 0, 0, 0, 0
-    seed, site, threshold = signed(key.seed), signed(key.site), signed(key.threshold)
-    return window, scale, cap, 1 / (1 - key.p), seed, site, threshold, options.head_offset
-
-
-def flags(options: Options, cu_seqlens: Tensor | None) -> tuple[bool, bool, bool, int, int, int]:
-    """DROPOUT, SOFTCAP, BOUNDED, SPARSE (the block, 0 if dense), LOCAL, STRIDE."""
-    dropout, softcap = options.key is not None, options.softcap > 0
-    bounded = options.window is not None or cu_seqlens is not None
-    if options.sparse is None:
-        return dropout, softcap, bounded, 0, 1, 1
-    return dropout, softcap, bounded, options.sparse.block, options.sparse.local, options.sparse.stride
+    def flags(self, documents: bool) -> tuple[bool, bool, bool, int, int, int]:
+        """DROPOUT, SOFTCAP, BOUNDED, SPARSE (the block, 0 if dense), LOCAL, STRIDE."""
+        dropout, softcap = self.key is not None, self.softcap > 0
+        bounded = self.window is not None or documents
+        if self.sparse is None:
+            return dropout, softcap, bounded, 0, 1, 1
+        return dropout, softcap, bounded, self.sparse.block, self.sparse.local, self.sparse.stride

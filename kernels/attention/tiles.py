@@ -6,11 +6,8 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.attention.options import Options
-from kernels.dispatch import INTERPRETED, interpretable, last_contiguous, padded
+from kernels.dispatch import INTERPRETED, padded
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,9 @@ HOPPER = Tables(
     plain=table(
         True,
         forward="128x64x4x3 128x64x4x3 128x64x4x3 128x128x8x2 128x64x8x2",
-        dkdv="64x128x8x2 64x128x8x2 64x128x8x2 32x64x8x2 32x32x8x1",
+        dkdv="64x128x8x2 64x128x8x2 64x128x8x2 32x128x8x2 32x32x8x1",
         dq="128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2",
-        fused="64x128x8x2 64x128x8x2 32x64x8x2 32x64x8x2 32x32x8x1",
+        fused="64x128x8x2 64x128x8x2 64x128x8x2 32x128x8x1 32x32x8x1",
     ),
     crowded=table(
         True,
@@ -193,57 +190,5 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def tile_for_device(kind: str, q: Tensor, switched: tuple[bool, bool, bool, int, int, int], described: bool) -> Tile:
-    """The tile of `kind` for q [B, Tq, H, D] on its device. switched: what `flags` returns."""
-    if INTERPRETED:
-        return INTERPRETER
-    dropout, softcap, _, sparse, _, _ = switched
-    return tile_for(
-        kind, q.shape[3], q.element_size(), capability(q.device),
-        crowded=dropout or softcap, small=sparse > 0 or q.shape[1] <= SHORT, described=described,
-    )  # fmt: skip
-
-
 def l2_bytes(device: torch.device) -> int:
     return INTERPRETER_L2 if INTERPRETED else tables_for(capability(device)).l2
-
-
-def origin_of(Tq: int, Tk: int, options: Options, tile: Tile) -> int:
-    """The position where the first tile of queries begins (kernels/attention/parts.py)."""
-    first = Tk - Tq
-    return first if options.sparse is None else first // tile.block_m * tile.block_m
-
-
-def section_of(x: Tensor, head_bytes: int, group: int) -> int:
-    """How many heads run together, a multiple of `group`: those whose `head_bytes` fit the L2 cache of x's device."""
-    fit = max(1, l2_bytes(x.device) // max(1, head_bytes))
-    return (1 << (fit.bit_length() - 1)) * group
-
-
-def describable(*inputs: Tensor) -> bool:
-    """Whether TMA descriptors can stand for tensors [B, T, H, D] as they lie in memory."""
-    return all(
-        x.shape[-1] == tile_width(x.shape[-1]) and x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(-1) == 1
-        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-        for x in inputs
-    )  # fmt: skip
-
-
-def loadable(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Return the inputs as the kernels may load them: copies of those whose last stride is not 1."""
-    return tuple(last_contiguous(x) for x in interpretable(*inputs))
-
-
-def sources(tile: Tile, *inputs: tuple[Tensor, int]) -> tuple[list[Tensor | TensorDescriptor], list[int]]:
-    """Return what inputs (x, rows of its tiles) are loaded from (TMA descriptors if `tile.tma`), and their strides."""
-    views = [x for x, _ in inputs]
-    strides = [stride for view in views for stride in view.stride()[:3]]
-    if not tile.tma:
-        return list(views), strides
-    # The sides of length 1 stand first: only then does Triton copy tiles straight to where the products read them.
-    heads_first = [view.transpose(1, 2) for view in views]
-    described: list[Tensor | TensorDescriptor] = [
-        TensorDescriptor(view, list(view.shape), list(view.stride()), [1, 1, rows, view.shape[3]])
-        for view, (_, rows) in zip(heads_first, inputs, strict=True)
-    ]
-    return described, strides

@@ -30,9 +30,15 @@ GPU_CHUNK = 4096  # tokens from which on the vendor's products run at full speed
 ALIGNMENT = 64  # columns: a row of logits begins at a whole cache line, which odd vocabularies would forbid
 
 
-def chunk_tokens(device: torch.device) -> int:
-    """Tokens of a chunk, unless the caller says."""
-    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+def chunk_tokens(device: torch.device, token_bytes: int) -> int:
+    """Tokens of a chunk, unless the caller says: on a GPU the GPU_CHUNKs whose logits fit a 64th of its memory.
+
+    Not of the memory that is free: sums over chunks differ in their last bits, so two runs must cut alike.
+    """
+    if device.type == "cpu":
+        return CPU_CHUNK
+    share = torch.cuda.get_device_properties(device).total_memory // 64
+    return max(1, share // (token_bytes * GPU_CHUNK)) * GPU_CHUNK
 
 
 @cache
@@ -179,7 +185,7 @@ def linear_cross_entropy(
 
     x [..., C], weight [V, C] in one dtype; targets int64 [...], token ids, which are not checked; a target that is
     `ignore_index` counts nothing. vocabulary: the columns of this rank, all of them if None; with others, x's gradient
-    is this rank's summand. chunk: tokens whose logits exist at once; 4096 on a GPU and 1024 on a CPU unless given.
+    is this rank's summand. chunk: tokens whose logits exist at once, by `chunk_tokens` unless given.
 
     Differentiable once, with respect to x and weight. impl: see kernels/dispatch.py; triton
     keeps logits in x's dtype, torch in fp32, and reference makes all logits at once. Raises KernelError on wrong
@@ -199,7 +205,8 @@ def linear_cross_entropy(
             rows, weight, flat, z_loss=z_loss, ignore_index=ignore_index, softcap=softcap, vocabulary=vocabulary
         )
     terms = Terms(vocabulary.rows, vocabulary.start, ignore_index, z_loss, softcap)
-    size = chunk or chunk_tokens(x.device)
+    # The torch form has three fp32 tensors of a chunk's logits at once.
+    size = chunk or chunk_tokens(x.device, len(weight) * (x.itemsize if form == "triton" else 12))
     chunks = None if form == "triton" and 0 < rows.shape[0] <= size else size
     differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if isinstance(vocabulary, FullVocabulary):

@@ -21,12 +21,15 @@ from torch import Tensor
 
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.vocabulary import FullVocabulary, Vocabulary, check
-from kernels.dispatch import KernelError, cdiv, choose, interpretable, launch, padded
+from kernels.dispatch import KernelError, cdiv, choose, interpretable, padded
+from kernels.plan import Plan, planned
 from kernels.registration import operator
+from kernels.softcap import tanh_of_half
 
 IGNORED = -100  # torch's default for a target that is not counted
 VECTOR = tl.constexpr(8)  # columns in a row that one thread reads together: 16 bytes in 16 bits
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 class Terms(NamedTuple):
@@ -55,7 +58,7 @@ def tile_of(columns: int) -> tuple[int, int]:
 def capped(u, softcap, SOFTCAP: tl.constexpr):
     """softcap * tanh(u / softcap) of logits u in any dtype, in fp32; u itself unless SOFTCAP."""
     u = u.to(tl.float32)
-    return softcap - 2.0 * softcap / (1.0 + tl.exp2(u * (2.0 * LOG2E / softcap))) if SOFTCAP else u
+    return softcap * tanh_of_half(u * (2.0 * LOG2E / softcap)) if SOFTCAP else u
 
 
 @triton.jit
@@ -69,7 +72,8 @@ def load_tile(row_ptr, cols, rows, softcap, MASKED: tl.constexpr, SOFTCAP: tl.co
 @triton.jit
 def add_tile(top, total, z):
     """The running maximum and sum of exp(z - maximum) of each lane, with one more vector each."""
-    higher = tl.maximum(top, tl.max(z, 1))
+    # Finite, so that neither -inf - -inf nor inf - inf is taken: a logit of +inf makes the sum +inf.
+    higher = tl.minimum(tl.maximum(top, tl.max(z, 1)), LARGEST)
     powers = tl.exp2((z - higher[:, None]) * LOG2E)
     return higher, total * tl.exp2((top - higher) * LOG2E) + tl.sum(powers, 1)
 
@@ -78,8 +82,7 @@ def add_tile(top, total, z):
 def row_log_sum(row_ptr, rows, softcap, LANES: tl.constexpr, SOFTCAP: tl.constexpr):
     """log sum_j exp(z_j) over the columns below `rows`: -inf if there are none."""
     tile = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    # A finite start: -inf - -inf is not a number.
-    top, total = tl.full((LANES,), -1e38, tl.float32), tl.zeros((LANES,), tl.float32)
+    top, total = tl.full((LANES,), -LARGEST, tl.float32), tl.zeros((LANES,), tl.float32)
     full = rows // (LANES * VECTOR) * (LANES * VECTOR)
     for first in range(0, full, LANES * VECTOR):
         top, total = add_tile(top, total, load_tile(row_ptr, first + tile, rows, softcap, False, SOFTCAP))
@@ -215,6 +218,31 @@ def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return value, torch.empty_like(value)
 
 
+@planned
+def forward_plan(
+    shape: torch.Size, strides: tuple[int, int], terms: Terms, loss: bool, gradient: bool, dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:  # fmt: skip
+    lanes, warps = tile_of(shape[1])
+    constants = lanes, terms.softcap > 0, loss, gradient
+    return Plan(cross_entropy_forward_kernel, shape[0], device, *strides, shape[1], *terms, *constants, warps=warps)
+
+
+@planned
+def backward_plan(
+    shape: torch.Size, strides: tuple[int, int], terms: Terms, has_grad: bool, dtype: torch.dtype, device: torch.device
+) -> Plan:
+    lanes, warps = tile_of(shape[1])
+    constants = lanes, terms.softcap > 0, has_grad
+    return Plan(cross_entropy_backward_kernel, shape[0], device, *strides, shape[1], *terms, *constants, warps=warps)
+
+
+@planned
+def scale_plan(shape: torch.Size, stride: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    lanes, warps = tile_of(shape[1])
+    return Plan(scale_rows_kernel, shape[0], device, stride, shape[1], lanes, warps=warps)
+
+
 @operator("cross_entropy_forward", fake=_fake, mutates=("gradient",))
 def cross_entropy_forward_op(
     logits: Tensor, targets: Tensor, gradient: Tensor | None,
@@ -223,13 +251,11 @@ def cross_entropy_forward_op(
     """(losses, or else the targets' logits; log-sum-exp) fp32 [N] each; the losses' gradient goes to `gradient`."""
     seen = readable(logits)
     out = seen if gradient is None else writable(gradient, seen)
-    value, log_sum = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
-    lanes, warps = tile_of(logits.shape[1])
-    launch(
-        cross_entropy_forward_kernel, len(logits), logits.device,
-        seen, targets.contiguous(), value, log_sum, out, seen.stride(0), out.stride(0), logits.shape[1],
-        rows, start, ignore_index, z_loss, softcap, lanes, softcap > 0, loss, gradient is not None, warps=warps,
-    )  # fmt: skip
+    value = seen.new_empty(len(seen), dtype=torch.float32)
+    log_sum = torch.empty_like(value)
+    terms, strides = Terms(rows, start, ignore_index, z_loss, softcap), (seen.stride(0), out.stride(0))
+    plan = forward_plan(seen.shape, strides, terms, loss, gradient is not None, seen.dtype, seen.device)
+    plan(seen, targets.contiguous(), value, log_sum, out)
     if gradient is not None and out is not gradient:
         gradient.copy_(out)
     return value, log_sum
@@ -243,13 +269,10 @@ def cross_entropy_backward_op(
     """To `gradient` [N, V], which may be the logits: that of the losses, times grad fp32 [N] if there is one."""
     seen = readable(logits)
     out = writable(gradient, seen)
-    lanes, warps = tile_of(logits.shape[1])
-    launch(
-        cross_entropy_backward_kernel, len(logits), logits.device,
-        None if grad is None else grad.contiguous(), seen, targets.contiguous(), log_sum, out,
-        seen.stride(0), out.stride(0), logits.shape[1],
-        rows, start, ignore_index, z_loss, softcap, lanes, softcap > 0, grad is not None, warps=warps,
-    )  # fmt: skip
+    grad = None if grad is None else grad.contiguous()
+    terms, strides = Terms(rows, start, ignore_index, z_loss, softcap), (seen.stride(0), out.stride(0))
+    plan = backward_plan(seen.shape, strides, terms, grad is not None, seen.dtype, seen.device)
+    plan(grad, seen, targets.contiguous(), log_sum, out)
     if out is not gradient:
         gradient.copy_(out)
 
@@ -258,9 +281,7 @@ def cross_entropy_backward_op(
 def scale_rows_op(x: Tensor, factor: Tensor) -> None:
     """x [N, V] *= factor fp32 [N] of its row; rows whose factor is 1 cost nothing."""
     seen = readable(x)
-    lanes, warps = tile_of(x.shape[1])
-    arguments = (seen, factor.contiguous(), seen.stride(0), x.shape[1], lanes)
-    launch(scale_rows_kernel, len(x), x.device, *arguments, warps=warps)
+    scale_plan(seen.shape, seen.stride(0), seen.dtype, seen.device)(seen, factor.contiguous())
     if seen is not x:
         x.copy_(seen)
 

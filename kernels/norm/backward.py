@@ -12,15 +12,18 @@ a fixed order. No atomics, no locks: the same bits on every run and every GPU.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, interpretable, launch
+from kernels.dispatch import cdiv, empty_like, interpretable, rounded
 from kernels.norm.forward import Drop, drop_arguments
 from kernels.norm.tiles import MEAN_COLS, column_blocks, rows_of
 from kernels.philox import keep_tile
+from kernels.plan import Plan, planned
 
 # Programs. About two per SM of a large GPU; a constant, not the SM count, so that the sums do not depend on the GPU.
 PROGRAMS = 256
@@ -140,8 +143,8 @@ def store_gradient(
 @triton.jit(do_not_specialize=["M", "T", "rows_per_program", "row_programs", "seed", "site", "threshold"])
 def norm_backward_kernel(
     dy_ptr, dstream_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, projections_ptr, samples_ptr, positions_ptr,
-    dresidual_ptr, dx_ptr, partials_ptr, stride_yb, stride_yt, stride_sb, stride_st, stride_xb, stride_xt,
-    M, T, rows_per_program, row_programs, keep_scale, seed, site, threshold,
+    dresidual_ptr, dx_ptr, partials_ptr, keep_scale, seed, site, threshold,
+    stride_yb, stride_yt, stride_sb, stride_st, stride_xb, stride_xt, M, T, rows_per_program, row_programs,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr, RMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DSTREAM: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -199,38 +202,63 @@ def sum_partials_kernel(partials_ptr, out_ptr, P, N: tl.constexpr, ROWS: tl.cons
     tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), cols < N)
 
 
+class Plans(NamedTuple):
+    """projections: of rows too wide for registers. partials: rows of the partial sums."""
+
+    projections: Plan | None
+    gradients: Plan
+    sums: Plan
+    partials: int
+
+
+@planned
+def plans_of(
+    shape: torch.Size, dy_strides: tuple[int, ...], dstream_strides: tuple[int, ...], x_strides: tuple[int, ...],
+    dtypes: tuple, has_bias: bool, rms: bool, dropout: bool, device: torch.device,
+) -> Plans:  # fmt: skip
+    """dtypes: of dy, dstream (None if there is none), x and weight."""
+    B, T, C = shape
+    M = B * T
+    (ROWS, COLS, CHUNKS, warps), blocks = column_blocks(C, dropout)
+    tiles = cdiv(M, ROWS)
+    partials = max(1, min(PROGRAMS // blocks, tiles))
+    projections = None
+    if blocks > 1:
+        arguments = *dy_strides[:2], *x_strides[:2], M, T, C, MEAN_COLS, rms
+        projections = Plan(projections_kernel, M, device, *arguments, warps=16)
+    gradients = Plan(
+        norm_backward_kernel, partials * blocks, device, *dy_strides[:2], *dstream_strides[:2], *x_strides[:2],
+        M, T, cdiv(tiles, partials) * ROWS, partials,
+        C, ROWS, COLS, CHUNKS, rms, has_bias, dtypes[1] is not None, dropout, blocks > 1, warps=warps,
+    )  # fmt: skip
+    N = C * (1 + has_bias)
+    sums = Plan(sum_partials_kernel, cdiv(N, SUM_COLS), device, partials, N, SUM_ROWS, SUM_COLS)
+    return Plans(projections, gradients, sums, partials)
+
+
 def backward(
     dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     has_bias: bool, rms: bool, drop: Drop | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dresidual, dx ([0] without dropout) and sums [1 or 2, C] (dweight, dbias), from what was normalised, x."""
-    dy_rows, rows = interpretable(rows_of(dy), rows_of(x))
+    dy_rows, rows, wide_weight = interpretable(rows_of(dy), rows_of(x), weight.contiguous())
     added = None if dstream is None else interpretable(rows_of(dstream))[0]
-    (wide_weight,) = interpretable(weight.contiguous())
-    B, T, C = rows.shape
-    M = B * T
-    (ROWS, COLS, CHUNKS, warps), blocks = column_blocks(C, drop is not None)
-    tiles = cdiv(M, ROWS)
-    row_programs = max(1, min(PROGRAMS // blocks, tiles))
-    dresidual = torch.empty(x.shape, dtype=rows.dtype, device=x.device)
-    dx = torch.empty(0 if drop is None else x.shape, dtype=rows.dtype, device=x.device)
-    partials = torch.empty((row_programs, 1 + has_bias, C), dtype=torch.float32, device=x.device)
-    sums = torch.empty((1 + has_bias, C), dtype=wide_weight.dtype, device=x.device)
-    strides = (*dy_rows.stride()[:2], *((0, 0) if added is None else added.stride()[:2]), *rows.stride()[:2])
-    projections = None
-    if blocks > 1:
-        projections = torch.empty((2, M), dtype=torch.float32, device=x.device)
-        launch(
-            projections_kernel, M, x.device, dy_rows, rows, wide_weight, mean, rstd, projections,
-            *strides[:2], *strides[4:], M, T, C, MEAN_COLS, rms, warps=16,
-        )  # fmt: skip
-    tensors, numbers = drop_arguments(drop)
-    launch(
-        norm_backward_kernel, row_programs * blocks, x.device,
-        dy_rows, added, rows, wide_weight, mean, rstd, projections, *tensors, dresidual, dx, partials, *strides,
-        M, T, cdiv(tiles, row_programs) * ROWS, row_programs, *numbers,
-        C, ROWS, COLS, CHUNKS, rms, has_bias, added is not None, drop is not None, blocks > 1, warps=warps,
+    plans = plans_of(
+        rows.shape, dy_rows.stride(), (0, 0) if added is None else added.stride(), rows.stride(),
+        (dy_rows.dtype, None if added is None else added.dtype, rows.dtype, wide_weight.dtype),
+        has_bias, rms, drop is not None, x.device,
     )  # fmt: skip
-    N = C * (1 + has_bias)
-    launch(sum_partials_kernel, cdiv(N, SUM_COLS), x.device, partials, sums, row_programs, N, SUM_ROWS, SUM_COLS)
-    return dresidual.to(x.dtype), dx.to(x.dtype), sums.to(weight.dtype)
+    dresidual = empty_like(x, rows.dtype)
+    dx = dresidual.new_empty(0) if drop is None else empty_like(dresidual)
+    partials = rows.new_empty((plans.partials, 1 + has_bias, rows.shape[2]), dtype=torch.float32)
+    sums = wide_weight.new_empty((1 + has_bias, rows.shape[2]))
+    projections = None
+    if plans.projections is not None:
+        projections = rows.new_empty((2, rstd.shape[0]), dtype=torch.float32)
+        plans.projections(dy_rows, rows, wide_weight, mean, rstd, projections)
+    tensors, numbers = drop_arguments(drop)
+    plans.gradients(
+        dy_rows, added, rows, wide_weight, mean, rstd, projections, *tensors, dresidual, dx, partials, numbers=numbers
+    )
+    plans.sums(partials, sums)
+    return rounded(dresidual, x.dtype), rounded(dx, x.dtype), rounded(sums, weight.dtype)

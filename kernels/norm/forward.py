@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, interpretable, launch
+from kernels.dispatch import cdiv, empty_like, interpretable, rounded
 from kernels.norm.tiles import forward_tile, rows_of
 from kernels.philox import DropoutKey, keep_tile, signed
+from kernels.plan import Plan, planned
 
 
 class Drop(NamedTuple):
@@ -77,7 +78,7 @@ def store_normalised(centred, rstd, weight_ptr, bias_ptr, y_ptr, row_at, exists,
 @triton.jit(do_not_specialize=["M", "T", "seed", "site", "threshold"])
 def norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, samples_ptr, positions_ptr, y_ptr, stream_ptr, mean_ptr, rstd_ptr,
-    stride_xb, stride_xt, stride_rb, stride_rt, M, T, eps, keep_scale, seed, site, threshold,
+    keep_scale, seed, site, threshold, stride_xb, stride_xt, stride_rb, stride_rt, M, T, eps,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
     RMS: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -115,28 +116,37 @@ def norm_forward_kernel(
         store_normalised(centred[c], rstd, weight_ptr, bias_ptr, y_ptr, row_at, exists, c * COLS, C, COLS, HAS_BIAS)
 
 
+@planned
+def plan_of(
+    shape: torch.Size, x_strides: tuple[int, ...], residual_strides: tuple[int, ...], dtypes: tuple, eps: float,
+    rms: bool, dropout: bool, device: torch.device,
+) -> Plan:  # fmt: skip
+    """dtypes: of x, residual, weight and bias; None for what there is not."""
+    (B, T, C), (_, residual, _, bias) = shape, dtypes
+    ROWS, COLS, CHUNKS, warps = forward_tile(C, dropout)
+    return Plan(
+        norm_forward_kernel, cdiv(B * T, ROWS), device, *x_strides[:2], *residual_strides[:2], B * T, T, eps,
+        C, ROWS, COLS, CHUNKS, rms, bias is not None, residual is not None, dropout, warps=warps,
+    )  # fmt: skip
+
+
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, drop: Drop | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, the stream ([0] without residual), mean ([0] for RMS) and rstd, fp32 [M]."""
-    (rows,) = interpretable(rows_of(x))
-    (weight,) = interpretable(weight.contiguous())
+    rows, weight = interpretable(rows_of(x), weight.contiguous())
     bias = None if bias is None else interpretable(bias.contiguous())[0]
     added = None if residual is None else interpretable(rows_of(residual))[0]
-    B, T, C = rows.shape
-    M = B * T
+    M = rows.shape[0] * rows.shape[1]
     like = rows if added is None else added
-    y = torch.empty(x.shape, dtype=like.dtype, device=x.device)
-    stream = torch.empty(0 if added is None else x.shape, dtype=like.dtype, device=x.device)
-    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
-    mean = torch.empty(0 if rms else M, dtype=torch.float32, device=x.device)
+    y = empty_like(x, like.dtype)
+    stream = y.new_empty(0) if added is None else empty_like(y)
+    rstd = rows.new_empty(M, dtype=torch.float32)
+    mean = rstd.new_empty(0 if rms else M)
     tensors, numbers = drop_arguments(drop)
-    strides = (*rows.stride()[:2], *((0, 0) if added is None else added.stride()[:2]))
-    ROWS, COLS, CHUNKS, warps = forward_tile(C, drop is not None)
-    launch(
-        norm_forward_kernel, cdiv(M, ROWS), x.device,
-        rows, added, weight, bias, *tensors, y, stream, mean, rstd, *strides, M, T, eps, *numbers,
-        C, ROWS, COLS, CHUNKS, rms, bias is not None, added is not None, drop is not None, warps=warps,
-    )  # fmt: skip
+    dtypes = rows.dtype, None if added is None else added.dtype, weight.dtype, None if bias is None else bias.dtype
+    strides = (0, 0) if added is None else added.stride()
+    plan = plan_of(rows.shape, rows.stride(), strides, dtypes, eps, rms, drop is not None, x.device)
+    plan(rows, added, weight, bias, *tensors, y, stream, mean, rstd, numbers=numbers)
     dtype = x.dtype if residual is None else residual.dtype
-    return y.to(dtype), stream.to(dtype), mean, rstd
+    return rounded(y, dtype), rounded(stream, dtype), mean, rstd

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import philox
-from kernels.dispatch import choose, expect
+from kernels.dispatch import KernelError, choose, expect
 from kernels.norm import reference
 from kernels.norm.backward import backward
 from kernels.norm.forward import Drop, forward
@@ -61,8 +61,8 @@ def _backward(ctx, dy, dstream, dmean, drstd):
         dresidual, dx, sums = norm_backward_op(
             dy, dstream, x, weight, mean, rstd, samples, positions, ctx.bias_dtype is not None, *ctx.rms_and_key
         )
-        dweight = sums[0]
-        dbias = None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
+        dweight, *dbiases = sums.unbind()
+        dbias = dbiases[0].to(ctx.bias_dtype) if dbiases else None
         dx = dresidual if samples is None else dx
     else:
         drop = drop_of(samples, positions, *ctx.rms_and_key[1:])
@@ -90,11 +90,10 @@ def stock(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool)
 
 def expect_weights(op: str, x: Tensor, *weights: Tensor | None) -> None:
     C = x.shape[-1]
-    shapes = [tuple(t.shape) for t in weights if t is not None]
-    expect(
-        all(s == (C,) for s in shapes),
-        f"{op}: found weight and bias of shapes {shapes}, expected ({C},), the last of x",
-    )
+    for weight in weights:
+        if weight is not None and weight.shape != (C,):
+            shapes = [tuple(t.shape) for t in weights if t is not None]
+            raise KernelError(f"{op}: found weight and bias of shapes {shapes}, expected ({C},), the last of x")
 
 
 def no_triton(width: int) -> str | None:
@@ -135,10 +134,9 @@ def add_norm(
     dropout: DropoutKey | None, samples: Tensor | None, positions: Tensor | None, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     expect_weights(op, x, weight, bias)
-    expect(
-        x.shape == residual.shape,
-        f"{op}: found x {tuple(x.shape)} and residual {tuple(residual.shape)}, expected the same",
-    )
+    if x.shape != residual.shape:
+        found = f"found x {tuple(x.shape)} and residual {tuple(residual.shape)}"
+        raise KernelError(f"{op}: {found}, expected the same")
     key = dropout if dropout is not None and dropout.p > 0 else None
     if key is not None:
         found = [None if t is None else tuple(t.shape) for t in (samples, positions)]

@@ -25,6 +25,7 @@ from typing import Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from kernels.attention import document_bounds
 from kernels.gelu import gelu
 from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
@@ -80,11 +81,14 @@ class Block(nn.Module):
         self, qkv: Tensor, positions: Tensor, samples: Tensor, documents: Documents | None, cache: KVCache | None = None
     ) -> Tensor:
         """softmax(q k^T) v, between the two projections: qkv [B, T, (R + 2) K D] -> [B, T, H D]."""
-        positions, cu_seqlens = documents or (positions, None)
-        q, k, v = self.heads(qkv, positions)
+        H, K, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
+        if cache is None and H == K and self.config.position == "learned":
+            # Unsplit: attention writes its gradient in one piece too.
+            return self.attention(qkv.unflatten(-1, (-1, 3, D)), samples, documents).flatten(-2)
+        q, k, v = self.heads(qkv, positions if documents is None else documents.position_ids)
         if cache is not None:
             k, v = cache.append(self.index, k, v, self.attention.window)
-        return self.attention(q, k, v, samples, cu_seqlens).flatten(-2)
+        return self.attention((q, k, v), samples, documents).flatten(-2)
 
     def heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [B, T, (R + 2) K D], positions int64 [T] or [B, T] -> q [B, T, H, D], k and v [B, T, K, D].
@@ -121,6 +125,7 @@ class GPT(nn.Module):
         super().__init__()
         C, layers = config.d_model, layers or DenseLayers()
         self.config = config
+        self.impl = layers.impl
         self.embedding = layers.embedding(config.vocab_size, C)
         if config.position == "learned":
             self.position_table = layers.position_table(config.max_seq_len, C)
@@ -144,6 +149,9 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             x = x + self.position_table(positions if documents is None else documents.position_ids)
         x = self.embedding_dropout(x, samples, positions)
+        if documents is not None:
+            bounds = document_bounds(documents.cu_seqlens, *tokens.shape, impl=self.impl)
+            documents = documents._replace(bounds=bounds)
         for block in cast("Iterable[Block]", self.blocks.values()):
             full = block.recompute == "full" and self.training
             x = recomputed(full, block, x, positions, samples, documents, cache)

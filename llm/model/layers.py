@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import Strided, attention
+from kernels.attention import Strided, attention, attention_packed
 from kernels.cross_entropy import Vocabulary, linear_cross_entropy
 from kernels.dropout import dropout
 from kernels.embedding import embedding
@@ -39,6 +39,8 @@ class Documents(NamedTuple):
     """int64 [B, T]: of each token in its document, from 0; these are encoded, in place of those in the row."""
     cu_seqlens: Tensor
     """int32 [documents + 1]: where documents begin in the B * T tokens, ascending from 0 to B * T."""
+    bounds: Tensor | None = None
+    """What the attention of all layers shares (kernels/attention/documents.py), where its form has it."""
 
 
 def replicated(module: Module) -> Module:
@@ -190,17 +192,21 @@ class CausalAttention(nn.Module):
         self.impl = impl
         self.head_offset = head_offset
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, samples: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """q [B, T, H, D]; k, v [B, S, K, D], the S >= T last ones; samples int64 [B] -> [B, T, H, D].
+    def forward(
+        self, heads: Tensor | tuple[Tensor, Tensor, Tensor], samples: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        """heads: q [B, T, H, D] and k, v [B, S, K, D], the S >= T last ones, or all in one tensor [B, T, H, 3, D].
 
-        cu_seqlens: int32 [documents + 1], where documents begin in the B * T tokens, if they do not attend to one
-        another; then S = T.
+        samples int64 [B]; documents: if they do not attend to one another; then S = T. Returns [B, T, H, D].
         """
         key = self.key if self.training and self.key.p > 0 else None
         options: dict[str, Any] = dict(window=self.window, sparse=self.sparse, softcap=self.softcap, impl=self.impl)
-        return attention(
-            q, k, v, cu_seqlens=cu_seqlens, dropout=key, samples=samples, head_offset=self.head_offset, **options
-        )
+        if documents is not None:
+            options |= dict(cu_seqlens=documents.cu_seqlens, bounds=documents.bounds)
+        options |= dict(dropout=key, samples=samples, head_offset=self.head_offset)
+        if isinstance(heads, Tensor):
+            return attention_packed(heads, **options)
+        return attention(*heads, **options)
 
 
 class DenseLayers:

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import Strided, attention, attention_with_lse, backward, forward, reference
 from kernels.attention.op import attention_op, check_shapes
 from kernels.attention.options import Options
-from kernels.attention.tiles import KINDS, Tile, describable, tile_for
+from kernels.attention.problem import Problem
+from kernels.attention.tiles import KINDS, Tile, tile_for
 from kernels.dispatch import KernelError
 from kernels.philox import DropoutKey, keep_mask
 
@@ -116,7 +117,7 @@ def test_tiles_change_only_the_rounding(size: tuple[int, int], fused: bool, tma:
     """Also with the inputs behind TMA descriptors, one of them a slice of a projection."""
     (q, k, v), do = inputs((1, 50, 77, 4, 2, 16))
     k, v = torch.stack([k, v], 2).unbind(2)
-    assert describable(q, k, v, do)
+    assert Problem.of(Options(), False, q, k, v, do).described
     tile, samples = Tile(*size, 4, 1, tma), SAMPLES[:1]
     options = Options(softcap=3.0, window=40, key=KEY, head_offset=2, deterministic=not fused)
     o, lse = forward.forward(q, k, v, options, samples, tile=tile)
@@ -145,13 +146,13 @@ def test_tiles_of_a_cached_pattern_begin_before_the_queries(size: tuple[int, int
 def test_descriptors_stand_only_for_what_bulk_copies_can_read() -> None:
     x = torch.zeros(2, 8, 3, 64, dtype=torch.bfloat16)
     fused = torch.zeros(2, 8, 3, 3, 64, dtype=torch.bfloat16).unbind(2)[1]
-    assert describable(x, fused, x.transpose(1, 2))
+    assert Problem.of(Options(), False, x, fused, x).described
     unaligned = torch.zeros(2 * 8 * 3 * 64 + 1, dtype=torch.bfloat16)[1:].view(x.shape)
     odd_rows = torch.zeros(2, 8, 3, 65, dtype=torch.bfloat16)[..., :64]
     expanded = x[:, :1].expand(x.shape)
     last_strided = torch.zeros(2, 8, 3, 128, dtype=torch.bfloat16)[..., ::2]
     for bad in (unaligned, odd_rows, expanded, last_strided, x[:0], x[..., :40], x[..., :8]):
-        assert not describable(x, bad)
+        assert not Problem.of(Options(), False, bad, x, bad).described
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -150,3 +150,10 @@ def test_wrong_blocks_are_named(block: int) -> None:
 def test_wrong_numbers_of_blocks_are_named(name: str) -> None:
     with pytest.raises(KernelError, match=f"sparse: found {name} = 0, expected at least 1"):
         Strided(**({"block": 64, "local": 1, "stride": 1} | {name: 0}))
+
+
+@pytest.mark.parametrize("name", ["block", "local", "stride"])
+def test_patterns_beyond_32_bits_are_named(name: str) -> None:
+    Strided(64, 2**23, 2**23)
+    with pytest.raises(KernelError, match=r"sparse: found \w+ = \d+ blocks of \d+, expected at most 2\^29 positions"):
+        Strided(**({"block": 64, "local": 1, "stride": 1} | {name: 2**31}))

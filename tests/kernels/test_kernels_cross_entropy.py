@@ -267,3 +267,22 @@ def test_wrong_arguments_are_named() -> None:
     shared = torch.zeros(1, 4, requires_grad=True).expand(2, 4)
     with pytest.raises(RuntimeError, match="single memory location"):
         cross_entropy(shared, targets, impl="triton", inplace=True)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value", "ignore:divide by zero")
+def test_the_log_sum_of_extreme_logits() -> None:
+    """Rows of which all logits are far below 0, or that hold an infinity or a NaN, in the first tile or the second."""
+    for V in (5, 700):
+        z = torch.randn(7, V)
+        z[0], z[1], z[2] = -2e38, 3.4e38, -3.4e38
+        z[3, 1], z[4, V - 1], z[5, 2], z[6] = float("inf"), float("inf"), float("nan"), float("-inf")
+        z[2, V - 2] = 3.4e38
+        _, log_sum = cross_entropy(z, torch.zeros(7, dtype=torch.int64), impl="triton")
+        torch.testing.assert_close(log_sum, z.double().logsumexp(-1).float(), equal_nan=True)
+
+
+@pytest.mark.parametrize("softcap", [3.0, 30.0, 1e3, 1e6, 1e20])
+def test_softcap_keeps_the_digits_of_logits_far_below_it(softcap: float) -> None:
+    logits, targets, grad = example(7, 300, 300)
+    true = run(reference.cross_entropy, logits, targets, grad, torch.float64, softcap=softcap)
+    close(run(cross_entropy, logits, targets, grad, impl="triton", softcap=softcap), true, 2e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,7 +231,10 @@ def test_products_are_added() -> None:
 
 
 def test_chunks_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chunk_tokens(torch.device("cpu")) == 1024 and chunk_tokens(torch.device("cuda", 1)) == 4096
+    assert chunk_tokens(torch.device("cpu"), 100608) == 1024
+    memory = {0: 140 << 30, 1: 24 << 30, 2: 1 << 30}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(total_memory=memory[d.index]))
+    assert [chunk_tokens(torch.device("cuda", i), 100608) for i in memory] == [20480, 4096, 4096]
     sizes = []
     monkeypatch.setattr(module, "CPU_CHUNK", 16)
     stock = module.stock

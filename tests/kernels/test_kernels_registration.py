@@ -80,3 +80,47 @@ def test_a_dispatch_mode_sees_one_operator() -> None:
         square(x)
     assert record.names.count("ingot.test_square.default") == 1
     assert "aten.mul.Tensor" not in record.names
+
+
+@operator("test_numpy_square", fake=torch.empty_like, backward=lambda ctx, dy: dy * ctx.saved_tensors[0] * 2)
+def numpy_square(x: Tensor) -> Tensor:
+    return torch.from_numpy(x.detach().numpy() ** 2)  # as a kernel reads: tensors with memory alone
+
+
+def test_tensors_without_memory_have_results_without_memory() -> None:
+    x = torch.rand(3, device="meta", requires_grad=True)
+    y = numpy_square(x)
+    assert y.is_meta
+    assert torch.autograd.grad(y.sum(), x)[0].is_meta
+
+
+class Wrapped(Tensor):
+    """A tensor that holds another, and names the operators that it is given to."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    names: list[str]
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=True)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner, self.names = inner, []
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        found = next(x for x in args if isinstance(x, cls))
+        found.names.append(str(function))
+        return function(*[x.inner if isinstance(x, cls) else x for x in args])
+
+
+def test_other_classes_of_tensors_see_the_operator() -> None:
+    x = Wrapped(torch.tensor([2.0, 3.0]))
+    assert numpy_square(x).tolist() == [4.0, 9.0]
+    assert x.names == ["ingot.test_numpy_square.default"]
+
+
+def test_transforms_of_functions_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: numpy_square(x).sum())(torch.rand(3))

@@ -77,7 +77,7 @@ def test_queries_and_keys_turn_by_the_place_in_the_document() -> None:
     """Attention sees only their distance: logits would not show that a row's positions were taken."""
     model = build(**VARIANTS["rope"])
     turned: list[tuple[Tensor, Tensor]] = []
-    model.blocks["0"].attention.register_forward_pre_hook(lambda module, inputs: turned.append(inputs[:2]))
+    model.blocks["0"].attention.register_forward_pre_hook(lambda module, inputs: turned.append(inputs[0][:2]))
     tokens, positions, samples, _, documents = packed()
     for arguments in alone():
         model(*arguments[:3])

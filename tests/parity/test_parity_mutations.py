@@ -85,7 +85,7 @@ def attention_without_documents() -> AbstractContextManager:
 
     def attention(self: TensorParallelLayers, *arguments: Any) -> nn.Module:
         module = tensor_parallel(self, *arguments)
-        module.forward = lambda q, k, v, samples, cu_seqlens=None: honest(module, q, k, v, samples)
+        module.forward = lambda heads, samples, documents=None: honest(module, heads, samples)
         return module
 
     return patch.object(TensorParallelLayers, "attention", attention)
