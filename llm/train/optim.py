@@ -71,7 +71,7 @@ class KernelAdamW(torch.optim.AdamW):
 def adamw(groups: list[dict[str, Any]], config: OptimConfig, impl: str = "auto") -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) over `parameter_groups`.
 
-    impl: of the kernels (kernels/dispatch.py). "triton" takes Ingot's kernel; every other, "auto" too, PyTorch's
+    impl: its form. "triton" takes Ingot's kernel; every other, "auto" too, PyTorch's
     fused implementation, which moves as many bytes and needs one launch for all parameters. State and results are
     the same up to rounding, so a run may change from one to the other.
     """
