@@ -1,0 +1,149 @@
+"""Launch plans: all that a launch depends on beyond the addresses of its tensors, worked out once.
+
+Triton types, binds and hashes every argument on every call, which takes longer than a small kernel runs. Here the first
+call goes through Triton, which compiles; later ones hand the addresses to the compiled kernel's own launcher. So does an
+operator use it:
+
+    @planned
+    def plan_of(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
+        ...                                         # checks, tiles, grid: pure, from the arguments alone
+        return Plan(kernel, programs, device, strides[0], shape[0], ROWS, COLS, warps=8)
+
+    def op(x: Tensor, seed: int) -> Tensor:
+        y = torch.empty_like(x)
+        plan_of(x.shape, x.stride(), x.dtype, x.device)(x, y, numbers=(seed,))
+        return y
+
+for a kernel(x_ptr, y_ptr, seed, stride, M, ROWS, COLS): tensors come first, then numbers that may differ from call to
+call, then what the plan keeps. A planning function may return several plans, or a plan and the sizes of results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.dispatch import INTERPRETED
+
+Made = TypeVar("Made")
+
+
+# One cache for all operators. A plan holds numbers and compiled kernels, no tensor: about 2 KB each. A cache that is
+# full forgets what was used longest ago, and nothing but time is lost. What is cached is a function of its key alone, so
+# that neither the order of calls nor other threads can change it; lru_cache has its own lock.
+@lru_cache(maxsize=4096)
+def made(make: Callable[..., Any], *key: Any) -> Any:
+    return make(*key)
+
+
+def planned(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Decorator: `make`, called once for equal arguments, which are positional and hashable.
+
+    They must say all that decides the kernels' code and arguments: shapes, strides and dtypes of tensors, which of them
+    are None, the device, and the options.
+    """
+    return partial(made, make)
+
+
+class Layout(NamedTuple):
+    """How a tensor lies that a kernel takes as a TMA descriptor. block: the shape of a tile."""
+
+    shape: Sequence[int]
+    strides: Sequence[int]
+    block: Sequence[int]
+
+
+class Described:
+    """What a launcher reads of a TensorDescriptor, without checking again what was checked on the first call."""
+
+    __slots__ = ("base", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
+
+    def __init__(self, base: Tensor, layout: Layout) -> None:
+        self.base, self.shape, self.strides = base, layout.shape, layout.strides
+
+
+class Plan:
+    """`programs` programs of a Triton kernel on `device`, whose last arguments are `last`.
+
+    layouts: of the first tensors, if the kernel takes those as TMA descriptors.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, device: torch.device, *last: Any,
+        warps: int = 4, stages: int = 1, layouts: Sequence[Layout] = (),
+    ) -> None:  # fmt: skip
+        self.kernel, self.programs, self.device, self.last = kernel, programs, device, last
+        self.options = {"num_warps": warps, "num_stages": stages}
+        self.layouts = layouts
+        # Triton's code differs where an address is no multiple of 16. Keys: 0 if all are, else which are.
+        self.compiled: dict[Any, Any] = {}
+        self.globals: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
+        """Launch on the device's current stream, whichever device is the current one.
+
+        numbers: floats, and 32-bit integers that the kernel does not specialise on.
+        """
+        if self.programs == 0:
+            return
+        if INTERPRETED:
+            self.kernel[(self.programs,)](*tensors, *numbers, *self.last, **self.options)
+            return
+        addresses = [x if x is None else x.data_ptr() for x in tensors]
+        aligned: Any = 0
+        for address in addresses:
+            aligned |= address or 0
+        aligned &= 15
+        if aligned:
+            aligned = tuple([address is None or address % 16 == 0 for address in addresses])
+        compiled = self.compiled.get(aligned)
+        # Profilers count on Triton's hooks, and Triton refuses a kernel whose global constants were changed.
+        if compiled is None or knobs.runtime.launch_enter_hook.calls or self.kernel.pre_run_hooks or self.is_stale():
+            self.compile(aligned, tensors, numbers)
+            return
+        arguments: list[Any] = addresses
+        for i, layout in enumerate(self.layouts):
+            arguments[i] = Described(tensors[i], layout)  # pyright: ignore[reportArgumentType]
+        here, index = driver.active.get_current_device(), self.device.index
+        if index is None or here == index:
+            self.launch(compiled, here, arguments, numbers)
+        else:
+            with torch.cuda.device(index):
+                self.launch(compiled, index, arguments, numbers)
+
+    def launch(self, compiled: CompiledKernel, device: int, arguments: list[Any], numbers: tuple[float, ...]) -> None:
+        compiled.run(
+            self.programs, 1, 1, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
+            None, None, None, *arguments, *numbers, *self.last,
+        )  # fmt: skip
+
+    def compile(self, aligned: Any, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> None:
+        """Launch by Triton's own path, which compiles if it must, and keep what it ran."""
+        described = [
+            TensorDescriptor(x, list(shape), list(strides), list(block))
+            for x, (shape, strides, block) in zip(tensors, self.layouts, strict=False)
+        ]
+        arguments = [*described, *tensors[len(described) :], *numbers, *self.last]
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            compiled = self.kernel[(self.programs,)](*arguments, **self.options)
+        if isinstance(compiled, CompiledKernel):
+            used = self.kernel.used_global_vals
+            self.globals = [(used[key][1], key[0], used[key][1].get(key[0])) for key in used]
+            self.compiled[aligned] = compiled
+
+    def is_stale(self) -> bool:
+        """Whether a global constant that the kernel was compiled with has another value now."""
+        for scope, name, value in self.globals:  # noqa: SIM110 - `any` takes four times as long
+            if scope.get(name) is not value:
+                return True
+        return False
