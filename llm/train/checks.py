@@ -22,8 +22,7 @@ EPOCHS = 4
 
 def check_kernels(config: RunConfig, device: torch.device, forms: Forms | None = None) -> str:
     """Say which of `forms` (None: train.impl) each kernel will take; InputError if one cannot run there."""
-    forms = forms or Forms.of(config.train.impl)
-    model, dtype = config.model, DTYPES[config.train.precision]
+    forms, model, dtype = forms or Forms.of(config.train.impl), config.model, DTYPES[config.train.precision]
     sparse = any(model.layer_sparse(layer) for layer in range(model.n_layer))
     no_triton, no_torch = attention_limits(model.head_dim, model.dropout, sparse, model.attention_softcap)
     norm = "layer_norm" if model.norm == "layernorm" else "rms_norm"
@@ -31,9 +30,9 @@ def check_kernels(config: RunConfig, device: torch.device, forms: Forms | None =
         "attention": {"no_triton": no_triton, "no_torch": no_torch},
         norm: {"no_triton": norm_limit(model.d_model)},
     }
-    asked = {"attention": forms.attention, "embedding": forms.embedding}
-    asked |= {"rope": forms.rope} if model.position == "rope" else {}
-    asked |= {norm: forms.norm} | ({"dropout": forms.dropout} if model.dropout > 0 else {})
+    rope, dropout = model.position == "rope", model.dropout > 0
+    asked = {"attention": forms.attention, "embedding": forms.embedding} | ({"rope": forms.rope} if rope else {})
+    asked |= {norm: forms.norm} | ({"dropout": forms.dropout} if dropout else {})
     asked |= {model.activation: forms.activation, "cross_entropy": forms.loss}
     chosen: dict[str, list[str]] = {}
     try:

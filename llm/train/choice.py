@@ -35,9 +35,7 @@ class Record(NamedTuple):
     ms: Times
 
 
-def choose_forms(
-    config: RunConfig, mesh: Mesh, device: torch.device, kept: Path, say: Say
-) -> tuple[Forms, Record | None]:
+def forms_of(config: RunConfig, mesh: Mesh, device: torch.device, kept: Path, say: Say) -> tuple[Forms, Record | None]:
     """The forms of this run, the same on every rank, and on rank 0 the times that they were chosen by. Collective.
 
     Rank 0 measures, if it must, on its GPU. kept: the run's file, which is read here, and which the caller writes.
@@ -51,25 +49,28 @@ def choose_forms(
 
 def find(config: RunConfig, tp: int, dp: int, device: torch.device, kept: Path, say: Say) -> Record:
     """What was measured for this run, or one like it, or is now; says which, and keeps it for other runs."""
-    key = key_of(config, tp, dp, device)
+    key, record = key_of(config, tp, dp, device), None
     cached = Path.home() / f".cache/ingot/forms/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     for path in (kept, cached):
         try:
-            if path.exists():
-                record = load(path, key)
-                say(f"kernels as {path} says: {shown(record.ms)}")
-                return record
+            if record is None and path.exists():
+                record, source = load(path, key), f"as {path} says"
         except (CheckpointError, InputError) as error:
             say(f"kernels are chosen anew: {error}")
-    ms, failures = measure(config, tp, dp, device)
-    say("\n  ".join([f"kernels as measured: {shown(ms)}", *failures]))
-    try:
-        cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with files.complete_file(cached) as file:  # of several writers the last one's stays
-            file.write(json.dumps(Record(key, ms)._asdict(), indent=1).encode())
-    except OSError as error:
-        say(f"warning: these times are not kept for other runs: {error}")
-    return Record(key, ms)
+    if record is None:
+        ms, failures = measure(config, tp, dp, device)
+        record, source = Record(key, ms), "as measured"
+        for failure in failures:
+            say(f"warning: {failure}")
+        try:
+            cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with files.complete_file(cached) as file:  # of several writers the last one's stays
+                file.write(json.dumps(record._asdict(), indent=1).encode())
+        except OSError as error:
+            say(f"warning: what was measured is not kept for other runs: {error}")
+    times = {op: ", ".join(f"{form} {ms:.3f} ms" for form, ms in found.items()) for op, found in record.ms.items()}
+    say(f"kernels {source}: {'; '.join(f'{op} {found}' for op, found in times.items())}")
+    return record
 
 
 def key_of(config: RunConfig, tp: int, dp: int, device: torch.device) -> dict[str, str]:
@@ -98,8 +99,3 @@ def load(path: Path, key: dict[str, str]) -> Record:
     values = ", ".join(f"{name} {record.key.get(name)} -> {key.get(name)}" for name in changed)
     require(not changed, f"{path} was measured for another machine or shape: {values}")
     return record
-
-
-def shown(ms: Times) -> str:
-    """The milliseconds of each candidate."""
-    return "; ".join(f"{op} {', '.join(f'{form} {t:.3f} ms' for form, t in times.items())}" for op, times in ms.items())

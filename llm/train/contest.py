@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from llm.train.engines.base import DTYPES
 from llm.train.optim import adamw
 
 Thunk = Callable[[], object]
+Turn = Callable[[Thunk], float]  # milliseconds of a call
 Times = dict[str, dict[str, float]]  # median milliseconds by operation and form
 # What may be chosen, the preferred form first: another is taken where it is faster by more than MARGIN.
 FORMS = {
@@ -39,11 +40,10 @@ def candidates(config: RunConfig) -> dict[str, tuple[str, ...]]:
     """The forms to compare, of each operation that has several: those that keep the run's masks, and its bits."""
     model, longest = config.model, max(phase.seq_len for phase in config.phases)
     # PyTorch's operator has the others, if at all, by masks: of all scores, or of a dropout that follows the layout.
-    plain = not (model.attention_softcap or model.dropout or config.data.document_masks) and not any(
-        model.layer_sparse(i) or (model.layer_window(i) or longest) < longest for i in range(model.n_layer)
-    )
-    left_out = {"atomic", "cudnn"} if config.train.deterministic else set[str]()
-    left_out |= set() if plain and config.train.precision != "fp32" else {"flash", "cudnn"}
+    masks = [model.layer_sparse(i) or (model.layer_window(i) or longest) < longest for i in range(model.n_layer)]
+    masked = any([*masks, model.attention_softcap, model.dropout, config.data.document_masks])
+    left_out = ["flash", "cudnn"] * (masked or config.train.precision == "fp32")
+    left_out += ["atomic", "cudnn"] * config.train.deterministic
     absent = {"rope": model.position != "rope", "norm": model.dropout > 0, "adamw": config.parallel.offload != "none"}
     found = {op: tuple(form for form in forms if form not in left_out) for op, forms in FORMS.items()}
     return {op: forms for op, forms in found.items() if len(forms) > 1 and not absent.get(op, False)}
@@ -104,9 +104,7 @@ def on_gpu(thunk: Thunk) -> float:
     return start.elapsed_time(end)
 
 
-def medians(
-    thunks: Mapping[str, Thunk], turn: Callable[[Thunk], float], clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
+def medians(thunks: dict[str, Thunk], turn: Turn, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """The median of `turn` of each thunk; they take turns, so that a slow spell of the machine hits all."""
     found, end = {name: list[float]() for name in thunks}, clock() + SECONDS
     while True:
@@ -117,10 +115,7 @@ def medians(
 
 
 def measure(config: RunConfig, tp: int, dp: int, device: torch.device) -> tuple[Times, list[str]]:
-    """The times of the candidates on `device`, the current GPU, and which of them failed, and why.
-
-    tp, dp: tensor- and data-parallel ranks; no process group is needed. The memory is that of one operation of a layer.
-    """
+    """The times of the candidates on `device`, the current GPU, and which failed, and why; needs no process group."""
     found, failures = Times(), list[str]()
     for op, forms in candidates(config).items():
         make, thunks = operation(op, config, tp, dp, device), dict[str, Thunk]()

@@ -28,7 +28,7 @@ from llm.parallel.agreement import broadcast, lead_first, together
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
 from llm.train.checks import check_kernels, check_tokenizer, repetitions
-from llm.train.choice import choose_forms
+from llm.train.choice import forms_of
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.engines.deepspeed_log import divert
 from llm.train.feed import Feed
@@ -76,7 +76,7 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None], *
         together(lambda: folder.check_nonce(nonce))
         together(lambda: check_wandb(config) if lead else None)
         together(lambda: check_kernels(config, device))
-        forms, record = choose_forms(config, mesh, device, folder.kernels, say)
+        forms, record = forms_of(config, mesh, device, folder.kernels, say)
         say(f"kernels on {device.type} (train.impl={config.train.impl}): {check_kernels(config, device, forms)}")
         checkpoint, warnings = open_agreed(folder.checkpoints, partial(find_step, step=config.checkpoint.resume_step))
         for warning in warnings:

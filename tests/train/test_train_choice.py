@@ -18,7 +18,7 @@ from llm.model.forms import Forms
 from llm.parallel.mesh import Mesh
 from llm.train import choice
 from llm.train import start as starting
-from llm.train.choice import Record, choose_forms, find, load
+from llm.train.choice import Record, find, forms_of, load
 from llm.train.run_folder import RUNS, RunFolder
 from pool import RankPool
 from test_train_start_data import made_run
@@ -66,8 +66,8 @@ def test_a_measurement_serves_the_next_run_too(machine: Machine) -> None:
     first = machine.find()
     assert first.ms == MS and machine.measured == 1
     assert machine.said == [
-        "kernels as measured: attention triton 2.000 ms, flash 1.000 ms; norm triton 1.000 ms, torch 3.000 ms\n"
-        "  attention by cudnn failed: RuntimeError"
+        "warning: attention by cudnn failed: RuntimeError",
+        "kernels as measured: attention triton 2.000 ms, flash 1.000 ms; norm triton 1.000 ms, torch 3.000 ms",
     ]
     (cached,) = machine.cached
     assert machine.find() == first and machine.measured == 1
@@ -155,7 +155,7 @@ def test_a_link_is_not_followed(machine: Machine, tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_said(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / ".cache").write_text("a file")
     assert machine.find().ms == MS
-    assert machine.said[1].startswith("warning: these times are not kept for other runs: ")
+    assert machine.said[1].startswith("warning: what was measured is not kept for other runs: ")
 
 
 def test_runs_that_start_at_once_leave_a_whole_file(machine: Machine) -> None:
@@ -174,19 +174,23 @@ def test_runs_that_start_at_once_leave_a_whole_file(machine: Machine) -> None:
             thread.join()
         assert machine.cached == [cached] and load(cached, record.key) == record
     assert found == [record] * 80
-    assert not [line for line in said if not line.startswith(("kernels as measured", f"kernels as {cached} says"))]
+    assert not [
+        line
+        for line in said
+        if not line.startswith(("warning: attention by", "kernels as measured", f"kernels as {cached} says"))
+    ]
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 def test_a_form_that_is_asked_for_is_taken_unmeasured(machine: Machine, impl: str) -> None:
     pinned, mesh = replace(CONFIG, train=replace(CONFIG.train, impl=impl)), Any
-    assert choose_forms(pinned, mesh, GPU, machine.kept, machine.said.append) == (Forms.of(impl), None)
+    assert forms_of(pinned, mesh, GPU, machine.kept, machine.said.append) == (Forms.of(impl), None)
     assert machine.measured == 0 and machine.said == []
 
 
 def test_a_cpu_measures_nothing(machine: Machine) -> None:
     mesh: Any = None
-    assert choose_forms(CONFIG, mesh, torch.device("cpu"), machine.kept, print) == (Forms(), None)
+    assert forms_of(CONFIG, mesh, torch.device("cpu"), machine.kept, print) == (Forms(), None)
     assert machine.measured == 0
 
 
@@ -198,9 +202,9 @@ def chosen_here(folder: Path, fails: bool) -> tuple[Forms, bool, int]:
         if fails:
             patch.setattr(choice, "measure", lambda *_: refuse())
             with pytest.raises(Agreed, match="no measure"):
-                choose_forms(CONFIG, mesh, GPU, machine.kept, machine.said.append)
+                forms_of(CONFIG, mesh, GPU, machine.kept, machine.said.append)
             return Forms(), False, 0
-        forms, record = choose_forms(CONFIG, mesh, GPU, machine.kept, machine.said.append)
+        forms, record = forms_of(CONFIG, mesh, GPU, machine.kept, machine.said.append)
     return forms, record is not None, machine.measured
 
 
@@ -222,7 +226,7 @@ def started(config: RunConfig, folder: Path) -> tuple[list[str], Forms]:
     said, forms = list[str](), Forms(norm="reference", loss="reference")
     with pytest.MonkeyPatch.context() as patch:
         record = Record({"GPU": "one"}, {"norm": {"torch": 1.0}})
-        patch.setattr(starting, "choose_forms", lambda *_: (forms, record))
+        patch.setattr(starting, "forms_of", lambda *_: (forms, record))
         RunFolder(RUNS, config.name).claim()
         run = starting.start(config, torch.device("cpu"), said.append)
     assert run is not None

@@ -22,12 +22,7 @@ class MasterWeightsEngine(Engine):
     """AdamW on fp32 masters; a subclass adds how gradients are reduced, their norm, and which shards it holds."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        model: GPT,
-        masters: Mapping[str, Tensor],
-        mesh: Mesh | None,
-        device: torch.device,
+        self, config: RunConfig, model: GPT, masters: Mapping[str, Tensor], mesh: Mesh | None, device: torch.device
     ) -> None:
         """masters: fp32, by parameter; the parameters themselves, shards of them, or copies."""
         super().__init__(config, model, mesh, device)
