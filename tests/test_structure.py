@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.checkpoint",
     },
     "llm/train": {
-        "torch", "numpy", "filelock", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.locks",
+        "torch", "triton", "numpy", "filelock", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.locks",
         "llm.sinks", "llm.slices", "llm.typed", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
         "llm.cluster", "llm.plan", "llm.train",
     },
