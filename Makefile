@@ -88,8 +88,8 @@ test-gpu: setup ## the same ladder on an NVIDIA GPU
 	  || { echo "error: PyTorch sees no NVIDIA GPU here" >&2; exit 2; }
 	@$(BIN)/python -m pytest -m gpu tests
 
-fuzz: setup ## libFuzzer over headers, indexes and plans (clang, libclang-rt; FUZZ_SECONDS=60)
-	@$(PYTEST) -s tests/data/test_data_fuzz.py -k libfuzzer --fuzz-seconds $(FUZZ_SECONDS)
+fuzz: setup ## csrc/ under the sanitizers, then libFuzzer over headers, indexes and plans (clang, libclang-rt; FUZZ_SECONDS=60)
+	@$(PYTEST) -s tests/data/test_data_sanitizers.py tests/data/test_data_fuzz.py -k "core_is_clean or libfuzzer" --fuzz-seconds $(FUZZ_SECONDS)
 FUZZ_SECONDS ?= 60
 
 test-cluster: setup ## train over two hosts made of network namespaces (root; iproute2, openssh-server, pdsh)
