@@ -19,8 +19,8 @@ from benchmarks.layout.counters import LiveStorages
 from benchmarks.report import table
 from llm.config import ParallelConfig, RunConfig
 from llm.model.gpt import GPT, Recompute
-from llm.model.layers import DenseLayers
 from llm.parallel.mesh import Mesh
+from llm.parallel.parallelize import choose_layers
 from llm.parity.batches import micro_batches, target_count
 from llm.plan.memory import parameters
 from llm.train.build import build_engine
@@ -126,8 +126,7 @@ def activations(config: RunConfig, device: torch.device, rounds: int) -> dict[tu
     """By (train.activation_checkpointing, train.checkpoint_every), for a dense model on one rank; timed in turns."""
     batch, models = micro_batches(config, 0, device, ragged=False)[0], {}
     for recompute, every in RECOMPUTED:
-        layers = DenseLayers(seed=config.seed, impl=config.train.impl)
-        model = GPT(config.model, layers, None, recompute, every)
+        model = GPT(config.model, choose_layers(config, None), None, recompute, every)
         models[recompute, every] = model.to(device=device, dtype=DTYPES[config.train.precision])
     held = {key: _activation_bytes(model, batch) for key, model in models.items()}
     steps = {key: partial(_step, model, batch) for key, model in models.items()}

@@ -294,7 +294,9 @@ class TrainConfig:
     init_from: str | None = None
     """A run's folder, a checkpoint or a Hugging Face folder whose weights a new run begins with; null: random ones."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
-    """Kernel implementation; `auto`: Triton on a GPU, PyTorch's own operators on a CPU."""
+    """Kernel implementation; `auto`: on a GPU the faster of Triton's and PyTorch's, measured, on a CPU PyTorch's."""
+    deterministic: bool = True
+    """On a GPU `auto` takes only forms whose results have the same bits on every run; false: the fastest of all."""
 
     def __post_init__(self) -> None:
         check_at_least(1, "train.", self, "global_batch_size", "micro_batch_size", "max_steps", "eval_interval")

@@ -52,7 +52,7 @@ class Block(nn.Module):
         gated = config.activation == "swiglu"
         self.config = config
         self.index = index
-        self.impl = layers.impl
+        self.forms = layers.forms
         self.recompute = recompute
         self.norm_1 = layers.norm(config.norm, C, bias=bias, eps=eps)
         self.qkv = layers.linear("qkv", C, qkv_rows, bias=bias)
@@ -74,7 +74,7 @@ class Block(nn.Module):
         )
         attended = self.attention_output(heads)
         x, normed = self.norm_2(x, attended, samples, positions)  # x = x + dropout(attended), and its norm
-        transformed = self.down(self.activation(self.up(normed), impl=self.impl))
+        transformed = self.down(self.activation(self.up(normed), impl=self.forms.activation))
         return self.down_dropout(transformed, samples, positions, residual=x)  # x + dropout(transformed)
 
     def core_attention(
@@ -99,7 +99,7 @@ class Block(nn.Module):
         K = qkv.shape[-1] // ((R + 2) * D)
         if self.config.position == "rope":
             theta = self.config.rope_theta
-            return rope_qkv(qkv, positions, n_kv_head=K, head_dim=D, theta=theta, impl=self.impl)
+            return rope_qkv(qkv, positions, n_kv_head=K, head_dim=D, theta=theta, impl=self.forms.rope)
         q, k, v = qkv.unflatten(-1, (K, R + 2, D)).split((R, 1, 1), dim=3)
         return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
@@ -124,8 +124,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         C, layers = config.d_model, layers or DenseLayers()
-        self.config = config
-        self.impl = layers.impl
+        self.config, self.forms = config, layers.forms
         self.embedding = layers.embedding(config.vocab_size, C)
         if config.position == "learned":
             self.position_table = layers.position_table(config.max_seq_len, C)
@@ -150,7 +149,7 @@ class GPT(nn.Module):
             x = x + self.position_table(positions if documents is None else documents.position_ids)
         x = self.embedding_dropout(x, samples, positions)
         if documents is not None:
-            bounds = document_bounds(documents.cu_seqlens, *tokens.shape, impl=self.impl)
+            bounds = document_bounds(documents.cu_seqlens, *tokens.shape, impl=self.forms.attention_impl)
             documents = documents._replace(bounds=bounds)
         for block in cast("Iterable[Block]", self.blocks.values()):
             full = block.recompute == "full" and self.training

@@ -23,6 +23,7 @@ from kernels.embedding import embedding
 from kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.philox import DropoutKey
 from llm.config import ModelConfig, RunConfig
+from llm.model.forms import BACKENDS, Forms, backend_attention
 from llm.slices import Slice, mark
 
 LinearRole = Literal["qkv", "attention_output", "up", "down"]
@@ -182,14 +183,14 @@ class CausalAttention(nn.Module):
     The mask is causal, and narrowed by the window or the sparse pattern that `config` gives block `block`.
     """
 
-    def __init__(self, config: ModelConfig, block: int, key: DropoutKey, *, impl: str, head_offset: int = 0) -> None:
+    def __init__(self, config: ModelConfig, block: int, key: DropoutKey, *, forms: Forms, head_offset: int = 0) -> None:
         super().__init__()
         sparse = config.layer_sparse(block)
         self.window = config.layer_window(block)
         self.sparse = None if sparse is None else Strided(sparse.block, sparse.local, sparse.stride)
         self.softcap = config.attention_softcap
         self.key = key
-        self.impl = impl
+        self.forms = forms
         self.head_offset = head_offset
 
     def forward(
@@ -200,10 +201,16 @@ class CausalAttention(nn.Module):
         samples int64 [B]; documents: if they do not attend to one another; then S = T. Returns [B, T, H, D].
         """
         key = self.key if self.training and self.key.p > 0 else None
-        options: dict[str, Any] = dict(window=self.window, sparse=self.sparse, softcap=self.softcap, impl=self.impl)
+        forms = self.forms
+        options: dict[str, Any] = {"window": self.window, "sparse": self.sparse, "softcap": self.softcap}
+        if forms.attention in BACKENDS:
+            q, k, v = heads.unbind(3) if isinstance(heads, Tensor) else heads
+            assert key is None and documents is None and q.shape[1] == k.shape[1], "a backend has a causal mask alone"
+            return backend_attention(q, k, v, forms)
         if documents is not None:
-            options |= dict(cu_seqlens=documents.cu_seqlens, bounds=documents.bounds)
-        options |= dict(dropout=key, samples=samples, head_offset=self.head_offset)
+            options |= {"cu_seqlens": documents.cu_seqlens, "bounds": documents.bounds}
+        options |= {"dropout": key, "samples": samples, "head_offset": self.head_offset}
+        options |= {"deterministic": forms.attention != "atomic", "impl": forms.attention_impl}
         if isinstance(heads, Tensor):
             return attention_packed(heads, **options)
         return attention(*heads, **options)
@@ -212,14 +219,13 @@ class CausalAttention(nn.Module):
 class DenseLayers:
     """The factory of layers on one device.
 
-    seed: of the initial weights and the dropout masks. impl: kernel implementation (kernels/dispatch.py). z_loss: its
-    weight in the loss.
+    seed: of the initial weights and the dropout masks. forms: of its operations. z_loss: its weight in the loss.
     p: probability of dropout. site: the number of a dropout in the network, which keys its masks.
     """
 
-    def __init__(self, *, seed: int = RunConfig.seed, impl: str = "auto", z_loss: float = 0.0) -> None:
+    def __init__(self, *, seed: int = RunConfig.seed, forms: Forms | None = None, z_loss: float = 0.0) -> None:
         self.seed = seed
-        self.impl = impl
+        self.forms = forms or Forms()
         self.z_loss = z_loss
 
     def on_weight(self, weight: Tensor) -> Tensor:
@@ -236,29 +242,29 @@ class DenseLayers:
 
     def embedding(self, vocab_size: int, width: int) -> nn.Module:
         """int [...] -> [..., width]; its table is `.weight`."""
-        return replicated(Embedding(vocab_size, width, impl=self.impl))
+        return replicated(Embedding(vocab_size, width, impl=self.forms.embedding))
 
     def position_table(self, max_positions: int, width: int) -> nn.Module:
         """int [T] or [B, T] -> [..., width], to be added to the token embeddings."""
-        return replicated(Embedding(max_positions, width, impl=self.impl))
+        return replicated(Embedding(max_positions, width, impl=self.forms.embedding))
 
     def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         """`tied`: the embedding whose table is the projection too."""
         weight = nn.Parameter(torch.zeros(vocab_size, width)) if tied is None else cast(nn.Parameter, tied.weight)
-        return replicated(LanguageModelHead(weight, z_loss=self.z_loss, impl=self.impl))
+        return replicated(LanguageModelHead(weight, z_loss=self.z_loss, impl=self.forms.loss))
 
     def norm(self, kind: str, width: int, *, bias: bool, eps: float) -> nn.Module:
         """[..., width] -> [..., width]."""
-        return replicated(Norm(kind, width, bias=bias, eps=eps, impl=self.impl, on_weight=self.on_weight))
+        return replicated(Norm(kind, width, bias=bias, eps=eps, impl=self.forms.norm, on_weight=self.on_weight))
 
     def add_norm(self, kind: str, width: int, *, bias: bool, eps: float, p: float, site: int) -> nn.Module:
         """stream, branch -> (stream + dropout(branch), its norm)."""
-        dropout = self.dropout(p, site)
-        return replicated(AddNorm(kind, width, dropout, bias=bias, eps=eps, impl=self.impl, on_weight=self.on_weight))
+        options: dict[str, Any] = dict(bias=bias, eps=eps, impl=self.forms.norm, on_weight=self.on_weight)
+        return replicated(AddNorm(kind, width, self.dropout(p, site), **options))
 
     def dropout(self, p: float, site: int) -> Dropout:
-        return Dropout(DropoutKey(p, self.seed, site), impl=self.impl, local_positions=self.local_positions)
+        return Dropout(DropoutKey(p, self.seed, site), impl=self.forms.dropout, local_positions=self.local_positions)
 
     def attention(self, config: ModelConfig, block: int, site: int) -> CausalAttention:
         """Attention of block `block`, with dropout on its weights."""
-        return CausalAttention(config, block, DropoutKey(config.dropout, self.seed, site), impl=self.impl)
+        return CausalAttention(config, block, DropoutKey(config.dropout, self.seed, site), forms=self.forms)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kernels.embedding import embedding
 from kernels.philox import DropoutKey
 from llm.config import ModelConfig
+from llm.model.forms import Forms
 from llm.model.layers import CausalAttention, DenseLayers, Embedding, LanguageModelHead, LinearRole, replicated
 from llm.parallel.collectives import (
     all_gather,
@@ -218,8 +219,8 @@ class VocabParallelHead(LanguageModelHead):
 class TensorParallelLayers(DenseLayers):
     """The factory of the layers above. Widths must divide by the group's size, and T if sequence-parallel."""
 
-    def __init__(self, tp: TensorParallel, *, seed: int, impl: str = "auto", z_loss: float = 0.0) -> None:
-        super().__init__(seed=seed, impl=impl, z_loss=z_loss)
+    def __init__(self, tp: TensorParallel, *, seed: int, forms: Forms | None = None, z_loss: float = 0.0) -> None:
+        super().__init__(seed=seed, forms=forms, z_loss=z_loss)
         self.tp = tp
 
     def on_weight(self, weight: Tensor) -> Tensor:
@@ -233,15 +234,16 @@ class TensorParallelLayers(DenseLayers):
         return layer(in_features, out_features, bias=bias, tp=self.tp)
 
     def embedding(self, vocab_size: int, width: int) -> nn.Module:
-        return VocabParallelEmbedding(vocab_size, width, tp=self.tp, impl=self.impl)
+        return VocabParallelEmbedding(vocab_size, width, tp=self.tp, impl=self.forms.embedding)
 
     def position_table(self, max_positions: int, width: int) -> nn.Module:
-        return replicated(PositionTable(max_positions, width, tp=self.tp, impl=self.impl))
+        return replicated(PositionTable(max_positions, width, tp=self.tp, impl=self.forms.embedding))
 
     def lm_head(self, width: int, vocab_size: int, tied: nn.Module | None) -> LanguageModelHead:
         source = tied or self.embedding(vocab_size, width)
-        return VocabParallelHead(cast(nn.Parameter, source.weight), z_loss=self.z_loss, tp=self.tp, impl=self.impl)
+        weight = cast(nn.Parameter, source.weight)
+        return VocabParallelHead(weight, z_loss=self.z_loss, tp=self.tp, impl=self.forms.loss)
 
     def attention(self, config: ModelConfig, block: int, site: int) -> CausalAttention:
         key, head_offset = DropoutKey(config.dropout, self.seed, site), self.tp.rank * (config.n_head // self.tp.size)
-        return CausalAttention(config, block, key, impl=self.impl, head_offset=head_offset)
+        return CausalAttention(config, block, key, forms=self.forms, head_offset=head_offset)

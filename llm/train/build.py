@@ -6,6 +6,7 @@ import torch
 
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
+from llm.model.forms import Forms
 from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, give_memory
 from llm.parallel.mesh import Mesh
@@ -13,16 +14,18 @@ from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import Engine, WeightSource
 
 
-def build_model(config: RunConfig, mesh: Mesh | None) -> GPT:
+def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None) -> GPT:
     """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none)."""
     recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
-    return GPT(config.model, choose_layers(config, mesh), recompute=recompute, recompute_every=every)
+    return GPT(config.model, choose_layers(config, mesh, forms), recompute=recompute, recompute_every=every)
 
 
-def build_engine(config: RunConfig, mesh: Mesh, device: torch.device, source: WeightSource | None = None) -> Engine:
+def build_engine(
+    config: RunConfig, mesh: Mesh, device: torch.device, source: WeightSource | None = None, forms: Forms | None = None
+) -> Engine:
     """The engine of the config, in the state of a checkpoint, or new on other weights (None: initial). Collective."""
     with torch.device("meta"):  # load_pieces fills the weights: they are drawn, or read, once
-        model = build_model(config, mesh)
+        model = build_model(config, mesh, forms)
     # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
     if config.train.engine == "plain" or (config.train.engine == "deepspeed" and config.parallel.zero_stage < 3):
         for parameter in model.parameters():

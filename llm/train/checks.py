@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from kernels.attention.op import limits as attention_limits
-from kernels.dispatch import KernelError, choose
+from kernels.dispatch import IMPLS, KernelError, choose
 from kernels.norm.op import no_triton as norm_limit
 from llm.config import RunConfig
 from llm.config.phases import consumed_samples
 from llm.data.corpora import Corpora
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError, require
+from llm.model.forms import Forms
 from llm.train.engines.base import DTYPES
 
 # Text read so often teaches nearly as much as new text would, and beyond it ever less (Muennighoff et al. 2023,
@@ -19,9 +20,9 @@ from llm.train.engines.base import DTYPES
 EPOCHS = 4
 
 
-def check_kernels(config: RunConfig, device: torch.device) -> str:
-    """Say which form each kernel will take; InputError if one that the config asks for cannot run there."""
-    model, dtype = config.model, DTYPES[config.train.precision]
+def check_kernels(config: RunConfig, device: torch.device, forms: Forms | None = None) -> str:
+    """Say which of `forms` (None: train.impl) each kernel will take; InputError if one cannot run there."""
+    forms, model, dtype = forms or Forms.of(config.train.impl), config.model, DTYPES[config.train.precision]
     sparse = any(model.layer_sparse(layer) for layer in range(model.n_layer))
     no_triton, no_torch = attention_limits(model.head_dim, model.dropout, sparse, model.attention_softcap)
     norm = "layer_norm" if model.norm == "layernorm" else "rms_norm"
@@ -29,12 +30,15 @@ def check_kernels(config: RunConfig, device: torch.device) -> str:
         "attention": {"no_triton": no_triton, "no_torch": no_torch},
         norm: {"no_triton": norm_limit(model.d_model)},
     }
-    rope, dropout = ["rope"] * (model.position == "rope"), ["dropout"] * (model.dropout > 0)
+    rope, dropout = model.position == "rope", model.dropout > 0
+    asked = {"attention": forms.attention, "embedding": forms.embedding} | ({"rope": forms.rope} if rope else {})
+    asked |= {norm: forms.norm} | ({"dropout": forms.dropout} if dropout else {})
+    asked |= {model.activation: forms.activation, "cross_entropy": forms.loss}
     chosen: dict[str, list[str]] = {}
     try:
-        for op in ("attention", "embedding", *rope, norm, *dropout, model.activation, "cross_entropy"):
-            form = choose(config.train.impl, op, device=device, dtype=dtype, **limits.get(op, {}))
-            chosen.setdefault(form, []).append(op)
+        for op, form in asked.items():
+            taken = choose(form, op, device=device, dtype=dtype, **limits.get(op, {})) if form in IMPLS else form
+            chosen.setdefault(taken, []).append(op)
     except KernelError as error:
         raise InputError(f"train.impl: {error}") from error
     return "; ".join(f"{form}: {', '.join(ops)}" for form, ops in chosen.items())

@@ -71,9 +71,8 @@ class KernelAdamW(torch.optim.AdamW):
 def adamw(groups: list[dict[str, Any]], config: OptimConfig, impl: str = "auto") -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) over `parameter_groups`.
 
-    impl: of the kernels (kernels/dispatch.py). "triton" takes Ingot's kernel; every other, "auto" too, PyTorch's
-    fused implementation, which moves as many bytes and needs one launch for all parameters. State and results are
-    the same up to rounding, so a run may change from one to the other.
+    impl: its form; all but "triton" are PyTorch's fused one, which moves as many bytes and needs one launch for all
+    parameters. State and results are the same up to rounding, so a run may change from one to the other.
     """
     kind = KernelAdamW if impl == "triton" else torch.optim.AdamW
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

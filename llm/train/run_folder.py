@@ -33,6 +33,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer.json"
+        self.kernels = self.path / "kernels.json"
+        """What train.impl=auto has measured (llm/train/choice.py)."""
 
     def claim(self) -> FileLock:
         """Rank 0, before the ranks meet: `create`, `lock` and `share_nonce`; returns what holds the lock.

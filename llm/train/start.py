@@ -22,10 +22,13 @@ from llm.config.phases import consumed_samples
 from llm.data.corpora import Corpora, unprepared
 from llm.data.loader import open_loader, validation_batches
 from llm.data.prepare.console import prepare_all
+from llm.files import write_json
+from llm.model.forms import Forms
 from llm.parallel.agreement import broadcast, lead_first, together
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
 from llm.train.checks import check_kernels, check_tokenizer, repetitions
+from llm.train.choice import forms_of
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.engines.deepspeed_log import divert
 from llm.train.feed import Feed
@@ -72,8 +75,9 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None], *
     with folder.undone_on_failure(nonce):
         together(lambda: folder.check_nonce(nonce))
         together(lambda: check_wandb(config) if lead else None)
-        forms = together(lambda: check_kernels(config, device))
-        say(f"kernels on {device.type} (train.impl={config.train.impl}): {forms}")
+        together(lambda: check_kernels(config, device))
+        forms, record = forms_of(config, mesh, device, folder.kernels, say)
+        say(f"kernels on {device.type} (train.impl={config.train.impl}): {check_kernels(config, device, forms)}")
         checkpoint, warnings = open_agreed(folder.checkpoints, partial(find_step, step=config.checkpoint.resume_step))
         for warning in warnings:
             say(f"warning: {warning}")
@@ -83,7 +87,9 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None], *
                 return None
         if prepare:
             lead_first(lambda: say(prepare_all(config)) if unprepared(config) else None)
-        return _ready(config, folder, mesh, device, checkpoint, say)
+        run = _ready(config, folder, mesh, device, checkpoint, forms, say)
+        together(lambda: write_json(folder.kernels, record._asdict()) if record is not None else None)
+        return run
 
 
 def _ready(
@@ -92,6 +98,7 @@ def _ready(
     mesh: Mesh,
     device: torch.device,
     checkpoint: CheckpointReader | None,
+    forms: Forms,
     say: Callable[[str], None],
 ) -> Run:
     """The run, with its data open and its engine built. Only then its own files are written."""
@@ -114,7 +121,7 @@ def _ready(
     left = config.train.max_steps - step
     feed = Feed(loader, device, left, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
     with redirect_stdout(_engine_output(config, folder, mesh.rank, device, say)):
-        engine = build_engine(config, mesh, device, checkpoint or weights)
+        engine = build_engine(config, mesh, device, checkpoint or weights, forms)
     run = Run(config, folder, corpora, mesh, device, step, feed, engine)
     together(lambda: _write_folder(run) if run.lead else None)
     if checkpoint is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from llm.config import ModelConfig
 from llm.config.sections import SparseAttention
 from llm.model.cache import KVCache
+from llm.model.forms import Forms
 from llm.model.gpt import GPT, Recompute
 from llm.model.layers import DenseLayers, Documents
 
@@ -33,7 +34,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
 def build(T: int, recompute: Recompute = "none", impl: str = "auto", **options: Any) -> GPT:
     """Four blocks with weights so large that what attention hides shows in every logit."""
     fields = dict(n_layer=4, n_head=4, n_kv_head=2, d_model=32, vocab_size=50, max_seq_len=T)
-    model = GPT(ModelConfig(**{**fields, **options}), DenseLayers(seed=7, impl=impl), recompute=recompute)
+    model = GPT(ModelConfig(**{**fields, **options}), DenseLayers(seed=7, forms=Forms.of(impl)), recompute=recompute)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

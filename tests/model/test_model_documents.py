@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.dispatch import KernelError
 from llm.config import ModelConfig
 from llm.model.cache import KVCache
+from llm.model.forms import Forms
 from llm.model.gpt import GPT, Recompute
 from llm.model.init import init_weights
 from llm.model.layers import DenseLayers, Documents
@@ -24,7 +25,7 @@ VARIANTS = {
 
 def build(recompute: Recompute = "none", impl: str = "auto", **fields) -> GPT:
     config = ModelConfig(**{"n_layer": 2, "d_model": 64, "vocab_size": 512, "max_seq_len": 24, **fields})
-    model = GPT(config, DenseLayers(seed=7, impl=impl), recompute=recompute)
+    model = GPT(config, DenseLayers(seed=7, forms=Forms.of(impl)), recompute=recompute)
     init_weights(model, config, 3)
     with torch.no_grad():  # so that attention is far from uniform, and a token that is seen is felt
         for block in model.blocks.values():

@@ -18,6 +18,7 @@ from torch.utils import cpp_extension
 
 from llm.config import RunConfig
 from llm.errors import InputError
+from llm.model.gpt import GPT
 from llm.model.init import give_memory
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import DTYPES, Engine, Fragment, MicroBatch, StepResult, sum_over
@@ -30,7 +31,7 @@ from llm.train.optim import adamw, parameter_groups
 class DeepSpeedEngine(Engine):
     """AdamW under ZeRO, with gradients, norms and checkpoints in terms of global tensors."""
 
-    def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, model: GPT, mesh: Mesh, device: torch.device) -> None:
         super().__init__(config, model, mesh, device)
         self.mesh = mesh
         self.stage = config.parallel.zero_stage
@@ -46,7 +47,7 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             partition(model, generated, mesh, device, DTYPES[config.train.precision])
         # ZeRO will replace its parameters by flat fp32 tensors.
-        self.optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim, config.train.impl)
+        self.optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim, model.forms.adamw)
         self.engine: deepspeed.DeepSpeedEngine
         self.zero: Any
         try:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm.config import RunConfig
+from llm.model.gpt import GPT
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import Engine, MicroBatch, StepResult, sum_over
 from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches
@@ -21,12 +22,7 @@ class MasterWeightsEngine(Engine):
     """AdamW on fp32 masters; a subclass adds how gradients are reduced, their norm, and which shards it holds."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        model: nn.Module,
-        masters: Mapping[str, Tensor],
-        mesh: Mesh | None,
-        device: torch.device,
+        self, config: RunConfig, model: GPT, masters: Mapping[str, Tensor], mesh: Mesh | None, device: torch.device
     ) -> None:
         """masters: fp32, by parameter; the parameters themselves, shards of them, or copies."""
         super().__init__(config, model, mesh, device)
@@ -35,7 +31,7 @@ class MasterWeightsEngine(Engine):
         groups = parameter_groups(model, config.optim.weight_decay)
         for group in groups:
             group["params"] = [master_of[id(parameter)] for parameter in group["params"]]
-        self.optimizer = adamw(groups, config.optim, config.train.impl)
+        self.optimizer = adamw(groups, config.optim, model.forms.adamw)
         self.scale = DynamicLossScale() if config.train.precision == "fp16" else None
 
     @abstractmethod

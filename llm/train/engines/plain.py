@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm.config import RunConfig
+from llm.model.gpt import GPT
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import DTYPES, Fragment
 from llm.train.engines.masters import MasterWeightsEngine
@@ -18,7 +19,7 @@ class PlainEngine(MasterWeightsEngine):
 
     replicated = True
 
-    def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh | None, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, model: GPT, mesh: Mesh | None, device: torch.device) -> None:
         model = model.to(device=device, dtype=DTYPES[config.train.precision])
         masters: dict[str, Tensor] = dict(model.named_parameters())
         if config.train.precision != "fp32":
