@@ -94,9 +94,7 @@ def main(arguments: list[str]) -> int:
     names = [*STAGES, SAMPLE]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_proof", description=__doc__)
     parser.add_argument("--budget", type=float, default=500, help="seconds for all of it")
-    parser.add_argument(
-        "--only", nargs="+", choices=STAGES, default=list(STAGES), help="stages to run, after `machine`"
-    )
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="stages to run, after `machine`")
     parser.add_argument("--earlier", type=Path, help="results.jsonl of an earlier run: what it has done is left out")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-proof"), help="folder of the results")
     options = parser.parse_args(arguments)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.gpu_proof.stage import STAGES, items_of
+from benchmarks.gpu_proof.stage import STAGES, items_of, tail_of
 from benchmarks.kernels.tables import unit
 from benchmarks.report import NONE, Record, number
 
@@ -64,6 +64,7 @@ def tables(head: Record, records: list[Record]) -> list[str]:
     found = {name: items_of(records, name) for name in STAGES}
     done = {name: [r for r in items.values() if r["status"] in ("done", "wrong")] for name, items in found.items()}
     lines, limits = [report.heading(head | found["machine"].get("versions", {}))], found["machine"].get("limits", {})
+    lines += table("Results against float64", ERRORS, [r for r in done["correctness"] if "share" in r])
     if limits.get("status") == "done":
         lines += ["", "Copy {copy_gb_s:,.0f} GB/s, matmul {matmul_tflop_s:,.0f} TFLOP/s.".format(**limits)]
         contests = [x for stage in ("attention", "kernels") for r in done[stage] for x in r["outcomes"]]
@@ -77,27 +78,29 @@ def tables(head: Record, records: list[Record]) -> list[str]:
         columns: Columns = {name: lambda row, i=i: str(row[i]) for i, name in enumerate(("kernel", "launches", "ms"))}
         lines += table(f"Kernels of a step: {record['item']}", columns, record["top"])
     lines += table("Tiles of attention", TILES, done["tiles"])
-    lines += table("Results against float64", ERRORS, [r for r in done["correctness"] if "share" in r])
     tests = [record["printed"].splitlines()[-1:] for record in records if record["stage"] == "sample"]
     return lines + [line for last in tests for line in ("", f"A sample of tests/gpu: {' '.join(last).strip('= ')}.")]
 
 
 def summary(head: Record, records: list[Record]) -> tuple[str, bool]:
     """The tables, then what went wrong and how the stages ended; and whether all is well."""
-    lines, good = [*tables(head, records), ""], True
+    try:
+        lines, good = [*tables(head, records), ""], True
+    except Exception as error:  # noqa: BLE001  a table that breaks must not hide how the stages ended
+        lines, good = [tail_of(error)], False
     for stage in dict.fromkeys(record["stage"] for record in records):
         items = items_of(records, stage)
         for record in [*items.values(), *(r for r in records if r["stage"] == stage and "item" not in r)]:
             if record["status"] != "done":
                 good, why = False, str(record.get("wrong") or record.get("error") or record.get("printed", ""))[-ERROR:]
                 lines.append(f"{stage} {record.get('item', 'as a whole')}: {record['status']}: {why}")
-        if items:
-            done = sum(item["status"] == "done" for item in items.values())
-            compiled = [seconds for item in items.values() for seconds in item.get("compiled", {}).values()]
-            lines.append(
-                f"{stage}: {done} of {len(items)} items done; {sum(item.get('loaded', 0) for item in items.values())} "
-                f"kernels from the cache, {len(compiled)} compiled in {sum(compiled):.0f} s"
-            )
+        took = sum(r.get("seconds", 0) for r in records if r["stage"] == stage and "item" not in r)
+        done = sum(item["status"] == "done" for item in items.values())
+        compiled = [seconds for item in items.values() for seconds in item.get("compiled", {}).values()]
+        lines.append(
+            f"{stage}: {took} s; {done} of {len(items)} items done; {sum(item.get('loaded', 0) for item in items.values())} "
+            f"kernels from the cache, {len(compiled)} compiled in {sum(compiled):.0f} s"
+        )
     return "\n".join(lines), good
 
 

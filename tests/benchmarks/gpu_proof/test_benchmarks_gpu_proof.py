@@ -66,8 +66,8 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, **actions: Any) -> None:
-    """Gives the stage `tiles` these items."""
-    module = SimpleNamespace(tiles=lambda device: actions)
+    """Gives the stage `correctness` these items."""
+    module = SimpleNamespace(correctness=lambda device: actions)
     monkeypatch.setattr(stage, "import_module", lambda name: module)
 
 
@@ -77,8 +77,8 @@ def test_an_item_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.M
 
     fake(monkeypatch, a=fails, b=lambda: {"wrong": "differs"}, c=lambda: {"ms": 1.0})
     proof.begin(tmp_path, [])
-    assert stage.run("tiles", tmp_path / RESULTS, CPU)
-    found = items_of(records(tmp_path), "tiles")
+    assert stage.run("correctness", tmp_path / RESULTS, CPU)
+    found = items_of(records(tmp_path), "correctness")
     assert [found[item]["status"] for item in "abc"] == ["failed", "wrong", "done"]
     assert found["a"]["error"].endswith("ValueError: the reason")
     assert "fails" in found["a"]["error"]
@@ -97,9 +97,9 @@ def test_a_process_that_cannot_go_on_says_so_and_the_next_goes_on_behind(
     fake(monkeypatch, a=fails, b=dict)
     monkeypatch.setattr(stage, "usable", lambda device: False)
     proof.begin(tmp_path, [])
-    assert not stage.run("tiles", tmp_path / RESULTS, CPU)
-    assert stage.run("tiles", tmp_path / RESULTS, CPU)
-    assert [r["status"] for r in items_of(records(tmp_path), "tiles").values()] == ["failed", "done"]
+    assert not stage.run("correctness", tmp_path / RESULTS, CPU)
+    assert stage.run("correctness", tmp_path / RESULTS, CPU)
+    assert [r["status"] for r in items_of(records(tmp_path), "correctness").values()] == ["failed", "done"]
 
 
 def test_an_interrupt_ends_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +108,8 @@ def test_an_interrupt_ends_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     fake(monkeypatch, a=stops, b=dict)
     proof.begin(tmp_path, [])
-    assert not stage.run("tiles", tmp_path / RESULTS, CPU)
-    assert [r["status"] for r in items_of(records(tmp_path), "tiles").values()] == ["stopped"]
+    assert not stage.run("correctness", tmp_path / RESULTS, CPU)
+    assert [r["status"] for r in items_of(records(tmp_path), "correctness").values()] == ["stopped"]
 
 
 @pytest.mark.parametrize(
