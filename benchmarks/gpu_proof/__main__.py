@@ -38,7 +38,8 @@ PYTEST = ["pytest", "-m", "gpu", "-q", "--tb=line", "-p", "no:cacheprovider", "-
 def command(stage: str, file: Path) -> list[str]:
     if stage != SAMPLE:
         return [sys.executable, "-m", "benchmarks.gpu_proof.stage", stage, str(file)]
-    options = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    workers = (os.cpu_count() or 1) // 2
+    options = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
     chosen = ["--chosen-by", report.read(file)[0]["date"][:10], *(f"tests/gpu/test_gpu_{name}.py" for name in TESTS)]
     return [sys.executable, "-m", *PYTEST, *options, *chosen]
 

@@ -73,8 +73,7 @@ def hashed(source: str, options: str) -> str:
 def work() -> dict[str, Callable[[], Any]]:
     """By name, calls that launch what the stages do."""
     found: dict[str, Callable[[], Any]] = {}
-    # The number of rows changes no kernel, but what a CPU computes of the last layer.
-    for name, make in correctness.cases(CPU, small=False, rows=64).items():
+    for name, make in correctness.cases(CPU, small=False, layer_rows=64).items():
         found[name] = lambda make=make: make().results("triton")
     for shape in (replace(shape, atomics=atomics) for shape in speed.SHAPES for atomics in (False, True)):
         found[f"timed {shape}"] = lambda shape=shape: case(CPU, BF16, shape).results("triton")

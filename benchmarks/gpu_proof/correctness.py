@@ -35,32 +35,28 @@ def shapes(D: int) -> list[Shape]:
     ]  # fmt: skip
 
 
-def cases(device: torch.device, small: bool, rows: int = 8192) -> dict[str, Make]:
-    """By name. small: tiny sizes. rows: tokens, a multiple of 64, of what is not attention: how many does not decide
-    what is compiled.
-    """
-    C, V, F, N = (24, 80, 48, 3000) if small else (768, 50304, 3072, 124_439_808 // 8192 * rows)
-    B, T = (2, 8) if small else (rows // 64, 64)
+def cases(device: torch.device, small: bool, layer_rows: int = 8192) -> dict[str, Make]:
+    """By name. small: tiny sizes. layer_rows: tokens of the last layer, whose number decides nothing of its kernels."""
+    C, V, F, N, B, T = (24, 80, 48, 3000, 2, 8) if small else (768, 50304, 3072, 124_439_808, 8, 1024)
     found: dict[str, Make] = {}
-    plain = Shape(2, 24, 4, 16)
-    few = [replace(plain, K=2, window=9, atomics=True), Shape(1, 40, 2, 16, documents=3)]
+    few = [Shape(2, 24, 4, 16, K=2, window=9, atomics=True), Shape(1, 40, 2, 16, documents=3)]
     for shape in few if small else [*shapes(64), *shapes(128)]:
         found[f"attention {shape}"] = partial(attention.case, device, BF16, shape)
     for width in (C,) if small else (C, 1024, 4096):
         for op in norm.OPS:
             found[f"{op} C={width}"] = partial(norm.case, device, BF16, op, B, T, width)
-    targets = partial(cross_entropy.targets_of, B * T, V, device)
-    found[f"cross-entropy V={V}"] = lambda: cross_entropy.case(BF16, targets(), V)
-    found[f"cross-entropy in place V={V}"] = lambda: cross_entropy.case(BF16, targets(), V, inplace=True)
-    found[f"last layer C={C} V={V}"] = lambda: cross_entropy.layer_case(BF16, targets(), C, V, z_loss=1e-4)
-    for D in (16,) if small else (64, 128):
-        found[f"rotary D={D}"] = partial(rope.case, device, BF16, B, T, 2, 3, D)
+    targets = partial(cross_entropy.targets_of, V=V, device=device)
+    found[f"cross-entropy V={V}"] = lambda: cross_entropy.case(BF16, targets(B * T), V)
+    found[f"cross-entropy in place V={V}"] = lambda: cross_entropy.case(BF16, targets(B * T), V, inplace=True)
+    tokens = 16 if small else layer_rows
+    found[f"last layer C={C} V={V}"] = lambda: cross_entropy.layer_case(BF16, targets(tokens), C, V, z_loss=1e-4)
+    for K, R, D in ((2, 3, 16),) if small else ((12, 1, 64), (8, 4, 128)):
+        found[f"rotary H={K * R} K={K} D={D}"] = partial(rope.case, device, BF16, B, T, K, R, D)
     for function in (gelu, swiglu):
         found[f"{function.__name__} F={F}"] = partial(activations.case, device, BF16, function, B * T, F)
     found[f"embedding C={C}"] = lambda: embedding.case(BF16, embedding.tokens_of(B * T, V).to(device), C, V)
     update = partial(adamw.case, device, FP32, N, scalars=True)
-    found |= {"adamw": update, "adamw, bf16 gradient and copy": partial(update, gradient=BF16, low=BF16)}
-    return found
+    return found | {"adamw": update, "adamw, bf16 gradient and copy": partial(update, gradient=BF16, low=BF16)}
 
 
 def correctness(device: torch.device) -> Items:
