@@ -29,15 +29,11 @@ python "$root/launch/check_hostfile.py" "$HOSTFILE" "$@" >"$hosts"
 options+=(--hostfile "$hosts" --launcher_args=-b) # -b: an interrupt ends pdsh at once
 [[ -n "${MASTER_ADDR:-}" ]] && options+=(--master_addr "$MASTER_ADDR")
 
-# The hosts' launchers are not told --log_level: what they log below an error is left out here.
-exec 3> >(exec sed -uE '/\[(DEBUG|INFO|WARNING)\] \[[a-z_]+\.py:/d')
-filter=$!
-
 # A runner that is killed leaves pdsh behind, and with it every host at work. So it gets a process
 # group (set -m); whatever is left of that when the runner has ended is ended too.
 set -m
 set -x
-python -m deepspeed.launcher.runner "${options[@]}" "$root/launch/pretrain.py" "$@" </dev/null >&3 &
+python -m deepspeed.launcher.runner "${options[@]}" "$root/launch/pretrain.py" "$@" </dev/null &
 { set +x; } 2>/dev/null
 runner=$!
 trap 'kill -TERM "$runner"' HUP INT TERM
@@ -48,6 +44,4 @@ while ((code > 128)) && kill -0 "$runner" 2>/dev/null; do # a signal came: the r
   wait "$runner" || code=$?
 done
 kill -INT -- "-$runner" 2>/dev/null || true
-exec 3>&-
-wait "$filter" || true
 exit "$code"

@@ -51,7 +51,7 @@ KEPT = (".json", ".cubin")  # of what Triton keeps of a kernel; the rest is for 
 
 def compiler() -> dict[str, str]:
     """The parts of Triton's keys that are the machine's own."""
-    backend = make_backend(GPUTarget("cuda", ARCH, 32))
+    backend: Any = make_backend(GPUTarget("cuda", ARCH, 32))
     return {
         "python": platform.python_version(),
         "triton": triton.__version__,

@@ -43,6 +43,11 @@ STEPS: Columns = {
     "their ms": lambda r: f"{r['busy_ms']:.4g}",
     "GB": lambda r: number(r["memory_gb"]) if "memory_gb" in r else NONE,
 }
+LAUNCHED: Columns = {
+    "kernel": lambda r: f"`{r['name']}`",
+    "launches": lambda r: str(r["launches"]),
+    "ms": lambda r: f"{r['ms']:.3g}",
+}
 ERRORS: Columns = {
     "case": lambda r: r["item"],
     "of the allowed error": lambda r: f"{r['share']:.0%}",
@@ -75,8 +80,7 @@ def tables(head: Record, records: list[Record]) -> list[str]:
         lines += table("Kernels beside others", CONTESTS, contests)
     lines += table("Training steps", STEPS, done["training"])
     for record in [r for r in done["training"] if r["form"] == "triton"]:
-        columns: Columns = {name: lambda row, i=i: str(row[i]) for i, name in enumerate(("kernel", "launches", "ms"))}
-        lines += table(f"Kernels of a step: {record['item']}", columns, record["top"])
+        lines += table(f"Kernels of a step: {record['item']}", LAUNCHED, record["top"])
     lines += table("Tiles of attention", TILES, done["tiles"])
     tests = [record["printed"].splitlines()[-1:] for record in records if record["stage"] == "sample"]
     return lines + [line for last in tests for line in ("", f"A sample of tests/gpu: {' '.join(last).strip('= ')}.")]
@@ -97,10 +101,9 @@ def summary(head: Record, records: list[Record]) -> tuple[str, bool]:
         took = sum(r.get("seconds", 0) for r in records if r["stage"] == stage and "item" not in r)
         done = sum(item["status"] == "done" for item in items.values())
         compiled = [seconds for item in items.values() for seconds in item.get("compiled", {}).values()]
-        lines.append(
-            f"{stage}: {took} s; {done} of {len(items)} items done; {sum(item.get('loaded', 0) for item in items.values())} "
-            f"kernels from the cache, {len(compiled)} compiled in {sum(compiled):.0f} s"
-        )
+        loaded = sum(item.get("loaded", 0) for item in items.values())
+        counts = f"{loaded} kernels from the cache, {len(compiled)} compiled in {sum(compiled):.0f} s"
+        lines.append(f"{stage}: {took} s; {done} of {len(items)} items done; {counts}")
     return "\n".join(lines), good
 
 

@@ -78,7 +78,7 @@ def candidates(device: torch.device, small: bool) -> list[tuple[str, Shape, Tile
         (
             kind,
             Shape(1, 16, 1, D) if small else Shape(4, 4096, 2048 // D, D),
-            Tile(*map(int, text.split("x")), not small),
+            Tile(*map(int, text.split("x")), tma=not small),
         )
         for (kind, D), texts in (SMALL_TILES if small else TILES).items()
         for text in texts.split()

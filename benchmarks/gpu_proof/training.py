@@ -23,7 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "124M": dict(n_layer=12, n_head=12, d_model=768, vocab_size=50304, max_seq_len=1024),
     "350M": dict(n_layer=24, n_head=16, d_model=1024, vocab_size=50304, max_seq_len=1024),
 }
-SMALL = {"tiny": dict(n_layer=1, n_head=2, d_model=32, vocab_size=64, max_seq_len=16)}
+SMALL: dict[str, dict[str, Any]] = {"tiny": dict(n_layer=1, n_head=2, d_model=32, vocab_size=64, max_seq_len=16)}
 ROUNDS = 8
 TOP = 12  # kernels of a profile
 # What the profiler lists among kernels and is none.
@@ -68,7 +68,7 @@ def measure(device: torch.device, name: str, form: str) -> Record:
         engine.model.zero_grad()
 
     samples = compare(clock_of(device, cold=False), {"step": step, "queue": queue}, ROUNDS if on_gpu else 1)
-    found = {"form": form} | summary(samples["step"]) | {"host_ms": summary(samples["queue"])["host_ms"]}
+    found: Record = {"form": form} | summary(samples["step"]) | {"host_ms": summary(samples["queue"])["host_ms"]}
     found |= {"tokens_s": count / found["ms"] * 1e3} | profile(step, device) | {"losses": losses[:: len(losses) - 1]}
     if on_gpu:
         found["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
@@ -81,17 +81,17 @@ def measure(device: torch.device, name: str, form: str) -> Record:
 
 
 def profile(step: Thunk, device: torch.device) -> Record:
-    """kernels: how many a step launches; busy_ms: what they take; top: [name, launches, ms], the longest first."""
+    """kernels: how many a step launches; busy_ms: what they take; top: those that take longest."""
     kind, activity = DeviceType.CPU, torch.profiler.ProfilerActivity.CPU
     if device.type == "cuda":
         kind, activity = DeviceType.CUDA, torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profiled:
         step()
         wait(device)
-    rows = [
-        (event.key[:80], event.count, (event.self_device_time_total or event.self_cpu_time_total) / 1e3)
-        for event in profiled.key_averages()
-        if event.device_type == kind and not event.key.startswith(NO_KERNEL)
+    rows: list[Record] = [
+        {"name": x.key[:70], "launches": x.count, "ms": (x.self_device_time_total or x.self_cpu_time_total) / 1e3}
+        for x in profiled.key_averages()
+        if x.device_type == kind and not x.key.startswith(NO_KERNEL)
     ]
-    top = sorted(rows, key=lambda row: -row[2])[:TOP]
-    return {"kernels": sum(row[1] for row in rows), "busy_ms": sum(row[2] for row in rows), "top": top}
+    top = sorted(rows, key=lambda row: -row["ms"])[:TOP]
+    return {"kernels": sum(row["launches"] for row in rows), "busy_ms": sum(row["ms"] for row in rows), "top": top}

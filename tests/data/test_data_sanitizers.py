@@ -11,7 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow  # make fuzz runs it too
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_core_is_clean(tmp_path: Path, sanitizers: str):
     compiler = shutil.which("g++")
