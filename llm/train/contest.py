@@ -55,7 +55,7 @@ def operation(op: str, config: RunConfig, tp: int, dp: int, device: torch.device
     B, T = train.micro_batch_size, max(phase.seq_len for phase in config.phases)
     H, K, F, V = model.n_head // tp, model.kv_heads // tp, model.ff_dim // tp, -(-model.vocab_size // tp)
     activation, up = (swiglu, 2 * F) if model.activation == "swiglu" else (gelu, F)
-    N, on = min(B * T, MOST_TOKENS), {"device": device}
+    N, on = min(B * T, MOST_TOKENS), dict[str, Any](device=device)
     if op == "adamw":
         sizes = [rows * C for rows in ((H + 2 * K) * D, H * D, up, F, 1, 1)]
         sizes = sizes if config.parallel.zero_stage == 0 else [sum(sizes) // dp]  # ZeRO updates one flat tensor
