@@ -37,14 +37,14 @@ class Forms(NamedTuple):
     @staticmethod
     def of(impl: str) -> Forms:
         """`impl` for every operation."""
-        return Forms(*[impl] * 8)
+        return Forms._make([*[impl] * 8, True])
 
 
 def backend_attention(q: Tensor, k: Tensor, v: Tensor, forms: Forms) -> Tensor:
     """softmax(q k^T / sqrt(D) + causal mask) v by one of BACKENDS: q [B, T, H, D], k and v [B, T, K, D] -> as q."""
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(BACKENDS[forms.attention]):  # RuntimeError where it cannot run
-        o = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     if forms.deterministic and o.grad_fn is not None and not torch.are_deterministic_algorithms_enabled():
         # The backward pass reads this switch of the process, with which other operators would be slow or refuse to run.
         o.grad_fn.register_prehook(lambda _: torch.use_deterministic_algorithms(True))

@@ -75,13 +75,12 @@ def find(config: RunConfig, tp: int, dp: int, device: torch.device, kept: Path, 
 
 def key_of(config: RunConfig, tp: int, dp: int, device: torch.device) -> dict[str, str]:
     """All that the times depend on."""
-    driver, train = Path("/sys/module/nvidia/version"), config.train
+    found, train = Path("/sys/module/nvidia/version"), config.train
+    driver = found.read_text().strip() if found.exists() else "unknown"
     sources = sorted(Path(kernels.__path__[0]).rglob("*.py"))
     return {
         "GPU": torch.cuda.get_device_name(device),
-        "driver": driver.read_text().strip() if driver.exists() else "unknown",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        "versions": f"driver {driver}, torch {torch.__version__}, Triton {triton.__version__}",
         "kernels": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16],
         **{f"model.{name}": str(value) for name, value in asdict(config.model).items()},
         "micro-batch": f"{train.micro_batch_size} x {[phase.seq_len for phase in config.phases]} in {train.precision}",

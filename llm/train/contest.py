@@ -54,41 +54,36 @@ def operation(op: str, config: RunConfig, tp: int, dp: int, device: torch.device
     model, train, C, D = config.model, config.train, config.model.d_model, config.model.head_dim
     B, T = train.micro_batch_size, max(phase.seq_len for phase in config.phases)
     H, K, F, V = model.n_head // tp, model.kv_heads // tp, model.ff_dim // tp, -(-model.vocab_size // tp)
-    gated, N, on = model.activation == "swiglu", min(B * T, MOST_TOKENS), {"device": device}
+    activation, up = (swiglu, 2 * F) if model.activation == "swiglu" else (gelu, F)
+    N, on = min(B * T, MOST_TOKENS), dict[str, Any](device=device)
     if op == "adamw":
-        sizes = [rows * C for rows in ((H + 2 * K) * D, H * D, F * (1 + gated), F, 1, 1)]
+        sizes = [rows * C for rows in ((H + 2 * K) * D, H * D, up, F, 1, 1)]
         sizes = sizes if config.parallel.zero_stage == 0 else [sum(sizes) // dp]  # ZeRO updates one flat tensor
         weights = [torch.zeros(min(size, MOST_ELEMENTS // len(sizes)), **on) for size in sizes]
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
         return lambda form: adamw([{"params": weights}], config.optim, form).step
-    shapes = {
-        "attention": [(B, T, H, D), (B, T, K, D), (B, T, K, D)],
-        "rope": [(B, T, (H + 2 * K) * D)],
-        "norm": [(B, T, C)] * 2,
-        "activation": [(B, T, F * (1 + gated))],
-        "loss": [(N, C)],
-    }
     generator, dtype = torch.Generator(device).manual_seed(0), DTYPES[train.precision]  # not the process's own
-    inputs = [torch.randn(shape, dtype=dtype, generator=generator, **on).requires_grad_() for shape in shapes[op]]
     samples, positions, targets = torch.arange(B, **on), torch.arange(T, **on), torch.arange(N, **on) % V
-    inputs += {"attention": [samples], "rope": [positions], "norm": [samples, positions], "loss": [targets]}.get(op, [])
+    rope = partial(rope_qkv, n_kv_head=K, head_dim=D, theta=model.rope_theta)
+    norm: dict[str, Any] = dict(bias=model.bias, eps=model.norm_eps, p=0.0, site=0)
+    shapes, others, function_of = {
+        "attention": ([(B, T, n, D) for n in (H, K, K)], [samples], lambda layers, form: layers.attention(model, 0, 0)),
+        "rope": ([(B, T, (H + 2 * K) * D)], [positions], lambda layers, form: partial(rope, impl=form)),
+        "norm": ([(B, T, C)] * 2, [samples, positions], lambda layers, form: layers.add_norm(model.norm, C, **norm)),
+        "activation": ([(B, T, up)], [], lambda layers, form: partial(activation, impl=form)),
+        "loss": ([(N, C)], [targets], lambda layers, form: layers.lm_head(C, V, None)),
+    }[op]
+    inputs = [torch.randn(shape, dtype=dtype, generator=generator, **on).requires_grad_() for shape in shapes]
 
     def make(form: str) -> Thunk:
         layers = DenseLayers(forms=Forms(deterministic=train.deterministic)._replace(**{op: form}), z_loss=train.z_loss)
-        functions: dict[str, Callable[[], Any]] = {
-            "attention": lambda: layers.attention(model, 0, 0),
-            "rope": lambda: partial(rope_qkv, n_kv_head=K, head_dim=D, theta=model.rope_theta, impl=form),
-            "norm": lambda: layers.add_norm(model.norm, C, bias=model.bias, eps=model.norm_eps, p=0.0, site=0),
-            "activation": lambda: partial(swiglu if gated else gelu, impl=form),
-            "loss": lambda: layers.lm_head(C, V, None),
-        }
-        function, leaves = functions[op](), [x for x in inputs if x.requires_grad]
+        function, leaves = function_of(layers, form), [*inputs]
         if isinstance(function, nn.Module):
             leaves += function.to(device, dtype).parameters()
-        found = function(*inputs)
+        found = function(*inputs, *others)
         gradients = [*map(torch.ones_like, found)] if isinstance(found, tuple) else torch.ones_like(found)
-        return lambda: torch.autograd.grad(function(*inputs), leaves, gradients)
+        return lambda: torch.autograd.grad(function(*inputs, *others), leaves, gradients)
 
     return make
 
