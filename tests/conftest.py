@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from chosen import is_chosen
+from chosen import is_chosen, selects_only_gpu
 from pool import RankPool
 from runs import Workspace, succeeded
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr.strip() == "gpu":  # `make test-gpu`
+    if selects_only_gpu(config.option.markexpr):
         return
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from chosen import is_chosen, slow_but
+from chosen import is_chosen, selects_only_gpu, slow_but
 
 
 def test_a_commit_chooses_about_one_in_so_many() -> None:
@@ -24,3 +24,13 @@ def test_all_but_the_fast_cases_are_slow() -> None:
     assert [mark.name for mark in slow.marks] == ["slow"]
     with pytest.raises(AssertionError):
         slow_but(["c"], ["a", "b"])
+
+
+@pytest.mark.parametrize("expression", ["gpu", "gpu and slow", "gpu and not slow", " gpu and not (ranks or cluster)"])
+def test_expressions_that_select_gpu_tests_alone(expression: str) -> None:
+    assert selects_only_gpu(expression)
+
+
+@pytest.mark.parametrize("expression", ["", "not gpu", "slow", "not slow", "gpu or slow", "not slow and not gpu"])
+def test_expressions_that_select_other_tests(expression: str) -> None:
+    assert not selects_only_gpu(expression)
