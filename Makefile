@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV := .venv
+OLD_TRITON := .venv-triton-3.6
 BIN := $(VENV)/bin
 # Where the CPU build of PyTorch is published, for machines whose pip does not know one already.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -13,7 +14,7 @@ PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip
 # Of what pip prints, a line for each package. Its errors go past this, to the terminal.
 BRIEFLY := | sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking them/p'
 
-.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-parallel clean
+.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-parallel gpu-proof gpu-cache gpu-report clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,8 +74,12 @@ test-sample: setup ## one in ONE_IN of the tests that only `make test-all` runs,
 bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks.step
 
-bench-kernels: setup ## every kernel beside every other implementation installed (ARGS="--only attention"; docs/benchmarks.md)
-	@$(BIN)/python -m benchmarks.kernels $(ARGS)
+# On a GPU machine without a network: PY=python3 takes the machine's own packages, and nothing is set up.
+PY ?= $(BIN)/python
+SETUP := $(if $(filter $(BIN)/python,$(PY)),setup)
+
+bench-kernels: $(SETUP) ## every kernel beside every other implementation installed (ARGS="--only attention"; docs/benchmarks.md)
+	@$(PY) -m benchmarks.kernels $(ARGS)
 
 bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--quick": Ingot alone; results: docs/benchmarks.md)
 	@$(BIN)/python -m benchmarks.loader $(ARGS)
@@ -83,10 +88,21 @@ bench-parallel: setup ## what ZeRO stages and recomputation cost (results: docs/
 	@OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \
 	  --config $(CONFIG) --train.micro_batch_size=4 $(ARGS)
 
-test-gpu: setup ## the same ladder on an NVIDIA GPU
-	@$(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
+test-gpu: $(SETUP) ## the same ladder on an NVIDIA GPU (PY=python3: with the machine's own packages; ARGS="-k attention")
+	@$(PY) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
 	  || { echo "error: PyTorch sees no NVIDIA GPU here" >&2; exit 2; }
-	@$(BIN)/python -m pytest -m gpu tests
+	@$(PY) -m pytest -m gpu tests $(ARGS)
+
+# One command for a GPU that is lent for minutes: the machine's own Python, no network. OUT: the folder of results.
+BUDGET ?= 500
+gpu-proof: ## right results and speed on a GPU, in BUDGET=500 seconds, without setup (ARGS="--only training"; docs/benchmarks.md)
+	@$(PYTHON) -m benchmarks.gpu_proof --budget $(BUDGET) --out $(or $(OUT),runs/gpu-proof) $(ARGS)
+
+gpu-cache: $(OLD_TRITON)/.packages ## compile here what gpu-proof launches there (PYTHON=python3.12: the GPU machine's version)
+	@$(OLD_TRITON)/bin/python -m benchmarks.gpu_proof.cache $(ARGS)
+
+gpu-report: $(SETUP) ## what gpu-proof has found, into docs/benchmarks.md (FILE=runs/gpu-proof/results.jsonl)
+	@$(PY) -m benchmarks.gpu_proof.page $(FILE)
 
 fuzz: setup ## csrc/ under the sanitizers, then libFuzzer over headers, indexes and plans (clang, libclang-rt; FUZZ_SECONDS=60)
 	@$(PYTEST) -s tests/data/test_data_sanitizers.py tests/data/test_data_fuzz.py -k "core_is_clean or libfuzzer" --fuzz-seconds $(FUZZ_SECONDS)
@@ -96,12 +112,14 @@ test-cluster: setup ## train over two hosts made of network namespaces (root; ip
 	@$(PYTEST) tests/hosts --require-cluster
 
 # GPU machines still run Triton 3.6, which needs an older numpy: an environment of its own.
-OLD_TRITON := .venv-triton-3.6
 OLD_PIP := $(OLD_TRITON)/bin/python -m pip install -q --disable-pip-version-check
-test-triton-3.6: ## the kernels under Triton 3.6: interpreted, and compiled for every GPU (40 min; ARGS="--only regex")
+$(OLD_TRITON)/.packages: constraints.txt
 	@test -x $(OLD_TRITON)/bin/python || $(PYTHON) -m venv $(OLD_TRITON)
 	@$(OLD_PIP) "$(TORCH)+cpu" 2>/dev/null || $(OLD_PIP) "$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
 	@$(OLD_PIP) triton==3.6.0 'numpy<2.4' pytest pytest-xdist hypothesis
+	@touch $@
+
+test-triton-3.6: $(OLD_TRITON)/.packages ## the kernels under Triton 3.6: interpreted, and compiled for every GPU (40 min; ARGS="--only regex")
 	@$(TEST_ENV) $(OLD_TRITON)/bin/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" tests/kernels
 	@$(OLD_TRITON)/bin/python -m benchmarks.kernels.aot $(ARGS)
 

@@ -4,7 +4,7 @@ Tensors are [B, T, H, D]. Operations are counted as FlashAttention does: forward
 positions, T^2 / 2 pairs without a window; backward 2.5 times that, even if a kernel computes some of them again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -113,19 +113,26 @@ def compiled(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def contests(device: torch.device, small: bool) -> Iterator[Contest]:
-    dtype = timed_dtype(small)
     for group, shapes in (SMALL if small else SHAPES).items():
         for shape in shapes:
-            given = case(device, dtype, shape)
-            queries, keys = (t.numel() * t.itemsize for t in given.tensors[:2])
-            lse, flops = 4 * shape.B * shape.T * shape.H, 4 * shape.H * shape.D * visible_pairs(shape)
-            # q, k, v -> o, lse; then q, k, v, o, do, lse -> dq, dk, dv.
-            for part, passes, operations in (("forward", 2, flops), ("backward", 4, 2.5 * flops)):
-                rivals = setups(given, part, found(shape, part, given))
-                moved = passes * (queries + keys) + lse
-                yield Contest(
-                    "attention", part, given.name, "sequence length", shape.T, dtype, moved, rivals, operations, group
-                )
+            yield from contests_of(device, timed_dtype(small), group, shape)
+
+
+def contests_of(
+    device: torch.device, dtype: torch.dtype, group: str, shape: Shape, only: Collection[str] | None = None
+) -> Iterator[Contest]:
+    """Both passes at a shape. only: the rivals to have (None: all)."""
+    given = case(device, dtype, shape)
+    queries, keys = (t.numel() * t.itemsize for t in given.tensors[:2])
+    lse, flops = 4 * shape.B * shape.T * shape.H, 4 * shape.H * shape.D * visible_pairs(shape)
+    # q, k, v -> o, lse; then q, k, v, o, do, lse -> dq, dk, dv.
+    for part, passes, operations in (("forward", 2, flops), ("backward", 4, 2.5 * flops)):
+        chosen = {name: load for name, load in found(shape, part, given).items() if only is None or name in only}
+        moved = passes * (queries + keys) + lse
+        yield Contest(
+            "attention", part, given.name, "sequence length", shape.T, dtype, moved,
+            setups(given, part, chosen), operations, group,
+        )  # fmt: skip
 
 
 def visible_pairs(shape: Shape) -> float:

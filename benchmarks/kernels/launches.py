@@ -50,31 +50,44 @@ class Launch:
 
 
 def driver_of(arch: int) -> SimpleNamespace:
-    """A driver of Triton's as far as compiling needs one."""
+    """A driver of Triton's as far as compiling needs one, whose launches do nothing."""
+    properties = {"max_shared_mem": 227 << 10, "warpSize": 32, "multiprocessor_count": 132, "max_num_regs": 65536}
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: properties,
+        load_binary=lambda *_: (None, None, 0, 0, 1024),  # module, function, registers, spills, threads of a block
+    )
     return SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: arch,  # Triton keeps what it compiled by this number
         get_current_stream=lambda device: 0,
+        utils=utils,
+        launcher_cls=lambda source, metadata: lambda *_: None,
     )
 
 
 @contextlib.contextmanager
-def recorded(arch: int) -> Iterator[dict[Launch, None]]:
-    """Inside, the kernels take CPU tensors as if they lay on a GPU of that architecture: no kernel runs, its output is
-    left as it was allocated, and each different launch is noted in the result.
+def pretended(arch: int) -> Iterator[None]:
+    """Inside, the kernels take CPU tensors as if they lay on a GPU of that architecture. They are compiled and not run:
+    outputs are left as they were allocated.
     """
+    with (
+        patch.object(driver, "_active", driver_of(arch)),
+        patch("kernels.dispatch.why_not_triton", lambda device, dtype: None),
+        patch("kernels.attention.tiles.capability", lambda device: arch // 10),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def recorded(arch: int) -> Iterator[dict[Launch, None]]:
+    """`pretended`, without compiling: each different launch is noted in the result."""
     launches: dict[Launch, None] = {}
 
     def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         launches[Launch(arch, fn.module, fn.name, compile["specialization_data"])] = None
         return True  # do not compile
 
-    with (
-        patch.object(driver, "_active", driver_of(arch)),
-        patch.object(knobs.runtime, "jit_cache_hook", note),
-        patch("kernels.dispatch.why_not_triton", lambda device, dtype: None),
-        patch("kernels.attention.tiles.capability", lambda device: arch // 10),
-    ):
+    with pretended(arch), patch.object(knobs.runtime, "jit_cache_hook", note):
         yield launches
 
 

@@ -1,0 +1,97 @@
+"""Stage `training`: whole steps of GPT-2 124M and 350M in bf16, micro-batch 16 x 1024, with Ingot's plain engine.
+
+Forms: the kernels ("triton"), PyTorch's operators ("torch"), and these in one graph of torch.compile ("compiled").
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+from benchmarks.clock import Thunk, clock_of, compare, summary
+from benchmarks.gpu_proof.stage import Items, wait
+from benchmarks.report import Record
+from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from llm.model.gpt import GPT
+from llm.model.layers import DenseLayers
+from llm.plan.flops import flops_per_token, peak_tflops
+from llm.train.engines.base import MicroBatch
+from llm.train.engines.plain import PlainEngine
+
+MODELS: dict[str, dict[str, Any]] = {
+    "124M": dict(n_layer=12, n_head=12, d_model=768, vocab_size=50304, max_seq_len=1024),
+    "350M": dict(n_layer=24, n_head=16, d_model=1024, vocab_size=50304, max_seq_len=1024),
+}
+SMALL: dict[str, dict[str, Any]] = {"tiny": dict(n_layer=1, n_head=2, d_model=32, vocab_size=64, max_seq_len=16)}
+ROUNDS = 8
+TOP = 12  # kernels of a profile
+# What the profiler lists among kernels and is none.
+NO_KERNEL = ("Mem", "Optimizer.", "ProfilerStep", "## ", "Torch-Compiled", "Activity Buffer")
+
+
+def training(device: torch.device) -> Items:
+    on_gpu = device.type == "cuda"
+    found = [(model, form) for model in MODELS for form in ("triton", "torch")]
+    found += [(model, "compiled") for model in MODELS]  # last: compiling takes most of the stage
+    found = found if on_gpu else [("tiny", "torch")]
+    return {f"{model} {form}": partial(measure, device, model, form) for model, form in found}
+
+
+def engine_of(device: torch.device, model: dict[str, Any], form: str) -> tuple[PlainEngine, MicroBatch]:
+    """An engine and a micro-batch of random tokens."""
+    B, T, impl = 16 if device.type == "cuda" else 2, model["max_seq_len"], "triton" if form == "triton" else "torch"
+    options: dict[str, Any] = dict(engine="plain", precision="bf16", impl=impl)
+    train = TrainConfig(global_batch_size=B, micro_batch_size=B, **options)
+    config = RunConfig(model=ModelConfig(**model), data=DataConfig(seq_len=T), train=train)
+    engine = PlainEngine(config, GPT(config.model, DenseLayers(impl=impl)), None, device)
+    tokens = torch.randint(0, model["vocab_size"], (B, T + 1), device=device)
+    positions, samples = torch.arange(T, device=device), torch.arange(B, device=device)
+    return engine, MicroBatch(tokens[:, :-1], positions, samples, tokens[:, 1:])
+
+
+def measure(device: torch.device, name: str, form: str) -> Record:
+    """Of a step: ms, tokens a second, MFU, kernels, their ms; host_ms: until forward and backward are queued."""
+    on_gpu, model = device.type == "cuda", (MODELS | SMALL)[name]
+    torch.manual_seed(0)
+    engine, batch = engine_of(device, model, form)
+    if form == "compiled":
+        engine.model.compile()
+    count, losses = batch.targets.numel(), []
+
+    def step() -> None:
+        losses.append(engine.forward_backward([batch], count))
+        engine.step()
+
+    def queue() -> None:
+        engine.model(*batch).backward()
+        engine.model.zero_grad()
+
+    samples = compare(clock_of(device, cold=False), {"step": step, "queue": queue}, ROUNDS if on_gpu else 1)
+    found: Record = {"form": form} | summary(samples["step"]) | {"host_ms": summary(samples["queue"])["host_ms"]}
+    found |= {"tokens_s": count / found["ms"] * 1e3} | profile(step, device) | {"losses": losses[:: len(losses) - 1]}
+    if on_gpu:
+        found["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        peak = peak_tflops(torch.cuda.get_device_name(device), "bf16")
+        rate = found["tokens_s"] * flops_per_token(ModelConfig(**model), batch.tokens.shape[1]) / 1e12
+        found |= {"mfu": rate / peak} if peak else {}
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.compiler.reset()
+    return found
+
+
+def profile(step: Thunk, device: torch.device) -> Record:
+    """kernels: how many a step launches; busy_ms: what they take; top: those that take longest."""
+    kind, activity = DeviceType.CPU, torch.profiler.ProfilerActivity.CPU
+    if device.type == "cuda":
+        kind, activity = DeviceType.CUDA, torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profiled:
+        step()
+        wait(device)
+    rows: list[Record] = [
+        {"name": x.key[:70], "launches": x.count, "ms": (x.self_device_time_total or x.self_cpu_time_total) / 1e3}
+        for x in profiled.key_averages()
+        if x.device_type == kind and not x.key.startswith(NO_KERNEL)
+    ]
+    top = sorted(rows, key=lambda row: -row["ms"])[:TOP]
+    return {"kernels": sum(row["launches"] for row in rows), "busy_ms": sum(row["ms"] for row in rows), "top": top}
