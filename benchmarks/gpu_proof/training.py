@@ -13,6 +13,7 @@ from benchmarks.clock import Thunk, clock_of, compare, summary
 from benchmarks.gpu_proof.stage import Items, wait
 from benchmarks.report import Record
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from llm.model.forms import Forms
 from llm.model.gpt import GPT
 from llm.model.layers import DenseLayers
 from llm.plan.flops import flops_per_token, peak_tflops
@@ -44,7 +45,7 @@ def engine_of(device: torch.device, model: dict[str, Any], form: str) -> tuple[P
     options: dict[str, Any] = dict(engine="plain", precision="bf16", impl=impl)
     train = TrainConfig(global_batch_size=B, micro_batch_size=B, **options)
     config = RunConfig(model=ModelConfig(**model), data=DataConfig(seq_len=T), train=train)
-    engine = PlainEngine(config, GPT(config.model, DenseLayers(impl=impl)), None, device)
+    engine = PlainEngine(config, GPT(config.model, DenseLayers(forms=Forms.of(impl))), None, device)
     tokens = torch.randint(0, model["vocab_size"], (B, T + 1), device=device)
     positions, samples = torch.arange(T, device=device), torch.arange(B, device=device)
     return engine, MicroBatch(tokens[:, :-1], positions, samples, tokens[:, 1:])
