@@ -92,20 +92,6 @@ test-gpu: $(SETUP) ## the same ladder on an NVIDIA GPU (PY=python3: with the mac
 	@$(PY) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null \
 	  || { echo "error: PyTorch sees no NVIDIA GPU here" >&2; exit 2; }
 	@$(PY) -m pytest -m gpu tests $(ARGS)
-<<<<<<< HEAD
-=======
-
-# One command for a GPU that is lent for minutes: the machine's own Python, no network. OUT: the folder of results.
-BUDGET ?= 500
-gpu-proof: ## right results and speed on a GPU, in BUDGET=500 seconds, without setup (ARGS="--only training"; docs/benchmarks.md)
-	@$(PYTHON) -m benchmarks.gpu_proof --budget $(BUDGET) --out $(or $(OUT),runs/gpu-proof) $(ARGS)
-
-gpu-cache: $(OLD_TRITON)/.packages ## compile here what gpu-proof launches there (PYTHON=python3.12: the GPU machine's version)
-	@$(OLD_TRITON)/bin/python -m benchmarks.gpu_proof.cache $(ARGS)
-
-gpu-report: $(SETUP) ## what gpu-proof has found, into docs/benchmarks.md (FILE=runs/gpu-proof/results.jsonl)
-	@$(PY) -m benchmarks.gpu_proof.page $(FILE)
->>>>>>> proof
 
 # One command for a GPU that is lent for minutes: the machine's own Python, no network. OUT: the folder of results.
 BUDGET ?= 500

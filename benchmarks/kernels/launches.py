@@ -76,13 +76,9 @@ def pretended(arch: int) -> Iterator[None]:
         patch("kernels.dispatch.why_not_triton", lambda device, dtype: None),
         patch("kernels.attention.tiles.capability", lambda device: arch // 10),
     ):
-<<<<<<< HEAD
         made.cache_clear()  # of plans for another architecture
         yield
     made.cache_clear()
-=======
-        yield
->>>>>>> proof
 
 
 @contextlib.contextmanager
