@@ -119,6 +119,7 @@ def test_the_unit_is_that_of_the_longer_bound() -> None:
     assert unit([*panel, panel[0]], limits | {"matmul_tflop_s": 700.0})[1:] == ("TFLOP/s", "matmul", 700.0)
 
 
+@pytest.mark.slow
 def test_the_real_thing_runs_on_a_cpu(tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "benchmarks.kernels", "--only", "dropout|attention .*H=2", "--out", str(tmp_path)]

@@ -49,6 +49,7 @@ def test_memory_of_the_state_is_what_theory_gives(name: str, four_ranks: RankPoo
         assert 0 < state.moments - theory.moments <= 4 * PARAMETERS
 
 
+@pytest.mark.slow
 def test_where_deepspeed_holds_more(four_ranks: RankPool) -> None:
     """Stage 3 allocates gradients and a bucket when it is built."""
     config = case(parallel=dict(zero_stage=3), model=dict(vocab_size=64))

@@ -291,6 +291,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_script():
     arguments = ["--model.vocab_size=280", "--data.seq_len=16", "--data.validation_fraction=0.2"]
     for _ in range(2):
