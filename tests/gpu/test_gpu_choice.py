@@ -38,6 +38,7 @@ def config_of(model: ModelConfig, **train: Any) -> RunConfig:
 def test_every_candidate_is_timed_within_two_seconds(model: ModelConfig, deterministic: bool) -> None:
     config = config_of(model, deterministic=deterministic)
     measure(config, 1, 1, GPU)  # compiles
+    held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     ms, failures = measure(config, 1, 1, GPU)
@@ -46,7 +47,7 @@ def test_every_candidate_is_timed_within_two_seconds(model: ModelConfig, determi
     assert {op: set(times) for op, times in ms.items()} == {op: set(f) for op, f in candidates(config).items()}
     assert all(0 < time < 100 for times in ms.values() for time in times.values()), ms
     assert fastest(ms).keys() == ms.keys()
-    assert torch.cuda.memory_allocated() < 2**20 and torch.cuda.max_memory_allocated() < 8 * 2**30
+    assert torch.cuda.memory_allocated() <= held and torch.cuda.max_memory_allocated() < held + 8 * 2**30
 
 
 def losses(config: RunConfig, forms: Forms) -> list[float]:
