@@ -76,7 +76,7 @@ def of_kind(*kinds: str) -> list[Block]:
 def checkout(folder: Path, *, trained: bool) -> Workspace:
     """A folder in which the commands of the pages work as in a checkout, with a small corpus and a small config."""
     space = Workspace(folder)
-    config = to_yaml(parse_config(space.arguments(train__max_steps=2000)))
+    config = to_yaml(parse_config(space.arguments(train__max_steps=2000, model__n_kv_head=4)))  # to be exported
     shutil.copytree(ROOT / "launch", folder / "launch", symlinks=True, ignore=shutil.ignore_patterns("*.py"))
     for script in (ROOT / "launch").glob("*.py"):
         (folder / "launch" / script.name).symlink_to(script)
