@@ -54,7 +54,8 @@ def operator(
         if backward is not None:
             node = node_of(op, save, backward)
             # The class's method in C++: Python's only looks for torch.func's transforms, which nodes refuse.
-            FUNCTIONS[op] = function, super(torch.autograd.Function, node).apply
+            parent: Any = super(torch.autograd.Function, node)
+            FUNCTIONS[op] = function, parent.apply
             LIBRARY.impl(name, autograd_kernel(op, node), "Autograd")
         return op
 
@@ -135,5 +136,5 @@ def node_of(op: OpOverload, save: Callable[..., None], backward: Callable[..., A
         return found + nothing[len(found) :]
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(checked_backward)}
-    # Profilers show the name.
-    return type(torch.autograd.Function)(op._schema.name, (torch.autograd.Function,), methods)
+    kind: Any = type(torch.autograd.Function)
+    return kind(op._schema.name, (torch.autograd.Function,), methods)  # profilers show the name
