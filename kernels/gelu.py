@@ -102,5 +102,5 @@ def gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
         raise KernelError(f"gelu: found x {tuple(x.shape)}, expected [..., F] with F at least 1")
     form = choose(impl, "gelu", device=x.device, dtype=x.dtype)
     if form == "triton":
-        return gelu_op(x)
+        return call(gelu_op, x)
     return gelu_reference(x) if form == "reference" else F.gelu(x, approximate="tanh")

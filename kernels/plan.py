@@ -87,7 +87,7 @@ class Plan:
         self.layouts = layouts
         # (launcher, its function, its metadata) by which addresses are multiples of 16 (0: all are), since Triton's
         # code differs.
-        self.ready: dict[Any, tuple[Callable[..., None], int, Any]] = {}
+        self.ready: dict[Any, tuple[Any, Any, Any]] = {}
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
@@ -115,10 +115,10 @@ class Plan:
         ):  # fmt: skip
             self.compile(aligned, tensors, numbers)
             return
-        active, index = driver.active, self.device.index
+        active: Any = driver.active
         here = active.get_current_device()
-        if index is not None and index != here:
-            with torch.cuda.device(index):
+        if self.device.index not in (None, here):
+            with torch.cuda.device(self.device.index):
                 self(*tensors, numbers=numbers)
             return
         for i, layout in enumerate(self.layouts):

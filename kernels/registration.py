@@ -16,7 +16,8 @@ from torch._ops import OpOverload
 from kernels.dispatch import KernelError
 
 LIBRARY = torch.library.Library("ingot", "FRAGMENT")
-FUNCTIONS: dict[OpOverload, Callable[..., Any]] = {}  # of the operators, filled on import as LIBRARY is
+# Of each operator its function, and what records its backward pass, if it has one. Filled on import, as LIBRARY is.
+FUNCTIONS: dict[OpOverload, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list})
 
 
@@ -47,11 +48,15 @@ def operator(
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ingot::{name}", fake, lib=LIBRARY)
         op: OpOverload = getattr(torch.ops.ingot, name).default
-        FUNCTIONS[op] = function
+        FUNCTIONS[op] = function, None
         if mutates:
             LIBRARY.impl(name, version_kernel(op), "ADInplaceOrView")
         if backward is not None:
-            LIBRARY.impl(name, autograd_kernel(op, save, backward), "Autograd")
+            node = node_of(op, save, backward)
+            # The class's method in C++: Python's only looks for torch.func's transforms, which nodes refuse.
+            parent: Any = super(torch.autograd.Function, node)
+            FUNCTIONS[op] = function, parent.apply
+            LIBRARY.impl(name, autograd_kernel(op, node), "Autograd")
         return op
 
     return register
@@ -70,8 +75,10 @@ def version_kernel(op: OpOverload) -> Callable[..., Any]:
 
 
 def is_plain(inputs: Sequence[Any]) -> bool:
-    """Whether nothing but the operator's function wants to see a call with `inputs`, of which the first is a tensor."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or inputs[0].is_meta:
+    """Whether nothing but the operator itself wants to see a call with `inputs`, of which the first is a tensor."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or inputs[0].is_meta:
         return False
     for x in inputs:  # noqa: SIM110 - `all` takes twice as long
         if x.__class__ not in PLAIN:
@@ -80,18 +87,34 @@ def is_plain(inputs: Sequence[Any]) -> bool:
 
 
 def call(op: OpOverload, *inputs: Any) -> Any:
-    """op(*inputs) without gradients, for an operator that writes to no argument; from a backward function, say.
+    """op(*inputs), for an operator that writes to no argument, and numbers of the types that its schema names.
 
-    The way through PyTorch's dispatcher would cost more than the checks and the launch together, so it is taken only
+    The ways through PyTorch's dispatcher cost more than the checks and the launch together, so they are taken only
     where something else wants to see the call.
     """
-    run = FUNCTIONS[op] if is_plain(inputs) else op
+    if torch.compiler.is_compiling() or not is_plain(inputs):
+        return op(*inputs)
+    function, differentiable = FUNCTIONS[op]
+    if differentiable is not None and torch.is_grad_enabled():
+        return differentiable(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        return run(*inputs)
+        return function(*inputs)
 
 
-def autograd_kernel(op: OpOverload, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs `op` below autograd and records `backward`."""
+def autograd_kernel(op: OpOverload, node: Any) -> Callable[..., Any]:
+    """Applies `node` where gradients are wanted."""
+
+    def kernel(*inputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return node.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    return kernel
+
+
+def node_of(op: OpOverload, save: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """The torch.autograd.Function that runs `op` below autograd and records `backward`."""
     twice = f"{op}: found create_graph=True, but the operator is differentiable once"
     nothing = (None,) * len(op._schema.arguments)
 
@@ -113,14 +136,5 @@ def autograd_kernel(op: OpOverload, save: Callable[..., None], backward: Callabl
         return found + nothing[len(found) :]
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(checked_backward)}
-    # Profilers show the name.
-    Node: Any = type(torch.autograd.Function)(op._schema.name, (torch.autograd.Function,), methods)
-    # That of the class in C++: Python's only looks for torch.func's transforms, which Node refuses.
-    apply = super(torch.autograd.Function, Node).apply
-
-    def kernel(*inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return call(op, *inputs)
-        return Node.apply(*inputs) if torch._C._are_functorch_transforms_active() else apply(*inputs)
-
-    return kernel
+    kind: Any = type(torch.autograd.Function)
+    return kind(op._schema.name, (torch.autograd.Function,), methods)  # profilers show the name

@@ -312,7 +312,7 @@ def rope_qkv(
         return rope_qkv_reference(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta)
     if form == "torch":
         return stock_qkv(qkv, positions, n_kv_head, head_dim, theta)
-    return rope_qkv_op(qkv, positions, theta, n_kv_head, head_dim)
+    return call(rope_qkv_op, qkv, positions, float(theta), n_kv_head, head_dim)
 
 
 def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, impl: str = "auto") -> Tensor:
@@ -325,4 +325,4 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, impl: str = "a
         return rope_reference(x, positions, theta=theta)
     if form == "torch":
         return stock_rotate(x, positions, theta)
-    return rope_op(x, positions, theta, False)
+    return call(rope_op, x, positions, float(theta), False)

@@ -177,5 +177,5 @@ def swiglu(x: Tensor, *, impl: str = "auto") -> Tensor:
         raise KernelError(f"swiglu: {found}, expected [..., 2 F]: a gate and an up channel for each of F results")
     form = choose(impl, "swiglu", device=x.device, dtype=x.dtype)
     if form == "triton":
-        return swiglu_op(x)
+        return call(swiglu_op, x)
     return swiglu_reference(x) if form == "reference" else stock(x)

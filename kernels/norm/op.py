@@ -108,7 +108,7 @@ def norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, im
     rms = op == "rms_norm"
     form = choose(impl, op, device=x.device, dtype=x.dtype, no_triton=no_triton(x.shape[-1]))
     if form == "triton":
-        return norm_op(x, None, weight, bias, None, None, eps, rms, 0.0, 0, 0)[0]
+        return call(norm_op, x, None, weight, bias, None, None, float(eps), rms, 0.0, 0, 0)[0]
     if form == "torch":
         return stock(x, weight, bias, eps, rms)
     return reference.rms_norm(x, weight, eps) if rms else reference.layer_norm(x, weight, bias, eps)
@@ -151,7 +151,7 @@ def add_norm(
     if form == "triton":
         drop = (samples, positions) if key else (None, None)
         numbers = (key.p, key.seed, key.site) if key else (0.0, 0, 0)
-        return norm_op(x, residual, weight, bias, *drop, eps, rms, *numbers)[:2]
+        return call(norm_op, x, residual, weight, bias, *drop, float(eps), rms, *numbers)[:2]
     if form == "reference":
         if rms:
             return reference.add_rms_norm(x, residual, weight, eps, key, samples, positions)

@@ -97,7 +97,7 @@ def test_tensors_without_memory_have_results_without_memory() -> None:
 class Wrapped(Tensor):
     """A tensor that holds another, and names the operators that it is given to."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     names: list[str]
     inner: Tensor
 
