@@ -23,7 +23,7 @@ from kernels.attention.parts import (
     store_tile,
     tile_and_head,
 )  # fmt: skip
-from kernels.attention.problem import Problem, head_strides, loadable
+from kernels.attention.problem import Problem, head_strides, loadable, rounded
 from kernels.attention.tiles import Tile, tile_width
 from kernels.attention.walk import first_key, key_of, keys_seen
 from kernels.dispatch import cdiv
@@ -147,4 +147,4 @@ def forward(
     o, lse = q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
     plan = plan_of(Problem.of(options, bounds is not None, q, k, v), tile)
     plan(q, k, v, o, lse, samples, None if bounds is None else bounds[0])
-    return o.to(dtype), lse
+    return rounded(dtype, o)[0], lse

@@ -25,7 +25,7 @@ from kernels.attention import (
     tiles,
 )
 from kernels.attention.documents import document_bounds_op
-from kernels.attention.op import attention_op, attention_packed_op
+from kernels.attention.op import attention_op
 from kernels.attention.reference import visible
 from kernels.philox import DropoutKey
 
@@ -360,7 +360,7 @@ def test_opcheck(name: str, deterministic: bool) -> None:
     }
     torch.library.opcheck(attention_op, (*leaves, *given[name], deterministic))
     qkv = leaves[0].detach()[:, :, :, None].repeat(1, 1, 1, 3, 1).requires_grad_()
-    torch.library.opcheck(attention_packed_op, (qkv, *given[name], deterministic))
+    torch.library.opcheck(attention_op, (qkv, None, None, *given[name], deterministic))
 
 
 OTHER_NUMBERS: dict[str, list[dict[str, Any]]] = {
