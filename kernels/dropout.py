@@ -11,7 +11,7 @@ from kernels import philox
 from kernels.dispatch import KernelError, cdiv, choose, empty_like, interpretable, last_contiguous, rounded
 from kernels.philox import DropoutKey, keep_tile, signed
 from kernels.plan import Plan, planned
-from kernels.registration import operator
+from kernels.registration import call, operator
 
 ROWS, COLS = 4, 512
 
@@ -63,7 +63,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     samples, positions = ctx.saved_tensors
     # The mask is symmetric: the gradient passes through the same operation.
-    grad_x = torch.ops.ingot.dropout(grad, None, samples, positions, *ctx.key)
+    grad_x = call(dropout_op, grad, None, samples, positions, *ctx.key)
     return grad_x, grad if ctx.has_residual else None
 
 

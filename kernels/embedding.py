@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.dispatch import KernelError, cdiv, choose, interpretable, last_contiguous, padded, wide
 from kernels.plan import Plan, planned
-from kernels.registration import operator
+from kernels.registration import call, operator
 
 CHUNK = 64
 ROWS = 4  # of dy that a program reads at once: most tokens of a batch are rare
@@ -125,7 +125,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy):
-    return None, embedding_backward_op(dy, *ctx.saved_tensors, ctx.V)
+    return None, call(embedding_backward_op, dy, *ctx.saved_tensors, ctx.V)
 
 
 @operator(

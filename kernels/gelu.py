@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.dispatch import KernelError, choose, empty_like, rounded, wide
 from kernels.plan import planned
-from kernels.registration import operator
+from kernels.registration import call, operator
 from kernels.swiglu import as_matrices, plan_of, sigmoids
 
 TWICE_SLOPE: tl.constexpr = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -73,7 +73,7 @@ def gelu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _backward(ctx, dy):
-    return gelu_backward_op(dy, *ctx.saved_tensors)
+    return call(gelu_backward_op, dy, *ctx.saved_tensors)
 
 
 @operator("gelu", fake=lambda x: x.new_empty(x.shape), backward=_backward)
@@ -102,5 +102,5 @@ def gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
         raise KernelError(f"gelu: found x {tuple(x.shape)}, expected [..., F] with F at least 1")
     form = choose(impl, "gelu", device=x.device, dtype=x.dtype)
     if form == "triton":
-        return gelu_op(x)
+        return call(gelu_op, x)
     return gelu_reference(x) if form == "reference" else F.gelu(x, approximate="tanh")

@@ -16,6 +16,8 @@ from torch._ops import OpOverload
 from kernels.dispatch import KernelError
 
 LIBRARY = torch.library.Library("ingot", "FRAGMENT")
+# Of each operator its function, and what records its backward pass, if it has one. Filled on import, as LIBRARY is.
+FUNCTIONS: dict[OpOverload, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list})
 
 
@@ -46,10 +48,14 @@ def operator(
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ingot::{name}", fake, lib=LIBRARY)
         op: OpOverload = getattr(torch.ops.ingot, name).default
+        FUNCTIONS[op] = function, None
         if mutates:
             LIBRARY.impl(name, version_kernel(op), "ADInplaceOrView")
         if backward is not None:
-            LIBRARY.impl(name, autograd_kernel(op, function, save, backward), "Autograd")
+            node = node_of(op, save, backward)
+            # The class's method in C++: Python's only looks for torch.func's transforms, which nodes refuse.
+            FUNCTIONS[op] = function, super(torch.autograd.Function, node).apply
+            LIBRARY.impl(name, autograd_kernel(op, node), "Autograd")
         return op
 
     return register
@@ -68,8 +74,10 @@ def version_kernel(op: OpOverload) -> Callable[..., Any]:
 
 
 def is_plain(inputs: Sequence[Any]) -> bool:
-    """Whether nothing but this package's function wants to see a call with `inputs`, of which the first is a tensor."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or inputs[0].is_meta:
+    """Whether nothing but the operator itself wants to see a call with `inputs`, of which the first is a tensor."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or inputs[0].is_meta:
         return False
     for x in inputs:  # noqa: SIM110 - `all` takes twice as long
         if x.__class__ not in PLAIN:
@@ -77,45 +85,55 @@ def is_plain(inputs: Sequence[Any]) -> bool:
     return True
 
 
-def autograd_kernel(
-    op: OpOverload, function: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Runs `op`, which is `function`, below autograd and records `backward`."""
+def call(op: OpOverload, *inputs: Any) -> Any:
+    """op(*inputs), for an operator that writes to no argument, and numbers of the types that its schema names.
+
+    The ways through PyTorch's dispatcher cost more than the checks and the launch together, so they are taken only
+    where something else wants to see the call.
+    """
+    if torch.compiler.is_compiling() or not is_plain(inputs):
+        return op(*inputs)
+    function, differentiable = FUNCTIONS[op]
+    if differentiable is not None and torch.is_grad_enabled():
+        return differentiable(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*inputs)
+
+
+def autograd_kernel(op: OpOverload, node: Any) -> Callable[..., Any]:
+    """Applies `node` where gradients are wanted."""
+
+    def kernel(*inputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return node.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    return kernel
+
+
+def node_of(op: OpOverload, save: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """The torch.autograd.Function that runs `op` below autograd and records `backward`."""
     twice = f"{op}: found create_graph=True, but the operator is differentiable once"
     nothing = (None,) * len(op._schema.arguments)
 
-    def below(*inputs: Any) -> Any:
-        # A second way through PyTorch's dispatcher would cost more than the checks and the launch together.
-        run = function if is_plain(inputs) else op
-        with torch._C._AutoDispatchBelowAutograd():
-            return run(*inputs)
+    # Not with setup_context, for which torch binds the arguments to a signature on every call.
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = call(op, *inputs)
+        ctx.set_materialize_grads(False)
+        save(ctx, inputs, output)
+        return output
 
-    class Node(torch.autograd.Function):
-        # Not with setup_context, for which torch binds the arguments to a signature on every call.
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = below(*inputs)
-            ctx.set_materialize_grads(False)
-            save(ctx, inputs, output)
-            return output
+    def checked_backward(ctx: Any, *gradients: Any) -> Any:
+        # once_differentiable would detach a second derivative in silence where no gradient from above has one.
+        if torch.is_grad_enabled():
+            raise KernelError(twice)
+        if all(gradient is None for gradient in gradients):
+            return nothing
+        found = backward(ctx, *gradients)
+        found = found if isinstance(found, tuple) else (found,)
+        return found + nothing[len(found) :]
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            # once_differentiable would detach a second derivative in silence where no gradient from above has one.
-            if torch.is_grad_enabled():
-                raise KernelError(twice)
-            if all(gradient is None for gradient in gradients):
-                return nothing
-            found = backward(ctx, *gradients)
-            found = found if isinstance(found, tuple) else (found,)
-            return found + nothing[len(found) :]
-
-    # That of the class in C++: Python's only looks for torch.func's transforms, which Node refuses.
-    apply = super(torch.autograd.Function, Node).apply
-
-    def kernel(*inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return below(*inputs)
-        return Node.apply(*inputs) if torch._C._are_functorch_transforms_active() else apply(*inputs)
-
-    return kernel
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(checked_backward)}
+    # Profilers show the name.
+    return type(torch.autograd.Function)(op._schema.name, (torch.autograd.Function,), methods)

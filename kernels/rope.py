@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.dispatch import KernelError, cdiv, choose, interpretable, last_contiguous, padded, rounded, wide
 from kernels.plan import Plan, planned
-from kernels.registration import operator
+from kernels.registration import call, operator
 
 TILE_PAIRS = 1024
 HEADS = 6  # of a program: enough to share its sines and cosines, few enough to fill a GPU with programs
@@ -180,7 +180,7 @@ def _backward_qkv(ctx, *gradients):
     B, T, _, D = given.shape
     pairs = zip(gradients, ctx.heads, strict=True)
     full = [given.new_zeros(D).expand(B, T, n, D) if g is None else g for g, n in pairs]
-    return rope_qkv_backward_op(*full, *ctx.saved_tensors, ctx.theta)
+    return call(rope_qkv_backward_op, *full, *ctx.saved_tensors, ctx.theta)
 
 
 @operator("rope_qkv", fake=_fake_qkv, save=_save_qkv, backward=_backward_qkv)
@@ -204,7 +204,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy):
-    return rope_op(dy, *ctx.saved_tensors, ctx.theta, not ctx.inverse)
+    return call(rope_op, dy, *ctx.saved_tensors, ctx.theta, not ctx.inverse)
 
 
 @operator("rope", fake=lambda x, *_: x.new_empty(x.shape), save=_save, backward=_backward)
@@ -312,7 +312,7 @@ def rope_qkv(
         return rope_qkv_reference(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta)
     if form == "torch":
         return stock_qkv(qkv, positions, n_kv_head, head_dim, theta)
-    return rope_qkv_op(qkv, positions, theta, n_kv_head, head_dim)
+    return call(rope_qkv_op, qkv, positions, float(theta), n_kv_head, head_dim)
 
 
 def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, impl: str = "auto") -> Tensor:
@@ -325,4 +325,4 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, impl: str = "a
         return rope_reference(x, positions, theta=theta)
     if form == "torch":
         return stock_rotate(x, positions, theta)
-    return rope_op(x, positions, theta, False)
+    return call(rope_op, x, positions, float(theta), False)

@@ -29,7 +29,7 @@ from kernels.dispatch import (
     wide,
 )
 from kernels.plan import Plan, planned
-from kernels.registration import operator
+from kernels.registration import call, operator
 
 TILE_ELEMENTS = 2048  # of the result
 TILE_WIDTH = 512  # of tiles with rows; narrow, so that little of the last one lies beyond the row
@@ -139,7 +139,7 @@ def swiglu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _backward(ctx, dy):
-    return swiglu_backward_op(dy, *ctx.saved_tensors)
+    return call(swiglu_backward_op, dy, *ctx.saved_tensors)
 
 
 @operator("swiglu", fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), backward=_backward)
@@ -177,5 +177,5 @@ def swiglu(x: Tensor, *, impl: str = "auto") -> Tensor:
         raise KernelError(f"swiglu: {found}, expected [..., 2 F]: a gate and an up channel for each of F results")
     form = choose(impl, "swiglu", device=x.device, dtype=x.dtype)
     if form == "triton":
-        return swiglu_op(x)
+        return call(swiglu_op, x)
     return swiglu_reference(x) if form == "reference" else stock(x)

@@ -27,6 +27,7 @@ from triton.runtime import driver
 
 CALLS = 8  # of an operator in one graph, as a model has them: PyTorch's own time per backward pass is shared
 GRAPHS = 40  # of a round
+TRITON_3_6 = hasattr(nvidia, "_BASE_ARGS_FORMAT_LEN")
 
 
 class Launcher:
@@ -37,7 +38,7 @@ class Launcher:
         self.launch = nvidia.wrap_handle_tensordesc(lambda *_: None, signature, metadata.tensordesc_meta)
 
     def __call__(self, gx: int, gy: int, gz: int, stream: int, function: int, *rest: Any) -> None:
-        if hasattr(nvidia, "_BASE_ARGS_FORMAT_LEN"):  # Triton 3.6
+        if TRITON_3_6:
             self.launch(gx, gy, gz, stream, function, False, False, None, None, *rest)
         else:
             self.launch(gx, gy, gz, stream, function, False, False, *rest[:4], None, None, (), b"", rest[4:])

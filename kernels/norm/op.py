@@ -13,7 +13,7 @@ from kernels.norm.backward import backward
 from kernels.norm.forward import Drop, forward
 from kernels.norm.tiles import MAX_WIDTH
 from kernels.philox import DropoutKey
-from kernels.registration import operator
+from kernels.registration import call, operator
 
 
 def drop_of(samples: Tensor | None, positions: Tensor | None, p: float, seed: int, site: int) -> Drop | None:
@@ -58,9 +58,8 @@ def _backward(ctx, dy, dstream, dmean, drstd):
     x, weight, mean, rstd, samples, positions = ctx.saved_tensors
     dweight = dbias = None
     if dy is not None:
-        dresidual, dx, sums = norm_backward_op(
-            dy, dstream, x, weight, mean, rstd, samples, positions, ctx.bias_dtype is not None, *ctx.rms_and_key
-        )
+        inputs = dy, dstream, x, weight, mean, rstd, samples, positions, ctx.bias_dtype is not None
+        dresidual, dx, sums = call(norm_backward_op, *inputs, *ctx.rms_and_key)
         dweight, *dbiases = sums.unbind()
         dbias = dbiases[0].to(ctx.bias_dtype) if dbiases else None
         dx = dresidual if samples is None else dx
@@ -68,7 +67,8 @@ def _backward(ctx, dy, dstream, dmean, drstd):
         drop = drop_of(samples, positions, *ctx.rms_and_key[1:])
         dresidual = dstream
         dx = dstream if drop is None else philox.dropout(dstream, *drop)
-    return dx.to(ctx.x_dtype), dresidual if ctx.has_residual else None, dweight, dbias
+    dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias
 
 
 @operator("norm", fake=_fake, save=_save, backward=_backward)
@@ -108,7 +108,7 @@ def norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, im
     rms = op == "rms_norm"
     form = choose(impl, op, device=x.device, dtype=x.dtype, no_triton=no_triton(x.shape[-1]))
     if form == "triton":
-        return norm_op(x, None, weight, bias, None, None, eps, rms, 0.0, 0, 0)[0]
+        return call(norm_op, x, None, weight, bias, None, None, float(eps), rms, 0.0, 0, 0)[0]
     if form == "torch":
         return stock(x, weight, bias, eps, rms)
     return reference.rms_norm(x, weight, eps) if rms else reference.layer_norm(x, weight, bias, eps)
@@ -151,7 +151,7 @@ def add_norm(
     if form == "triton":
         drop = (samples, positions) if key else (None, None)
         numbers = (key.p, key.seed, key.site) if key else (0.0, 0, 0)
-        return norm_op(x, residual, weight, bias, *drop, eps, rms, *numbers)[:2]
+        return call(norm_op, x, residual, weight, bias, *drop, float(eps), rms, *numbers)[:2]
     if form == "reference":
         if rms:
             return reference.add_rms_norm(x, residual, weight, eps, key, samples, positions)
