@@ -21,7 +21,7 @@ from kernels.attention.options import Options, Strided
 from kernels.attention.reference import visible
 from kernels.dispatch import KernelError, choose, expect
 from kernels.philox import DropoutKey
-from kernels.registration import operator
+from kernels.registration import call, operator
 
 MAX_HEAD_WIDTH = 256  # one tile holds a head
 MAX_HEADS = 256  # no model has more: they are positions, in the order of torch's operator
@@ -145,7 +145,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, do, dlse):
     q, k, v, o, lse, samples, bounds = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    return tuple(attention_backward_op(do, dlse, q, k, v, o, lse, samples, bounds, *ctx.options))
+    return tuple(call(attention_backward_op, do, dlse, q, k, v, o, lse, samples, bounds, *ctx.options))
 
 
 @operator(
@@ -200,11 +200,11 @@ def _attention(
         o, log_sums = reference.attention_with_lse(q, k, v, **options)
         return o, log_sums if lse else None
     if cu_seqlens is not None and bounds is None:
-        bounds = document_bounds_op(cu_seqlens, len(q), k.shape[1])
+        bounds = call(document_bounds_op, cu_seqlens, len(q), k.shape[1])
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
-    rest = (samples if key else None, bounds, window or 0, pattern, softcap, *drop, deterministic)
-    o, base_2 = attention_op(*(heads if len(heads) == 3 else (*heads, None, None)), *rest)
+    rest = (samples if key else None, bounds, window or 0, pattern, float(softcap), *drop, deterministic)
+    o, base_2 = call(attention_op, *(heads if len(heads) == 3 else (*heads, None, None)), *rest)
     return o, base_2 * math.log(2) if lse else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kernels.dispatch import expect
 from kernels.philox import DropoutKey
@@ -41,8 +42,7 @@ class Strided:
             )
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The arguments of `attention` that are not tensors. softcap 0: none."""
 
     window: int | None = None
