@@ -133,8 +133,14 @@ def options_of(
 
 
 def _fake(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    B, T, H, *_, D = q.shape
-    return q.new_empty(B, T, H, D), q.new_empty((B, H, T), dtype=torch.float32)
+    B, T, H = q.shape[:3]
+    return q.new_empty(B, T, H, q.shape[-1]), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+def parts_of(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if k is None or v is None:
+        q, k, v = q.unbind(3)
+    return q, k, v
 
 
 def _save(ctx, inputs, output) -> None:
@@ -159,8 +165,7 @@ def attention_op(
     q: Tensor, k: Tensor | None, v: Tensor | None, samples: Tensor | None, bounds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """(o [B, Tq, H, D], lse in base 2, fp32 [B, H, Tq]). q alone, [B, T, H, 3, D], is all three."""
-    heads = q.unbind(3) if k is None else (q, k, v)
-    return forward(*heads, options_of(*options), samples, bounds)
+    return forward(*parts_of(q, k, v), options_of(*options), samples, bounds)
 
 
 @operator(
@@ -173,8 +178,7 @@ def attention_backward_op(
     samples: Tensor | None, bounds: Tensor | None, *options: Any,
 ) -> list[Tensor]:  # fmt: skip
     """[dq, dk, dv], contiguous; of q alone [dq]."""
-    heads = q.unbind(3) if k is None else (q, k, v)
-    return backward(do, dlse, *heads, o, lse, options_of(*options), samples, bounds, packed=k is None)
+    return backward(do, dlse, *parts_of(q, k, v), o, lse, options_of(*options), samples, bounds, packed=k is None)
 
 
 def _attention(

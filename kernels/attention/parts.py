@@ -80,7 +80,7 @@ def rows_inside(first, limit, ROWS: tl.constexpr, CHECK: tl.constexpr):
 def load_rows(ptr, first, limit, outside, ROWS: tl.constexpr, CHECK: tl.constexpr):
     """Elements first to first + ROWS - 1 of the `limit` of a vector, which is padded with `outside` to whole tiles."""
     if CHECK == MAY_BEGIN:
-        rows, within = rows_inside(first, limit, ROWS, CHECK)
-        return tl.load(ptr + rows, within, outside)
+        rows = first + tl.arange(0, ROWS)
+        return tl.load(ptr + rows, (rows >= 0) & (rows < limit), outside)
     # No mask: so loads of 16 bytes serve four rows each.
     return tl.load(ptr + tl.multiple_of(first, ROWS) + tl.arange(0, ROWS))

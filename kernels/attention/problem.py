@@ -73,7 +73,7 @@ class Problem(NamedTuple):
         return window, scale, cap, 1 / (1 - key.p), seed, site, threshold, options.head_offset
 
     @property
-    def flags(self) -> tuple[bool, bool, bool, int, int, int]:
+    def flags(self) -> tuple[int, ...]:
         """DROPOUT, SOFTCAP, BOUNDED, SPARSE (the block, 0 if dense), LOCAL, STRIDE."""
         options, sparse = self.options, self.options.sparse
         switched = options.key is not None, options.softcap > 0, options.window is not None or self.documents
@@ -83,10 +83,10 @@ class Problem(NamedTuple):
         """The tile of `kind` (one of KINDS) on the device."""
         if INTERPRETED:
             return tiles.INTERPRETER
-        dropout, softcap, _, sparse, _, _ = self.flags
+        dropout, softcap, _, sparse, *_ = self.flags
         return tile_for(
             kind, self.q[3], self.dtype.itemsize, tiles.capability(self.device),
-            crowded=dropout or softcap, small=sparse > 0 or self.q[1] <= SHORT, described=self.described,
+            crowded=bool(dropout or softcap), small=sparse > 0 or self.q[1] <= SHORT, described=self.described,
         )  # fmt: skip
 
     def origin(self, tile: Tile) -> int:
