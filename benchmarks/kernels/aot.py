@@ -1,6 +1,7 @@
 """`python -m benchmarks.kernels.aot`: compile every kernel for every architecture, without a GPU.
 
 Prints a line per kernel: registers per thread, bytes spilled, shared memory, and its matrix and bulk-copy instructions.
+Under it, for Hopper, a line per loop with matrix products (benchmarks/kernels/sass.py).
 Exits with 1 if a kernel spills or needs more shared memory than its architecture has. Triton's cache (the folder
 TRITON_CACHE_DIR) then holds what a GPU machine with the same Triton and Python would compile.
 """
@@ -22,6 +23,7 @@ from triton import knobs
 
 from benchmarks.kernels.case import DTYPES, FAMILIES
 from benchmarks.kernels.launches import Launch, launches_of
+from benchmarks.kernels.sass import listing_of, loops
 from kernels.dispatch import INTERPRETED, expect
 
 # Shared memory that one block may ask for, in bytes (CUDA programming guide, compute capabilities).
@@ -40,6 +42,7 @@ class Report:
     spill: int
     shared: int
     instructions: tuple[str, ...]
+    loops: tuple[str, ...] = ()
 
     def fits(self, may_spill: bool) -> bool:
         return (self.spill == 0 or may_spill) and self.shared <= SHARED_MEMORY[self.arch]
@@ -84,6 +87,8 @@ def report_of(launch: Launch) -> Report:
     return Report(
         launch.arch, int(registers[1]), sum(map(int, spill)), compiled.metadata.shared,
         tuple(word for word in INSTRUCTIONS if word in ptx),
+        tuple(loop.text(compiled.metadata.num_warps) for loop in loops(listing_of(compiled.asm["cubin"])))
+        if launch.arch == 90 else (),
     )  # fmt: skip
 
 
@@ -101,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         for (name, may_spill), report in zip(found.values(), workers.map(report_of, found), strict=True):
             fits = report.fits(may_spill)
             print(f"{report} {name}{'' if fits else '  DOES NOT FIT'}", flush=True)
+            for loop in report.loops:
+                print(f"        loop: {loop}", flush=True)
             all_fit &= fits
     return 0 if all_fit else 1
 

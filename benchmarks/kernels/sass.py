@@ -86,9 +86,11 @@ def loops(listing: str) -> Iterator[Loop]:
         )
         inner = any((first, last) != other and first <= other[0] and other[1] <= last for other in regions)
         if products and not inner:
-            count = {word: sum(x.startswith(word) for x in body) for word in ("WARPGROUP.DEPBAR", "BAR.", "MUFU.EX2")}
+            waits, barriers, exponentials = (
+                sum(x.startswith(word) for x in body) for word in ("WARPGROUP.DEPBAR", "BAR.", "MUFU.EX2")
+            )
             spills = sum(x.startswith(("LDL", "STL")) for x in body)
-            yield Loop(shortest(code, labels, first, last), products, *count.values(), spills)
+            yield Loop(shortest(code, labels, first, last), products, waits, barriers, exponentials, spills)
 
 
 def listing_of(cubin: bytes) -> str:

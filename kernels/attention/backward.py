@@ -23,7 +23,7 @@ from kernels.attention.dkdv import attention_dkdv_kernel
 from kernels.attention.dq import attention_dq_kernel
 from kernels.attention.options import LOG2_E, Options
 from kernels.attention.parts import MAY_END, head_of, load_tile
-from kernels.attention.problem import Problem, head_strides, loadable
+from kernels.attention.problem import Problem, head_strides, loadable, rounded
 from kernels.attention.tiles import Tile, tile_width
 from kernels.dispatch import cdiv
 from kernels.plan import Plan, planned
@@ -119,7 +119,7 @@ def backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: Options,
     samples: Tensor | None = None, bounds: Tensor | None = None, tiles: tuple[Tile, Tile] | None = None,
     packed: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     """Return dq, dk, dv, contiguous, or if `packed` one tensor [B, T, H, 3, D] of them.
 
     tiles: of the dkdv (or fused) and the dq kernel; by default from the tables.
@@ -143,4 +143,4 @@ def backward(
         plans.queries(q, k, v, do, rows, samples, starts, dq)
     else:
         plans.queries(sums, dq)
-    return tuple([gradient.to(dtype) for gradient in found])
+    return rounded(dtype, *found)

@@ -9,17 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.attention.parts import (
-    MAY_BEGIN,
-    MAY_END,
-    head_of,
-    inside,
-    load_rows,
-    load_tile,
-    store_tile,
-    tile_and_head,
-)  # fmt: skip
-from kernels.attention.walk import last_query, queries_seeing, query_of
+from kernels.attention.parts import MAY_BEGIN, MAY_END, head_of, inside, load_rows, load_tile, store_tile
+from kernels.attention.walk import last_query, queries_seeing, query_of, tile_and_head
 from kernels.philox import keep_tile
 from kernels.softcap import tanh_of_half
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import TRITON_DTYPES, cdiv, choose, launch
-from kernels.registration import operator
+from kernels.registration import call, operator
 
 TOKENS = 128  # of a program
 
@@ -47,4 +47,4 @@ def document_bounds(cu_seqlens: Tensor, B: int, T: int, *, impl: str = "auto") -
     int32 [2, B, T]: the first and the last token of each token's document, counted from the token's row.
     """
     form = choose(impl, "attention", device=cu_seqlens.device, dtype=TRITON_DTYPES[0])
-    return document_bounds_op(cu_seqlens, B, T) if form == "triton" else None
+    return call(document_bounds_op, cu_seqlens, B, T) if form == "triton" else None

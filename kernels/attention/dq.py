@@ -5,18 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.attention.parts import (
-    INSIDE,
-    MAY_BEGIN,
-    MAY_END,
-    UNSEEN,
-    head_of,
-    load_rows,
-    load_tile,
-    store_tile,
-    tile_and_head,
-)  # fmt: skip
-from kernels.attention.walk import first_key, key_of, keys_seen
+from kernels.attention.parts import INSIDE, MAY_BEGIN, MAY_END, UNSEEN, head_of, load_rows, load_tile, store_tile
+from kernels.attention.walk import first_key, key_of, keys_seen, tile_and_head
 from kernels.philox import keep_tile
 from kernels.softcap import tanh_of_half
 

@@ -12,20 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.options import Options
-from kernels.attention.parts import (
-    INSIDE,
-    MAY_BEGIN,
-    MAY_END,
-    UNSEEN,
-    head_of,
-    load_tile,
-    rows_inside,
-    store_tile,
-    tile_and_head,
-)  # fmt: skip
-from kernels.attention.problem import Problem, head_strides, loadable
+from kernels.attention.parts import INSIDE, MAY_BEGIN, MAY_END, UNSEEN, head_of, load_tile, rows_inside, store_tile
+from kernels.attention.problem import Problem, head_strides, loadable, rounded
 from kernels.attention.tiles import Tile, tile_width
-from kernels.attention.walk import first_key, key_of, keys_seen
+from kernels.attention.walk import first_key, key_of, keys_seen, tile_and_head
 from kernels.dispatch import cdiv
 from kernels.philox import keep_tile
 from kernels.plan import Plan, planned
@@ -147,4 +137,4 @@ def forward(
     o, lse = q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
     plan = plan_of(Problem.of(options, bounds is not None, q, k, v), tile)
     plan(q, k, v, o, lse, samples, None if bounds is None else bounds[0])
-    return o.to(dtype), lse
+    return rounded(dtype, o)[0], lse

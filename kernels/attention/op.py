@@ -21,7 +21,7 @@ from kernels.attention.options import Options, Strided
 from kernels.attention.reference import visible
 from kernels.dispatch import KernelError, choose, expect
 from kernels.philox import DropoutKey
-from kernels.registration import operator
+from kernels.registration import call, operator
 
 MAX_HEAD_WIDTH = 256  # one tile holds a head
 MAX_HEADS = 256  # no model has more: they are positions, in the order of torch's operator
@@ -66,20 +66,17 @@ def fit(Tq: int, H: int, Tk: int, K: int) -> bool:
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    ranked = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
+    if ranked and fit(*q.shape[1:3], *k.shape[1:3]) and q.dtype == k.dtype == v.dtype:
+        return
     found = f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    expect(
-        q.dim() == 4 and k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3],
-        f"{found}, expected [B, Tq, H, D] and twice [B, Tk, K, D]",
-    )
+    expect(ranked, f"{found}, expected [B, Tq, H, D] and twice [B, Tk, K, D]")
     (Tq, H), (Tk, K) = q.shape[1:3], k.shape[1:3]
     if not fit(Tq, H, Tk, K):
         order = "; these fit as [B, H, T, D], the order of torch's scaled_dot_product_attention: transpose(1, 2) each"
         hint = order if fit(H, Tq, K, Tk) else ""
         raise KernelError(f"{found}, expected 1 <= Tq <= Tk, and H, at most {MAX_HEADS}, a multiple of K{hint}")
-    expect(
-        q.dtype == k.dtype == v.dtype,
-        f"attention: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype: cast them alike",
-    )
+    raise KernelError(f"attention: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype: cast them alike")
 
 
 def wrong_documents(cu_seqlens: Tensor, tokens: int) -> str | None:
@@ -135,9 +132,15 @@ def options_of(
     return Options(window or None, Strided(*sparse) if sparse else None, softcap, key, head_offset, deterministic)
 
 
-def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    B, Tq, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+def _fake(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    B, T, H = q.shape[:3]
+    return q.new_empty(B, T, H, q.shape[-1]), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+def parts_of(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if k is None or v is None:
+        q, k, v = q.unbind(3)
+    return q, k, v
 
 
 def _save(ctx, inputs, output) -> None:
@@ -148,75 +151,34 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, do, dlse):
     q, k, v, o, lse, samples, bounds = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    return attention_backward_op(do, dlse, q, k, v, o, lse, samples, bounds, *ctx.options)
+    return tuple(call(attention_backward_op, do, dlse, q, k, v, o, lse, samples, bounds, *ctx.options))
 
 
 @operator(
     "attention",
-    schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor? k, Tensor? v, {OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake,
     save=_save,
     backward=_backward,
 )
 def attention_op(
-    q: Tensor, k: Tensor, v: Tensor, samples: Tensor | None, bounds: Tensor | None, *options: Any
+    q: Tensor, k: Tensor | None, v: Tensor | None, samples: Tensor | None, bounds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(o [B, Tq, H, D], lse in base 2, fp32 [B, H, Tq])."""
-    return forward(q, k, v, options_of(*options), samples, bounds)
+    """(o [B, Tq, H, D], lse in base 2, fp32 [B, H, Tq]). q alone, [B, T, H, 3, D], is all three."""
+    return forward(*parts_of(q, k, v), options_of(*options), samples, bounds)
 
 
 @operator(
     "attention_backward",
-    schema=(
-        "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-        f"{OPTIONS}) -> (Tensor, Tensor, Tensor)"
-    ),
-    fake=lambda do, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    schema=(f"(Tensor do, Tensor? dlse, Tensor q, Tensor? k, Tensor? v, Tensor o, Tensor lse, {OPTIONS}) -> Tensor[]"),
+    fake=lambda do, dlse, *inputs: [x.new_empty(x.shape) for x in inputs[:3] if x is not None],
 )
 def attention_backward_op(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, samples: Tensor | None,
-    bounds: Tensor | None, *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """(dq, dk, dv)."""
-    return backward(do, dlse, q, k, v, o, lse, options_of(*options), samples, bounds)
-
-
-def _save_packed(ctx, inputs, output) -> None:
-    qkv, samples, bounds, *ctx.options = inputs
-    ctx.save_for_backward(qkv, *output, samples, bounds)
-
-
-def _backward_packed(ctx, do, dlse):
-    qkv, o, lse, samples, bounds = ctx.saved_tensors
-    do = torch.zeros_like(o) if do is None else do
-    return attention_packed_backward_op(do, dlse, qkv, o, lse, samples, bounds, *ctx.options)
-
-
-@operator(
-    "attention_packed",
-    schema=f"(Tensor qkv, {OPTIONS}) -> (Tensor, Tensor)",
-    fake=lambda qkv, *_: _fake(qkv[..., 0, :]),
-    save=_save_packed,
-    backward=_backward_packed,
-)
-def attention_packed_op(
-    qkv: Tensor, samples: Tensor | None, bounds: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """attention_op of qkv [B, T, H, 3, D]."""
-    return forward(*qkv.unbind(3), options_of(*options), samples, bounds)
-
-
-@operator(
-    "attention_packed_backward",
-    schema=f"(Tensor do, Tensor? dlse, Tensor qkv, Tensor o, Tensor lse, {OPTIONS}) -> Tensor",
-    fake=lambda do, dlse, qkv, *_: qkv.new_empty(qkv.shape),
-)
-def attention_packed_backward_op(
-    do: Tensor, dlse: Tensor | None, qkv: Tensor, o: Tensor, lse: Tensor, samples: Tensor | None,
-    bounds: Tensor | None, *options: Any,
-) -> Tensor:  # fmt: skip
-    """dqkv [B, T, H, 3, D], contiguous."""
-    return backward(do, dlse, *qkv.unbind(3), o, lse, options_of(*options), samples, bounds, packed=True)[0]
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None, o: Tensor, lse: Tensor,
+    samples: Tensor | None, bounds: Tensor | None, *options: Any,
+) -> list[Tensor]:  # fmt: skip
+    """[dq, dk, dv], contiguous; of q alone [dq]."""
+    return backward(do, dlse, *parts_of(q, k, v), o, lse, options_of(*options), samples, bounds, packed=k is None)
 
 
 def _attention(
@@ -229,7 +191,8 @@ def _attention(
     q, k, v = heads if len(heads) == 3 else heads[0].unbind(3)
     check_shapes(q, k, v)
     wrong = wrong_options(q, k, window, sparse, cu_seqlens, softcap, dropout, samples)
-    expect(wrong is None, f"attention: {wrong}")
+    if wrong is not None:
+        raise KernelError(f"attention: {wrong}")
     key = dropout if dropout is not None and dropout.p > 0 else None
     no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p, sparse is not None, softcap, lse)
     form = choose(impl, "attention", device=q.device, dtype=q.dtype, no_triton=no_triton, no_torch=no_torch)
@@ -241,11 +204,11 @@ def _attention(
         o, log_sums = reference.attention_with_lse(q, k, v, **options)
         return o, log_sums if lse else None
     if cu_seqlens is not None and bounds is None:
-        bounds = document_bounds_op(cu_seqlens, len(q), k.shape[1])
+        bounds = call(document_bounds_op, cu_seqlens, len(q), k.shape[1])
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
-    rest = (samples if key else None, bounds, window or 0, pattern, softcap, *drop, deterministic)
-    o, base_2 = (attention_op if len(heads) == 3 else attention_packed_op)(*heads, *rest)
+    rest = (samples if key else None, bounds, window or 0, pattern, float(softcap), *drop, deterministic)
+    o, base_2 = call(attention_op, *(heads if len(heads) == 3 else (*heads, None, None)), *rest)
     return o, base_2 * math.log(2) if lse else None
 
 

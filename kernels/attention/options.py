@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kernels.dispatch import expect
-from kernels.philox import DropoutKey, signed
+from kernels.philox import DropoutKey
 
 LOG2_E = math.log2(math.e)
 LEAST_BLOCK = 64  # tiles of keys divide it
@@ -41,8 +42,7 @@ class Strided:
             )
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The arguments of `attention` that are not tensors. softcap 0: none."""
 
     window: int | None = None
@@ -51,27 +51,3 @@ class Options:
     key: DropoutKey | None = None
     head_offset: int = 0
     deterministic: bool = True
-
-    def scalars(self, D: int, Tk: int) -> tuple[int, float, float, float, int, int, int, int]:
-        """(window, scale, cap, 1 / (1 - p), seed, site, threshold, head_offset) as the kernels take them.
-
-        scale: of q k^T to a score in base 2, or with softcap to what tanh_of_half takes; its value times cap is it.
-        """
-        window = Tk if self.window is None else min(self.window, Tk)
-        softcap = min(self.softcap, MOST_SOFTCAP)
-        scale, cap = LOG2_E / math.sqrt(D), LOG2_E * softcap
-        if softcap > 0:
-            scale *= 2 / softcap
-        key = self.key
-        if key is None:
-            return window, scale, cap, 1.0, 0, 0, 0, 0
-        seed, site, threshold = signed(key.seed), signed(key.site), signed(key.threshold)
-        return window, scale, cap, 1 / (1 - key.p), seed, site, threshold, self.head_offset
-
-    def flags(self, documents: bool) -> tuple[bool, bool, bool, int, int, int]:
-        """DROPOUT, SOFTCAP, BOUNDED, SPARSE (the block, 0 if dense), LOCAL, STRIDE."""
-        dropout, softcap = self.key is not None, self.softcap > 0
-        bounded = self.window is not None or documents
-        if self.sparse is None:
-            return dropout, softcap, bounded, 0, 1, 1
-        return dropout, softcap, bounded, self.sparse.block, self.sparse.local, self.sparse.stride

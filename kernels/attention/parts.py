@@ -1,4 +1,4 @@
-"""Parts that the attention kernels share: the order of programs, loads and stores."""
+"""How the attention kernels load and store tiles."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ UNSEEN = tl.constexpr(-(2.0**126))
 INSIDE = tl.constexpr(0)
 MAY_END = tl.constexpr(1)
 MAY_BEGIN = tl.constexpr(2)  # or end
-
-
-@triton.jit
-def tile_and_head(tiles, section):
-    """Return (tile, head) of this program. Heads run in sections that fit the L2 cache: tile 0 of each, then tile 1."""
-    heads = tl.num_programs(0) // tiles
-    first = tl.program_id(0) // (tiles * section) * section
-    size = tl.minimum(section, heads - first)
-    number = tl.program_id(0) - first * tiles
-    return number // size, first + number % size
 
 
 @triton.jit
@@ -90,7 +80,7 @@ def rows_inside(first, limit, ROWS: tl.constexpr, CHECK: tl.constexpr):
 def load_rows(ptr, first, limit, outside, ROWS: tl.constexpr, CHECK: tl.constexpr):
     """Elements first to first + ROWS - 1 of the `limit` of a vector, which is padded with `outside` to whole tiles."""
     if CHECK == MAY_BEGIN:
-        rows, within = rows_inside(first, limit, ROWS, CHECK)
-        return tl.load(ptr + rows, within, outside)
+        rows = first + tl.arange(0, ROWS)
+        return tl.load(ptr + rows, (rows >= 0) & (rows < limit), outside)
     # No mask: so loads of 16 bytes serve four rows each.
     return tl.load(ptr + tl.multiple_of(first, ROWS) + tl.arange(0, ROWS))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.attention import tiles
-from kernels.attention.options import Options
+from kernels.attention.options import LOG2_E, MOST_SOFTCAP, Options
 from kernels.attention.tiles import SHORT, Tile, tile_for, tile_width
 from kernels.dispatch import INTERPRETED, interpretable, last_contiguous
+from kernels.philox import signed
 from kernels.plan import Layout
 
 
@@ -54,22 +56,37 @@ class Problem(NamedTuple):
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """(window, scale, cap, keep_scale, seed, site, threshold, head_offset) as the kernels take them."""
-        return self.options.scalars(self.q[3], self.k[1])
+        """(window, scale, cap, 1 / (1 - p), seed, site, threshold, head_offset) as the kernels take them.
+
+        scale: of q k^T to a score in base 2, or with softcap to what tanh_of_half takes; its value times cap is it.
+        """
+        options, Tk = self.options, self.k[1]
+        window = Tk if options.window is None else min(options.window, Tk)
+        softcap = min(options.softcap, MOST_SOFTCAP)
+        scale, cap = LOG2_E / math.sqrt(self.q[3]), LOG2_E * softcap
+        if softcap > 0:
+            scale *= 2 / softcap
+        key = options.key
+        if key is None:
+            return window, scale, cap, 1.0, 0, 0, 0, 0
+        seed, site, threshold = signed(key.seed), signed(key.site), signed(key.threshold)
+        return window, scale, cap, 1 / (1 - key.p), seed, site, threshold, options.head_offset
 
     @property
-    def flags(self) -> tuple[bool, bool, bool, int, int, int]:
+    def flags(self) -> tuple[int, ...]:
         """DROPOUT, SOFTCAP, BOUNDED, SPARSE (the block, 0 if dense), LOCAL, STRIDE."""
-        return self.options.flags(self.documents)
+        options, sparse = self.options, self.options.sparse
+        switched = options.key is not None, options.softcap > 0, options.window is not None or self.documents
+        return *switched, *((0, 1, 1) if sparse is None else (sparse.block, sparse.local, sparse.stride))
 
     def tile(self, kind: str) -> Tile:
         """The tile of `kind` (one of KINDS) on the device."""
         if INTERPRETED:
             return tiles.INTERPRETER
-        dropout, softcap, _, sparse, _, _ = self.flags
+        dropout, softcap, _, sparse, *_ = self.flags
         return tile_for(
             kind, self.q[3], self.dtype.itemsize, tiles.capability(self.device),
-            crowded=dropout or softcap, small=sparse > 0 or self.q[1] <= SHORT, described=self.described,
+            crowded=bool(dropout or softcap), small=sparse > 0 or self.q[1] <= SHORT, described=self.described,
         )  # fmt: skip
 
     def origin(self, tile: Tile) -> int:
@@ -98,6 +115,11 @@ class Problem(NamedTuple):
 def loadable(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Return the inputs as the kernels may load them: copies of those whose last stride is not 1."""
     return tuple([last_contiguous(x) for x in interpretable(*inputs)])
+
+
+def rounded(dtype: torch.dtype, *results: Tensor) -> list[Tensor]:
+    """What the kernels wrote, in the dtype of the inputs: `loadable` may have changed it in the interpreter alone."""
+    return [result.to(dtype) for result in results] if INTERPRETED else list(results)
 
 
 def head_strides(*strides: tuple[int, ...]) -> list[int]:

@@ -104,16 +104,16 @@ BLACKWELL = Tables(
     crowded=table(
         True,
         forward="128x64x4x3 128x64x4x3 128x64x4x3 64x64x8x2 64x64x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1 16x16x8x1",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 16x32x8x1 16x16x8x1",
         dq="128x64x8x2 128x64x8x2 128x64x8x2 64x32x8x2 16x32x8x1",
-        fused="32x64x8x2 32x64x8x2 32x64x8x2 64x128x8x2 16x16x8x1",
+        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x16x8x1",
     ),
     pointers=table(
         False,
         forward="128x64x8x3 128x64x8x3 64x64x4x3 128x64x8x3 64x32x8x2",
         dkdv="32x64x8x1 32x64x8x2 32x64x8x2 32x32x8x1 32x32x8x1",
         dq="128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 16x32x8x1",
-        fused="32x64x8x2 32x64x8x2 32x64x8x2 64x128x8x2 16x16x8x2",
+        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x16x8x2",
     ),
     small=table(
         True,
@@ -144,7 +144,7 @@ AMPERE = Tables(
     small=table(
         False,
         forward="64x64x4x2 64x64x4x2 64x64x8x2 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1 16x16x8x1",
+        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 16x32x8x1 16x16x8x1",
         dq="64x64x8x2 64x64x8x2 64x32x8x2 64x32x8x2 16x32x8x1",
         fused="32x64x8x1 32x64x8x1 32x64x8x2 16x32x8x1 16x16x8x1",
     ),

@@ -1,4 +1,4 @@
-"""Which tiles a program visits.
+"""Which tile a program owns, and which tiles it visits.
 
 Positions count keys: query row r is at position r + Tk - Tq. Tiles of queries begin at `origin` + multiples of
 BLOCK_M. The origin is row 0 or, with a block-sparse pattern, a multiple of BLOCK_M, so that no tile lies in two blocks.
@@ -12,6 +12,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def tile_and_head(tiles, section):
+    """Return (tile, head) of this program. Heads run in sections that fit the L2 cache: tile 0 of each, then tile 1."""
+    heads = tl.num_programs(0) // tiles
+    first = tl.program_id(0) // (tiles * section) * section
+    size = tl.minimum(section, heads - first)
+    number = tl.program_id(0) - first * tiles
+    return number // size, first + number % size
 
 
 @triton.jit

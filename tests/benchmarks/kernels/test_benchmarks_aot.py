@@ -27,7 +27,8 @@ def without_interpreter(*command: str, **environment: str) -> str:
 def compile_for(arch: int, only: str, cache: Path) -> list[str]:
     """The report's lines."""
     command = ["-m", "benchmarks.kernels.aot", "--arch", str(arch), "--only", only]
-    return without_interpreter(*command, TRITON_CACHE_DIR=str(cache)).splitlines()
+    lines = without_interpreter(*command, TRITON_CACHE_DIR=str(cache)).splitlines()
+    return [line for line in lines if not line.startswith("        loop: ")]
 
 
 def matrix_kernels(lines: list[str]) -> list[str]:
