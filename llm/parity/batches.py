@@ -58,7 +58,7 @@ def micro_batches(
         cut = slice(start, start + size)
         batch = MicroBatch(tokens[cut, :-1].to(device), positions, samples[cut].to(device), targets[cut].to(device))
         if config.data.document_masks:
-            documents = Documents(*(part.to(device) for part in documents_of(begins[cut])))
-            batch = batch._replace(documents=documents)
+            position_ids, cu_seqlens, _ = documents_of(begins[cut])
+            batch = batch._replace(documents=Documents(position_ids.to(device), cu_seqlens.to(device)))
         batches.append(batch)
     return batches
