@@ -49,6 +49,11 @@ class DropoutKey:
         """Elements whose 32 bits are under this number are dropped."""
         return min(round(self.p * 2**32), WORD)
 
+    @property
+    def numbers(self) -> tuple[float, int, int, int]:
+        """(1 / (1 - p), seed, site, threshold) as the kernels take them."""
+        return 1 / (1 - self.p), signed(self.seed), signed(self.site), signed(self.threshold)
+
 
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]

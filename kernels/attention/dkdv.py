@@ -99,9 +99,7 @@ def attention_dkdv_kernel(
     tile, head = tile_and_head(tiles, section)
     b, kv_head = head // K, head % K
     first_col = tile * BLOCK_N
-    sample = b
-    if DROPOUT:
-        sample = tl.load(samples_ptr + b)
+    sample = tl.load(samples_ptr + b) if DROPOUT else b
 
     k_head = head_of(k_ptr, stride_kb, stride_kt, stride_kh, b, kv_head, TMA)
     v_head = head_of(v_ptr, stride_vb, stride_vt, stride_vh, b, kv_head, TMA)
