@@ -6,8 +6,6 @@ With g the gradient times grad_scale, t the number of this update, and every ope
 The pass reads p, m, v, g and writes p, m, v, and a 16-bit copy of p if the caller wants one.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -7,8 +7,6 @@ reference  the same operation in a few lines of PyTorch, fp32 inside, beside eac
 auto       triton on a GPU where it can run, else torch, else reference
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

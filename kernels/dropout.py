@@ -1,7 +1,5 @@
 """Dropout by counters (kernels/philox.py) in one pass, which also adds the residual stream if there is one."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -12,8 +12,6 @@ Every row is written once, from fp32 sums whose order is a function of the token
 GPU. There are no atomics, and every size is known from N and V, so that nothing waits for the GPU.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 import triton

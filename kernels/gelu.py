@@ -6,8 +6,6 @@ The backward pass computes s again, so only x is kept. M rows (all leading dimen
 tensor is treated as one row.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

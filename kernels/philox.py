@@ -11,8 +11,6 @@ and is kept if its 32 bits are at least p * 2^32. Sample, row, column and head a
 rank count or split of the heads changes a mask.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -7,8 +7,6 @@ The backward pass rotates the gradients back by the same angle and writes them i
 kept. A program rotates a few heads of a tile of tokens, and computes the sine and cosine of their angles once.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

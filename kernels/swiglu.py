@@ -6,8 +6,6 @@ The backward pass computes s again, so only x is kept. Gate and up are the even 
 is one row of M F pairs, loaded in full 16-byte vectors.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

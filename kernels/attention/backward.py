@@ -9,8 +9,6 @@ queries (dq.py). Both recompute P, and every run gives the same bits. Otherwise 
 to dQ by atomic additions.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ With FUSED the program also adds its tile's part of dQ to an fp32 buffer, by ato
 products, because a separate kernel for dQ computes P and dP again. But the sums change their order from run to run.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """Where the document of each token begins and ends: found once for a batch, and read by every layer."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """The gradient of the queries: one program computes it for one tile of queries of one head."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

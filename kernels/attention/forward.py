@@ -4,8 +4,6 @@ Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): the maxim
 scale log2(e) / sqrt(D) and its subtraction are one operation. lse = log2(sum of 2^score) is kept for the backward pass.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """What decides the code of a pass's kernels and their arguments, beyond addresses: the key of their launch plans."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -31,7 +29,7 @@ class Problem(NamedTuple):
     documents: bool
 
     @classmethod
-    def of(cls, options: Options, documents: bool, *inputs: Tensor) -> Problem:
+    def of(cls, options: Options, documents: bool, *inputs: Tensor) -> "Problem":
         """inputs: q, k, v and in the backward pass do, which `readable` returned."""
         q, k, *_ = inputs
         aligned = all([x.data_ptr() % 16 == 0 for x in inputs])  # noqa: C419 - half the time of a generator

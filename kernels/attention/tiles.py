@@ -1,7 +1,5 @@
 """Chooses the tiles of attention on each architecture."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, replace
 

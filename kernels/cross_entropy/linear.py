@@ -9,8 +9,6 @@ so that no product is computed twice (as in Liger Kernel, Hsu et al. 2024). The 
 upstream gradient. The three products are the vendor's. docs/decisions/0006 says why.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -10,8 +10,6 @@ One program works on a row. It reads the row for an online log-sum-exp. If the g
 row again, then from the cache, and writes the gradient. All sums have a fixed order: the same bits on every run.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

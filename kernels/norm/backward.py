@@ -10,8 +10,6 @@ Each program owns a fixed range of rows and writes one partial row of dweight an
 a fixed order. No atomics, no locks: the same bits on every run and every GPU.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

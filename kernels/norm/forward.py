@@ -5,8 +5,6 @@ M rows (all leading dimensions together, numbered b T + t), C width. Layer norm 
 bias. Statistics are fp32, and kept for the backward pass.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """The public functions of the norms, registered as operators for torch.compile, autograd and checkpointing."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

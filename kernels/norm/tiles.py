@@ -1,7 +1,5 @@
 """Chooses the tiles of the norms, and views tensors as rows. M rows, C width."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor
