@@ -6,8 +6,6 @@ With g the gradient times grad_scale, t the number of this update, and every ope
 The pass reads p, m, v, g and writes p, m, v, and a 16-bit copy of p if the caller wants one.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -135,40 +133,30 @@ def adamw_op(
     eps: float, weight_decay: float, seed: int | None,
 ) -> None:  # fmt: skip
     """Update in place. `step` counts where step_tensor is None. See `adamw_`."""
-    targets = [t for t in (parameter, exp_avg, exp_avg_sq, low_precision) if t is not None]
+    targets = parameter, exp_avg, exp_avg_sq, low_precision
     seen = interpretable(*targets)
-    low = seen[3] if low_precision is not None else None
     rounded = parameter if low_precision is None else low_precision
-    tensors = seen[0], *interpretable(gradient.contiguous()), seen[1], seen[2], low, grad_scale, step_tensor
+    tensors = seen[0], *interpretable(gradient.contiguous()), *seen[1:], grad_scale, step_tensor
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     plan = plan_of(parameter.numel(), dtypes, 0 if seed is None else DROPPED_BITS[rounded.dtype], parameter.device)
     factors = 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2
-    plan(*tensors, numbers=(signed(seed or 0), step, lr, *factors, eps, log(beta1), log(beta2)))
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
+    plan(*tensors, numbers=(signed(seed or 0), step, lr, *factors, eps, *logs))
     for target, written in zip(targets, seen, strict=True):
-        if written is not target:
+        if target is not None and written is not target:
             target.copy_(written)
-
-
-def log(beta: float) -> float:
-    """Natural logarithm, also of 0."""
-    return math.log(beta) if beta > 0 else -math.inf
 
 
 def check(
     parameter: Tensor, others: dict[str, Tensor], scalars: dict[str, Tensor], low: Tensor | None, seed: int | None
 ) -> None:
     """Raise KernelError unless shapes, devices and what is to be rounded fit `adamw_`."""
-    for name, tensor in others.items():
+    for name, tensor in (others | scalars).items():
+        shape = () if name in scalars else tuple(parameter.shape)
         expect(
-            tensor.shape == parameter.shape and tensor.device == parameter.device,
-            f"adamw_: found {name} of shape {tuple(tensor.shape)} on {tensor.device}, expected "
-            f"{tuple(parameter.shape)} on {parameter.device}, as the parameter",
-        )
-    for name, tensor in scalars.items():
-        expect(
-            tensor.ndim == 0 and tensor.device == parameter.device,
-            f"adamw_: found {name} of shape {tuple(tensor.shape)} on {tensor.device}, expected one number (shape ()) "
-            f"on {parameter.device}, as the parameter",
+            tensor.shape == shape and tensor.device == parameter.device,
+            f"adamw_: found {name} of shape {tuple(tensor.shape)} on {tensor.device}, expected {shape} on "
+            f"{parameter.device}, as the parameter",
         )
     rounded = parameter.dtype if low is None else low.dtype
     expect(
@@ -302,7 +290,7 @@ def stochastic(x: Tensor, dtype: torch.dtype, seed: int, step: int) -> Tensor:
     zero = torch.zeros_like(groups)
     words = philox((groups & WORD, groups >> 32, zero, zero + WORD), (seed & WORD, step & WORD))
     noise = torch.stack(words, -1).flatten()[: x.numel()].view(x.shape)
-    dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]
+    dropped = DROPPED_BITS[dtype]
     noise = noise & ((1 << dropped) - 1)
     bits = (x.contiguous().view(torch.int32).long() & WORD) + noise
     bits = bits >> dropped << dropped

@@ -7,8 +7,6 @@ reference  the same operation in a few lines of PyTorch, fp32 inside, beside eac
 auto       triton on a GPU where it can run, else torch, else reference
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -83,34 +81,19 @@ def padded(width: int, least: int = 1) -> int:
     return max(least, 1 << (width - 1).bit_length())
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    device: torch.device,
-    *arguments: Any,
-    warps: int = 4,
-    stages: int = 1,
-) -> None:
-    """Run `programs` programs of a Triton kernel on `device`, which need not be the current one."""
-    if programs == 0:
-        return
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
-
-
-def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy of it if its last dimension is not contiguous, as every kernel wants it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def interpretable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the tensors as the kernels may read them: in the interpreter bfloat16 as float32.
+def interpretable(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors, of which some may be None, as kernels may read them: in the interpreter bfloat16 as float32.
 
     The interpreter multiplies bfloat16 as integers and truncates; so `rounded` rounds the kernels' results.
     """
     if not INTERPRETED:
         return tensors
-    return tuple(t.float() if t.dtype == torch.bfloat16 else t for t in tensors)
+    return tuple(t.float() if t is not None and t.dtype == torch.bfloat16 else t for t in tensors)
+
+
+def readable(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """`interpretable`, and copies of those whose last dimension is not contiguous, as every kernel wants it."""
+    return interpretable(*[t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors])
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

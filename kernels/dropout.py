@@ -1,15 +1,13 @@
 """Dropout by counters (kernels/philox.py) in one pass, which also adds the residual stream if there is one."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import philox
-from kernels.dispatch import KernelError, cdiv, choose, empty_like, interpretable, last_contiguous, rounded
-from kernels.philox import DropoutKey, keep_tile, signed
+from kernels.dispatch import KernelError, cdiv, choose, empty_like, readable, rounded
+from kernels.philox import DropoutKey, keep_tile
 from kernels.plan import Plan, planned
 from kernels.registration import call, operator
 
@@ -77,13 +75,10 @@ def dropout_op(
     x: Tensor, residual: Tensor | None, samples: Tensor, positions: Tensor, p: float, seed: int, site: int
 ) -> Tensor:
     """[B, T, C] in the dtype of x."""
-    (rows,) = interpretable(last_contiguous(x))
-    added = None if residual is None else interpretable(last_contiguous(residual))[0]
-    key = DropoutKey(p, seed, site)
+    rows, added = readable(x, residual)
     out = empty_like(x, rows.dtype)
     plan = plan_of(x.shape, rows.stride(), None if added is None else added.stride(), rows.dtype, x.device)
-    numbers = 1 / (1 - p), signed(seed), signed(site), signed(key.threshold)
-    plan(rows, added, samples, positions.contiguous(), out, numbers=numbers)
+    plan(rows, added, samples, positions.contiguous(), out, numbers=DropoutKey(p, seed, site).numbers)
     return rounded(out, x.dtype)
 
 

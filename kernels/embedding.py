@@ -12,15 +12,13 @@ Every row is written once, from fp32 sums whose order is a function of the token
 GPU. There are no atomics, and every size is known from N and V, so that nothing waits for the GPU.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import KernelError, cdiv, choose, interpretable, last_contiguous, padded, wide
+from kernels.dispatch import KernelError, cdiv, choose, padded, readable, wide
 from kernels.plan import Plan, planned
 from kernels.registration import call, operator
 
@@ -89,15 +87,10 @@ def embedding_joined_kernel(
         tl.store(out, total.to(dweight_ptr.dtype.element_ty), cols < C)
 
 
-def tile_of(C: int) -> tuple[int, int]:
-    """(columns of a program, programs that share a row) for width C."""
-    cols = min(padded(C), MAX_COLS)
-    return cols, cdiv(C, cols)
-
-
 @planned
 def plans_of(N: int, V: int, C: int, stride: int, dtype: torch.dtype, device: torch.device) -> tuple[Plan, Plan]:
-    COLS, TILES = tile_of(C)
+    COLS = min(padded(C), MAX_COLS)
+    TILES = cdiv(C, COLS)  # programs that share a row
     constants = N, V, C, CHUNK, ROWS, COLS, TILES
     joined = Plan(embedding_joined_kernel, max(0, cdiv(N, CHUNK) - 1) * TILES, device, *constants)
     return Plan(embedding_pieces_kernel, N * TILES, device, stride, *constants), joined
@@ -106,7 +99,7 @@ def plans_of(N: int, V: int, C: int, stride: int, dtype: torch.dtype, device: to
 @operator("embedding_backward", fake=lambda dy, tokens, V: dy.new_empty((V, dy.shape[-1])))
 def embedding_backward_op(dy: Tensor, tokens: Tensor, V: int) -> Tensor:
     """dy [..., C], tokens int [...] -> the gradient of the table [V, C], in the dtype of dy."""
-    (rows,) = interpretable(last_contiguous(dy.reshape(-1, dy.shape[-1])))
+    (rows,) = readable(dy.reshape(-1, dy.shape[-1]))
     N, C = rows.shape
     # 32-bit keys take half the passes of a radix sort; what is outside of the table stays outside.
     ids, order = tokens.flatten().clamp(-1, V).to(torch.int32).sort(stable=True)
@@ -147,15 +140,6 @@ def stock_embedding(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tenso
     return F.embedding(tokens.masked_fill(outside, 0), weight).masked_fill(outside.unsqueeze(-1), 0.0)
 
 
-def embedding_reference(tokens: Tensor, weight: Tensor, zero_outside: bool = False) -> Tensor:
-    """Rows of weight [V, C] by number: int [...] -> [..., C]."""
-    if not zero_outside:
-        return wide(weight)[tokens].to(weight.dtype)  # wide: the sum of gradients is rounded once
-    inside = (tokens >= 0) & (tokens < len(weight))
-    rows = wide(weight)[tokens.where(inside, 0)]
-    return torch.where(inside.unsqueeze(-1), rows, 0.0).to(weight.dtype)
-
-
 def embedding(tokens: Tensor, weight: Tensor, *, zero_outside: bool = False, impl: str = "auto") -> Tensor:
     """The rows of `weight` that `tokens` number: int64 or int32 [...], weight [V, C] -> [..., C] in its dtype.
 
@@ -174,5 +158,6 @@ def embedding(tokens: Tensor, weight: Tensor, *, zero_outside: bool = False, imp
     if form == "triton":
         return embedding_op(tokens, weight, zero_outside)
     if form == "reference":
-        return embedding_reference(tokens, weight, zero_outside)
+        # In fp32, so that the sum of a row's gradients is rounded once.
+        return stock_embedding(tokens, wide(weight), zero_outside).to(weight.dtype)
     return stock_embedding(tokens, weight, zero_outside)

@@ -6,10 +6,7 @@ The backward pass computes s again, so only x is kept. M rows (all leading dimen
 tensor is treated as one row.
 """
 
-from __future__ import annotations
-
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import KernelError, choose, empty_like, rounded, wide
-from kernels.plan import planned
+from kernels.dispatch import KernelError, choose, wide
 from kernels.registration import call, operator
-from kernels.swiglu import as_matrices, plan_of, sigmoids
+from kernels.swiglu import run, sigmoids
 
 TWICE_SLOPE: tl.constexpr = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBE: tl.constexpr = tl.constexpr(0.044715)
@@ -59,17 +55,10 @@ def gelu_backward_kernel(
     tl.store(dx_ptr + rows * stride_y + cols, dx.to(dx_ptr.dtype.element_ty), inside)
 
 
-forward_plan = planned(partial(plan_of, gelu_forward_kernel, False))
-backward_plan = planned(partial(plan_of, gelu_backward_kernel, False))
-
-
 @operator("gelu_backward", fake=lambda dy, x: x.new_empty(x.shape))
 def gelu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     """dy, x [..., F] -> dx [..., F]."""
-    (dy_rows, rows), M, strides = as_matrices(dy, x)
-    dx = empty_like(x, rows.dtype)
-    backward_plan(M, x.numel() // M, strides, rows.dtype, x.device)(dy_rows, rows, dx)
-    return rounded(dx, x.dtype)
+    return run(gelu_backward_kernel, False, dy, x)
 
 
 def _backward(ctx, dy):
@@ -79,10 +68,7 @@ def _backward(ctx, dy):
 @operator("gelu", fake=lambda x: x.new_empty(x.shape), backward=_backward)
 def gelu_op(x: Tensor) -> Tensor:
     """x [..., F] -> y [..., F]."""
-    (rows,), M, strides = as_matrices(x)
-    y = empty_like(x, rows.dtype)
-    forward_plan(M, x.numel() // M, strides, rows.dtype, x.device)(rows, y)
-    return rounded(y, x.dtype)
+    return run(gelu_forward_kernel, False, x)
 
 
 def gelu_reference(x: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ and is kept if its 32 bits are at least p * 2^32. Sample, row, column and head a
 rank count or split of the heads changes a mask.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +46,11 @@ class DropoutKey:
     def threshold(self) -> int:
         """Elements whose 32 bits are under this number are dropped."""
         return min(round(self.p * 2**32), WORD)
+
+    @property
+    def numbers(self) -> tuple[float, int, int, int]:
+        """(1 / (1 - p), seed, site, threshold) as the kernels take them."""
+        return 1 / (1 - self.p), signed(self.seed), signed(self.site), signed(self.threshold)
 
 
 def philox(

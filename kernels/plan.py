@@ -18,8 +18,6 @@ for a kernel(x_ptr, y_ptr, seed, stride, M, ROWS, COLS): tensors come first, the
 call, then what the plan keeps. A planning function may return several plans, or a plan and the sizes of results.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar

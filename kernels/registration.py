@@ -4,8 +4,6 @@ torch.compile, activation checkpointing and dispatch modes then see an operator 
 would do the same with more host time per call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ The backward pass rotates the gradients back by the same angle and writes them i
 kept. A program rotates a few heads of a tile of tokens, and computes the sine and cosine of their angles once.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 
@@ -17,18 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import KernelError, cdiv, choose, interpretable, last_contiguous, padded, rounded, wide
+from kernels.dispatch import KernelError, cdiv, choose, padded, readable, rounded, wide
 from kernels.plan import Plan, planned
 from kernels.registration import call, operator
 
-TILE_PAIRS = 1024
+TILE_PAIRS = 1024  # pairs of channels, of all tokens of a tile
 HEADS = 6  # of a program: enough to share its sines and cosines, few enough to fill a GPU with programs
-
-
-def tile_of(D: int) -> tuple[int, int]:
-    """(tokens of a tile, its padded pairs of channels) for heads of width D."""
-    pairs = padded(D // 2)
-    return max(1, TILE_PAIRS // pairs), pairs
 
 
 @triton.jit
@@ -50,10 +42,15 @@ def sine_and_cosine(angle):
 
 
 @triton.jit
-def turn_head(
-    source, target, cos, sin, inside, D: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr
+def move_head(
+    packed, split, cos, sin, inside,
+    D: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr, UNPACK: tl.constexpr,
 ):  # fmt: skip
-    """Copy one head from pointers source to target [TOKENS, 1], turned by cos, sin fp32 [TOKENS, PAIRS] if TURN."""
+    """Copy one head, whose tokens begin at pointers [TOKENS, 1], from qkv to q, k or v if UNPACK, else back; turned by
+    cos, sin fp32 [TOKENS, PAIRS] if TURN.
+    """
+    source = packed if UNPACK else split
+    target = split if UNPACK else packed
     cols = tl.arange(0, PAIRS)[None, :]
     inside = inside & (cols < D // 2)
     a = tl.load(source + cols, inside)
@@ -63,18 +60,6 @@ def turn_head(
         a, b = left * cos - right * sin, right * cos + left * sin
     tl.store(target + cols, a.to(target.dtype.element_ty), inside)
     tl.store(target + D // 2 + cols, b.to(target.dtype.element_ty), inside)
-
-
-@triton.jit
-def move_head(
-    packed, split, cos, sin, inside,
-    D: tl.constexpr, PAIRS: tl.constexpr, TURN: tl.constexpr, UNPACK: tl.constexpr,
-):  # fmt: skip
-    """turn_head from qkv to q, k or v if UNPACK, else back."""
-    if UNPACK:
-        turn_head(packed, split, cos, sin, inside, D, PAIRS, TURN)
-    else:
-        turn_head(split, packed, cos, sin, inside, D, PAIRS, TURN)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -121,16 +106,19 @@ def rope_kernel(
 
 @planned
 def plan_of(
-    heads: int, R: int, unpack: bool, inverse: bool, shape: torch.Size, x_strides: tuple[int, ...],
-    q_strides: tuple[int, ...], k_strides: tuple[int, ...], v_strides: tuple[int, ...], p_strides: tuple[int, ...],
+    heads: int, R: int, unpack: bool, inverse: bool, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
     dtype: torch.dtype, device: torch.device,
 ) -> Plan:  # fmt: skip
-    """rope_kernel on x [B, T, heads D], q of `shape` [B, T, H, D], k, v [B, T, K, D], all with contiguous rows."""
-    B, T, _, D = shape
-    TOKENS, PAIRS = tile_of(D)
+    """rope_kernel on x [B, T, heads D], q of `shape` [B, T, H, D], k, v [B, T, K, D], all with contiguous rows.
+
+    strides: of these and of the positions.
+    """
+    (B, T, _, D), (x, q, k, v, positions) = shape, strides
+    PAIRS = padded(D // 2)
+    TOKENS = max(1, TILE_PAIRS // PAIRS)
     return Plan(
-        rope_kernel, cdiv(B * T, TOKENS) * cdiv(heads, HEADS), device, *x_strides[:2], *q_strides[:3], *k_strides[:3],
-        *v_strides[:3], *(0, *p_strides)[-2:], B * T, T, R, heads, D, TOKENS, PAIRS, HEADS, unpack, inverse,
+        rope_kernel, cdiv(B * T, TOKENS) * cdiv(heads, HEADS), device, *x[:2], *q[:3], *k[:3], *v[:3],
+        *(0, *positions)[-2:], B * T, T, R, heads, D, TOKENS, PAIRS, HEADS, unpack, inverse,
     )  # fmt: skip
 
 
@@ -138,10 +126,8 @@ def run(
     packed: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float,
     R: int, heads: int, *, unpack: bool, inverse: bool,
 ) -> None:  # fmt: skip
-    plan = plan_of(
-        heads, R, unpack, inverse, q.shape, packed.stride(), q.stride(), k.stride(), v.stride(), positions.stride(),
-        packed.dtype, packed.device,
-    )  # fmt: skip
+    strides = packed.stride(), q.stride(), k.stride(), v.stride(), positions.stride()
+    plan = plan_of(heads, R, unpack, inverse, q.shape, strides, packed.dtype, packed.device)
     plan(packed, q, k, v, positions, kept_frequencies(q.shape[3], theta, packed.device))
 
 
@@ -153,7 +139,7 @@ def _fake_qkv_backward(dq: Tensor, dk: Tensor, *_: Any) -> Tensor:
 @operator("rope_qkv_backward", fake=_fake_qkv_backward)
 def rope_qkv_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, theta: float) -> Tensor:
     """dq [B, T, H, D], dk and dv [B, T, K, D] with any strides -> dqkv [B, T, (R + 2) K D]."""
-    q, k, v = interpretable(last_contiguous(dq), last_contiguous(dk), last_contiguous(dv))
+    q, k, v = readable(dq, dk, dv)
     B, T, H, D = q.shape
     K = k.shape[2]
     packed = q.new_empty((B, T, (H + 2 * K) * D))
@@ -188,7 +174,7 @@ def rope_qkv_op(
     qkv: Tensor, positions: Tensor, theta: float, n_kv_head: int, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [B, T, (R + 2) K D] -> q [B, T, H, D], k and v [B, T, K, D], contiguous."""
-    (packed,) = interpretable(last_contiguous(qkv))
+    (packed,) = readable(qkv)
     B, T, W = qkv.shape
     heads = W // head_dim
     q = packed.new_empty((B, T, heads - 2 * n_kv_head, head_dim))
@@ -210,7 +196,7 @@ def _backward(ctx, dy):
 @operator("rope", fake=lambda x, *_: x.new_empty(x.shape), save=_save, backward=_backward)
 def rope_op(x: Tensor, positions: Tensor, theta: float, inverse: bool) -> Tensor:
     """x [B, T, heads, D] -> the same shape, contiguous."""
-    (source,) = interpretable(last_contiguous(x))
+    (source,) = readable(x)
     B, T, heads, D = x.shape
     packed = source.new_empty((B, T, heads * D))
     # A tensor of query heads alone: no k, no v.
@@ -234,47 +220,28 @@ def kept_frequencies(D: int, theta: float, device: torch.device) -> Tensor:
     return frequencies
 
 
-def stock_rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """PyTorch's own operators: x [B, T, ..., D] -> the same shape; the rotation is computed in fp32."""
-    frequencies = frequencies_of(x.shape[-1], theta, x.device)
-    angles = positions.float()[..., None] * frequencies
-    angles = angles.view(*positions.shape, *[1] * (x.dim() - 3), len(frequencies))  # [(B,) T, 1, ..., D/2]
-    cos, sin = angles.cos(), angles.sin()
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-def stock_qkv(
-    qkv: Tensor, positions: Tensor, n_kv_head: int, head_dim: int, theta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's own operators; k and v are views."""
-    B, T, _ = qkv.shape
-    R = qkv.shape[-1] // (n_kv_head * head_dim) - 2
-    heads = qkv.view(B, T, n_kv_head, R + 2, head_dim)
-    qk, v = heads[:, :, :, : R + 1], heads[:, :, :, R + 1]
-    qk = stock_rotate(qk, positions, theta)
-    return qk[:, :, :, :R].reshape(B, T, n_kv_head * R, head_dim), qk[:, :, :, R], v
-
-
 def rope_reference(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tensor:
-    """Turn pair i of heads of x [B, T, ..., D] by position * theta^(-2i/D), in fp32; positions [T] or [B, T]."""
+    """Turn pair i of heads of x [B, T, ..., D] by position * theta^(-2i/D), in fp32; positions [T] or [B, T].
+
+    The torch form too: PyTorch has no operator for it.
+    """
     D = x.shape[-1]
-    frequencies = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-    angles = (positions.float()[..., None] * frequencies).to(wide(x).dtype)  # [(B,) T, D/2]
-    angles = angles.reshape(*positions.shape, *[1] * (x.dim() - 3), D // 2)
+    angles = (positions.float()[..., None] * frequencies_of(D, theta, x.device)).to(wide(x).dtype)  # [(B,) T, D/2]
+    angles = angles.view(*positions.shape, *[1] * (x.dim() - 3), D // 2)
     cos, sin = angles.cos(), angles.sin()
     a, b = wide(x).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def rope_qkv_reference(
     qkv: Tensor, positions: Tensor, *, n_kv_head: int, head_dim: int, theta: float = 10000.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [B, T, (R + 2) K D] -> q [B, T, K R, D], k, v [B, T, K, D]."""
+    """qkv [B, T, (R + 2) K D] -> q [B, T, K R, D], k, v [B, T, K, D]; k and v are views. The torch form too."""
     R = qkv.shape[-1] // (n_kv_head * head_dim) - 2
     heads = qkv.unflatten(-1, (n_kv_head, R + 2, head_dim))
-    q, k, v = heads[:, :, :, :R].flatten(2, 3), heads[:, :, :, R], heads[:, :, :, R + 1]
-    return rope_reference(q, positions, theta=theta), rope_reference(k, positions, theta=theta), v
+    qk, v = heads[:, :, :, : R + 1], heads[:, :, :, R + 1]
+    qk = rope_reference(qk, positions, theta=theta)
+    return qk[:, :, :, :R].flatten(2, 3), qk[:, :, :, R], v
 
 
 def check(name: str, x: Tensor, positions: Tensor, head_dim: int) -> None:
@@ -299,20 +266,17 @@ def rope_qkv(
     last dimension that is not contiguous costs a copy).
     positions int64 [T], or [B, T] for each token its own (packed documents). Angles are position theta^(-2i/D) in
     fp32, and channels i and i + D/2 are turned in fp32. Returns q [B, T, K R, D], k, v [B, T, K, D] in the dtype of
-    qkv; the stock form's k and v are views. Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on
-    arguments that do not fit together or a form that cannot run.
+    qkv; torch and reference are the same, and their k and v are views. Differentiable once. impl: see
+    kernels/dispatch.py. Raises KernelError on arguments that do not fit together or a form that cannot run.
     """
     group = n_kv_head * head_dim
     if qkv.dim() != 3 or n_kv_head < 1 or head_dim < 1 or qkv.shape[-1] % group or qkv.shape[-1] < 3 * group:
         sizes = f"K = {n_kv_head}, D = {head_dim} and R at least 1"
         raise KernelError(f"rope_qkv: found qkv {tuple(qkv.shape)}, expected [B, T, (R + 2) K D] with {sizes}")
     check("rope_qkv", qkv, positions, head_dim)
-    form = choose(impl, "rope_qkv", device=qkv.device, dtype=qkv.dtype)
-    if form == "reference":
-        return rope_qkv_reference(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta)
-    if form == "torch":
-        return stock_qkv(qkv, positions, n_kv_head, head_dim, theta)
-    return call(rope_qkv_op, qkv, positions, float(theta), n_kv_head, head_dim)
+    if choose(impl, "rope_qkv", device=qkv.device, dtype=qkv.dtype) == "triton":
+        return call(rope_qkv_op, qkv, positions, float(theta), n_kv_head, head_dim)
+    return rope_qkv_reference(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta)
 
 
 def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, impl: str = "auto") -> Tensor:
@@ -320,9 +284,6 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, impl: str = "a
     if x.dim() != 4:
         raise KernelError(f"rope: found x {tuple(x.shape)}, expected [B, T, heads, D]")
     check("rope", x, positions, x.shape[-1])
-    form = choose(impl, "rope", device=x.device, dtype=x.dtype)
-    if form == "reference":
-        return rope_reference(x, positions, theta=theta)
-    if form == "torch":
-        return stock_rotate(x, positions, theta)
-    return call(rope_op, x, positions, float(theta), False)
+    if choose(impl, "rope", device=x.device, dtype=x.dtype) == "triton":
+        return call(rope_op, x, positions, float(theta), False)
+    return rope_reference(x, positions, theta=theta)

@@ -1,7 +1,5 @@
 """The tangent of soft-caps, cap(s) = c tanh(s / c) (Gemma 2, 2024), for attention's scores and the loss's logits."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

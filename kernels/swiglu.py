@@ -6,9 +6,6 @@ The backward pass computes s again, so only x is kept. Gate and up are the even 
 is one row of M F pairs, loaded in full 16-byte vectors.
 """
 
-from __future__ import annotations
-
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import (
-    KernelError,
-    cdiv,
-    choose,
-    empty_like,
-    interpretable,
-    last_contiguous,
-    padded,
-    rounded,
-    wide,
-)
+from kernels.dispatch import KernelError, cdiv, choose, empty_like, interpretable, padded, readable, rounded, wide
 from kernels.plan import Plan, planned
 from kernels.registration import call, operator
 
@@ -51,24 +38,24 @@ def sigmoids(x):
 
 
 @triton.jit
-def load_pair(x_rows, first, width, rows_inside, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """gate and up, fp32 [ROWS, COLS], of the columns from `first`. x_rows: pointers to the rows [ROWS, 1]."""
-    pairs = first * 2 + tl.arange(0, 2 * COLS)[None, :]
-    x = tl.load(x_rows + pairs, rows_inside & (pairs < 2 * width)).to(tl.float32)
-    return tl.split(x.reshape(ROWS, COLS, 2))
-
-
-@triton.jit
-def tile_place(stride_y, M, ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr):
-    """This program's rows [ROWS, 1] and which exist, first column, columns [1, COLS], and F, all int64."""
-    width = tl.cast(stride_y, tl.int64)  # of a flattened tensor: twice it may pass 2^31
+def load_pairs(
+    x_ptr, stride_x, stride_y, M, ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    """This program's gate and up, fp32 [ROWS, COLS]; its rows [ROWS, 1]; its columns of the result and of x; and which
+    elements of either exist. All numbers int64: twice the width of a flattened tensor may pass 2^31.
+    """
+    width = tl.cast(stride_y, tl.int64)
     tiles = tl.cdiv(width, COLS)
     rows = ((tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS))[:, None]
     first = (tl.program_id(0) % tiles) * COLS
     # A thread that loads 16 bytes of pairs holds half as many results. Told that no more of them lie together, the
     # compiler leaves them with their thread instead of passing them around through shared memory.
     cols = tl.max_contiguous(first + tl.arange(0, COLS), VECTOR)[None, :]
-    return rows, rows < M, first, cols, width
+    pairs = first * 2 + tl.arange(0, 2 * COLS)[None, :]
+    pairs_inside = (rows < M) & (pairs < 2 * width)
+    x = tl.load(x_ptr + rows * stride_x + pairs, pairs_inside).to(tl.float32)
+    gate, up = tl.split(x.reshape(ROWS, COLS, 2))
+    return gate, up, rows, cols, pairs, (rows < M) & (cols < width), pairs_inside
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -77,14 +64,11 @@ def swiglu_forward_kernel(
 ):  # fmt: skip
     """One tile: x [M, 2 F] with row stride stride_x -> y [M, F] contiguous, F = stride_y."""
     # Triton types a call from one kernel to another as if it were made from the host.
-    rows, rows_inside, first, cols, width = tile_place(  # pyright: ignore[reportGeneralTypeIssues]
-        stride_y, M, ROWS, COLS, VECTOR
-    )
-    gate, up = load_pair(  # pyright: ignore[reportGeneralTypeIssues]
-        x_ptr + rows * stride_x, first, width, rows_inside, ROWS, COLS
+    gate, up, rows, cols, _, inside, _ = load_pairs(  # pyright: ignore[reportGeneralTypeIssues]
+        x_ptr, stride_x, stride_y, M, ROWS, COLS, VECTOR
     )
     y = gate * tl.sigmoid(gate) * up
-    tl.store(y_ptr + rows * stride_y + cols, y.to(y_ptr.dtype.element_ty), rows_inside & (cols < width))
+    tl.store(y_ptr + rows * stride_y + cols, y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -93,49 +77,48 @@ def swiglu_backward_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One tile: dy [M, F] and x [M, 2 F] with their row strides -> dx [M, 2 F] contiguous, F = stride_y."""
-    rows, rows_inside, first, cols, width = tile_place(  # pyright: ignore[reportGeneralTypeIssues]
-        stride_y, M, ROWS, COLS, VECTOR
+    gate, up, rows, cols, pairs, inside, pairs_inside = load_pairs(  # pyright: ignore[reportGeneralTypeIssues]
+        x_ptr, stride_x, stride_y, M, ROWS, COLS, VECTOR
     )
-    gate, up = load_pair(  # pyright: ignore[reportGeneralTypeIssues]
-        x_ptr + rows * stride_x, first, width, rows_inside, ROWS, COLS
-    )
-    dy = tl.load(dy_ptr + rows * stride_dy + cols, rows_inside & (cols < width)).to(tl.float32)
+    dy = tl.load(dy_ptr + rows * stride_dy + cols, inside).to(tl.float32)
     s, rest = sigmoids(gate)  # pyright: ignore[reportGeneralTypeIssues]
     dgate = (dy * up * s * (1.0 + gate * rest)).to(dx_ptr.dtype.element_ty)
     dup = (dy * gate * s).to(dx_ptr.dtype.element_ty)
-    pairs = first * 2 + tl.arange(0, 2 * COLS)[None, :]
     dx = tl.join(dgate, dup).reshape(ROWS, 2 * COLS)
-    tl.store(dx_ptr + rows * (2 * width) + pairs, dx, rows_inside & (pairs < 2 * width))
+    tl.store(dx_ptr + rows * (2 * tl.cast(stride_y, tl.int64)) + pairs, dx, pairs_inside)
 
 
-def as_matrices(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int, tuple[int, ...]]:
-    """(tensors with contiguous rows, how many rows, the strides of the rows); one row if all tensors are contiguous."""
-    if all(t.is_contiguous() for t in tensors):
-        return interpretable(*tensors), 1, (0,) * len(tensors)
-    rows = interpretable(*(last_contiguous(t.reshape(-1, t.shape[-1])) for t in tensors))
-    return rows, rows[0].shape[0], tuple([t.stride(0) for t in rows])
-
-
+@planned
 def plan_of(
     kernel: Any, pairs: bool, M: int, width: int, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Plan:
-    """`kernel` over a result [M, width], from inputs with these strides of rows. pairs: it takes VECTOR."""
+    """`kernel` over tiles of [M, width], from inputs with these strides of rows. pairs: it takes VECTOR."""
     ROWS, COLS = tile_of(M, width)
     vector = [8 // dtype.itemsize] * pairs  # results that a thread holds after loading 16 bytes of pairs
     return Plan(kernel, cdiv(M, ROWS) * cdiv(width, COLS), device, *strides, width, M, ROWS, COLS, *vector)
 
 
-forward_plan = planned(partial(plan_of, swiglu_forward_kernel, True))
-backward_plan = planned(partial(plan_of, swiglu_backward_kernel, True))
+def run(kernel: Any, pairs: bool, *inputs: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """What `kernel` makes of the inputs: in the dtype of the last one, and its shape unless `shape` is given.
+
+    pairs: whether that input has a gate and an up channel for each column of a tile.
+    """
+    x = inputs[-1]
+    if all(t.is_contiguous() for t in inputs):  # one row
+        rows, M, strides = interpretable(*inputs), 1, (0,) * len(inputs)
+    else:
+        rows = readable(*[t.reshape(-1, t.shape[-1]) for t in inputs])
+        M, strides = rows[0].shape[0], tuple([t.stride(0) for t in rows])
+    out = empty_like(x, rows[-1].dtype) if shape is None else rows[-1].new_empty(shape)
+    plan = plan_of(kernel, pairs, M, x.numel() // (M * (1 + pairs)), strides, out.dtype, x.device)
+    plan(*rows, out)
+    return rounded(out, x.dtype)
 
 
 @operator("swiglu_backward", fake=lambda dy, x: x.new_empty(x.shape))
 def swiglu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     """dy [..., F], x [..., 2 F] -> dx [..., 2 F]."""
-    (dy_rows, rows), M, strides = as_matrices(dy, x)
-    dx = empty_like(x, rows.dtype)
-    backward_plan(M, dy.numel() // M, strides, rows.dtype, x.device)(dy_rows, rows, dx)
-    return rounded(dx, x.dtype)
+    return run(swiglu_backward_kernel, True, dy, x)
 
 
 def _backward(ctx, dy):
@@ -145,10 +128,7 @@ def _backward(ctx, dy):
 @operator("swiglu", fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), backward=_backward)
 def swiglu_op(x: Tensor) -> Tensor:
     """x [..., 2 F] -> [..., F]."""
-    (rows,), M, strides = as_matrices(x)
-    y = rows.new_empty((*x.shape[:-1], x.shape[-1] // 2))
-    forward_plan(M, y.numel() // M, strides, rows.dtype, x.device)(rows, y)
-    return rounded(y, x.dtype)
+    return run(swiglu_forward_kernel, True, x, shape=(*x.shape[:-1], x.shape[-1] // 2))
 
 
 def stock(x: Tensor) -> Tensor:

@@ -143,8 +143,9 @@ def ranking(kind: str, shape: Shape, timings: Sequence[Timing], now: Tile, most:
 def line(
     kind: str, found: Sequence[tuple[Shape, Sequence[Timing]]], dtype: torch.dtype, device: torch.device
 ) -> str:  # fmt: skip
-    """The line of `kind` for a table of kernels/attention/tiles.py: the fastest tile of each width in `found`, whose
-    shapes differ in D alone, among those that load as the table's do; the present ones of the other widths.
+    """The line of `kind` for a table of kernels/attention/tiles.py, less the table's name: the fastest tile of each
+    width in `found`, whose shapes differ in D alone, among those that load as the table's do; the present ones of the
+    other widths.
     """
     known = {tile_width(shape.D): timings for shape, timings in found}
     cells = []
@@ -152,7 +153,7 @@ def line(
         now = present(kind, replace(found[0][0], D=width), dtype, device)
         right = [x.tile for x in known.get(width, ()) if not x.wrong and x.tile.tma == now.tma]
         cells.append(cell([*right, now][0]))
-    return f'        {kind}="{" ".join(cells)}",'
+    return f"    {kind:<8}{' '.join(cells)}"
 
 
 def cell(tile: Tile) -> str:

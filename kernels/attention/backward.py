@@ -9,10 +9,8 @@ queries (dq.py). Both recompute P, and every run gives the same bits. Otherwise 
 to dQ by atomic additions.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -23,9 +21,9 @@ from kernels.attention.dkdv import attention_dkdv_kernel
 from kernels.attention.dq import attention_dq_kernel
 from kernels.attention.options import LOG2_E, Options
 from kernels.attention.parts import MAY_END, head_of, load_tile
-from kernels.attention.problem import Problem, head_strides, loadable, rounded
+from kernels.attention.problem import Problem, head_strides
 from kernels.attention.tiles import Tile, tile_width
-from kernels.dispatch import cdiv
+from kernels.dispatch import cdiv, readable, rounded
 from kernels.plan import Plan, planned
 
 DELTA_ROWS = 16
@@ -69,14 +67,6 @@ def scale_and_cast_kernel(x_ptr, y_ptr, elements, scale, stride, D: tl.constexpr
     tl.store(y_ptr + at // D * stride + at % D, y.to(y_ptr.dtype.element_ty), at < elements)
 
 
-class Plans(NamedTuple):
-    """delta: of attention_delta_kernel. keys: of dkdv. queries: of dq, or if fused of what casts the sums."""
-
-    delta: Plan
-    keys: Plan
-    queries: Plan
-
-
 def padded_length(Tq: int) -> int:
     return cdiv(Tq, LONGEST_TILE) * LONGEST_TILE
 
@@ -85,8 +75,11 @@ def padded_length(Tq: int) -> int:
 def plans_of(
     problem: Problem, dlse_strides: tuple[int, ...], out_strides: tuple[tuple[int, ...], ...],
     tiles: tuple[Tile, Tile] | None,
-) -> Plans:  # fmt: skip
-    """out_strides: of dq and of dk and dv. tiles: of the dkdv (or fused) and the dq kernel."""
+) -> tuple[Plan, Plan, Plan]:  # fmt: skip
+    """(of attention_delta_kernel, of dkdv, of dq or if fused of what casts the sums).
+
+    out_strides: of dq and of dk and dv. tiles: of the dkdv (or fused) and the dq kernel.
+    """
     B, Tq, Tk, H, K, D = problem.sizes
     device, length, fused = problem.device, padded_length(Tq), not problem.options.deterministic
     one, two = tiles or (problem.tile(kind) for kind in ("fused" if fused else "dkdv", "dq"))
@@ -109,10 +102,10 @@ def plans_of(
     if fused:
         size = B * Tq * H * D
         scaled = size, 1 / math.sqrt(D), out_strides[0][2], D, CAST_ELEMENTS
-        return Plans(delta, keys, Plan(scale_and_cast_kernel, cdiv(size, CAST_ELEMENTS), device, *scaled))
+        return delta, keys, Plan(scale_and_cast_kernel, cdiv(size, CAST_ELEMENTS), device, *scaled)
     programs = cdiv(Tk - problem.origin(two), two.block_m) * B * H
     of_queries = problem.section(Tk * row_bytes, H // K)
-    return Plans(delta, keys, products(attention_dq_kernel, programs, two, out_strides[0], of_queries))
+    return delta, keys, products(attention_dq_kernel, programs, two, out_strides[0], of_queries)
 
 
 def backward(
@@ -125,7 +118,7 @@ def backward(
     tiles: of the dkdv (or fused) and the dq kernel; by default from the tables.
     """
     dtype = q.dtype
-    q, k, v, do, o = loadable(q, k, v, do, o)
+    q, k, v, do, o = readable(q, k, v, do, o)
     B, Tq, H, D = q.shape
     if packed:
         found = [q.new_empty((B, Tq, H, 3, D))]
@@ -133,14 +126,16 @@ def backward(
     else:
         found = dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     problem = Problem.of(options, bounds is not None, q, k, v, do)
-    plans = plans_of(problem, (0, 0, 0) if dlse is None else dlse.stride(), (dq.stride(), dk.stride()), tiles)
+    of_delta, of_keys, of_queries = plans_of(
+        problem, (0, 0, 0) if dlse is None else dlse.stride(), (dq.stride(), dk.stride()), tiles
+    )
     rows = q.new_empty((B, H, 2, padded_length(Tq)), dtype=torch.float32)
     starts, ends = (None, None) if bounds is None else bounds.unbind()
-    plans.delta(o.contiguous(), do, lse, dlse, rows)
+    of_delta(o.contiguous(), do, lse, dlse, rows)
     sums = None if options.deterministic else q.new_zeros(q.shape, dtype=torch.float32)
-    plans.keys(q, k, v, do, rows, samples, ends, sums, dk, dv)
+    of_keys(q, k, v, do, rows, samples, ends, sums, dk, dv)
     if sums is None:
-        plans.queries(q, k, v, do, rows, samples, starts, dq)
+        of_queries(q, k, v, do, rows, samples, starts, dq)
     else:
-        plans.queries(sums, dq)
-    return rounded(dtype, *found)
+        of_queries(sums, dq)
+    return [rounded(x, dtype) for x in found]

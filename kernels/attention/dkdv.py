@@ -4,8 +4,6 @@ With FUSED the program also adds its tile's part of dQ to an fp32 buffer, by ato
 products, because a separate kernel for dQ computes P and dP again. But the sums change their order from run to run.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -99,9 +97,7 @@ def attention_dkdv_kernel(
     tile, head = tile_and_head(tiles, section)
     b, kv_head = head // K, head % K
     first_col = tile * BLOCK_N
-    sample = b
-    if DROPOUT:
-        sample = tl.load(samples_ptr + b)
+    sample = tl.load(samples_ptr + b) if DROPOUT else b
 
     k_head = head_of(k_ptr, stride_kb, stride_kt, stride_kh, b, kv_head, TMA)
     v_head = head_of(v_ptr, stride_vb, stride_vt, stride_vh, b, kv_head, TMA)

@@ -1,13 +1,12 @@
 """Where the document of each token begins and ends: found once for a batch, and read by every layer."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import TRITON_DTYPES, cdiv, choose, launch
+from kernels.dispatch import TRITON_DTYPES, cdiv, choose
+from kernels.plan import Plan, planned
 from kernels.registration import call, operator
 
 TOKENS = 128  # of a program
@@ -29,15 +28,18 @@ def document_bounds_kernel(cu_seqlens_ptr, bounds_ptr, documents, steps, T, toke
     tl.store(bounds_ptr + tokens + token, tl.load(cu_seqlens_ptr + low + 1) - row - 1, token < tokens)
 
 
+@planned
+def plan_of(T: int, tokens: int, device: torch.device) -> Plan:
+    return Plan(document_bounds_kernel, cdiv(tokens, TOKENS), device, T, tokens, TOKENS)
+
+
 @operator("document_bounds", fake=lambda cu_seqlens, B, T: cu_seqlens.new_empty(2, B, T))
 def document_bounds_op(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
     """What document_bounds_kernel writes."""
     bounds = torch.empty((2, B, T), dtype=torch.int32, device=cu_seqlens.device)
     documents = cu_seqlens.numel() - 1
-    launch(
-        document_bounds_kernel, cdiv(B * T, TOKENS), cu_seqlens.device,
-        cu_seqlens.contiguous(), bounds, documents, documents.bit_length(), T, B * T, TOKENS,
-    )  # fmt: skip
+    plan = plan_of(T, B * T, cu_seqlens.device)
+    plan(cu_seqlens.contiguous(), bounds, numbers=(documents, documents.bit_length()))
     return bounds
 
 

@@ -1,7 +1,5 @@
 """The gradient of the queries: one program computes it for one tile of queries of one head."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -68,9 +66,7 @@ def attention_dq_kernel(
     position = origin + (tiles - 1 - tile) * BLOCK_M
     row = position - (Tk - Tq)
     CHECK: tl.constexpr = MAY_BEGIN if SPARSE else MAY_END
-    sample = b
-    if DROPOUT:
-        sample = tl.load(samples_ptr + b)
+    sample = tl.load(samples_ptr + b) if DROPOUT else b
     dropout = (seed, site, threshold, sample, h + head_offset)
 
     q = load_tile(head_of(q_ptr, stride_qb, stride_qt, stride_qh, b, h, TMA), row, Tq, D, BLOCK_M, WIDTH, CHECK, TMA)

@@ -4,8 +4,6 @@ Online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022): the maxim
 scale log2(e) / sqrt(D) and its subtraction are one operation. lse = log2(sum of 2^score) is kept for the backward pass.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -13,10 +11,10 @@ from torch import Tensor
 
 from kernels.attention.options import Options
 from kernels.attention.parts import INSIDE, MAY_BEGIN, MAY_END, UNSEEN, head_of, load_tile, rows_inside, store_tile
-from kernels.attention.problem import Problem, head_strides, loadable, rounded
+from kernels.attention.problem import Problem, head_strides
 from kernels.attention.tiles import Tile, tile_width
 from kernels.attention.walk import first_key, key_of, keys_seen, tile_and_head
-from kernels.dispatch import cdiv
+from kernels.dispatch import cdiv, readable, rounded
 from kernels.philox import keep_tile
 from kernels.plan import Plan, planned
 from kernels.softcap import tanh_of_half
@@ -77,9 +75,7 @@ def attention_forward_kernel(
     position = origin + (tiles - 1 - tile) * BLOCK_M
     row = position - (Tk - Tq)
     CHECK: tl.constexpr = MAY_BEGIN if SPARSE else MAY_END
-    sample = b
-    if DROPOUT:
-        sample = tl.load(samples_ptr + b)
+    sample = tl.load(samples_ptr + b) if DROPOUT else b
     dropout = (seed, site, threshold, sample, h + head_offset)
 
     q_head = head_of(q_ptr, stride_qb, stride_qt, stride_qh, b, h, TMA)
@@ -132,9 +128,9 @@ def forward(
     bounds: of documents (documents.py). tile: by default from the tables.
     """
     dtype = q.dtype
-    q, k, v = loadable(q, k, v)
+    q, k, v = readable(q, k, v)
     B, Tq, H, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
     plan = plan_of(Problem.of(options, bounds is not None, q, k, v), tile)
     plan(q, k, v, o, lse, samples, None if bounds is None else bounds[0])
-    return rounded(dtype, o)[0], lse
+    return rounded(o, dtype), lse

@@ -3,8 +3,6 @@
 B batch, Tq queries, Tk keys, H query heads, K key/value heads, D head width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

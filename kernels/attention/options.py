@@ -1,7 +1,5 @@
 """The options of attention, and the arguments that they become in the kernels."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

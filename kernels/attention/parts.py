@@ -1,7 +1,5 @@
 """How the attention kernels load and store tiles."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """What decides the code of a pass's kernels and their arguments, beyond addresses: the key of their launch plans."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -11,8 +9,7 @@ from torch import Tensor
 from kernels.attention import tiles
 from kernels.attention.options import LOG2_E, MOST_SOFTCAP, Options
 from kernels.attention.tiles import SHORT, Tile, tile_for, tile_width
-from kernels.dispatch import INTERPRETED, interpretable, last_contiguous
-from kernels.philox import signed
+from kernels.dispatch import INTERPRETED
 from kernels.plan import Layout
 
 
@@ -32,8 +29,8 @@ class Problem(NamedTuple):
     documents: bool
 
     @classmethod
-    def of(cls, options: Options, documents: bool, *inputs: Tensor) -> Problem:
-        """inputs: q, k, v and in the backward pass do, which `loadable` returned."""
+    def of(cls, options: Options, documents: bool, *inputs: Tensor) -> "Problem":
+        """inputs: q, k, v and in the backward pass do, which `readable` returned."""
         q, k, *_ = inputs
         aligned = all([x.data_ptr() % 16 == 0 for x in inputs])  # noqa: C419 - half the time of a generator
         strides = tuple([x.stride() for x in inputs])
@@ -66,11 +63,8 @@ class Problem(NamedTuple):
         scale, cap = LOG2_E / math.sqrt(self.q[3]), LOG2_E * softcap
         if softcap > 0:
             scale *= 2 / softcap
-        key = options.key
-        if key is None:
-            return window, scale, cap, 1.0, 0, 0, 0, 0
-        seed, site, threshold = signed(key.seed), signed(key.site), signed(key.threshold)
-        return window, scale, cap, 1 / (1 - key.p), seed, site, threshold, options.head_offset
+        dropout = (1.0, 0, 0, 0, 0) if options.key is None else (*options.key.numbers, options.head_offset)
+        return window, scale, cap, *dropout
 
     @property
     def flags(self) -> tuple[int, ...]:
@@ -110,16 +104,6 @@ class Problem(NamedTuple):
             # The sides of length 1 stand first: only then does Triton copy tiles straight to where the products read.
             found.append(Layout((B, heads, T, D), (sb, sh, st, sd), (1, 1, height, D)))
         return found
-
-
-def loadable(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Return the inputs as the kernels may load them: copies of those whose last stride is not 1."""
-    return tuple([last_contiguous(x) for x in interpretable(*inputs)])
-
-
-def rounded(dtype: torch.dtype, *results: Tensor) -> list[Tensor]:
-    """What the kernels wrote, in the dtype of the inputs: `loadable` may have changed it in the interpreter alone."""
-    return [result.to(dtype) for result in results] if INTERPRETED else list(results)
 
 
 def head_strides(*strides: tuple[int, ...]) -> list[int]:

@@ -1,7 +1,5 @@
 """Chooses the tiles of attention on each architecture."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, replace
 
@@ -33,16 +31,6 @@ WIDTHS = (16, 32, 64, 128, 256)  # padded
 Table = dict[tuple[str, int], Tile]
 
 
-def table(tma: bool, **lines: str) -> Table:
-    """A table from one line per kind: for each of WIDTHS, block_m x block_n x warps x stages."""
-    tiles = {}
-    for kind, line in lines.items():
-        for width, cell in zip(WIDTHS, line.split(), strict=True):
-            block_m, block_n, warps, stages = map(int, cell.split("x"))
-            tiles[kind, width] = Tile(block_m, block_n, warps, stages, tma)
-    return tiles
-
-
 @dataclass(frozen=True)
 class Tables:
     """The tiles of one architecture, chosen from the compiler's report (`python -m benchmarks.kernels.aot`): no spills,
@@ -61,95 +49,72 @@ class Tables:
     l2: int
 
 
-HOPPER = Tables(
-    plain=table(
-        True,
-        forward="128x64x4x3 128x64x4x3 128x64x4x3 128x128x8x2 128x64x8x2",
-        dkdv="64x128x8x2 64x128x8x2 64x128x8x2 32x128x8x2 32x32x8x1",
-        dq="128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2",
-        fused="64x128x8x2 64x128x8x2 64x128x8x2 32x128x8x1 32x32x8x1",
-    ),
-    crowded=table(
-        True,
-        forward="128x64x4x3 128x64x8x3 128x64x8x3 128x64x8x3 64x64x8x2",
-        dkdv="64x128x8x2 64x128x8x2 32x64x8x2 16x64x8x2 16x16x8x1",
-        dq="128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x32x8x2",
-        fused="32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x2 16x16x8x1",
-    ),
-    pointers=table(
-        False,
-        forward="128x64x4x3 128x64x8x3 128x64x8x3 128x64x8x3 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1",
-        dq="128x64x8x2 128x64x8x2 128x64x8x2 128x32x8x2 32x32x8x2",
-        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x16x8x2",
-    ),
-    small=table(
-        True,
-        forward="64x64x4x2 64x64x4x2 64x64x4x2 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x16x8x1",
-        dq="64x64x4x2 64x64x4x2 64x64x8x2 64x32x8x2 16x32x8x1",
-        fused="32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x2 16x16x8x1",
-    ),
-    l2=50 << 20,
-)
+def tables_of(l2: int, tma: bool, text: str) -> Tables:
+    """Tables from a line per table and kind: for each of WIDTHS, block_m x block_n x warps x stages.
 
-BLACKWELL = Tables(
-    plain=table(
-        True,
-        forward="64x64x4x3 64x64x4x3 128x64x4x3 128x128x8x2 128x64x8x2",
-        dkdv="64x64x8x2 64x64x8x2 64x64x8x2 32x64x8x2 32x32x8x1",
-        dq="128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2",
-        fused="64x64x8x2 64x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1",
-    ),
-    crowded=table(
-        True,
-        forward="128x64x4x3 128x64x4x3 128x64x4x3 64x64x8x2 64x64x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 16x32x8x1 16x16x8x1",
-        dq="128x64x8x2 128x64x8x2 128x64x8x2 64x32x8x2 16x32x8x1",
-        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x16x8x1",
-    ),
-    pointers=table(
-        False,
-        forward="128x64x8x3 128x64x8x3 64x64x4x3 128x64x8x3 64x32x8x2",
-        dkdv="32x64x8x1 32x64x8x2 32x64x8x2 32x32x8x1 32x32x8x1",
-        dq="128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 16x32x8x1",
-        fused="32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x1 16x16x8x2",
-    ),
-    small=table(
-        True,
-        forward="64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 32x32x8x1",
-        dkdv="32x64x8x1 32x64x8x1 32x32x4x1 32x32x8x1 16x16x8x1",
-        dq="64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 16x32x8x1",
-        fused="32x64x8x1 32x64x8x2 32x32x8x1 32x64x8x1 16x16x8x1",
-    ),
-    l2=100 << 20,
-)
+    tma: of the tiles in all tables but `pointers`.
+    """
+    tables: dict[str, Table] = {"plain": {}, "crowded": {}, "pointers": {}, "small": {}}
+    for line in text.strip().splitlines():
+        name, kind, *cells = line.split()
+        for width, cell in zip(WIDTHS, cells, strict=True):
+            tables[name][kind, width] = Tile(*map(int, cell.split("x")), tma=tma and name != "pointers")
+    return Tables(**tables, l2=l2)
 
-AMPERE = Tables(
-    plain=table(
-        False,
-        forward="128x64x8x3 128x64x8x3 128x64x8x3 128x32x8x3 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 64x64x8x1 16x64x8x1",
-        dq="128x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2 64x32x8x1",
-        fused="32x64x8x2 32x64x8x2 32x64x4x2 64x64x8x1 16x32x8x1",
-    ),
-    crowded=table(
-        False,
-        forward="128x64x8x3 128x64x8x3 128x32x8x3 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 32x32x8x1 16x16x8x1",
-        dq="64x64x8x2 64x64x8x2 64x32x8x2 64x64x8x2 32x32x8x1",
-        fused="32x64x8x1 32x64x8x1 32x64x8x2 32x32x8x1 16x16x8x1",
-    ),
-    pointers={},  # crowded serves: no TMA
-    small=table(
-        False,
-        forward="64x64x4x2 64x64x4x2 64x64x8x2 64x64x8x2 64x32x8x2",
-        dkdv="32x64x8x2 32x64x8x2 32x64x8x1 16x32x8x1 16x16x8x1",
-        dq="64x64x8x2 64x64x8x2 64x32x8x2 64x32x8x2 16x32x8x1",
-        fused="32x64x8x1 32x64x8x1 32x64x8x2 16x32x8x1 16x16x8x1",
-    ),
-    l2=40 << 20,
-)
+
+HOPPER = tables_of(50 << 20, True, """
+    plain    forward 128x64x4x3  128x64x4x3  128x64x4x3  128x128x8x2 128x64x8x2
+    plain    dkdv    64x128x8x2  64x128x8x2  64x128x8x2  32x128x8x2  32x32x8x1
+    plain    dq      128x64x8x2  128x64x8x2  128x64x8x2  128x64x8x2  64x64x8x2
+    plain    fused   64x128x8x2  64x128x8x2  64x128x8x2  32x128x8x1  32x32x8x1
+    crowded  forward 128x64x4x3  128x64x8x3  128x64x8x3  128x64x8x3  64x64x8x2
+    crowded  dkdv    64x128x8x2  64x128x8x2  32x64x8x2   16x64x8x2   16x16x8x1
+    crowded  dq      128x64x8x2  128x64x8x2  128x64x8x2  128x64x8x2  64x32x8x2
+    crowded  fused   32x64x8x2   32x64x8x2   32x64x8x1   32x32x8x2   16x16x8x1
+    pointers forward 128x64x4x3  128x64x8x3  128x64x8x3  128x64x8x3  64x32x8x2
+    pointers dkdv    32x64x8x2   32x64x8x2   32x64x8x2   32x64x8x1   32x32x8x1
+    pointers dq      128x64x8x2  128x64x8x2  128x64x8x2  128x32x8x2  32x32x8x2
+    pointers fused   32x64x8x2   32x64x8x2   32x64x8x2   32x32x8x1   16x16x8x2
+    small    forward 64x64x4x2   64x64x4x2   64x64x4x2   64x64x8x2   64x32x8x2
+    small    dkdv    32x64x8x2   32x64x8x2   32x64x8x2   32x32x8x1   16x16x8x1
+    small    dq      64x64x4x2   64x64x4x2   64x64x8x2   64x32x8x2   16x32x8x1
+    small    fused   32x64x8x2   32x64x8x2   32x64x8x1   32x32x8x2   16x16x8x1
+""")  # fmt: skip
+
+BLACKWELL = tables_of(100 << 20, True, """
+    plain    forward 64x64x4x3   64x64x4x3   128x64x4x3  128x128x8x2 128x64x8x2
+    plain    dkdv    64x64x8x2   64x64x8x2   64x64x8x2   32x64x8x2   32x32x8x1
+    plain    dq      128x64x8x2  128x64x8x2  128x64x8x2  128x64x8x2  64x64x8x2
+    plain    fused   64x64x8x2   64x64x8x2   32x64x8x2   32x64x8x2   32x32x8x1
+    crowded  forward 128x64x4x3  128x64x4x3  128x64x4x3  64x64x8x2   64x64x8x2
+    crowded  dkdv    32x64x8x2   32x64x8x2   32x64x8x1   16x32x8x1   16x16x8x1
+    crowded  dq      128x64x8x2  128x64x8x2  128x64x8x2  64x32x8x2   16x32x8x1
+    crowded  fused   32x64x8x2   32x64x8x2   32x64x8x2   32x32x8x1   16x16x8x1
+    pointers forward 128x64x8x3  128x64x8x3  64x64x4x3   128x64x8x3  64x32x8x2
+    pointers dkdv    32x64x8x1   32x64x8x2   32x64x8x2   32x32x8x1   32x32x8x1
+    pointers dq      128x64x8x2  128x64x8x2  128x64x8x2  128x64x8x2  16x32x8x1
+    pointers fused   32x64x8x2   32x64x8x2   32x64x8x2   32x32x8x1   16x16x8x2
+    small    forward 64x64x4x2   64x64x4x2   64x64x4x2   64x64x4x2   32x32x8x1
+    small    dkdv    32x64x8x1   32x64x8x1   32x32x4x1   32x32x8x1   16x16x8x1
+    small    dq      64x64x4x2   64x64x4x2   64x64x4x2   64x64x4x2   16x32x8x1
+    small    fused   32x64x8x1   32x64x8x2   32x32x8x1   32x64x8x1   16x16x8x1
+""")  # fmt: skip
+
+# No pointers: without TMA crowded serves.
+AMPERE = tables_of(40 << 20, False, """
+    plain    forward 128x64x8x3  128x64x8x3  128x64x8x3  128x32x8x3  64x32x8x2
+    plain    dkdv    32x64x8x2   32x64x8x2   32x64x8x1   64x64x8x1   16x64x8x1
+    plain    dq      128x64x8x2  128x64x8x2  128x64x8x2  64x64x8x2   64x32x8x1
+    plain    fused   32x64x8x2   32x64x8x2   32x64x4x2   64x64x8x1   16x32x8x1
+    crowded  forward 128x64x8x3  128x64x8x3  128x32x8x3  64x64x8x2   64x32x8x2
+    crowded  dkdv    32x64x8x2   32x64x8x2   32x64x8x1   32x32x8x1   16x16x8x1
+    crowded  dq      64x64x8x2   64x64x8x2   64x32x8x2   64x64x8x2   32x32x8x1
+    crowded  fused   32x64x8x1   32x64x8x1   32x64x8x2   32x32x8x1   16x16x8x1
+    small    forward 64x64x4x2   64x64x4x2   64x64x8x2   64x64x8x2   64x32x8x2
+    small    dkdv    32x64x8x2   32x64x8x2   32x64x8x1   16x32x8x1   16x16x8x1
+    small    dq      64x64x8x2   64x64x8x2   64x32x8x2   64x32x8x2   16x32x8x1
+    small    fused   32x64x8x1   32x64x8x1   32x64x8x2   16x32x8x1   16x16x8x1
+""")  # fmt: skip
 
 
 # fp32 products are exact fp32 (no TF32) and run without tensor cores: right, not fast.

@@ -8,8 +8,6 @@ BOUNDED: windows and documents set bounds, the first key that a query sees. From
 moves back, so the first and the last query of a tile give the keys that some, and that all, of its queries see.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -9,8 +9,6 @@ so that no product is computed twice (as in Liger Kernel, Hsu et al. 2024). The 
 upstream gradient. The three products are the vendor's. docs/decisions/0006 says why.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 
@@ -91,26 +89,18 @@ def loss_and_gradients(
     space[:, V:].zero_()  # a CPU's bf16 product reads past the end of a row, and there memory may hold NaN
     for start in range(0, N, chunk):
         part = slice(start, start + chunk)
-        logits = space[: min(chunk, N - start), :V]
-        losses, grad = chunk_losses(x[part], weight, targets[part], terms, vocabulary, form, differentiate, logits)
+        if form == "triton":
+            logits = torch.mm(x[part], weight.t(), out=space[: min(chunk, N - start), :V])
+            grad = logits if differentiate else None
+            losses, _ = triton_forward(logits, targets[part], terms, vocabulary, grad)
+        else:
+            losses, _, grad = stock(F.linear(x[part], weight), targets[part], terms, vocabulary, differentiate)
+            grad = None if grad is None else grad.to(x.dtype)
         total += losses.sum()
         if grad is not None:
             torch.mm(grad, weight, out=grad_x[part])
             add_product(grad_weight, grad.t(), x[part], start == 0)
     return total, grad_x, grad_weight.to(weight.dtype) if form == "torch" else grad_weight
-
-
-def chunk_losses(
-    x: Tensor, weight: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary,
-    form: str, differentiate: bool, logits: Tensor,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The losses fp32 [n] of a chunk and their gradient [n, V] in x's dtype; logits: memory for it, if form=triton."""
-    if form == "triton":
-        torch.mm(x, weight.t(), out=logits)
-        grad = logits if differentiate else None
-        return triton_forward(logits, targets, terms, vocabulary, grad)[0], grad
-    losses, _, grad = stock(F.linear(x, weight), targets, terms, vocabulary, differentiate)
-    return losses, None if grad is None else grad.to(x.dtype)
 
 
 def _fake(x, weight, targets, rows, start, ignore_index, z_loss, softcap, chunk, form, differentiate):

@@ -1,7 +1,5 @@
 """Cross-entropy in plain PyTorch, of logits and of a linear layer."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

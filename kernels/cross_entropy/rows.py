@@ -10,8 +10,6 @@ One program works on a row. It reads the row for an online log-sum-exp. If the g
 row again, then from the cache, and writes the gradient. All sums have a fixed order: the same bits on every run.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.vocabulary import FullVocabulary, Vocabulary, check
-from kernels.dispatch import KernelError, cdiv, choose, interpretable, padded
+from kernels.dispatch import KernelError, cdiv, choose, padded, readable
 from kernels.plan import Plan, planned
 from kernels.registration import operator
 from kernels.softcap import tanh_of_half
@@ -203,11 +201,6 @@ def scale_rows_kernel(x_ptr, factor_ptr, stride_row, columns, LANES: tl.constexp
             tl.store(x_ptr + cols, (x * factor).to(x_ptr.dtype.element_ty), cols < columns)
 
 
-def readable(logits: Tensor) -> Tensor:
-    """The logits as the kernels may read them: no copy on a GPU unless the last dimension is strided."""
-    return interpretable(logits if logits.stride(-1) == 1 else logits.contiguous())[0]
-
-
 def writable(out: Tensor, like: Tensor) -> Tensor:
     """`out`, or what the kernels write instead and must be copied to it (which refuses rows that share memory)."""
     return out if out.dtype == like.dtype and out.stride(-1) == 1 and out.stride(0) > 0 else torch.empty_like(like)
@@ -219,28 +212,13 @@ def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @planned
-def forward_plan(
-    shape: torch.Size, strides: tuple[int, int], terms: Terms, loss: bool, gradient: bool, dtype: torch.dtype,
-    device: torch.device,
+def plan_of(
+    kernel: Any, shape: torch.Size, strides: tuple[int, ...], terms: tuple, flags: tuple[bool, ...],
+    dtype: torch.dtype, device: torch.device,
 ) -> Plan:  # fmt: skip
+    """`kernel` on each row of [N, V]. terms, flags: what it takes after the width, and after LANES."""
     lanes, warps = tile_of(shape[1])
-    constants = lanes, terms.softcap > 0, loss, gradient
-    return Plan(cross_entropy_forward_kernel, shape[0], device, *strides, shape[1], *terms, *constants, warps=warps)
-
-
-@planned
-def backward_plan(
-    shape: torch.Size, strides: tuple[int, int], terms: Terms, has_grad: bool, dtype: torch.dtype, device: torch.device
-) -> Plan:
-    lanes, warps = tile_of(shape[1])
-    constants = lanes, terms.softcap > 0, has_grad
-    return Plan(cross_entropy_backward_kernel, shape[0], device, *strides, shape[1], *terms, *constants, warps=warps)
-
-
-@planned
-def scale_plan(shape: torch.Size, stride: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    lanes, warps = tile_of(shape[1])
-    return Plan(scale_rows_kernel, shape[0], device, stride, shape[1], lanes, warps=warps)
+    return Plan(kernel, shape[0], device, *strides, shape[1], *terms, lanes, *flags, warps=warps)
 
 
 @operator("cross_entropy_forward", fake=_fake, mutates=("gradient",))
@@ -249,12 +227,13 @@ def cross_entropy_forward_op(
     rows: int, start: int, ignore_index: int, z_loss: float, softcap: float, loss: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(losses, or else the targets' logits; log-sum-exp) fp32 [N] each; the losses' gradient goes to `gradient`."""
-    seen = readable(logits)
+    (seen,) = readable(logits)
     out = seen if gradient is None else writable(gradient, seen)
     value = seen.new_empty(len(seen), dtype=torch.float32)
     log_sum = torch.empty_like(value)
     terms, strides = Terms(rows, start, ignore_index, z_loss, softcap), (seen.stride(0), out.stride(0))
-    plan = forward_plan(seen.shape, strides, terms, loss, gradient is not None, seen.dtype, seen.device)
+    flags = softcap > 0, loss, gradient is not None
+    plan = plan_of(cross_entropy_forward_kernel, seen.shape, strides, terms, flags, seen.dtype, seen.device)
     plan(seen, targets.contiguous(), value, log_sum, out)
     if gradient is not None and out is not gradient:
         gradient.copy_(out)
@@ -267,11 +246,12 @@ def cross_entropy_backward_op(
     rows: int, start: int, ignore_index: int, z_loss: float, softcap: float,
 ) -> None:  # fmt: skip
     """To `gradient` [N, V], which may be the logits: that of the losses, times grad fp32 [N] if there is one."""
-    seen = readable(logits)
+    (seen,) = readable(logits)
     out = writable(gradient, seen)
     grad = None if grad is None else grad.contiguous()
     terms, strides = Terms(rows, start, ignore_index, z_loss, softcap), (seen.stride(0), out.stride(0))
-    plan = backward_plan(seen.shape, strides, terms, grad is not None, seen.dtype, seen.device)
+    flags = softcap > 0, grad is not None
+    plan = plan_of(cross_entropy_backward_kernel, seen.shape, strides, terms, flags, seen.dtype, seen.device)
     plan(grad, seen, targets.contiguous(), log_sum, out)
     if out is not gradient:
         gradient.copy_(out)
@@ -280,8 +260,9 @@ def cross_entropy_backward_op(
 @operator("scale_rows", fake=lambda *_: None, mutates=("x",))
 def scale_rows_op(x: Tensor, factor: Tensor) -> None:
     """x [N, V] *= factor fp32 [N] of its row; rows whose factor is 1 cost nothing."""
-    seen = readable(x)
-    scale_plan(seen.shape, seen.stride(0), seen.dtype, seen.device)(seen, factor.contiguous())
+    (seen,) = readable(x)
+    plan = plan_of(scale_rows_kernel, seen.shape, seen.stride()[:1], (), (), seen.dtype, seen.device)
+    plan(seen, factor.contiguous())
     if seen is not x:
         x.copy_(seen)
 

@@ -1,7 +1,5 @@
 """The part of the vocabulary that a rank's logits cover, and how ranks join their parts."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

@@ -10,17 +10,13 @@ Each program owns a fixed range of rows and writes one partial row of dweight an
 a fixed order. No atomics, no locks: the same bits on every run and every GPU.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, empty_like, interpretable, rounded
-from kernels.norm.forward import Drop, drop_arguments
+from kernels.dispatch import cdiv, empty_like, readable, rounded
+from kernels.norm.forward import drop_arguments
 from kernels.norm.tiles import MEAN_COLS, column_blocks, rows_of
 from kernels.philox import keep_tile
 from kernels.plan import Plan, planned
@@ -202,21 +198,15 @@ def sum_partials_kernel(partials_ptr, out_ptr, P, N: tl.constexpr, ROWS: tl.cons
     tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), cols < N)
 
 
-class Plans(NamedTuple):
-    """projections: of rows too wide for registers. partials: rows of the partial sums."""
-
-    projections: Plan | None
-    gradients: Plan
-    sums: Plan
-    partials: int
-
-
 @planned
 def plans_of(
     shape: torch.Size, dy_strides: tuple[int, ...], dstream_strides: tuple[int, ...], x_strides: tuple[int, ...],
     dtypes: tuple, has_bias: bool, rms: bool, dropout: bool, device: torch.device,
-) -> Plans:  # fmt: skip
-    """dtypes: of dy, dstream (None if there is none), x and weight."""
+) -> tuple[Plan | None, Plan, Plan, int]:  # fmt: skip
+    """(of the projections of rows too wide for registers, of the gradients, of their sums; rows of partial sums).
+
+    dtypes: of dy, dstream (None if there is none), x and weight.
+    """
     B, T, C = shape
     M = B * T
     (ROWS, COLS, CHUNKS, warps), blocks = column_blocks(C, dropout)
@@ -233,32 +223,32 @@ def plans_of(
     )  # fmt: skip
     N = C * (1 + has_bias)
     sums = Plan(sum_partials_kernel, cdiv(N, SUM_COLS), device, partials, N, SUM_ROWS, SUM_COLS)
-    return Plans(projections, gradients, sums, partials)
+    return projections, gradients, sums, partials
 
 
 def backward(
     dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    has_bias: bool, rms: bool, drop: Drop | None,
+    samples: Tensor | None, positions: Tensor | None,
+    has_bias: bool, rms: bool, p: float, seed: int, site: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dresidual, dx ([0] without dropout) and sums [1 or 2, C] (dweight, dbias), from what was normalised, x."""
-    dy_rows, rows, wide_weight = interpretable(rows_of(dy), rows_of(x), weight.contiguous())
-    added = None if dstream is None else interpretable(rows_of(dstream))[0]
-    plans = plans_of(
+    drop, numbers = drop_arguments(samples, positions, p, seed, site)
+    dy_rows, added, rows, wide_weight = readable(rows_of(dy), rows_of(dstream), rows_of(x), weight)
+    project, differentiate, add, partial_rows = plans_of(
         rows.shape, dy_rows.stride(), (0, 0) if added is None else added.stride(), rows.stride(),
         (dy_rows.dtype, None if added is None else added.dtype, rows.dtype, wide_weight.dtype),
-        has_bias, rms, drop is not None, x.device,
+        has_bias, rms, samples is not None, x.device,
     )  # fmt: skip
     dresidual = empty_like(x, rows.dtype)
-    dx = dresidual.new_empty(0) if drop is None else empty_like(dresidual)
-    partials = rows.new_empty((plans.partials, 1 + has_bias, rows.shape[2]), dtype=torch.float32)
+    dx = dresidual.new_empty(0) if samples is None else empty_like(dresidual)
+    partials = rows.new_empty((partial_rows, 1 + has_bias, rows.shape[2]), dtype=torch.float32)
     sums = wide_weight.new_empty((1 + has_bias, rows.shape[2]))
     projections = None
-    if plans.projections is not None:
+    if project is not None:
         projections = rows.new_empty((2, rstd.shape[0]), dtype=torch.float32)
-        plans.projections(dy_rows, rows, wide_weight, mean, rstd, projections)
-    tensors, numbers = drop_arguments(drop)
-    plans.gradients(
-        dy_rows, added, rows, wide_weight, mean, rstd, projections, *tensors, dresidual, dx, partials, numbers=numbers
+        project(dy_rows, rows, wide_weight, mean, rstd, projections)
+    differentiate(
+        dy_rows, added, rows, wide_weight, mean, rstd, projections, *drop, dresidual, dx, partials, numbers=numbers
     )
-    plans.sums(partials, sums)
+    add(partials, sums)
     return rounded(dresidual, x.dtype), rounded(dx, x.dtype), rounded(sums, weight.dtype)

@@ -5,36 +5,24 @@ M rows (all leading dimensions together, numbered b T + t), C width. Layer norm 
 bias. Statistics are fp32, and kept for the backward pass.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, empty_like, interpretable, rounded
+from kernels.dispatch import cdiv, empty_like, readable, rounded
 from kernels.norm.tiles import forward_tile, rows_of
-from kernels.philox import DropoutKey, keep_tile, signed
+from kernels.philox import DropoutKey, keep_tile
 from kernels.plan import Plan, planned
 
 
-class Drop(NamedTuple):
-    """A dropout mask's key, and the numbers of the samples and positions that it is drawn for."""
-
-    key: DropoutKey
-    samples: Tensor
-    positions: Tensor
-
-
-def drop_arguments(drop: Drop | None) -> tuple[tuple[Tensor | None, ...], tuple[float, int, int, int]]:
-    """((samples, positions), (1 / (1 - p), seed, site, threshold)) as the kernels take them."""
-    if drop is None:
+def drop_arguments(
+    samples: Tensor | None, positions: Tensor | None, p: float, seed: int, site: int
+) -> tuple[tuple[Tensor | None, ...], tuple[float, int, int, int]]:
+    """((samples, positions), the key's numbers) as the kernels take them; without samples there is no dropout."""
+    if samples is None or positions is None:
         return (None, None), (1.0, 0, 0, 0)
-    key = drop.key
-    numbers = (1 / (1 - key.p), signed(key.seed), signed(key.site), signed(key.threshold))
-    return (drop.samples.contiguous(), drop.positions.contiguous()), numbers
+    return (samples.contiguous(), positions.contiguous()), DropoutKey(p, seed, site).numbers
 
 
 @triton.jit
@@ -131,22 +119,24 @@ def plan_of(
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, drop: Drop | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, the stream ([0] without residual), mean ([0] for RMS) and rstd, fp32 [M]."""
-    rows, weight = interpretable(rows_of(x), weight.contiguous())
-    bias = None if bias is None else interpretable(bias.contiguous())[0]
-    added = None if residual is None else interpretable(rows_of(residual))[0]
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
+    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y, the stream ([0] without residual), mean ([0] for RMS) and rstd, fp32 [M].
+
+    samples, positions: of x's dropout, None without it; p, seed, site: its key.
+    """
+    rows, added, weight, bias = readable(rows_of(x), rows_of(residual), weight, bias)
     M = rows.shape[0] * rows.shape[1]
     like = rows if added is None else added
     y = empty_like(x, like.dtype)
     stream = y.new_empty(0) if added is None else empty_like(y)
     rstd = rows.new_empty(M, dtype=torch.float32)
     mean = rstd.new_empty(0 if rms else M)
-    tensors, numbers = drop_arguments(drop)
+    drop, numbers = drop_arguments(samples, positions, p, seed, site)
     dtypes = rows.dtype, None if added is None else added.dtype, weight.dtype, None if bias is None else bias.dtype
     strides = (0, 0) if added is None else added.stride()
-    plan = plan_of(rows.shape, rows.stride(), strides, dtypes, eps, rms, drop is not None, x.device)
-    plan(rows, added, weight, bias, *tensors, y, stream, mean, rstd, numbers=numbers)
+    plan = plan_of(rows.shape, rows.stride(), strides, dtypes, eps, rms, drop[0] is not None, x.device)
+    plan(rows, added, weight, bias, *drop, y, stream, mean, rstd, numbers=numbers)
     dtype = x.dtype if residual is None else residual.dtype
     return rounded(y, dtype), rounded(stream, dtype), mean, rstd

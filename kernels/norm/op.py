@@ -1,25 +1,17 @@
 """The public functions of the norms, registered as operators for torch.compile, autograd and checkpointing."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import philox
-from kernels.dispatch import KernelError, choose, expect
+from kernels.dispatch import KernelError, choose, expect, wide
 from kernels.norm import reference
 from kernels.norm.backward import backward
-from kernels.norm.forward import Drop, forward
+from kernels.norm.forward import forward
 from kernels.norm.tiles import MAX_WIDTH
 from kernels.philox import DropoutKey
 from kernels.registration import call, operator
-
-
-def drop_of(samples: Tensor | None, positions: Tensor | None, p: float, seed: int, site: int) -> Drop | None:
-    if samples is None or positions is None:
-        return None
-    return Drop(DropoutKey(p, seed, site), samples, positions)
 
 
 def _fake_backward(dy, dstream, x, weight, mean, rstd, samples, positions, has_bias, *_) -> tuple[Tensor, ...]:
@@ -27,15 +19,7 @@ def _fake_backward(dy, dstream, x, weight, mean, rstd, samples, positions, has_b
     return x.new_empty(x.shape), dx, weight.new_empty((1 + has_bias, weight.shape[0]))
 
 
-@operator("norm_backward", fake=_fake_backward)
-def norm_backward_op(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    samples: Tensor | None, positions: Tensor | None,
-    has_bias: bool, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dresidual, dx or [0] without dropout, [dweight] or [dweight, dbias]), see kernels/norm/backward.py."""
-    drop = drop_of(samples, positions, p, seed, site)
-    return backward(dy, dstream, x, weight, mean, rstd, has_bias, rms, drop)
+norm_backward_op = operator("norm_backward", fake=_fake_backward)(backward)
 
 
 def _fake(x, residual, weight, bias, samples, positions, eps, rms, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,24 +48,20 @@ def _backward(ctx, dy, dstream, dmean, drstd):
         dbias = dbiases[0].to(ctx.bias_dtype) if dbiases else None
         dx = dresidual if samples is None else dx
     else:
-        drop = drop_of(samples, positions, *ctx.rms_and_key[1:])
+        key = ctx.rms_and_key[1:]
         dresidual = dstream
-        dx = dstream if drop is None else philox.dropout(dstream, *drop)
+        dx = dstream if samples is None else philox.dropout(dstream, DropoutKey(*key), samples, positions)
     dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
     return dx, dresidual if ctx.has_residual else None, dweight, dbias
 
 
-@operator("norm", fake=_fake, save=_save, backward=_backward)
-def norm_op(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
-    samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, stream, mean, rstd), see kernels/norm/forward.py; dropout if there are samples and positions."""
-    return forward(x, residual, weight, bias, eps, rms, drop_of(samples, positions, p, seed, site))
+norm_op = operator("norm", fake=_fake, save=_save, backward=_backward)(forward)
 
 
-def stock(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
-    """PyTorch's own operator."""
+def normalised(form: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """The reference, or with form "torch" PyTorch's own operator."""
+    if form == "reference":
+        return reference.rms_norm(x, weight, eps) if rms else reference.layer_norm(x, weight, bias, eps)
     if rms:
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -109,9 +89,7 @@ def norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, im
     form = choose(impl, op, device=x.device, dtype=x.dtype, no_triton=no_triton(x.shape[-1]))
     if form == "triton":
         return call(norm_op, x, None, weight, bias, None, None, float(eps), rms, 0.0, 0, 0)[0]
-    if form == "torch":
-        return stock(x, weight, bias, eps, rms)
-    return reference.rms_norm(x, weight, eps) if rms else reference.layer_norm(x, weight, bias, eps)
+    return normalised(form, x, weight, bias, eps, rms)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, impl: str = "auto") -> Tensor:
@@ -146,20 +124,18 @@ def add_norm(
             f"dropout masks are drawn from their numbers",
         )
     rms = op == "add_rms_norm"
-    dtype = torch.promote_types(x.dtype, residual.dtype)
+    dtype, stream_dtype = torch.promote_types(x.dtype, residual.dtype), residual.dtype
     form = choose(impl, op, device=x.device, dtype=dtype, no_triton=no_triton(x.shape[-1]))
     if form == "triton":
         drop = (samples, positions) if key else (None, None)
         numbers = (key.p, key.seed, key.site) if key else (0.0, 0, 0)
         return call(norm_op, x, residual, weight, bias, *drop, float(eps), rms, *numbers)[:2]
     if form == "reference":
-        if rms:
-            return reference.add_rms_norm(x, residual, weight, eps, key, samples, positions)
-        return reference.add_layer_norm(x, residual, weight, bias, eps, key, samples, positions)
+        x, residual = wide(x), wide(residual)
     if key is not None and samples is not None and positions is not None:
         x = philox.dropout(x, key, samples, positions)
-    stream = (residual + x).to(residual.dtype)
-    return stock(stream, weight, bias, eps, rms), stream
+    stream = (residual + x).to(stream_dtype)
+    return normalised(form, stream, weight, bias, eps, rms), stream
 
 
 def add_layer_norm(

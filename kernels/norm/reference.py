@@ -1,13 +1,9 @@
-"""Norms in plain PyTorch, alone and after the residual addition."""
-
-from __future__ import annotations
+"""Norms in plain PyTorch."""
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import wide
-from kernels.philox import DropoutKey
-from kernels.philox import dropout as dropped
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -22,31 +18,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
     rows = wide(x)
     return (rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps) * wide(weight)).to(x.dtype)
-
-
-def add(
-    x: Tensor, residual: Tensor, key: DropoutKey | None, samples: Tensor | None, positions: Tensor | None
-) -> Tensor:
-    """residual + dropout(x), in the dtype of residual."""
-    x = wide(x)
-    if key is not None and samples is not None and positions is not None:
-        x = dropped(x, key, samples, positions)
-    return (wide(residual) + x).to(residual.dtype)
-
-
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5,
-    dropout: DropoutKey | None = None, samples: Tensor | None = None, positions: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(layer_norm(stream), stream) with stream = residual + dropout(x); see kernels.norm.add_layer_norm."""
-    stream = add(x, residual, dropout, samples, positions)
-    return layer_norm(stream, weight, bias, eps), stream
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5,
-    dropout: DropoutKey | None = None, samples: Tensor | None = None, positions: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(rms_norm(stream), stream) with stream = residual + dropout(x)."""
-    stream = add(x, residual, dropout, samples, positions)
-    return rms_norm(stream, weight, eps), stream

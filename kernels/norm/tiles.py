@@ -1,7 +1,5 @@
 """Chooses the tiles of the norms, and views tensors as rows. M rows, C width."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor
@@ -69,7 +67,6 @@ def rows_to_tile(C: int) -> int:
     return max(1, min(16, 4096 // padded(C)))
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """Return x [..., C] as [B, T, C] with a contiguous last dimension, copied only where its strides force it."""
-    rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+def rows_of(x: Tensor | None) -> Tensor | None:
+    """Return x [..., C] as [B, T, C], copied only where its strides force it; None of None."""
+    return x if x is None or x.ndim == 3 else x.reshape(1, -1, x.shape[-1])

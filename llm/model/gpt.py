@@ -129,12 +129,9 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.position_table = layers.position_table(config.max_seq_len, C)
         self.embedding_dropout = layers.dropout(config.dropout, EMBEDDING_SITE)
-        self.blocks = nn.ModuleDict(
-            {
-                str(i): Block(config, layers, i, "none" if i % recompute_every else recompute)
-                for i in (blocks or range(config.n_layer))
-            }
-        )
+        self.blocks = nn.ModuleDict()
+        for i in blocks or range(config.n_layer):
+            self.blocks[str(i)] = Block(config, layers, i, "none" if i % recompute_every else recompute)
         self.norm = layers.norm(config.norm, C, bias=config.bias, eps=config.norm_eps)
         tied = self.embedding if config.tie_embeddings else None
         self.head = layers.lm_head(C, config.vocab_size, tied)

@@ -159,10 +159,8 @@ class Dropout(nn.Module):
 class AddNorm(Norm):
     """Adds a branch, with dropout, to the stream and normalises the sum: one pass instead of three."""
 
-    def __init__(
-        self, kind: str, width: int, dropout: Dropout, *, bias: bool, eps: float, impl: str, on_weight: TensorFunction
-    ) -> None:
-        super().__init__(kind, width, bias=bias, eps=eps, impl=impl, on_weight=on_weight)
+    def __init__(self, kind: str, width: int, dropout: Dropout, **options: Any) -> None:
+        super().__init__(kind, width, **options)
         self.dropout = dropout
 
     def forward(self, stream: Tensor, branch: Tensor, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,9 +209,7 @@ class CausalAttention(nn.Module):
             options |= {"cu_seqlens": documents.cu_seqlens, "bounds": documents.bounds}
         options |= {"dropout": key, "samples": samples, "head_offset": self.head_offset}
         options |= {"deterministic": forms.attention != "atomic", "impl": forms.attention_impl}
-        if isinstance(heads, Tensor):
-            return attention_packed(heads, **options)
-        return attention(*heads, **options)
+        return attention_packed(heads, **options) if isinstance(heads, Tensor) else attention(*heads, **options)
 
 
 class DenseLayers:

@@ -16,7 +16,7 @@ from benchmarks.clock import CpuClock
 from benchmarks.kernels import tune
 from benchmarks.kernels.attention import Shape
 from benchmarks.kernels.tune import Timing, main
-from kernels.attention.tiles import INTERPRETER, KINDS, Tile, table
+from kernels.attention.tiles import INTERPRETER, KINDS, Tile, tables_of
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ["--widths", "16", "--lengths", "16", "--dtypes", "fp32", "--tokens", "16", "--channels", "16"]
@@ -46,10 +46,10 @@ def test_a_ranking_and_a_line_of_every_kind(
         assert len([text for text in mine if text.endswith("the present one")]) == 2
         assert 2 <= len(mine) <= 4  # the fastest and the present one of each form
         assert all(re.fullmatch(r"# \w+ D=16 (\d+x){3}\d: [\d.]+ us, \d+ TFLOP/s(, the present one)?", x) for x in mine)
-        lines = [text for text in printed if re.fullmatch(rf'        {kind}="(\d+x\d+x4x1 ){{4}}\d+x\d+x4x1",', text)]
+        lines = [text for text in printed if re.fullmatch(rf"    {kind} +(\d+x\d+x4x1 ){{4}}\d+x\d+x4x1", text)]
         assert len(lines) == 2
         # The other widths keep their tile; all tables take the lines.
-        assert table(False, **{kind: lines[0].split('"')[1]})[kind, 256] == INTERPRETER
+        assert tables_of(0, False, f"plain {lines[0]}").plain[kind, 256] == INTERPRETER
 
 
 def test_a_tile_with_other_results_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_tile_with_other_results_is_named_and_left_out(monkeypatch: pytest.Mon
         Timing(sound, 3.0),
         Timing(now, 4.0),
     ]
-    assert tune.line("dq", [(SMALL, fastest)], FP32, device).split('"')[1].split()[:2] == ["32x16x4x1", tune.cell(now)]
+    assert tune.line("dq", [(SMALL, fastest)], FP32, device).split()[:3] == ["dq", "32x16x4x1", tune.cell(now)]
 
 
 def test_the_grid_keeps_tiles_in_their_blocks() -> None:
