@@ -19,7 +19,7 @@ from torch import Tensor
 from llm import files
 from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
 from llm.checkpoint.writer import STEP_FOLDER, checkpoints, step_of
-from llm.errors import CheckpointError, InputError, require
+from llm.errors import CheckpointError, InputError, ReadError, require
 from llm.parallel.agreement import broadcast, together
 from llm.slices import Slice
 
@@ -27,31 +27,33 @@ HASHING_THREADS = 8
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are there with the right sizes. Raises CheckpointError."""
+    """The manifest of a checkpoint whose files are there with the right sizes. Raises CheckpointError, ReadError."""
+    if files.patiently(folder.is_symlink, folder):
+        raise CheckpointError(f"{folder} is a link and not a folder")
+    text = files.read_regular(folder / "manifest.json")
     try:
-        if folder.is_symlink():
-            raise CheckpointError(f"{folder} is a link and not a folder")
-        found = set(os.listdir(folder))
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
-    try:
-        manifest = Manifest.from_json(files.read_regular(folder / "manifest.json"))
+        manifest = Manifest.from_json(text)
         manifest.check_coverage()
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if STEP_FOLDER.fullmatch(folder.name) and manifest.step != step_of(folder):
         raise CheckpointError(f"{folder} holds a checkpoint of step {manifest.step}")
     manifest.check_sizes(folder)
-    # Hidden files are not ours: file systems and desktops leave some. A copied checkpoint may have its tokenizer along.
-    ours = {*manifest.files, "manifest.json", "tokenizer.json"}
-    extra = {name for name in found - ours if not name.startswith(".")}
-    if extra:
-        raise CheckpointError(f"{folder} holds {min(extra)}, which its manifest does not list")
     return manifest
 
 
+def surplus(folder: Path, manifest: Manifest) -> list[str]:
+    """A warning of what else lies in a checkpoint's folder, if anything does. Raises CheckpointError, ReadError."""
+    # Hidden files: file systems and desktops leave some. A copied checkpoint may have its tokenizer along.
+    ours = {*manifest.files, "manifest.json", "tokenizer.json"}
+    extra = sorted(set(files.patiently(lambda: os.listdir(folder), folder)) - ours)
+    shown = [name for name in extra if not name.startswith(".")]
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return [f"{folder} also holds {', '.join(shown[:3])}{more}: not of the checkpoint, and not read"] if shown else []
+
+
 def verify(folder: Path) -> Manifest:
-    """As load_manifest, and every byte is as it was written. Raises CheckpointError."""
+    """As load_manifest, and every byte is as it was written. Raises CheckpointError, ReadError."""
     manifest = load_manifest(folder)
     names = list(manifest.files)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the GIL
@@ -63,35 +65,37 @@ def verify(folder: Path) -> Manifest:
 
 
 def _sha256(path: Path) -> str:
-    """SHA-256 in hex of a regular file; raises CheckpointError."""
+    """SHA-256 in hex of a regular file; raises CheckpointError, ReadError."""
     files.regular_size(path)
-    try:
-        return files.sha256_of(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return files.patiently(lambda: files.sha256_of(path), path)
 
 
 def find_latest(root: Path, among: list[Path] | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `root` whose every byte is right, and warnings about newer ones.
+    """The newest checkpoint under `root` whose every byte is right, and warnings: of newer ones, and of surplus files.
 
     Folders are scanned: the pointer `latest` is for people and may be stale. None: there is none.
-    Raises InputError if there are checkpoints but all of them are damaged. among: those to look at, newest first.
+    Raises InputError if there are checkpoints but all of them are damaged, ReadError if one that would be taken cannot
+    be read: only what is known to be damaged is passed over. among: those to look at, newest first.
     """
     warnings = []
     for folder in checkpoints(root) if among is None else among:
         try:
-            verify(folder)
+            return folder, [*warnings, *surplus(folder, verify(folder))]
+        except ReadError as error:
+            advice = f"start again; if it stays so, move {folder} away to resume from the one before"
+            raise ReadError(f"{error}: {advice}") from error
         except CheckpointError as error:
             warnings.append(f"checkpoint {folder.name} cannot be used: {error}")
-        else:
-            return folder, warnings
     found = f"no checkpoint in {root} can be used; repair one, or move the folder away to start from nothing"
     require(not warnings, "\n  ".join([found, *warnings]))
     return None, []
 
 
 def find_named(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint that `path` names, a run (its newest) or one of any name, and warnings; InputError: not whole."""
+    """The checkpoint that `path` names, a run (its newest) or one of any name, and warnings.
+
+    Raises InputError where it is not whole, ReadError where it cannot be read.
+    """
     require(path.is_dir(), f"{path} is not a folder; expected runs/<name>, or the folder of a checkpoint")
     if (path / "checkpoints").is_dir():
         latest, warnings = find_latest(path / "checkpoints")
@@ -99,10 +103,11 @@ def find_named(path: Path) -> tuple[Path, list[str]]:
             raise InputError(f"{path} holds no complete checkpoint; train first, or choose another run")
         return latest, warnings
     try:
-        verify(path)
+        return path, surplus(path, verify(path))
+    except ReadError:
+        raise
     except CheckpointError as error:
         raise InputError(f"{path} is not a whole checkpoint: {error}") from error
-    return path, []
 
 
 def tokenizer_of(checkpoint: Path) -> Path | None:
@@ -114,7 +119,7 @@ def tokenizer_of(checkpoint: Path) -> Path | None:
 def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader:
     """Open a checkpoint that `find_latest`, `find_named` or `verify` found good: tensors are not hashed again.
 
-    sha256: of the manifest that must be found. Raises CheckpointError.
+    sha256: of the manifest that must be found. Raises CheckpointError, ReadError.
     """
     manifest = load_manifest(folder)
     if sha256 not in (None, manifest.sha256):
@@ -134,7 +139,8 @@ def open_agreed(
 ) -> tuple[CheckpointReader | None, list[str]]:
     """Open, on every rank, the checkpoint that `find(root)` gives rank 0; None where there is none. Collective.
 
-    The warnings are rank 0's alone. Raises Agreed where `find` raises, or if a rank does not see the same checkpoint.
+    The warnings are rank 0's alone. Raises Agreed where `find` raises, or if a rank does not see the same checkpoint;
+    CheckpointError if one could not be read.
     """
 
     def find_first() -> tuple[str | None, str | None, list[str]]:
@@ -144,12 +150,16 @@ def open_agreed(
             folder, warnings = find(root)
             digest = load_manifest(folder).sha256 if folder else None
             return str(folder.relative_to(root)) if folder else None, digest, warnings
+        except ReadError:
+            raise
         except (CheckpointError, OSError) as error:
             raise InputError(str(error)) from error
 
     def open_found() -> CheckpointReader | None:
         try:
             return open_checkpoint(root / name, sha256) if name is not None else None
+        except ReadError as error:
+            raise ReadError(f"rank {dist.get_rank(group)}: {error}") from error
         except CheckpointError as error:
             raise InputError(f"rank {dist.get_rank(group)}: {error}") from error
 
@@ -166,13 +176,14 @@ class TensorFiles:
         self._open: dict[str, Any] = {}
 
     def file(self, name: str) -> Any:
-        """What `safe_open` gives; raises CheckpointError."""
+        """What `safe_open` gives; raises CheckpointError, ReadError."""
+        path = self._folder / name
         try:
             if name not in self._open:
-                self._open[name] = safe_open(self._folder / name, framework="pt", device="cpu")
+                self._open[name] = files.patiently(lambda: safe_open(path, framework="pt", device="cpu"), path)
             return self._open[name]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._folder / name} cannot be read: {error}") from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def tensor(self, file: str, key: str) -> Any:
         """A tensor to be sliced, safetensors' `PySafeSlice`; raises CheckpointError."""

@@ -17,7 +17,7 @@ from llm.config.phases import Phase, consumed_samples
 from llm.data.corpora import Corpora, Known, blends_of
 from llm.data.identity import in_saved_order, known_corpora
 from llm.data.samples.schedule import corpus_names
-from llm.errors import CheckpointError, InputError, require
+from llm.errors import CheckpointError, InputError, ReadError, require
 from llm.train.optim import learning_rate
 
 # What a restart may not change, beside the model, the phases that have begun and their data.
@@ -53,7 +53,7 @@ def find_step(root: Path, step: int | None) -> tuple[Path | None, list[str]]:
     steps = ", ".join(str(each) for each in sorted({step_of(folder) for folder in found})) or "none"
     among = [folder for folder in found if step_of(folder) == step]
     later = [folder for folder in found if step_of(folder) > step]
-    warning = f"when the run saves its next checkpoint, those beyond step {step} are deleted; there are {steps}"
+    warning = f"when the run saves its next checkpoint, those beyond step {step} are put aside; there are {steps}"
     if next((back == step for back in map(_resume_step, later) if back is not None), False):
         among = later + among
         warning = f"the run went back to step {step} before and now goes on; to go back again, move later steps away"
@@ -63,9 +63,11 @@ def find_step(root: Path, step: int | None) -> tuple[Path | None, list[str]]:
 
 
 def _resume_step(checkpoint: Path) -> int | None:
-    """checkpoint.resume_step of the process that saved a checkpoint, 0 for none; None if it cannot be read."""
+    """checkpoint.resume_step of the process that saved a checkpoint, 0 for none; None if it is damaged."""
     try:
         return open_checkpoint(checkpoint).state["config"]["checkpoint"].get("resume_step") or 0
+    except ReadError:
+        raise
     except CheckpointError:
         return None
 
