@@ -82,11 +82,11 @@ def majority(ranks: list[int], sums: list[int]) -> tuple[list[int], list[int]]:
     return [r for r in ranks if sums[r] == reference], [r for r in ranks if sums[r] != reference]
 
 
-def replica_message(step: int, findings: list[str]) -> str:
-    """What a run that stops says: the first finding, and what to do."""
+def replica_message(step: int, findings: list[str], good: str) -> str:
+    """What a run that stops says: the first finding, which checkpoint is `good`, and what to do."""
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return (
-        f"step {step}: weights that ranks should share are no longer equal: {findings[0]}{more}; the checkpoints from "
-        "before are whole: start again from the last, and if it comes back on the same rank suspect its GPU or memory, "
-        "if on others a kernel that is not deterministic (train.guard_action=warn goes on)"
+        f"step {step}: weights that ranks should share are no longer equal: {findings[0]}{more}; {good}: "
+        "start again, and if it comes back on the same rank suspect its GPU or memory, if on others a kernel that is "
+        "not deterministic (train.guard_action=warn goes on)"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from llm.checkpoint.writer import write_checkpoint
+from llm.checkpoint.writer import last_good, write_checkpoint
 from llm.errors import ReplicaError
 from llm.train.guard import compare_replicas, replica_message
 from llm.train.optim import learning_rate
@@ -64,27 +64,42 @@ class Trainer:
         grad_norm, skipped = self.engine.step()
         run.step += 1
         if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"step {run.step}: loss {loss}, gradient norm {grad_norm}; the checkpoints from before are "
-                "whole: lower optim.lr or optim.grad_clip, or look at the data, and start again"
-            )
+            raise self._diverged(f"loss {loss}, gradient norm {grad_norm}")
         return loss, lr, grad_norm
+
+    def _diverged(self, found: str) -> FloatingPointError:
+        good = last_good(self.run.folder.checkpoints, self.run.step)
+        advice = "lower optim.lr or optim.grad_clip, or look at the data, and start again"
+        return FloatingPointError(f"step {self.run.step}: {found}; {good}: {advice}")
 
     def guard(self) -> None:
         """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""
         findings = compare_replicas(self.engine, self.run.mesh)
         if findings and self.run.config.train.guard_action == "stop":
-            raise ReplicaError(replica_message(self.run.step, findings))
+            good = last_good(self.run.folder.checkpoints, self.run.step)
+            raise ReplicaError(replica_message(self.run.step, findings, good))
         for finding in findings:
             self.reporter.say(f"warning: step {self.run.step}: {finding}")
 
     def validate(self) -> None:
+        """Report the validation loss; FloatingPointError, on every rank, when it is not finite: so nothing is saved."""
         total, count = self.engine.evaluate(self.run.validation_batches())
-        self.reporter.validation(total / count)
+        loss = total / count
+        self.reporter.validation(loss)
+        if not math.isfinite(loss):
+            raise self._diverged(f"validation loss {loss}")
 
     def save(self) -> None:
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
         state = checkpoint_state(run.config, run.corpora, run.step, skipped_samples, scalars)
-        pieces, keep_last = self.engine.state_pieces(), run.config.checkpoint.keep_last
-        path = write_checkpoint(run.folder.checkpoints, run.step, pieces, state, keep_last=keep_last)
-        self.reporter.say(f"step {run.step}: saved {path}")
+        pieces, kept, say = self.engine.state_pieces(), run.config.checkpoint, self.reporter.say
+        path = write_checkpoint(
+            run.folder.checkpoints,
+            run.step,
+            pieces,
+            state,
+            keep_last=kept.keep_last,
+            keep_every=kept.keep_every,
+            say=say,
+        )
+        say(f"step {run.step}: saved {path}")
