@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,10 @@ from llm import files
 from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
 from llm.checkpoint.writer import STEP_FOLDER, checkpoints, step_of
 from llm.errors import CheckpointError, InputError, ReadError, require
-from llm.parallel.agreement import broadcast, together
+from llm.parallel.agreement import broadcast, patient_group, together
 from llm.slices import Slice
 
+T = TypeVar("T")
 HASHING_THREADS = 8
 
 
@@ -52,10 +54,13 @@ def surplus(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{folder} also holds {', '.join(shown[:3])}{more}: not of the checkpoint, and not read"] if shown else []
 
 
-def verify(folder: Path) -> Manifest:
-    """As load_manifest, and every byte is as it was written. Raises CheckpointError, ReadError."""
+def verify(folder: Path, first: int = 0, of: int = 1) -> Manifest:
+    """As load_manifest, and every byte is as it was written, of each `of`-th file from the `first` on.
+
+    Raises CheckpointError, ReadError.
+    """
     manifest = load_manifest(folder)
-    names = list(manifest.files)
+    names = sorted(manifest.files)[first::of]
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the GIL
         digests = list(pool.map(lambda name: _sha256(folder / name), names))
     for name, digest in zip(names, digests, strict=True):
@@ -70,17 +75,19 @@ def _sha256(path: Path) -> str:
     return files.patiently(lambda: files.sha256_of(path), path)
 
 
-def find_latest(root: Path, among: list[Path] | None = None) -> tuple[Path | None, list[str]]:
+def find_latest(
+    root: Path, among: list[Path] | None = None, check: Callable[[Path], Manifest] = verify
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint under `root` whose every byte is right, and warnings: of newer ones, and of surplus files.
 
     Folders are scanned: the pointer `latest` is for people and may be stale. None: there is none.
     Raises InputError if there are checkpoints but all of them are damaged, ReadError if one that would be taken cannot
-    be read: only what is known to be damaged is passed over. among: those to look at, newest first.
+    be read: only what is known to be damaged is passed over. among: those to look at, newest first; check: as `verify`.
     """
     warnings = []
     for folder in checkpoints(root) if among is None else among:
         try:
-            return folder, [*warnings, *surplus(folder, verify(folder))]
+            return folder, [*warnings, *surplus(folder, check(folder))]
         except ReadError as error:
             advice = f"start again; if it stays so, move {folder} away to resume from the one before"
             raise ReadError(f"{error}: {advice}") from error
@@ -91,19 +98,19 @@ def find_latest(root: Path, among: list[Path] | None = None) -> tuple[Path | Non
     return None, []
 
 
-def find_named(path: Path) -> tuple[Path, list[str]]:
+def find_named(path: Path, check: Callable[[Path], Manifest] = verify) -> tuple[Path, list[str]]:
     """The checkpoint that `path` names, a run (its newest) or one of any name, and warnings.
 
     Raises InputError where it is not whole, ReadError where it cannot be read.
     """
     require(path.is_dir(), f"{path} is not a folder; expected runs/<name>, or the folder of a checkpoint")
     if (path / "checkpoints").is_dir():
-        latest, warnings = find_latest(path / "checkpoints")
+        latest, warnings = find_latest(path / "checkpoints", check=check)
         if latest is None:
             raise InputError(f"{path} holds no complete checkpoint; train first, or choose another run")
         return latest, warnings
     try:
-        return path, surplus(path, verify(path))
+        return path, surplus(path, check(path))
     except ReadError:
         raise
     except CheckpointError as error:
@@ -133,39 +140,64 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
 
 
 def open_agreed(
-    root: Path,
-    find: Callable[[Path], tuple[Path | None, list[str]]] = find_latest,
-    group: dist.ProcessGroup | None = None,
+    root: Path, find: Callable[..., tuple[Path | None, list[str]]] = find_latest
 ) -> tuple[CheckpointReader | None, list[str]]:
-    """Open, on every rank, the checkpoint that `find(root)` gives rank 0; None where there is none. Collective.
+    """Open, on every rank, the checkpoint that `find(root, check=...)` gives rank 0; None: there is none. Collective.
 
-    The warnings are rank 0's alone. Raises Agreed where `find` raises, or if a rank does not see the same checkpoint;
-    CheckpointError if one could not be read.
+    Every rank hashes its share of the files, and waits for the others however long they take. The warnings are rank
+    0's alone. Raises Agreed where `find` raises, or if a rank does not see the same checkpoint; ReadError if a rank
+    could not read it.
     """
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def share(name: str, sha256: str) -> Manifest:
+        """Verify, all together, the checkpoint that rank 0 has found under `name`."""
+
+        def checked() -> Manifest:
+            if rank == 0:
+                return verify(root / name, 0, world)
+            _on_this_rank(lambda: open_checkpoint(root / name, sha256), InputError)
+            return _on_this_rank(lambda: verify(root / name, rank, world), CheckpointError)
+
+        return together(checked, patient)
+
+    def check(folder: Path) -> Manifest:
+        asked = str(folder.relative_to(root)), load_manifest(folder).sha256
+        broadcast(json.dumps(asked), patient)
+        return share(*asked)
 
     def find_first() -> tuple[str | None, str | None, list[str]]:
-        if dist.get_rank(group) != 0:
-            return None, None, []
         try:
-            folder, warnings = find(root)
+            folder, warnings = find(root, check=check)
             digest = load_manifest(folder).sha256 if folder else None
             return str(folder.relative_to(root)) if folder else None, digest, warnings
         except ReadError:
             raise
         except (CheckpointError, OSError) as error:
             raise InputError(str(error)) from error
+        finally:
+            broadcast("null", patient)
 
-    def open_found() -> CheckpointReader | None:
-        try:
-            return open_checkpoint(root / name, sha256) if name is not None else None
-        except ReadError as error:
-            raise ReadError(f"rank {dist.get_rank(group)}: {error}") from error
-        except CheckpointError as error:
-            raise InputError(f"rank {dist.get_rank(group)}: {error}") from error
+    def follow() -> tuple[str | None, str | None, list[str]]:
+        while (asked := json.loads(broadcast("", patient))) is not None:
+            with suppress(Exception):  # rank 0 hears of it, and decides
+                share(*asked)
+        return None, None, []
 
-    name, sha256, warnings = together(find_first, group)
-    name, sha256 = json.loads(broadcast(json.dumps([name, sha256]), group))
-    return together(open_found, group), warnings
+    with patient_group() as patient:
+        name, sha256, warnings = together(follow if rank else find_first, patient)
+    name, sha256 = json.loads(broadcast(json.dumps([name, sha256])))
+    if name is None:
+        return None, warnings
+    return together(lambda: _on_this_rank(lambda: open_checkpoint(root / name, sha256), InputError)), warnings
+
+
+def _on_this_rank(action: Callable[[], T], failure: type[Exception]) -> T:
+    """What `action` gives; the rank is named where it fails: with ReadError, and `failure` for a CheckpointError."""
+    try:
+        return action()
+    except CheckpointError as error:
+        raise (ReadError if isinstance(error, ReadError) else failure)(f"rank {dist.get_rank()}: {error}") from error
 
 
 class TensorFiles:

@@ -17,7 +17,7 @@ from thread_ranks import on_thread_ranks
 from llm import files
 from llm.checkpoint import reader
 from llm.checkpoint.reader import find_latest, find_named, open_agreed, open_checkpoint
-from llm.errors import CheckpointError, InputError, ReadError
+from llm.errors import InputError, ReadError
 from llm.train.resume import find_step
 
 OLD, NEW = make_tensors(1), make_tensors(2)
@@ -96,7 +96,7 @@ def test_one_that_goes_on_failing_is_not_damage(root: Path, what: str) -> None:
             with pytest.raises(ReadError):
                 find_named(root / "step-00000002")
             (result, other) = on_thread_ranks(2, lambda rank: open_agreed(root))
-            assert type(result) is type(other) is CheckpointError and str(result) == str(other)
+            assert type(result) is type(other) is ReadError and str(result) == str(other)
             assert "start again; if it stays so, move" in str(result)
     assert read_all(root)
 
@@ -137,7 +137,7 @@ def test_a_rank_that_cannot_read_is_named(root: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(reader, "open_checkpoint", broken)
     results = on_thread_ranks(2, lambda rank: open_agreed(root))
-    assert {type(result) for result in results} == {CheckpointError} and len(set(map(str, results))) == 1
+    assert {type(result) for result in results} == {ReadError} and len(set(map(str, results))) == 1
     assert "rank 1: " in str(results[0]) and "Stale file handle" in str(results[0])
 
 
