@@ -29,8 +29,8 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written or read; the process exits with 1."""
 
 
-class ReadError(CheckpointError):
-    """A disk or network failed while a file was read, again and again: nothing is known of the file."""
+class ReadError(Exception):
+    """A disk or network failed while a file was read, again and again: it may be whole; the process exits with 1."""
 
 
 class RendezvousError(RuntimeError):

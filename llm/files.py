@@ -185,18 +185,17 @@ def patiently(read: Callable[[], T], path: Path) -> T:
 
     Raises CheckpointError for what is not there or not permitted, ReadError where the last attempt fails otherwise.
     """
-    for wait in (*WAITS, None):
+    waits = list(WAITS)
+    while True:
         try:
             return read()
         except OSError as error:
-            why = error.strerror or error
+            why, tries = error.strerror or error, len(WAITS) + 1
             if isinstance(error, LASTING) or error.errno == errno.ELOOP:
                 raise CheckpointError(f"{path} cannot be read: {why}") from error
-            if wait is None:
-                tries = len(WAITS) + 1
+            if not waits:
                 raise ReadError(f"{path} could not be read in {tries} attempts: {why}; it may be whole") from error
-        time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+        time.sleep(waits.pop(0))
 
 
 def regular_size(path: Path) -> int:

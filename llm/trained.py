@@ -12,7 +12,7 @@ from llm.checkpoint.reader import CheckpointReader, find_named, open_checkpoint,
 from llm.config import ParallelConfig, RunConfig
 from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
-from llm.errors import CheckpointError, InputError, ReadError
+from llm.errors import CheckpointError, InputError
 from llm.model.gpt import GPT
 from llm.model.init import fill, give_memory
 from llm.parallel.mesh import Mesh
@@ -39,8 +39,6 @@ def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
         raise InputError(f"no tokenizer.json in {checkpoint} or the two folders above; copy that of its run there")
     try:
         reader = open_checkpoint(checkpoint)
-    except ReadError:
-        raise
     except CheckpointError as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
     config = from_dict(reader.state["config"])

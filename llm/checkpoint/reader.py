@@ -55,10 +55,7 @@ def surplus(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def verify(folder: Path, first: int = 0, of: int = 1) -> Manifest:
-    """As load_manifest, and every byte is as it was written, of each `of`-th file from the `first` on.
-
-    Raises CheckpointError, ReadError.
-    """
+    """As load_manifest, and every byte of each `of`-th file from the `first` on is as it was written."""
     manifest = load_manifest(folder)
     names = sorted(manifest.files)[first::of]
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the GIL
@@ -99,10 +96,7 @@ def find_latest(
 
 
 def find_named(path: Path, check: Callable[[Path], Manifest] = verify) -> tuple[Path, list[str]]:
-    """The checkpoint that `path` names, a run (its newest) or one of any name, and warnings.
-
-    Raises InputError where it is not whole, ReadError where it cannot be read.
-    """
+    """The checkpoint that `path` names, a run (its newest) or one of any name, and warnings; InputError: not whole."""
     require(path.is_dir(), f"{path} is not a folder; expected runs/<name>, or the folder of a checkpoint")
     if (path / "checkpoints").is_dir():
         latest, warnings = find_latest(path / "checkpoints", check=check)
@@ -111,8 +105,6 @@ def find_named(path: Path, check: Callable[[Path], Manifest] = verify) -> tuple[
         return latest, warnings
     try:
         return path, surplus(path, check(path))
-    except ReadError:
-        raise
     except CheckpointError as error:
         raise InputError(f"{path} is not a whole checkpoint: {error}") from error
 
@@ -144,9 +136,8 @@ def open_agreed(
 ) -> tuple[CheckpointReader | None, list[str]]:
     """Open, on every rank, the checkpoint that `find(root, check=...)` gives rank 0; None: there is none. Collective.
 
-    Every rank hashes its share of the files, and waits for the others however long they take. The warnings are rank
-    0's alone. Raises Agreed where `find` raises, or if a rank does not see the same checkpoint; ReadError if a rank
-    could not read it.
+    Every rank hashes its share of the files, and waits for the others however long they take. Rank 0 has the warnings.
+    Raises Agreed where `find` raises InputError, or if a rank sees another checkpoint; ReadError where one fails to.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
 
@@ -154,9 +145,8 @@ def open_agreed(
         """Verify, all together, the checkpoint that rank 0 has found under `name`."""
 
         def checked() -> Manifest:
-            if rank == 0:
-                return verify(root / name, 0, world)
-            _on_this_rank(lambda: open_checkpoint(root / name, sha256), InputError)
+            if rank:
+                _on_this_rank(lambda: open_checkpoint(root / name, sha256), InputError)
             return _on_this_rank(lambda: verify(root / name, rank, world), CheckpointError)
 
         return together(checked, patient)
@@ -171,8 +161,6 @@ def open_agreed(
             folder, warnings = find(root, check=check)
             digest = load_manifest(folder).sha256 if folder else None
             return str(folder.relative_to(root)) if folder else None, digest, warnings
-        except ReadError:
-            raise
         except (CheckpointError, OSError) as error:
             raise InputError(str(error)) from error
         finally:
@@ -193,11 +181,12 @@ def open_agreed(
 
 
 def _on_this_rank(action: Callable[[], T], failure: type[Exception]) -> T:
-    """What `action` gives; the rank is named where it fails: with ReadError, and `failure` for a CheckpointError."""
+    """What `action` gives; a rank but 0 is named where it fails: with ReadError, or `failure` for a CheckpointError."""
+    where = f"rank {dist.get_rank()}: " if dist.get_rank() else ""
     try:
         return action()
-    except CheckpointError as error:
-        raise (ReadError if isinstance(error, ReadError) else failure)(f"rank {dist.get_rank()}: {error}") from error
+    except (CheckpointError, ReadError) as error:
+        raise (ReadError if isinstance(error, ReadError) else failure)(f"{where}{error}") from error
 
 
 class TensorFiles:

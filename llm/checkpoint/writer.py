@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -78,8 +79,7 @@ def write_checkpoint(
         on_all_ranks(lambda: _prepare(root, step, say) if rank == 0 else None)
         on_all_ranks(lambda: _write_rank(partial, step, rank, pieces))
         on_all_ranks(lambda: _seal(partial, world, state) if rank == 0 else None)
-        on_all_ranks(lambda: _commit(root, step, say) if rank == 0 else None)
-        on_all_ranks(lambda: _clean(root, step, keep_last, keep_every, say) if rank == 0 else None)
+        on_all_ranks(lambda: _commit(root, step, keep_last, keep_every, say) if rank == 0 else None)
     except CheckpointError:
         # No rank writes any more: the ranks met after everybody's work.
         if rank == 0:
@@ -115,10 +115,9 @@ def _entries(root: Path) -> list[Path]:
     """All that lies in `root`, nothing where there is no such folder. Raises CheckpointError, ReadError."""
 
     def listed() -> list[Path]:
-        try:
+        with suppress(FileNotFoundError, NotADirectoryError):
             return list(root.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        return []
 
     return files.patiently(listed, root)
 
@@ -128,17 +127,13 @@ def _is_checkpoint(path: Path) -> bool:
     return os.path.isfile(path / "manifest.json") and not os.path.islink(path)
 
 
-def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path) and not os.path.islink(path)
-
-
 def _prepare(root: Path, step: int, say: Callable[[str], None]) -> None:
     """Make the empty folder; what a crash left goes first, so that it does not take room, and so do strangers."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_leftovers(root, say)
     final = root / folder_name(step)
     partial, old = (final.with_name(final.name + end) for end in (".tmp", ".old"))
-    pointers = (path for path in (root / "latest", root / "latest.tmp") if _is_folder(path))
+    pointers = (path for path in (root / "latest", root / "latest.tmp") if os.path.isdir(path))
     for path in (partial, old if _is_checkpoint(final) else final, *pointers):
         if os.path.lexists(path):
             _put_aside(path, "it was where a checkpoint is to be written", say)
@@ -149,11 +144,9 @@ def _remove_leftovers(root: Path, say: Callable[[str], None]) -> None:
     """Delete half-written and half-deleted folders, and put replaced checkpoints aside whose heir exists."""
     for path in _entries(root):
         name = path.name
-        if not (STEP_FOLDER.fullmatch(name.removesuffix(".tmp")) and _is_folder(path)):
-            continue
-        if name.endswith(".tmp"):
+        if name.endswith(".tmp") and STEP_FOLDER.fullmatch(name.removesuffix(".tmp")) and os.path.isdir(path):
             shutil.rmtree(path, ignore_errors=True)
-        elif name.endswith(".old") and _is_checkpoint(path.with_suffix("")):
+        elif name.endswith(".old") and STEP_FOLDER.fullmatch(name) and _is_checkpoint(path.with_suffix("")):
             _put_aside(path, f"step {step_of(path)} was saved again", say)
 
 
@@ -231,8 +224,8 @@ def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
     files.sync_folder(partial)
 
 
-def _commit(root: Path, step: int, say: Callable[[str], None]) -> None:
-    """Rename, and point to it."""
+def _commit(root: Path, step: int, keep_last: int, keep_every: int | None, say: Callable[[str], None]) -> None:
+    """Rename, point to it, put aside what comes after it, and delete what is not kept of those before it."""
     final = root / folder_name(step)
     if final.exists():
         # Two renames cannot be one: in between, readers find the replaced one under this name.
@@ -241,14 +234,9 @@ def _commit(root: Path, step: int, say: Callable[[str], None]) -> None:
     files.sync_folder(root)
     files.replace(root / "latest", f"{final.name}\n".encode())
     _remove_leftovers(root, say)
-
-
-def _clean(root: Path, step: int, keep_last: int, keep_every: int | None, say: Callable[[str], None]) -> None:
-    """Put aside what comes after the checkpoint of `step`, and delete what is not kept of those before it."""
     found = checkpoints(root)
     for path in found:
-        # From a history that was left: a run that resumed from it would go back to what it left.
-        if step_of(path) > step:
+        if step_of(path) > step:  # from a history that was left: a run that resumed would go back to it
             _put_aside(path, f"the run went back, and has saved step {step} since", say)
     earlier = [path for path in found if step_of(path) < step and _is_checkpoint(path)]
     for path in earlier[keep_last - 1 :]:

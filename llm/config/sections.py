@@ -326,8 +326,7 @@ class CheckpointConfig:
         check_at_least(1, "checkpoint.", self, "interval", "keep_last", "keep_every", "resume_step")
         require(
             self.keep_every is None or self.keep_every % self.interval == 0,
-            f"checkpoint.keep_every is {self.keep_every}; expected a multiple of checkpoint.interval, {self.interval}: "
-            "other steps are not saved",
+            f"checkpoint.keep_every is {self.keep_every}; expected a multiple of checkpoint.interval, {self.interval}",
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from llm.checkpoint.writer import last_good, write_checkpoint
+from llm.checkpoint.writer import write_checkpoint
 from llm.errors import ReplicaError
-from llm.train.guard import compare_replicas, replica_message
+from llm.train.guard import compare_replicas, diverged, replica_message
 from llm.train.optim import learning_rate
 from llm.train.reporter import Reporter
 from llm.train.resume import checkpoint_state
@@ -64,20 +64,14 @@ class Trainer:
         grad_norm, skipped = self.engine.step()
         run.step += 1
         if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise self._diverged(f"loss {loss}, gradient norm {grad_norm}")
+            raise diverged(run.step, f"loss {loss}, gradient norm {grad_norm}", run.folder.checkpoints)
         return loss, lr, grad_norm
-
-    def _diverged(self, found: str) -> FloatingPointError:
-        good = last_good(self.run.folder.checkpoints, self.run.step)
-        advice = "lower optim.lr or optim.grad_clip, or look at the data, and start again"
-        return FloatingPointError(f"step {self.run.step}: {found}; {good}: {advice}")
 
     def guard(self) -> None:
         """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""
         findings = compare_replicas(self.engine, self.run.mesh)
         if findings and self.run.config.train.guard_action == "stop":
-            good = last_good(self.run.folder.checkpoints, self.run.step)
-            raise ReplicaError(replica_message(self.run.step, findings, good))
+            raise ReplicaError(replica_message(self.run.step, findings, self.run.folder.checkpoints))
         for finding in findings:
             self.reporter.say(f"warning: step {self.run.step}: {finding}")
 
@@ -87,19 +81,14 @@ class Trainer:
         loss = total / count
         self.reporter.validation(loss)
         if not math.isfinite(loss):
-            raise self._diverged(f"validation loss {loss}")
+            raise diverged(self.run.step, f"validation loss {loss}", self.run.folder.checkpoints)
 
     def save(self) -> None:
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
         state = checkpoint_state(run.config, run.corpora, run.step, skipped_samples, scalars)
-        pieces, kept, say = self.engine.state_pieces(), run.config.checkpoint, self.reporter.say
+        kept, say = run.config.checkpoint, self.reporter.say
         path = write_checkpoint(
-            run.folder.checkpoints,
-            run.step,
-            pieces,
-            state,
-            keep_last=kept.keep_last,
-            keep_every=kept.keep_every,
-            say=say,
-        )
+            run.folder.checkpoints, run.step, self.engine.state_pieces(), state,
+            keep_last=kept.keep_last, keep_every=kept.keep_every, say=say,
+        )  # fmt: skip
         say(f"step {run.step}: saved {path}")

@@ -18,7 +18,7 @@ from llm.config.phases import Phase, consumed_samples
 from llm.data.corpora import Corpora, Known, blends_of
 from llm.data.identity import in_saved_order, known_corpora
 from llm.data.samples.schedule import corpus_names
-from llm.errors import CheckpointError, InputError, ReadError, require
+from llm.errors import CheckpointError, InputError, require
 from llm.train.optim import learning_rate
 
 # What a restart may not change, beside the model, the phases that have begun and their data.
@@ -69,8 +69,6 @@ def _resume_step(checkpoint: Path) -> int | None:
     """checkpoint.resume_step of the process that saved a checkpoint, 0 for none; None if it is damaged."""
     try:
         return open_checkpoint(checkpoint).state["config"]["checkpoint"].get("resume_step") or 0
-    except ReadError:
-        raise
     except CheckpointError:
         return None
 
