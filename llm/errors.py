@@ -29,6 +29,10 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written or read; the process exits with 1."""
 
 
+class ReadError(Exception):
+    """A disk or network failed while a file was read, again and again: it may be whole; the process exits with 1."""
+
+
 class RendezvousError(RuntimeError):
     """The ranks did not all meet at MASTER_ADDR:MASTER_PORT in time (exit code 1)."""
 

@@ -9,13 +9,14 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from llm.errors import CheckpointError, InputError, require
+from llm.errors import CheckpointError, InputError, ReadError, require
 
 if TYPE_CHECKING:  # what is read before torch is imported, such as a corpus's manifest, needs this module too
     import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:  # what is read before torch is imported, such as a corpus's m
 T = TypeVar("T")
 # Writes and reads go through hashing in parts of this size, in bytes.
 CHUNK = 1 << 22
+# What says that a file is not there, or not for us, whenever it is asked; all else may pass.
+LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+WAITS = (0.1, 0.5, 2.0)  # seconds before a read that failed is tried again
 # torch's names, and those of safetensors.
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
@@ -176,25 +180,41 @@ def complete_folder(path: Path, mode: int = 0o700) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def patiently(read: Callable[[], T], path: Path) -> T:
+    """What `read`, of a file or folder at `path`, gives: tried again where a disk or network fails it.
+
+    Raises CheckpointError for what is not there or not permitted, ReadError where the last attempt fails otherwise.
+    """
+    waits = list(WAITS)
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            why, tries = error.strerror or error, len(WAITS) + 1
+            if isinstance(error, LASTING) or error.errno == errno.ELOOP:
+                raise CheckpointError(f"{path} cannot be read: {why}") from error
+            if not waits:
+                raise ReadError(f"{path} could not be read in {tries} attempts: {why}; it may be whole") from error
+        time.sleep(waits.pop(0))
+
+
 def regular_size(path: Path) -> int:
-    """Size in bytes of a regular file; CheckpointError for anything else, a symlink included."""
-    try:
-        status = os.lstat(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    """Size in bytes of a regular file; CheckpointError for anything else, a symlink included, ReadError as above."""
+    status = patiently(lambda: os.lstat(path), path)
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a regular file")
     return status.st_size
 
 
 def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file; raises CheckpointError."""
-    regular_size(path)
-    try:
+    """The bytes of a regular file; raises CheckpointError, ReadError."""
+
+    def read() -> bytes:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             return file.read()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+    regular_size(path)
+    return patiently(read, path)
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:

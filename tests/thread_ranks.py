@@ -12,6 +12,8 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
+CALLS = ("get_rank", "get_world_size", "get_backend", "all_gather", "broadcast", "new_group", "destroy_process_group")
+
 
 class ThreadRanks:
     """The collectives that llm/parallel/agreement.py uses. A thread is rank 0 unless it says otherwise."""
@@ -39,6 +41,12 @@ class ThreadRanks:
             output.copy_(sent)
         self.barrier.wait()
 
+    def new_group(self, **options: Any) -> None:
+        """All of them."""
+
+    def destroy_process_group(self, group: Any) -> None:
+        pass
+
     def broadcast(self, tensor: Tensor, group: Any = None, group_src: int = 0) -> None:
         outputs = [tensor.clone() for _ in range(self.world)]
         self.all_gather(outputs, tensor.clone())
@@ -50,7 +58,7 @@ def ranks_in_threads(world: int) -> Iterator[ThreadRanks]:
     """Put threads in the place of processes."""
     ranks = ThreadRanks(world)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("get_rank", "get_world_size", "get_backend", "all_gather", "broadcast"):
+        for name in CALLS:
             patch.setattr(dist, name, getattr(ranks, name))
         yield ranks
 

@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,41 +20,44 @@ from torch import Tensor
 from llm import files
 from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
 from llm.checkpoint.writer import STEP_FOLDER, checkpoints, step_of
-from llm.errors import CheckpointError, InputError, require
-from llm.parallel.agreement import broadcast, together
+from llm.errors import CheckpointError, InputError, ReadError, require
+from llm.parallel.agreement import broadcast, patient_group, together
 from llm.slices import Slice
 
+T = TypeVar("T")
 HASHING_THREADS = 8
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are there with the right sizes. Raises CheckpointError."""
+    """The manifest of a checkpoint whose files are there with the right sizes. Raises CheckpointError, ReadError."""
+    if files.patiently(folder.is_symlink, folder):
+        raise CheckpointError(f"{folder} is a link and not a folder")
+    text = files.read_regular(folder / "manifest.json")
     try:
-        if folder.is_symlink():
-            raise CheckpointError(f"{folder} is a link and not a folder")
-        found = set(os.listdir(folder))
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
-    try:
-        manifest = Manifest.from_json(files.read_regular(folder / "manifest.json"))
+        manifest = Manifest.from_json(text)
         manifest.check_coverage()
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if STEP_FOLDER.fullmatch(folder.name) and manifest.step != step_of(folder):
         raise CheckpointError(f"{folder} holds a checkpoint of step {manifest.step}")
     manifest.check_sizes(folder)
-    # Hidden files are not ours: file systems and desktops leave some. A copied checkpoint may have its tokenizer along.
-    ours = {*manifest.files, "manifest.json", "tokenizer.json"}
-    extra = {name for name in found - ours if not name.startswith(".")}
-    if extra:
-        raise CheckpointError(f"{folder} holds {min(extra)}, which its manifest does not list")
     return manifest
 
 
-def verify(folder: Path) -> Manifest:
-    """As load_manifest, and every byte is as it was written. Raises CheckpointError."""
+def surplus(folder: Path, manifest: Manifest) -> list[str]:
+    """A warning of what else lies in a checkpoint's folder, if anything does. Raises CheckpointError, ReadError."""
+    # Hidden files: file systems and desktops leave some. A copied checkpoint may have its tokenizer along.
+    ours = {*manifest.files, "manifest.json", "tokenizer.json"}
+    extra = sorted(set(files.patiently(lambda: os.listdir(folder), folder)) - ours)
+    shown = [name for name in extra if not name.startswith(".")]
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return [f"{folder} also holds {', '.join(shown[:3])}{more}: not of the checkpoint, and not read"] if shown else []
+
+
+def verify(folder: Path, first: int = 0, of: int = 1) -> Manifest:
+    """As load_manifest, and every byte of each `of`-th file from the `first` on is as it was written."""
     manifest = load_manifest(folder)
-    names = list(manifest.files)
+    names = sorted(manifest.files)[first::of]
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the GIL
         digests = list(pool.map(lambda name: _sha256(folder / name), names))
     for name, digest in zip(names, digests, strict=True):
@@ -63,46 +67,46 @@ def verify(folder: Path) -> Manifest:
 
 
 def _sha256(path: Path) -> str:
-    """SHA-256 in hex of a regular file; raises CheckpointError."""
+    """SHA-256 in hex of a regular file; raises CheckpointError, ReadError."""
     files.regular_size(path)
-    try:
-        return files.sha256_of(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return files.patiently(lambda: files.sha256_of(path), path)
 
 
-def find_latest(root: Path, among: list[Path] | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `root` whose every byte is right, and warnings about newer ones.
+def find_latest(
+    root: Path, among: list[Path] | None = None, check: Callable[[Path], Manifest] = verify
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under `root` whose every byte is right, and warnings: of newer ones, and of surplus files.
 
     Folders are scanned: the pointer `latest` is for people and may be stale. None: there is none.
-    Raises InputError if there are checkpoints but all of them are damaged. among: those to look at, newest first.
+    Raises InputError if there are checkpoints but all of them are damaged, ReadError if one that would be taken cannot
+    be read: only what is known to be damaged is passed over. among: those to look at, newest first; check: as `verify`.
     """
     warnings = []
     for folder in checkpoints(root) if among is None else among:
         try:
-            verify(folder)
+            return folder, [*warnings, *surplus(folder, check(folder))]
+        except ReadError as error:
+            advice = f"start again; if it stays so, move {folder} away to resume from the one before"
+            raise ReadError(f"{error}: {advice}") from error
         except CheckpointError as error:
             warnings.append(f"checkpoint {folder.name} cannot be used: {error}")
-        else:
-            return folder, warnings
     found = f"no checkpoint in {root} can be used; repair one, or move the folder away to start from nothing"
     require(not warnings, "\n  ".join([found, *warnings]))
     return None, []
 
 
-def find_named(path: Path) -> tuple[Path, list[str]]:
+def find_named(path: Path, check: Callable[[Path], Manifest] = verify) -> tuple[Path, list[str]]:
     """The checkpoint that `path` names, a run (its newest) or one of any name, and warnings; InputError: not whole."""
     require(path.is_dir(), f"{path} is not a folder; expected runs/<name>, or the folder of a checkpoint")
     if (path / "checkpoints").is_dir():
-        latest, warnings = find_latest(path / "checkpoints")
+        latest, warnings = find_latest(path / "checkpoints", check=check)
         if latest is None:
             raise InputError(f"{path} holds no complete checkpoint; train first, or choose another run")
         return latest, warnings
     try:
-        verify(path)
+        return path, surplus(path, check(path))
     except CheckpointError as error:
         raise InputError(f"{path} is not a whole checkpoint: {error}") from error
-    return path, []
 
 
 def tokenizer_of(checkpoint: Path) -> Path | None:
@@ -114,7 +118,7 @@ def tokenizer_of(checkpoint: Path) -> Path | None:
 def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader:
     """Open a checkpoint that `find_latest`, `find_named` or `verify` found good: tensors are not hashed again.
 
-    sha256: of the manifest that must be found. Raises CheckpointError.
+    sha256: of the manifest that must be found. Raises CheckpointError, ReadError.
     """
     manifest = load_manifest(folder)
     if sha256 not in (None, manifest.sha256):
@@ -128,34 +132,61 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
 
 
 def open_agreed(
-    root: Path,
-    find: Callable[[Path], tuple[Path | None, list[str]]] = find_latest,
-    group: dist.ProcessGroup | None = None,
+    root: Path, find: Callable[..., tuple[Path | None, list[str]]] = find_latest
 ) -> tuple[CheckpointReader | None, list[str]]:
-    """Open, on every rank, the checkpoint that `find(root)` gives rank 0; None where there is none. Collective.
+    """Open, on every rank, the checkpoint that `find(root, check=...)` gives rank 0; None: there is none. Collective.
 
-    The warnings are rank 0's alone. Raises Agreed where `find` raises, or if a rank does not see the same checkpoint.
+    Every rank hashes its share of the files, and waits for the others however long they take. Rank 0 has the warnings.
+    Raises Agreed where `find` raises InputError, or if a rank sees another checkpoint; ReadError where one fails to.
     """
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def share(name: str, sha256: str) -> Manifest:
+        """Verify, all together, the checkpoint that rank 0 has found under `name`."""
+
+        def checked() -> Manifest:
+            if rank:
+                _on_this_rank(lambda: open_checkpoint(root / name, sha256), InputError)
+            return _on_this_rank(lambda: verify(root / name, rank, world), CheckpointError)
+
+        return together(checked, patient)
+
+    def check(folder: Path) -> Manifest:
+        asked = str(folder.relative_to(root)), load_manifest(folder).sha256
+        broadcast(json.dumps(asked), patient)
+        return share(*asked)
 
     def find_first() -> tuple[str | None, str | None, list[str]]:
-        if dist.get_rank(group) != 0:
-            return None, None, []
         try:
-            folder, warnings = find(root)
+            folder, warnings = find(root, check=check)
             digest = load_manifest(folder).sha256 if folder else None
             return str(folder.relative_to(root)) if folder else None, digest, warnings
         except (CheckpointError, OSError) as error:
             raise InputError(str(error)) from error
+        finally:
+            broadcast("null", patient)
 
-    def open_found() -> CheckpointReader | None:
-        try:
-            return open_checkpoint(root / name, sha256) if name is not None else None
-        except CheckpointError as error:
-            raise InputError(f"rank {dist.get_rank(group)}: {error}") from error
+    def follow() -> tuple[str | None, str | None, list[str]]:
+        while (asked := json.loads(broadcast("", patient))) is not None:
+            with suppress(Exception):  # rank 0 hears of it, and decides
+                share(*asked)
+        return None, None, []
 
-    name, sha256, warnings = together(find_first, group)
-    name, sha256 = json.loads(broadcast(json.dumps([name, sha256]), group))
-    return together(open_found, group), warnings
+    with patient_group() as patient:
+        name, sha256, warnings = together(follow if rank else find_first, patient)
+    name, sha256 = json.loads(broadcast(json.dumps([name, sha256])))
+    if name is None:
+        return None, warnings
+    return together(lambda: _on_this_rank(lambda: open_checkpoint(root / name, sha256), InputError)), warnings
+
+
+def _on_this_rank(action: Callable[[], T], failure: type[Exception]) -> T:
+    """What `action` gives; a rank but 0 is named where it fails: with ReadError, or `failure` for a CheckpointError."""
+    where = f"rank {dist.get_rank()}: " if dist.get_rank() else ""
+    try:
+        return action()
+    except (CheckpointError, ReadError) as error:
+        raise (ReadError if isinstance(error, ReadError) else failure)(f"{where}{error}") from error
 
 
 class TensorFiles:
@@ -166,13 +197,14 @@ class TensorFiles:
         self._open: dict[str, Any] = {}
 
     def file(self, name: str) -> Any:
-        """What `safe_open` gives; raises CheckpointError."""
+        """What `safe_open` gives; raises CheckpointError, ReadError."""
+        path = self._folder / name
         try:
             if name not in self._open:
-                self._open[name] = safe_open(self._folder / name, framework="pt", device="cpu")
+                self._open[name] = files.patiently(lambda: safe_open(path, framework="pt", device="cpu"), path)
             return self._open[name]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._folder / name} cannot be read: {error}") from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def tensor(self, file: str, key: str) -> Any:
         """A tensor to be sliced, safetensors' `PySafeSlice`; raises CheckpointError."""

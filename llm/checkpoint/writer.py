@@ -3,7 +3,8 @@
     step-00001000.tmp/    every rank writes and fsyncs its files and a report of them
     manifest.json         rank 0 merges the reports and checks that nothing is missing or there twice
     step-00001000/        rank 0 renames: from here on the checkpoint exists
-    latest                rank 0 points to it, then deletes what `keep_last` does not keep
+    latest                rank 0 points to it, then deletes what `keep_last` and `keep_every` do not keep
+    step-00002000.aside-1 what the run left when it went back: kept, and never read
 
 After each of these the ranks tell one another whether they failed, so that all go on or all raise.
 """
@@ -15,6 +16,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from llm.parallel.agreement import together
 
 # Pieces are gathered up to this many bytes before they are written: the most that a rank holds.
 SHARD_BYTES = 1 << 29
-STEP_FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
+STEP_FOLDER = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})(\.old)?")
 
 
 def write_checkpoint(
@@ -38,20 +42,24 @@ def write_checkpoint(
     state: dict[str, Any],
     *,
     keep_last: int,
+    keep_every: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Save root/step-<step>/ and return its path. Collective over `group` (None: all ranks).
 
-    An existing checkpoint of the step is replaced. The newest `keep_last` checkpoints are kept.
+    The newest `keep_last` checkpoints are kept, and those whose step is a multiple of `keep_every`. One of the same
+    step or of a later one, which the run has left, is put aside under another name.
 
     Args:
         pieces: what this rank writes, each element of the model on exactly one rank; they are taken one by one, and
             taking them must not communicate.
         state: JSON, written as rank 0 gives it.
+        say: told by rank 0 what was put aside, and what could not be.
 
     Raises:
-        CheckpointError: the same on every rank if any of them fails; then the previous checkpoint is as it was and the
-            partial folder is gone.
+        CheckpointError: the same on every rank if any of them fails, or has a value that is not finite; then the
+            previous checkpoints are as they were and the partial folder is gone.
     """
     partial = root / f"{folder_name(step)}.tmp"
     rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -68,10 +76,10 @@ def write_checkpoint(
         together(attempt, group)
 
     try:
-        on_all_ranks(lambda: _prepare(root, partial) if rank == 0 else None)
+        on_all_ranks(lambda: _prepare(root, step, say) if rank == 0 else None)
         on_all_ranks(lambda: _write_rank(partial, step, rank, pieces))
         on_all_ranks(lambda: _seal(partial, world, state) if rank == 0 else None)
-        on_all_ranks(lambda: _commit(root, step, keep_last) if rank == 0 else None)
+        on_all_ranks(lambda: _commit(root, step, keep_last, keep_every, say) if rank == 0 else None)
     except CheckpointError:
         # No rank writes any more: the ranks met after everybody's work.
         if rank == 0:
@@ -86,11 +94,16 @@ def folder_name(step: int) -> str:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints, newest first; one that was being replaced comes after its heir."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if STEP_FOLDER.fullmatch(path.name)]
+    """What is named as a complete checkpoint and is no file, newest first; one being replaced comes after its heir."""
+    # Not isdir, which is false for a folder that cannot be reached just now.
+    found = [path for path in _entries(root) if STEP_FOLDER.fullmatch(path.name) and not os.path.isfile(path)]
     return sorted(found, key=lambda path: (step_of(path), path.suffix == ""), reverse=True)
+
+
+def last_good(root: Path, step: int) -> str:
+    """What a run that stops at `step` says of where it can go on: only what is finite was saved."""
+    newest = next((path for path in checkpoints(root) if step_of(path) < step and _is_checkpoint(path)), None)
+    return f"the last good checkpoint is {newest}" if newest else f"there is no checkpoint from before in {root}"
 
 
 def step_of(path: Path) -> int:
@@ -98,31 +111,89 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def _prepare(root: Path, partial: Path) -> None:
-    """Make the empty folder; what a crash left goes first, so that it does not take room."""
+def _entries(root: Path) -> list[Path]:
+    """All that lies in `root`, nothing where there is no such folder. Raises CheckpointError, ReadError."""
+
+    def listed() -> list[Path]:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return list(root.iterdir())
+        return []
+
+    return files.patiently(listed, root)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a folder with a manifest; what cannot be reached is none."""
+    return os.path.isfile(path / "manifest.json") and not os.path.islink(path)
+
+
+def _prepare(root: Path, step: int, say: Callable[[str], None]) -> None:
+    """Make the empty folder; what a crash left goes first, so that it does not take room, and so do strangers."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _remove_leftovers(root)
+    _remove_leftovers(root, say)
+    final = root / folder_name(step)
+    partial, old = (final.with_name(final.name + end) for end in (".tmp", ".old"))
+    pointers = (path for path in (root / "latest", root / "latest.tmp") if os.path.isdir(path))
+    for path in (partial, old if _is_checkpoint(final) else final, *pointers):
+        if os.path.lexists(path):
+            _put_aside(path, "it was where a checkpoint is to be written", say)
     partial.mkdir(mode=0o700)
 
 
-def _remove_leftovers(root: Path) -> None:
-    """Delete half-written and half-deleted folders, and replaced checkpoints whose heir exists."""
-    for path in list(root.iterdir()):
+def _remove_leftovers(root: Path, say: Callable[[str], None]) -> None:
+    """Delete half-written and half-deleted folders, and put replaced checkpoints aside whose heir exists."""
+    for path in _entries(root):
         name = path.name
-        replaced = name.endswith(".old") and (root / name.removesuffix(".old")).is_dir()
-        if name.startswith("step-") and (name.endswith(".tmp") or replaced):
-            shutil.rmtree(path)
+        if name.endswith(".tmp") and STEP_FOLDER.fullmatch(name.removesuffix(".tmp")) and os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif name.endswith(".old") and STEP_FOLDER.fullmatch(name) and _is_checkpoint(path.with_suffix("")):
+            _put_aside(path, f"step {step_of(path)} was saved again", say)
+
+
+def _put_aside(path: Path, why: str, say: Callable[[str], None]) -> None:
+    """Give `path` a name that no one reads, or say that it cannot be done."""
+    name = path.name.removesuffix(".old")
+    target = next(free for n in count(1) if not os.path.lexists(free := path.with_name(f"{name}.aside-{n}")))
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        say(f"warning: {path} cannot be put aside: {error.strerror}")
+    else:
+        say(f"{path} is kept as {target.name} ({why}): delete it when you do not need it")
+
+
+def _delete(path: Path, say: Callable[[str], None]) -> None:
+    """Delete a checkpoint, or say that it cannot be done."""
+    # Renamed first: a crash while deleting must not leave a broken checkpoint behind.
+    doomed = path.with_name(f"{path.name}.tmp")
+    try:
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        say(f"warning: {path} cannot be deleted: {error}")
 
 
 def _write_rank(partial: Path, step: int, rank: int, pieces: Iterable[Piece]) -> None:
     """Write this rank's pieces in files of about SHARD_BYTES, and its report."""
     prefix = f"rank-{rank:05d}"
     parts = [Manifest(step, {}, {})]
-    some = (piece for piece in pieces if len(piece.data))
+    some = (_finite(piece, partial.parent, step, rank) for piece in pieces if len(piece.data))
     for number, shard in enumerate(files.by_size(some, lambda piece: piece.data.nbytes, SHARD_BYTES)):
         parts.append(_write_shard(partial, f"{prefix}-{number:05d}.safetensors", step, shard))
         shard.clear()  # before the next one is gathered
     files.create_bytes(partial / f"{prefix}.json", merge(parts).to_json().encode())
+
+
+def _finite(piece: Piece, root: Path, step: int, rank: int) -> Piece:
+    """The piece; CheckpointError if a value of it is not finite."""
+    low, high = map(float, piece.data.aminmax())  # both NaN if any value is
+    if not -inf < low <= high < inf:
+        raise CheckpointError(
+            f"step {step} is not saved: rank {rank} has values of {piece.name} ({piece.kind}) that are not finite; "
+            f"{last_good(root, step)}: start again, with a lower optim.lr or optim.grad_clip if it comes back; "
+            "if always on one rank, suspect its GPU or memory"
+        )
+    return piece
 
 
 def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:
@@ -153,8 +224,8 @@ def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
     files.sync_folder(partial)
 
 
-def _commit(root: Path, step: int, keep_last: int) -> None:
-    """Rename, point to it, and delete what is not kept."""
+def _commit(root: Path, step: int, keep_last: int, keep_every: int | None, say: Callable[[str], None]) -> None:
+    """Rename, point to it, put aside what comes after it, and delete what is not kept of those before it."""
     final = root / folder_name(step)
     if final.exists():
         # Two renames cannot be one: in between, readers find the replaced one under this name.
@@ -162,13 +233,13 @@ def _commit(root: Path, step: int, keep_last: int) -> None:
     os.rename(root / f"{final.name}.tmp", final)
     files.sync_folder(root)
     files.replace(root / "latest", f"{final.name}\n".encode())
-    _remove_leftovers(root)
-    # Later steps come from a history that was left: this run could not read them when it resumed.
-    later = [path for path in checkpoints(root) if step_of(path) > step]
-    earlier = [path for path in checkpoints(root) if step_of(path) < step]
-    for path in later + earlier[keep_last - 1 :]:
-        # Renamed first: a crash while deleting must not leave a broken checkpoint behind.
-        doomed = path.with_name(f"{path.name}.tmp")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+    _remove_leftovers(root, say)
+    found = checkpoints(root)
+    for path in found:
+        if step_of(path) > step:  # from a history that was left: a run that resumed would go back to it
+            _put_aside(path, f"the run went back, and has saved step {step} since", say)
+    earlier = [path for path in found if step_of(path) < step and _is_checkpoint(path)]
+    for path in earlier[keep_last - 1 :]:
+        if keep_every is None or step_of(path) % keep_every:
+            _delete(path, say)
     files.sync_folder(root)

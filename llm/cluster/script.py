@@ -11,7 +11,7 @@ from collections.abc import Callable
 from llm.cluster.preflight import provide_home
 from llm.cluster.ranks import Ranks, discover_ranks
 from llm.cluster.watchdog import watch_launcher
-from llm.errors import Agreed, CheckpointError, InputError, RendezvousError, ReplicaError
+from llm.errors import Agreed, CheckpointError, InputError, ReadError, RendezvousError, ReplicaError
 from llm.sinks import protect_streams
 
 PATIENCE_SECONDS = 10.0
@@ -32,7 +32,7 @@ def run_script(action: Callable[[Ranks], None]) -> None:
         ranks = discover_ranks(os.environ)
         action(ranks)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and the process ends
-        shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReplicaError))
+        shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReadError, ReplicaError))
         if not shared and not isinstance(error, (InputError, RendezvousError)):
             traceback.print_exception(error)
         else:

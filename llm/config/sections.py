@@ -316,12 +316,18 @@ class CheckpointConfig:
     interval: int = 100
     """Steps between checkpoints; there is always one after the last step."""
     keep_last: int = 2
-    """Complete checkpoints that are kept."""
+    """The newest complete checkpoints, as many as are kept."""
+    keep_every: int | None = None
+    """Also keep, for ever, each checkpoint whose step is a multiple of this; null: none."""
     resume_step: int | None = None
-    """Resume from the checkpoint of this step and drop what came after it; null: from the newest."""
+    """Resume from the checkpoint of this step and put aside what came after it; null: from the newest."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, "checkpoint.", self, "interval", "keep_last", "resume_step")
+        check_at_least(1, "checkpoint.", self, "interval", "keep_last", "keep_every", "resume_step")
+        require(
+            self.keep_every is None or self.keep_every % self.interval == 0,
+            f"checkpoint.keep_every is {self.keep_every}; expected a multiple of checkpoint.interval, {self.interval}",
+        )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from llm.errors import Agreed, CheckpointError, InputError
+from llm.errors import Agreed, CheckpointError, InputError, ReadError
 
 T = TypeVar("T")
 MESSAGE_BYTES = 4096
@@ -53,14 +54,16 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     """Run `action` on every rank of the group; if it fails on any, every rank raises.
 
     So no rank waits for one that has gone, and all of them exit with the same code. Collective; `action` must not
-    communicate. Raises what the first rank that failed has raised: Agreed for an InputError, a CheckpointError, or
-    RuntimeError for any other failure.
+    communicate. Raises what the first rank that failed has raised: Agreed for an InputError, a CheckpointError, a
+    ReadError, or RuntimeError for any other failure.
     """
     result, cause, error = None, None, None
     try:
         result = action()
     except InputError as failure:
         error = f"input:{failure}"
+    except ReadError as failure:
+        cause, error = failure, f"read:{failure}"
     except CheckpointError as failure:
         cause, error = failure, f"checkpoint:{failure}"
     except Exception as failure:  # noqa: BLE001 - whatever it was, the others must hear of it
@@ -69,11 +72,19 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     if first is None:
         return result  # pyright: ignore[reportReturnType]
     kind, message = first.split(":", 1)
-    raise {"input": Agreed, "checkpoint": CheckpointError, "other": RuntimeError}[kind](message) from cause
+    kinds = {"input": Agreed, "checkpoint": CheckpointError, "read": ReadError, "other": RuntimeError}
+    raise kinds[kind](message) from cause
+
+
+@contextmanager
+def patient_group() -> Iterator[dist.ProcessGroup]:
+    """A group of all ranks that wait for one another for days if need be, whatever the time-out. Collective."""
+    group: Any = dist.new_group(timeout=timedelta(days=365), backend="gloo")
+    yield group
+    dist.destroy_process_group(group)
 
 
 def lead_first(action: Callable[[], object]) -> None:
     """Run `action` on rank 0 while the others wait, for days if need be. Collective; raises as `together` does."""
-    patient: Any = dist.new_group(timeout=timedelta(days=365), backend="gloo")
-    together(lambda: action() if dist.get_rank() == 0 else None, patient)
-    dist.destroy_process_group(patient)
+    with patient_group() as patient:
+        together(lambda: action() if dist.get_rank() == 0 else None, patient)

@@ -18,7 +18,7 @@ import triton
 import kernels
 from llm import files
 from llm.config import RunConfig
-from llm.errors import CheckpointError, InputError, require
+from llm.errors import CheckpointError, InputError, ReadError, require
 from llm.model.forms import Forms
 from llm.parallel.agreement import broadcast, together
 from llm.parallel.mesh import Mesh
@@ -55,7 +55,7 @@ def find(config: RunConfig, tp: int, dp: int, device: torch.device, kept: Path, 
         try:
             if record is None and path.exists():
                 record, source = load(path, key), f"as {path} says"
-        except (CheckpointError, InputError) as error:
+        except (CheckpointError, InputError, ReadError) as error:
             say(f"kernels are chosen anew: {error}")
     if record is None:
         ms, failures = measure(config, tp, dp, device)

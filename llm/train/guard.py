@@ -13,12 +13,14 @@ compared. Partitioned state, such as fp32 masters and moments under ZeRO, has no
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm.checkpoint.writer import last_good
 from llm.parallel.agreement import backend_device
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import Engine
@@ -82,11 +84,17 @@ def majority(ranks: list[int], sums: list[int]) -> tuple[list[int], list[int]]:
     return [r for r in ranks if sums[r] == reference], [r for r in ranks if sums[r] != reference]
 
 
-def replica_message(step: int, findings: list[str]) -> str:
-    """What a run that stops says: the first finding, and what to do."""
+def diverged(step: int, found: str, root: Path) -> FloatingPointError:
+    """What a run that stops says of a number that is not finite; root: of its checkpoints."""
+    advice = "lower optim.lr or optim.grad_clip, or look at the data, and start again"
+    return FloatingPointError(f"step {step}: {found}; {last_good(root, step)}: {advice}")
+
+
+def replica_message(step: int, findings: list[str], root: Path) -> str:
+    """What a run that stops says: the first finding, which checkpoint under `root` is good, and what to do."""
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return (
-        f"step {step}: weights that ranks should share are no longer equal: {findings[0]}{more}; the checkpoints from "
-        "before are whole: start again from the last, and if it comes back on the same rank suspect its GPU or memory, "
+        f"step {step}: weights that ranks should share are no longer equal: {findings[0]}{more}; "
+        f"{last_good(root, step)}: start again, and if it comes back on the same rank suspect its GPU or memory, "
         "if on others a kernel that is not deterministic (train.guard_action=warn goes on)"
     )

@@ -6,7 +6,7 @@ import math
 
 from llm.checkpoint.writer import write_checkpoint
 from llm.errors import ReplicaError
-from llm.train.guard import compare_replicas, replica_message
+from llm.train.guard import compare_replicas, diverged, replica_message
 from llm.train.optim import learning_rate
 from llm.train.reporter import Reporter
 from llm.train.resume import checkpoint_state
@@ -64,27 +64,31 @@ class Trainer:
         grad_norm, skipped = self.engine.step()
         run.step += 1
         if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"step {run.step}: loss {loss}, gradient norm {grad_norm}; the checkpoints from before are "
-                "whole: lower optim.lr or optim.grad_clip, or look at the data, and start again"
-            )
+            raise diverged(run.step, f"loss {loss}, gradient norm {grad_norm}", run.folder.checkpoints)
         return loss, lr, grad_norm
 
     def guard(self) -> None:
         """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""
         findings = compare_replicas(self.engine, self.run.mesh)
         if findings and self.run.config.train.guard_action == "stop":
-            raise ReplicaError(replica_message(self.run.step, findings))
+            raise ReplicaError(replica_message(self.run.step, findings, self.run.folder.checkpoints))
         for finding in findings:
             self.reporter.say(f"warning: step {self.run.step}: {finding}")
 
     def validate(self) -> None:
+        """Report the validation loss; FloatingPointError, on every rank, when it is not finite: so nothing is saved."""
         total, count = self.engine.evaluate(self.run.validation_batches())
-        self.reporter.validation(total / count)
+        loss = total / count
+        self.reporter.validation(loss)
+        if not math.isfinite(loss):
+            raise diverged(self.run.step, f"validation loss {loss}", self.run.folder.checkpoints)
 
     def save(self) -> None:
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
         state = checkpoint_state(run.config, run.corpora, run.step, skipped_samples, scalars)
-        pieces, keep_last = self.engine.state_pieces(), run.config.checkpoint.keep_last
-        path = write_checkpoint(run.folder.checkpoints, run.step, pieces, state, keep_last=keep_last)
-        self.reporter.say(f"step {run.step}: saved {path}")
+        kept, say = run.config.checkpoint, self.reporter.say
+        path = write_checkpoint(
+            run.folder.checkpoints, run.step, self.engine.state_pieces(), state,
+            keep_last=kept.keep_last, keep_every=kept.keep_every, say=say,
+        )  # fmt: skip
+        say(f"step {run.step}: saved {path}")

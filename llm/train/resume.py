@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoint.reader import find_latest, open_checkpoint
+from llm.checkpoint.manifest import Manifest
+from llm.checkpoint.reader import find_latest, open_checkpoint, verify
 from llm.checkpoint.writer import checkpoints, step_of
 from llm.config import ModelConfig, RunConfig
 from llm.config.parse import changed_fields, from_dict, to_dict
@@ -41,29 +42,31 @@ def checkpoint_state(
     }
 
 
-def find_step(root: Path, step: int | None) -> tuple[Path | None, list[str]]:
+def find_step(
+    root: Path, step: int | None, check: Callable[[Path], Manifest] = verify
+) -> tuple[Path | None, list[str]]:
     """The whole checkpoint under `root` that checkpoint.resume_step = `step` asks for, and what to warn of.
 
     It is that of `step`, with None the newest. But where the newest was saved under the same resume_step, that one is
     taken: else a run that is started again and again would lose each time what it has done since.
     """
     if step is None:
-        return find_latest(root)
+        return find_latest(root, check=check)
     found = checkpoints(root)
     steps = ", ".join(str(each) for each in sorted({step_of(folder) for folder in found})) or "none"
     among = [folder for folder in found if step_of(folder) == step]
     later = [folder for folder in found if step_of(folder) > step]
-    warning = f"when the run saves its next checkpoint, those beyond step {step} are deleted; there are {steps}"
+    warning = f"when the run saves its next checkpoint, those beyond step {step} are put aside; there are {steps}"
     if next((back == step for back in map(_resume_step, later) if back is not None), False):
         among = later + among
         warning = f"the run went back to step {step} before and now goes on; to go back again, move later steps away"
     require(bool(among), f"checkpoint.resume_step is {step}; expected a step of a checkpoint in {root}: {steps}")
-    folder, warnings = find_latest(root, among)
+    folder, warnings = find_latest(root, among, check)
     return folder, [*warnings, warning] if later else warnings
 
 
 def _resume_step(checkpoint: Path) -> int | None:
-    """checkpoint.resume_step of the process that saved a checkpoint, 0 for none; None if it cannot be read."""
+    """checkpoint.resume_step of the process that saved a checkpoint, 0 for none; None if it is damaged."""
     try:
         return open_checkpoint(checkpoint).state["config"]["checkpoint"].get("resume_step") or 0
     except CheckpointError:

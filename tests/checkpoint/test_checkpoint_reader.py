@@ -53,10 +53,6 @@ def lose_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
 
-def add_file(folder: Path) -> None:
-    shutil.copy(folder / SHARD, folder / "rank-00002-00000.safetensors")
-
-
 def link_shard(folder: Path) -> None:
     (folder / SHARD).rename(folder.parent / SHARD)
     (folder / SHARD).symlink_to(folder.parent / SHARD)
@@ -100,7 +96,6 @@ def flip(path: Path, position: int) -> None:
         (flip_state_bit, "is damaged"),
         (lose_shard, "No such file"),
         (lose_manifest, "No such file"),
-        (add_file, "does not list"),
         (link_shard, "not a regular file"),
         (link_manifest, "not a regular file"),
         (link_folder, "not a folder"),
@@ -162,6 +157,20 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
 def test_hidden_files_are_not_ours(root: Path) -> None:
     (root / "step-00000002" / ".nfs0001").touch()
     assert find_latest(root) == (root / "step-00000002", [])
+
+
+def test_surplus_files_are_ignored_and_said(root: Path) -> None:
+    newest = root / "step-00000002"
+    shutil.copy(newest / SHARD, newest / "rank-00002-00000.safetensors")
+    (newest / "notes.txt").write_text("the good one")
+    (newest / "plots").mkdir()
+    for found, (warning,) in (find_latest(root), find_named(newest)):
+        assert found == newest and same(open_checkpoint(found), NEW)
+        assert "also holds notes.txt, plots, rank-00002-00000.safetensors: not of the checkpoint" in warning
+    (newest / "z").symlink_to("nowhere")
+    assert "rank-00002-00000.safetensors and 1 more" in find_latest(root)[1][0]
+    save(root, 3, NEW, dp=2)
+    assert find_named(newest)[0] == newest and (newest / "notes.txt").exists()
 
 
 def test_any_flipped_bit_of_the_manifest_is_seen(root: Path) -> None:

@@ -90,23 +90,33 @@ def test_only_the_owner_can_read(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_keeps_the_last_and_drops_an_abandoned_future(tmp_path: Path) -> None:
+def test_keeps_the_last_and_puts_an_abandoned_future_aside(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, NEW)
     assert names(tmp_path) == {"step-00000002", "step-00000003", "latest"}
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
     (tmp_path / "step-99999999").mkdir()  # as a damaged one, from which the run could not resume
     save(tmp_path, 100000001, NEW)  # one digit more than the others
-    save(tmp_path, 4, OLD, keep_last=1)
-    assert names(tmp_path) == {"step-00000004", "latest"}
+    said: list[str] = []
+    save(tmp_path, 4, OLD, keep_last=1, say=said.append)
+    left = {"step-99999999.aside-1", "step-100000001.aside-1"}
+    assert names(tmp_path) == {"step-00000004", "latest", *left}
     assert same(open_checkpoint(tmp_path / "step-00000004"), OLD)
+    assert same(open_checkpoint(tmp_path / "step-100000001.aside-1"), NEW)
+    assert len(said) == 2 and all("went back, and has saved step 4 since" in text for text in said)
+    assert {name for name in left for text in said if f"is kept as {name}" in text} == left
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+def test_saving_a_step_again_keeps_both(tmp_path: Path) -> None:
+    """A run does so only after it went back: what it left may be what someone wants."""
     save(tmp_path, 5, OLD, tp=2)
     assert save(tmp_path, 5, NEW) == [tmp_path / "step-00000005"]
-    assert names(tmp_path) == {"step-00000005", "latest"}
+    assert names(tmp_path) == {"step-00000005", "step-00000005.aside-1", "latest"}
     assert same(open_checkpoint(tmp_path / "step-00000005"), NEW)
+    assert same(open_checkpoint(tmp_path / "step-00000005.aside-1"), OLD)
+    save(tmp_path, 5, OLD)
+    assert same(open_checkpoint(tmp_path / "step-00000005.aside-2"), NEW)
+    assert find_latest(tmp_path) == (tmp_path / "step-00000005", [])
 
 
 def test_writes_that_take_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +138,7 @@ def test_a_replaced_checkpoint_without_an_heir_counts(tmp_path: Path) -> None:
     save(tmp_path, 2, NEW, pieces=pieces)
     assert names(tmp_path) == {"step-00000001.old", "step-00000002", "latest"}
     save(tmp_path, 1, NEW, pieces=pieces_of)
-    assert names(tmp_path) == {"step-00000001", "latest"}
+    assert names(tmp_path) == {"step-00000001", "step-00000001.aside-1", "step-00000002.aside-1", "latest"}
     assert same(open_checkpoint(tmp_path / "step-00000001"), NEW)
 
 

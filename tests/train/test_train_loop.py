@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +15,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llm.checkpoint.reader import open_checkpoint
+from llm.checkpoint.reader import find_latest, open_checkpoint
 from llm.config import PhaseChange, RunConfig
 from llm.config.phases import consumed_samples
 from llm.config.sections import CheckpointConfig, LoggingConfig
 from llm.data.batch import Batch, Step
+from llm.errors import CheckpointError
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import documents_of
 from llm.train.build import build_engine
 from llm.train.engines.base import micro_batch
 from llm.train.feed import Feed
-from llm.train.loop import train
+from llm.train.loop import Trainer, train
 from llm.train.run_folder import RunFolder
 from llm.train.start import Run
 from pool import RankPool
@@ -114,6 +116,36 @@ class MadeUpCorpora:
 class MadeUpRun(Run):
     def validation_batches(self) -> Any:
         return iter([micro_batch(made_up_batch(range(2), 16), CPU)])
+
+
+def spoil_a_moment(trainer: Trainer) -> None:
+    """One of the numbers that this rank alone keeps, as a bit flip leaves it, after its step."""
+    if trainer.run.step == 4 and trainer.run.mesh.rank == trainer.run.mesh.world_size - 1:
+        next(iter(trainer.engine.optimizer.state.values()))["exp_avg"].view(-1)[0] = math.nan
+
+
+def spoil_a_weight(trainer: Trainer) -> None:
+    """Of the forward pass, alike on all ranks; not of the masters, which are saved."""
+    if trainer.run.step == 4:
+        trainer.engine.local_weight("blocks.0.norm_1.weight").view(-1)[0] = math.nan
+
+
+def stopped(config: RunConfig, root: Path, step: int, spoil: Callable[[Trainer], None]) -> tuple[str, str]:
+    """As `trained`, with a fault after each step: the error that ends the run on this rank. Collective."""
+    healthy = Trainer.step
+
+    def faulty(trainer: Trainer) -> Any:
+        result = healthy(trainer)
+        spoil(trainer)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", faulty)
+        try:
+            trained(config, root, step)
+        except (CheckpointError, FloatingPointError) as error:
+            return type(error).__name__, str(error)
+    return "", ""
 
 
 def lines(root: Path, name: str = "run") -> list[dict[str, Any]]:
@@ -211,3 +243,37 @@ def test_no_layout_changes_a_run_with_phases_and_documents(
         assert found == pytest.approx(expected, abs=1e-5, rel=1e-4 if quantity == "grad_norm" else 0)
     ranks = 1 if name == "tp2-sp" else 2
     assert [line["skipped_samples"] for line in steps(tmp_path)] == [step * (2 * ranks - 1) for step in range(1, 7)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("spoil", [spoil_a_moment, spoil_a_weight])
+def test_what_is_not_finite_rotates_no_good_checkpoint_out(
+    spoil: Callable[[Trainer], None], ranks: int, one_rank: RankPool, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """Started again and again with keep_last=1; of two ranks, one alone has the number that is not finite."""
+    pool = one_rank if ranks == 1 else two_ranks
+    made = config(parallel=dict(zero_stage=2), train=dict(eval_interval=2))
+    made = replace(made, checkpoint=CheckpointConfig(interval=2, keep_last=1))
+    folder = tmp_path / "run/checkpoints"
+    for start in (0, 2, 2):
+        results = pool.run(stopped, made, tmp_path, start, spoil)
+        (kind, message) = results[0]
+        assert results == [(kind, message)] * ranks
+        assert f"the last good checkpoint is {folder / 'step-00000002'}" in message
+        if spoil is spoil_a_moment:
+            assert kind == "CheckpointError" and f"step 4 is not saved: rank {ranks - 1} has values of" in message
+            assert "(exp_avg) that are not finite" in message
+        else:
+            assert kind == "FloatingPointError" and "step 4: validation loss nan" in message
+            assert lines(tmp_path)[-1]["val_loss"] == "nan"
+        assert {path.name for path in folder.iterdir()} == {"step-00000002", "latest"}
+        assert find_latest(folder) == (folder / "step-00000002", [])
+    assert pool.run(trained, made, tmp_path, 2) == [True] * ranks
+    assert {path.name for path in folder.iterdir()} == {"step-00000006", "latest"}
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(one_rank: RankPool, tmp_path: Path) -> None:
+    made = replace(config(), checkpoint=CheckpointConfig(interval=3))
+    ((kind, message),) = one_rank.run(stopped, made, tmp_path, 0, spoil_a_weight)
+    assert kind == "FloatingPointError" and "step 5: loss nan" in message
+    assert f"the last good checkpoint is {tmp_path / 'run/checkpoints/step-00000003'}: lower optim.lr" in message

@@ -281,7 +281,7 @@ def test_the_step_that_is_asked_for_is_found(tmp_path: Path) -> None:
     assert find_step(tmp_path, None) == (None, [])
     put(tmp_path, [2, 4, 6])
     assert [found(tmp_path, step) for step in (None, 2, 4, 6)] == [6, 2, 4, 6]
-    assert "those beyond step 2 are deleted; there are 2, 4, 6" in find_step(tmp_path, 2)[1][0]
+    assert "those beyond step 2 are put aside; there are 2, 4, 6" in find_step(tmp_path, 2)[1][0]
     assert find_step(tmp_path, 6)[1] == []
     with pytest.raises(InputError, match=r"resume_step is 3; expected a step of a checkpoint in .*: 2, 4, 6$"):
         find_step(tmp_path, 3)
@@ -300,7 +300,7 @@ def test_a_damaged_checkpoint_is_not_replaced_by_another(tmp_path: Path) -> None
 def test_a_run_that_went_back_keeps_what_it_has_done_since(tmp_path: Path) -> None:
     """A crash loop: the same resume_step at every start."""
     put(tmp_path, [2, 4, 6])
-    put(tmp_path, [3], resume_step=2)  # deletes the later ones
+    put(tmp_path, [3], resume_step=2)  # puts the later ones aside
     assert found(tmp_path, 2) == 3 and "before and now goes on; to go back again" in find_step(tmp_path, 2)[1][0]
     put(tmp_path, [5, 7], resume_step=2)
     assert [found(tmp_path, step) for step in (2, 3, 5)] == [7, 3, 5]
@@ -361,7 +361,9 @@ def test_a_run_goes_back_and_a_copied_checkpoint_is_the_same_start(one_rank: Ran
     ]
     second = losses(tmp_path, "a")
     assert second[:3] == first[:3] and second[3:] != first[3:] and len(second) == 6
-    assert sorted(path.name[-1] for path in (tmp_path / "runs/a/checkpoints").glob("step-*")) == ["2", "4", "6"]
+    names = sorted(path.name for path in (tmp_path / "runs/a/checkpoints").glob("step-*"))
+    left = ["step-00000004.aside-1", "step-00000006.aside-1"]
+    assert names == sorted(["step-00000002", "step-00000004", "step-00000006", *left])
     one_rank.run(go, back, tmp_path)  # the run is complete: it does not go back each time
     assert losses(tmp_path, "a") == second
     (said,) = one_rank.run(go, replace(other, name="b"), tmp_path)
