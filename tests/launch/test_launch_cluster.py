@@ -29,7 +29,7 @@ def lint(*command: str | Path) -> None:
     "path", [*sorted((ROOT / "launch").glob("*.sh")), CLUSTER / "slurm.sbatch"], ids=lambda p: p.name
 )
 def test_shell_scripts(path):
-    lint(BIN / "shellcheck", path)
+    lint(BIN / "shellcheck", "--external-sources", f"--source-path={ROOT}", path)
 
 
 def test_dockerfile():
@@ -96,7 +96,8 @@ def torchrun_options(checkout: Path, **environ: str) -> str:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     script = f" {checkout}/launch/pretrain.py --config a b.yaml\n"
-    return out.removeprefix("python -m torch.distributed.run ").removesuffix(script)
+    stops = " --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 40"
+    return out.removeprefix("python -m torch.distributed.run ").removesuffix(stops + script)
 
 
 def test_torchrun_in_a_pod(checkout):
