@@ -29,6 +29,7 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
     """
     protect_streams()
     if stop is not None:
+        stop.start = os.environ.get("INGOT_START")
         stop.listen()
     done = watch_launcher(stop)
     ranks = None

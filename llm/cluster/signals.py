@@ -35,6 +35,8 @@ class Stop:
         self.clock, self.leave = clock, leave
         self.started = clock()
         self.reason, self.deadline = 0, math.inf
+        self.start: str | None = None
+        """What launch/relay.sh calls this start, and looks for in the record of a stop."""
         self.signalled: float | None = None
 
     def limit(self, minutes: float | None) -> None:

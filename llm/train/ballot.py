@@ -6,7 +6,6 @@ begins after its backward pass and is read after the update, behind which it hid
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,8 +20,6 @@ from llm.parallel.agreement import exchange, together
 from llm.train.run_folder import RunFolder
 
 T = TypeVar("T")
-# Set by launch/relay.sh, which looks for its value in the record of a stop.
-START = "INGOT_START"
 
 
 class Ballot:
@@ -69,9 +66,9 @@ class Ballot:
 
     def leave_if_asked(self, folder: RunFolder, step: int | None) -> None:
         """Vote; for a stop, record it in the run's folder, say it, and raise Stopped; step: the last that is saved."""
-        if not self.vote():
+        if self.stop is None or not self.vote():
             return
-        starts = exchange(os.environ.get(START), self.group)
+        starts = exchange(self.stop.start, self.group)
         reason = REASONS[self.agreed]
         what = "before it trained" if step is None else f"after step {step}, which is saved"
 
