@@ -9,17 +9,20 @@
 #              without a password, and the same checkout at the same path on every host, without a space in it
 # MASTER_ADDR  address of the first host, by default what `hostname -I` prints first there
 # MASTER_PORT  a port that is free on the first host, by default 29500
+#
+# SIGTERM, SIGINT and SIGUSR1 stop the run: it is saved, and the exit code is 75.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 [[ -d "$root/.venv/bin" ]] && PATH="$root/.venv/bin:$PATH"
 [[ $# == 0 || " $* " == *" --help "* ]] && exec python "$root/launch/pretrain.py" "$@" # without the launcher's imports
+# shellcheck source=launch/relay.sh
+source "$root/launch/relay.sh"
 
 options=(--log_level error --master_port "${MASTER_PORT:-29500}")
 if [[ -z "${HOSTFILE:-}" ]]; then
   gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) || gpus=0
   options+=(--hostfile /dev/null --num_gpus "${RANKS:-$((gpus > 0 ? gpus : 2))}")
-  set -x
-  exec python -m deepspeed.launcher.runner "${options[@]}" "$root/launch/pretrain.py" "$@"
+  relay 2 python -m deepspeed.launcher.runner "${options[@]}" "$root/launch/pretrain.py" "$@"
 fi
 
 # DeepSpeed would hand anything in the hostfile, the exported variables and the arguments to a shell.
@@ -29,19 +32,4 @@ python "$root/launch/check_hostfile.py" "$HOSTFILE" "$@" >"$hosts"
 options+=(--hostfile "$hosts" --launcher_args=-b) # -b: an interrupt ends pdsh at once
 [[ -n "${MASTER_ADDR:-}" ]] && options+=(--master_addr "$MASTER_ADDR")
 
-# A runner that is killed leaves pdsh behind, and with it every host at work. So it gets a process
-# group (set -m); whatever is left of that when the runner has ended is ended too.
-set -m
-set -x
-python -m deepspeed.launcher.runner "${options[@]}" "$root/launch/pretrain.py" "$@" </dev/null &
-{ set +x; } 2>/dev/null
-runner=$!
-trap 'kill -TERM "$runner"' HUP INT TERM
-code=0
-wait "$runner" || code=$?
-while ((code > 128)) && kill -0 "$runner" 2>/dev/null; do # a signal came: the runner is told, wait on
-  code=0
-  wait "$runner" || code=$?
-done
-kill -INT -- "-$runner" 2>/dev/null || true
-exit "$code"
+relay 0 python -m deepspeed.launcher.runner "${options[@]}" "$root/launch/pretrain.py" "$@"

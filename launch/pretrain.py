@@ -2,7 +2,7 @@
 
 The same script runs under `torchrun`, `mpirun`, `srun` and plain `python`. `--help` lists every setting. With
 `--prepare`, rank 0 first does what launch/prepare_data.py does, where that is not done, and the others wait for it.
-Paths count from the folder that you are in. Exit codes: 0 finished, 2 wrong config or input, 1 anything else.
+Paths count from the folder you are in. Exit codes: 0 finished, 75 stopped and saved, 2 wrong input, 1 anything else.
 """
 
 import sys
@@ -16,8 +16,9 @@ import shlex
 from llm.cluster.preflight import check_machine
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.cluster.script import run_script
+from llm.cluster.signals import Stop
 from llm.config.parse import parse_config
-from llm.errors import InputError, require
+from llm.errors import require
 
 START = """no config is given; a first run, of minutes on two CPU cores:
   python {0}/pretrain.py --config {0}/configs/tiny-cpu.yaml --prepare
@@ -27,7 +28,7 @@ Or prepare data once, and train with several processes:
 All settings: python {0}/pretrain.py --help"""
 
 
-def pretrain(ranks: Ranks) -> None:
+def pretrain(ranks: Ranks, stop: Stop) -> None:
     """One run on this rank: what is cheap to check, then the ranks meet, train, and rank 0 reports."""
     argv, place = strip_local_rank(sys.argv[1:]), Path(sys.argv[0]).parent
     require(bool(argv), START.format(shlex.quote(str(place))))
@@ -36,18 +37,17 @@ def pretrain(ranks: Ranks) -> None:
     prepare, words = "--prepare" in argv, [word for word in argv if word != "--prepare"]
     config = parse_config(words, prog="pretrain.py")
     config.check_world(ranks.world_size)
+    stop.limit(config.train.max_minutes)
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if ranks.launcher == "python" and tasks != "1":
         print(f"note: one process, in a Slurm job of {tasks} tasks; start with srun for all of them", file=sys.stderr)
     check_machine(engine=config.train.engine, loader=config.data.loader, environ=os.environ)
-    from llm.data.corpora import unprepared
+    from llm.data.corpora import require_prepared
     from llm.train.run_folder import RUNS, RunFolder
 
     folder, steps = RunFolder(RUNS, config.name), config.train.max_steps
-    if not prepare and not folder.has(steps) and (missing := unprepared(config)):
-        command = shlex.join(["python", str(place / "prepare_data.py"), *words])
-        found = f"the data is not prepared: there is no {missing[0].absolute()}"
-        raise InputError(f"{found}; add --prepare to this command, or run {command}")
+    if not prepare and not folder.has(steps):
+        require_prepared(config, shlex.join(["python", str(place / "prepare_data.py"), *words]))
     export(ranks, os.environ)
 
     import torch
@@ -62,7 +62,7 @@ def pretrain(ranks: Ranks) -> None:
     lock = folder.claim() if lead else None
     with folder.undone_on_failure(folder.nonce() if lead else ""):
         initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
-        run = start(config, device, print if lead else lambda text: None, prepare=prepare)
+        run = start(config, device, print if lead else lambda text: None, prepare=prepare, stop=stop)
     if run is not None:
         train(run)
         run.engine.close()
@@ -77,4 +77,4 @@ def pretrain(ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    run_script(pretrain)
+    run_script(pretrain, Stop())

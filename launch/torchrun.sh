@@ -11,10 +11,14 @@
 # MASTER_ADDR  address of host 0
 # MASTER_PORT  a port that is free on host 0, by default 29500
 # PET_*        torchrun's own, as Kubeflow sets them: they replace all of these
+#
+# SIGTERM, SIGINT and SIGUSR1 stop the run: it is saved, and the exit code is 75, on every host.
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 [[ -d "$root/.venv/bin" ]] && PATH="$root/.venv/bin:$PATH"
 [[ $# == 0 || " $* " == *" --help "* ]] && exec python "$root/launch/pretrain.py" "$@" # without the launcher's imports
+# shellcheck source=launch/relay.sh
+source "$root/launch/relay.sh"
 
 gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) || gpus=0
 options=(--nproc_per_node "${PET_NPROC_PER_NODE:-${RANKS:-$((gpus > 0 ? gpus : 2))}}")
@@ -34,5 +38,6 @@ else
   options+=(--standalone)
 fi
 
-set -x
-exec python -m torch.distributed.run "${options[@]}" "$root/launch/pretrain.py" "$@"
+# For signals that reach torchrun itself, which SIGUSR1 would kill.
+options+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$save_seconds")
+relay 1 python -m torch.distributed.run "${options[@]}" "$root/launch/pretrain.py" "$@"

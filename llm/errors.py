@@ -37,6 +37,10 @@ class RendezvousError(RuntimeError):
     """The ranks did not all meet at MASTER_ADDR:MASTER_PORT in time (exit code 1)."""
 
 
+class Stopped(Exception):
+    """All ranks have agreed to stop, and saved (llm/train/ballot.py); exit code 75: the same command goes on."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise InputError(message) unless `condition` holds."""
     if not condition:

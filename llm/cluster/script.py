@@ -7,30 +7,38 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from llm.cluster.preflight import provide_home
-from llm.cluster.ranks import Ranks, discover_ranks
+from llm.cluster.ranks import discover_ranks
+from llm.cluster.signals import Stop
 from llm.cluster.watchdog import watch_launcher
-from llm.errors import Agreed, CheckpointError, InputError, ReadError, RendezvousError, ReplicaError
+from llm.errors import Agreed, CheckpointError, InputError, ReadError, RendezvousError, ReplicaError, Stopped
 from llm.sinks import protect_streams
 
 PATIENCE_SECONDS = 10.0
 
 
-def run_script(action: Callable[[Ranks], None]) -> None:
-    """Run `action` on this rank, watched; if it fails, say why and end the process.
+def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
+    """Run `action(ranks)`, or `action(ranks, stop)`, on this rank, watched; if it fails, say why and end the process.
 
     What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0,
     what one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too. Exit
-    codes: 2 for an InputError, 1 for anything else.
+    codes: 2 for an InputError, 75 for Stopped (0 under torchrun, which starts again what ends with another code), 1 for
+    anything else. stop: is asked by signals and the launcher's death; None: they end the process.
     """
     protect_streams()
-    done = watch_launcher()
+    if stop is not None:
+        stop.start = os.environ.get("INGOT_START")
+        stop.listen()
+    done = watch_launcher(stop)
     ranks = None
     try:
         provide_home()
         ranks = discover_ranks(os.environ)
-        action(ranks)
+        action(ranks) if stop is None else action(ranks, stop)
+    except Stopped:
+        _leave(0 if ranks is not None and ranks.launcher == "torchrun" else 75)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and the process ends
         shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReadError, ReplicaError))
         if not shared and not isinstance(error, (InputError, RendezvousError)):
@@ -39,11 +47,15 @@ def run_script(action: Callable[[Ranks], None]) -> None:
             if ranks is not None and ranks.rank and (shared or ranks.local_rank):
                 time.sleep(PATIENCE_SECONDS)  # a launcher ends all ranks once one has gone: not the one that tells
             print(f"error: {error}", file=sys.stderr)
-        # Not sys.exit: tearing down a process group would wait for ranks that may be gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, InputError) else 1)
+        _leave(2 if isinstance(error, InputError) else 1)
     done.set()  # only the exit is left
+
+
+def _leave(code: int) -> NoReturn:
+    # Not sys.exit: tearing down a process group would wait for ranks that may be gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_alone(action: Callable[[list[str]], None]) -> None:

@@ -1,4 +1,4 @@
-"""Ranks end themselves when their launcher dies.
+"""Ranks end themselves when their launcher dies; a run that trains saves first.
 
 `kill -9` of `deepspeed` leaves its child `deepspeed.launcher.launch` and all ranks running, with nobody to stop them
 and the GPUs taken. So each rank watches the processes that started it. A thread polls: it is visible, needs no signal,
@@ -16,9 +16,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from llm.cluster.signals import LAUNCHER_DIED, Stop
+
 POLL_SECONDS = 1.0
+SAVE_SECONDS = 30.0
 PROC = Path("/proc")
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "ash"}
+SCRIPTS = ("launch/deepspeed.sh", "launch/torchrun.sh")
 PROGRAMS = {
     *("deepspeed", "deepspeed.pt", "torchrun", "torchrun.exe"),
     *("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "orted", "prterun", "prte", "prted"),
@@ -62,10 +66,10 @@ def _program(process: Process) -> str:
 
 
 def is_launcher(argv: Sequence[str]) -> bool:
-    """Whether a command line is that of deepspeed, torchrun, an MPI launcher or a Slurm step."""
+    """Whether a command line is that of deepspeed, torchrun, one of SCRIPTS, an MPI launcher or a Slurm step."""
     # slurmstepd and sshd write a title over their command line: "slurmstepd: [1234.0]".
     program = argv[0].split(":")[0].split("/")[-1]
-    if program in PROGRAMS:
+    if program in PROGRAMS or (program in SHELLS and argv[1:] and argv[1].endswith(SCRIPTS)):
         return True
     if not program.startswith(("python", "pypy")):
         return False
@@ -117,9 +121,10 @@ def lost(chain: Sequence[Process], proc: Path = PROC) -> Process | None:
     return None
 
 
-def watch_launcher() -> threading.Event:
+def watch_launcher(stop: Stop | None = None) -> threading.Event:
     """From now until the event is set: end this process, with exit code 1, when its launcher has died.
 
+    With `stop`, ask for the stop, and end the process only if it is still there SAVE_SECONDS later.
     Call it first in the launch script: a launcher that dies before this call is noticed only when it is DeepSpeed's.
     Plain `python` starts no thread. Without /proc (macOS) the parent is watched, whatever it is.
     """
@@ -131,11 +136,15 @@ def watch_launcher() -> threading.Event:
 
     def watch() -> None:
         while not done.wait(POLL_SECONDS):
-            if os.getppid() != parent:
-                _end(f"process {parent}, which started this one,")
-            process = lost(chain)
+            process, who = lost(chain), f"process {parent}, which started this one,"
             if process is not None:
-                _end(f"the launcher (process {process.pid}: {' '.join(process.argv)[:80]})")
+                who = f"the launcher (process {process.pid}: {' '.join(process.argv)[:80]})"
+            elif os.getppid() == parent:
+                continue
+            if stop is not None:
+                stop.ask(LAUNCHER_DIED)
+                done.wait(SAVE_SECONDS)
+            _end(who)
 
     if chain or not has_proc:
         threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

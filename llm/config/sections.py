@@ -279,6 +279,8 @@ class TrainConfig:
     """Samples per rank in one forward pass; the rest of the step's share is accumulated."""
     max_steps: int = 1000
     """Optimizer steps in the run."""
+    max_minutes: float | None = None
+    """The run saves and ends, with exit code 75, so many minutes after its start; null: only when it is finished."""
     eval_interval: int = 100
     """Steps between validations; there is always one after the last step."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
@@ -301,7 +303,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_at_least(1, "train.", self, "global_batch_size", "micro_batch_size", "max_steps", "eval_interval")
         check_at_least(1, "train.", self, "checkpoint_every")
-        check_at_least(0, "train.", self, "z_loss", "guard_interval")
+        check_at_least(0, "train.", self, "z_loss", "guard_interval", "max_minutes")
         require(
             self.checkpoint_every == 1 or self.activation_checkpointing != "none",
             f"train.checkpoint_every is {self.checkpoint_every} and train.activation_checkpointing is none; "

@@ -161,6 +161,13 @@ def unprepared(config: RunConfig) -> list[Path]:
     return missing
 
 
+def require_prepared(config: RunConfig, command: str) -> None:
+    """Raise InputError, which tells of `command`, unless the data is prepared."""
+    missing = unprepared(config)
+    found = f"the data is not prepared: there is no {missing[0].absolute()}" if missing else ""
+    require(not missing, f"{found}; add --prepare to this command, or run {command}")
+
+
 def _folder(config: RunConfig, name: str) -> Path:
     """Where the corpus `name` of a config lies."""
     return copy_folder(config, name) if is_url(name) else Path(name)

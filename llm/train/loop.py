@@ -14,33 +14,41 @@ from llm.train.start import Run
 
 
 def train(run: Run) -> None:
-    """Train from `run.step` to the last step: report, guard, validate and save as the config says. Collective.
+    """Train from `run.step` to the last step: report, validate, guard and save as the config says. Collective.
 
+    Raises Stopped when a stop was asked for and agreed on before the last step, all that was done being saved.
     Raises FloatingPointError (see Trainer.step), ReplicaError (see Trainer.guard), and CheckpointError when a
     checkpoint cannot be written.
     """
-    trainer, config = Trainer(run), run.config
+    trainer, config, ballot = Trainer(run), run.config, run.ballot
     reporter = trainer.reporter
 
     def due(interval: int) -> bool:
         return run.step % interval == 0 or run.step == config.train.max_steps
 
     with reporter.console, reporter.metrics:
-        while run.step < config.train.max_steps:
+        if run.validation_due:
+            trainer.validate()
+            reporter.restart_clock()
+        while run.step < config.train.max_steps and not ballot.agreed:
             loss, lr, grad_norm = trainer.step()
+            if run.step == config.train.max_steps:
+                ballot.close()
             if due(config.logging.interval):
                 reporter.step(loss, lr, grad_norm)
-            validating, saving = due(config.train.eval_interval), due(config.checkpoint.interval)
+            validating = due(config.train.eval_interval)
+            left_out = validating and (ballot.agreed > 0 or not trainer.validate())
+            saving = due(config.checkpoint.interval) or ballot.agreed > 0
             # What is saved was compared: else a checkpoint could keep what a failing rank wrote.
             guarding = config.train.guard_interval > 0 and (saving or due(config.train.guard_interval))
             if guarding:
                 trainer.guard()
-            if validating:
-                trainer.validate()
             if saving:
-                trainer.save()
+                trainer.save(validation_due=left_out)
+                ballot.vote()
             if guarding or validating or saving:
                 reporter.restart_clock()
+    ballot.leave_if_asked(run.folder, run.step)
     trainer.feed.close()
 
 
@@ -61,7 +69,9 @@ class Trainer:
         self.engine.set_lr(lr)
         micro_batches, target_count = self.feed.next_step()
         loss = self.engine.forward_backward(micro_batches, target_count)
+        run.ballot.begin()
         grad_norm, skipped = self.engine.step()
+        run.ballot.end()
         run.step += 1
         if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise diverged(run.step, f"loss {loss}, gradient norm {grad_norm}", run.folder.checkpoints)
@@ -75,17 +85,25 @@ class Trainer:
         for finding in findings:
             self.reporter.say(f"warning: step {self.run.step}: {finding}")
 
-    def validate(self) -> None:
-        """Report the validation loss; FloatingPointError, on every rank, when it is not finite: so nothing is saved."""
-        total, count = self.engine.evaluate(self.run.validation_batches())
+    def validate(self) -> bool:
+        """Whether it was not left for a stop, which is asked for after each batch.
+
+        Raises FloatingPointError, on every rank, when the loss is not finite: so nothing is saved.
+        """
+        total, count = self.engine.evaluate(self.run.ballot.until_stopped(self.run.validation_batches()))
+        if self.run.ballot.agreed:
+            return False
         loss = total / count
         self.reporter.validation(loss)
         if not math.isfinite(loss):
             raise diverged(self.run.step, f"validation loss {loss}", self.run.folder.checkpoints)
+        return True
 
-    def save(self) -> None:
+    def save(self, *, validation_due: bool = False) -> None:
+        """validation_due: that of this step was left for a stop, so the next start begins with it."""
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
         state = checkpoint_state(run.config, run.corpora, run.step, skipped_samples, scalars)
+        state |= {"validation_due": True} if validation_due else {}
         kept, say = run.config.checkpoint, self.reporter.say
         path = write_checkpoint(
             run.folder.checkpoints, run.step, self.engine.state_pieces(), state,

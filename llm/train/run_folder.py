@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from llm import files, locks
-from llm.errors import InputError, require
+from llm.errors import InputError, Stopped, require
 
 RUNS = Path("runs")
 # A run that was just killed may have ranks that are still ending.
@@ -35,6 +35,8 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer.json"
         self.kernels = self.path / "kernels.json"
         """What train.impl=auto has measured (llm/train/choice.py)."""
+        self.stopped = self.path / "stopped.json"
+        """Why and after which step the last start was stopped, and INGOT_START of its ranks; none if it was not."""
 
     def claim(self) -> FileLock:
         """Rank 0, before the ranks meet: `create`, `lock` and `share_nonce`; returns what holds the lock.
@@ -57,10 +59,13 @@ class RunFolder:
     def undone_on_failure(self, nonce: str) -> Iterator[None]:
         """Remove what a start has made, if it fails: by each rank, for a launcher may kill the others at once.
 
-        nonce: that of the start. A folder that was there before stays, and so does one that another start has claimed.
+        A start that was stopped has not failed. nonce: that of the start. A folder that was there before stays, and so
+        does one that another start has claimed.
         """
         try:
             yield
+        except Stopped:
+            raise
         except BaseException:
             _, _, made = nonce.partition(" ")
             with suppress(OSError):  # another rank was faster, or has begun another run

@@ -8,24 +8,27 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TextIO
 
 import torch
 
 from llm.checkpoint.reader import CheckpointReader, open_agreed
+from llm.cluster.signals import Stop
 from llm.config import RunConfig
 from llm.config.parse import to_yaml
 from llm.config.phases import consumed_samples
 from llm.data.corpora import Corpora, unprepared
 from llm.data.loader import open_loader, validation_batches
 from llm.data.prepare.console import prepare_all
+from llm.errors import Stopped
 from llm.files import write_json
 from llm.model.forms import Forms
 from llm.parallel.agreement import broadcast, lead_first, together
 from llm.parallel.mesh import Mesh
+from llm.train.ballot import Ballot
 from llm.train.build import build_engine
 from llm.train.checks import check_kernels, check_tokenizer, repetitions
 from llm.train.choice import forms_of
@@ -51,6 +54,9 @@ class Run:
     """Steps that are done."""
     feed: Feed
     engine: Engine
+    ballot: Ballot = field(default_factory=Ballot)
+    validation_due: bool = False
+    """That after `step` was left for a stop."""
 
     @property
     def lead(self) -> bool:
@@ -63,10 +69,18 @@ class Run:
         return (micro_batch(batch, self.device, rows) for batch, rows in batches)
 
 
-def start(config: RunConfig, device: torch.device, say: Callable[[str], None], *, prepare: bool = False) -> Run | None:
+def start(
+    config: RunConfig,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    prepare: bool = False,
+    stop: Stop | None = None,
+) -> Run | None:
     """Check, open the data, resume; None when every step is done, for which no data is needed. Collective.
 
-    prepare: the data too, first, where that is not done. Whatever is wrong with the request raises Agreed on every
+    prepare: the data too, first, where that is not done. stop: raises Stopped between any two of these when a rank was
+    asked, and is asked by the run as it trains. Whatever is wrong with the request raises Agreed on every
     rank, and then the run's folder is as rank 0 found it before `RunFolder.claim`.
     """
     mesh = Mesh.create(config.parallel, device.type)
@@ -74,6 +88,9 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None], *
     nonce = broadcast(together(lambda: folder.nonce() if lead else ""))
     with folder.undone_on_failure(nonce):
         together(lambda: folder.check_nonce(nonce))
+        together(lambda: folder.stopped.unlink(missing_ok=True) if lead else None)
+        ballot = Ballot(stop, config.parallel.timeout_seconds)
+        ballot.leave_if_asked(folder, None)
         together(lambda: check_wandb(config) if lead else None)
         together(lambda: check_kernels(config, device))
         forms, record = forms_of(config, mesh, device, folder.kernels, say)
@@ -85,11 +102,27 @@ def start(config: RunConfig, device: torch.device, say: Callable[[str], None], *
             together(lambda: check_settings(config, checkpoint.state))
             if checkpoint.state["step"] == config.train.max_steps:
                 return None
+        step = None if checkpoint is None else checkpoint.state["step"]
+        ballot.leave_if_asked(folder, step)
         if prepare:
-            lead_first(lambda: say(prepare_all(config)) if unprepared(config) else None)
+            lead_first(lambda: _prepare(config, say, stop) if unprepared(config) else None)
+            ballot.leave_if_asked(folder, step)
         run = _ready(config, folder, mesh, device, checkpoint, forms, say)
+        run.ballot = ballot
+        ballot.leave_if_asked(folder, step)
         together(lambda: write_json(folder.kernels, record._asdict()) if record is not None else None)
         return run
+
+
+def _prepare(config: RunConfig, say: Callable[[str], None], stop: Stop | None) -> None:
+    """Rank 0: prepare the data, or leave that when the stop is asked for."""
+
+    def poll() -> None:
+        if stop is not None and stop.asked():
+            raise Stopped
+
+    with suppress(Stopped):
+        say(prepare_all(config, poll))
 
 
 def _ready(
@@ -123,6 +156,7 @@ def _ready(
     with redirect_stdout(_engine_output(config, folder, mesh.rank, device, say)):
         engine = build_engine(config, mesh, device, checkpoint or weights, forms)
     run = Run(config, folder, corpora, mesh, device, step, feed, engine)
+    run.validation_due = checkpoint is not None and checkpoint.state.get("validation_due", False)
     together(lambda: _write_folder(run) if run.lead else None)
     if checkpoint is not None:
         say(resume_report(saved_config(checkpoint.state), config, step))

@@ -12,6 +12,7 @@ import torch  # noqa: E402
 
 from launch.pretrain import pretrain  # noqa: E402
 from llm.cluster.script import run_script  # noqa: E402
+from llm.cluster.signals import Stop  # noqa: E402
 from llm.train.loop import Trainer  # noqa: E402
 
 healthy_step = Trainer.step
@@ -26,4 +27,4 @@ def step(self: Trainer) -> Any:
 
 if __name__ == "__main__":
     Trainer.step = step
-    run_script(pretrain)
+    run_script(pretrain, Stop())

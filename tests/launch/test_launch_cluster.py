@@ -29,7 +29,7 @@ def lint(*command: str | Path) -> None:
     "path", [*sorted((ROOT / "launch").glob("*.sh")), CLUSTER / "slurm.sbatch"], ids=lambda p: p.name
 )
 def test_shell_scripts(path):
-    lint(BIN / "shellcheck", path)
+    lint(BIN / "shellcheck", "--external-sources", f"--source-path={ROOT}", path)
 
 
 def test_dockerfile():
@@ -96,7 +96,8 @@ def torchrun_options(checkout: Path, **environ: str) -> str:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     script = f" {checkout}/launch/pretrain.py --config a b.yaml\n"
-    return out.removeprefix("python -m torch.distributed.run ").removesuffix(script)
+    stops = " --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 40"
+    return out.removeprefix("python -m torch.distributed.run ").removesuffix(stops + script)
 
 
 def test_torchrun_in_a_pod(checkout):
@@ -141,17 +142,20 @@ def test_slurm_requeues_what_asks_for_it(code, requeued, checkout):
 
 
 @pytest.mark.parametrize(
-    ("answer", "code", "requeued"),
-    [("exit 75", 75, True), ("sleep 0.3; exit 0", 0, False), (None, 138, True)],
-    ids=["saves and asks", "had finished", "does not know the signal"],
+    ("sent", "answer", "code", "requeued"),
+    [
+        ("USR1", "exit 75", 75, True), ("USR1", "sleep 0.3; exit 0", 0, False), ("USR1", None, 138, True),
+        ("TERM", "exit 75", 75, False),
+    ],
+    ids=["saves and asks", "had finished", "does not know the signal", "is cancelled"],
 )  # fmt: skip
-def test_slurm_hands_the_signal_on(answer, code, requeued, checkout):
-    trap = f'trap "{answer}" USR1\n' if answer else ""
+def test_slurm_hands_the_signal_on(sent, answer, code, requeued, checkout):
+    trap = f'trap "{answer}" {sent}\n' if answer else ""
     job = submit(checkout, f"{trap}touch ready\nwhile :; do sleep 0.05; done")
     while not (checkout / "ready").exists():
         assert job.poll() is None
         time.sleep(0.05)
-    job.send_signal(signal.SIGUSR1)
+    job.send_signal(getattr(signal, f"SIG{sent}"))
     out, err = job.communicate(timeout=60)
     assert job.returncode == code, out + err
     assert ("scontrol requeue 7" in out) == requeued

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from llm.checkpoint.reader import find_latest, open_checkpoint
+from llm.cluster.signals import Stop
 from llm.config import PhaseChange, RunConfig
 from llm.config.phases import consumed_samples
 from llm.config.sections import CheckpointConfig, LoggingConfig
@@ -23,6 +24,7 @@ from llm.data.batch import Batch, Step
 from llm.errors import CheckpointError
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import documents_of
+from llm.train.ballot import Ballot
 from llm.train.build import build_engine
 from llm.train.engines.base import micro_batch
 from llm.train.feed import Feed
@@ -86,7 +88,7 @@ def made_up_batch(samples: range, T: int) -> Batch:
     return Batch(tokens.to(torch.uint16), torch.tensor(samples), ids, documents.cu_seqlens, counted.to(torch.uint8))
 
 
-def trained(config: RunConfig, root: Path, step: int = 0) -> bool:
+def trained(config: RunConfig, root: Path, step: int = 0, stop: Stop | None = None) -> bool:
     """Train on this rank of a pool, from a checkpoint if step > 0; whether the loader was closed. Collective."""
     mesh = Mesh.create(config.parallel, "cpu")
     folder = RunFolder(root, config.name)
@@ -98,7 +100,8 @@ def trained(config: RunConfig, root: Path, step: int = 0) -> bool:
     loader, engine = MadeUp(config, mesh, step), build_engine(config, mesh, CPU, reader)
     feed = Feed(loader, CPU, config.train.max_steps - step, mesh.dp_group, skipped_samples=skipped)
     corpora: Any = MadeUpCorpora()
-    run = MadeUpRun(config, folder, corpora, mesh, CPU, step, feed, engine)
+    due = reader is not None and reader.state.get("validation_due", False)
+    run = MadeUpRun(config, folder, corpora, mesh, CPU, step, feed, engine, Ballot(stop), validation_due=due)
     train(run)
     engine.close()
     return loader.closed

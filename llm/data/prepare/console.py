@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,9 +32,17 @@ def progress_bar() -> Iterator[Progress]:
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total or None)
 
 
-def prepare_all(config: RunConfig) -> str:
-    """Copy remote corpora, tokenise data.source, write packing plans, unless that is done; `summary` of data.path."""
-    with progress_bar() as bar:
+def prepare_all(config: RunConfig, poll: Callable[[], object] = lambda: None) -> str:
+    """Copy remote corpora, tokenise data.source, write packing plans, unless that is done; `summary` of data.path.
+
+    poll: called all along; what it raises ends the work, which goes on, or begins anew, at the next call.
+    """
+    with progress_bar() as shown:
+
+        def bar(stage: str, done: int, total: int) -> None:
+            poll()
+            shown(stage, done, total)
+
         fetch_corpora(config, bar)
         manifest = prepare(config, bar)
         write_plans(config, bar)

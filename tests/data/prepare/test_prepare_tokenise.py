@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,17 @@ import numpy as np
 import pytest
 
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from llm.data.corpora import Corpora
+from llm.data.corpora import Corpora, unprepared
 from llm.data.loader import open_loader, validation_batches
 from llm.data.prepare import tokenise as preparing
 from llm.data.prepare.bigram import bigram_loss
+from llm.data.prepare.console import prepare_all
 from llm.data.prepare.tokenise import prepare, split_of
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.folder import data_folder, load_manifest
 from llm.data.tokens.hashes import sampled_hash
 from llm.data.tokens.megatron import read_index
-from llm.errors import InputError
+from llm.errors import InputError, Stopped
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -283,6 +285,24 @@ def test_prepared_data_loads():
     batches = loader.next_step().batches
     loader.close()
     assert [tuple(batch.tokens.shape) for batch in batches] == [(2, 17)] * 2
+
+
+@pytest.mark.parametrize("polls", [0, 1, 2])
+def test_a_preparation_that_is_left_begins_anew(polls: int):
+    config, left = make_config(), iter(range(polls))
+
+    def poll():
+        if next(left, None) is None:
+            raise Stopped
+
+    prepare_all(config)
+    whole = hashes(data_folder(config))
+    shutil.rmtree("data")
+    with pytest.raises(Stopped):
+        prepare_all(config, poll)
+    assert unprepared(config)
+    prepare_all(config)
+    assert hashes(data_folder(config)) == whole
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
