@@ -83,6 +83,12 @@ def test_a_stray_entry_stops_no_save_and_no_resume(tmp_path: Path, stray: Callab
             assert len(kept) == len(set(names) - lost), names
 
 
+def test_an_odd_name_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ODD:
+        (tmp_path / name).mkdir()
+    assert checkpoints(tmp_path) == []
+
+
 def test_only_a_stray_file_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step-00000009").touch()
     assert find_latest(tmp_path) == (None, [])
