@@ -20,7 +20,7 @@ MAX_PARAMETERS = 14
 BUDGETS = {"llm": 13_561, "kernels": 4_300, "csrc": 2_400, "launch": 645, "benchmarks": 4_900}
 MAX_PRODUCT_LINES = 20_946  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
-MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_100
+MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_160
 
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
