@@ -32,4 +32,9 @@ python "$root/launch/check_hostfile.py" "$HOSTFILE" "$@" >"$hosts"
 options+=(--hostfile "$hosts" --launcher_args=-b) # -b: an interrupt ends pdsh at once
 [[ -n "${MASTER_ADDR:-}" ]] && options+=(--master_addr "$MASTER_ADDR")
 
-relay 0 python -m deepspeed.launcher.runner "${options[@]}" "$root/launch/pretrain.py" "$@"
+# The hosts' launchers are not told --log_level: what they log below an error is left out here.
+errors_alone() {
+  trap '' HUP INT TERM USR1
+  exec sed -uE '/\[(DEBUG|INFO|WARNING)\] \[[a-z_]+\.py:/d'
+}
+relay 0 python -m deepspeed.launcher.runner "${options[@]}" "$root/launch/pretrain.py" "$@" > >(errors_alone)

@@ -172,7 +172,7 @@ def test_native_equals_numpy(make_data: MakeData, data: st.DataObject):
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_native_equals_numpy_in_blends_and_phases(make_data: MakeData, tmp_path: Path, data: st.DataObject):
     config = blended(make_data, tmp_path, document_masks=data.draw(st.booleans()))
     dp_size = data.draw(st.sampled_from([1, 3, 64]))

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow  # make fuzz runs it too
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_core_is_clean(tmp_path: Path, sanitizers: str):
     compiler = shutil.which("g++")

@@ -62,7 +62,8 @@ class Checkout:
         """What a command of the README prints; `make pretrain` by its recipe's commands, without a launcher."""
         words = shlex.split(command)
         if words[:2] == ["make", "pretrain"]:
-            words[1:1] = ["-o", "setup", f"BIN={BIN}", "CONFIG=launch/configs/tiny-cpu.yaml", "RANKS=2", "GPUS=0"]
+            own = f"BIN={shlex.quote(str(BIN))}"
+            words[1:1] = ["-o", "setup", own, "CONFIG=launch/configs/tiny-cpu.yaml", "RANKS=2", "GPUS=0"]
             if one_process:
                 recipe = self._run([*words, "-n"]).splitlines()
                 prepare, pretrain = (line[line.index("launch/") :] for line in recipe if "launch/" in line)

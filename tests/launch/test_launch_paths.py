@@ -91,6 +91,23 @@ def test_several_hosts_refuse_a_path_that_a_shell_would_cut(tmp_path: Path) -> N
     assert f"'{place}' has a space" in done.stderr
 
 
+RUNNER = r"""#!/bin/sh
+case "$1" in */launch/check_hostfile.py) exit 0 ;; esac
+printf '%s\n' 'a: [2026-01-01 00:00:00,000] [INFO] [launch.py:162:main] nnodes=1' 'a: step 1' \
+  'a: [2026-01-01 00:00:00,000] [ERROR] [launch.py:335:sigkill_handler] exits with 1' '[INFO] of mine'
+exit 3
+"""
+
+
+def test_several_hosts_show_the_errors_of_their_launchers_alone(checkout: Path) -> None:
+    (checkout / ".venv/bin/python").write_text(RUNNER)
+    environment = {**os.environ, "HOSTFILE": "hosts"}
+    command = [checkout / "launch/deepspeed.sh", "--config", "c.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert [line.split("] ")[-1] for line in done.stdout.splitlines()] == ["a: step 1", "exits with 1", "of mine"]
+
+
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_prepare_then_train_where_paths_have_spaces(tmp_path: Path) -> None:

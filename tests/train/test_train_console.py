@@ -71,7 +71,8 @@ def test_a_known_mfu_comes_with_its_formula_and_skips_are_shown() -> None:
     assert "skipped" not in step_text(RECORD)
 
 
-def test_a_terminal_gets_a_bar() -> None:
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # under TERM=dumb there are no escape sequences
     text = run(FakeTerminal(), 20, seconds=1.0)
     assert "20/20" in text
     assert "00:00" in text

@@ -142,6 +142,9 @@ def _check_folder(config: RunConfig, folder: Path) -> None:
     require(not is_url(config.data.path or ""), f"data.path is {config.data.path}; expected a folder on this machine")
     registered = (folder / FILE_NAME).exists()
     require(not registered, f"{folder} has a {FILE_NAME} already; remove it or set data.path to another folder")
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    require(writable, f"{folder} cannot be made or written, because of {above}; set data.path to another folder")
 
 
 def _manifest_name(folder: Path, path: str) -> str:

@@ -76,6 +76,7 @@ OTHERS = (
 )
 
 
+@pytest.mark.slow
 def test_the_common_others_fit(tmp_path: Path) -> None:
     kernels = {re.split(r"  +", line)[-1].split()[0] for line in compile_for(90, OTHERS, tmp_path)}
     both = {f"{name}_{part}" for name in ("norm", "gelu", "swiglu") for part in ("forward", "backward")}

@@ -102,6 +102,7 @@ def test_ours_failing_exits_1(
     assert "- nanoGPT, rate uint16 T=8: boom" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_real_thing_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--quick", "--rounds", "1", "--only", "(Ingot|gather|nanoGPT) (check|[rs])", "--out", str(tmp_path)]
     assert bench_loader.main(arguments) == 0, capsys.readouterr().out

@@ -128,6 +128,9 @@ def test_what_cannot_be_registered_is_refused():
     write_texts("elsewhere", "b", TEXTS)
     refused("set data.tokenizer to its tokenizer.json", tokenizer="train")
     refused(r"data\.path is s3://x/y; expected a folder on this machine", path="s3://x/y")
+    refused(
+        "elsewhere/a.bin/x/y cannot be made .* because of .*elsewhere/a.bin; set data.path", path="elsewhere/a.bin/x/y"
+    )
     refused("no token file .* is at nothing", "nothing/*.bin")
     refused(r"elsewhere/b\.bin: in both splits", "elsewhere/*.bin")
     Tokenizer.train(["aa"], 258).save(Path("larger.json"))
