@@ -5,6 +5,7 @@ GPU run compiled.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,9 @@ from runs import Workspace, succeeded
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Ignored where pytest was started in a shell's background, and then by every run that a test starts and stops.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if selects_only_gpu(config.option.markexpr):
         return
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -78,8 +78,8 @@ for _ in range(2):
 def test_a_process_stuck_in_c_leaves_at_the_second_signal() -> None:
     command = [sys.executable, "-c", STUCK]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "False\n"
         try:
+            assert process.stdout is not None and process.stdout.readline() == "False\n"
             process.send_signal(TERM)
             time.sleep(0.5)  # 10 s on its clock
             assert process.poll() is None
@@ -92,7 +92,7 @@ def test_a_process_stuck_in_c_leaves_at_the_second_signal() -> None:
 def test_what_a_process_was_started_to_ignore_stays_ignored() -> None:
     command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-c", STUCK]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        ignored = process.stdout.readline()
-        process.kill()
-    assert ignored == "True\n"
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "True\n"
+        finally:
+            process.kill()
