@@ -141,6 +141,8 @@ def check_command(words: list[str], space: Workspace) -> None:
         targets = re.findall(r"^([\w.-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
         given = dict(word.split("=", 1) for word in words if "=" in word)
         assert {word for word in words[1:] if "=" not in word} <= set(targets), words
+        if "pretrain" not in words:
+            return
         script = "launch/pretrain.py"
         words = ["--config", given.get("CONFIG", "launch/configs/tiny-cpu.yaml"), *shlex.split(given.get("ARGS", ""))]
     elif (at := next((i for i, word in enumerate(words) if word.startswith("launch/")), None)) is not None:

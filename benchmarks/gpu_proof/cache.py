@@ -131,15 +131,15 @@ def unpack() -> Record:
     of the keys that do, there and here. Raises FileNotFoundError where nothing was packed.
     """
     renamed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(CACHE) as packed:
-            packed.extractall(folder, filter="data")
-        index = json.loads(Path(folder, INDEX).read_text(encoding="utf-8"))
-        for name, keys in index["kernels"].items():
-            manager = get_cache_manager(hashed(*keys))
-            renamed += hashed(*keys) != name
-            files = {path.name: manager.put(path.read_bytes(), path.name) for path in Path(folder, name).iterdir()}
-            manager.put_group(next(file for file in files if file.endswith(".json")), files)
+    with tarfile.open(CACHE) as packed:  # read, not extracted: its names are looked at below alone
+        contents = {Path(m.name): packed.extractfile(m).read() for m in packed if m.isfile()}  # pyright: ignore
+    index = json.loads(contents[Path(INDEX)])
+    for name, keys in index["kernels"].items():
+        manager = get_cache_manager(hashed(*keys))
+        renamed += hashed(*keys) != name
+        own = {path.name: data for path, data in contents.items() if path.parent == Path(name)}
+        files = {file: manager.put(data, file) for file, data in own.items()}
+        manager.put_group(next(file for file in files if file.endswith(".json")), files)
     there, here = index["compiler"], compiler()
     differs = {part: [there[part], here[part]] for part in here if there[part] != here[part]}
     return {"kernels": len(index["kernels"]), "renamed": renamed, "differs": differs}

@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kernels.gelu import gelu
 from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
-from llm.config import RunConfig
+from llm.config import ModelConfig, RunConfig
 from llm.model.forms import Forms
 from llm.model.layers import DenseLayers
 from llm.train.engines.base import DTYPES
@@ -49,6 +49,11 @@ def candidates(config: RunConfig) -> dict[str, tuple[str, ...]]:
     return {op: forms for op, forms in found.items() if len(forms) > 1 and not absent.get(op, False)}
 
 
+def attention_of(layers: DenseLayers, model: ModelConfig) -> Callable[..., Tensor]:
+    attention = layers.attention(model, 0, 0)
+    return lambda q, k, v, samples: attention((q, k, v), samples)
+
+
 def operation(op: str, config: RunConfig, tp: int, dp: int, device: torch.device) -> Callable[[str], Thunk]:
     """What makes a call of a form of `op`, forward and backward, on tensors that all its forms share."""
     model, train, C, D = config.model, config.train, config.model.d_model, config.model.head_dim
@@ -68,7 +73,7 @@ def operation(op: str, config: RunConfig, tp: int, dp: int, device: torch.device
     rope = partial(rope_qkv, n_kv_head=K, head_dim=D, theta=model.rope_theta)
     norm: dict[str, Any] = dict(bias=model.bias, eps=model.norm_eps, p=0.0, site=0)
     shapes, others, function_of = {
-        "attention": ([(B, T, n, D) for n in (H, K, K)], [samples], lambda layers, form: layers.attention(model, 0, 0)),
+        "attention": ([(B, T, n, D) for n in (H, K, K)], [samples], lambda layers, form: attention_of(layers, model)),
         "rope": ([(B, T, (H + 2 * K) * D)], [positions], lambda layers, form: partial(rope, impl=form)),
         "norm": ([(B, T, C)] * 2, [samples, positions], lambda layers, form: layers.add_norm(model.norm, C, **norm)),
         "activation": ([(B, T, up)], [], lambda layers, form: partial(activation, impl=form)),

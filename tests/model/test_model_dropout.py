@@ -73,7 +73,7 @@ def test_a_training_pass_applies_each_key_once(norm: str, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(layers, name, recorded)
 
-    for name in ("dropout", "attention", "add_layer_norm", "add_rms_norm"):
+    for name in ("dropout", "attention_packed", "add_layer_norm", "add_rms_norm"):
         spy(name)
     model, samples = build("dense", norm), torch.arange(2)
     tokens = torch.zeros(2, T, dtype=torch.long)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.attention import attention
 from llm.config import ModelConfig
 from llm.model.forms import Forms, backend_attention
-from llm.model.layers import DenseLayers
+from llm.model.layers import DenseLayers, Documents
 
 
 def inputs(kv_heads: int) -> list[Tensor]:
@@ -67,18 +67,19 @@ def test_each_operation_has_a_form_of_its_own() -> None:
     assert layers.lm_head(8, 9, None).impl == layers.embedding(9, 8).impl == "torch"
     qkv = inputs(4)
     module = layers.attention(config, 0, 0)
-    assert torch.equal(module(*qkv, torch.arange(2)), backend_attention(*qkv, forms))
+    assert torch.equal(module(qkv, torch.arange(2)), backend_attention(*qkv, forms))
 
 
 def test_a_backend_without_the_options_of_the_call_is_refused() -> None:
     module, (q, k, v) = DenseLayers(forms=Forms(attention="flash")).attention(ModelConfig(), 0, 0), inputs(4)
-    with pytest.raises(AssertionError, match="flash has a causal mask alone"):
-        module(q, k, v, torch.arange(2), torch.tensor([0, 5, 48], dtype=torch.int32))
-    with pytest.raises(AssertionError, match="flash has a causal mask alone"):
-        module(q[:, -1:], k, v, torch.arange(2))
+    documents = Documents(torch.zeros(2, 24, dtype=torch.int64), torch.tensor([0, 5, 48], dtype=torch.int32))
+    with pytest.raises(AssertionError, match="a backend has a causal mask alone"):
+        module((q, k, v), torch.arange(2), documents)
+    with pytest.raises(AssertionError, match="a backend has a causal mask alone"):
+        module((q[:, -1:], k, v), torch.arange(2))
     dropping = DenseLayers(forms=Forms(attention="flash")).attention(replace(ModelConfig(), dropout=0.5), 0, 0)
-    with pytest.raises(AssertionError, match="flash has a causal mask alone"):
-        dropping(q, k, v, torch.arange(2))
+    with pytest.raises(AssertionError, match="a backend has a causal mask alone"):
+        dropping((q, k, v), torch.arange(2))
 
 
 def test_one_form_for_every_operation() -> None:
