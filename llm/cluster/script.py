@@ -45,6 +45,8 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
             traceback.print_exception(error)
         else:
             if ranks is not None and ranks.rank and (shared or ranks.local_rank):
+                if stop is not None:
+                    stop.give_up()
                 time.sleep(PATIENCE_SECONDS)  # a launcher ends all ranks once one has gone: not the one that tells
             print(f"error: {error}", file=sys.stderr)
         _leave(2 if isinstance(error, InputError) else 1)

@@ -58,6 +58,13 @@ class Stop:
             self.ask(TIME_LIMIT)
         return self.reason
 
+    @staticmethod
+    def give_up() -> None:
+        """Let SIGNALS end the process at once again, which has nothing to save. In the main thread."""
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+
     def listen(self) -> None:
         """Let SIGNALS ask from now on, but not those that this process was started to ignore. In the main thread."""
         # Python runs a handler once the main thread is back from C, and a rank may wait in a collective for ever. What
