@@ -37,6 +37,8 @@ class RunFolder:
         """What train.impl=auto has measured (llm/train/choice.py)."""
         self.stopped = self.path / "stopped.json"
         """Why and after which step the last start was stopped, and INGOT_START of its ranks; none if it was not."""
+        self.failed = self.path / "failed.json"
+        """Why the last start failed (llm/cluster/failure.py); none if it did not."""
 
     def claim(self) -> FileLock:
         """Rank 0, before the ranks meet: `create`, `lock` and `share_nonce`; returns what holds the lock.
