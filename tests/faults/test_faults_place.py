@@ -58,7 +58,7 @@ def test_a_job_joins_no_other(launcher: str, whole: dict[str, str], workspace: W
 
 @pytest.mark.slow
 @pytest.mark.row(32)
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_the_clock_jumps_and_logs_vanish(launcher: str, whole: dict[str, str], workspace: Workspace, row: Row) -> None:
     space, name = workspace, f"odd-{launcher}"
     settings = SETTINGS | dict(logging__tensorboard="true", train__max_minutes=30)

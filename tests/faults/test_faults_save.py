@@ -18,35 +18,40 @@ from test_faults_stop import SETTINGS, checkpoints, command, goes_on, log
 Row = Callable[..., None]
 
 
+def fired(space: Workspace) -> int:
+    """How many of its calls have told the fault."""
+    return (space.path / "started.log").read_text().count("fault: ")
+
+
 def faulted(space: Workspace, name: str, launcher: str, fault: str) -> tuple[int, float]:
     """Start a run on a disk with this fault: its exit code, and the seconds from the fault to its end."""
     process = space.start(space.faulty(launcher, "faulty_disk", fault, name=name, **SETTINGS))
     deadline = time.monotonic() + 120
-    while "fault: " not in log(space):
+    while not fired(space):
         assert time.monotonic() < deadline and process.poll() is None, log(space)
         time.sleep(0.01)
-    fired = time.monotonic()
-    return process.wait(timeout=60), time.monotonic() - fired
+    then = time.monotonic()
+    return process.wait(timeout=60), time.monotonic() - then
 
 
-# What makes the call, and what it is the how-many-th of: a rank's own files, or those that rank 0 adds.
+# Before which of its files of a save a rank is killed: rank 0 has four, of which it writes two when all have written.
 IN_A_SAVE = [
     *(("python", f"0 open step-00000200.tmp/ {k} KILL") for k in (1, 2, 3, 4)),
-    *((launcher, f"1 open step-00000200.tmp/ {k} KILL") for launcher in ("torchrun", "deepspeed") for k in (1, 2)),
+    ("torchrun", "1 open step-00000200.tmp/ 1 KILL"),
+    ("torchrun", "0 open step-00000200.tmp/ 3 KILL"),
+    ("deepspeed", "1 open step-00000200.tmp/ 1 KILL"),
 ]
 
 
 @pytest.mark.row(2)
-@pytest.mark.parametrize(
-    "case", slow_but(IN_A_SAVE[2:3], IN_A_SAVE), ids=lambda case: f"{case[0]}-{case[1].split()[3]}"
-)
+@pytest.mark.parametrize("case", slow_but(IN_A_SAVE[2:3], IN_A_SAVE), ids="-".join)
 def test_a_rank_is_killed_in_a_save(
     case: tuple[str, str], whole: dict[str, str], workspace: Workspace, row: Row
 ) -> None:
     launcher, fault = case
-    name = f"in-a-save-{launcher}-{fault.split()[3]}"
+    name = "-".join(["in-a-save", launcher, *fault.split()[0:4:3]])
     code, detected = faulted(workspace, name, launcher, fault)
-    assert code != 0 and log(workspace).count("fault: open of") == 1
+    assert code != 0 and fired(workspace) == 1
     assert checkpoints(workspace, name) == ["step-00000100", "step-00000200.tmp"]
     again = goes_on(workspace, name, whole[launcher], command(workspace, launcher, name=name))
     assert again.step == 100 and checkpoints(workspace, name) == ["step-00000200", "step-00000300"]
@@ -55,7 +60,7 @@ def test_a_rank_is_killed_in_a_save(
 
 @pytest.mark.slow
 @pytest.mark.row(3)
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_rank_0_is_killed_before_it_points_to_the_checkpoint(
     launcher: str, whole: dict[str, str], workspace: Workspace, row: Row
 ) -> None:
@@ -72,9 +77,7 @@ BROKEN = [
     ("python", "0 write step-00000200.tmp/ 1 EIO"),
     ("python", "0 mkdir step-00000200.tmp 1 EROFS"),
     ("torchrun", "1 fsync step-00000200.tmp/ 1 EIO"),
-    ("torchrun", "0 rename step-00000200.tmp 1 EROFS"),
     ("deepspeed", "1 open step-00000200.tmp/ 1 EROFS"),
-    ("deepspeed", "0 fsync step-00000200.tmp 3 EIO"),
 ]
 
 
@@ -113,7 +116,7 @@ def mounted(folder: Path, options: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.row(10)
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_a_full_disk_is_made_larger(
     launcher: str, small_disk: Path, whole: dict[str, str], workspace: Workspace, row: Row
 ) -> None:
