@@ -128,6 +128,12 @@ class Soak:
             return [each for each in family if "faults/paced.py" in " ".join(each.cmdline()) and not each.children()]
         return []
 
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """Leave nothing of a start that has not ended by itself."""
+        for left in [*self.ranks(process), process] if process.poll() is None else []:
+            left.kill()
+        process.wait()
+
     def inject(self, fault: Fault, process: subprocess.Popen[bytes]) -> None:
         ranks = self.ranks(process)
         chosen = ranks[fault.rank % len(ranks)]
@@ -172,15 +178,15 @@ class Soak:
             self.check(wanted, f"exit code {code}, {'stopped' if stopped else 'not stopped'}")
             return ended and wanted
         finally:
-            for left in [*self.ranks(process), process] if process.poll() is None else []:
-                left.kill()
-            process.wait()
+            self.end(process)
 
     def finish(self, layout: str) -> None:
         process = self.space.start(self.command(layout, "soak", PACE))
-        self.check(self.wait(lambda: process.poll() is not None, self.patience), "the last start has ended")
-        process.kill()
-        self.check(process.wait() == 0, f"its exit code is {process.returncode}")
+        try:
+            self.check(self.wait(lambda: process.poll() is not None, self.patience), "the last start has ended")
+        finally:
+            self.end(process)
+        self.check(process.returncode == 0, f"its exit code is {process.returncode}")
 
 
 def differences(found: dict[int, float], expected: dict[int, float], exact_until: int) -> list[str]:
@@ -258,6 +264,7 @@ def main() -> int:
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the disk is unmounted and the ranks are ended
     root = Path(tempfile.mkdtemp(prefix="ingot-soak-"))
     try:
         run = soak(options.seconds, seed, root, small_disk=os.geteuid() == 0)
