@@ -27,7 +27,7 @@ def refused(space: Workspace, start: list[str]) -> float:
     done = space.run(start)
     seconds, text = time.monotonic() - begin, (done.stdout + done.stderr).lower()
     assert done.returncode != 0 and ("in use" in text or "listens on" in text), text[-3000:]
-    assert seconds < 60
+    assert seconds < 90  # DeepSpeed waits 30 s for the other rank, which SIGTERM does not end before the ranks have met
     return seconds
 
 
