@@ -44,7 +44,7 @@ class Limits:
     """When a run is started again; times in seconds."""
 
     restarts: int
-    """Restarts in a row that bring no newer checkpoint, after which it is given up."""
+    """Those in a row that bring no newer checkpoint, after which the run is given up."""
     wait: float
     """Before a restart; twice as long before each that follows one without progress."""
     longest_wait: float
@@ -178,16 +178,17 @@ class Supervisor:
             while True:
                 attempt, began = attempt + 1, time.time()
                 end, step = self._start(environ), self.step()
-                best, idle = max(best, step), 0 if step > best else idle + 1
+                idle = 0 if step > best or attempt == 1 else idle + 1  # restarts in a row that brought nothing
+                best = max(best, step)
                 self._write(began, end, step)
                 what = f"start {attempt} ended at step {step} with exit code {end.code} ({end.reason})"
                 if end.stopped or end.code in (0, BAD_INPUT):
                     return end.code
                 if end.code == BAD_HOST and self.hosts is None:
                     return self._give_up(end, f"{what}: this host cannot be used")
-                if idle > self.limits.restarts:
+                if idle >= self.limits.restarts:
                     return self._give_up(end, f"{what}: no progress between restarts, {self.limits.restarts} in a row")
-                wait = min(self.limits.wait * 2 ** max(idle - 1, 0), self.limits.longest_wait)
+                wait = min(self.limits.wait * 2**idle, self.limits.longest_wait)
                 if self.hosts is not None:
                     wait = max(wait, SAVE_SECONDS)  # ranks on other hosts may hold the folder's lock until then
                 self.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {what}; start {attempt + 1} in {wait:g} s")

@@ -125,18 +125,22 @@ def test_old_records_say_nothing_of_a_start(folder: RunFolder) -> None:
 
 
 def test_waits_double_up_to_a_limit_and_progress_begins_anew(folder: RunFolder, capsys: Any) -> None:
-    ends = [trains_to(10), 1, 1, 1, trains_to(20), 1, 1, 1, trains_to(20), 0]
-    code, script = run(folder, *ends)
+    code, script = run(folder, trains_to(10), 1, 1, trains_to(20), 1, 1, trains_to(20), 0)
     assert code == 1
-    assert script.waits == [5, 5, 10, 20, 5, 5, 10, 20]
-    assert "given up: start 9 ended at step 20 with exit code 1" in (told := capsys.readouterr().err)
+    assert script.waits == [5, 10, 20, 5, 10, 20]
+    assert "given up: start 7 ended at step 20 with exit code 1" in (told := capsys.readouterr().err)
     assert "no progress between restarts, 3 in a row" in told
-    assert [line["step"] for line in lines(folder)] == [10] * 4 + [20] * 5
+    assert [line["step"] for line in lines(folder)] == [10] * 3 + [20] * 4
 
 
 def test_a_run_that_never_begins_is_given_up(folder: RunFolder) -> None:
     code, script = run(folder, *[1] * 9)
     assert (code, script.waits) == (1, [5, 10, 20])
+
+
+def test_no_restart_is_a_limit_too(folder: RunFolder) -> None:
+    script = Script(iter([trains_to(5), 0]), folder)
+    assert Supervisor(script, folder, Limits(restarts=0, wait=0, longest_wait=0, host_wait=0)).run({}) == 1
 
 
 def test_the_longest_wait(folder: RunFolder) -> None:
