@@ -152,15 +152,12 @@ class Hosts:
             sleep(ASK_SECONDS)
             waited += ASK_SECONDS
         hosts = [host for host in self.slots if host not in silent]
-        while hosts and not self._fit(hosts):
+        while hosts:
+            with suppress(InputError):
+                self.fits(sum(self.slots[host] for host in hosts))
+                break
             hosts.pop()
         return hosts
-
-    def _fit(self, hosts: Sequence[str]) -> bool:
-        with suppress(InputError):
-            self.fits(sum(self.slots[host] for host in hosts))
-            return True
-        return False
 
 
 class Supervisor:
@@ -215,17 +212,19 @@ class Supervisor:
         return end.code
 
     def _start(self, environ: Mapping[str, str]) -> End:
-        failed, stopped = _News(self.folder.failed), _News(self.folder.stopped)
-        code = self.command.run(environ, failed.there)
+        failed, stopped = self.folder.failed, self.folder.stopped
+        for old in (failed, stopped):
+            old.unlink(missing_ok=True)  # a start that ends early would leave them
+        code = self.command.run(environ, failed.exists)
         asked = self.command.signalled > 0
-        if stopped.there():
-            reason = str(stopped.read().get("reason"))
+        if stopped.exists():
+            reason = str(_read(stopped).get("reason"))
             died = reason == REASONS[LAUNCHER_DIED] and not asked
             return End(PASSING if died else STOPPED, f"stopped by {reason}", stopped=not died)
         if code == 0:
             return End(0, "finished")
-        found = failed.read() if failed.there() else {}
-        if found.get("code") in (BAD_INPUT, BAD_HOST):  # else the launcher's may tell more
+        found = _read(failed)
+        if found.get("code") in (BAD_INPUT, BAD_HOST):  # else the launcher's code may tell more
             code = found["code"]
         host, reason = found.get("host"), str(found.get("reason", "no rank has said why")).partition("\n")[0]
         where = f"rank {found.get('rank')} on {host}: " if found else ""
@@ -251,25 +250,9 @@ class Supervisor:
         return environ if left else {}
 
 
-class _News:
-    """A record in the run's folder, of which only what is written from now on counts."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.before = self._stamp()
-
-    def _stamp(self) -> tuple[int, int] | None:
-        with suppress(OSError):
-            found = self.path.stat()
-            return found.st_ino, found.st_mtime_ns
-        return None
-
-    def there(self) -> bool:
-        return self._stamp() not in (None, self.before)
-
-    def read(self) -> dict[str, Any]:
-        """What it says; nothing where a rank died as it wrote."""
-        with suppress(OSError, ValueError):
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) else {}
-        return {}
+def _read(path: Path) -> dict[str, Any]:
+    """What a rank has written there; nothing where it died as it wrote."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}

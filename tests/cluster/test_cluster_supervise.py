@@ -42,7 +42,6 @@ class Script(Command):
     def run(self, environ: Any, failed: Callable[[], bool]) -> int:
         self.environs.append(dict(environ))
         self.hostfiles = [*getattr(self, "hostfiles", []), Path(environ.get("HOSTFILE", os.devnull)).read_text()]
-        self.folder.failed.unlink(missing_ok=True)  # as rank 0 does
         end = next(self.ends)
         return end if isinstance(end, int) else end(self.folder)
 
@@ -117,11 +116,17 @@ def test_what_is_started_again(ends: list[Start | int], code: int, starts: int, 
 
 def test_old_records_say_nothing_of_a_start(folder: RunFolder) -> None:
     stops("SIGTERM", 0)(folder)
+    fails(2)(folder)
     assert run(folder, 1, 0)[0] == 0
-    folder.failed.write_text("{torn")
-    record = Script(iter(()), folder)
-    record.run = lambda environ, failed: int(failed())  # the old one is still there
-    assert Supervisor(record, folder, LIMITS).run({}) == 0
+
+
+def test_a_torn_record_is_none(folder: RunFolder) -> None:
+    def start(folder: RunFolder) -> int:
+        folder.failed.write_text('{"code": 2, "rea')
+        return 1
+
+    assert run(folder, start, 0)[0] == 0
+    assert lines(folder)[0]["reason"] == "no rank has said why"
 
 
 def test_waits_double_up_to_a_limit_and_progress_begins_anew(folder: RunFolder, capsys: Any) -> None:
