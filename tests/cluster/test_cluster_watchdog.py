@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import runs
+from chosen import slow_but
 from llm.cluster.ranks import free_port
 from llm.cluster.watchdog import is_launcher, launcher_chain, lost, orphaned, read_process
 
@@ -131,7 +132,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", slow_but(["deepspeed"], ["deepspeed", "torchrun"]))
 def test_ranks_end_when_their_launcher_is_killed(launcher, tmp_path):
     port = str(free_port())
     command = {
