@@ -37,7 +37,7 @@ stop() { # DEPTH SIGNAL
 recorded() { grep -qsF -- "${INGOT_START##*/}" runs/*/stopped.json; } # the ranks write it into the record of a stop
 
 relay() {
-  local code=0 last launcher depth=$1 INGOT_START
+  local code=0 launcher depth=$1 INGOT_START
   shift
   INGOT_START=$(mktemp "${TMPDIR:-/tmp}/ingot-$HOSTNAME.XXXXXXXXXX")
   export INGOT_START
@@ -59,9 +59,14 @@ relay() {
     kill -0 -- "-$launcher" 2>/dev/null || { ((depth == 1 && code > 128)) && ! recorded; } || break
     sleep 0.1
   done
-  last=$(tail -n 1 "$INGOT_START")
+  if grep -qx 2 "$INGOT_START"; then
+    code=2 # also where torchrun has ended with 0: ranks that it started again left at once
+  elif ((code)) && grep -qx 69 "$INGOT_START"; then
+    code=69
+  elif ((code)) && [[ "$(tail -n 1 "$INGOT_START")" == 75 ]]; then
+    code=75
+  fi
   rm -f -- "$INGOT_START"
-  [[ "$last" =~ ^(2|69)$ ]] || { ((code)) && [[ "$last" == 75 ]]; } && code=$last
   recorded && code=75
   exit "$code"
 }

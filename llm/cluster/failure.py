@@ -59,9 +59,9 @@ def tell_start(code: int, environ: Mapping[str, str]) -> None:
 
 
 def start_is_over(environ: Mapping[str, str]) -> int | None:
-    """Of a rank that torchrun starts again though its start was stopped, or failed for good: that exit code."""
+    """Of a rank that torchrun starts again though its start was stopped, or the input is bad: that exit code."""
     if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         with suppress(OSError):
             codes = Path(environ.get("INGOT_START", os.devnull)).read_text(encoding="utf-8").split()
-            return next((code for code in (BAD_INPUT, BAD_HOST, STOPPED) if str(code) in codes), None)
+            return next((code for code in (BAD_INPUT, STOPPED) if str(code) in codes), None)
     return None

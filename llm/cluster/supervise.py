@@ -181,8 +181,6 @@ class Supervisor:
                 what = f"start {attempt} ended at step {step} with exit code {end.code} ({end.reason})"
                 if end.stopped or end.code in (0, BAD_INPUT):
                     return end.code
-                if end.code == BAD_HOST and self.hosts is None:
-                    return self._give_up(end, f"{what}: this host cannot be used")
                 if idle >= self.limits.restarts:
                     return self._give_up(end, f"{what}: no progress between restarts, {self.limits.restarts} in a row")
                 wait = min(self.limits.wait * 2**idle, self.limits.longest_wait)

@@ -99,8 +99,9 @@ def lines(folder: RunFolder) -> list[dict[str, Any]]:
         ([1, 0], 0, 2),
         ([139, 247, 0], 0, 3),
         ([fails(2)], 2, 1),
-        ([fails(69)], 69, 1),
-        ([fails(1, exits_with=69)], 69, 1),
+        ([fails(69), 0], 0, 2),
+        ([fails(69), fails(69), fails(69), fails(69)], 69, 4),
+        ([fails(1, exits_with=69), 0], 0, 2),
         ([fails(1), 0], 0, 2),
         ([stops("SIGTERM", 75)], 75, 1),
         ([stops("SIGTERM", 0)], 75, 1),  # torchrun
