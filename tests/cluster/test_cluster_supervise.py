@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 
-import llm.cluster.supervise as supervise
 from chosen import slow_but
 from llm.cluster.failure import record_failure
 from llm.cluster.supervise import Command, Hosts, Limits, Supervisor, ask
@@ -285,33 +284,35 @@ setsid sh -c "trap '' TERM INT HUP; echo \$\$ >pid; exec sleep 600" &
 until [ -s pid ]; do sleep 0.05; done
 exit 3
 """
+# In a process of its own, for it ends what is below that. Arguments: seconds until a rank fails, the command.
 ONE_START = """
-import os, sys
+import os, sys, time
 import llm.cluster.supervise as supervise
-supervise.SAVE_SECONDS = 0.5
-command = supervise.Command(sys.argv[1:])
+supervise.SAVE_SECONDS = supervise.DOOMED_SECONDS = 0.5
+command, fails = supervise.Command(sys.argv[2:]), time.monotonic() + float(sys.argv[1])
 command.listen()
-sys.exit(command.run(os.environ, lambda: False))
+sys.exit(command.run(os.environ, lambda: time.monotonic() > fails))
 """
+
+
+def one_start(folder: Path, seconds: float, *words: str) -> int:
+    command = [sys.executable, "-c", ONE_START, str(seconds), *words]
+    return subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60).returncode
 
 
 def test_what_a_start_leaves_is_ended_and_nothing_else(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "600"]) as other:
         try:
-            command = [sys.executable, "-c", ONE_START, "bash", "-c", LEAVES]
-            done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
-            assert done.returncode == 3
+            assert one_start(tmp_path, 100, "bash", "-c", LEAVES) == 3
             assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
             assert other.poll() is None
         finally:
             other.kill()
 
 
-def test_a_command_that_outlives_a_failed_rank_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "DOOMED_SECONDS", 1.0)
-    since = time.monotonic()
-    assert Command(["sleep", "600"]).run(os.environ, lambda: time.monotonic() > since + 1) == 137
-    assert 1 <= time.monotonic() - since < 20
+def test_a_command_that_outlives_a_failed_rank_is_killed(tmp_path: Path) -> None:
+    assert one_start(tmp_path, 0.5, "sleep", "50") == 137
+    assert one_start(tmp_path, 0.5, "bash", "-c", "sleep 0.6; exit 3") == 3
 
 
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:
@@ -319,20 +320,21 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
         Command([str(tmp_path / "torchrun.sh")]).run({}, lambda: False)
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--", "bash", "my.sh"], "expected one of pretrain.py"),
-        (["--", "launch/torchrun.sh"], "no config is given to launch/torchrun.sh"),
-        (["--", "launch/torchrun.sh", "--optim.lrr=1"], "optim.lrr"),
-        (["launch/torchrun.sh", "--name=x"], "is no option"),
-        (["--wait=1"], "no command is given"),
-        (["--wait=soon", "--", "launch/torchrun.sh", "--name=x"], "--wait"),
-        (["--wait=-1", "--", "launch/torchrun.sh", "--name=x"], "below 0"),
-        (["--waits=1", "--", "launch/torchrun.sh", "--name=x"], "--waits"),
-    ],
-)
-def test_a_wrong_command_is_refused(words: list[str], told: str, tmp_path: Path) -> None:
+WRONG = [
+    (["--", "bash", "my.sh"], "expected one of pretrain.py"),
+    (["--", "launch/torchrun.sh"], "no config is given to launch/torchrun.sh"),
+    (["--", "launch/torchrun.sh", "--optim.lrr=1"], "optim.lrr"),
+    (["launch/torchrun.sh", "--name=x"], "is no option"),
+    (["--wait=1"], "no command is given"),
+    (["--wait=soon", "--", "launch/torchrun.sh", "--name=x"], "--wait"),
+    (["--wait=-1", "--", "launch/torchrun.sh", "--name=x"], "below 0"),
+    (["--waits=1", "--", "launch/torchrun.sh", "--name=x"], "--waits"),
+]
+
+
+@pytest.mark.parametrize("wrong", slow_but(WRONG[:1], WRONG), ids=lambda wrong: wrong[1])
+def test_a_wrong_command_is_refused(wrong: tuple[list[str], str], tmp_path: Path) -> None:
+    words, told = wrong
     command = [sys.executable, str(ROOT / "launch/supervise.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
