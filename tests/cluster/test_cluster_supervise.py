@@ -159,7 +159,12 @@ def test_older_checkpoints_and_strangers_are_no_progress(folder: RunFolder) -> N
     trains_to(50)(folder)
     (folder.checkpoints / "step-00000090.tmp").mkdir()
     (folder.checkpoints / "step-00000080.aside-1").mkdir()
-    code, script = run(folder, trains_to(40), trains_to(45), trains_to(50), 1, 0)
+
+    def goes_back(folder: RunFolder) -> int:
+        (folder.checkpoints / "step-00000050").rename(folder.checkpoints / "step-00000050.aside-1")
+        return trains_to(45)(folder)
+
+    code, script = run(folder, trains_to(40), goes_back, trains_to(48), trains_to(50), 0)
     assert (code, len(script.environs)) == (1, 4)
 
 
@@ -312,6 +317,11 @@ def test_what_a_start_leaves_is_ended_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_command_that_outlives_a_failed_rank_is_killed(tmp_path: Path) -> None:
     assert one_start(tmp_path, 0.5, "sleep", "50") == 137
+
+
+def test_a_command_has_a_session_of_its_own(tmp_path: Path) -> None:
+    """So Ctrl-C reaches the supervisor alone, which hands it on once."""
+    assert one_start(tmp_path, 100, sys.executable, "-c", "import os; assert os.getsid(0) == os.getpid()") == 0
 
 
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:
