@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import runs
+from chosen import slow_but
 from llm.cluster.ranks import free_port
 from llm.cluster.watchdog import is_launcher, launcher_chain, lost, orphaned, read_process
 
@@ -77,6 +78,8 @@ def test_not_launchers(argv):
         ([TORCHRUN, ["bash", "-c", "torchrun launch/pretrain.py & sleep 9"], ["cron"]], 1),
         ([LAUNCH, RUNNER, ["bash", "launch/deepspeed.sh"], ["-bash"], ["sshd: me@pts/0"]], 3),
         ([TORCHRUN, ["bash", "/w/launch/torchrun.sh", "--config", "c.yaml"], ["make"]], 2),
+        ([TORCHRUN, ["bash", "launch/torchrun.sh"], ["python", "launch/supervise.py", "--", "launch/torchrun.sh"]], 3),
+        ([["python3.12", "/w/launch/supervise.py", "--", "python", "launch/pretrain.py"], ["-bash"]], 1),
         ([LAUNCH, REMOTE_SHELL, SESSION, ["sshd: /usr/sbin/sshd [listener]"]], 3),
         ([LAUNCH, SESSION, ["sshd: /usr/sbin/sshd [listener]"]], 2),
         ([["orted", "--hnp"], ["bash", "-c", "orted --hnp"], ["sshd-session: me@notty"]], 3),
@@ -129,7 +132,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", slow_but(["deepspeed"], ["deepspeed", "torchrun"]))
 def test_ranks_end_when_their_launcher_is_killed(launcher, tmp_path):
     port = str(free_port())
     command = {

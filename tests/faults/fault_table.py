@@ -22,6 +22,7 @@ FAULTS = {
     3: "`kill -9` between a checkpoint's rename and `latest`",
     4: "`kill -9` of every rank, or of the launcher",
     5: "the link between two hosts is cut",
+    6: "a host does not come back",
     7: "SIGTERM or SIGUSR1",
     8: "SIGTERM in a save",
     9: "SIGINT",
@@ -35,6 +36,7 @@ FAULTS = {
     25: "other degrees of tensor and data parallelism are asked for",
     29: "another job listens on the port",
     30: "`kill -9` with dropout",
+    31: "each start fails at the same step",
     32: "the clock jumps and folders of logs vanish",
     33: "a second job starts in the run's folder",
 }

@@ -17,9 +17,11 @@ Row = Callable[..., None]
 LAUNCH = {"torchrun": [*TORCHRUN, "--nproc_per_node", "2"], "deepspeed": [*DEEPSPEED, "--num_gpus", "2"]}
 
 
-def on_port(space: Workspace, launcher: str, port: int, name: str) -> list[str]:
-    arguments = space.arguments(**SETTINGS, name=name)
-    return [*LAUNCH[launcher], "--master_port", str(port), str(ROOT / "launch/pretrain.py"), *arguments]
+def on_port(
+    space: Workspace, launcher: str, port: int, name: str, script: str = "launch/pretrain.py", pace: float = 0
+) -> list[str]:
+    arguments = [str(ROOT / script), *space.arguments(**SETTINGS, name=name)]
+    return ["env", f"FAULT={pace}", *LAUNCH[launcher], "--master_port", str(port), *arguments]
 
 
 def refused(space: Workspace, start: list[str]) -> float:
@@ -48,10 +50,11 @@ def test_a_job_joins_no_other(launcher: str, whole: dict[str, str], workspace: W
     """Another run, on the port of one that trains: that goes on as if nothing had happened."""
     space, first, second = workspace, f"first-{launcher}", f"second-{launcher}"
     port = free_port()
-    process = space.start(on_port(space, launcher, port, first))
+    process = space.start(on_port(space, launcher, port, first, "tests/faults/paced.py", 0.3))
     space.wait_for_step(first, 5)
     row(29, launcher, detected=refused(space, on_port(space, launcher, port, second)))
-    assert process.wait(timeout=120) == 0, log(space)
+    assert process.poll() is None
+    assert process.wait(timeout=200) == 0, log(space)
     assert space.losses(first) == space.losses(whole[launcher])
     assert not (space.path / "runs" / second).exists()
 
