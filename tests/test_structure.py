@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/parallel": {
         "torch", "kernels", "llm.config", "llm.errors", "llm.slices", "llm.model", "llm.parallel",
     },
-    "llm/cluster": {"torch", "mpi4py", "packaging", "llm.config", "llm.errors", "llm.sinks", "llm.cluster"},
+    "llm/cluster": {"torch", "mpi4py", "packaging", "psutil", "llm.config", "llm.errors", "llm.sinks", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
