@@ -23,7 +23,7 @@ SETTINGS = dict(
     train__engine="plain", train__max_steps=24, train__eval_interval=12, checkpoint__interval=8,
     train__stall_seconds=STALL_SECONDS, parallel__timeout_seconds=90, model__dropout=0.1,
 )  # fmt: skip
-# Fault, launcher, whom it is said of, what is said, and which function is in the stack of the rank that hangs, if it runs.
+# Fault, launcher, whom it is said of, what is said, and which function is in that rank's stack, if its process runs.
 # Under torchrun the store is in the launcher; elsewhere it is in rank 0, and stops with it.
 STALLS = [
     ("load@0:13", "python", 0, "rank 0 on HOST has made no progress for N s in load of step 13, wait (", "wait_here"),
@@ -104,9 +104,8 @@ def test_who_stalls_is_named_and_the_run_ends(
     assert ("waits in" in record["reason"]) == (launcher != "python" and "all" not in fault), record
     stacks = {path.name: path.read_text() for path in (folder / "stalls").iterdir()}
     assert function is None or function in stacks[f"rank-{rank}.txt"]
-    assert set(stacks) == {
-        f"rank-{r}.txt" for r in range(1 + (launcher != "python")) if function is not None or r != rank
-    }
+    running = [r for r in range(1 if launcher == "python" else 2) if function is not None or r != rank]
+    assert set(stacks) == {f"rank-{r}.txt" for r in running}
     assert "error: the run stalls: " + record["reason"] in log.read_text()
     succeeded(workspace.run(command(launcher, "launch/pretrain.py", arguments)))
     assert workspace.losses(name) == workspace.losses(whole[launcher])

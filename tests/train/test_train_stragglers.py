@@ -43,7 +43,7 @@ def test_the_slow_rank_and_its_phase(two_ranks: RankPool) -> None:
     assert set(records[0]) == {f"{phase}_{what}" for phase in PHASES for what in ("rank", "factor")}
 
 
-@pytest.mark.parametrize("change", [{"update": 0.01}, {"forward": 0.14}, {"forward": 0.05, "load": 0.001}])
+@pytest.mark.parametrize("change", [{"update": 0.01}, {"forward": 0.14}, {"forward": 0.08, "load": 0.001}])
 def test_a_trifle_is_not_named(two_ranks: RankPool, change: dict[str, float]) -> None:
     assert [said for _, said in two_ranks.run(windows, change, change)] == [[], []]
 
