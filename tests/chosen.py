@@ -30,8 +30,11 @@ def selects_only_gpu(expression: str) -> bool:
     return among and not without
 
 
-def slow_but(fast: Collection[Any], cases: Iterable[Any]) -> list[Any]:
-    """The cases as parameters of a test, all of them marked `slow` but those in `fast`."""
+def slow_but(fast: Collection[Any], cases: Iterable[Any], *, several: bool = False) -> list[Any]:
+    """The cases as parameters of a test, all marked `slow` but those in `fast`; several: each is a tuple of them."""
     cases = list(cases)
     assert all(case in cases for case in fast)
-    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    return [
+        case if case in fast else pytest.param(*(case if several else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]

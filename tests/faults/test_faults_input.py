@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from chosen import slow_but
 from runs import Workspace, contents, succeeded
 
 
@@ -45,7 +46,9 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize(
+    "name", slow_but(["TP does not divide the world", "unknown key", "no data", "DeepSpeed's own"], ALONE)
+)
 def test_refused_by_one_process(name: str, workspace: Workspace) -> None:
     overrides, words = ALONE[name]
     environment = workspace.environment()
@@ -63,7 +66,7 @@ def test_ranks_that_have_met_leave_no_folder(workspace: Workspace) -> None:
     assert contents(workspace.path / "runs") == before
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", slow_but(["torchrun"], ["deepspeed", "torchrun"]))
 def test_refused_by_all_ranks_alike(launcher: str, workspace: Workspace) -> None:
     """`deepspeed` passes the code 2 on; `torchrun` returns 1 and names it."""
     start = workspace.deepspeed if launcher == "deepspeed" else workspace.torchrun
@@ -84,7 +87,7 @@ CORPORA = {
 }
 
 
-@pytest.mark.parametrize("name", CORPORA)
+@pytest.mark.parametrize("name", slow_but(["not UTF-8"], CORPORA))
 def test_unfit_corpus(name: str, workspace: Workspace) -> None:
     path = workspace.path / f"{name.replace(' ', '-')}.txt"
     content = CORPORA[name]
@@ -116,6 +119,7 @@ def test_missing_compiler(workspace: Workspace, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.slow
 def test_full_disk(workspace: Workspace) -> None:
     """The checkpoint does not fit: exit 1, the place named, every rank gone, the one before whole."""
     folder = workspace.path / "runs" / "disk"

@@ -33,7 +33,7 @@ def kill_the_launcher(launcher: psutil.Process) -> None:
 
 
 # Long enough that the run is not over when the ranks notice that their launcher is gone.
-LONG = dict(train__max_steps=200, checkpoint__interval=20, train__eval_interval=100, parallel__zero_stage=1)
+LONG = dict(train__max_steps=120, checkpoint__interval=20, train__eval_interval=60, parallel__zero_stage=1)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def uninterrupted(workspace: Workspace) -> Workspace:
     return workspace
 
 
-@pytest.mark.parametrize("kill", slow_but([kill_all_ranks], [kill_one_rank, kill_all_ranks, kill_the_launcher]))
+@pytest.mark.parametrize("kill", slow_but([], [kill_one_rank, kill_all_ranks, kill_the_launcher]))
 def test_a_killed_run_ends_as_the_whole_one(uninterrupted: Workspace, kill: Callable) -> None:
     space, name = uninterrupted, kill.__name__
     process = space.start(space.deepspeed_command(2, name=name, **LONG))
@@ -54,7 +54,7 @@ def test_a_killed_run_ends_as_the_whole_one(uninterrupted: Workspace, kill: Call
     process.wait(timeout=60)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, "processes outlive their launcher"
-    assert len(space.losses(name)) < 200, "the run was over before the kill"
+    assert len(space.losses(name)) < 120, "the run was over before the kill"
     again = space.deepspeed(2, name=name, **LONG)
     succeeded(again)
     assert "resumed from step" in again.stdout
@@ -85,7 +85,8 @@ def test_a_second_start_is_refused_and_the_first_goes_on(uninterrupted: Workspac
         process.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_complete_run_says_so(uninterrupted: Workspace) -> None:
     again = uninterrupted.deepspeed(2, name="whole", **LONG)
     succeeded(again)
-    assert "is complete: 200 steps" in again.stdout
+    assert "is complete: 120 steps" in again.stdout

@@ -26,7 +26,7 @@ TOLD = [
     *(("deepspeed", who, number) for who in ("rank", "launcher", "script") for number in (TERM, INT, USR1)),
     *((launcher, "launcher", KILL) for launcher in ("torchrun", "deepspeed")),
 ]
-FAST = [("python", "rank", TERM), ("torchrun", "script", USR1)]
+FAST = [("python", "rank", TERM)]
 
 
 def command(space: Workspace, launcher: str, **overrides: Any) -> list[str]:

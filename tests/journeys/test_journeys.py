@@ -144,6 +144,7 @@ def test_own_text(checkout: Checkout) -> None:
     assert tokenizers[0] != tokenizers[1]  # it was trained on the text
 
 
+@pytest.mark.slow
 def test_one_text_by_its_characters(checkout: Checkout) -> None:
     text = (checkout.path / "corpus/cmd.txt").read_text()
     (checkout.path / "input.txt").write_text(text)
@@ -154,6 +155,7 @@ def test_one_text_by_its_characters(checkout: Checkout) -> None:
     assert len(vocabulary) >= len(set(text))
 
 
+@pytest.mark.slow
 def test_own_tokenizer(checkout: Checkout) -> None:
     own = checkout.path / "tokenizer.json"
     own.write_bytes((checkout.path / "runs/tiny-cpu/tokenizer.json").read_bytes().replace(b'"vocab":', b'"vocab" :'))
@@ -166,6 +168,7 @@ def test_own_tokenizer(checkout: Checkout) -> None:
     assert (checkout.path / "runs/own/tokenizer.json").read_bytes() == own.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_longer_run(checkout: Checkout) -> None:
     command = COMMANDS["train longer"]
     assert "--train.max_steps=2800" in command  # twice the steps of tiny-cpu.yaml
@@ -178,6 +181,7 @@ def test_a_longer_run(checkout: Checkout) -> None:
     assert complete(checkout.path / "runs/tiny-cpu", 8)
 
 
+@pytest.mark.slow
 def test_another_learning_rate(checkout: Checkout) -> None:
     told = checkout.run(COMMANDS["try another learning rate"])
     assert "run slower: 4 of 4 steps" in told
@@ -187,6 +191,7 @@ def test_another_learning_rate(checkout: Checkout) -> None:
     assert slower[1] == first[1] and slower[4] != first[4]  # the same weights and batches to begin with
 
 
+@pytest.mark.slow
 def test_new_data_from_old_weights(checkout: Checkout) -> None:
     told = checkout.run(COMMANDS["begin with a run's weights, on new text"])
     assert "runs/tiny-cpu" in told and "warning" not in told and "run tuned: 4 of 4 steps" in told
@@ -196,6 +201,7 @@ def test_new_data_from_old_weights(checkout: Checkout) -> None:
     assert checkout.losses("tuned")[1] < checkout.losses("fresh")[1]
 
 
+@pytest.mark.slow
 def test_generate(checkout: Checkout) -> None:
     told = checkout.run(COMMANDS["write text"])
     assert told.startswith("def ") and len(told) > len("def \n")

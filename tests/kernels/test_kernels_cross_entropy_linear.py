@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from chosen import slow_but
 from kernels.cross_entropy import linear as module
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.linear import (
@@ -181,7 +182,7 @@ def test_parts_of_the_vocabulary(chunk: int, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FORMS)
-@pytest.mark.parametrize("chunk", [16, 100])
+@pytest.mark.parametrize("chunk", slow_but([16], [16, 100]))
 def test_compiles_whole_and_recomputes(chunk: int, impl: str) -> None:
     torch._dynamo.reset()
     x, weight, targets = example(40)

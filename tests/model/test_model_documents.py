@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chosen import slow_but
 from kernels.dispatch import KernelError
 from llm.config import ModelConfig
 from llm.model.cache import KVCache
@@ -61,9 +62,12 @@ def gradients(model: GPT) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+CASES = [(name, impl) for name in VARIANTS for impl in ("torch", "reference", "triton")]
+FAST = [case for case in CASES if case[1] != "triton"] + [("rope", "triton")]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("impl", ["torch", "reference", "triton"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "impl"), slow_but(FAST, CASES, several=True))
 def test_logits_are_those_of_each_document_alone(name: str, impl: str) -> None:
     model = build(impl=impl, **VARIANTS[name])
     tokens, positions, samples, _, documents = packed()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from chosen import slow_but
 from llm.config import RunConfig
 from llm.model.layers import IGNORED_TARGET, CausalAttention, DenseLayers
 from llm.parallel.collectives import ReduceFromTensorParallel
@@ -227,6 +228,11 @@ MUTATIONS = {
     "other-initial-weights": Mutation(other_initial_weights, case(parallel=TP2), ("embedding.weight weight, step 0",)),
 }
 
+FAST = [
+    *("g-without-all-reduce", "norm-gradients-not-reduced-bf16", "clipping-on-one-rank", "mean-of-means"),
+    *("same-dropout-for-every-ranks-heads", "weight-not-updated", "replica-not-updated", "piece-not-saved"),
+]
+
 
 def mutated(name: str) -> tuple[bool, list[str]]:
     mutation = MUTATIONS[name]
@@ -235,7 +241,7 @@ def mutated(name: str) -> tuple[bool, list[str]]:
     return report.passed, report.failures
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", slow_but(FAST, MUTATIONS))
 def test_a_fault_is_found_and_named(name: str, two_ranks: RankPool) -> None:
     results = two_ranks.run(mutated, name)
     assert not any(passed for passed, _ in results)

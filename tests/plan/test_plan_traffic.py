@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.tensor import DTensor, Shard
 
+from chosen import slow_but
 from llm.config import ParallelConfig, RunConfig
 from llm.parallel.collectives import all_reduce, f, g, gather_sequence
 from llm.parallel.mesh import Mesh
@@ -134,6 +135,10 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 CASES = [(ranks, name) for ranks, layouts in LAYOUTS.items() for name in layouts]
+FAST = [
+    *((2, name) for name in ("tp2-bf16", "sp2-every-2nd-rms-bf16", "dp2-zero1", "dp2-zero3-bf16", "dp2-fsdp2")),
+    *((4, name) for name in ("sp4", "sp2-dp2-zero3", "tp2-dp2-fsdp3")),
+]
 
 
 def layout(ranks: int, name: str) -> RunConfig:
@@ -157,7 +162,7 @@ def sent_in_a_step(config: RunConfig) -> dict[Collective, int]:
     return traffic.payload
 
 
-@pytest.mark.parametrize(("ranks", "name"), CASES)
+@pytest.mark.parametrize(("ranks", "name"), slow_but(FAST, CASES, several=True))
 def test_a_step_sends_what_the_formulas_say(ranks: int, name: str, request: pytest.FixtureRequest) -> None:
     pool: RankPool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[ranks])
     config = layout(ranks, name)

@@ -119,15 +119,18 @@ def fp32(stage: int, tensor_parallel: int = 1) -> RunConfig:
     )
 
 
+STAGES = [(1, "none"), (1, "optimizer"), (2, "none"), (3, "none"), (3, "all")]
+
+
 @pytest.mark.parametrize("micro_batch_size", slow_but([1], [1, 4]))
-@pytest.mark.parametrize(("stage", "offload"), [(1, "none"), (1, "optimizer"), (2, "none"), (3, "none"), (3, "all")])
+@pytest.mark.parametrize(("stage", "offload"), slow_but([(1, "none"), (3, "all")], STAGES, several=True))
 def test_bf16_gradients_are_fp32_sums(stage: int, offload: str, micro_batch_size: int, two_ranks: RankPool) -> None:
     """Of 2 micro-batches or of 8: each is rounded to bf16 once, and their sum not at all."""
     config = bf16(stage, offload, micro_batch_size)
     check(two_ranks.run(on_ranks, config), oracle(config), bound=1e-6)
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", slow_but([0, 2], range(4)))
 def test_gradients_start_from_zero(stage: int, two_ranks: RankPool) -> None:
     check(two_ranks.run(on_ranks, fp32(stage)), oracle(fp32(stage)), bound=1e-5)
 
@@ -138,8 +141,11 @@ def test_bf16_without_zero_is_refused(precision: str) -> None:
         case(parallel=dict(zero_stage=0), train=dict(precision=precision))
 
 
+TWICE = [(1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32"), (3, "fp32")]
+
+
 @pytest.mark.parametrize("tied", slow_but([True], [True, False]))
-@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32"), (3, "fp32")])
+@pytest.mark.parametrize(("stage", "precision"), slow_but([(2, "bf16"), (3, "fp32")], TWICE, several=True))
 def test_a_block_that_is_used_twice(stage: int, precision: str, tied: bool, two_ranks: RankPool) -> None:
     config = case(
         parallel=dict(zero_stage=stage),
@@ -159,13 +165,13 @@ def test_losses_of_all_stages_agree(two_ranks: RankPool) -> None:
         np.testing.assert_allclose(result[0]["losses"], results[0][0]["losses"], atol=2e-7)
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", slow_but([0, 3], range(4)))
 def test_the_norm_under_tensor_parallel(stage: int, two_ranks: RankPool) -> None:
     config = fp32(stage, tensor_parallel=2)
     check(two_ranks.run(on_ranks, config), oracle(config), bound=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(1, "none"), (1, "optimizer"), (2, "none"), (3, "none"), (3, "all")])
+@pytest.mark.parametrize(("stage", "offload"), slow_but([(1, "optimizer"), (3, "none")], STAGES, several=True))
 def test_the_norm_under_tensor_parallel_in_bf16(stage: int, offload: str, two_ranks: RankPool) -> None:
     """The norm is that of the gradients that the engine reports, each element once."""
     config = case(

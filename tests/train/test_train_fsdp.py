@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from chosen import slow_but
 from llm.checkpoint.reader import open_checkpoint
 from llm.config import RunConfig
 from llm.errors import InputError
@@ -70,7 +71,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", slow_but(["fsdp3", "fsdp2-untied-dropout", "fsdp3-selective", "fsdp3-learned-rms-swiglu"], CASES)
+)
 def test_two_ranks(name: str, two_ranks: RankPool) -> None:
     check(CASES[name], two_ranks.run(on_ranks, CASES[name], STEPS))
 
@@ -93,7 +96,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("name", slow_but(["tp2-sp-fsdp3", "fsdp3-uneven"], WIDE))
 def test_four_ranks(name: str, four_ranks: RankPool) -> None:
     ragged = "ragged" in name
     check(WIDE[name], four_ranks.run(on_ranks, WIDE[name], STEPS, ragged), ragged=ragged)
@@ -104,7 +107,7 @@ def test_one_data_parallel_rank(two_ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", slow_but([3], [2, 3]))
 def test_low_precision_accumulates_and_reduces_in_fp32(stage: int, precision: str, two_ranks: RankPool) -> None:
     """From the same micro-batches it gives the plain engine's gradients, but for the order of an fp32 sum."""
     config = sharded(stage, precision=precision, micro_batch_size=1)
@@ -266,16 +269,17 @@ RESTARTS = {
 }
 
 
-@pytest.mark.parametrize("name", RESTARTS)
+@pytest.mark.parametrize("name", slow_but(["fsdp2", "fsdp3-bf16"], RESTARTS))
 def test_restart_is_exact(name: str, two_ranks: RankPool, tmp_path: Path) -> None:
     same_again(RESTARTS[name], two_ranks, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "config", [sharded(3, 2, model=dict(vocab_size=51)), sharded(3, model=UNEVEN)], ids=["tp2", "uneven"]
-)
-def test_restart_of_four_ranks_is_exact(config: RunConfig, four_ranks: RankPool, tmp_path: Path) -> None:
-    same_again(config, four_ranks, tmp_path)
+WIDE_RESTARTS = {"tp2": sharded(3, 2, model=dict(vocab_size=51)), "uneven": sharded(3, model=UNEVEN)}
+
+
+@pytest.mark.parametrize("name", slow_but(["tp2"], WIDE_RESTARTS))
+def test_restart_of_four_ranks_is_exact(name: str, four_ranks: RankPool, tmp_path: Path) -> None:
+    same_again(WIDE_RESTARTS[name], four_ranks, tmp_path)
 
 
 def same_again(config: RunConfig, pool: RankPool, folder: Path) -> None:
@@ -311,7 +315,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", slow_but(["zero1"], OTHERS))
 def test_checkpoints_pass_between_engines(name: str, two_ranks: RankPool, tmp_path: Path) -> None:
     """There and back: what the other engine reads of FSDP's and FSDP of the other's is what was written."""
     ours, other = sharded(3, model=UNEVEN), OTHERS[name]

@@ -168,6 +168,7 @@ def faulty_run(space: Workspace, name: str, **overrides: Any) -> Any:
     return space.run([*launcher, str(script), *space.arguments(name=name, **overrides)])
 
 
+@pytest.mark.slow
 def test_a_run_stops_on_every_rank_and_saves_nothing_of_it(workspace: Workspace) -> None:
     """The guard's interval is 20; but step 8 is saved, and no checkpoint may hold what was not compared."""
     result = faulty_run(workspace, "guarded", train__guard_interval=20, train__max_steps=12)

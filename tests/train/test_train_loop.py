@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from chosen import slow_but
 from llm.checkpoint.reader import find_latest, open_checkpoint
 from llm.cluster.signals import Stop
 from llm.config import PhaseChange, RunConfig
@@ -236,7 +237,7 @@ def alone(one_rank: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(["zero3", "zero2-selective", "tp2-sp"], LAYOUTS))
 def test_no_layout_changes_a_run_with_phases_and_documents(
     name: str, alone: Path, two_ranks: RankPool, tmp_path: Path
 ) -> None:
@@ -248,7 +249,7 @@ def test_no_layout_changes_a_run_with_phases_and_documents(
     assert [line["skipped_samples"] for line in steps(tmp_path)] == [step * (2 * ranks - 1) for step in range(1, 7)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", slow_but([2], [1, 2]))
 @pytest.mark.parametrize("spoil", [spoil_a_moment, spoil_a_weight])
 def test_what_is_not_finite_rotates_no_good_checkpoint_out(
     spoil: Callable[[Trainer], None], ranks: int, one_rank: RankPool, two_ranks: RankPool, tmp_path: Path

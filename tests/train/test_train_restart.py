@@ -85,7 +85,9 @@ SAME_LAYOUT = {
 }
 
 
-@pytest.mark.parametrize("name", SAME_LAYOUT)
+@pytest.mark.parametrize(
+    "name", slow_but(["zero1-bf16", "zero3", "tp2-dropout", "tp2-padded-zero1", "plain-fp16"], SAME_LAYOUT)
+)
 def test_restart_is_exact(name: str, two_ranks: RankPool, tmp_path: Path) -> None:
     config = case(**SAME_LAYOUT[name])
     if name == "zero3-resident":
@@ -108,7 +110,7 @@ OTHER_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+@pytest.mark.parametrize("name", slow_but(["tp2-to-zero3", "zero3-to-plain"], OTHER_LAYOUTS))
 def test_another_layout_goes_on(name: str, two_ranks: RankPool, tmp_path: Path) -> None:
     first, second = (case(**sections) for sections in OTHER_LAYOUTS[name])
     whole = two_ranks.run(first_half, first, tmp_path / "a")[0]

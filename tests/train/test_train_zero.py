@@ -142,7 +142,7 @@ def test_small_parameters_that_stay_whole(name: str, two_ranks: RankPool) -> Non
     check(config, two_ranks.run(on_ranks, config, STEPS))
 
 
-@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("resident", slow_but([True], [False, True]))
 def test_zero_3_under_tensor_parallelism(resident: bool, four_ranks: RankPool) -> None:
     config = case(parallel=dict(tensor_parallel=2, zero_stage=3), train=dict(micro_batch_size=1))
     if resident:
@@ -214,11 +214,12 @@ def check_step(config: RunConfig, results: list[dict[str, Any]]) -> None:
             assert error <= 1e-6 * np.linalg.norm(value) + 1e-12, f"{kind} of {name}: {error:.2e}"
 
 
+FAST = [(1, "optimizer"), (2, "none"), (3, "all")]
 LAYOUTS = [(stage, "none") for stage in (1, 2, 3)] + [(stage, "optimizer") for stage in (1, 2, 3)] + [(3, "all")]
 
 
 @pytest.mark.parametrize("precision", slow_but(["bf16"], ["fp32", "bf16"]))
-@pytest.mark.parametrize(("stage", "offload"), LAYOUTS)
+@pytest.mark.parametrize(("stage", "offload"), slow_but(FAST, LAYOUTS, several=True))
 def test_the_update_uses_the_reported_gradient(stage: int, offload: str, precision: str, two_ranks: RankPool) -> None:
     config = case(
         parallel=dict(zero_stage=stage, offload=offload),
@@ -228,7 +229,10 @@ def test_the_update_uses_the_reported_gradient(stage: int, offload: str, precisi
     check_step(config, two_ranks.run(first_step, config))
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(1, "none"), (1, "optimizer"), (3, "none"), (3, "all")])
+WITH_TP = [(1, "none"), (1, "optimizer"), (3, "none"), (3, "all")]
+
+
+@pytest.mark.parametrize(("stage", "offload"), slow_but([(1, "optimizer"), (3, "none")], WITH_TP, several=True))
 def test_the_update_under_tensor_parallelism(stage: int, offload: str, four_ranks: RankPool) -> None:
     config = case(
         parallel=dict(zero_stage=stage, offload=offload, tensor_parallel=2),
@@ -241,7 +245,9 @@ def test_the_update_under_tensor_parallelism(stage: int, offload: str, four_rank
 # Offload
 
 
-OFFLOADED = [(stage, "optimizer") for stage in (1, 2, 3)] + [(3, "all")]
+OFFLOADED = slow_but(
+    [(2, "optimizer"), (3, "all")], [*((stage, "optimizer") for stage in (1, 2, 3)), (3, "all")], several=True
+)
 
 
 @pytest.mark.parametrize("micro_batch_size", slow_but([1], [4, 1]))
@@ -296,7 +302,7 @@ BUCKETS = {
 }
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but([2], [1, 2, 3]))
 @pytest.mark.parametrize("buckets", slow_but(["one-parameter-each-overlapped"], BUCKETS))
 def test_buckets_do_not_change_the_training(buckets: str, stage: int, two_ranks: RankPool) -> None:
     """The largest parameter has 4096 elements, so that some are larger than a bucket and some share one."""

@@ -41,7 +41,7 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["fsdp"], EXACT))
+@pytest.mark.parametrize("name", slow_but([], EXACT))
 def test_memory_of_the_state_is_what_theory_gives(name: str, four_ranks: RankPool) -> None:
     config = case(**EXACT[name], model=dict(vocab_size=64))
     for state, theory in four_ranks.run(measured, config):
