@@ -83,8 +83,8 @@ def judge(
     reason = f"{names} {fault} {at}"
     reason += ": the process is stopped or its host is down" if silent else ""
     reason += "" if waits is None else f"; rank {waits} waits in {beats[waits].at}"
-    # Only a host of which nothing is heard is bad, and only where there are others: a process may hang for any reason.
-    dead = silent and len(set(hosts)) > 1 and not any(hosts[rank] == hosts[first] for rank in heard)
+    # Only a host of which nothing is heard is bad: a process may hang for any reason.
+    dead = silent and all(hosts[rank] != hosts[first] for rank in heard)
     return Verdict(BAD_HOST if dead else PASSING, reason, first, hosts[first])
 
 

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 PHASES = ("load", "forward", "update")
-# Medians over fewer steps are noise.
-MIN_STEPS = 10
-# A rank is named that takes so much longer than the median of all ranks, if that is so great a share of a step.
+# Over which a median is taken; fewer are noise. Two such windows are within 20 steps of when a rank becomes slow.
+MIN_STEPS = 8
+# A rank is slow that takes so much longer than the median of all ranks, if that is so great a share of a step.
 FACTOR, SHARE = 1.5, 0.1
 
 
@@ -59,7 +59,7 @@ class Stragglers:
     def __init__(self, group: dist.ProcessGroup | None, hosts: Sequence[str], say: Callable[[str], None]) -> None:
         self.group, self.hosts, self.say = group, hosts, say
         self.steps: list[tuple[float, ...]] = []
-        self.named: set[tuple[int, str]] = set()
+        self.slow, self.named = set[tuple[int, str]](), set[tuple[int, str]]()
 
     def step(self, *seconds: float) -> None:
         """A step of this rank took so long, by PHASES."""
@@ -69,7 +69,7 @@ class Stragglers:
     def report(self, step: int, step_seconds: float) -> dict[str, float]:
         """The slowest rank of each phase, and its factor over the median; empty after fewer than MIN_STEPS. Collective.
 
-        Says who is slow when that has changed. step_seconds: of a whole step, on average.
+        Says who is slow for the second time in a row, and was not before. step_seconds: of a whole step, on average.
         """
         if len(self.steps) < MIN_STEPS:
             return {}
@@ -77,15 +77,15 @@ class Stragglers:
         self.steps = []
         times = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(times, mine, self.group)
-        found, named = {}, set()
+        found, slow = {}, dict[tuple[int, str], str]()
         for phase, seconds in zip(PHASES, torch.stack(times).T.tolist(), strict=True):
             usual, worst = statistics.median_low(seconds), max(seconds)
             rank, factor = seconds.index(worst), worst / max(usual, 1e-9)
             found |= {f"{phase}_rank": rank, f"{phase}_factor": factor}
             if factor > FACTOR and worst - usual > SHARE * step_seconds:
-                named.add((rank, phase))
-                if (rank, phase) not in self.named:
-                    what = f"{phase} takes {worst:.3g} s, {factor:.1f} x the median"
-                    self.say(f"warning: step {step}: rank {rank} on {self.hosts[rank]} is slow: {what}")
-        self.named = named
+                slow[rank, phase] = f"{phase} takes {worst:.3g} s, {factor:.1f} x the median"
+        again = slow.keys() & self.slow
+        for rank, phase in again - self.named:
+            self.say(f"warning: step {step}: rank {rank} on {self.hosts[rank]} is slow: {slow[rank, phase]}")
+        self.slow, self.named = {*slow}, again
         return found

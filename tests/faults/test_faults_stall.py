@@ -117,7 +117,8 @@ def test_a_slow_rank_is_named_within_20_steps_and_goes_on(workspace: Workspace) 
     succeeded(done)
     assert (workspace.path / "runs/slow/fired-1").exists()
     said = [line for line in done.stdout.splitlines() if " is slow: " in line]
-    assert [line for line in said if "rank 1 on " in line and "forward takes" in line and "step 4" not in line], said
+    named = [int(line.split("step ")[1].split(":")[0]) for line in said if "rank 1 on " in line and "forward" in line]
+    assert any(21 <= step <= 41 for step in named), said
     records = [line["slowest"] for line in workspace.metrics("slow") if "slowest" in line]
     assert [record["forward_rank"] for record in records][-2:] == [1, 1]
-    assert all(record["forward_factor"] > 3 for record in records[-2:])
+    assert all(record["forward_factor"] > 2.5 for record in records[-2:])

@@ -31,13 +31,13 @@ def windows(*slow: dict[str, float]) -> tuple[list[dict[str, float]], list[str]]
 
 
 def test_the_slow_rank_and_its_phase(two_ranks: RankPool) -> None:
-    slow = {"forward": 0.5}
-    (records, said), (others, _) = two_ranks.run(windows, {}, slow, slow, {}, slow, {"load": 0.2})
+    slow, load = {"forward": 0.5}, {"load": 0.2}
+    (records, said), (others, _) = two_ranks.run(windows, {}, slow, slow, slow, {}, slow, slow, load, load)
     assert records == others
     assert said == [
-        "warning: step 20: rank 1 on b is slow: forward takes 0.5 s, 5.0 x the median",
-        "warning: step 50: rank 1 on b is slow: forward takes 0.5 s, 5.0 x the median",
-        "warning: step 60: rank 1 on b is slow: load takes 0.2 s, 20.0 x the median",
+        "warning: step 30: rank 1 on b is slow: forward takes 0.5 s, 5.0 x the median",
+        "warning: step 70: rank 1 on b is slow: forward takes 0.5 s, 5.0 x the median",
+        "warning: step 90: rank 1 on b is slow: load takes 0.2 s, 20.0 x the median",
     ]
     assert records[1]["forward_rank"] == 1 and records[1]["forward_factor"] == pytest.approx(5)
     assert set(records[0]) == {f"{phase}_{what}" for phase in PHASES for what in ("rank", "factor")}
@@ -46,6 +46,11 @@ def test_the_slow_rank_and_its_phase(two_ranks: RankPool) -> None:
 @pytest.mark.parametrize("change", [{"update": 0.01}, {"forward": 0.14}, {"forward": 0.08, "load": 0.001}])
 def test_a_trifle_is_not_named(two_ranks: RankPool, change: dict[str, float]) -> None:
     assert [said for _, said in two_ranks.run(windows, change, change)] == [[], []]
+
+
+def test_a_slow_spell_is_not_named(two_ranks: RankPool) -> None:
+    slow = {"forward": 0.5}
+    assert [said for _, said in two_ranks.run(windows, slow, {}, slow, {"load": 0.2}, {})] == [[], []]
 
 
 def test_a_process_alone_compares_nothing() -> None:
