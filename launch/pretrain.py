@@ -2,7 +2,7 @@
 
 The same script runs under `torchrun`, `mpirun`, `srun` and plain `python`. `--help` lists every setting. With
 `--prepare`, rank 0 first does what launch/prepare_data.py does, where that is not done, and the others wait for it.
-Paths count from the folder you are in. Exit codes: 0 finished, 75 stopped and saved, 2 wrong input, 1 anything else.
+Paths count from the folder you are in. Exit codes: 0 finished, 75 stopped and saved, 2 bad input, 69 bad host, 1 else.
 """
 
 import sys
@@ -46,6 +46,7 @@ def pretrain(ranks: Ranks, stop: Stop) -> None:
     from llm.train.run_folder import RUNS, RunFolder
 
     folder, steps = RunFolder(RUNS, config.name), config.train.max_steps
+    stop.failed = folder.failed
     if not prepare and not folder.has(steps):
         require_prepared(config, shlex.join(["python", str(place / "prepare_data.py"), *words]))
     export(ranks, os.environ)
@@ -58,8 +59,7 @@ def pretrain(ranks: Ranks, stop: Stop) -> None:
     device = choose_device(ranks)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
-    lead = ranks.rank == 0
-    lock = folder.claim() if lead else None
+    lock = folder.claim() if (lead := ranks.rank == 0) else None
     with folder.undone_on_failure(folder.nonce() if lead else ""):
         initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
         run = start(config, device, print if lead else lambda text: None, ranks, prepare=prepare, stop=stop)

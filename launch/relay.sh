@@ -7,6 +7,9 @@
 # own (set -m), which Ctrl-C does not reach, and the ranks alone are told. DEPTH 0: they are on other hosts, and the
 # launcher is told. What is left of the group when the launcher has ended is ended too: a runner that is killed would
 # leave pdsh behind, and with it every host at work.
+#
+# Ranks know their start by the file INGOT_START. A stop and each rank that fails add their exit code to it, which
+# launchers change: see llm/cluster/failure.py.
 save_seconds=40
 
 processes_at() { # DEPTH PID...
@@ -22,7 +25,7 @@ processes_at() { # DEPTH PID...
 
 stop() { # DEPTH SIGNAL
   local ranks signal=$2
-  stopped=1
+  echo 75 >>"$INGOT_START" # before the ranks are told: one that ends of it is not started again
   ranks=$(processes_at "$1" "$launcher") || ranks=
   if (($1 == 0)) || [[ -z "$ranks" ]]; then # no rank has begun
     signal=TERM ranks=$launcher
@@ -31,12 +34,13 @@ stop() { # DEPTH SIGNAL
   kill -s "$signal" $ranks 2>/dev/null || true
 }
 
-recorded() { grep -qsF -- "$INGOT_START" runs/*/stopped.json; }
+recorded() { grep -qsF -- "${INGOT_START##*/}" runs/*/stopped.json; } # the ranks write it into the record of a stop
 
 relay() {
-  local code=0 stopped='' launcher depth=$1 INGOT_START="$HOSTNAME.$$.$RANDOM$RANDOM"
+  local code=0 launcher depth=$1 INGOT_START
   shift
-  export INGOT_START # each rank writes it into the record of a stop
+  INGOT_START=$(mktemp "${TMPDIR:-/tmp}/ingot-$HOSTNAME.XXXXXXXXXX")
+  export INGOT_START
   set -mx
   "$@" </dev/null &
   { set +mx; } 2>/dev/null
@@ -55,7 +59,14 @@ relay() {
     kill -0 -- "-$launcher" 2>/dev/null || { ((depth == 1 && code > 128)) && ! recorded; } || break
     sleep 0.1
   done
-  [[ -n "$stopped" ]] && ((code > 128)) && code=75 # too early to be saved
+  if grep -qx 2 "$INGOT_START"; then
+    code=2 # also where torchrun has ended with 0: ranks that it started again left at once
+  elif ((code)) && grep -qx 69 "$INGOT_START"; then
+    code=69
+  elif ((code)) && [[ "$(tail -n 1 "$INGOT_START")" == 75 ]]; then
+    code=75
+  fi
+  rm -f -- "$INGOT_START"
   recorded && code=75
   exit "$code"
 }

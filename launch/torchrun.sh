@@ -5,12 +5,13 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh ...      on the first of two hosts
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 launch/torchrun.sh ...      on the second, at the same time
 #
-# RANKS        processes on this host: default one per GPU, or 2 without a GPU
-# NNODES       hosts in the run, by default 1
-# NODE_RANK    number of this host, 0 to NNODES - 1
-# MASTER_ADDR  address of host 0
-# MASTER_PORT  a port that is free on host 0, by default 29500
-# PET_*        torchrun's own, as Kubeflow sets them: they replace all of these
+# RANKS         processes on this host: default one per GPU, or 2 without a GPU
+# MAX_RESTARTS  how often torchrun starts ranks that failed again, on one host: by default 3 times in all
+# NNODES        hosts in the run, by default 1
+# NODE_RANK     number of this host, 0 to NNODES - 1
+# MASTER_ADDR   address of host 0
+# MASTER_PORT   a port that is free on host 0, by default 29500
+# PET_*         torchrun's own, as Kubeflow sets them: they replace all of these
 #
 # SIGTERM, SIGINT and SIGUSR1 stop the run: it is saved, and the exit code is 75, on every host.
 set -euo pipefail
@@ -35,7 +36,10 @@ elif ((${NNODES:-1} > 1)); then
   fi
   options+=(--master_addr "$MASTER_ADDR" --master_port "$port")
 else
-  options+=(--standalone)
+  # Several hosts start again as a whole (launch/supervise.py on each, or the scheduler): each torchrun counts its own
+  # restarts. The store that torch 2.13 shares with the ranks keeps the addresses of dead ones (pytorch#135712).
+  options+=(--standalone --local-addr localhost --max-restarts "${MAX_RESTARTS:-3}")
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 
 # For signals that reach torchrun itself, which SIGUSR1 would kill.

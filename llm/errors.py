@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class InputError(Exception):
     """The config, the input or the machine cannot be used as asked: the process exits with 2.
@@ -14,6 +16,10 @@ class Agreed(InputError):
     """An InputError that every rank raises alike, so that one of them may speak for all."""
 
 
+class BadHost(InputError):
+    """This host, or a GPU of it, cannot be used: the process exits with 69, and another host may do."""
+
+
 class DamagedFile(InputError):
     """A token file is missing, cannot be read, or is not what its corpus says of it.
 
@@ -22,7 +28,14 @@ class DamagedFile(InputError):
 
 
 class ReplicaError(Exception):
-    """Ranks that should hold the same weights do not (llm/train/guard.py): raised by every rank; exit code 1."""
+    """Ranks that should hold the same weights do not (llm/train/guard.py): raised by every rank.
+
+    odd: the ranks that differ from most of the others; exit code 69 if there are any, else 1.
+    """
+
+    def __init__(self, message: str, odd: Collection[int] = ()) -> None:
+        super().__init__(message)
+        self.odd = odd
 
 
 class CheckpointError(Exception):

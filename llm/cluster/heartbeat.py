@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
-from llm.cluster.failure import BAD_HOST, PASSING, record_failure
+from llm.cluster.failure import BAD_HOST, PASSING, record_failure, tell_start
 from llm.cluster.ranks import Ranks
 
 T = TypeVar("T")
@@ -204,6 +204,7 @@ class Heartbeat:
         os.write(2, f"error: the run stalls: {verdict.reason}\n".encode())
 
     def _record(self, verdict: Verdict) -> None:
+        tell_start(verdict.code, os.environ)
         record_failure(self.failed, verdict.code, verdict.reason, rank=verdict.rank, host=verdict.host)
         path = self.failed.parent / f"stalls/rank-{self.rank}.txt"
         path.parent.mkdir(mode=0o700, exist_ok=True)

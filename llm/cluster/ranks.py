@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.errors import InputError, RendezvousError, require
+from llm.errors import BadHost, InputError, RendezvousError, require
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +176,7 @@ def choose_device(ranks: Ranks) -> torch.device:
     """This rank's GPU, or the CPU of a machine without one.
 
     A rank takes the GPU of its local number, or the only one it sees if Slurm, Flux or PALS has given each task its
-    own. Raises InputError when there are fewer GPUs than ranks.
+    own. Raises BadHost when there are fewer GPUs than ranks.
     """
     import torch
 
@@ -185,10 +185,8 @@ def choose_device(ranks: Ranks) -> torch.device:
     count = torch.cuda.device_count()
     if count == 1 and ranks.launcher in ("slurm", "flux", "pals"):
         return torch.device("cuda", 0)
-    require(
-        ranks.local_world_size <= count,  # not local_rank: every rank of the host is refused, before any waits
-        f"this host has {count} GPUs for {ranks.local_world_size} ranks; start at most {count} here",
-    )
+    if ranks.local_world_size > count:  # not local_rank: every rank of the host is refused, before any waits
+        raise BadHost(f"this host has {count} GPUs for {ranks.local_world_size} ranks; start at most {count} here")
     return torch.device("cuda", ranks.local_rank)
 
 

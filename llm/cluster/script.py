@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from llm.cluster.failure import STOPPED, exit_code, record_error, start_is_over, tell_start
 from llm.cluster.preflight import provide_home
 from llm.cluster.ranks import discover_ranks
 from llm.cluster.signals import Stop
@@ -24,9 +25,11 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
 
     What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0,
     what one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too. Exit
-    codes: 2 for an InputError, 75 for Stopped (0 under torchrun, which starts again what ends with another code), 1 for
-    anything else. stop: is asked by signals and the launcher's death; None: they end the process.
+    codes: 75 for Stopped (0 under torchrun, which starts again what ends with another code), else those of
+    llm/cluster/failure.py. stop: is asked by signals and the launcher's death; None: they end the process.
     """
+    if code := start_is_over(os.environ):
+        _leave(code if code == STOPPED else 0)  # 0: torchrun does not start it once more
     protect_streams()
     if stop is not None:
         stop.start = os.environ.get("INGOT_START")
@@ -38,8 +41,12 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
         ranks = discover_ranks(os.environ)
         action(ranks) if stop is None else action(ranks, stop)
     except Stopped:
-        _leave(0 if ranks is not None and ranks.launcher == "torchrun" else 75)
+        _leave(0 if ranks is not None and ranks.launcher == "torchrun" else STOPPED)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and the process ends
+        code = exit_code(error)
+        tell_start(code, os.environ)
+        if ranks is not None and stop is not None and stop.failed is not None:
+            record_error(stop.failed, error, rank=ranks.rank)
         shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReadError, ReplicaError))
         if not shared and not isinstance(error, (InputError, RendezvousError)):
             traceback.print_exception(error)
@@ -49,7 +56,7 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
                     stop.give_up()
                 time.sleep(PATIENCE_SECONDS)  # a launcher ends all ranks once one has gone: not the one that tells
             print(f"error: {error}", file=sys.stderr)
-        _leave(2 if isinstance(error, InputError) else 1)
+        _leave(code)
     done.set()  # only the exit is left
 
 

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 # Launchers double signals: after Ctrl-C `deepspeed` sends SIGTERM too, and `scancel` reaches torchrun's ranks twice.
 SAME_SECONDS = 5.0
@@ -37,6 +38,8 @@ class Stop:
         self.reason, self.deadline = 0, math.inf
         self.start: str | None = None
         """What launch/relay.sh calls this start, and looks for in the record of a stop."""
+        self.failed: Path | None = None
+        """Where the run records why it failed; None as long as its folder is not known."""
         self.signalled: float | None = None
 
     def limit(self, minutes: float | None) -> None:

@@ -21,7 +21,7 @@ from llm.cluster.signals import LAUNCHER_DIED, Stop
 POLL_SECONDS = 1.0
 SAVE_SECONDS = 30.0
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "ash"}
-SCRIPTS = ("launch/deepspeed.sh", "launch/torchrun.sh")
+SCRIPTS = ("launch/deepspeed.sh", "launch/torchrun.sh", "launch/supervise.py")
 PROGRAMS = {
     *("deepspeed", "deepspeed.pt", "torchrun", "torchrun.exe"),
     *("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "orted", "prterun", "prte", "prted"),
@@ -65,7 +65,7 @@ def is_launcher(argv: Sequence[str]) -> bool:
         if word == "-m":
             return following in MODULES
         if not word.startswith("-"):
-            return word.split("/")[-1] in PROGRAMS
+            return word.split("/")[-1] in PROGRAMS or word.endswith(SCRIPTS)
     return False
 
 

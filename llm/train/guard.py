@@ -13,7 +13,9 @@ compared. Partitioned state, such as fp32 masters and moments under ZeRO, has no
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,8 +44,24 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def compare_replicas(engine: Engine, mesh: Mesh) -> list[str]:
-    """Each parameter whose replicas differ and the ranks that do, one line each, the same on every rank. Collective.
+class Finding(NamedTuple):
+    """A parameter whose replicas differ: the ranks that hold its most common bits, and the others."""
+
+    name: str
+    right: list[int]
+    wrong: list[int]
+
+    def __str__(self) -> str:
+        return f"{self.name} differs: ranks {self.wrong} from ranks {self.right}"
+
+
+def odd_ranks(findings: Sequence[Finding]) -> set[int]:
+    """The ranks that are proven wrong: they differ from more than half of the replicas, which agree."""
+    return {rank for each in findings if len(each.right) > len(each.wrong) for rank in each.wrong}
+
+
+def compare_replicas(engine: Engine, mesh: Mesh) -> list[Finding]:
+    """What is found of each parameter whose replicas differ, the same on every rank. Collective.
 
     The majority is right; of equally many, those of the lowest rank.
     """
@@ -59,7 +77,7 @@ def compare_replicas(engine: Engine, mesh: Mesh) -> list[str]:
     dist.all_gather(gathered, local)
     sums = torch.stack(gathered).t().tolist()  # [parameter][rank]
     return [
-        f"{name} differs: ranks {wrong} from ranks {right}"
+        Finding(name, right, wrong)
         for (name, groups), by_rank in zip(expected.items(), sums, strict=True)
         for ranks in groups
         for right, wrong in [majority(ranks, by_rank)]
@@ -90,7 +108,7 @@ def diverged(step: int, found: str, root: Path) -> FloatingPointError:
     return FloatingPointError(f"step {step}: {found}; {last_good(root, step)}: {advice}")
 
 
-def replica_message(step: int, findings: list[str], root: Path) -> str:
+def replica_message(step: int, findings: Sequence[Finding], root: Path) -> str:
     """What a run that stops says: the first finding, which checkpoint under `root` is good, and what to do."""
     more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
     return (

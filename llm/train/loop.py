@@ -7,7 +7,7 @@ import time
 
 from llm.checkpoint.writer import write_checkpoint
 from llm.errors import ReplicaError
-from llm.train.guard import compare_replicas, diverged, replica_message
+from llm.train.guard import compare_replicas, diverged, odd_ranks, replica_message
 from llm.train.optim import learning_rate
 from llm.train.reporter import Reporter
 from llm.train.resume import checkpoint_state
@@ -93,7 +93,8 @@ class Trainer:
         self.run.heartbeat.enter("guard")
         findings = compare_replicas(self.engine, self.run.mesh)
         if findings and self.run.config.train.guard_action == "stop":
-            raise ReplicaError(replica_message(self.run.step, findings, self.run.folder.checkpoints))
+            message = replica_message(self.run.step, findings, self.run.folder.checkpoints)
+            raise ReplicaError(message, odd_ranks(findings))
         for finding in findings:
             self.reporter.say(f"warning: step {self.run.step}: {finding}")
 

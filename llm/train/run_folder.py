@@ -39,6 +39,8 @@ class RunFolder:
         """Why and after which step the last start was stopped, and INGOT_START of its ranks; none if it was not."""
         self.failed = self.path / "failed.json"
         """Why the last start failed (llm/cluster/failure.py); none if it did not."""
+        self.restarts = self.path / "restarts.jsonl"
+        """A line for each start by launch/supervise.py that has ended."""
 
     def claim(self) -> FileLock:
         """Rank 0, before the ranks meet: `create`, `lock` and `share_nonce`; returns what holds the lock.
@@ -76,6 +78,11 @@ class RunFolder:
                     if made == "2":
                         self.path.parent.rmdir()
             raise
+
+    def forget_the_end(self) -> None:
+        """Rank 0: remove what says how the last start ended."""
+        for path in (self.stopped, self.failed):
+            path.unlink(missing_ok=True)
 
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of `step`, whole or not."""

@@ -95,7 +95,7 @@ def start(
     nonce = broadcast(together(lambda: folder.nonce() if lead else ""))
     with folder.undone_on_failure(nonce):
         together(lambda: folder.check_nonce(nonce))
-        together(lambda: folder.stopped.unlink(missing_ok=True) if lead else None)
+        together(lambda: folder.forget_the_end() if lead else None)
         ballot = Ballot(stop, config.parallel.timeout_seconds)
         ballot.leave_if_asked(folder, None)
         together(lambda: check_wandb(config) if lead else None)

@@ -92,6 +92,8 @@ def test_not_launchers(argv):
         ([TORCHRUN, ["bash", "-c", "torchrun launch/pretrain.py & sleep 9"], ["cron"]], 1),
         ([LAUNCH, RUNNER, ["bash", "launch/deepspeed.sh"], ["-bash"], ["sshd: me@pts/0"]], 3),
         ([TORCHRUN, ["bash", "/w/launch/torchrun.sh", "--config", "c.yaml"], ["make"]], 2),
+        ([TORCHRUN, ["bash", "launch/torchrun.sh"], ["python", "launch/supervise.py", "--", "launch/torchrun.sh"]], 3),
+        ([["python3.12", "/w/launch/supervise.py", "--", "python", "launch/pretrain.py"], ["-bash"]], 1),
         ([LAUNCH, REMOTE_SHELL, SESSION, ["sshd: /usr/sbin/sshd [listener]"]], 3),
         ([LAUNCH, SESSION, ["sshd: /usr/sbin/sshd [listener]"]], 2),
         ([["orted", "--hnp"], ["bash", "-c", "orted --hnp"], ["sshd-session: me@notty"]], 3),

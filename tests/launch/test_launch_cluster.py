@@ -109,7 +109,14 @@ def test_torchrun_with_kubeflows_variables(checkout):
     pod = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a", "PET_MASTER_PORT": "1", "RANK": "1"}
     assert torchrun_options(checkout, **pod, PET_NPROC_PER_NODE="4") == "--nproc_per_node 4"
     assert torchrun_options(checkout, **pod) == "--nproc_per_node 8"
-    assert torchrun_options(checkout) == "--nproc_per_node 8 --standalone"
+
+
+def test_torchrun_starts_ranks_again_on_one_host_alone(checkout):
+    """As a whole: each torchrun of several hosts would count its own restarts."""
+    alone = "--nproc_per_node 8 --standalone --local-addr localhost --max-restarts"
+    assert torchrun_options(checkout) == f"{alone} 3"
+    assert torchrun_options(checkout, MAX_RESTARTS="0") == f"{alone} 0"
+    assert "--max-restarts" not in torchrun_options(checkout, **variables(), MAX_RESTARTS="3")
 
 
 def test_torchrun_names_a_busy_port(checkout):

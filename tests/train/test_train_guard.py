@@ -16,7 +16,7 @@ from chosen import slow_but
 from llm.config import ParallelConfig
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
-from llm.train.guard import checksum, compare_replicas, equal_ranks, majority
+from llm.train.guard import Finding, checksum, compare_replicas, equal_ranks, majority, odd_ranks
 from pool import RankPool, free_port
 from runs import DEEPSPEED, Workspace, succeeded
 from tiny_run import batches, case, target_count
@@ -66,6 +66,14 @@ def test_the_majority_is_right() -> None:
     assert majority([1, 3], [0, 5, 0, 6]) == ([1], [3])
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "odd"),
+    [([1, 2, 3], [0], {0}), ([0, 1, 2], [3, 4], {3, 4}), ([0, 1], [2, 3], set()), ([0], [1, 2], set())],
+)
+def test_only_a_majority_proves_a_rank_wrong(right: list[int], wrong: list[int], odd: set[int]) -> None:
+    assert odd_ranks([Finding("a", right, wrong), Finding("b", [0], [1])]) == odd
+
+
 LAYOUTS = {
     **{
         f"zero{stage}-tp{tp}-{precision}": dict(
@@ -84,12 +92,12 @@ LAYOUTS = {
 def findings_over_steps(config: Any, steps: int) -> list[str]:
     mesh = Mesh.create(config.parallel, "cpu")
     engine = build_engine(config, mesh, torch.device("cpu"))
-    found = compare_replicas(engine, mesh)
+    found = [*map(str, compare_replicas(engine, mesh))]
     for step in range(steps):
         engine.set_lr(config.optim.lr)
         engine.forward_backward(batches(config, step, mesh.dp_rank, mesh.dp_size, False), target_count(False))
         engine.step()
-        found += compare_replicas(engine, mesh)
+        found += map(str, compare_replicas(engine, mesh))
     engine.close()
     return found
 
@@ -108,7 +116,7 @@ def findings_after_a_flip(config: Any, name: str, rank: int) -> list[str]:
     engine = build_engine(config, mesh, torch.device("cpu"))
     if mesh.rank == rank:
         flip(engine.local_weight(name), index=1)
-    found = compare_replicas(engine, mesh)
+    found = [*map(str, compare_replicas(engine, mesh))]
     engine.close()
     return found
 
@@ -153,7 +161,7 @@ def two_tables_findings(values: list[float]) -> list[str]:
     mesh = Mesh.create(ParallelConfig(), "cpu")
     table = nn.Parameter(torch.tensor([values[mesh.rank]]))
     engine: Any = SimpleNamespace(parameters={"table": table}, replicated=True, local_weight=lambda name: table)
-    return compare_replicas(engine, mesh)
+    return [*map(str, compare_replicas(engine, mesh))]
 
 
 def test_equal_nans_are_replicas(two_ranks: RankPool) -> None:
