@@ -221,6 +221,7 @@ def test_the_rank_that_sleeps_is_named_by_both(two_ranks: RankPool, tmp_path: Pa
     assert "all_reduce" in first["stacks"] and "in stall" in second["stacks"]
 
 
+@pytest.mark.slow
 def test_the_rank_that_says_nothing_is_named(two_ranks: RankPool, tmp_path: Path) -> None:
     first, second = two_ranks.run(stall, tmp_path, True)
     assert first["left"] == [BAD_HOST] and second["left"] == []

@@ -2,11 +2,12 @@
 
 usage: FAULT=KIND@RANK:STEP stalling.py ARGUMENTS     RANK may be `all`; slow@RANK:STEP lasts from that step on
 
-Who does it leaves runs/<name>/fired-<rank>, and does not do it again where that lies.
+Who does it leaves its pid in runs/<name>/fired-<rank>, and does not do it again where that lies.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -31,6 +32,11 @@ def stop_here() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def hold_here() -> None:
+    """As a call into C that waits and keeps the interpreter's lock: no thread of the process runs any more."""
+    ctypes.PyDLL(None).sleep(10**6)
+
+
 def wait_here() -> None:
     threading.Event().wait()
 
@@ -47,6 +53,7 @@ HANGS: dict[str, tuple[Any, str, Any]] = {
     "load": (Feed, "next_step", wait_here),
     "reduce": (PlainEngine, "_reduce", wait_here),
     "stopped": (PlainEngine, "_reduce", stop_here),
+    "held": (PlainEngine, "_reduce", hold_here),
     "write": (files, "create_safetensors", write_here),
 }
 
@@ -68,7 +75,7 @@ def main() -> None:
         fired = Path("runs") / name / f"fired-{mine}"
         if kind != "slow" and fired.exists():
             return False
-        fired.touch()
+        fired.write_text(str(os.getpid()))
         return True
 
     Trainer.step = counted
