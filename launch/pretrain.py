@@ -62,7 +62,7 @@ def pretrain(ranks: Ranks, stop: Stop) -> None:
     lock = folder.claim() if (lead := ranks.rank == 0) else None
     with folder.undone_on_failure(folder.nonce() if lead else ""):
         initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
-        run = start(config, device, print if lead else lambda text: None, prepare=prepare, stop=stop)
+        run = start(config, device, print if lead else lambda text: None, ranks, prepare=prepare, stop=stop)
     if run is not None:
         train(run)
         run.engine.close()

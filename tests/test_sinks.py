@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 
 import llm.report
 import llm.train.metrics
+from llm.cluster.heartbeat import Heartbeat
 from llm.config.parse import to_yaml
 from llm.config.sections import LoggingConfig
 from llm.report import report
 from llm.sinks import Sink, Stream
+from llm.train.ballot import Ballot
 from llm.train.reporter import Reporter
 from llm.train.run_folder import RunFolder
 from test_generate import CONFIG
@@ -150,6 +152,7 @@ def fake_run(root: Path, tensorboard: bool) -> Any:
         feed=SimpleNamespace(wait_seconds=0.0, record=dict), mesh=SimpleNamespace(world_size=1),
         engine=SimpleNamespace(scalar_state=lambda: {"optimizer_step": 0}),
         corpora=SimpleNamespace(manifest=SimpleNamespace(bits_per_byte=lambda nats: None)),
+        ballot=Ballot(), heartbeat=Heartbeat(),
     )  # fmt: skip
 
 

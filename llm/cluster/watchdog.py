@@ -12,15 +12,14 @@ import contextlib
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+
+import psutil
 
 from llm.cluster.signals import LAUNCHER_DIED, Stop
 
 POLL_SECONDS = 1.0
 SAVE_SECONDS = 30.0
-PROC = Path("/proc")
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "ash"}
 SCRIPTS = ("launch/deepspeed.sh", "launch/torchrun.sh", "launch/supervise.py")
 PROGRAMS = {
@@ -37,32 +36,21 @@ MODULES = {
 REMOTE = ("deepspeed.launcher.launch", "orted", "prted", "hydra_pmi_proxy", "hydra_bstrap_proxy")
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process as /proc shows it; `start` (ticks since boot) tells it from a reuse of its pid."""
-
-    pid: int
-    parent: int
-    start: int
-    state: str
-    argv: tuple[str, ...]
+def _argv(process: psutil.Process) -> list[str]:
+    """Its command line, [""] where that cannot be read. A title, such as `sshd: me@pts/0`, is split at its spaces."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline() or [""]
+    return [""]
 
 
-def read_process(pid: int, proc: Path = PROC) -> Process | None:
-    """The process `pid`, or None when there is none. psutil would split a title, such as `sshd: me@pts/0`, in two."""
-    try:
-        stat = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-        argv = (proc / str(pid) / "cmdline").read_bytes()
-    except OSError:
-        return None
-    # The second field is the program's name in parentheses and may hold anything.
-    fields = stat[stat.rindex(")") + 2 :].split()
-    words = argv.decode(errors="replace").rstrip("\0").split("\0")
-    return Process(pid, int(fields[1]), int(fields[19]), fields[0], tuple(words))
+def _parent(process: psutil.Process) -> psutil.Process | None:
+    with contextlib.suppress(psutil.Error):
+        return process.parent()
+    return None
 
 
-def _program(process: Process) -> str:
-    return process.argv[0].split("/")[-1]
+def _program(argv: Sequence[str]) -> str:
+    return argv[0].split("/")[-1]
 
 
 def is_launcher(argv: Sequence[str]) -> bool:
@@ -81,42 +69,45 @@ def is_launcher(argv: Sequence[str]) -> bool:
     return False
 
 
-def launcher_chain(pid: int, proc: Path = PROC) -> list[Process]:
-    """The ancestors of `pid` up to the launcher that the user started, nearest first.
+def launcher_chain(process: psutil.Process) -> list[psutil.Process]:
+    """The ancestors of `process` up to the launcher that the user started, nearest first.
 
     Climbs while the ancestor is a launcher, or a shell between two of them; over ssh, up to the session (sshd) that
     runs the launcher's part on this host. Empty: no launcher started it.
     """
-    chain: list[Process] = []
-    shells: list[Process] = []
-    child = read_process(pid, proc)
-    while child is not None and (ancestor := read_process(child.parent, proc)) is not None:
-        remote = any(name in word for word in child.argv for name in REMOTE)
-        session = remote and ancestor.argv[0].startswith(("sshd:", "sshd-session:"))
-        if session or is_launcher(ancestor.argv):
+    chain: list[psutil.Process] = []
+    shells: list[psutil.Process] = []
+    child, ancestor = _argv(process), _parent(process)
+    while ancestor is not None:
+        argv = _argv(ancestor)
+        remote = any(name in word for word in child for name in REMOTE)
+        session = remote and argv[0].startswith(("sshd:", "sshd-session:"))
+        if session or is_launcher(argv):
             chain += [*shells, ancestor]
             shells = []
-        elif _program(ancestor) in SHELLS:
+        elif _program(argv) in SHELLS:
             shells.append(ancestor)
         else:
             break
-        child = ancestor
+        child, ancestor = argv, _parent(ancestor)
     return chain
 
 
-def orphaned(chain: Sequence[Process], proc: Path = PROC) -> bool:
+def orphaned(chain: Sequence[psutil.Process]) -> bool:
     """Whether `deepspeed`, above its launcher on this host, had died before `chain` was read."""
-    if not chain or "deepspeed.launcher.launch" not in chain[-1].argv:
+    if not chain or "deepspeed.launcher.launch" not in _argv(chain[-1]):
         return False
-    parent = read_process(chain[-1].parent, proc)
-    return parent is not None and (parent.pid == 1 or _program(parent) == "systemd")
+    parent = _parent(chain[-1])
+    return parent is not None and (parent.pid == 1 or _program(_argv(parent)) == "systemd")
 
 
-def lost(chain: Sequence[Process], proc: Path = PROC) -> Process | None:
+def lost(chain: Sequence[psutil.Process]) -> psutil.Process | None:
     """The first of `chain` that is gone, is a zombie, or whose pid now names another process."""
     for process in chain:
-        now = read_process(process.pid, proc)
-        if now is None or now.start != process.start or now.state in "ZX":
+        try:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return process
+        except psutil.NoSuchProcess:
             return process
     return None
 
@@ -126,27 +117,24 @@ def watch_launcher(stop: Stop | None = None) -> threading.Event:
 
     With `stop`, ask for the stop, and end the process only if it is still there SAVE_SECONDS later.
     Call it first in the launch script: a launcher that dies before this call is noticed only when it is DeepSpeed's.
-    Plain `python` starts no thread. Without /proc (macOS) the parent is watched, whatever it is.
+    Plain `python` starts no thread.
     """
-    has_proc = PROC.joinpath("self/stat").exists()
-    chain = launcher_chain(os.getpid()) if has_proc else []
-    parent, done = os.getppid(), threading.Event()
+    chain, done = launcher_chain(psutil.Process()), threading.Event()
     if orphaned(chain):
         _end("the launcher that started this process")
+    names = {process.pid: " ".join(_argv(process))[:80] for process in chain}
 
     def watch() -> None:
         while not done.wait(POLL_SECONDS):
-            process, who = lost(chain), f"process {parent}, which started this one,"
-            if process is not None:
-                who = f"the launcher (process {process.pid}: {' '.join(process.argv)[:80]})"
-            elif os.getppid() == parent:
+            process = lost(chain)
+            if process is None:
                 continue
             if stop is not None:
                 stop.ask(LAUNCHER_DIED)
                 done.wait(SAVE_SECONDS)
-            _end(who)
+            _end(f"the launcher (process {process.pid}: {names[process.pid]})")
 
-    if chain or not has_proc:
+    if chain:
         threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
     return done
 

@@ -281,6 +281,8 @@ class TrainConfig:
     """Optimizer steps in the run."""
     max_minutes: float | None = None
     """The run saves and ends, with exit code 75, so many minutes after its start; null: only when it is finished."""
+    stall_seconds: int | None = 300
+    """The run ends when a rank makes no progress for so long, which it names; null: never. Above the longest step."""
     eval_interval: int = 100
     """Steps between validations; there is always one after the last step."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
@@ -304,6 +306,7 @@ class TrainConfig:
         check_at_least(1, "train.", self, "global_batch_size", "micro_batch_size", "max_steps", "eval_interval")
         check_at_least(1, "train.", self, "checkpoint_every")
         check_at_least(0, "train.", self, "z_loss", "guard_interval", "max_minutes")
+        check_at_least(10, "train.", self, "stall_seconds")
         require(
             self.checkpoint_every == 1 or self.activation_checkpointing != "none",
             f"train.checkpoint_every is {self.checkpoint_every} and train.activation_checkpointing is none; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 from llm.checkpoint.writer import write_checkpoint
 from llm.errors import ReplicaError
@@ -34,6 +35,7 @@ def train(run: Run) -> None:
             loss, lr, grad_norm = trainer.step()
             if run.step == config.train.max_steps:
                 ballot.close()
+            run.heartbeat.enter("report")
             if due(config.logging.interval):
                 reporter.step(loss, lr, grad_norm)
             validating = due(config.train.eval_interval)
@@ -48,6 +50,7 @@ def train(run: Run) -> None:
                 ballot.vote()
             if guarding or validating or saving:
                 reporter.restart_clock()
+    run.heartbeat.close()
     ballot.leave_if_asked(run.folder, run.step)
     trainer.feed.close()
 
@@ -64,21 +67,30 @@ class Trainer:
 
         Raises FloatingPointError, on every rank, when the loss or the norm is not finite and nothing was skipped.
         """
-        run, config = self.run, self.run.config
+        run, config, heartbeat = self.run, self.run.config, self.run.heartbeat
+        heartbeat.enter("load", run.step + 1)
+        waited = self.feed.wait_seconds
         lr = learning_rate(config.optim, run.step, config.train.max_steps)
         self.engine.set_lr(lr)
         micro_batches, target_count = self.feed.next_step()
+        heartbeat.enter("forward_backward")
         loss = self.engine.forward_backward(micro_batches, target_count)
+        heartbeat.enter("update")
         run.ballot.begin()
+        start = time.perf_counter()
         grad_norm, skipped = self.engine.step()
+        update = time.perf_counter() - start
         run.ballot.end()
         run.step += 1
+        self.reporter.stragglers.step(self.feed.wait_seconds - waited, self.engine.forward_time.take(), update)
+        heartbeat.watch()
         if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise diverged(run.step, f"loss {loss}, gradient norm {grad_norm}", run.folder.checkpoints)
         return loss, lr, grad_norm
 
     def guard(self) -> None:
         """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""
+        self.run.heartbeat.enter("guard")
         findings = compare_replicas(self.engine, self.run.mesh)
         if findings and self.run.config.train.guard_action == "stop":
             message = replica_message(self.run.step, findings, self.run.folder.checkpoints)
@@ -91,23 +103,27 @@ class Trainer:
 
         Raises FloatingPointError, on every rank, when the loss is not finite: so nothing is saved.
         """
-        total, count = self.engine.evaluate(self.run.ballot.until_stopped(self.run.validation_batches()))
-        if self.run.ballot.agreed:
+        run = self.run
+        run.heartbeat.enter("validation")
+        batches = run.heartbeat.each(run.validation_batches())
+        total, count = self.engine.evaluate(run.ballot.until_stopped(batches))
+        if run.ballot.agreed:
             return False
         loss = total / count
         self.reporter.validation(loss)
         if not math.isfinite(loss):
-            raise diverged(self.run.step, f"validation loss {loss}", self.run.folder.checkpoints)
+            raise diverged(run.step, f"validation loss {loss}", run.folder.checkpoints)
         return True
 
     def save(self, *, validation_due: bool = False) -> None:
         """validation_due: that of this step was left for a stop, so the next start begins with it."""
+        self.run.heartbeat.enter("save")
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
         state = checkpoint_state(run.config, run.corpora, run.step, skipped_samples, scalars)
         state |= {"validation_due": True} if validation_due else {}
         kept, say = run.config.checkpoint, self.reporter.say
         path = write_checkpoint(
-            run.folder.checkpoints, run.step, self.engine.state_pieces(), state,
+            run.folder.checkpoints, run.step, run.heartbeat.each(self.engine.state_pieces()), state,
             keep_last=kept.keep_last, keep_every=kept.keep_every, say=say,
         )  # fmt: skip
         say(f"step {run.step}: saved {path}")

@@ -11,6 +11,7 @@ from llm.plan.flops import peak_tflops
 from llm.train.console import Console
 from llm.train.metrics import MetricsWriter, peak_memory, step_rates
 from llm.train.start import Run
+from llm.train.stragglers import Stragglers
 from llm.train.wandb_run import WandbRun
 
 
@@ -26,6 +27,7 @@ class Reporter:
         wandb = partial(WandbRun, run.folder.path, run.config) if run.config.logging.wandb else None
         self.metrics = MetricsWriter(*where, wandb=wandb, first_step=run.step, enabled=run.lead, say=self.say)
         device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+        self.stragglers = Stragglers(run.ballot.group, run.heartbeat.hosts, self.say)
         self.peak_tflops = peak_tflops(device, run.config.train.precision)
         self.restart_clock()
 
@@ -49,8 +51,9 @@ class Reporter:
             "data_wait_share": (self.feed.wait_seconds - self.waited) / seconds,
             "memory_bytes": peak_memory(run.device),
         }
+        slowest = self.stragglers.report(run.step, record["step_seconds"])
         self.restart_clock()
-        record |= self.feed.record()
+        record |= self.feed.record() | ({"slowest": slowest} if slowest else {})
         self.metrics.write(record)
         self.console.step(record)
 

@@ -6,6 +6,7 @@ All ranks together find everything that can be wrong with the request, before an
 from __future__ import annotations
 
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
@@ -14,8 +15,11 @@ from functools import partial
 from typing import TextIO
 
 import torch
+import torch.distributed as dist
 
 from llm.checkpoint.reader import CheckpointReader, open_agreed
+from llm.cluster.heartbeat import Heartbeat, connect
+from llm.cluster.ranks import Ranks
 from llm.cluster.signals import Stop
 from llm.config import RunConfig
 from llm.config.parse import to_yaml
@@ -26,7 +30,7 @@ from llm.data.prepare.console import prepare_all
 from llm.errors import Stopped
 from llm.files import write_json
 from llm.model.forms import Forms
-from llm.parallel.agreement import broadcast, lead_first, together
+from llm.parallel.agreement import broadcast, exchange, lead_first, together
 from llm.parallel.mesh import Mesh
 from llm.train.ballot import Ballot
 from llm.train.build import build_engine
@@ -55,6 +59,7 @@ class Run:
     feed: Feed
     engine: Engine
     ballot: Ballot = field(default_factory=Ballot)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     validation_due: bool = False
     """That after `step` was left for a stop."""
 
@@ -73,15 +78,17 @@ def start(
     config: RunConfig,
     device: torch.device,
     say: Callable[[str], None],
+    ranks: Ranks | None = None,
     *,
     prepare: bool = False,
     stop: Stop | None = None,
 ) -> Run | None:
     """Check, open the data, resume; None when every step is done, for which no data is needed. Collective.
 
-    prepare: the data too, first, where that is not done. stop: raises Stopped between any two of these when a rank was
-    asked, and is asked by the run as it trains. Whatever is wrong with the request raises Agreed on every
-    rank, and then the run's folder is as rank 0 found it before `RunFolder.claim`.
+    ranks: where they have met; None for a run that is not watched. prepare: the data too, first, where that is not
+    done. stop: raises Stopped between any two of these when a rank was asked, and is asked by the run as it trains.
+    Whatever is wrong with the request raises Agreed on every rank, and then the run's folder is as rank 0 found it
+    before `RunFolder.claim`.
     """
     mesh = Mesh.create(config.parallel, device.type)
     folder, lead = RunFolder(RUNS, config.name), mesh.rank == 0
@@ -109,9 +116,27 @@ def start(
             ballot.leave_if_asked(folder, step)
         run = _ready(config, folder, mesh, device, checkpoint, forms, say)
         run.ballot = ballot
+        if ranks is not None:
+            hosts = [name or "" for name in exchange(socket.gethostname())]
+            run.heartbeat = together(lambda: _heartbeat(run, ranks, hosts, nonce))
         ballot.leave_if_asked(folder, step)
         together(lambda: write_json(folder.kernels, record._asdict()) if record is not None else None)
         return run
+
+
+def _heartbeat(run: Run, ranks: Ranks, hosts: list[str], start: str) -> Heartbeat:
+    """What watches the run's progress: the collectives of all its groups, and the micro-batches."""
+    own = dist.group.WORLD, run.mesh.dp_group, run.mesh.tp_group, run.ballot.group
+    groups = {group.group_name: group for group in own if group is not None}
+    return Heartbeat(
+        run.config.train.stall_seconds,
+        ranks.rank,
+        hosts,
+        connect(ranks, start, run.config.parallel.timeout_seconds),
+        groups=[*groups.values()],
+        work=lambda: run.engine.forward_time.count,
+        failed=run.folder.failed,
+    )
 
 
 def _prepare(config: RunConfig, say: Callable[[str], None], stop: Stop | None) -> None:

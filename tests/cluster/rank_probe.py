@@ -22,13 +22,14 @@ def main() -> int:
     ranks = discover_ranks(os.environ)
     export(ranks, os.environ)
 
+    import psutil
     import torch
 
     initialize(ranks, timeout_seconds=60, device=torch.device("cpu"))
     total = torch.tensor([ranks.rank + 1.0])
     torch.distributed.all_reduce(total)
     report = asdict(ranks) | {"sum": total.item(), "arguments": arguments, "pid": os.getpid()}
-    report["watched"] = [process.pid for process in launcher_chain(os.getpid())]
+    report["watched"] = [process.pid for process in launcher_chain(psutil.Process())]
     path = Path(arguments[0]) / f"rank-{ranks.rank}.json"
     path.with_suffix(".tmp").write_text(json.dumps(report), encoding="utf-8")
     path.with_suffix(".tmp").rename(path)

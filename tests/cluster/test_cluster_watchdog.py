@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 import runs
 from chosen import slow_but
 from llm.cluster.ranks import free_port
-from llm.cluster.watchdog import is_launcher, launcher_chain, lost, orphaned, read_process
+from llm.cluster.watchdog import is_launcher, launcher_chain, lost, orphaned
 
 pytestmark = pytest.mark.ranks
 
@@ -27,18 +30,29 @@ REMOTE_SHELL = ["bash", "-c", f"export PYTHONPATH=/w; cd /w; {' '.join(LAUNCH)}"
 SESSION = ["sshd: root@notty"]
 
 
-def write_proc(folder: Path, *argvs: list[str]) -> int:
-    """A /proc in which each process is the child of the next, the last of pid 1."""
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A made-up /proc, which psutil reads."""
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    (tmp_path / "stat").write_text("btime 1700000000\n")
+    return tmp_path
+
+
+def write_proc(folder: Path, *argvs: list[str]) -> psutil.Process:
+    """A /proc in which each process is the child of the next, the last of pid 1; the first of them."""
     entries = [(100 + i, 101 + i, argv) for i, argv in enumerate(argvs)]
     entries[-1] = (entries[-1][0], 1, entries[-1][2])
     for pid, parent, argv in [*entries, (1, 0, ["/sbin/init"])]:
         write_process(folder, pid, parent, argv)
-    return 100
+    return psutil.Process(100)
 
 
 def write_process(folder: Path, pid: int, parent: int, argv=(), state="S", start=5000) -> None:
     (folder / str(pid)).mkdir(exist_ok=True)
-    fields = [str(pid), "(a) (b c)", state, str(parent), *["0"] * 17, str(start), "0", "0"]
+    fields = [str(pid), "(a) (b c)", state, str(parent), *["0"] * 17, str(start), *["0"] * 30]
     (folder / str(pid) / "stat").write_text(" ".join(fields))
     (folder / str(pid) / "cmdline").write_bytes(b"".join(w.encode() + b"\0" for w in argv))
 
@@ -88,35 +102,58 @@ def test_not_launchers(argv):
         ([TORCHRUN, ["bash", "-c", "nohup torchrun a.py & sleep 9"], SESSION], 1),
     ],
 )
-def test_chain(ancestors, watched, tmp_path):
-    pid = write_proc(tmp_path, RANK, *ancestors)
-    chain = launcher_chain(pid, tmp_path)
+@linux
+def test_chain(ancestors, watched, proc):
+    chain = launcher_chain(write_proc(proc, RANK, *ancestors))
     assert [process.pid for process in chain] == list(range(101, 101 + watched))
-    assert lost(chain, tmp_path) is None
+    assert lost(chain) is None
+
+
+@linux
+def test_a_title_without_zero_bytes(proc):
+    """As sshd and slurmstepd write it; psutil cuts it into words."""
+    rank = write_proc(proc, LAUNCH, SESSION, ["slurmstepd: [4242.0]"], ["slurmd"])
+    for pid in (101, 102):
+        path = proc / str(pid) / "cmdline"
+        path.write_bytes(path.read_bytes().rstrip(b"\0"))
+    assert psutil.Process(101).cmdline() == ["sshd:", "root@notty"]
+    assert [process.pid for process in launcher_chain(rank)] == [101, 102]
 
 
 @pytest.mark.parametrize("change", ["gone", "zombie", "reused"])
-def test_lost(change, tmp_path):
-    pid = write_proc(tmp_path, RANK, LAUNCH, RUNNER, ["-bash"])
-    chain = launcher_chain(pid, tmp_path)
+@linux
+def test_lost(change, proc):
+    chain = launcher_chain(write_proc(proc, RANK, LAUNCH, RUNNER, ["-bash"]))
     if change == "gone":
-        (tmp_path / "102" / "stat").unlink()
+        shutil.rmtree(proc / "102")
     elif change == "zombie":
-        write_process(tmp_path, 102, 1, state="Z")
+        write_process(proc, 102, 1, state="Z")
     else:
-        write_process(tmp_path, 102, 1, RUNNER, start=5001)
-    missing = lost(chain, tmp_path)
+        write_process(proc, 102, 1, RUNNER, start=5001)
+    missing = lost(chain)
     assert missing is not None
     assert missing.pid == 102
 
 
-def test_runner_that_died_before_the_rank_looked(tmp_path):
-    assert orphaned(launcher_chain(write_proc(tmp_path, RANK, LAUNCH), tmp_path), tmp_path)
+@linux
+def test_runner_that_died_before_the_rank_looked(proc):
+    assert orphaned(launcher_chain(write_proc(proc, RANK, LAUNCH)))
 
 
 @pytest.mark.parametrize("ancestors", [[LAUNCH, RUNNER], [LAUNCH, ["-bash"]], [TORCHRUN], [RANK]])
-def test_not_orphaned(ancestors, tmp_path):
-    assert not orphaned(launcher_chain(write_proc(tmp_path, RANK, *ancestors), tmp_path), tmp_path)
+@linux
+def test_not_orphaned(ancestors, proc):
+    assert not orphaned(launcher_chain(write_proc(proc, RANK, *ancestors)))
+
+
+@linux
+def test_a_process_that_may_not_be_read_is_no_launcher(proc, monkeypatch):
+    def denied(process):
+        raise psutil.AccessDenied(process.pid)
+
+    rank = write_proc(proc, RANK, LAUNCH, RUNNER)
+    monkeypatch.setattr(psutil.Process, "cmdline", denied)
+    assert launcher_chain(rank) == []
 
 
 def wait_until(condition, what: str) -> None:
@@ -127,11 +164,11 @@ def wait_until(condition, what: str) -> None:
 
 
 def alive(pid: int) -> bool:
-    process = read_process(pid)
-    return process is not None and process.state not in "ZX"
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 @pytest.mark.parametrize("launcher", slow_but(["deepspeed"], ["deepspeed", "torchrun"]))
 def test_ranks_end_when_their_launcher_is_killed(launcher, tmp_path):
     port = str(free_port())

@@ -13,9 +13,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llm.cluster.heartbeat import Heartbeat
 from llm.config import PhaseChange, RunConfig
 from llm.config.sections import LoggingConfig
 from llm.plan.flops import flops_per_token
+from llm.train.ballot import Ballot
 from llm.train.metrics import MetricsWriter, peak_memory, step_rates
 from llm.train.reporter import Reporter
 from llm.train.run_folder import RunFolder
@@ -82,7 +84,7 @@ def test_a_validation_is_reported_in_bits_per_byte_too(tmp_path: Path, capsys: p
     run: Any = SimpleNamespace(
         config=replace(CONFIG, logging=LoggingConfig(tensorboard=False)), folder=RunFolder(tmp_path, ""), step=7,
         lead=True, device=CPU, feed=SimpleNamespace(wait_seconds=0.0), engine=object(),
-        corpora=SimpleNamespace(manifest=manifest),
+        corpora=SimpleNamespace(manifest=manifest), ballot=Ballot(), heartbeat=Heartbeat(),
     )  # fmt: skip
     reporter = Reporter(run)
     with reporter.metrics:

@@ -18,6 +18,7 @@ from llm.model.layers import IGNORED_TARGET, Documents
 from llm.parallel.agreement import together
 from llm.parallel.mesh import Mesh
 from llm.slices import Slice, slice_of
+from llm.train.stragglers import Stopwatch
 
 # Adam's moments, by the names that checkpoints, torch and DeepSpeed use.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -114,6 +115,8 @@ class Engine(ABC):
         """The model's parameters by name; under ZeRO 3 they are partitioned."""
         self.slices = {name: slice_of(parameter) for name, parameter in self.parameters.items()}
         self.updates = 0
+        self.forward_time = Stopwatch(device)
+        """Of the forward passes of steps."""
 
     @abstractmethod
     def local_weight(self, name: str) -> Tensor:

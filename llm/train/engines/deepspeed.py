@@ -62,7 +62,8 @@ class DeepSpeedEngine(Engine):
         for i, batch in enumerate(micro_batches):
             # DeepSpeed counts to the number of its config, which is the first phase's.
             self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
-            loss = self.engine(*batch)
+            with self.forward_time:
+                loss = self.engine(*batch)
             # DeepSpeed averages gradients over data-parallel ranks; the loss is a sum over them.
             self.engine.backward(loss * (self.mesh.dp_size / target_count), scale_wrt_gas=False)
             total += loss.detach().double().cpu()

@@ -48,7 +48,8 @@ class MasterWeightsEngine(Engine):
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
         total = torch.zeros(1, dtype=torch.float64)
         for batch in micro_batches:
-            loss = self.model(*batch) / target_count
+            with self.forward_time:
+                loss = self.model(*batch) / target_count
             (loss * (self.scale.scale if self.scale else 1.0)).backward()
             total += loss.detach().double().cpu()
             self._accumulate()

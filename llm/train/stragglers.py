@@ -1,0 +1,91 @@
+"""Tells which rank is slower than the others, and in what, by times that hold no waiting for other ranks.
+
+Ranks that wait for one another take the same time for a step. So only that is compared in which a rank is alone: the
+wait for its loader, the forward passes, the update. Where tensor parallelism, ZeRO 3 or FSDP communicate in one of
+these, the others wait there, the times are alike, and nobody is named.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PHASES = ("load", "forward", "update")
+# Over which a median is taken; fewer are noise. Two such windows are within 20 steps of when a rank becomes slow.
+MIN_STEPS = 8
+# A rank is slow that takes so much longer than the median of all ranks, if that is so great a share of a step.
+FACTOR, SHARE = 1.5, 0.1
+
+
+class Stopwatch:
+    """Adds up the seconds of the blocks `with stopwatch:`, on a GPU as its events tell, for which nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.count = 0
+        """Blocks begun."""
+        self.marks: list[Any] = []
+
+    def _mark(self) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def __enter__(self) -> None:
+        self.count += 1
+        self._mark()
+
+    def __exit__(self, *error: object) -> None:
+        self._mark()
+
+    def take(self) -> float:
+        """The seconds since the last call. On a GPU all blocks must have ended there."""
+        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+        self.marks = []
+        return sum(start.elapsed_time(end) / 1000 if self.on_gpu else end - start for start, end in pairs)
+
+
+class Stragglers:
+    """Compares the ranks of `group`, on CPUs, by the median times of their steps; None: a process alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None, hosts: Sequence[str], say: Callable[[str], None]) -> None:
+        self.group, self.hosts, self.say = group, hosts, say
+        self.steps: list[tuple[float, ...]] = []
+        self.slow, self.named = set[tuple[int, str]](), set[tuple[int, str]]()
+
+    def step(self, *seconds: float) -> None:
+        """A step of this rank took so long, by PHASES."""
+        if self.group is not None:
+            self.steps.append(seconds)
+
+    def report(self, step: int, step_seconds: float) -> dict[str, float]:
+        """The slowest rank of each phase, and its factor over the median; empty after fewer than MIN_STEPS. Collective.
+
+        Says who is slow for the second time in a row, and was not before. step_seconds: of a whole step, on average.
+        """
+        if len(self.steps) < MIN_STEPS:
+            return {}
+        mine = torch.tensor([statistics.median(times) for times in zip(*self.steps, strict=True)])
+        self.steps = []
+        times = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(times, mine, self.group)
+        found, slow = {}, dict[tuple[int, str], str]()
+        for phase, seconds in zip(PHASES, torch.stack(times).T.tolist(), strict=True):
+            usual, worst = statistics.median_low(seconds), max(seconds)
+            rank, factor = seconds.index(worst), worst / max(usual, 1e-9)
+            found |= {f"{phase}_rank": rank, f"{phase}_factor": factor}
+            if factor > FACTOR and worst - usual > SHARE * step_seconds:
+                slow[rank, phase] = f"{phase} takes {worst:.3g} s, {factor:.1f} x the median"
+        again = slow.keys() & self.slow
+        for rank, phase in again - self.named:
+            self.say(f"warning: step {step}: rank {rank} on {self.hosts[rank]} is slow: {slow[rank, phase]}")
+        self.slow, self.named = {*slow}, again
+        return found
