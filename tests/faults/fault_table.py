@@ -91,4 +91,4 @@ def recorded(source: str) -> Iterator[int]:
         if isinstance(node, ast.FunctionDef) and "row" in [argument.arg for argument in node.args.args]:
             for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.row":
-                    yield from (number.value for number in mark.args if isinstance(number, ast.Constant))
+                    yield from (ast.literal_eval(number) for number in mark.args)

@@ -35,7 +35,7 @@ from runs import Workspace, succeeded  # noqa: E402
 PACE = 0.2  # seconds that a step takes at least
 INTERVAL = 10  # steps between saves
 EVERY = 30  # seconds between faults, on average
-COST = 12  # seconds that a fault costs, at most: its detection, the next start, steps done again
+COST = 15  # seconds that a fault costs, at most: its detection, the next start, steps done again
 LIMIT = 120  # seconds for a start, or for an end
 DISK = "size=16m"
 FSDP = dict(train__engine="fsdp", parallel__zero_stage=3)
