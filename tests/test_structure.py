@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed", "llm.parallel",
         "llm.checkpoint",
     },
+    "llm/checkpoint/remote.py": {"fsspec", "llm.errors", "llm.files", "llm.checkpoint"},
     "llm/train": {
         "torch", "triton", "numpy", "filelock", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.locks",
         "llm.sinks", "llm.slices", "llm.typed", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
