@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm.checkpoint.manifest import Piece
 from llm.checkpoint.writer import SHARD_BYTES, write_checkpoint
+from llm.errors import CheckpointError
 from llm.files import by_size
 from llm.parallel.agreement import patient_group, together
 
@@ -59,7 +60,7 @@ class Saver:
         if not self.asynchronous:
             self._write(step, list(pieces), state)
             return
-        copies = together(lambda: self._copied(list(pieces)), self.group)
+        copies = together(lambda: self._copied(step, list(pieces)), self.group)
         self.pending = self.thread.submit(self._write, step, copies, copy.deepcopy(state))
 
     def wait(self) -> None:
@@ -74,8 +75,8 @@ class Saver:
         self.thread.shutdown()
         self.open.close()
 
-    def _copied(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces as they are now, in `buffers`."""
+    def _copied(self, step: int, pieces: list[Piece]) -> list[Piece]:
+        """The pieces as they are now, in `buffers`. Raises CheckpointError."""
         wrong = next((piece for piece in pieces if piece.data.dtype != torch.float32), None)
         assert wrong is None, f"{wrong} is not float32"  # a copy would convert it
         shards = list(by_size(pieces, lambda piece: piece.data.nbytes, SHARD_BYTES))
@@ -84,7 +85,11 @@ class Saver:
         if sizes != [len(buffer) for buffer in self.buffers]:
             self.buffers.clear()  # before others are taken
             # Several, for the allocator of pinned memory rounds each up to a power of two.
-            self.buffers += [torch.empty(size, pin_memory=pinned) for size in sizes]
+            try:
+                self.buffers += [torch.empty(size, pin_memory=pinned) for size in sizes]
+            except Exception as error:
+                what = f"step {step} cannot be copied: {4 * sum(sizes)} bytes of the host's memory are needed"
+                raise CheckpointError(f"{what} ({error!r}); use checkpoint.asynchronous=false") from error
         copies = []
         for buffer, shard in zip(self.buffers, shards, strict=True):
             for piece, part in zip(shard, buffer.split([len(piece.data) for piece in shard]), strict=True):

@@ -76,6 +76,8 @@ class Remote:
         text = self._read(f"{name}/{MANIFEST}")
         manifest = Manifest.from_json(text)  # which checks the names of the files
         manifest.check_coverage()
+        if manifest.step != step_of(Path(name)):
+            raise CheckpointError(f"{self.url}/{name} is of step {manifest.step}")
         final, partial = root / name, root / f"{name}.tmp"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
