@@ -241,7 +241,8 @@ def test_nothing_is_pickled_and_yaml_is_safe() -> None:
         "broadcast_object_list",
         "all_gather_object",
     )
+    measured = ROOT / "benchmarks/checkpoint.py"  # what others do, with files of its own
     for path in sources():
-        if path.suffix == ".py" and "tests" not in path.parts:
+        if path.suffix == ".py" and "tests" not in path.parts and path != measured:
             found = [word for word in forbidden if word in path.read_text()]
             assert not found, f"{path}: {found}"
