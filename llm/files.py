@@ -11,6 +11,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -36,17 +37,20 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
     """Write a new file of `size` bytes, mode 0600, fsync it and return its sha256 in hex.
 
     Raises CheckpointError, naming the bytes needed and free, where the disk or the quota is full,
-    and FileExistsError where there is such a file.
+    and FileExistsError where there is such a file. A part must not change before all is written.
     """
     digest = hashlib.sha256()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with open(descriptor, "wb", buffering=0) as file:
+        # Both release the interpreter's lock: the hash takes no time of its own while the disk is slower.
+        with open(descriptor, "wb", buffering=0) as file, ThreadPoolExecutor(1, "sha256") as hashing:
             for part in parts:
                 view = memoryview(part).cast("B")
-                for start in range(0, len(view), CHUNK):
-                    write_all(file.fileno(), view[start : start + CHUNK])
-                    digest.update(view[start : start + CHUNK])
+                chunks = [view[start : start + CHUNK] for start in range(0, len(view), CHUNK)]
+                hashed = [hashing.submit(digest.update, chunk) for chunk in chunks]
+                for chunk in chunks:
+                    write_all(file.fileno(), chunk)
+                wait(hashed)  # the part is let go before the next is made
             os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -115,6 +119,17 @@ def room_for(path: Path) -> int:
     status = os.statvfs(path.parent)
     allocated = os.lstat(path).st_blocks * 512 if path.exists() else 0
     return status.f_bavail * status.f_frsize + allocated
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise CheckpointError unless `size` bytes are free where `folder` lies."""
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if size > free:
+        raise CheckpointError(
+            f"the disk is full: {folder} needs {size} bytes and {free} are free; "
+            "make room or save elsewhere, then start the run again"
+        )
 
 
 def sync_folder(folder: Path) -> None:

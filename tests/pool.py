@@ -120,3 +120,8 @@ class RankPool:
             if process.is_alive():
                 process.kill()
         self.processes, self.connections = [], []
+
+
+def with_default_group(call: Callable[..., Any], default: Any, first: Any, group: Any = None) -> Any:
+    """`call` of llm/parallel/agreement.py, in the group `default` where it is given none."""
+    return call(first, group or default)

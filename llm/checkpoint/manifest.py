@@ -40,7 +40,7 @@ class Piece:
     start: int
     """Offset of the range in the flattened slice."""
     data: Tensor
-    """float32 [length] on the CPU."""
+    """float32 [length], where it is kept: on the CPU or a GPU, and perhaps a view of what training will change."""
 
 
 @dataclass(frozen=True)

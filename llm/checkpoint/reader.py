@@ -174,10 +174,11 @@ def open_agreed(
 
     with patient_group() as patient:
         name, sha256, warnings = together(follow if rank else find_first, patient)
-    name, sha256 = json.loads(broadcast(json.dumps([name, sha256])))
-    if name is None:
-        return None, warnings
-    return together(lambda: _on_this_rank(lambda: open_checkpoint(root / name, sha256), InputError)), warnings
+        name, sha256 = json.loads(broadcast(json.dumps([name, sha256]), patient))
+        if name is None:
+            return None, warnings
+        opened = together(lambda: _on_this_rank(lambda: open_checkpoint(root / name, sha256), InputError), patient)
+        return opened, warnings
 
 
 def _on_this_rank(action: Callable[[], T], failure: type[Exception]) -> T:
@@ -250,6 +251,23 @@ class CheckpointReader:
         target = torch.empty(part.shape, dtype=torch.float32)
         for piece in entry.pieces:
             self._copy(entry, piece, aligned, target)
+        return target
+
+    def read_range(self, name: str, kind: str, part: Slice, start: int, length: int) -> Tensor:
+        """Elements start:start + length of the flattened slice, float32 on the CPU; raises CheckpointError.
+
+        No more than these are read where the slice was saved under the same cut, as it is under the same layout.
+        """
+        entry = self._entry(name, kind)
+        cuts = {piece: Slice(entry.shape, piece.dim, piece.start, piece.stop) for piece in entry.pieces}
+        same = [piece for piece, cut in cuts.items() if cut == part or (cut.is_full and part.is_full)]
+        if not same or part.global_shape != entry.shape:
+            return self.read_slice(name, kind, part).flatten().narrow(0, start, length)
+        target = torch.empty(length)
+        for piece in same:
+            first, last = max(start, piece.offset), min(start + length, piece.offset + piece.length)
+            if first < last:
+                target[first - start : last - start] = self._flat(piece, first - piece.offset, last - first)
         return target
 
     def _entry(self, name: str, kind: str) -> TensorEntry:

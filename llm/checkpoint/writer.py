@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from llm import files
 from llm.checkpoint.manifest import FileEntry, Manifest, Piece, Stored, TensorEntry, merge
 from llm.errors import CheckpointError
-from llm.parallel.agreement import together
+from llm.parallel.agreement import exchange, together
 
 # Pieces are gathered up to this many bytes before they are written: the most that a rank holds.
 SHARD_BYTES = 1 << 29
@@ -43,6 +44,7 @@ def write_checkpoint(
     *,
     keep_last: int,
     keep_every: int | None = None,
+    size: int = 0,
     say: Callable[[str], None] = lambda text: None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
@@ -55,6 +57,7 @@ def write_checkpoint(
         pieces: what this rank writes, each element of the model on exactly one rank; they are taken one by one, and
             taking them must not communicate.
         state: JSON, written as rank 0 gives it.
+        size: bytes of this rank's pieces, if known: nothing is written where there is no room for those of all ranks.
         say: told by rank 0 what was put aside, and what could not be.
 
     Raises:
@@ -75,8 +78,9 @@ def write_checkpoint(
 
         together(attempt, group)
 
+    needed = sum(int(text or 0) for text in exchange(str(size), group))
     try:
-        on_all_ranks(lambda: _prepare(root, step, say) if rank == 0 else None)
+        on_all_ranks(lambda: _prepare(root, step, needed, say) if rank == 0 else None)
         on_all_ranks(lambda: _write_rank(partial, step, rank, pieces))
         on_all_ranks(lambda: _seal(partial, world, state) if rank == 0 else None)
         on_all_ranks(lambda: _commit(root, step, keep_last, keep_every, say) if rank == 0 else None)
@@ -106,6 +110,11 @@ def last_good(root: Path, step: int) -> str:
     return f"the last good checkpoint is {newest}" if newest else f"there is no checkpoint from before in {root}"
 
 
+def outdated(earlier: list[str], keep_last: int, keep_every: int | None) -> list[str]:
+    """Which of the checkpoints before the one just saved, by name and newest first, are not kept."""
+    return [name for name in earlier[keep_last - 1 :] if keep_every is None or step_of(Path(name)) % keep_every]
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint's folder."""
     return int(path.stem.removeprefix("step-"))
@@ -127,16 +136,17 @@ def _is_checkpoint(path: Path) -> bool:
     return os.path.isfile(path / "manifest.json") and not os.path.islink(path)
 
 
-def _prepare(root: Path, step: int, say: Callable[[str], None]) -> None:
+def _prepare(root: Path, step: int, needed: int, say: Callable[[str], None]) -> None:
     """Make the empty folder; what a crash left goes first, so that it does not take room, and so do strangers."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_leftovers(root, say)
+    files.check_room(root, needed)  # beside all that is kept until the new one is whole
     final = root / folder_name(step)
     partial, old = (final.with_name(final.name + end) for end in (".tmp", ".old"))
     pointers = (path for path in (root / "latest", root / "latest.tmp") if os.path.isdir(path))
     for path in (partial, old if _is_checkpoint(final) else final, *pointers):
         if os.path.lexists(path):
-            _put_aside(path, "it was where a checkpoint is to be written", say)
+            put_aside(path, "it was where a checkpoint is to be written", say)
     partial.mkdir(mode=0o700)
 
 
@@ -147,10 +157,10 @@ def _remove_leftovers(root: Path, say: Callable[[str], None]) -> None:
         if name.endswith(".tmp") and STEP_FOLDER.fullmatch(name.removesuffix(".tmp")) and os.path.isdir(path):
             shutil.rmtree(path, ignore_errors=True)
         elif name.endswith(".old") and STEP_FOLDER.fullmatch(name) and _is_checkpoint(path.with_suffix("")):
-            _put_aside(path, f"step {step_of(path)} was saved again", say)
+            put_aside(path, f"step {step_of(path)} was saved again", say)
 
 
-def _put_aside(path: Path, why: str, say: Callable[[str], None]) -> None:
+def put_aside(path: Path, why: str, say: Callable[[str], None]) -> None:
     """Give `path` a name that no one reads, or say that it cannot be done."""
     name = path.name.removesuffix(".old")
     target = next(free for n in count(1) if not os.path.lexists(free := path.with_name(f"{name}.aside-{n}")))
@@ -185,7 +195,8 @@ def _write_rank(partial: Path, step: int, rank: int, pieces: Iterable[Piece]) ->
 
 
 def _finite(piece: Piece, root: Path, step: int, rank: int) -> Piece:
-    """The piece; CheckpointError if a value of it is not finite."""
+    """The piece, on the CPU; CheckpointError if a value of it is not finite."""
+    piece = replace(piece, data=piece.data.cpu())
     low, high = map(float, piece.data.aminmax())  # both NaN if any value is
     if not -inf < low <= high < inf:
         raise CheckpointError(
@@ -237,9 +248,8 @@ def _commit(root: Path, step: int, keep_last: int, keep_every: int | None, say: 
     found = checkpoints(root)
     for path in found:
         if step_of(path) > step:  # from a history that was left: a run that resumed would go back to it
-            _put_aside(path, f"the run went back, and has saved step {step} since", say)
+            put_aside(path, f"the run went back, and has saved step {step} since", say)
     earlier = [path for path in found if step_of(path) < step and _is_checkpoint(path)]
-    for path in earlier[keep_last - 1 :]:
-        if keep_every is None or step_of(path) % keep_every:
-            _delete(path, say)
+    for name in outdated([path.name for path in earlier], keep_last, keep_every):
+        _delete(root / name, say)
     files.sync_folder(root)

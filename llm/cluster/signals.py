@@ -19,6 +19,7 @@ SAME_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Numbers beyond those of signals, so that ranks can agree on the greatest.
 TIME_LIMIT, LAUNCHER_DIED = 1000, 1001
+SAVE_FAILED = 2000  # beside the steps: never the reason of a stop, for the ranks then raise its error
 REASONS = {
     **{number.value: number.name for number in SIGNALS},
     TIME_LIMIT: "train.max_minutes",

@@ -326,8 +326,16 @@ class CheckpointConfig:
     """Also keep, for ever, each checkpoint whose step is a multiple of this; null: none."""
     resume_step: int | None = None
     """Resume from the checkpoint of this step and put aside what came after it; null: from the newest."""
+    asynchronous: bool = False
+    """Train on while a checkpoint is written: from a copy in host memory, 12 bytes per parameter over all ranks."""
+    copy_to: str | None = None
+    """Copy each checkpoint below this fsspec URL (s3://..., file://...) too, and resume from there; null: no copy."""
 
     def __post_init__(self) -> None:
+        require(
+            self.copy_to is None or "://" in self.copy_to,
+            f"checkpoint.copy_to is {self.copy_to}; expected a URL, such as s3://bucket/folder or file:///mnt/folder",
+        )
         check_at_least(1, "checkpoint.", self, "interval", "keep_last", "keep_every", "resume_step")
         require(
             self.keep_every is None or self.keep_every % self.interval == 0,

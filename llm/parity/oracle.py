@@ -93,5 +93,5 @@ class Oracle:
         for piece in expected.state_pieces():
             found = state.get((piece.name, piece.kind))
             if found is not None:  # else the layout has a problem of its own
-                tensor = piece.data.view(piece.slice.global_shape)
+                tensor = piece.data.cpu().view(piece.slice.global_shape)
                 self.checks.append(state_check(piece.kind, piece.name, number, found, tensor, same=same))

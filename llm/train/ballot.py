@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from llm.cluster.signals import REASONS, Stop
+from llm.cluster.signals import REASONS, SAVE_FAILED, Stop
 from llm.errors import Stopped
 from llm.files import write_json
 from llm.parallel.agreement import exchange, together
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Ballot:
-    """The ranks' votes. Every method is collective."""
+    """The ranks' votes. Every method is collective but one."""
 
     agreed = 0
     """The reason of the stop (llm/cluster/signals.py) once a vote was for it; who has asked asks in every vote."""
@@ -59,6 +59,11 @@ class Ballot:
             if self.vote():
                 return
             yield item
+
+    def save_failed(self) -> None:
+        """Let all ranks stop at the same step, which then wait for the save and raise its error. Not collective."""
+        if self.stop is not None:
+            self.stop.ask(SAVE_FAILED)
 
     def close(self) -> None:
         """What is left is done whatever is asked, and was."""

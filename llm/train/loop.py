@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 
-from llm.checkpoint.writer import write_checkpoint
+from llm.checkpoint.background import Saver
+from llm.checkpoint.remote import Mirror, Remote
 from llm.errors import ReplicaError
+from llm.parallel.agreement import lead_first
 from llm.train.guard import compare_replicas, diverged, odd_ranks, replica_message
 from llm.train.optim import learning_rate
 from llm.train.reporter import Reporter
@@ -50,7 +52,7 @@ def train(run: Run) -> None:
                 ballot.vote()
             if guarding or validating or saving:
                 reporter.restart_clock()
-    run.heartbeat.close()
+        trainer.finish_saving()
     ballot.leave_if_asked(run.folder, run.step)
     trainer.feed.close()
 
@@ -61,6 +63,15 @@ class Trainer:
     def __init__(self, run: Run) -> None:
         self.run, self.feed, self.engine = run, run.feed, run.engine
         self.reporter = Reporter(run)
+        say, kept = self.reporter.say, run.config.checkpoint
+        keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "say": say}
+        remote = Remote(kept.copy_to, run.config.name) if kept.copy_to is not None else None
+        self.mirror = Mirror(remote, **keep) if remote is not None and run.lead else None
+        saved = self.mirror.begin if self.mirror else lambda path: None
+        where, failed = run.folder.checkpoints, run.ballot.save_failed
+        self.saver = Saver(
+            where, asynchronous=kept.asynchronous, each=run.heartbeat.each, saved=saved, failed=failed, **keep
+        )
 
     def step(self) -> tuple[float, float, float]:
         """One optimizer step; returns its loss, learning rate and gradient norm.
@@ -85,7 +96,7 @@ class Trainer:
         self.reporter.stragglers.step(self.feed.wait_seconds - waited, self.engine.forward_time.take(), update)
         heartbeat.watch()
         if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise diverged(run.step, f"loss {loss}, gradient norm {grad_norm}", run.folder.checkpoints)
+            raise self._diverged(f"loss {loss}, gradient norm {grad_norm}")
         return loss, lr, grad_norm
 
     def guard(self) -> None:
@@ -93,6 +104,7 @@ class Trainer:
         self.run.heartbeat.enter("guard")
         findings = compare_replicas(self.engine, self.run.mesh)
         if findings and self.run.config.train.guard_action == "stop":
+            self.saver.wait()
             message = replica_message(self.run.step, findings, self.run.folder.checkpoints)
             raise ReplicaError(message, odd_ranks(findings))
         for finding in findings:
@@ -112,8 +124,12 @@ class Trainer:
         loss = total / count
         self.reporter.validation(loss)
         if not math.isfinite(loss):
-            raise diverged(run.step, f"validation loss {loss}", run.folder.checkpoints)
+            raise self._diverged(f"validation loss {loss}")
         return True
+
+    def _diverged(self, found: str) -> FloatingPointError:
+        self.saver.wait()  # the message names the last good checkpoint
+        return diverged(self.run.step, found, self.run.folder.checkpoints)
 
     def save(self, *, validation_due: bool = False) -> None:
         """validation_due: that of this step was left for a stop, so the next start begins with it."""
@@ -121,9 +137,11 @@ class Trainer:
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
         state = checkpoint_state(run.config, run.corpora, run.step, skipped_samples, scalars)
         state |= {"validation_due": True} if validation_due else {}
-        kept, say = run.config.checkpoint, self.reporter.say
-        path = write_checkpoint(
-            run.folder.checkpoints, run.step, run.heartbeat.each(self.engine.state_pieces()), state,
-            keep_last=kept.keep_last, keep_every=kept.keep_every, say=say,
-        )  # fmt: skip
-        say(f"step {run.step}: saved {path}")
+        self.saver.save(run.step, self.engine.state_pieces(), state)
+
+    def finish_saving(self) -> None:
+        """Return when all that was saved is on the disk, and copied. Raises CheckpointError where a save has failed."""
+        self.run.heartbeat.enter("save")
+        self.saver.close()
+        self.run.heartbeat.close()  # a copy takes as long as its store does
+        lead_first(lambda: self.mirror.close() if self.mirror is not None else None)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from llm.checkpoint.reader import CheckpointReader, open_agreed
+from llm.checkpoint.remote import Remote, find_or_fetch
 from llm.cluster.heartbeat import Heartbeat, connect
 from llm.cluster.ranks import Ranks
 from llm.cluster.signals import Stop
@@ -102,7 +103,11 @@ def start(
         together(lambda: check_kernels(config, device))
         forms, record = forms_of(config, mesh, device, folder.kernels, say)
         say(f"kernels on {device.type} (train.impl={config.train.impl}): {check_kernels(config, device, forms)}")
-        checkpoint, warnings = open_agreed(folder.checkpoints, partial(find_step, step=config.checkpoint.resume_step))
+        find, wanted = partial(find_step, step=config.checkpoint.resume_step), config.checkpoint.resume_step
+        if config.checkpoint.copy_to is not None:
+            remote = together(lambda: Remote(config.checkpoint.copy_to or "", config.name))
+            find = partial(find_or_fetch, remote=remote, find=find, wanted=wanted, say=say)
+        checkpoint, warnings = open_agreed(folder.checkpoints, find)
         for warning in warnings:
             say(f"warning: {warning}")
         if checkpoint is not None:

@@ -72,13 +72,19 @@ def save(
     dp: int = 1,
     keep_last: int = 2,
     pieces: Callable[[Tensors, int, int, int], Iterator[Piece]] = pieces_of,
+    state: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Any]:
     """Save with tp * dp ranks; each rank's result or exception."""
     return on_thread_ranks(
         tp * dp,
         lambda rank: write_checkpoint(
-            root, step, pieces(tensors, rank, tp, dp), {"step": step, "rank": rank}, keep_last=keep_last, **options
+            root,
+            step,
+            pieces(tensors, rank, tp, dp),
+            {"step": step, "rank": rank} if state is None else state,
+            keep_last=keep_last,
+            **options,
         ),
     )
 

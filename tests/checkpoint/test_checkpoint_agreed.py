@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from llm.checkpoint import reader
 from llm.checkpoint.manifest import Manifest
 from llm.checkpoint.reader import open_agreed
 from llm.errors import Agreed
-from pool import RankPool
+from pool import RankPool, with_default_group
 
 OLD, NEW = make_tensors(1), make_tensors(2)
 SHARDS = ["step-00000002/rank-00000-00000.safetensors", "step-00000002/rank-00001-00000.safetensors"]
@@ -88,10 +87,6 @@ def resume_slowly(root: Path) -> int:
         found, _ = open_agreed(root)
     assert found is not None
     return found.state["step"]
-
-
-def with_default_group(call: Callable[..., Any], default: Any, first: Any, group: Any = None) -> Any:
-    return call(first, group or default)
 
 
 def test_a_slow_share_does_not_trip_the_time_out(root: Path, two_ranks: RankPool) -> None:

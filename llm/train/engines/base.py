@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llm.checkpoint.manifest import Piece
+from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.data.batch import Batch
 from llm.model.layers import IGNORED_TARGET, Documents
-from llm.parallel.agreement import together
+from llm.parallel.agreement import patient_group, together
 from llm.parallel.mesh import Mesh
 from llm.slices import Slice, slice_of
 from llm.train.stragglers import Stopwatch
@@ -161,7 +162,10 @@ class Engine(ABC):
             group["lr"] = lr
 
     def state_pieces(self) -> Iterator[Piece]:
-        """What this rank writes: over all ranks, each element of master weights and moments exactly once."""
+        """What this rank writes: over all ranks, each element of master weights and moments exactly once.
+
+        Views of what the engine holds, which the next step changes.
+        """
         if self.replicated_state and self.dp_rank != 0:
             return
         for name, fragment in self._fragments().items():
@@ -169,7 +173,7 @@ class Engine(ABC):
             if fragment.numel == 0 or (part.is_full and self.tp_rank != 0):
                 continue
             for kind, tensor in fragment.tensors(self.optimizer, moments=self.updates > 0).items():
-                yield Piece(name, kind, part, fragment.start, tensor.float().cpu())
+                yield Piece(name, kind, part, fragment.start, tensor.float())
 
     @torch.no_grad()
     def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
@@ -180,7 +184,8 @@ class Engine(ABC):
         if self.dp_group is None:  # a process alone, though other ranks may be there
             self._read_pieces(source, optimizer_step)
         else:
-            together(lambda: self._read_pieces(source, optimizer_step))
+            with patient_group() as patient:  # the storage may be slower for one rank than the time-out allows
+                together(lambda: self._read_pieces(source, optimizer_step), patient)
         self._publish()
 
     def _read_pieces(self, source: WeightSource, optimizer_step: int) -> None:
@@ -192,8 +197,11 @@ class Engine(ABC):
                 state[flat]["step"] = torch.tensor(float(optimizer_step), device=flat.device)
             tensors = fragment.tensors(self.optimizer, moments=optimizer_step > 0) if fragment.numel else {}
             for kind, tensor in tensors.items():
-                values = source.read_slice(name, kind, self.slices[name]).flatten()
-                tensor.copy_(values.narrow(0, fragment.start, fragment.numel))
+                part, start, numel = self.slices[name], fragment.start, fragment.numel
+                if isinstance(source, CheckpointReader):  # which may be of many ranks: each reads its own part
+                    tensor.copy_(source.read_range(name, kind, part, start, numel))
+                else:
+                    tensor.copy_(source.read_slice(name, kind, part).flatten().narrow(0, start, numel))
 
     def close(self) -> None:  # noqa: B027 - most have nothing to do
         """Give back what is held beyond the process group, which its creator ends."""

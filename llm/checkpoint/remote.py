@@ -1,0 +1,205 @@
+"""A second copy of a run's checkpoints at an fsspec URL: made beside the run, and resumed from where it is newer.
+
+A copy is a checkpoint once its manifest is there, which is written last and deleted first. Nothing of what is read
+there is trusted: names are checked before they reach a path, and every byte is hashed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from llm import files
+from llm.checkpoint.manifest import Manifest
+from llm.checkpoint.reader import load_manifest, verify
+from llm.checkpoint.writer import STEP_FOLDER, outdated, put_aside, step_of
+from llm.errors import CheckpointError, InputError, ReadError
+
+T = TypeVar("T")
+PIECE = 16 << 20  # bytes of one request
+STREAMS = 8  # files under way at a time
+WAITS = (1.0, 5.0, 25.0)  # seconds before a request that failed is made again
+MANIFEST = "manifest.json"
+
+
+class Remote:
+    """The checkpoints of one run in the folder `url`/`name`."""
+
+    def __init__(self, url: str, name: str) -> None:
+        """Raises InputError where fsspec cannot open such a URL."""
+        try:
+            self.system, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
+            raise InputError(f"checkpoint.copy_to {url} cannot be opened: {error}") from error
+        self.root, self.url = f"{root.rstrip('/')}/{name}", f"{url.rstrip('/')}/{name}"
+
+    def names(self) -> list[str]:
+        """Of the checkpoints there that have a manifest, newest first. Raises ReadError."""
+        return [name for name in self._folders() if self._try(self.system.exists, f"{self.root}/{name}/{MANIFEST}")]
+
+    def put(self, folder: Path, *, keep_last: int, keep_every: int | None) -> None:
+        """Copy a whole checkpoint, and keep there what is kept here. Raises CheckpointError, ReadError."""
+        manifest, names, step = load_manifest(folder), self.names(), step_of(folder)
+        text, target = (folder / MANIFEST).read_bytes(), f"{self.root}/{folder.name}"
+        if folder.name in names and self._read(f"{folder.name}/{MANIFEST}") == text:
+            return
+        for name in self._folders():
+            if name not in names:  # an earlier copy was not finished
+                self._try(self.system.rm, f"{self.root}/{name}", recursive=True)
+            elif step_of(Path(name)) >= step:  # from a history that was left: a run would resume from it
+                old = f"{self.root}/{name}"
+                aside = next(free for n in count(1) if not self._try(self.system.exists, free := f"{old}.aside-{n}"))
+                self._try(self.system.mv, old, aside, recursive=True)
+        self._try(self.system.makedirs, target, exist_ok=True)
+        with ThreadPoolExecutor(STREAMS) as pool:
+            sent = [
+                pool.submit(self._try, self.system.put_file, f"{folder}/{n}", f"{target}/{n}") for n in manifest.files
+            ]
+        for future in sent:
+            future.result()
+        self._try(self.system.pipe_file, f"{target}/{MANIFEST}", text)
+        for name in outdated([n for n in names if step_of(Path(n)) < step], keep_last, keep_every):
+            self._try(self.system.rm_file, f"{self.root}/{name}/{MANIFEST}")
+            self._try(self.system.rm, f"{self.root}/{name}", recursive=True)
+
+    def get(self, name: str, root: Path, say: Callable[[str], None]) -> None:
+        """Copy a checkpoint to root/name. Raises CheckpointError where it is damaged there, ReadError."""
+        text = self._read(f"{name}/{MANIFEST}")
+        manifest = Manifest.from_json(text)  # which checks the names of the files
+        manifest.check_coverage()
+        if manifest.step != step_of(Path(name)):
+            raise CheckpointError(f"{self.url}/{name} is of step {manifest.step}")
+        final, partial = root / name, root / f"{name}.tmp"
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        files.check_room(root, sum(entry.size for entry in manifest.files.values()))
+        partial.mkdir(mode=0o700)
+
+        def fetch(file: str) -> None:
+            entry = manifest.files[file]
+
+            def pieces() -> Iterator[bytes]:
+                for start in range(0, entry.size, PIECE):
+                    yield self._read(f"{name}/{file}", start, min(start + PIECE, entry.size))
+
+            if files.create(partial / file, pieces(), entry.size) != entry.sha256:
+                raise CheckpointError(f"{self.url}/{name}/{file} is damaged: its sha256 is not that of the manifest")
+
+        with ThreadPoolExecutor(STREAMS) as pool:
+            list(pool.map(fetch, manifest.files))
+        files.create_bytes(partial / MANIFEST, text)
+        files.sync_folder(partial)
+        if os.path.lexists(final):
+            put_aside(final, "its copy is whole", say)
+        os.rename(partial, final)
+        files.sync_folder(root)
+
+    def _folders(self) -> list[str]:
+        """Names of steps, newest first."""
+        self.system.invalidate_cache()
+        try:
+            paths = self._try(self.system.ls, self.root, detail=False)
+        except FileNotFoundError:
+            return []
+        names = {path.rstrip("/").rpartition("/")[2] for path in paths}
+        found = [name for name in names if STEP_FOLDER.fullmatch(name) and not name.endswith(".old")]
+        return sorted(found, key=lambda name: step_of(Path(name)), reverse=True)
+
+    def _read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        try:
+            return self._try(self.system.cat_file, f"{self.root}/{name}", start=start, end=stop)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.url}/{name} is not there") from error
+
+    def _try(self, request: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """What a request gives, made again where it fails. Raises FileNotFoundError, or ReadError after the last."""
+        waits = list(WAITS)
+        while True:
+            try:
+                return request(*arguments, **options)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each file system raises classes of its own
+                if not waits:
+                    why = f"{request.__name__} failed: {type(error).__name__}: {error}"
+                    raise ReadError(f"{self.url}: {why}") from error
+            time.sleep(waits.pop(0))
+
+
+class Mirror:
+    """Copies checkpoints to a Remote, beside the run, one at a time."""
+
+    def __init__(self, remote: Remote, *, keep_last: int, keep_every: int | None, say: Callable[[str], None]) -> None:
+        self.remote, self.say = remote, say
+        self.keep = {"keep_last": keep_last, "keep_every": keep_every}
+        self.newest: Path | None = None
+        self.thread = ThreadPoolExecutor(1, "copy")
+
+    def begin(self, folder: Path) -> None:
+        """Copy a checkpoint when the one before is copied; one that waits is left out when a newer one comes."""
+        self.newest = folder
+        self.thread.submit(self._copy, folder)
+
+    def close(self) -> None:
+        """Wait for the copy under way."""
+        self.thread.shutdown()
+
+    def _copy(self, folder: Path) -> None:
+        if folder != self.newest:
+            return
+        try:
+            self.remote.put(folder, **self.keep)
+            self.say(f"{folder.name} is copied to {self.remote.url}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on, and the next one is tried
+            self.say(f"warning: {folder} is not copied: {error}")
+
+
+def find_or_fetch(
+    root: Path,
+    remote: Remote,
+    find: Callable[..., tuple[Path | None, list[str]]],
+    wanted: int | None,
+    say: Callable[[str], None],
+    check: Callable[[Path], Manifest] = verify,
+) -> tuple[Path | None, list[str]]:
+    """What `find(root, check=check)` gives, once a checkpoint is fetched that is newer than all that is whole here.
+
+    wanted: the step that `find` looks for, None for the newest. Raises what `find` raises where `remote` cannot help,
+    and ReadError where there is nothing here and `remote` cannot be read.
+    """
+    found, warnings, failure = None, [], None
+    try:
+        found, warnings = find(root, check=check)
+    except InputError as error:
+        failure = error
+    try:
+        names = remote.names()
+    except ReadError as error:
+        if found is None:
+            raise
+        return found, [*warnings, f"{error}; the run goes on from what is here"]
+    names = [n for n in names if found is None or (wanted is None and step_of(Path(n)) > step_of(found))]
+    if wanted is not None:  # the newest may have been saved after the run went back to that step
+        names = [*names[:1], *[n for n in names[1:] if step_of(Path(n)) == wanted]]
+    for name in names:
+        try:
+            remote.get(name, root, say)
+        except CheckpointError as error:
+            warnings = [*warnings, f"{remote.url}/{name} cannot be used: {error}"]
+            continue
+        say(f"{name} is copied from {remote.url}")
+        with suppress(InputError):
+            found, more = find(root, check=check)
+            return found, [*warnings, *more]
+    if failure is not None:
+        raise failure
+    return found, warnings
