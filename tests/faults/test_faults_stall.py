@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ def test_who_stalls_is_named_and_the_run_ends(
         assert (folder / "failed.json").stat().st_mtime - fired.stat().st_mtime < STALL_SECONDS + MORE_SECONDS
         if function is None:  # when the others have ended, as its launcher would do 30 s later
             time.sleep(LEAVE_SECONDS + 2)
-            psutil.Process(int(fired.read_text())).kill()
+            with suppress(psutil.NoSuchProcess):  # a call into C may end at the launcher's first signal
+                psutil.Process(int(fired.read_text())).kill()
         code = process.wait(timeout=60)
     assert code == PASSING == record["code"], log.read_text()[-4000:]
     expected = said.replace("HOST", record["host"]).split(" N ")
