@@ -257,7 +257,8 @@ def main(rounds: int = 5, megabytes: int = 1300) -> None:
     count = round(megabytes * 1e6 / RANKS / len(KINDS) / ELEMENTS / 4)
     part = count * len(KINDS) * ELEMENTS * 4
     head = header("benchmarks.checkpoint", sys.argv[1:], torch.device("cpu"), ["torch", "deepspeed", "safetensors"])
-    with socket.socket() as free, tempfile.TemporaryDirectory(dir=".", prefix="bench-checkpoint-") as name:
+    Path("runs").mkdir(exist_ok=True)
+    with socket.socket() as free, tempfile.TemporaryDirectory(dir="runs", prefix="bench-checkpoint-") as name:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
