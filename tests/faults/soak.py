@@ -237,16 +237,12 @@ def report(run: Soak, first: str, faults: list[Fault], wall: float) -> None:
     moved = next((fault.step for fault in faults if fault.layout != first), run.steps)
     # The steps after the last checkpoint before that fault are made in the other layout.
     exact_until = run.steps if moved == run.steps else moved - 4 * INTERVAL
-    records = [
-        [r for r in run.space.metrics(name) if key in r] for name in ("soak", "whole") for key in ("loss", "val_loss")
-    ]
-    found, found_val, expected, expected_val = (
-        {r["step"]: r.get("loss", r.get("val_loss")) for r in records} for records in records
-    )
-    for what, one, other in (("training", found, expected), ("validation", found_val, expected_val)):
-        told = differences(one, other, exact_until)
-        run.check(not told and bool(one), f"{what} losses are those of the undisturbed run {'; '.join(told[:5])}")
-    useful = run.steps * median(r["step_seconds"] for r in records[0])
+    records = {name: run.space.metrics(name) for name in ("soak", "whole")}
+    for key in ("loss", "val_loss"):
+        found, expected = ({r["step"]: r[key] for r in records[name] if key in r} for name in ("soak", "whole"))
+        told = differences(found, expected, exact_until)
+        run.check(bool(found) and not told, f"each {key} is that of the undisturbed run {'; '.join(told[:5])}".rstrip())
+    useful = run.steps * median(record["step_seconds"] for record in records["soak"] if "step_seconds" in record)
     cost = (wall - useful) / len(faults)
     print(
         f"goodput {useful / wall:.0%} over {wall:.0f} s with {len(faults)} faults, {cost:.1f} s each; "
