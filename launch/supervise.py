@@ -34,8 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--restarts", type=int, default=3, metavar="N", help="in a row that bring no newer checkpoint (default: 3)")
-    add("--wait", type=float, default=5, metavar="S", help="seconds before a restart, doubled each time (default: 5)")
-    add("--longest-wait", type=float, default=300, metavar="S", help="seconds at most (default: 300)")
+    add("--wait", type=float, default=5, metavar="S", help="seconds before a restart, doubled up to 300 (default: 5)")
     add("--host-wait", type=float, default=300, metavar="S", help="seconds for a host to answer (default: 300)")
     try:
         options, rest = parser.parse_known_args(argv)

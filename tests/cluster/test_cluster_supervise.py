@@ -23,7 +23,7 @@ from llm.errors import InputError
 from llm.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = Limits(restarts=3, wait=5, longest_wait=30, host_wait=25)
+LIMITS = Limits(restarts=3, wait=5, host_wait=25)
 Start = Callable[[RunFolder], int]
 
 
@@ -145,14 +145,13 @@ def test_a_run_that_never_begins_is_given_up(folder: RunFolder) -> None:
 
 def test_no_restart_is_a_limit_too(folder: RunFolder) -> None:
     script = Script(iter([trains_to(5), 0]), folder)
-    assert Supervisor(script, folder, Limits(restarts=0, wait=0, longest_wait=0, host_wait=0)).run({}) == 1
+    assert Supervisor(script, folder, Limits(restarts=0, wait=0, host_wait=0)).run({}) == 1
 
 
 def test_the_longest_wait(folder: RunFolder) -> None:
-    limits = Limits(restarts=6, wait=5, longest_wait=30, host_wait=0)
-    script = Script(iter([1] * 9), folder)
-    Supervisor(script, folder, limits).run({})
-    assert script.waits == [5, 10, 20, 30, 30, 30]
+    script = Script(iter([1] * 1100 + [0]), folder)
+    assert Supervisor(script, folder, Limits(restarts=10**6, wait=50, host_wait=0)).run({}) == 0
+    assert script.waits == [50, 100, 200] + [300] * 1097
 
 
 def test_older_checkpoints_and_strangers_are_no_progress(folder: RunFolder) -> None:
@@ -184,6 +183,11 @@ def test_each_start_is_a_line(folder: RunFolder, capsys: Any) -> None:
 def test_nothing_is_written_where_the_start_has_left_no_folder(tmp_path: Path) -> None:
     assert run(RunFolder(tmp_path, "refused"), 2)[0] == 2
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_disk_that_takes_no_line_ends_no_supervisor(folder: RunFolder) -> None:
+    folder.restarts.symlink_to("/dev/full")
+    assert run(folder, 1, 0)[0] == 0
 
 
 def test_a_signal_between_starts_is_a_stop(folder: RunFolder) -> None:
