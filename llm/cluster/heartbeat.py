@@ -133,10 +133,13 @@ class Heartbeat:
         """The main thread begins a phase, as those of all ranks do."""
         self.phase, self.step, self.entered = phase, self.step if step is None else step, self.entered + 1
 
-    def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each of which is progress; the ranks may have different numbers of them."""
+    def each(self, phase: str, items: Iterable[T]) -> Iterator[T]:
+        """The items, each of which is progress while the main thread is in `phase`; ranks may have unequal numbers.
+
+        Another thread may take them: a save beside the steps must not hide that the steps hang.
+        """
         for item in items:
-            self.items += 1
+            self.items += self.phase == phase
             yield item
 
     def watch(self) -> None:
