@@ -62,13 +62,13 @@ def main(argv: list[str]) -> None:
     config, hostfile = config_of(command), os.environ.get("HOSTFILE")
     slots = read_hostfile(Path(hostfile)) if hostfile else {}
 
-    from llm.cluster.supervise import Command, Hosts, Limits, Supervisor
+    from llm.cluster.supervise import Command, Hosts, Supervisor
     from llm.train.run_folder import RUNS, RunFolder
 
     started = Command(command)
     started.listen()
     hosts = Hosts(slots, config.check_world) if slots else None
-    sys.exit(Supervisor(started, RunFolder(RUNS, config.name), Limits(**vars(options)), hosts).run(os.environ))
+    sys.exit(Supervisor(started, RunFolder(RUNS, config.name), hosts, **vars(options)).run(os.environ))
 
 
 if __name__ == "__main__":

@@ -35,20 +35,17 @@ class Saver:
         root: Path,
         *,
         asynchronous: bool,
-        keep_last: int,
-        keep_every: int | None,
         say: Callable[[str], None],
         each: Callable[[Iterable[Piece]], Iterable[Piece]] = iter,
         saved: Callable[[Path], None] = lambda path: None,
         failed: Callable[[], None] = lambda: None,
-        copying: Callable[[], Path | None] = lambda: None,
+        **options: Any,
     ) -> None:
         """each: yields the pieces as they are written. saved: called on every rank once a checkpoint is whole; failed:
-        once a save has failed, by its thread. keep_last, keep_every, copying: as of `write_checkpoint`.
+        once a save has failed, by its thread. options: more of `write_checkpoint`.
         """
         self.root, self.asynchronous, self.say = root, asynchronous, say
-        self.each, self.saved, self.failed = each, saved, failed
-        self.options: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every, "copying": copying}
+        self.each, self.saved, self.failed, self.options = each, saved, failed, options
         self.buffers: list[Tensor] = []
         """Copies of the pieces, each of several: the memory is the same from save to save."""
         self.pending: Future[None] | None = None

@@ -137,9 +137,9 @@ class Remote:
 class Mirror:
     """Copies checkpoints to a Remote, beside the run, one at a time."""
 
-    def __init__(self, remote: Remote, *, keep_last: int, keep_every: int | None, say: Callable[[str], None]) -> None:
-        self.remote, self.say = remote, say
-        self.keep = {"keep_last": keep_last, "keep_every": keep_every}
+    def __init__(self, remote: Remote, *, say: Callable[[str], None], **keep: Any) -> None:
+        """keep: as of `Remote.put`."""
+        self.remote, self.say, self.keep = remote, say, keep
         self.newest: Path | None = None
         self.copying: Path | None = None
         """The checkpoint that must not be deleted now."""

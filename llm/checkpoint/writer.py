@@ -80,12 +80,15 @@ def write_checkpoint(
 
         together(attempt, group)
 
-    needed, kept = sum(int(text or 0) for text in exchange(str(size), group)), (keep_last, keep_every)
+    def doomed(earlier: list[str]) -> list[str]:
+        return [name for name in outdated(earlier, keep_last, keep_every) if root / name != copying()]
+
+    needed = sum(int(text or 0) for text in exchange(str(size), group))
     try:
         on_all_ranks(lambda: _prepare(root, step, needed, say) if rank == 0 else None)
         on_all_ranks(lambda: _write_rank(partial, step, rank, pieces))
         on_all_ranks(lambda: _seal(partial, world, state) if rank == 0 else None)
-        on_all_ranks(lambda: _commit(root, step, kept, copying, say) if rank == 0 else None)
+        on_all_ranks(lambda: _commit(root, step, doomed, say) if rank == 0 else None)
     except CheckpointError:
         # No rank writes any more: the ranks met after everybody's work.
         if rank == 0:
@@ -237,13 +240,7 @@ def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
     files.sync_folder(partial)
 
 
-def _commit(
-    root: Path,
-    step: int,
-    kept: tuple[int, int | None],
-    copying: Callable[[], Path | None],
-    say: Callable[[str], None],
-) -> None:
+def _commit(root: Path, step: int, doomed: Callable[[list[str]], list[str]], say: Callable[[str], None]) -> None:
     """Rename, point to it, put aside what comes after it, and delete what is not kept of those before it."""
     final = root / folder_name(step)
     if final.exists():
@@ -258,7 +255,6 @@ def _commit(
         if step_of(path) > step:  # from a history that was left: a run that resumed would go back to it
             put_aside(path, f"the run went back, and has saved step {step} since", say)
     earlier = [path for path in found if step_of(path) < step and _is_checkpoint(path)]
-    for name in outdated([path.name for path in earlier], *kept):
-        if root / name != copying():
-            _delete(root / name, say)
+    for name in doomed([path.name for path in earlier]):
+        _delete(root / name, say)
     files.sync_folder(root)

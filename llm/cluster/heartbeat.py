@@ -134,10 +134,7 @@ class Heartbeat:
         self.phase, self.step, self.entered = phase, self.step if step is None else step, self.entered + 1
 
     def each(self, phase: str, items: Iterable[T]) -> Iterator[T]:
-        """The items, each of which is progress while the main thread is in `phase`; ranks may have unequal numbers.
-
-        Another thread may take them: a save beside the steps must not hide that the steps hang.
-        """
+        """The items, each of which is progress while the main thread is in `phase`: a save must not hide a hang."""
         for item in items:
             self.items += self.phase == phase
             yield item

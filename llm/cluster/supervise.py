@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -40,18 +39,6 @@ class Folder(Protocol):
     restarts: Path
 
     def forget_the_end(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a run is started again; times in seconds."""
-
-    restarts: int
-    """Those in a row that bring no newer checkpoint, after which the run is given up."""
-    wait: float
-    """Before a restart; twice as long before each that follows one without progress, up to LONGEST_WAIT."""
-    host_wait: float
-    """For hosts that do not answer."""
 
 
 class End(NamedTuple):
@@ -119,9 +106,8 @@ def ask(host: str) -> str | None:
     """The name that a host, or user@host, gives itself over ssh; None: it does not answer."""
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ASK_SECONDS}", "--", host, "hostname"]
     with suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.check_output(
-            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=2 * ASK_SECONDS
-        )
+        null = subprocess.DEVNULL
+        found = subprocess.check_output(command, stdin=null, stderr=null, timeout=2 * ASK_SECONDS)
         return found.decode(errors="replace").strip()
     return None
 
@@ -166,9 +152,16 @@ class Hosts:
 class Supervisor:
     """Starts a command until its run is finished, is stopped, or cannot go on."""
 
-    def __init__(self, command: Command, folder: Folder, limits: Limits, hosts: Hosts | None = None) -> None:
-        """hosts: those of HOSTFILE, which launch/deepspeed.sh reads."""
-        self.command, self.folder, self.limits, self.hosts = command, folder, limits, hosts
+    def __init__(
+        self, command: Command, folder: Folder, hosts: Hosts | None, *, restarts: int, wait: float, host_wait: float
+    ) -> None:
+        """hosts: those of HOSTFILE, which launch/deepspeed.sh reads; host_wait: seconds for one that does not answer.
+
+        restarts: in a row that bring no newer checkpoint, after which the run is given up. wait: seconds before one,
+        twice as long before each that follows one without progress, up to LONGEST_WAIT.
+        """
+        self.command, self.folder, self.hosts = command, folder, hosts
+        self.restarts, self.wait, self.host_wait = restarts, wait, host_wait
 
     def run(self, environ: Mapping[str, str]) -> int:
         """Start, and start again; returns the exit code of the last start, 128 + n where signal n ended it."""
@@ -184,10 +177,10 @@ class Supervisor:
                 what = f"start {attempt} ended at step {step} with exit code {end.code} ({end.reason})"
                 if end.stopped or end.code in (0, BAD_INPUT):
                     return end.code
-                if idle >= self.limits.restarts:
-                    self.say(f"given up: {what}: no progress between restarts, {self.limits.restarts} in a row")
+                if idle >= self.restarts:
+                    self.say(f"given up: {what}: no progress between restarts, {self.restarts} in a row")
                     return end.code
-                wait = min(self.limits.wait * 2.0 ** min(idle, 32), LONGEST_WAIT)
+                wait = min(self.wait * 2.0 ** min(idle, 32), LONGEST_WAIT)
                 if self.hosts is not None:
                     wait = max(wait, SAVE_SECONDS)  # ranks on other hosts may hold the folder's lock until then
                 self.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {what}; start {attempt + 1} in {wait:g} s")
@@ -238,7 +231,7 @@ class Supervisor:
         """The environment with a hostfile of the hosts that are left; nothing: there are none."""
         before = [*hosts.slots]
         bad = end.host if end.code == BAD_HOST else None
-        left = hosts.left(bad, self.limits.host_wait, self.command.sleep, self.say)
+        left = hosts.left(bad, self.host_wait, self.command.sleep, self.say)
         path.write_text("".join(f"{host} slots={hosts.slots[host]}\n" for host in left), encoding="utf-8")
         if left != before:
             self.say(f"the next start has {len(left)} hosts of {len(before)}: {', '.join(left)}")

@@ -8,7 +8,7 @@ from functools import partial
 
 from llm.checkpoint.background import Saver
 from llm.checkpoint.remote import Mirror, Remote
-from llm.errors import ReplicaError, Stopped
+from llm.errors import ReplicaError
 from llm.parallel.agreement import lead_first
 from llm.train.guard import compare_replicas, diverged, odd_ranks, replica_message
 from llm.train.optim import learning_rate
@@ -54,11 +54,7 @@ def train(run: Run) -> None:
             if guarding or validating or saving:
                 reporter.restart_clock()
         trainer.finish_saving()
-    try:
-        ballot.leave_if_asked(run.folder, run.step)  # before the copy, for which whoever stops the run may not wait
-    except Stopped:
-        trainer.finish_copying()
-        raise
+    ballot.leave_if_asked(run.folder, run.step, trainer.finish_copying)
     trainer.finish_copying()
     trainer.feed.close()
 
@@ -150,7 +146,7 @@ class Trainer:
         self.saver.save(run.step, self.engine.state_pieces(), state)
 
     def finish_saving(self) -> None:
-        """Return when all that was saved is on the disk. Raises CheckpointError where a save has failed."""
+        """Return when all is saved. Raises CheckpointError where a save has failed."""
         self.run.heartbeat.enter("save")
         self.saver.close()
         self.run.heartbeat.close()  # a copy takes as long as its store does
