@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip
 # Of what pip prints, a line for each package. Its errors go past this, to the terminal.
 BRIEFLY := | sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking them/p'
 
-.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-checkpoint bench-parallel gpu-proof gpu-cache gpu-report clean
+.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster soak fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-checkpoint bench-parallel gpu-proof gpu-cache gpu-report clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -110,6 +110,10 @@ gpu-report: $(SETUP) ## what gpu-proof has found, into docs/benchmarks.md (FILE=
 fuzz: setup ## csrc/ under the sanitizers, then libFuzzer over headers, indexes and plans (clang, libclang-rt; FUZZ_SECONDS=60)
 	@$(PYTEST) -s tests/data/test_data_sanitizers.py tests/data/test_data_fuzz.py -k "core_is_clean or libfuzzer" --fuzz-seconds $(FUZZ_SECONDS)
 FUZZ_SECONDS ?= 60
+
+SECONDS ?= 600
+soak: setup ## a run through kills, stops, damaged checkpoints and full disks (SECONDS=600 SEED=n)
+	@$(TEST_ENV) $(BIN)/python tests/faults/soak.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 test-cluster: setup ## train over two hosts made of network namespaces (root; iproute2, openssh-server, pdsh)
 	@$(PYTEST) tests/hosts --require-cluster

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+import fault_table
 from chosen import is_chosen, selects_only_gpu
 from pool import RankPool
 from runs import Workspace, succeeded
@@ -29,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-in", type=int, default=1, help="run one in so many of the selected tests")
     parser.addoption("--chosen-by", default="", help="a text, such as a commit's hash, that says which ones")
+    parser.addoption("--write-table", action="store_true", help="write what faults cost into docs/reliability.md")
 
 
 RANK_FIXTURES = {"one_rank", "two_ranks", "four_ranks", "workspace"}
@@ -74,6 +76,25 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     space = Workspace(tmp_path_factory.mktemp("workspace"))
     succeeded(space.prepare())
     return space
+
+
+RECORDS = pytest.StashKey[dict[tuple[int, str], fault_table.Record]]()
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """row(12, "torchrun", detected=1.5, lost=4, restart=7.2): what a fault has cost; the worst of all tests counts."""
+    numbers = [number for mark in request.node.iter_markers("row") for number in mark.args]
+    records = request.config.stash.setdefault(RECORDS, {})
+
+    def record(number: int, launcher: str, **measured: float | None) -> None:
+        assert number in numbers, f"the test has no mark row({number})"
+        found, key = fault_table.Record(**measured), (number, launcher)
+        records[key] = found.worst(records.get(key, found))
+        if request.config.option.write_table:
+            fault_table.write(fault_table.PAGE, number, launcher, records[key])
+
+    return record
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -21,7 +21,7 @@ from llm.errors import CheckpointError
 from llm.files import by_size
 from llm.parallel.agreement import patient_group, together
 
-NICENESS = 10  # of the thread that writes: where cores are few, a step goes first
+NICENESS = 12  # of the thread that writes: where cores are few, a step goes first
 
 
 class Saver:

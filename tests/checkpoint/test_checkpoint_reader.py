@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoint_helpers import make_tensors, same, save
 from thread_ranks import on_thread_ranks
 
@@ -298,6 +299,29 @@ def test_ranks_with_other_views_all_refuse(root: Path, tmp_path: Path) -> None:
         assert len({str(result) for result in results}) == 1
         with pytest.raises(InputError, match=words):
             raise results[0]
+
+
+def test_a_rank_that_fails_to_open_what_was_agreed_stops_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its view of the folder changed after all had checked it."""
+    calls: list[int] = []
+
+    def changed(folder: Path, sha256: str | None = None) -> Any:
+        calls.append(rank := dist.get_rank())
+        if rank and calls.count(rank) == 2:
+            raise CheckpointError("it is gone")
+        return open_checkpoint(folder, sha256)
+
+    monkeypatch.setattr("llm.checkpoint.reader.open_checkpoint", changed)
+    results = opened([root, root])
+    assert sorted(calls) == [0, 1, 1]
+    assert [str(result) for result in results] == ["rank 1: it is gone"] * 2
+
+
+def test_a_state_that_is_not_the_manifests_is_refused(root: Path) -> None:
+    """As another rank may see it, which has not hashed that file."""
+    flip_state_bit(root / "step-00000002")
+    with pytest.raises(CheckpointError, match=r"state.json is damaged"):
+        open_checkpoint(root / "step-00000002")
 
 
 def test_damage_everywhere_stops_all_ranks(root: Path) -> None:

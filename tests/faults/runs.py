@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pool import free_port
 
@@ -38,6 +39,15 @@ SETTINGS = {
     "logging.sample_tokens": 0,
     "logging.tensorboard": "false",
 }
+
+
+class Resumed(NamedTuple):
+    """How a start has gone on."""
+
+    seconds: float
+    """Until the checkpoint was loaded."""
+    step: int
+    output: str
 
 
 class Workspace:
@@ -112,6 +122,15 @@ class Workspace:
         ]
         return [*launcher, str(ROOT / "launch/pretrain.py"), *self.arguments(**overrides)]
 
+    def faulty(self, launcher: str, script: str, fault: str = "", ranks: int = 2, **overrides: Any) -> list[str]:
+        """A command of python, torchrun or deepspeed that starts tests/faults/<script>.py with FAULT=<fault>."""
+        launch = {
+            "python": [sys.executable],
+            "torchrun": [*TORCHRUN, "--nproc_per_node", str(ranks), "--master_port", str(free_port())],
+            "deepspeed": [*DEEPSPEED, "--num_gpus", str(ranks), "--master_port", str(free_port())],
+        }[launcher]
+        return ["env", f"FAULT={fault}", *launch, str(ROOT / f"tests/faults/{script}.py"), *self.arguments(**overrides)]
+
     def deepspeed(self, ranks: int, **overrides: Any) -> subprocess.CompletedProcess[str]:
         return self.run(self.deepspeed_command(ranks, **overrides))
 
@@ -126,6 +145,23 @@ class Workspace:
         return subprocess.run(
             command, cwd=self.path, env=env or self.environment(), capture_output=True, text=True, timeout=300
         )
+
+    def resume(self, command: list[str]) -> Resumed:
+        """Start a run that has a checkpoint, and let it end well."""
+        log = self.path / "resumed.log"
+        begin, seconds, found = time.monotonic(), 0.0, None
+        with log.open("wb") as stream:
+            environment = self.environment(PYTHONUNBUFFERED="1")
+            process = subprocess.Popen(command, cwd=self.path, env=environment, stdout=stream, stderr=stream)
+        while process.poll() is None:
+            now = time.monotonic() - begin
+            assert now < 300, log.read_text()[-3000:]
+            if found is None and (found := re.search(r"resumed from step (\d+)", log.read_text())):
+                seconds = now
+            time.sleep(0.02)
+        output = log.read_text()
+        assert process.returncode == 0 and found is not None, output[-3000:]
+        return Resumed(seconds, int(found[1]), output)
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         path = self.path / "runs" / name / "metrics.jsonl"

@@ -42,8 +42,11 @@ def uninterrupted(workspace: Workspace) -> Workspace:
     return workspace
 
 
+@pytest.mark.row(1, 4)
 @pytest.mark.parametrize("kill", slow_but([], [kill_one_rank, kill_all_ranks, kill_the_launcher]))
-def test_a_killed_run_ends_as_the_whole_one(uninterrupted: Workspace, kill: Callable) -> None:
+def test_a_killed_run_ends_as_the_whole_one(
+    uninterrupted: Workspace, kill: Callable[[psutil.Process], None], row: Callable[..., None]
+) -> None:
     space, name = uninterrupted, kill.__name__
     process = space.start(space.deepspeed_command(2, name=name, **LONG))
     space.wait_for_step(name, 50)
@@ -51,13 +54,16 @@ def test_a_killed_run_ends_as_the_whole_one(uninterrupted: Workspace, kill: Call
     family = launcher.children(recursive=True)
     assert len(ranks_of(launcher)) == 2
     kill(launcher)
+    killed = time.monotonic()
     process.wait(timeout=60)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, "processes outlive their launcher"
-    assert len(space.losses(name)) < 120, "the run was over before the kill"
-    again = space.deepspeed(2, name=name, **LONG)
-    succeeded(again)
-    assert "resumed from step" in again.stdout
+    detected, last = time.monotonic() - killed, len(space.losses(name))
+    assert last < 120, "the run was over before the kill"
+    again = space.resume(space.deepspeed_command(2, name=name, **LONG))
+    assert last - again.step < 20
+    number = 1 if kill is kill_one_rank else 4
+    row(number, "deepspeed", detected=detected, lost=last - again.step, restart=again.seconds)
     assert space.losses(name) == space.losses("whole")
     assert validation(space, name) == validation(space, "whole")
 
@@ -67,13 +73,16 @@ def validation(space: Workspace, name: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_second_start_is_refused_and_the_first_goes_on(uninterrupted: Workspace) -> None:
+@pytest.mark.row(33)
+def test_a_second_start_is_refused_and_the_first_goes_on(uninterrupted: Workspace, row: Callable[..., None]) -> None:
     """The very same command, port and all."""
     command = uninterrupted.deepspeed_command(2, name="busy", train__max_steps=100000)
     process = uninterrupted.start(command)
     try:
         uninterrupted.wait_for_step("busy", 2)
+        started = time.monotonic()
         second = uninterrupted.run(command)
+        row(33, "deepspeed", detected=time.monotonic() - started)
         assert second.returncode == 2, second.stdout + second.stderr
         assert second.stderr.count("is in use by process") == 1
         before = len(uninterrupted.metrics("busy"))

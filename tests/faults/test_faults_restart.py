@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -85,8 +86,11 @@ FAULTS = [
 ]
 
 
+@pytest.mark.row(1, 4)
 @pytest.mark.parametrize("fault", slow_but([FAULTS[0]], FAULTS), ids=str)
-def test_a_killed_run_starts_again_and_loses_no_bit(fault: tuple[str, bool, str], workspace: Workspace) -> None:
+def test_a_killed_run_starts_again_and_loses_no_bit(
+    fault: tuple[str, bool, str], workspace: Workspace, row: Callable[..., None]
+) -> None:
     launcher, supervised, victim = fault
     space, name = workspace, f"killed-{launcher}-{supervised}-{victim.replace(' ', '-')}"
     expected = undisturbed(space, launcher)
@@ -97,6 +101,7 @@ def test_a_killed_run_starts_again_and_loses_no_bit(fault: tuple[str, bool, str]
     under = family(process)
     for each in {"a rank": ranks[-1:], "all": under[::-1], "the launcher": under[:1]}[victim]:
         each.kill()
+    killed, steps = time.time(), len(space.metrics(name))
     ended(process, space)
     assert space.losses(name) == expected
     assert "resumed from step" in log(space)
@@ -107,6 +112,9 @@ def test_a_killed_run_starts_again_and_loses_no_bit(fault: tuple[str, bool, str]
         assert f"resumed from step {first['step']}" in log(space)
         assert (last["code"], last["reason"], last["step"]) == (0, "finished", 80)
         assert log(space).count("supervise: ") == 1
+        lost = max(0, steps - first["step"])
+        number = 1 if victim == "a rank" else 4
+        row(number, f"supervise {launcher}", detected=first["end"] - killed, lost=lost)
 
 
 @pytest.mark.slow
@@ -146,7 +154,8 @@ echo "node-$6"
 
 
 @pytest.mark.slow
-def test_a_host_that_does_not_come_back(workspace: Workspace) -> None:
+@pytest.mark.row(6)
+def test_a_host_that_does_not_come_back(workspace: Workspace, row: Callable[..., None]) -> None:
     space, name, gone = workspace, "one-host-left", workspace.path / "gone"
     tools = space.path / "tools"
     tools.mkdir()
@@ -160,12 +169,15 @@ def test_a_host_that_does_not_come_back(workspace: Workspace) -> None:
     space.wait_for_step(name, 25)
     gone.touch()
     ranks_of(process)[-1].kill()
+    killed, steps = time.time(), len(space.metrics(name))
     try:
         ended(process, space)
     finally:
         gone.unlink()
     assert "the next start has 1 hosts of 2: here" in log(space)
-    expected, found, saved = undisturbed(space, "torchrun"), space.losses(name), lines(space, name)[0]["step"]
+    first = lines(space, name)[0]
+    row(6, "supervise torchrun", detected=first["end"] - killed, lost=max(0, steps - first["step"]))
+    expected, found, saved = undisturbed(space, "torchrun"), space.losses(name), first["step"]
     assert found.keys() == expected.keys() and 20 <= saved <= 60
     assert all(found[step] == expected[step] for step in range(1, saved + 1))
     assert all(found[step] == pytest.approx(expected[step], rel=1e-5) for step in range(saved + 1, saved + 21))
@@ -186,7 +198,8 @@ runpy.run_path({PRETRAIN!r}, run_name="__main__")
 
 
 @pytest.mark.slow
-def test_a_run_that_always_crashes_is_given_up(workspace: Workspace) -> None:
+@pytest.mark.row(31)
+def test_a_run_that_always_crashes_is_given_up(workspace: Workspace, row: Callable[..., None]) -> None:
     space, script = workspace, workspace.path / "pretrain.py"
     script.write_text(CRASHES)
     words = space.arguments(**SETTINGS | dict(checkpoint__interval=4), name="crashes")
@@ -195,8 +208,9 @@ def test_a_run_that_always_crashes_is_given_up(workspace: Workspace) -> None:
     space.wait_for_step("crashes", 5)
     while not (checkpoints / "latest").exists():
         time.sleep(0.01)
-    before = contents(checkpoints)
+    before, begin = contents(checkpoints), time.monotonic()
     ended(process, space, 1)
+    row(31, "supervise python", detected=time.monotonic() - begin)
     assert contents(checkpoints) == before and [*checkpoints.glob("step-*")] == [checkpoints / "step-00000004"]
     told = [line for line in log(space).splitlines() if line.startswith("supervise: ")]
     assert len(told) == 3 and "no progress between restarts, 2 in a row" in told[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ STALLS = [
     ("stopped@0:14", "deepspeed", 0, "rank 0 on HOST was not heard of for N s, last in ", None),
     ("write@0:16", "torchrun", 0, "rank 0 on HOST has made no progress for N s in save of step 16", "write_here"),
 ]
+ROWS = {"reduce": 20, "stopped": 21, "load": 22}
 pytestmark = pytest.mark.slow
 
 
@@ -79,11 +80,19 @@ def whole(workspace: Workspace) -> dict[str, str]:
     return {"python": "stall-whole-1", "torchrun": "stall-whole-2", "deepspeed": "stall-whole-2"}
 
 
+@pytest.mark.row(20, 21, 22)
 @pytest.mark.parametrize(
     ("fault", "launcher", "rank", "said", "function"), STALLS, ids=[f"{s[0]}-{s[1]}" for s in STALLS]
 )
 def test_who_stalls_is_named_and_the_run_ends(
-    fault: str, launcher: str, rank: int, said: str, function: str | None, whole: dict[str, str], workspace: Workspace
+    fault: str,
+    launcher: str,
+    rank: int,
+    said: str,
+    function: str | None,
+    whole: dict[str, str],
+    workspace: Workspace,
+    row: Callable[..., None],
 ) -> None:
     name = f"stall-{fault.replace('@', '-').replace(':', '-')}-{launcher}"
     arguments, folder = workspace.arguments(**SETTINGS, name=name), workspace.path / "runs" / name
@@ -93,7 +102,8 @@ def test_who_stalls_is_named_and_the_run_ends(
         wait_for(folder / "failed.json", 180, log)
         record: dict[str, Any] = json.loads((folder / "failed.json").read_text())
         fired = folder / f"fired-{rank}"
-        assert (folder / "failed.json").stat().st_mtime - fired.stat().st_mtime < STALL_SECONDS + MORE_SECONDS
+        detected = (folder / "failed.json").stat().st_mtime - fired.stat().st_mtime
+        assert detected < STALL_SECONDS + MORE_SECONDS
         if function is None:  # when the others have ended, as its launcher would do 30 s later
             time.sleep(LEAVE_SECONDS + 2)
             with suppress(psutil.NoSuchProcess):  # a call into C may end at the launcher's first signal
@@ -109,11 +119,15 @@ def test_who_stalls_is_named_and_the_run_ends(
     running = [r for r in range(1 if launcher == "python" else 2) if function is not None or r != rank]
     assert set(stacks) == {f"rank-{r}.txt" for r in running}
     assert "error: the run stalls: " + record["reason"] in log.read_text()
-    succeeded(workspace.run(command(launcher, "launch/pretrain.py", arguments)))
+    again = workspace.resume(command(launcher, "launch/pretrain.py", arguments))
     assert workspace.losses(name) == workspace.losses(whole[launcher])
+    kind, step = fault.split("@")[0], int(fault.split(":")[1])
+    if kind in ROWS:
+        row(ROWS[kind], launcher, detected=detected, lost=step - 1 - again.step, restart=again.seconds)
 
 
-def test_a_slow_rank_is_named_within_20_steps_and_goes_on(workspace: Workspace) -> None:
+@pytest.mark.row(23)
+def test_a_slow_rank_is_named_within_20_steps_and_goes_on(workspace: Workspace, row: Callable[..., None]) -> None:
     arguments = workspace.arguments(**SETTINGS | {"train__max_steps": 44}, name="slow")
     done = workspace.run(["env", "FAULT=slow@1:21", *command("torchrun", "tests/faults/stalling.py", arguments)])
     succeeded(done)
@@ -124,3 +138,4 @@ def test_a_slow_rank_is_named_within_20_steps_and_goes_on(workspace: Workspace) 
     records = [line["slowest"] for line in workspace.metrics("slow") if "slowest" in line]
     assert [record["forward_rank"] for record in records][-2:] == [1, 1]
     assert all(record["forward_factor"] > 2.5 for record in records[-2:])
+    row(23, "torchrun")

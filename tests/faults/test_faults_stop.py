@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 
 from chosen import slow_but
 from pool import free_port
-from runs import ROOT, TORCHRUN, Workspace, succeeded
+from runs import ROOT, TORCHRUN, Resumed, Workspace, succeeded
 
 TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
 SETTINGS = dict(train__engine="plain", train__max_steps=300, train__eval_interval=100, checkpoint__interval=100)
@@ -57,26 +58,20 @@ def validation(space: Workspace, name: str) -> list[float]:
     return [record["val_loss"] for record in space.metrics(name) if "val_loss" in record]
 
 
-def goes_on(space: Workspace, name: str, whole: str, again: list[str]) -> None:
+def goes_on(space: Workspace, name: str, whole: str, again: list[str]) -> Resumed:
     """The same command ends as the whole run did."""
-    done = space.run(again)
-    succeeded(done)
-    assert "resumed from step" in done.stdout
+    resumed = space.resume(again)
     assert space.losses(name) == space.losses(whole)
     assert validation(space, name) == validation(space, whole)
     assert not (space.path / "runs" / name / "stopped.json").exists()
+    return resumed
 
 
-@pytest.fixture(scope="session")
-def whole(workspace: Workspace) -> dict[str, str]:
-    """Runs that nothing stopped, by launcher."""
-    for name, launcher in (("whole-1", "python"), ("whole-2", "torchrun")):
-        succeeded(workspace.run(command(workspace, launcher, name=name)))
-    return {"python": "whole-1", "torchrun": "whole-2", "deepspeed": "whole-2"}
-
-
+@pytest.mark.row(7, 9)
 @pytest.mark.parametrize("told", slow_but(FAST, TOLD), ids=lambda told: f"{told[0]}-{told[1]}-{told[2].name}")
-def test_a_stopped_run_loses_nothing(told: tuple[str, str, int], whole: dict[str, str], workspace: Workspace) -> None:
+def test_a_stopped_run_loses_nothing(
+    told: tuple[str, str, int], whole: dict[str, str], workspace: Workspace, row: Callable[..., None]
+) -> None:
     space, (launcher, who, number) = workspace, told
     name = f"{launcher}-{who}-{number}"
     start = command(space, launcher, name=name)
@@ -86,7 +81,9 @@ def test_a_stopped_run_loses_nothing(told: tuple[str, str, int], whole: dict[str
     assert len(ranks) == (1 if launcher == "python" else 2)
     script = psutil.Process(process.pid)
     {"rank": ranks[-1], "script": script, "launcher": (script.children() or [script])[0]}[who].send_signal(number)
+    signalled = time.monotonic()
     assert process.wait(timeout=60) == 75, log(space)
+    detected = time.monotonic() - signalled
     assert not psutil.wait_procs(ranks, timeout=5)[1], "ranks outlive their launcher"
     told_of = stopped(space, name)
     last = len(space.losses(name))
@@ -95,10 +92,13 @@ def test_a_stopped_run_loses_nothing(told: tuple[str, str, int], whole: dict[str
     assert checkpoints(space, name)[-1] == f"step-{last:08}"
     assert log(space).count("stopped by") == 1
     assert who == "launcher" or "Traceback" not in log(space)
-    goes_on(space, name, whole[launcher], start)
+    again = goes_on(space, name, whole[launcher], start)
+    if number != KILL:
+        row(9 if number == INT else 7, launcher, detected=detected, lost=last - again.step, restart=again.seconds)
 
 
 @pytest.mark.slow
+@pytest.mark.row(9)
 def test_doubled_signals_are_one_stop(whole: dict[str, str], workspace: Workspace) -> None:
     start = command(workspace, "deepspeed", name="doubled")
     process = workspace.start(start)
@@ -122,16 +122,23 @@ def in_a_save(space: Workspace, name: str, seconds: float) -> subprocess.Popen[b
 
 
 @pytest.mark.slow
-def test_a_save_is_finished_and_not_made_twice(whole: dict[str, str], workspace: Workspace) -> None:
+@pytest.mark.row(8)
+def test_a_save_is_finished_and_not_made_twice(
+    whole: dict[str, str], workspace: Workspace, row: Callable[..., None]
+) -> None:
     process = in_a_save(workspace, "saving", 2)
     process.send_signal(TERM)
+    signalled = time.monotonic()
     assert process.wait(timeout=60) == 75, log(workspace)
+    detected = time.monotonic() - signalled
     assert (checkpoints(workspace, "saving"), stopped(workspace, "saving")["step"]) == (["step-00000030"], 30)
     assert log(workspace).count("saved runs/saving/checkpoints") == 1
-    goes_on(workspace, "saving", whole["python"], command(workspace, "python", name="saving"))
+    again = goes_on(workspace, "saving", whole["python"], command(workspace, "python", name="saving"))
+    row(8, "python", detected=detected, lost=30 - again.step, restart=again.seconds)
 
 
 @pytest.mark.slow
+@pytest.mark.row(8)
 def test_a_later_signal_ends_a_save_and_harms_nothing(whole: dict[str, str], workspace: Workspace) -> None:
     process = in_a_save(workspace, "left", 20)
     process.send_signal(TERM)

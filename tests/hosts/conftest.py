@@ -130,6 +130,10 @@ class TwoHosts:
             assert code == 0, f"host {host} exits with {code}:\n{output}"
         return {host: path.read_text() for host, path in logs.items()}
 
+    def plug(self, state: str) -> None:
+        """Pull the cable out of the second host, `down`, or put it in again, `up`."""
+        ip("-n", self.names[1], "link", "set", INTERFACE, state)
+
     def down(self) -> None:
         """End every process of the two namespaces, all of which were started here; remove them."""
         for name in self.names:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -72,13 +72,17 @@ def test_deepspeed_over_two_hosts(layout, two_hosts, expected, name, port):
     check(name, expected)
 
 
-def test_torchrun_over_two_hosts(two_hosts, expected, name, port):
-    def command(host: int) -> list:
-        place = ["NNODES=2", f"NODE_RANK={host}", f"MASTER_ADDR={two_hosts.addresses[0]}"]
-        environ = ["env", *place, f"MASTER_PORT={port}", "RANKS=1"]
-        return [*environ, "launch/torchrun.sh", *SETTINGS, f"--name={name}"]
+def by_torchrun(hosts, port: str, name: str, *settings: str) -> dict[int, list]:
+    """The command of each host."""
+    commands = {}
+    for host in (0, 1):
+        place = ["NNODES=2", f"NODE_RANK={host}", f"MASTER_ADDR={hosts.addresses[0]}", f"MASTER_PORT={port}"]
+        commands[host] = ["env", *place, "RANKS=1", "launch/torchrun.sh", *SETTINGS, *settings, f"--name={name}"]
+    return commands
 
-    two_hosts.run_all({0: command(0), 1: command(1)})
+
+def test_torchrun_over_two_hosts(two_hosts, expected, name, port):
+    two_hosts.run_all(by_torchrun(two_hosts, port, name))
     check(name, expected)
 
 
@@ -114,3 +118,32 @@ def test_no_host_outlives_a_killed_runner(two_hosts, corpus, name, port, tmp_pat
     while working(two_hosts):
         assert time.monotonic() < deadline, f"{working(two_hosts)} are left:\n{log.read_text()}"
         time.sleep(0.2)
+
+
+@pytest.mark.row(5)
+def test_a_cut_link_ends_the_run_on_both_hosts(two_hosts, corpus, name, port, tmp_path, row: Callable[..., None]):
+    settings = ["--train.max_steps=60", "--checkpoint.interval=10", "--parallel.timeout_seconds=20"]
+    commands = by_torchrun(two_hosts, port, name, *settings)
+    logs = [tmp_path / f"log-{host}" for host in (0, 1)]
+    jobs = [two_hosts.start(host, commands[host], logs[host]) for host in (0, 1)]
+    metrics, deadline = ROOT / "runs" / name / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 15):
+        assert time.monotonic() < deadline and all(job.poll() is None for job in jobs), logs[0].read_text()
+        time.sleep(0.05)
+    two_hosts.plug("down")
+    cut = time.monotonic()
+    try:
+        for host, job in enumerate(jobs):
+            assert job.wait(timeout=150) not in (0, 2, 75), logs[host].read_text()
+        detected, last = time.monotonic() - cut, len(losses(name))
+        assert last < 60 and not working(two_hosts)
+    finally:
+        two_hosts.plug("up")
+    begin = time.monotonic()
+    told = two_hosts.run_all(commands)[0]
+    resumed = int(told.split("resumed from step ", 1)[1].split()[0])
+    row(5, "torchrun", detected=detected, lost=last - resumed, restart=time.monotonic() - begin)
+    again = losses(name)
+    shutil.rmtree(ROOT / "runs" / name)
+    two_hosts.run_all(commands)
+    assert again == losses(name) and len(again) == 60
