@@ -34,8 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--restarts", type=int, default=3, metavar="N", help="in a row that bring no newer checkpoint (default: 3)")
-    add("--wait", type=float, default=5, metavar="S", help="seconds before a restart, doubled each time (default: 5)")
-    add("--longest-wait", type=float, default=300, metavar="S", help="seconds at most (default: 300)")
+    add("--wait", type=float, default=5, metavar="S", help="seconds before a restart, doubled up to 300 (default: 5)")
     add("--host-wait", type=float, default=300, metavar="S", help="seconds for a host to answer (default: 300)")
     try:
         options, rest = parser.parse_known_args(argv)
@@ -63,13 +62,13 @@ def main(argv: list[str]) -> None:
     config, hostfile = config_of(command), os.environ.get("HOSTFILE")
     slots = read_hostfile(Path(hostfile)) if hostfile else {}
 
-    from llm.cluster.supervise import Command, Hosts, Limits, Supervisor
+    from llm.cluster.supervise import Command, Hosts, Supervisor
     from llm.train.run_folder import RUNS, RunFolder
 
     started = Command(command)
     started.listen()
     hosts = Hosts(slots, config.check_world) if slots else None
-    sys.exit(Supervisor(started, RunFolder(RUNS, config.name), Limits(**vars(options)), hosts).run(os.environ))
+    sys.exit(Supervisor(started, RunFolder(RUNS, config.name), hosts, **vars(options)).run(os.environ))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,10 @@ class RendezvousError(RuntimeError):
     """The ranks did not all meet at MASTER_ADDR:MASTER_PORT in time (exit code 1)."""
 
 
+class PeerError(RuntimeError):
+    """Another rank has failed, which the message names: this one and its host are not to blame (exit code 1)."""
+
+
 class Stopped(Exception):
     """All ranks have agreed to stop, and saved (llm/train/ballot.py); exit code 75: the same command goes on."""
 

@@ -59,10 +59,7 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise CheckpointError(
-            f"the disk is full: {path} needs {size} bytes and {room_for(path)} are free; "
-            "make room or save elsewhere, then start the run again"
-        ) from error
+        raise _disk_full(path, size) from error
     return digest.hexdigest()
 
 
@@ -119,21 +116,21 @@ def write_all(descriptor: int, view: memoryview) -> None:
 
 
 def room_for(path: Path) -> int:
-    """Bytes that the file may take: those free and those that it has."""
+    """Bytes that the file or folder may take: those free and those that it has."""
     status = os.statvfs(path.parent)
     allocated = os.lstat(path).st_blocks * 512 if path.exists() else 0
     return status.f_bavail * status.f_frsize + allocated
 
 
-def check_room(folder: Path, size: int) -> None:
-    """Raise CheckpointError unless `size` bytes are free where `folder` lies."""
-    status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
-    if size > free:
-        raise CheckpointError(
-            f"the disk is full: {folder} needs {size} bytes and {free} are free; "
-            "make room or save elsewhere, then start the run again"
-        )
+def check_room(path: Path, size: int) -> None:
+    """Raise CheckpointError unless `path`, a file or folder, may take `size` bytes."""
+    if size > room_for(path):
+        raise _disk_full(path, size)
+
+
+def _disk_full(path: Path, size: int) -> CheckpointError:
+    what = f"the disk is full: {path} needs {size} bytes and {room_for(path)} are free"
+    return CheckpointError(f"{what}; make room or save elsewhere, then start the run again")
 
 
 def sync_folder(folder: Path) -> None:

@@ -35,19 +35,17 @@ class Saver:
         root: Path,
         *,
         asynchronous: bool,
-        keep_last: int,
-        keep_every: int | None,
         say: Callable[[str], None],
         each: Callable[[Iterable[Piece]], Iterable[Piece]] = iter,
         saved: Callable[[Path], None] = lambda path: None,
         failed: Callable[[], None] = lambda: None,
+        **options: Any,
     ) -> None:
         """each: yields the pieces as they are written. saved: called on every rank once a checkpoint is whole; failed:
-        once a save has failed, by its thread.
+        once a save has failed, by its thread. options: more of `write_checkpoint`.
         """
         self.root, self.asynchronous, self.say = root, asynchronous, say
-        self.each, self.saved, self.failed = each, saved, failed
-        self.keep = {"keep_last": keep_last, "keep_every": keep_every}
+        self.each, self.saved, self.failed, self.options = each, saved, failed, options
         self.buffers: list[Tensor] = []
         """Copies of the pieces, each of several: the memory is the same from save to save."""
         self.pending: Future[None] | None = None
@@ -81,8 +79,7 @@ class Saver:
 
     def _copied(self, step: int, pieces: list[Piece]) -> list[Piece]:
         """The pieces as they are now, in `buffers`. Raises CheckpointError."""
-        wrong = next((piece for piece in pieces if piece.data.dtype != torch.float32), None)
-        assert wrong is None, f"{wrong} is not float32"  # a copy would convert it
+        assert {piece.data.dtype for piece in pieces} <= {torch.float32}  # a copy would convert others
         shards = list(by_size(pieces, lambda piece: piece.data.nbytes, SHARD_BYTES))
         sizes = [sum(len(piece.data) for piece in shard) for shard in shards]
         pinned = any(piece.data.is_cuda for piece in pieces)
@@ -107,7 +104,7 @@ class Saver:
         size = sum(piece.data.nbytes for piece in pieces)
         try:
             path = write_checkpoint(
-                self.root, step, self.each(pieces), state, **self.keep, size=size, say=self.say, group=self.group
+                self.root, step, self.each(pieces), state, **self.options, size=size, say=self.say, group=self.group
             )
         except BaseException:
             self.failed()

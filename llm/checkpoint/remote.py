@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
@@ -44,7 +44,7 @@ class Remote:
 
     def names(self) -> list[str]:
         """Of the checkpoints there that have a manifest, newest first. Raises ReadError."""
-        return [name for name in self._folders() if self._try(self.system.exists, f"{self.root}/{name}/{MANIFEST}")]
+        return [name for name in self._folders() if self._is_there(f"{name}/{MANIFEST}")]
 
     def put(self, folder: Path, *, keep_last: int, keep_every: int | None) -> None:
         """Copy a whole checkpoint, and keep there what is kept here. Raises CheckpointError, ReadError."""
@@ -56,16 +56,11 @@ class Remote:
             if name not in names:  # an earlier copy was not finished
                 self._try(self.system.rm, f"{self.root}/{name}", recursive=True)
             elif step_of(Path(name)) >= step:  # from a history that was left: a run would resume from it
-                old = f"{self.root}/{name}"
-                aside = next(free for n in count(1) if not self._try(self.system.exists, free := f"{old}.aside-{n}"))
-                self._try(self.system.mv, old, aside, recursive=True)
+                aside = next(free for n in count(1) if not self._is_there(free := f"{name}.aside-{n}"))
+                self._try(self.system.mv, f"{self.root}/{name}", f"{self.root}/{aside}", recursive=True)
         self._try(self.system.makedirs, target, exist_ok=True)
         with ThreadPoolExecutor(STREAMS) as pool:
-            sent = [
-                pool.submit(self._try, self.system.put_file, f"{folder}/{n}", f"{target}/{n}") for n in manifest.files
-            ]
-        for future in sent:
-            future.result()
+            list(pool.map(lambda n: self._try(self.system.put_file, f"{folder}/{n}", f"{target}/{n}"), manifest.files))
         self._try(self.system.pipe_file, f"{target}/{MANIFEST}", text)
         for name in outdated([n for n in names if step_of(Path(n)) < step], keep_last, keep_every):
             self._try(self.system.rm_file, f"{self.root}/{name}/{MANIFEST}")
@@ -81,17 +76,14 @@ class Remote:
         final, partial = root / name, root / f"{name}.tmp"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
-        files.check_room(root, sum(entry.size for entry in manifest.files.values()))
+        files.check_room(partial, sum(entry.size for entry in manifest.files.values()))
         partial.mkdir(mode=0o700)
 
         def fetch(file: str) -> None:
             entry = manifest.files[file]
-
-            def pieces() -> Iterator[bytes]:
-                for start in range(0, entry.size, PIECE):
-                    yield self._read(f"{name}/{file}", start, min(start + PIECE, entry.size))
-
-            if files.create(partial / file, pieces(), entry.size) != entry.sha256:
+            starts = range(0, entry.size, PIECE)
+            pieces = (self._read(f"{name}/{file}", start, min(start + PIECE, entry.size)) for start in starts)
+            if files.create(partial / file, pieces, entry.size) != entry.sha256:
                 raise CheckpointError(f"{self.url}/{name}/{file} is damaged: its sha256 is not that of the manifest")
 
         with ThreadPoolExecutor(STREAMS) as pool:
@@ -113,6 +105,13 @@ class Remote:
         names = {path.rstrip("/").rpartition("/")[2] for path in paths}
         found = [name for name in names if STEP_FOLDER.fullmatch(name) and not name.endswith(".old")]
         return sorted(found, key=lambda name: step_of(Path(name)), reverse=True)
+
+    def _is_there(self, name: str) -> bool:
+        """Not by `exists`, which takes any error for a no. Raises ReadError."""
+        with suppress(FileNotFoundError):
+            self._try(self.system.info, f"{self.root}/{name}")
+            return True
+        return False
 
     def _read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         try:
@@ -138,10 +137,12 @@ class Remote:
 class Mirror:
     """Copies checkpoints to a Remote, beside the run, one at a time."""
 
-    def __init__(self, remote: Remote, *, keep_last: int, keep_every: int | None, say: Callable[[str], None]) -> None:
-        self.remote, self.say = remote, say
-        self.keep = {"keep_last": keep_last, "keep_every": keep_every}
+    def __init__(self, remote: Remote, *, say: Callable[[str], None], **keep: Any) -> None:
+        """keep: as of `Remote.put`."""
+        self.remote, self.say, self.keep = remote, say, keep
         self.newest: Path | None = None
+        self.copying: Path | None = None
+        """The checkpoint that must not be deleted now."""
         self.thread = ThreadPoolExecutor(1, "copy")
 
     def begin(self, folder: Path) -> None:
@@ -154,13 +155,14 @@ class Mirror:
         self.thread.shutdown()
 
     def _copy(self, folder: Path) -> None:
-        if folder != self.newest:
-            return
-        try:
-            self.remote.put(folder, **self.keep)
-            self.say(f"{folder.name} is copied to {self.remote.url}")
-        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on, and the next one is tried
-            self.say(f"warning: {folder} is not copied: {error}")
+        self.copying = folder
+        if folder == self.newest:
+            try:
+                self.remote.put(folder, **self.keep)
+                self.say(f"{folder.name} is copied to {self.remote.url}")
+            except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on, and the next one is tried
+                self.say(f"warning: {folder} is not copied: {error}")
+        self.copying = None
 
 
 def find_or_fetch(
@@ -173,8 +175,8 @@ def find_or_fetch(
 ) -> tuple[Path | None, list[str]]:
     """What `find(root, check=check)` gives, once a checkpoint is fetched that is newer than all that is whole here.
 
-    wanted: the step that `find` looks for, None for the newest. Raises what `find` raises where `remote` cannot help,
-    and ReadError where there is nothing here and `remote` cannot be read.
+    wanted: the step that `find` looks for, None for the newest. Raises InputError where there are checkpoints, here or
+    there, but none can be used, and ReadError where there is nothing here and `remote` cannot be read.
     """
     found, warnings, failure = None, [], None
     try:
@@ -200,6 +202,6 @@ def find_or_fetch(
         with suppress(InputError):
             found, more = find(root, check=check)
             return found, [*warnings, *more]
-    if failure is not None:
-        raise failure
+    if found is None and (failure is not None or names):  # to begin anew would write over what may be mended
+        raise InputError("\n  ".join([str(failure or f"no checkpoint at {remote.url} can be used"), *warnings]))
     return found, warnings

@@ -46,6 +46,7 @@ def write_checkpoint(
     keep_every: int | None = None,
     size: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    copying: Callable[[], Path | None] = lambda: None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Save root/step-<step>/ and return its path. Collective over `group` (None: all ranks).
@@ -59,6 +60,7 @@ def write_checkpoint(
         state: JSON, written as rank 0 gives it.
         size: bytes of this rank's pieces, if known: nothing is written where there is no room for those of all ranks.
         say: told by rank 0 what was put aside, and what could not be.
+        copying: the checkpoint that is being copied elsewhere, which is left for a later save to delete.
 
     Raises:
         CheckpointError: the same on every rank if any of them fails, or has a value that is not finite; then the
@@ -78,12 +80,15 @@ def write_checkpoint(
 
         together(attempt, group)
 
+    def doomed(earlier: list[str]) -> list[str]:
+        return [name for name in outdated(earlier, keep_last, keep_every) if root / name != copying()]
+
     needed = sum(int(text or 0) for text in exchange(str(size), group))
     try:
         on_all_ranks(lambda: _prepare(root, step, needed, say) if rank == 0 else None)
         on_all_ranks(lambda: _write_rank(partial, step, rank, pieces))
         on_all_ranks(lambda: _seal(partial, world, state) if rank == 0 else None)
-        on_all_ranks(lambda: _commit(root, step, keep_last, keep_every, say) if rank == 0 else None)
+        on_all_ranks(lambda: _commit(root, step, doomed, say) if rank == 0 else None)
     except CheckpointError:
         # No rank writes any more: the ranks met after everybody's work.
         if rank == 0:
@@ -140,8 +145,8 @@ def _prepare(root: Path, step: int, needed: int, say: Callable[[str], None]) -> 
     """Make the empty folder; what a crash left goes first, so that it does not take room, and so do strangers."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_leftovers(root, say)
-    files.check_room(root, needed)  # beside all that is kept until the new one is whole
     final = root / folder_name(step)
+    files.check_room(final, needed)  # beside all that is kept until the new one is whole
     partial, old = (final.with_name(final.name + end) for end in (".tmp", ".old"))
     pointers = (path for path in (root / "latest", root / "latest.tmp") if os.path.isdir(path))
     for path in (partial, old if _is_checkpoint(final) else final, *pointers):
@@ -235,7 +240,7 @@ def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
     files.sync_folder(partial)
 
 
-def _commit(root: Path, step: int, keep_last: int, keep_every: int | None, say: Callable[[str], None]) -> None:
+def _commit(root: Path, step: int, doomed: Callable[[list[str]], list[str]], say: Callable[[str], None]) -> None:
     """Rename, point to it, put aside what comes after it, and delete what is not kept of those before it."""
     final = root / folder_name(step)
     if final.exists():
@@ -250,6 +255,6 @@ def _commit(root: Path, step: int, keep_last: int, keep_every: int | None, say: 
         if step_of(path) > step:  # from a history that was left: a run that resumed would go back to it
             put_aside(path, f"the run went back, and has saved step {step} since", say)
     earlier = [path for path in found if step_of(path) < step and _is_checkpoint(path)]
-    for name in outdated([path.name for path in earlier], keep_last, keep_every):
+    for name in doomed([path.name for path in earlier]):
         _delete(root / name, say)
     files.sync_folder(root)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from llm.errors import BadHost, InputError, ReplicaError
+from llm.errors import BadHost, InputError, PeerError, ReplicaError
 
 # Exit codes. What passes may be tried again as it is; a bad input must be mended; a bad host must be left out.
 PASSING, BAD_INPUT, BAD_HOST, STOPPED = 1, 2, 69, 75
@@ -27,14 +27,16 @@ BAD_GPU = re.compile(
 def exit_code(error: Exception) -> int:
     """The code that a process ends with, which `error` ends."""
     odd = isinstance(error, ReplicaError) and error.odd
-    if odd or isinstance(error, BadHost) or (isinstance(error, RuntimeError) and BAD_GPU.search(str(error))):
+    gpu = isinstance(error, RuntimeError) and not isinstance(error, PeerError) and BAD_GPU.search(str(error))
+    if odd or gpu or isinstance(error, BadHost):
         return BAD_HOST
     return BAD_INPUT if isinstance(error, InputError) else PASSING
 
 
 def record_error(path: Path, error: Exception, *, rank: int) -> None:
-    """`record_failure` of what ends this rank. Of ranks that no longer hold the same weights, only an odd one does."""
-    if not isinstance(error, ReplicaError) or not error.odd or rank in error.odd:
+    """`record_failure` of what ends this rank, unless another one is to blame, whose host the record must name."""
+    odd = error.odd if isinstance(error, ReplicaError) else ()
+    if not isinstance(error, PeerError) and (not odd or rank in odd):
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         record_failure(path, exit_code(error), reason, rank=rank)
 

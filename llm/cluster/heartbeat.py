@@ -133,10 +133,10 @@ class Heartbeat:
         """The main thread begins a phase, as those of all ranks do."""
         self.phase, self.step, self.entered = phase, self.step if step is None else step, self.entered + 1
 
-    def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each of which is progress; the ranks may have different numbers of them."""
+    def each(self, phase: str, items: Iterable[T]) -> Iterator[T]:
+        """The items, each of which is progress while the main thread is in `phase`: a save must not hide a hang."""
         for item in items:
-            self.items += 1
+            self.items += self.phase == phase
             yield item
 
     def watch(self) -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +26,7 @@ SAVE_SECONDS = 40.0  # ranks whose launcher has died save, and end within 30 s
 # A launcher may wait for a host that is gone, or for a rank that hangs, long after another rank has failed.
 DOOMED_SECONDS = 120.0
 ASK_SECONDS = 10
+LONGEST_WAIT = 300.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -38,18 +38,7 @@ class Folder(Protocol):
     checkpoints: Path
     restarts: Path
 
-
-@dataclass(frozen=True)
-class Limits:
-    """When a run is started again; times in seconds."""
-
-    restarts: int
-    """Those in a row that bring no newer checkpoint, after which the run is given up."""
-    wait: float
-    """Before a restart; twice as long before each that follows one without progress."""
-    longest_wait: float
-    host_wait: float
-    """For hosts that do not answer."""
+    def forget_the_end(self) -> None: ...
 
 
 class End(NamedTuple):
@@ -117,9 +106,9 @@ def ask(host: str) -> str | None:
     """The name that a host, or user@host, gives itself over ssh; None: it does not answer."""
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ASK_SECONDS}", "--", host, "hostname"]
     with suppress(OSError, subprocess.SubprocessError):
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "check": True}
-        done = subprocess.run(command, timeout=2 * ASK_SECONDS, **options)
-        return done.stdout.decode(errors="replace").strip()
+        null = subprocess.DEVNULL
+        found = subprocess.check_output(command, stdin=null, stderr=null, timeout=2 * ASK_SECONDS)
+        return found.decode(errors="replace").strip()
     return None
 
 
@@ -163,9 +152,16 @@ class Hosts:
 class Supervisor:
     """Starts a command until its run is finished, is stopped, or cannot go on."""
 
-    def __init__(self, command: Command, folder: Folder, limits: Limits, hosts: Hosts | None = None) -> None:
-        """hosts: those of HOSTFILE, which launch/deepspeed.sh reads."""
-        self.command, self.folder, self.limits, self.hosts = command, folder, limits, hosts
+    def __init__(
+        self, command: Command, folder: Folder, hosts: Hosts | None, *, restarts: int, wait: float, host_wait: float
+    ) -> None:
+        """hosts: those of HOSTFILE, which launch/deepspeed.sh reads; host_wait: seconds for one that does not answer.
+
+        restarts: in a row that bring no newer checkpoint, after which the run is given up. wait: seconds before one,
+        twice as long before each that follows one without progress, up to LONGEST_WAIT.
+        """
+        self.command, self.folder, self.hosts = command, folder, hosts
+        self.restarts, self.wait, self.host_wait = restarts, wait, host_wait
 
     def run(self, environ: Mapping[str, str]) -> int:
         """Start, and start again; returns the exit code of the last start, 128 + n where signal n ended it."""
@@ -181,9 +177,10 @@ class Supervisor:
                 what = f"start {attempt} ended at step {step} with exit code {end.code} ({end.reason})"
                 if end.stopped or end.code in (0, BAD_INPUT):
                     return end.code
-                if idle >= self.limits.restarts:
-                    return self._give_up(end, f"{what}: no progress between restarts, {self.limits.restarts} in a row")
-                wait = min(self.limits.wait * 2**idle, self.limits.longest_wait)
+                if idle >= self.restarts:
+                    self.say(f"given up: {what}: no progress between restarts, {self.restarts} in a row")
+                    return end.code
+                wait = min(self.wait * 2.0 ** min(idle, 32), LONGEST_WAIT)
                 if self.hosts is not None:
                     wait = max(wait, SAVE_SECONDS)  # ranks on other hosts may hold the folder's lock until then
                 self.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {what}; start {attempt + 1} in {wait:g} s")
@@ -194,7 +191,8 @@ class Supervisor:
                     self.say("stopped before the next start; the same command goes on")
                     return STOPPED
                 if not environ:
-                    return self._give_up(end, "no hosts are left that the layout can use")
+                    self.say("given up: no hosts are left that the layout can use")
+                    return end.code
 
     def step(self) -> int:
         """That of the newest checkpoint, whole or not; 0: there is none."""
@@ -205,14 +203,9 @@ class Supervisor:
     def say(text: str) -> None:
         print(f"supervise: {text}", file=sys.stderr, flush=True)
 
-    def _give_up(self, end: End, why: str) -> int:
-        self.say(f"given up: {why}")
-        return end.code
-
     def _start(self, environ: Mapping[str, str]) -> End:
         failed, stopped = self.folder.failed, self.folder.stopped
-        for old in (failed, stopped):
-            old.unlink(missing_ok=True)  # a start that ends early would leave them
+        self.folder.forget_the_end()  # a start that ends early would not
         code = self.command.run(environ, failed.exists)
         asked = self.command.signalled > 0
         if stopped.exists():
@@ -231,14 +224,14 @@ class Supervisor:
 
     def _write(self, began: float, end: End, step: int) -> None:
         line = {"start": began, "end": time.time(), **end._asdict(), "step": step}
-        with suppress(FileNotFoundError), open(self.folder.restarts, "a", encoding="utf-8") as file:
+        with suppress(OSError), open(self.folder.restarts, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _choose(self, hosts: Hosts, end: End, environ: Mapping[str, str], path: Path) -> dict[str, str]:
         """The environment with a hostfile of the hosts that are left; nothing: there are none."""
         before = [*hosts.slots]
         bad = end.host if end.code == BAD_HOST else None
-        left = hosts.left(bad, self.limits.host_wait, self.command.sleep, self.say)
+        left = hosts.left(bad, self.host_wait, self.command.sleep, self.say)
         path.write_text("".join(f"{host} slots={hosts.slots[host]}\n" for host in left), encoding="utf-8")
         if left != before:
             self.say(f"the next start has {len(left)} hosts of {len(before)}: {', '.join(left)}")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from llm.errors import Agreed, CheckpointError, InputError, ReadError
+from llm.errors import Agreed, CheckpointError, InputError, PeerError, ReadError
 
 T = TypeVar("T")
 MESSAGE_BYTES = 4096
@@ -55,7 +55,7 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
 
     So no rank waits for one that has gone, and all of them exit with the same code. Collective; `action` must not
     communicate. Raises what the first rank that failed has raised: Agreed for an InputError, a CheckpointError, a
-    ReadError, or RuntimeError for any other failure.
+    ReadError, or for any other failure RuntimeError on a rank that failed and PeerError on the rest.
     """
     result, cause, error = None, None, None
     try:
@@ -72,7 +72,8 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     if first is None:
         return result  # pyright: ignore[reportReturnType]
     kind, message = first.split(":", 1)
-    kinds = {"input": Agreed, "checkpoint": CheckpointError, "read": ReadError, "other": RuntimeError}
+    other = PeerError if cause is None else RuntimeError
+    kinds = {"input": Agreed, "checkpoint": CheckpointError, "read": ReadError, "other": other}
     raise kinds[kind](message) from cause
 
 

@@ -6,7 +6,7 @@ begins after its backward pass and is read after the update, behind which it hid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -69,8 +69,8 @@ class Ballot:
         """What is left is done whatever is asked, and was."""
         self.stop, self.agreed = None, 0
 
-    def leave_if_asked(self, folder: RunFolder, step: int | None) -> None:
-        """Vote; for a stop, record it in the run's folder, say it, and raise Stopped; step: the last that is saved."""
+    def leave_if_asked(self, folder: RunFolder, step: int | None, last: Callable[[], object] = lambda: None) -> None:
+        """Vote; for a stop, record it, say it, call `last`, which may take long, and raise Stopped; step: as saved."""
         if self.stop is None or not self.vote():
             return
         starts = exchange(self.stop.start, self.group)
@@ -82,4 +82,5 @@ class Ballot:
             print(f"stopped by {reason} {what}; the same command goes on from there (exit code 75)", flush=True)
 
         together(lambda: record() if dist.get_rank() == 0 else None, self.group)
+        last()
         raise Stopped(reason)

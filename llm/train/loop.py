@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 from llm.checkpoint.background import Saver
 from llm.checkpoint.remote import Mirror, Remote
@@ -53,7 +54,8 @@ def train(run: Run) -> None:
             if guarding or validating or saving:
                 reporter.restart_clock()
         trainer.finish_saving()
-    ballot.leave_if_asked(run.folder, run.step)
+    ballot.leave_if_asked(run.folder, run.step, trainer.finish_copying)
+    trainer.finish_copying()
     trainer.feed.close()
 
 
@@ -65,13 +67,12 @@ class Trainer:
         self.reporter = Reporter(run)
         say, kept = self.reporter.say, run.config.checkpoint
         keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "say": say}
-        remote = Remote(kept.copy_to, run.config.name) if kept.copy_to is not None else None
-        self.mirror = Mirror(remote, **keep) if remote is not None and run.lead else None
-        saved = self.mirror.begin if self.mirror else lambda path: None
-        where, failed = run.folder.checkpoints, run.ballot.save_failed
-        self.saver = Saver(
-            where, asynchronous=kept.asynchronous, each=run.heartbeat.each, saved=saved, failed=failed, **keep
-        )
+        options = {"each": partial(run.heartbeat.each, "save"), "failed": run.ballot.save_failed}
+        self.mirror = None
+        if kept.copy_to is not None and run.lead:
+            self.mirror = mirror = Mirror(Remote(kept.copy_to, run.config.name), **keep)
+            options |= {"saved": mirror.begin, "copying": lambda: mirror.copying}
+        self.saver = Saver(run.folder.checkpoints, asynchronous=kept.asynchronous, **options, **keep)
 
     def step(self) -> tuple[float, float, float]:
         """One optimizer step; returns its loss, learning rate and gradient norm.
@@ -104,7 +105,7 @@ class Trainer:
         self.run.heartbeat.enter("guard")
         findings = compare_replicas(self.engine, self.run.mesh)
         if findings and self.run.config.train.guard_action == "stop":
-            self.saver.wait()
+            self._wait_for_the_save()
             message = replica_message(self.run.step, findings, self.run.folder.checkpoints)
             raise ReplicaError(message, odd_ranks(findings))
         for finding in findings:
@@ -117,7 +118,7 @@ class Trainer:
         """
         run = self.run
         run.heartbeat.enter("validation")
-        batches = run.heartbeat.each(run.validation_batches())
+        batches = run.heartbeat.each("validation", run.validation_batches())
         total, count = self.engine.evaluate(run.ballot.until_stopped(batches))
         if run.ballot.agreed:
             return False
@@ -128,8 +129,13 @@ class Trainer:
         return True
 
     def _diverged(self, found: str) -> FloatingPointError:
-        self.saver.wait()  # the message names the last good checkpoint
+        self._wait_for_the_save()
         return diverged(self.run.step, found, self.run.folder.checkpoints)
+
+    def _wait_for_the_save(self) -> None:
+        """That is under way, before a message names the last good checkpoint. Raises CheckpointError if it fails."""
+        self.run.heartbeat.enter("save")
+        self.saver.wait()
 
     def save(self, *, validation_due: bool = False) -> None:
         """validation_due: that of this step was left for a stop, so the next start begins with it."""
@@ -140,8 +146,12 @@ class Trainer:
         self.saver.save(run.step, self.engine.state_pieces(), state)
 
     def finish_saving(self) -> None:
-        """Return when all that was saved is on the disk, and copied. Raises CheckpointError where a save has failed."""
+        """Return when all is saved. Raises CheckpointError where a save has failed."""
         self.run.heartbeat.enter("save")
         self.saver.close()
         self.run.heartbeat.close()  # a copy takes as long as its store does
-        lead_first(lambda: self.mirror.close() if self.mirror is not None else None)
+
+    def finish_copying(self) -> None:
+        """Return when the copy under way is made, or has failed."""
+        if self.run.config.checkpoint.copy_to is not None:
+            lead_first(lambda: self.mirror.close() if self.mirror is not None else None)

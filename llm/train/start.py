@@ -133,15 +133,11 @@ def _heartbeat(run: Run, ranks: Ranks, hosts: list[str], start: str) -> Heartbea
     """What watches the run's progress: the collectives of all its groups, and the micro-batches."""
     own = dist.group.WORLD, run.mesh.dp_group, run.mesh.tp_group, run.ballot.group
     groups = {group.group_name: group for group in own if group is not None}
+    store = connect(ranks, start, run.config.parallel.timeout_seconds)
     return Heartbeat(
-        run.config.train.stall_seconds,
-        ranks.rank,
-        hosts,
-        connect(ranks, start, run.config.parallel.timeout_seconds),
-        groups=[*groups.values()],
-        work=lambda: run.engine.forward_time.count,
-        failed=run.folder.failed,
-    )
+        run.config.train.stall_seconds, ranks.rank, hosts, store,
+        groups=[*groups.values()], work=lambda: run.engine.forward_time.count, failed=run.folder.failed,
+    )  # fmt: skip
 
 
 def _prepare(config: RunConfig, say: Callable[[str], None], stop: Stop | None) -> None:

@@ -32,12 +32,10 @@ class Stopwatch:
         self.marks: list[Any] = []
 
     def _mark(self) -> None:
+        mark: Any = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
         if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
+            mark.record()
+        self.marks.append(mark)
 
     def __enter__(self) -> None:
         self.count += 1

@@ -177,6 +177,36 @@ def test_a_copy_that_is_not_as_it_says_is_passed_over(
     assert words in warning and f"memory://bucket/runs/a/{NAMES[2]}" in warning
     assert {path.name for path in tmp_path.iterdir()} == {"here", "there"}
     assert NAMES[2] not in {path.name for path in (tmp_path / "there").iterdir()}
+    copies.system.rm(f"{copies.root}/{NAMES[1]}", recursive=True)
+    with pytest.raises(InputError, match="no checkpoint at memory://bucket/runs/a can be used") as refused:
+        found(copies, tmp_path / "nothing here")  # to begin anew would put the copy aside
+    assert words in str(refused.value)
+    (tmp_path / "damaged" / NAMES[3]).mkdir(parents=True)
+    with pytest.raises(InputError, match="(?s)can be used; repair one.*" + words):
+        found(copies, tmp_path / "damaged")
+
+
+def test_a_checkpoint_is_not_deleted_while_it_is_copied(
+    copies: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that saves faster than it copies would never have a copy."""
+    said: list[str] = []
+    put_file, mirror = copies.system.put_file, Mirror(copies, **KEEP, say=said.append)
+
+    def saves_before(*arguments: Any) -> None:
+        if not (tmp_path / NAMES[3]).exists():
+            for step in (2, 3):
+                save(tmp_path, step, NEW, keep_last=1, copying=lambda: mirror.copying)
+        put_file(*arguments)
+
+    monkeypatch.setattr(copies.system, "put_file", saves_before)
+    monkeypatch.setattr(remote, "STREAMS", 1)
+    save(tmp_path, 1, OLD, keep_last=1)
+    mirror.begin(tmp_path / NAMES[1])
+    mirror.close()
+    assert said == [f"{NAMES[1]} is copied to memory://bucket/runs/a"]
+    save(tmp_path, 4, NEW, keep_last=1, copying=lambda: mirror.copying)
+    assert {path.name for path in tmp_path.iterdir()} == {NAMES[4], "latest"}
 
 
 def test_names_of_the_remote_are_checked(copies: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,9 +254,11 @@ def test_a_remote_that_cannot_be_read(copies: Remote, tmp_path: Path, monkeypatc
     def ls(*arguments: Any, **options: Any) -> None:
         raise PermissionError("no credentials")
 
-    monkeypatch.setattr(copies.system, "ls", ls)
-    with pytest.raises(ReadError, match="no credentials"):
-        found(copies, tmp_path)
+    put(copies, tmp_path / "here", 2)
+    for request in ("info", "ls"):
+        monkeypatch.setattr(copies.system, request, ls)
+        with pytest.raises(ReadError, match="no credentials"):
+            found(copies, tmp_path)
     save(tmp_path, 1, OLD)
     folder, (warning,) = found(copies, tmp_path)
     assert folder == tmp_path / NAMES[1] and "no credentials; the run goes on from what is here" in warning

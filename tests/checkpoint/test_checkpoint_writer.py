@@ -55,8 +55,11 @@ def test_any_layout_reads_any_other(
         for tp_rank in range(other[0]):
             part = slice_of(name, tp_rank, other[0])
             for kind in KINDS:
-                found = reader.read_slice(name, kind, part)
-                assert torch.equal(found, part.take(NEW[name, kind])), (name, kind, part)
+                found, expected = reader.read_slice(name, kind, part), part.take(NEW[name, kind])
+                assert torch.equal(found, expected), (name, kind, part)
+                start, length = part.numel // 3, part.numel // 2
+                range_of_it = reader.read_range(name, kind, part, start, length)
+                assert torch.equal(range_of_it, expected.flatten()[start : start + length]), (name, kind, part)
 
 
 def test_any_slice_of_any_dimension(tmp_path: Path) -> None:

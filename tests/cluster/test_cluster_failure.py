@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm.cluster.failure import exit_code, record_error, start_is_over, tell_start
-from llm.errors import Agreed, BadHost, CheckpointError, InputError, ReplicaError
+from llm.errors import Agreed, BadHost, CheckpointError, InputError, PeerError, ReplicaError
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ from llm.errors import Agreed, BadHost, CheckpointError, InputError, ReplicaErro
         (CheckpointError("disk full"), 1),
         (OSError("uncorrectable ECC error"), 1),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ..."), 69),
+        (PeerError("rank 3: AcceleratorError: CUDA error: uncorrectable ECC error encountered"), 1),
         (RuntimeError("CUDA error: no CUDA-capable device is detected"), 69),
         (RuntimeError("No CUDA GPUs are available"), 69),
         (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), 69),
@@ -46,8 +47,9 @@ def test_the_first_failure_is_recorded(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_of_replicas_the_odd_one_alone_is_recorded(tmp_path: Path) -> None:
+def test_who_is_to_blame_is_recorded_and_not_the_others(tmp_path: Path) -> None:
     path = tmp_path / "failed.json"
+    record_error(path, PeerError("rank 3: ..."), rank=0)
     record_error(path, ReplicaError("differ", {3}), rank=0)
     assert not path.exists()
     record_error(path, ReplicaError("differ", {3}), rank=3)

@@ -116,12 +116,12 @@ class Rank:
 def test_a_phase_an_item_and_work_are_progress() -> None:
     rank = Rank()
     rank.heart.enter("load", 7)
-    items = rank.heart.each(range(10**6))
+    items, saved = rank.heart.each("load", range(10**6)), rank.heart.each("save", range(10**6))
     assert rank.seconds(100, lambda: next(items)) is None
     assert rank.seconds(100, lambda: rank.heart.enter("load")) is None
     assert rank.seconds(100, lambda: setattr(rank, "worked", rank.worked + 1)) is None
-    assert rank.seconds(30) is None
-    found = rank.seconds(1)
+    assert rank.seconds(30, lambda: next(saved)) is None
+    found = rank.seconds(1, lambda: next(saved))  # beside the steps, which hang
     assert found is not None and "in load of step 7, " in found.reason
 
 

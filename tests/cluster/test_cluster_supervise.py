@@ -18,12 +18,12 @@ import pytest
 
 from chosen import slow_but
 from llm.cluster.failure import record_failure
-from llm.cluster.supervise import Command, Hosts, Limits, Supervisor, ask
+from llm.cluster.supervise import Command, Hosts, Supervisor, ask
 from llm.errors import InputError
 from llm.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = Limits(restarts=3, wait=5, longest_wait=30, host_wait=25)
+LIMITS: Any = dict(restarts=3, wait=5, host_wait=25)
 Start = Callable[[RunFolder], int]
 
 
@@ -82,7 +82,7 @@ def stops(reason: str, exits_with: int) -> Start:
 
 def run(folder: RunFolder, *ends: Start | int, hosts: Hosts | None = None, **fields: Any) -> tuple[int, Script]:
     script = Script(iter(ends), folder, **fields)
-    return Supervisor(script, folder, LIMITS, hosts).run({"PATH": "/bin"}), script
+    return Supervisor(script, folder, hosts, **LIMITS).run({"PATH": "/bin"}), script
 
 
 def lines(folder: RunFolder) -> list[dict[str, Any]]:
@@ -145,14 +145,13 @@ def test_a_run_that_never_begins_is_given_up(folder: RunFolder) -> None:
 
 def test_no_restart_is_a_limit_too(folder: RunFolder) -> None:
     script = Script(iter([trains_to(5), 0]), folder)
-    assert Supervisor(script, folder, Limits(restarts=0, wait=0, longest_wait=0, host_wait=0)).run({}) == 1
+    assert Supervisor(script, folder, None, restarts=0, wait=0, host_wait=0).run({}) == 1
 
 
 def test_the_longest_wait(folder: RunFolder) -> None:
-    limits = Limits(restarts=6, wait=5, longest_wait=30, host_wait=0)
-    script = Script(iter([1] * 9), folder)
-    Supervisor(script, folder, limits).run({})
-    assert script.waits == [5, 10, 20, 30, 30, 30]
+    script = Script(iter([1] * 1100 + [0]), folder)
+    assert Supervisor(script, folder, None, restarts=10**6, wait=50, host_wait=0).run({}) == 0
+    assert script.waits == [50, 100, 200] + [300] * 1097
 
 
 def test_older_checkpoints_and_strangers_are_no_progress(folder: RunFolder) -> None:
@@ -184,6 +183,11 @@ def test_each_start_is_a_line(folder: RunFolder, capsys: Any) -> None:
 def test_nothing_is_written_where_the_start_has_left_no_folder(tmp_path: Path) -> None:
     assert run(RunFolder(tmp_path, "refused"), 2)[0] == 2
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_disk_that_takes_no_line_ends_no_supervisor(folder: RunFolder) -> None:
+    folder.restarts.symlink_to("/dev/full")
+    assert run(folder, 1, 0)[0] == 0
 
 
 def test_a_signal_between_starts_is_a_stop(folder: RunFolder) -> None:
@@ -247,7 +251,7 @@ def test_the_hosts_that_are_left(
 def test_the_address_of_a_host_that_is_left_out_goes(folder: RunFolder) -> None:
     for silent, kept in (("b", True), ("a", False)):
         script = Script(iter([1, 0]), folder)
-        Supervisor(script, folder, LIMITS, Cluster(ANY, **{silent: 99}).hosts).run({"MASTER_ADDR": "10.0.0.1"})
+        Supervisor(script, folder, Cluster(ANY, **{silent: 99}).hosts, **LIMITS).run({"MASTER_ADDR": "10.0.0.1"})
         assert ("MASTER_ADDR" in script.environs[1]) == kept
 
 

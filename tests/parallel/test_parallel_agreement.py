@@ -46,3 +46,22 @@ def refused() -> str:
 def test_the_others_wait_for_the_first(two_ranks: RankPool) -> None:
     assert two_ranks.run(waited, 1.0) == [1, 0]
     assert two_ranks.run(refused) == ["no text"] * 2
+
+
+def broken() -> tuple[str, str]:
+    """What a failure of rank 1 is on this rank. Collective."""
+
+    def lose() -> None:
+        if dist.get_rank() == 1:
+            raise OSError("lost")
+
+    with pytest.raises(RuntimeError) as caught:
+        together(lose)
+    return type(caught.value).__name__, str(caught.value)
+
+
+@pytest.mark.ranks
+def test_a_failure_is_not_that_of_the_rank_that_hears_of_it(two_ranks: RankPool) -> None:
+    """Else its host would be blamed."""
+    text = "rank 1: OSError: lost"
+    assert two_ranks.run(broken) == [("PeerError", text), ("RuntimeError", text)]

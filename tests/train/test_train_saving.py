@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +19,11 @@ import torch.distributed as dist
 
 from llm import files
 from llm.checkpoint.reader import find_latest, open_agreed
-from llm.checkpoint.remote import Remote, find_or_fetch
+from llm.checkpoint.remote import Mirror, Remote, find_or_fetch
 from llm.cluster.signals import Stop
 from llm.config import RunConfig
 from llm.config.sections import CheckpointConfig
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, Stopped
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
 from llm.train.engines import base
@@ -146,6 +147,30 @@ def fetched(root: Path, url: str) -> tuple[int | None, list[str]]:
     find = partial(find_or_fetch, remote=Remote(url, "run"), find=find_latest, wanted=None, say=said.append)
     reader, _ = open_agreed(root, find)
     return (None if reader is None else reader.state["step"]), said
+
+
+def stopped_in_a_copy(config: RunConfig, root: Path) -> list[bool]:
+    """Whether the stop of a run was recorded before rank 0 waited for its copy. Collective."""
+    close, recorded = Mirror.close, list[bool]()
+
+    def closing(mirror: Mirror) -> None:
+        recorded.append((root / "run/stopped.json").exists())
+        close(mirror)
+
+    stop = Stop()
+    stop.ask(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mirror, "close", closing)
+        with pytest.raises(Stopped):
+            trained(config, root, stop=stop)
+    return recorded
+
+
+def test_a_stop_is_recorded_before_the_copy_is_waited_for(two_ranks: RankPool, tmp_path: Path) -> None:
+    """Whoever stops it may kill it then; the checkpoint is there."""
+    made = settings(asynchronous=True, copy_to=f"file://{tmp_path}/copies")
+    assert two_ranks.run(stopped_in_a_copy, made, tmp_path) == [[True], []]
+    assert on_disk(tmp_path / "copies/run") == on_disk(tmp_path / "run/checkpoints") != {}
 
 
 def test_a_run_goes_on_elsewhere_from_its_copies(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -116,8 +116,7 @@ class Engine(ABC):
         """The model's parameters by name; under ZeRO 3 they are partitioned."""
         self.slices = {name: slice_of(parameter) for name, parameter in self.parameters.items()}
         self.updates = 0
-        self.forward_time = Stopwatch(device)
-        """Of the forward passes of steps."""
+        self.forward_time = Stopwatch(device)  # of steps, not of validations
 
     @abstractmethod
     def local_weight(self, name: str) -> Tensor:
@@ -162,10 +161,7 @@ class Engine(ABC):
             group["lr"] = lr
 
     def state_pieces(self) -> Iterator[Piece]:
-        """What this rank writes: over all ranks, each element of master weights and moments exactly once.
-
-        Views of what the engine holds, which the next step changes.
-        """
+        """What this rank writes, as views of it: over all ranks, each element of masters and moments exactly once."""
         if self.replicated_state and self.dp_rank != 0:
             return
         for name, fragment in self._fragments().items():
