@@ -60,7 +60,7 @@ define run_tests
 @$(PYTEST) -m "$(1) and ranks" $(2) tests
 endef
 
-test: setup ## what this machine can show in about 10 minutes on 2 cores
+test: setup ## what this machine can show in about 15 minutes on 2 cores
 	$(call run_tests,not slow and not gpu and not cluster)
 
 test-all: setup ## the exhaustive lists too (hours)

@@ -48,7 +48,7 @@ def trained(four_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> t
     return models, root / "runs"
 
 
-@pytest.mark.parametrize("form", slow_but(["llama"], ["gpt2", "llama", "mistral"]))
+@pytest.mark.parametrize("form", slow_but([], ["gpt2", "llama", "mistral"]))
 def test_a_step_on_ranks_is_exported(form: str, trained: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     models, runs = trained
     found = export(runs / form, tmp_path / "out", dtype="float32", plain=False)

@@ -130,7 +130,7 @@ def expected_loss(root: Path) -> float:
 
 
 @pytest.mark.row(25)
-@pytest.mark.parametrize("layout", slow_but(["zero3-tp2-dp2"], LAYOUTS))
+@pytest.mark.parametrize("layout", slow_but([], LAYOUTS))
 def test_each_layout_reads_and_saves_the_one_state(layout: str, canonical: Path, ranks: Ranks, tmp_path: Path) -> None:
     results = ranks(layout).run(read_and_saved, config_of(layout), canonical, tmp_path)
     assert [step for _, step in results] == [7] * len(results)

@@ -49,7 +49,7 @@ IN_A_SAVE = [
 
 
 @pytest.mark.row(2)
-@pytest.mark.parametrize("case", slow_but(IN_A_SAVE[2:3], IN_A_SAVE), ids="-".join)
+@pytest.mark.parametrize("case", slow_but([], IN_A_SAVE), ids="-".join)
 def test_a_rank_is_killed_in_a_save(
     case: tuple[str, str], whole: dict[str, str], workspace: Workspace, row: Row
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_rank_that_cannot_save_outlives_its_launcher_by_30_s(workspace: Worksp
         hangs.kill()
 
 
+@pytest.mark.slow
 def test_a_start_is_stopped_at_the_next_point(whole: dict[str, str], workspace: Workspace) -> None:
     """By the clock: after 6 ms, before anything is trained."""
     done = workspace.run(command(workspace, "python", name="early", train__max_minutes=0.0001))

@@ -34,7 +34,7 @@ def alone(workspace: Workspace) -> dict[int, float]:
     return workspace.losses("alone")
 
 
-@pytest.mark.parametrize("name", slow_but(["deepspeed-tp2"], LAUNCHES))
+@pytest.mark.parametrize("name", slow_but([], LAUNCHES))
 def test_same_losses(name: str, alone: dict[int, float], workspace: Workspace) -> None:
     launch, ranks, layout = LAUNCHES[name]
     if launch is mpirun and shutil.which("mpirun") is None:

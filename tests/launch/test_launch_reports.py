@@ -14,6 +14,7 @@ POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 SHORT = {"train.engine": "plain", "train.max_steps": 3, "checkpoint.interval": 3, "logging.sample_tokens": 4}
 
 
+@pytest.mark.slow
 def test_an_ascii_terminal_and_then_data_that_has_moved(workspace: Workspace) -> None:
     env = workspace.environment(**POSIX)
     (workspace.path / "prompt.yaml").write_text('logging: {sample_prompt: "é\u2588"}\n', encoding="utf-8")

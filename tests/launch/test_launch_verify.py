@@ -64,6 +64,7 @@ def test_torchrun_fails_on_a_wrong_layout(space: Workspace) -> None:
     assert any("norm.weight" in failure for failure in report["failures"])
 
 
+@pytest.mark.slow
 def test_python_alone(space: Workspace) -> None:
     result = verify(space, [sys.executable], "--steps=1", "--json=deep/folder/alone.json", train__engine="plain")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

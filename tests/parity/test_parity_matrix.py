@@ -46,7 +46,7 @@ def covering(cases: list[Case]) -> list[Case]:
 
 
 PAIRS = by_world(sample(DEEPSPEED, 2) + sample(FSDP, 2))
-FAST = covering(PAIRS)
+FAST = covering(PAIRS)[::2]
 TRIPLES = by_world([c for c in sample(DEEPSPEED, 3) + sample(FSDP, 3) if c not in PAIRS])
 
 

@@ -250,6 +250,7 @@ def test_a_fault_is_found_and_named(name: str, two_ranks: RankPool) -> None:
         assert any(text in failure for failure in failures), failures
 
 
+@pytest.mark.slow
 def test_without_the_faults_it_passes(two_ranks: RankPool) -> None:
     for config in {repr(mutation.config): mutation.config for mutation in MUTATIONS.values()}.values():
         assert two_ranks.run(verified, config)[0].failures == []

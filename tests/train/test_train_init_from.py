@@ -337,6 +337,7 @@ def validation_losses(config: RunConfig, folder: Path) -> dict[str, Any]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_loss_of_the_checkpoint(four_ranks: RankPool, tmp_path: Path) -> None:
     config = made_run(tmp_path)
     for losses in four_ranks.run(validation_losses, config, tmp_path):

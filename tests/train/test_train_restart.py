@@ -125,7 +125,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["tp2-dp2-zero3"], WIDE))
+@pytest.mark.parametrize("name", slow_but([], WIDE))
 def test_four_ranks_to_one(name: str, four_ranks: RankPool, one_rank: RankPool, tmp_path: Path) -> None:
     wide = case(**WIDE[name])
     whole = four_ranks.run(first_half, wide, tmp_path / "a")[0]
