@@ -74,7 +74,10 @@ class RunFolder:
             _, _, made = nonce.partition(" ")
             with suppress(OSError):  # another rank was faster, or has begun another run
                 if made in ("1", "2") and self.nonce() == nonce:
-                    shutil.rmtree(self.path)
+                    # Out of the way at once: a rank that fails meanwhile would write its record between two deletions.
+                    doomed = self.path.with_name(f".{self.path.name}-{nonce[:8]}")
+                    os.rename(self.path, doomed)
+                    shutil.rmtree(doomed)
                     if made == "2":
                         self.path.parent.rmdir()
             raise

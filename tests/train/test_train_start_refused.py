@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm.cluster.failure import BAD_INPUT, record_failure
 from llm.config import RunConfig
 from llm.config.sections import CheckpointConfig, LoggingConfig
 from llm.data.corpora import Corpora
@@ -204,3 +206,21 @@ def test_a_corpus_that_is_read_often_is_warned_about(
     assert len(lines) == len(expected) == {1: 0, 20: 0, 200: 2}[steps]
     for line, (name, times) in zip(lines, expected.items(), strict=True):
         assert f"the run reads {name} {times:,.0f} times (800 tokens)" in line
+
+
+def test_a_rank_that_fails_meanwhile_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes its record as another rank has begun to delete the folder."""
+    folder = RunFolder(tmp_path / "runs", "refused")
+    lock = folder.claim()
+
+    def deleted(path: Path) -> None:
+        for file in path.iterdir():
+            file.unlink()
+        record_failure(folder.failed, BAD_INPUT, "found later", rank=1)
+        path.rmdir()
+
+    monkeypatch.setattr(shutil, "rmtree", deleted)
+    with pytest.raises(InputError), folder.undone_on_failure(folder.nonce()):
+        raise InputError("refused")
+    lock.release()
+    assert not (tmp_path / "runs").exists()
