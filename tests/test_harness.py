@@ -184,6 +184,7 @@ def scores(scorer: Scorer, folder: Path | None, names: tuple[str, ...] = (*TASKS
     return run_tasks(scorer, names, open_tasks(names, folder, limit), options.get("num_fewshot"), limit)
 
 
+@pytest.mark.slow
 def test_tasks_score_as_through_hf(hf: Any, scorer: Scorer, folder: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

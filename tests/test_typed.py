@@ -178,7 +178,7 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(["name", "inner", "inners", "limits", "pairs", "flag", "extra"]), VALUES))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 def test_any_value_is_read_or_refused(value: dict[str, Any]) -> None:
     with contextlib.suppress(InputError):
         assert isinstance(read(Outer, {"name": "x"} | value, ""), Outer)

@@ -32,6 +32,7 @@ def names(root: Path) -> set[str]:
     return {path.name for path in root.iterdir()}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(layout=LAYOUTS, other=LAYOUTS, shard_bytes=st.sampled_from([1, 100, 1 << 20]))
 def test_any_layout_reads_any_other(

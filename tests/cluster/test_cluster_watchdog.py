@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 import runs
-from chosen import slow_but
 from llm.cluster.ranks import free_port
 from llm.cluster.watchdog import is_launcher, launcher_chain, lost, orphaned
 
@@ -169,7 +168,8 @@ def alive(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("launcher", slow_but(["deepspeed"], ["deepspeed", "torchrun"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_ranks_end_when_their_launcher_is_killed(launcher, tmp_path):
     port = str(free_port())
     command = {

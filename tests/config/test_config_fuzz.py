@@ -44,7 +44,7 @@ KEYS_OF_VALUES = [*dotted_keys(RunConfig), "deepspeed.x", "deepspeed.x.y"]
 
 
 @given(st.sampled_from(KEYS_OF_VALUES), st.text() | st.from_regex(r"0x[0-9a-f]{4000,6000}|[\[{]*|[0-9:_.e+-]*"))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 def test_any_value_gives_a_config_or_an_input_error(key: str, value: str) -> None:
     with contextlib.suppress(InputError):
         parse_config([f"--{key}={value}"])
@@ -61,7 +61,7 @@ ARGUMENTS = st.builds(
 
 
 @given(st.lists(ARGUMENTS, max_size=4))
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_arguments_give_a_config_a_printed_text_or_an_input_error(
     capsys: pytest.CaptureFixture[str], argv: list[str]
 ) -> None:

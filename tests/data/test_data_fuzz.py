@@ -62,6 +62,7 @@ def build(folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_headers_and_indexes_under_libfuzzer(tmp_path: Path, request: pytest.FixtureRequest):
     wanted = request.config.getoption("--fuzz-seconds", default=None)
     why_not = build(tmp_path)

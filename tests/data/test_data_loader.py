@@ -171,6 +171,7 @@ def test_native_equals_numpy(make_data: MakeData, data: st.DataObject):
     equal(native, take(open_loader(Corpora.open(config), **where), 4))
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_native_equals_numpy_in_blends_and_phases(make_data: MakeData, tmp_path: Path, data: st.DataObject):

@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 
-from chosen import slow_but
 from pool import free_port
 from runs import ROOT, TORCHRUN, Resumed, Workspace, succeeded
 
@@ -27,7 +26,6 @@ TOLD = [
     *(("deepspeed", who, number) for who in ("rank", "launcher", "script") for number in (TERM, INT, USR1)),
     *((launcher, "launcher", KILL) for launcher in ("torchrun", "deepspeed")),
 ]
-FAST = [("python", "rank", TERM)]
 
 
 def command(space: Workspace, launcher: str, **overrides: Any) -> list[str]:
@@ -67,8 +65,9 @@ def goes_on(space: Workspace, name: str, whole: str, again: list[str]) -> Resume
     return resumed
 
 
+@pytest.mark.slow
 @pytest.mark.row(7, 9)
-@pytest.mark.parametrize("told", slow_but(FAST, TOLD), ids=lambda told: f"{told[0]}-{told[1]}-{told[2].name}")
+@pytest.mark.parametrize("told", TOLD, ids=lambda told: f"{told[0]}-{told[1]}-{told[2].name}")
 def test_a_stopped_run_loses_nothing(
     told: tuple[str, str, int], whole: dict[str, str], workspace: Workspace, row: Callable[..., None]
 ) -> None:

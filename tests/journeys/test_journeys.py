@@ -213,6 +213,7 @@ def test_evaluate(checkout: Checkout) -> None:
     assert re.search(r"constraints.txt .*\b\w*bits_per_byte .*\d\.\d{4} ", told), told
 
 
+@pytest.mark.slow
 def test_export(checkout: Checkout) -> None:
     told = checkout.run(COMMANDS["export it for Hugging Face's `transformers`"])
     assert "exported" in told
@@ -235,6 +236,7 @@ def test_a_kernel_in_your_own_model(checkout: Checkout) -> None:
     assert checkout.run("python own_model.py") == "(8, 64, 300) (2, 100, 4, 32)\n"
 
 
+@pytest.mark.slow
 def test_the_loader_in_your_own_loop(checkout: Checkout) -> None:
     assert "docs/library.md#the-loader-in-your-own-loop" in NEXT
     page = (ROOT / "docs/library.md").read_text()

@@ -14,6 +14,7 @@ from attention_cases import SAMPLES, Case, assert_close, drawn, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from chosen import slow_but
 from kernels import plan
 from kernels.attention import (
     Strided,
@@ -172,7 +173,10 @@ def test_tiles_change_only_the_rounding(tile: tiles.Tile, case: Case, monkeypatc
     check(case)
 
 
-@pytest.mark.parametrize(("name", "deterministic"), [("strided", True), ("all", True), ("decode", False)])
+@pytest.mark.parametrize(
+    ("name", "deterministic"),
+    slow_but([("all", True), ("decode", False)], [("strided", True), ("all", True), ("decode", False)], several=True),
+)
 def test_bulk_copies_change_nothing(name: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(FEATURES[name], deterministic=deterministic)
     tensors, gradients = case.inputs()
@@ -345,7 +349,9 @@ def test_compiles_whole_and_recomputes() -> None:
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize(("name", "deterministic"), [("all", True), ("strided", False)])
+@pytest.mark.parametrize(
+    ("name", "deterministic"), slow_but([("strided", False)], [("all", True), ("strided", False)], several=True)
+)
 def test_opcheck(name: str, deterministic: bool) -> None:
     tensors, _ = FEATURES[name].inputs()
     leaves = [t[:, :20].detach().requires_grad_() for t in tensors]

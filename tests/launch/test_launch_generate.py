@@ -91,6 +91,7 @@ def test_bytes_on_a_terminal_that_is_not_utf_8(run: Path) -> None:
     assert result.stdout.startswith(rb"d\xe9 \ufffd") and result.stdout.isascii()
 
 
+@pytest.mark.slow
 def test_text_for_a_full_disk_is_a_failure_and_for_a_closed_pipe_is_none(run: Path) -> None:
     command = shlex.join([sys.executable, str(SCRIPT), f"--checkpoint={run}", "--prompt=a"])
     for redirection, code in (("> /dev/full", 1), ("| true; exit ${PIPESTATUS[0]}", 0)):

@@ -96,7 +96,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["tp2-sp-fsdp3", "fsdp3-uneven"], WIDE))
+@pytest.mark.parametrize("name", slow_but(["fsdp3-uneven"], WIDE))
 def test_four_ranks(name: str, four_ranks: RankPool) -> None:
     ragged = "ragged" in name
     check(WIDE[name], four_ranks.run(on_ranks, WIDE[name], STEPS, ragged), ragged=ragged)

@@ -139,6 +139,7 @@ def test_tensorboard_shows_the_same_numbers_without_what_a_restart_redoes(tmp_pa
     assert "train/mfu" not in events.Tags()["scalars"]
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_what_was_held() -> None:
     before = peak_memory(CPU) or 0
     held = bytearray(b"x" * (before + 2**26))

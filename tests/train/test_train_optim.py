@@ -99,6 +99,7 @@ def assert_equal_up_to_rounding(a: nn.Module, b: nn.Module) -> None:
         torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.slow
 def test_the_kernel_s_updates_are_torch_s() -> None:
     (model, kernel), (twin, stock) = two_optimizers().values()
     assert type(kernel) is KernelAdamW

@@ -135,7 +135,7 @@ RESIDENT = {
 }
 
 
-@pytest.mark.parametrize("name", RESIDENT)
+@pytest.mark.parametrize("name", slow_but(["zero3"], RESIDENT))
 def test_small_parameters_that_stay_whole(name: str, two_ranks: RankPool) -> None:
     """With DeepSpeed's own persistence threshold: no parameter of a model this small is freed."""
     config = replace(case(**RESIDENT[name]), deepspeed={})

@@ -191,6 +191,7 @@ print(unpacked["kernels"], unpacked["renamed"], vars(knobs.compilation.listener)
 """
 
 
+@pytest.mark.slow
 def test_prepared_kernels_are_found_by_this_and_by_another_build_of_triton(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
 

@@ -46,7 +46,7 @@ COMMON = (
     ("arch", "names", "count", "instruction"),
     [
         pytest.param(80, COMMON, 5, "mma.sync", marks=pytest.mark.slow),
-        (90, COMMON, 10, "wgmma"),
+        pytest.param(90, COMMON, 10, "wgmma", marks=pytest.mark.slow),
         pytest.param(
             100,
             r"attention_forward bf16 .* of B=2 T=528 H=6 D=64 K=2( expanded)?$",
