@@ -67,7 +67,7 @@ test-all: setup ## the exhaustive lists too (hours)
 	$(call run_tests,not gpu and not cluster)
 
 # What CI runs of the exhaustive lists: another part for each commit.
-ONE_IN ?= 12
+ONE_IN ?= 24
 test-sample: setup ## one in ONE_IN of the tests that only `make test-all` runs, chosen by the commit
 	$(call run_tests,slow and not gpu and not cluster,--one-in $(ONE_IN) --chosen-by $(shell git rev-parse HEAD))
 
