@@ -24,7 +24,7 @@ from llm.typed import read, shown
 FORMAT, VERSION = "ingot-checkpoint", 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-HASH = {"xxh128": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}")}
+HEX = {"xxh128": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}")}
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def parse(body: dict[str, Any]) -> Manifest:
         _expect(NAME.fullmatch(name), f"the manifest has a file named {shown(name)}")
         _expect(entry.xxh128 is None or entry.sha256 is None, f"{name} has two hashes in the manifest; expected one")
         algorithm, value = entry.hash
-        _expect(HASH[algorithm].fullmatch(value), f"{name} has no valid {algorithm} in the manifest")
+        _expect(HEX[algorithm].fullmatch(value), f"{name} has no valid {algorithm} in the manifest")
         _expect(entry.size >= 0, f"{name} has {entry.size} bytes in the manifest; expected at least 0")
     tensors = {(name, kind): entry for name, kinds in by_name.items() for kind, entry in kinds.items()}
     for (name, kind), entry in tensors.items():
