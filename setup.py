@@ -39,6 +39,7 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tokenizers>=0.21",
+        "xxhash>=3.0",
         "rich>=14.0",
         "tensorboard>=2.19",
         "matplotlib>=3.9",

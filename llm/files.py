@@ -11,11 +11,12 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+import xxhash
 
 from llm.errors import CheckpointError, InputError, ReadError, require
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:  # what is read before torch is imported, such as a corpus's m
     from torch import Tensor
 
 T = TypeVar("T")
-# Writes and reads go through hashing in parts of this size, in bytes.
-CHUNK = 1 << 22
+# Bytes that are hashed at once: few enough to be in the processor's cache still when they are written, or just read.
+CHUNK = 1 << 20
+# By the names of the commands that print them, `xxh128sum` and `sha256sum`.
+HASHES: dict[str, Callable[[], Any]] = {"xxh128": xxhash.xxh128, "sha256": hashlib.sha256}
 # What says that a file is not there, or not for us, whenever it is asked; all else may pass.
 LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 WAITS = (0.1, 0.5, 2.0)  # seconds before a read that failed is tried again
@@ -33,28 +36,26 @@ WAITS = (0.1, 0.5, 2.0)  # seconds before a read that failed is tried again
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 
-def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
-    """Write a new file of `size` bytes, mode 0600, fsync it and return its sha256 in hex.
+def create(path: Path, parts: Iterable[bytes | memoryview], size: int, algorithm: str = "xxh128") -> str:
+    """Write a new file of `size` bytes, mode 0600, fsync it and return its hash by an algorithm of HASHES, in hex.
 
     Raises CheckpointError, naming the bytes needed and free, where the disk or the quota is full,
-    and FileExistsError where there is such a file. A part must not change before all is written.
+    and FileExistsError where there is such a file.
     """
-    digest = hashlib.sha256()
+    digest = HASHES[algorithm]()
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        # Both release the interpreter's lock: the hash takes no time of its own while the disk is slower.
-        with open(descriptor, "wb", buffering=0) as file, ThreadPoolExecutor(1, "sha256") as hashing:
+        with open(descriptor, "wb", buffering=0) as file:
             for part in parts:
                 view = memoryview(part).cast("B")
-                chunks = [view[start : start + CHUNK] for start in range(0, len(view), CHUNK)]
-                hashed = [hashing.submit(digest.update, chunk) for chunk in chunks]
-                for chunk in chunks:
+                for start in range(0, len(view), CHUNK):
+                    chunk = view[start : start + CHUNK]
+                    digest.update(chunk)
                     write_all(file.fileno(), chunk)
                 if hasattr(os, "posix_fadvise"):  # not on macOS
                     # The disk begins now, beside what follows, and not at the fsync.
                     end = os.lseek(file.fileno(), 0, os.SEEK_CUR)
                     os.posix_fadvise(file.fileno(), end - len(view), len(view), os.POSIX_FADV_DONTNEED)
-                wait(hashed)  # the part is let go before the next is made
             os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -64,14 +65,14 @@ def create(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
 
 
 def create_bytes(path: Path, content: bytes) -> tuple[int, str]:
-    """`create` a file that holds `content`: (size, sha256)."""
+    """`create` a file that holds `content`: (size, xxh128)."""
     return len(content), create(path, [content], len(content))
 
 
 def create_safetensors(
     path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]], tensors: Iterator[Tensor]
 ) -> tuple[int, str]:
-    """`create` a safetensors file of the next tensors, on the CPU and of these shapes, one by one: (size, sha256)."""
+    """`create` a safetensors file of the next tensors, on the CPU and of these shapes, one by one: (size, xxh128)."""
     import torch
 
     # Not by safetensors.save_file: the hash is of what was meant to be written, and a full disk is an OSError.
@@ -244,14 +245,22 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     return found
 
 
-def sha256_of(path: Path | str, progress: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file in hex; `progress` is called with the bytes read since its last call. Raises OSError."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+def hash_of(path: Path | str, algorithm: str, progress: Callable[[int], None] = lambda count: None) -> str:
+    """The hash of a file by an algorithm of HASHES, in hex; raises OSError.
+
+    progress: called with the bytes read since its last call.
+    """
+    digest, buffer = HASHES[algorithm](), memoryview(bytearray(CHUNK))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             progress(count)
     return digest.hexdigest()
+
+
+def sha256_of(path: Path | str, progress: Callable[[int], None] = lambda count: None) -> str:
+    """`hash_of` by SHA-256: what data is known by."""
+    return hash_of(path, "sha256", progress)
 
 
 def claim(path: Path) -> None:

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/errors.py": set(),
     "llm/sinks.py": set(),
     "llm/slices.py": {"torch"},
-    "llm/files.py": {"torch", "llm.errors"},
+    "llm/files.py": {"torch", "xxhash", "llm.errors"},
     "llm/locks.py": {"filelock", "llm.errors"},
     "llm/typed.py": {"llm.errors"},
     "llm/config": {"llm.config", "llm.errors", "llm.typed", "yaml"},

@@ -88,7 +88,7 @@ class Saver:
             # Several, for the allocator of pinned memory rounds each up to a power of two.
             try:
                 self.buffers += [torch.empty(size, pin_memory=pinned) for size in sizes]
-            except Exception as error:
+            except RuntimeError as error:
                 what = f"step {step} cannot be copied: {4 * sum(sizes)} bytes of the host's memory are needed"
                 raise CheckpointError(f"{what} ({error!r}); use checkpoint.asynchronous=false") from error
         copies = []

@@ -21,10 +21,10 @@ from llm.files import parse_json, regular_size
 from llm.slices import Slice
 from llm.typed import read, shown
 
-FORMAT, VERSION = "ingot-checkpoint", 1
+FORMAT, VERSION = "ingot-checkpoint", 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+HEX = {"xxh128": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}")}
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,17 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of the folder: its size in bytes and its sha256 in hex."""
+    """A file of the folder: its size in bytes and one hash, in hex."""
 
     size: int
-    sha256: str
+    xxh128: str | None = None
+    sha256: str | None = None
+    """What files have instead in manifests of version 1."""
+
+    @property
+    def hash(self) -> tuple[str, str]:
+        """(algorithm, value): the one it has, by an algorithm of files.HASHES."""
+        return ("xxh128", self.xxh128 or "") if self.sha256 is None else ("sha256", self.sha256)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Manifest:
         found = body.pop("sha256", None)
         _expect(body.get("format") == FORMAT, f"the manifest's format is not {FORMAT!r}")
         version = body.get("version")
-        _expect(version == VERSION, f"the manifest has version {version!r}; this program reads {VERSION}")
+        _expect(version in (1, VERSION), f"the manifest has version {version!r}; this program reads 1 and {VERSION}")
         _expect(found == _digest(body), "the manifest does not match its own sha256")
         return parse(body)
 
@@ -133,7 +140,7 @@ class Manifest:
         for (name, kind), entry in sorted(self.tensors.items()):
             pieces = [asdict(piece) for piece in entry.pieces]
             tensors.setdefault(name, {})[kind] = {"shape": list(entry.shape), "pieces": pieces}
-        files = {name: asdict(entry) for name, entry in sorted(self.files.items())}
+        files = {name: dict([("size", entry.size), entry.hash]) for name, entry in sorted(self.files.items())}
         return {"format": FORMAT, "version": VERSION, "step": self.step, "files": files, "tensors": tensors}
 
 
@@ -164,7 +171,9 @@ def parse(body: dict[str, Any]) -> Manifest:
     _expect(step >= 0, f"the manifest has step {step}; expected at least 0")
     for name, entry in files.items():
         _expect(NAME.fullmatch(name), f"the manifest has a file named {shown(name)}")
-        _expect(SHA256.fullmatch(entry.sha256), f"{name} has no valid sha256 in the manifest")
+        _expect(entry.xxh128 is None or entry.sha256 is None, f"{name} has two hashes in the manifest; expected one")
+        algorithm, value = entry.hash
+        _expect(HEX[algorithm].fullmatch(value), f"{name} has no valid {algorithm} in the manifest")
         _expect(entry.size >= 0, f"{name} has {entry.size} bytes in the manifest; expected at least 0")
     tensors = {(name, kind): entry for name, kinds in by_name.items() for kind, entry in kinds.items()}
     for (name, kind), entry in tensors.items():

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm import files
-from llm.checkpoint.manifest import Manifest, Stored, TensorEntry
+from llm.checkpoint.manifest import FileEntry, Manifest, Stored, TensorEntry
 from llm.checkpoint.writer import STEP_FOLDER, checkpoints, step_of
 from llm.errors import CheckpointError, InputError, ReadError, require
 from llm.parallel.agreement import broadcast, patient_group, together
@@ -59,17 +59,16 @@ def verify(folder: Path, first: int = 0, of: int = 1) -> Manifest:
     manifest = load_manifest(folder)
     names = sorted(manifest.files)[first::of]
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing releases the GIL
-        digests = list(pool.map(lambda name: _sha256(folder / name), names))
-    for name, digest in zip(names, digests, strict=True):
-        if digest != manifest.files[name].sha256:
-            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not that of the manifest")
+        list(pool.map(lambda name: _check_hash(folder / name, manifest.files[name]), names))
     return manifest
 
 
-def _sha256(path: Path) -> str:
-    """SHA-256 in hex of a regular file; raises CheckpointError, ReadError."""
+def _check_hash(path: Path, entry: FileEntry) -> None:
+    """Raise CheckpointError unless the file is a regular one with the hash of its entry; ReadError."""
     files.regular_size(path)
-    return files.patiently(lambda: files.sha256_of(path), path)
+    algorithm, expected = entry.hash
+    if files.patiently(lambda: files.hash_of(path, algorithm), path) != expected:
+        raise CheckpointError(f"{path} is damaged: its {algorithm} is not that of the manifest")
 
 
 def find_latest(
@@ -126,8 +125,7 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
     if "state.json" not in manifest.files:
         raise CheckpointError(f"{folder} has no state.json")
     path = folder / "state.json"
-    if _sha256(path) != manifest.files["state.json"].sha256:
-        raise CheckpointError(f"{path} is damaged")
+    _check_hash(path, manifest.files["state.json"])
     return CheckpointReader(folder, manifest, files.parse_json(files.read_regular(path), str(path)))
 
 

@@ -83,8 +83,10 @@ class Remote:
             entry = manifest.files[file]
             starts = range(0, entry.size, PIECE)
             pieces = (self._read(f"{name}/{file}", start, min(start + PIECE, entry.size)) for start in starts)
-            if files.create(partial / file, pieces, entry.size) != entry.sha256:
-                raise CheckpointError(f"{self.url}/{name}/{file} is damaged: its sha256 is not that of the manifest")
+            algorithm, expected = entry.hash
+            if files.create(partial / file, pieces, entry.size, algorithm) != expected:
+                what = f"{self.url}/{name}/{file} is damaged"
+                raise CheckpointError(f"{what}: its {algorithm} is not that of the manifest")
 
         with ThreadPoolExecutor(STREAMS) as pool:
             list(pool.map(fetch, manifest.files))

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from llm.checkpoint.manifest import KINDS
-from llm.checkpoint.reader import open_checkpoint, verify
+from llm.checkpoint.reader import load_manifest, open_checkpoint, verify
+from llm.checkpoint.remote import Remote
+from llm.errors import CheckpointError
 from pool import free_port
 from runs import DEEPSPEED, ROOT, Workspace, succeeded
 
@@ -35,12 +37,38 @@ def test_every_tensor_is_read() -> None:
     assert found == EXPECTED["tensors"]
 
 
+def flip(path: Path) -> None:
+    """Change one bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.fixture
 def copied(tmp_path: Path) -> Workspace:
     """A copy of the fixture, in which the run can go on."""
     space = Workspace(tmp_path / "space")
     shutil.copytree(FIXTURE, space.path, dirs_exist_ok=True)
     return space
+
+
+def test_damage_is_found(copied: Workspace) -> None:
+    for name in load_manifest(folder := copied.path / STEP_FOLDER).files:
+        flip(folder / name)
+        with pytest.raises(CheckpointError, match=f"{name} is damaged: its sha256"):
+            verify(folder)
+        flip(folder / name)
+    verify(folder)
+
+
+def test_it_is_copied_to_a_url_and_back(tmp_path: Path) -> None:
+    remote, name = Remote(f"file://{tmp_path}/there", "fixture"), STEP_FOLDER.name
+    remote.put(FIXTURE / STEP_FOLDER, keep_last=1, keep_every=None)
+    remote.get(name, tmp_path / "here", print)
+    assert verify(tmp_path / "here" / name) == load_manifest(FIXTURE / STEP_FOLDER)
+    flip(tmp_path / "there/fixture" / name / "state.json")
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged: its sha256"):
+        remote.get(name, tmp_path / "other", print)
 
 
 def goes_on(space: Workspace, launcher: list[str], layout: list[str]) -> None:

@@ -14,7 +14,7 @@ from checkpoint_helpers import make_tensors, save
 from thread_ranks import on_thread_ranks
 
 from llm.checkpoint import reader
-from llm.checkpoint.manifest import Manifest
+from llm.checkpoint.manifest import FileEntry, Manifest
 from llm.checkpoint.reader import open_agreed
 from llm.errors import Agreed
 from pool import RankPool, with_default_group
@@ -46,17 +46,17 @@ def test_every_rank_hashes_its_share(root: Path, monkeypatch: pytest.MonkeyPatch
     """Each file once over all ranks; damage that one rank finds is damage for all."""
     hashed: list[str] = []
     shares: set[tuple[int, int, int]] = set()
-    sha256, verify = reader._sha256, reader.verify
+    check_hash, verify = reader._check_hash, reader.verify
 
-    def recorded(path: Path) -> str:
+    def recorded(path: Path, entry: FileEntry) -> None:
         hashed.append(f"{path.parent.name}/{path.name}")
-        return sha256(path)
+        check_hash(path, entry)
 
     def verified(folder: Path, first: int = 0, of: int = 1) -> Manifest:
         shares.add((dist.get_rank(), first, of))
         return verify(folder, first, of)
 
-    monkeypatch.setattr(reader, "_sha256", recorded)
+    monkeypatch.setattr(reader, "_check_hash", recorded)
     monkeypatch.setattr(reader, "verify", verified)
     assert [found.state["step"] for found, _ in opened(root)] == [2, 2, 2]
     assert sorted(path for path in hashed if not path.endswith("state.json")) == SHARDS

@@ -155,8 +155,11 @@ def no_room(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_memory(patch: pytest.MonkeyPatch) -> None:
+    def empty(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("not enough memory")
+
     if dist.get_rank() == 1:
-        patch.setattr(background.torch, "empty", lambda *arguments, **options: 1 / 0)
+        patch.setattr(background.torch, "empty", empty)
 
 
 def not_finite(patch: pytest.MonkeyPatch) -> None:
@@ -167,7 +170,7 @@ def not_finite(patch: pytest.MonkeyPatch) -> None:
 FAULTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
     full_disk: ("the disk is full", "rank-00001-00000.safetensors", "bytes and"),
     no_room: ("the disk is full", "bytes and", "are free"),
-    no_memory: ("step 2 cannot be copied", "ZeroDivisionError", "use checkpoint.asynchronous=false"),
+    no_memory: ("step 2 cannot be copied", "not enough memory", "use checkpoint.asynchronous=false"),
     not_finite: ("rank 1 has values of norm.weight (master) that are not finite", "step-00000001"),
 }
 

@@ -17,7 +17,7 @@ from llm.checkpoint.manifest import Manifest, merge, parse
 from llm.errors import CheckpointError
 from llm.slices import Slice
 
-FILE = {"size": 8, "sha256": "0" * 64}
+FILE = {"size": 8, "xxh128": "0" * 32}
 
 
 def piece(dim: int, start: int, stop: int, offset: int, length: int) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def piece(dim: int, start: int, stop: int, offset: int, length: int) -> dict[str
 def body_of(shape: list[int], pieces: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "format": "ingot-checkpoint",
-        "version": 1,
+        "version": 2,
         "step": 3,
         "files": {"a.safetensors": FILE},
         "tensors": {"w": {"master": {"shape": shape, "pieces": pieces}}},
@@ -62,11 +62,14 @@ def covered_once(manifest: Manifest) -> bool:
     return True
 
 
-def test_text_and_back() -> None:
-    manifest = parse(VALID)
+@pytest.mark.parametrize("hashed", [{"xxh128": "0" * 32}, {"sha256": "0" * 64}])
+def test_text_and_back(hashed: dict[str, str]) -> None:
+    body = VALID | {"files": {"a.safetensors": {"size": 8, **hashed}}}
+    manifest = parse(body)
     manifest.check_coverage()
     assert Manifest.from_json(manifest.to_json().encode()) == manifest
-    other = copy.deepcopy(VALID)
+    assert json.loads(manifest.to_json())["files"] == body["files"]
+    other = copy.deepcopy(body)
     other["tensors"]["w"]["master"]["pieces"][0]["key"] = "other"
     assert parse(other).sha256 != manifest.sha256
 
@@ -78,14 +81,31 @@ def test_text_and_back() -> None:
         (b"[]", "not a JSON object"),
         (b"\xff", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b'{"format": "ingot-checkpoint", "version": 2}', "version 2"),
+        (b'{"format": "ingot-checkpoint", "version": 3}', "version 3; this program reads 1 and 2"),
         (b'{"format": "other", "version": 1}', "format"),
         (b'{"format": "ingot-checkpoint", "version": 1}', "its own sha256"),
+        (b'{"format": "ingot-checkpoint", "version": 2}', "its own sha256"),
     ],
 )
 def test_other_texts_are_refused(text: bytes, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("hashed", "words"),
+    [
+        ({"md5": "0" * 32}, r"a.safetensors.md5.*expected.*xxh128"),
+        ({}, "a.safetensors has no valid xxh128"),
+        ({"xxh128": "0" * 64}, "a.safetensors has no valid xxh128"),
+        ({"xxh128": "A" * 32}, "a.safetensors has no valid xxh128"),
+        ({"sha256": "0" * 32}, "a.safetensors has no valid sha256"),
+        ({"xxh128": "0" * 32, "sha256": "0" * 64}, "a.safetensors has two hashes"),
+    ],
+)
+def test_a_file_has_one_hash_that_is_known(hashed: dict[str, str], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        parse(VALID | {"files": {"a.safetensors": {"size": 8, **hashed}}})
 
 
 LEAVES = st.one_of(st.integers(-2, 13), st.booleans(), st.none(), st.sampled_from([1.0, "", "x", [], {}, 10**30]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from checkpoint_helpers import MODEL, Tensors, make_tensors, pieces_of, same, save, slice_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,6 +83,17 @@ def test_shards_are_plain_safetensors(tmp_path: Path) -> None:
     tensors = load_file(path)
     assert torch.equal(tensors["master/norm.weight/0:4/0"], NEW["norm.weight", "master"])
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # the tensors are aligned
+
+
+def test_the_manifest_has_the_hash_of_every_file(tmp_path: Path) -> None:
+    save(tmp_path, 1, NEW, dp=2)
+    folder = tmp_path / "step-00000001"
+    body = json.loads((folder / "manifest.json").read_bytes())
+    contents = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    assert body["version"] == 2 and len(contents) == 3
+    assert body["files"] == {
+        name: {"size": len(content), "xxh128": xxhash.xxh3_128_hexdigest(content)} for name, content in contents.items()
+    }
 
 
 def test_only_the_owner_can_read(tmp_path: Path) -> None:
