@@ -62,15 +62,14 @@ class Layout(NamedTuple):
     block: Sequence[int]
 
 
-class Described:
-    """What a launcher reads of a TensorDescriptor, without checking again what was checked on the first call."""
+class Described(NamedTuple):
+    """What Triton reads of a TensorDescriptor on a launch, without what it checks when one is made."""
 
-    __slots__ = ("base", "shape", "strides")
-    padding = "zero"
-    round_f32_to_tf32 = False
-
-    def __init__(self, base: Tensor, layout: Layout) -> None:
-        self.base, self.shape, self.strides = base, layout.shape, layout.strides
+    base: Tensor
+    shape: Sequence[int]
+    strides: Sequence[int]
+    padding: str = "zero"
+    round_f32_to_tf32: bool = False
 
 
 def unwrapped(run: Any) -> tuple[Any, Sequence[Any]]:
@@ -136,7 +135,7 @@ class Plan:
         if descriptors:
             described: list[Any] = []
             for x, layout, descriptor in zip(tensors, self.layouts, descriptors, strict=False):
-                described += make_tensordesc_arg(Described(x, layout), descriptor)
+                described += make_tensordesc_arg(Described(x, layout.shape, layout.strides), descriptor)
             arguments[: len(descriptors)] = described
         stream = active.get_current_stream(here)
         run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *numbers, *self.last)
