@@ -134,7 +134,8 @@ class Plan:
         run, function, metadata, descriptors = ready
         if descriptors:
             described: list[Any] = []
-            for x, layout, descriptor in zip(tensors, self.layouts, descriptors, strict=False):
+            given: Any = tensors  # none of these is None
+            for x, layout, descriptor in zip(given, self.layouts, descriptors, strict=False):
                 described += make_tensordesc_arg(Described(x, layout.shape, layout.strides), descriptor)
             arguments[: len(descriptors)] = described
         stream = active.get_current_stream(here)

@@ -74,9 +74,8 @@ def version_kernel(op: OpOverload) -> Callable[..., Any]:
 
 def is_plain(inputs: Sequence[Any]) -> bool:
     """Whether nothing but the operator itself wants to see a call with `inputs`, of which the first is a tensor."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._are_functorch_transforms_active() or inputs[0].is_meta:
+    seen = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    if seen or torch._C._are_functorch_transforms_active() or inputs[0].is_meta:
         return False
     return PLAIN.issuperset(map(type, inputs))
 

@@ -90,8 +90,8 @@ def swiglu_backward_kernel(
 
 
 def elementwise(kernel: Any, pairs: bool) -> Callable[..., Tensor]:
-    """What runs `kernel` over tiles of a result [M, width]. pairs: it takes VECTOR, and its last input has a gate and an
-    up channel for each column of a tile.
+    """What runs `kernel` over tiles of a result [M, width]. pairs: it takes VECTOR, and its last input has a gate and
+    an up channel for each column of a tile.
     """
 
     # Of this kernel alone: Triton's kernels as keys would be hashed in Python on every call.
