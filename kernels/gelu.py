@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.dispatch import KernelError, choose, wide
 from kernels.registration import call, operator
-from kernels.swiglu import run, sigmoids
+from kernels.swiglu import elementwise, sigmoids
 
 TWICE_SLOPE: tl.constexpr = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBE: tl.constexpr = tl.constexpr(0.044715)
@@ -55,10 +55,13 @@ def gelu_backward_kernel(
     tl.store(dx_ptr + rows * stride_y + cols, dx.to(dx_ptr.dtype.element_ty), inside)
 
 
+run_forward, run_backward = elementwise(gelu_forward_kernel, False), elementwise(gelu_backward_kernel, False)
+
+
 @operator("gelu_backward", fake=lambda dy, x: x.new_empty(x.shape))
 def gelu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     """dy, x [..., F] -> dx [..., F]."""
-    return run(gelu_backward_kernel, False, dy, x)
+    return run_backward(dy, x)
 
 
 def _backward(ctx, dy):
@@ -68,7 +71,7 @@ def _backward(ctx, dy):
 @operator("gelu", fake=lambda x: x.new_empty(x.shape), backward=_backward)
 def gelu_op(x: Tensor) -> Tensor:
     """x [..., F] -> y [..., F]."""
-    return run(gelu_forward_kernel, False, x)
+    return run_forward(x)
 
 
 def gelu_reference(x: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ for a kernel(x_ptr, y_ptr, seed, stride, M, ROWS, COLS): tensors come first, the
 call, then what the plan keeps. A planning function may return several plans, or a plan and the sizes of results.
 """
 
+import copy
+import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -59,15 +62,24 @@ class Layout(NamedTuple):
     block: Sequence[int]
 
 
-class Described:
-    """What a launcher reads of a TensorDescriptor, without checking again what was checked on the first call."""
+class Described(NamedTuple):
+    """What Triton reads of a TensorDescriptor on a launch, without what it checks when one is made."""
 
-    __slots__ = ("base", "shape", "strides")
-    padding = "zero"
-    round_f32_to_tf32 = False
+    base: Tensor
+    shape: Sequence[int]
+    strides: Sequence[int]
+    padding: str = "zero"
+    round_f32_to_tf32: bool = False
 
-    def __init__(self, base: Tensor, layout: Layout) -> None:
-        self.base, self.shape, self.strides = base, layout.shape, layout.strides
+
+def unwrapped(run: Any) -> tuple[Any, Sequence[Any]]:
+    """(Triton's launcher `run` of a kernel that takes descriptors, without its search for them among all arguments,
+    which takes longer than all else of a launch; what make_tensordesc_arg needs to know of each).
+    """
+    wrapper = inspect.getclosurevars(run.launch).nonlocals
+    run = copy.copy(run)
+    run.launch = wrapper["launcher"]
+    return run, wrapper["tensordesc_meta"]
 
 
 class Plan:
@@ -83,9 +95,9 @@ class Plan:
         self.kernel, self.programs, self.device, self.last = kernel, programs, device, last
         self.options = {"num_warps": warps, "num_stages": stages}
         self.layouts = layouts
-        # (launcher, its function, its metadata) by which addresses are multiples of 16 (0: all are), since Triton's
-        # code differs.
-        self.ready: dict[Any, tuple[Any, Any, Any]] = {}
+        # (launcher, its function, its metadata, what it knows of descriptors) by which addresses are multiples of 16
+        # (0: all are), since Triton's code differs.
+        self.ready: dict[Any, tuple[Any, Any, Any, Sequence[Any]]] = {}
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
@@ -119,9 +131,13 @@ class Plan:
             with torch.cuda.device(self.device.index):
                 self(*tensors, numbers=numbers)
             return
-        for i, layout in enumerate(self.layouts):
-            arguments[i] = Described(tensors[i], layout)  # pyright: ignore[reportArgumentType]
-        run, function, metadata = ready
+        run, function, metadata, descriptors = ready
+        if descriptors:
+            described: list[Any] = []
+            given: Any = tensors  # none of these is None
+            for x, layout, descriptor in zip(given, self.layouts, descriptors, strict=False):
+                described += make_tensordesc_arg(Described(x, layout.shape, layout.strides), descriptor)
+            arguments[: len(descriptors)] = described
         stream = active.get_current_stream(here)
         run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *numbers, *self.last)
 
@@ -137,7 +153,8 @@ class Plan:
         if isinstance(compiled, CompiledKernel):
             used = self.kernel.used_global_vals
             self.globals = [(used[key][1], key[0], used[key][1].get(key[0])) for key in used]
-            self.ready[aligned] = compiled.run, compiled.function, compiled.packed_metadata
+            run, descriptors = unwrapped(compiled.run) if self.layouts else (compiled.run, ())
+            self.ready[aligned] = run, compiled.function, compiled.packed_metadata, descriptors
 
     def is_stale(self) -> bool:
         """Whether a global constant that the kernel was compiled with has another value now."""

@@ -14,8 +14,9 @@ from torch._ops import OpOverload
 from kernels.dispatch import KernelError
 
 LIBRARY = torch.library.Library("ingot", "FRAGMENT")
-# Of each operator its function, and what records its backward pass, if it has one. Filled on import, as LIBRARY is.
-FUNCTIONS: dict[OpOverload, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
+# Of each operator, by its id (its hash is found in Python), its function and what records its backward pass, if it has
+# one. Filled on import, as LIBRARY is.
+FUNCTIONS: dict[int, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list})
 
 
@@ -46,15 +47,14 @@ def operator(
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ingot::{name}", fake, lib=LIBRARY)
         op: OpOverload = getattr(torch.ops.ingot, name).default
-        FUNCTIONS[op] = function, None
+        FUNCTIONS[id(op)] = function, None
         if mutates:
             LIBRARY.impl(name, version_kernel(op), "ADInplaceOrView")
         if backward is not None:
-            node = node_of(op, save, backward)
             # The class's method in C++: Python's only looks for torch.func's transforms, which nodes refuse.
-            parent: Any = super(torch.autograd.Function, node)
-            FUNCTIONS[op] = function, parent.apply
-            LIBRARY.impl(name, autograd_kernel(op, node), "Autograd")
+            parent: Any = super(torch.autograd.Function, node_of(op, function, save, backward))
+            FUNCTIONS[id(op)] = function, parent.apply
+            LIBRARY.impl(name, node_of(op, op, save, backward).apply, "Autograd")
         return op
 
     return register
@@ -74,14 +74,10 @@ def version_kernel(op: OpOverload) -> Callable[..., Any]:
 
 def is_plain(inputs: Sequence[Any]) -> bool:
     """Whether nothing but the operator itself wants to see a call with `inputs`, of which the first is a tensor."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    seen = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    if seen or torch._C._are_functorch_transforms_active() or inputs[0].is_meta:
         return False
-    if torch._C._are_functorch_transforms_active() or inputs[0].is_meta:
-        return False
-    for x in inputs:  # noqa: SIM110 - `all` takes twice as long
-        if x.__class__ not in PLAIN:
-            return False
-    return True
+    return PLAIN.issuperset(map(type, inputs))
 
 
 def call(op: OpOverload, *inputs: Any) -> Any:
@@ -92,33 +88,27 @@ def call(op: OpOverload, *inputs: Any) -> Any:
     """
     if torch.compiler.is_compiling() or not is_plain(inputs):
         return op(*inputs)
-    function, differentiable = FUNCTIONS[op]
+    function, differentiable = FUNCTIONS[id(op)]
     if differentiable is not None and torch.is_grad_enabled():
         return differentiable(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return function(*inputs)
 
 
-def autograd_kernel(op: OpOverload, node: Any) -> Callable[..., Any]:
-    """Applies `node` where gradients are wanted."""
-
-    def kernel(*inputs: Any) -> Any:
-        if torch.is_grad_enabled():
-            return node.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    return kernel
-
-
-def node_of(op: OpOverload, save: Callable[..., None], backward: Callable[..., Any]) -> Any:
-    """The torch.autograd.Function that runs `op` below autograd and records `backward`."""
+def node_of(
+    op: OpOverload, function: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+) -> Any:
+    """The torch.autograd.Function that runs `function`, which is op's or op itself, below autograd, and records
+    `backward`.
+    """
     twice = f"{op}: found create_graph=True, but the operator is differentiable once"
     nothing = (None,) * len(op._schema.arguments)
 
     # Not with setup_context, for which torch binds the arguments to a signature on every call.
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = call(op, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = function(*inputs)
+        output = tuple(output) if isinstance(output, list) else output  # of a list torch records nothing
         ctx.set_materialize_grads(False)
         save(ctx, inputs, output)
         return output
@@ -127,11 +117,12 @@ def node_of(op: OpOverload, save: Callable[..., None], backward: Callable[..., A
         # once_differentiable would detach a second derivative in silence where no gradient from above has one.
         if torch.is_grad_enabled():
             raise KernelError(twice)
-        if all(gradient is None for gradient in gradients):
-            return nothing
-        found = backward(ctx, *gradients)
-        found = found if isinstance(found, tuple) else (found,)
-        return found + nothing[len(found) :]
+        for gradient in gradients:
+            if gradient is not None:
+                found = backward(ctx, *gradients)
+                found = found if isinstance(found, tuple) else (found,)
+                return found + nothing[len(found) :]
+        return nothing
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(checked_backward)}
     kind: Any = type(torch.autograd.Function)

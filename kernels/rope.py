@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import KernelError, cdiv, choose, padded, readable, rounded, wide
+from kernels.dispatch import KernelError, cdiv, choose, empty_like, padded, readable, rounded, wide
 from kernels.plan import Plan, planned
 from kernels.registration import call, operator
 
@@ -142,7 +142,7 @@ def rope_qkv_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, 
     q, k, v = readable(dq, dk, dv)
     B, T, H, D = q.shape
     K = k.shape[2]
-    packed = q.new_empty((B, T, (H + 2 * K) * D))
+    packed = q.new_empty(B, T, (H + 2 * K) * D)
     run(packed, q, k, v, positions, theta, H // K, H + 2 * K, unpack=False, inverse=True)
     return rounded(packed, dq.dtype)
 
@@ -161,12 +161,13 @@ def _save_qkv(ctx, inputs, output) -> None:
     ctx.save_for_backward(positions)
 
 
-def _backward_qkv(ctx, *gradients):
-    given = next(g for g in gradients if g is not None)
-    B, T, _, D = given.shape
-    pairs = zip(gradients, ctx.heads, strict=True)
-    full = [given.new_zeros(D).expand(B, T, n, D) if g is None else g for g, n in pairs]
-    return call(rope_qkv_backward_op, *full, *ctx.saved_tensors, ctx.theta)
+def _backward_qkv(ctx, dq, dk, dv):
+    if dq is None or dk is None or dv is None:
+        given = next(g for g in (dq, dk, dv) if g is not None)
+        B, T, _, D = given.shape
+        pairs = zip((dq, dk, dv), ctx.heads, strict=True)
+        dq, dk, dv = [given.new_zeros(D).expand(B, T, n, D) if g is None else g for g, n in pairs]
+    return call(rope_qkv_backward_op, dq, dk, dv, *ctx.saved_tensors, ctx.theta)
 
 
 @operator("rope_qkv", fake=_fake_qkv, save=_save_qkv, backward=_backward_qkv)
@@ -177,9 +178,9 @@ def rope_qkv_op(
     (packed,) = readable(qkv)
     B, T, W = qkv.shape
     heads = W // head_dim
-    q = packed.new_empty((B, T, heads - 2 * n_kv_head, head_dim))
-    k = packed.new_empty((B, T, n_kv_head, head_dim))
-    v = torch.empty_like(k)
+    q = packed.new_empty(B, T, heads - 2 * n_kv_head, head_dim)
+    k = packed.new_empty(B, T, n_kv_head, head_dim)
+    v = empty_like(k)
     run(packed, q, k, v, positions, theta, heads // n_kv_head - 2, heads, unpack=True, inverse=False)
     return rounded(q, qkv.dtype), rounded(k, qkv.dtype), rounded(v, qkv.dtype)
 

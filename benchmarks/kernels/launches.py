@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.kernels.case import Case
+from benchmarks.kernels.host import no_gpu
 from kernels.plan import made
 
 
@@ -52,18 +53,10 @@ class Launch:
 
 def driver_of(arch: int) -> SimpleNamespace:
     """A driver of Triton's as far as compiling needs one, whose launches do nothing."""
-    properties = {"max_shared_mem": 227 << 10, "warpSize": 32, "multiprocessor_count": 132, "max_num_regs": 65536}
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: properties,
-        load_binary=lambda *_: (None, None, 0, 0, 1024),  # module, function, registers, spills, threads of a block
-    )
-    return SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        get_current_device=lambda: arch,  # Triton keeps what it compiled by this number
-        get_current_stream=lambda device: 0,
-        utils=utils,
-        launcher_cls=lambda source, metadata: lambda *_: None,
-    )
+    found = no_gpu()
+    found.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+    found.get_current_device = lambda: arch  # Triton keeps what it compiled by this number
+    return found
 
 
 @contextlib.contextmanager

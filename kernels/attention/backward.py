@@ -23,7 +23,7 @@ from kernels.attention.options import LOG2_E, Options
 from kernels.attention.parts import MAY_END, head_of, load_tile
 from kernels.attention.problem import Problem, head_strides
 from kernels.attention.tiles import Tile, tile_width
-from kernels.dispatch import cdiv, readable, rounded
+from kernels.dispatch import cdiv, empty_like, readable, rounded
 from kernels.plan import Plan, planned
 
 DELTA_ROWS = 16
@@ -121,15 +121,15 @@ def backward(
     q, k, v, do, o = readable(q, k, v, do, o)
     B, Tq, H, D = q.shape
     if packed:
-        found = [q.new_empty((B, Tq, H, 3, D))]
+        found = [q.new_empty(B, Tq, H, 3, D)]
         dq, dk, dv = found[0].unbind(3)
     else:
-        found = dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        found = dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     problem = Problem.of(options, bounds is not None, q, k, v, do)
     of_delta, of_keys, of_queries = plans_of(
         problem, (0, 0, 0) if dlse is None else dlse.stride(), (dq.stride(), dk.stride()), tiles
     )
-    rows = q.new_empty((B, H, 2, padded_length(Tq)), dtype=torch.float32)
+    rows = q.new_empty(B, H, 2, padded_length(Tq), dtype=torch.float32)
     starts, ends = (None, None) if bounds is None else bounds.unbind()
     of_delta(o.contiguous(), do, lse, dlse, rows)
     sums = None if options.deterministic else q.new_zeros(q.shape, dtype=torch.float32)

@@ -14,7 +14,7 @@ from kernels.attention.parts import INSIDE, MAY_BEGIN, MAY_END, UNSEEN, head_of,
 from kernels.attention.problem import Problem, head_strides
 from kernels.attention.tiles import Tile, tile_width
 from kernels.attention.walk import first_key, key_of, keys_seen, tile_and_head
-from kernels.dispatch import cdiv, readable, rounded
+from kernels.dispatch import cdiv, empty_like, readable, rounded
 from kernels.philox import keep_tile
 from kernels.plan import Plan, planned
 from kernels.softcap import tanh_of_half
@@ -130,7 +130,7 @@ def forward(
     dtype = q.dtype
     q, k, v = readable(q, k, v)
     B, Tq, H, _ = q.shape
-    o, lse = q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+    o, lse = empty_like(q), q.new_empty(B, H, Tq, dtype=torch.float32)
     plan = plan_of(Problem.of(options, bounds is not None, q, k, v), tile)
     plan(q, k, v, o, lse, samples, None if bounds is None else bounds[0])
     return rounded(o, dtype), lse

@@ -132,59 +132,46 @@ def write_zeros(out_ptr, columns, LANES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["start", "ignore_index"])
-def cross_entropy_forward_kernel(
-    logits_ptr, targets_ptr, value_ptr, log_sum_ptr, out_ptr, stride_row, stride_out, columns,
+def cross_entropy_kernel(
+    logits_ptr, targets_ptr, grad_ptr, value_ptr, log_sum_ptr, out_ptr, stride_row, stride_out, columns,
     rows, start, ignore_index, z_loss, softcap,
-    LANES: tl.constexpr, SOFTCAP: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr,
+    LANES: tl.constexpr, SOFTCAP: tl.constexpr, FORWARD: tl.constexpr, LOSS: tl.constexpr, GRADIENT: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits [N, columns]: its log-sum-exp, and LOSS: its loss, else its target's logit; fp32 [N] each.
+    """One row of logits [N, columns]. FORWARD: its log-sum-exp, which else is read, and LOSS: its loss, else its
+    target's logit; fp32 [N] each.
 
-    GRADIENT: that of the loss is written to out, which may be the logits. A target that is not counted gives zeros.
+    GRADIENT: that of the loss, times grad [N] if there is one, is written to out, which may be the logits. A target
+    that is not counted gives zeros.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
-        tl.store(log_sum_ptr + row, 0.0)
-        tl.store(value_ptr + row, 0.0)
+        if FORWARD:
+            tl.store(log_sum_ptr + row, 0.0)
+            tl.store(value_ptr + row, 0.0)
         if GRADIENT:
             write_zeros(out_ptr + row * stride_out, columns, LANES)
     else:
         local = tl.where((target >= start) & (target < start + rows), target - start, -1).to(tl.int32)
-        value = capped(tl.load(row_ptr + local, local >= 0, 0.0), softcap, SOFTCAP)
-        log_sum = row_log_sum(row_ptr, rows, softcap, LANES, SOFTCAP)
-        if LOSS:
-            value = log_sum - value + z_loss * log_sum * log_sum
-        tl.store(log_sum_ptr + row, log_sum)
-        tl.store(value_ptr + row, value)
+        if FORWARD:
+            value = capped(tl.load(row_ptr + local, local >= 0, 0.0), softcap, SOFTCAP)
+            log_sum = row_log_sum(row_ptr, rows, softcap, LANES, SOFTCAP)
+            if LOSS:
+                value = log_sum - value + z_loss * log_sum * log_sum
+            tl.store(log_sum_ptr + row, log_sum)
+            tl.store(value_ptr + row, value)
+        else:
+            log_sum = tl.load(log_sum_ptr + row)
         if GRADIENT:
+            factor = 1.0
+            if HAS_GRAD:
+                factor = tl.load(grad_ptr + row)
             write_gradient(
-                row_ptr, out_ptr + row * stride_out, columns, rows, local, log_sum, 1.0, z_loss, softcap,
+                row_ptr, out_ptr + row * stride_out, columns, rows, local, log_sum, factor, z_loss, softcap,
                 LANES, SOFTCAP,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["start", "ignore_index"])
-def cross_entropy_backward_kernel(
-    grad_ptr, logits_ptr, targets_ptr, log_sum_ptr, out_ptr, stride_row, stride_out, columns,
-    rows, start, ignore_index, z_loss, softcap, LANES: tl.constexpr, SOFTCAP: tl.constexpr, HAS_GRAD: tl.constexpr,
-):  # fmt: skip
-    """The gradient of one row's loss, times grad [N] if there is one; out may be the logits."""
-    row = tl.program_id(0).to(tl.int64)
-    out_ptr += row * stride_out
-    target = tl.load(targets_ptr + row)
-    if target == ignore_index:
-        write_zeros(out_ptr, columns, LANES)
-    else:
-        local = tl.where((target >= start) & (target < start + rows), target - start, -1).to(tl.int32)
-        log_sum = tl.load(log_sum_ptr + row)
-        factor = 1.0
-        if HAS_GRAD:
-            factor = tl.load(grad_ptr + row)
-        write_gradient(
-            logits_ptr + row * stride_row, out_ptr, columns, rows, local, log_sum, factor, z_loss, softcap,
-            LANES, SOFTCAP,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -221,22 +208,29 @@ def plan_of(
     return Plan(kernel, shape[0], device, *strides, shape[1], *terms, lanes, *flags, warps=warps)
 
 
+def run(
+    logits: Tensor, targets: Tensor, grad: Tensor | None, value: Tensor | None, log_sum: Tensor,
+    gradient: Tensor | None, terms: Terms, loss: bool,
+) -> None:  # fmt: skip
+    """cross_entropy_kernel, forward if `value` is given; `gradient` may be the logits."""
+    (seen,) = readable(logits)
+    out = seen if gradient is None else writable(gradient, seen)
+    flags = terms.softcap > 0, value is not None, loss, gradient is not None, grad is not None
+    strides = seen.stride(0), out.stride(0)
+    plan = plan_of(cross_entropy_kernel, seen.shape, strides, terms, flags, seen.dtype, seen.device)
+    plan(seen, targets.contiguous(), None if grad is None else grad.contiguous(), value, log_sum, out)
+    if gradient is not None and out is not gradient:
+        gradient.copy_(out)
+
+
 @operator("cross_entropy_forward", fake=_fake, mutates=("gradient",))
 def cross_entropy_forward_op(
     logits: Tensor, targets: Tensor, gradient: Tensor | None,
     rows: int, start: int, ignore_index: int, z_loss: float, softcap: float, loss: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(losses, or else the targets' logits; log-sum-exp) fp32 [N] each; the losses' gradient goes to `gradient`."""
-    (seen,) = readable(logits)
-    out = seen if gradient is None else writable(gradient, seen)
-    value = seen.new_empty(len(seen), dtype=torch.float32)
-    log_sum = torch.empty_like(value)
-    terms, strides = Terms(rows, start, ignore_index, z_loss, softcap), (seen.stride(0), out.stride(0))
-    flags = softcap > 0, loss, gradient is not None
-    plan = plan_of(cross_entropy_forward_kernel, seen.shape, strides, terms, flags, seen.dtype, seen.device)
-    plan(seen, targets.contiguous(), value, log_sum, out)
-    if gradient is not None and out is not gradient:
-        gradient.copy_(out)
+    value, log_sum = _fake(logits)
+    run(logits, targets, None, value, log_sum, gradient, Terms(rows, start, ignore_index, z_loss, softcap), loss)
     return value, log_sum
 
 
@@ -246,15 +240,7 @@ def cross_entropy_backward_op(
     rows: int, start: int, ignore_index: int, z_loss: float, softcap: float,
 ) -> None:  # fmt: skip
     """To `gradient` [N, V], which may be the logits: that of the losses, times grad fp32 [N] if there is one."""
-    (seen,) = readable(logits)
-    out = writable(gradient, seen)
-    grad = None if grad is None else grad.contiguous()
-    terms, strides = Terms(rows, start, ignore_index, z_loss, softcap), (seen.stride(0), out.stride(0))
-    flags = softcap > 0, grad is not None
-    plan = plan_of(cross_entropy_backward_kernel, seen.shape, strides, terms, flags, seen.dtype, seen.device)
-    plan(grad, seen, targets.contiguous(), log_sum, out)
-    if out is not gradient:
-        gradient.copy_(out)
+    run(logits, targets, grad, None, log_sum, gradient, Terms(rows, start, ignore_index, z_loss, softcap), False)
 
 
 @operator("scale_rows", fake=lambda *_: None, mutates=("x",))

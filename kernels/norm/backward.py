@@ -37,15 +37,15 @@ def load_gradient(dy_ptr, x_ptr, dy_at, x_at, mean, rstd, weight, exists, cols, 
 
 @triton.jit(do_not_specialize=["M", "T"])
 def projections_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, projections_ptr, stride_yb, stride_yt, stride_xb, stride_xt, M, T,
+    dy_ptr, x_ptr, weight_ptr, statistics_ptr, projections_ptr, stride_yb, stride_yt, stride_xb, stride_xt, M, T,
     C: tl.constexpr, COLS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
     """mean(g) and mean(g * xhat) of one row -> fp32 [2, M]."""
     rows = tl.program_id(0) + tl.arange(0, 1)
     exists = rows < M
     b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
-    rstd = tl.load(rstd_ptr + rows)
-    mean = tl.zeros((1,), tl.float32) if RMS else tl.load(mean_ptr + rows)
+    rstd = tl.load(statistics_ptr + rows)
+    mean = tl.zeros((1,), tl.float32) if RMS else tl.load(statistics_ptr + M + rows)
     sums = tl.zeros((1, COLS), tl.float32)
     products = tl.zeros((1, COLS), tl.float32)
     for start in tl.range(0, C, COLS):
@@ -138,7 +138,7 @@ def store_gradient(
 
 @triton.jit(do_not_specialize=["M", "T", "rows_per_program", "row_programs", "seed", "site", "threshold"])
 def norm_backward_kernel(
-    dy_ptr, dstream_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, projections_ptr, samples_ptr, positions_ptr,
+    dy_ptr, dstream_ptr, x_ptr, weight_ptr, statistics_ptr, projections_ptr, samples_ptr, positions_ptr,
     dresidual_ptr, dx_ptr, partials_ptr, keep_scale, seed, site, threshold,
     stride_yb, stride_yt, stride_sb, stride_st, stride_xb, stride_xt, M, T, rows_per_program, row_programs,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr, RMS: tl.constexpr,
@@ -159,8 +159,8 @@ def norm_backward_kernel(
         rows = start + tl.arange(0, ROWS)
         exists = rows < last
         b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
-        rstd = tl.load(rstd_ptr + rows, exists, 0.0)
-        mean = tl.zeros((ROWS,), tl.float32) if RMS else tl.load(mean_ptr + rows, exists, 0.0)
+        rstd = tl.load(statistics_ptr + rows, exists, 0.0)
+        mean = tl.zeros((ROWS,), tl.float32) if RMS else tl.load(statistics_ptr + M + rows, exists, 0.0)
         xhats, gs, dweights, dbiases = load_gradients(
             dy_ptr, x_ptr, b * stride_yb + t * stride_yt, b * stride_xb + t * stride_xt, mean, rstd, weights, exists,
             cols, dweights, dbiases, C, COLS, CHUNKS, HAS_BIAS,
@@ -187,15 +187,22 @@ def norm_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["P"])
-def sum_partials_kernel(partials_ptr, out_ptr, P, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """partials fp32 [P, N] -> out [N], COLS columns of it: their sums over P, in a fixed order."""
+def sum_partials_kernel(
+    partials_ptr, dweight_ptr, dbias_ptr, P, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """partials fp32 [P, 1 or 2, C] -> COLS columns of dweight (, dbias) [C]: their sums over P, in a fixed order."""
+    N: tl.constexpr = C * (1 + HAS_BIAS)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for start in tl.range(0, P, ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = (rows < P)[:, None] & (cols < N)[None, :]
         total += tl.load(partials_ptr + rows[:, None].to(tl.int64) * N + cols[None, :], inside, 0.0)
-    tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), cols < N)
+    sums = tl.sum(total, 0).to(dweight_ptr.dtype.element_ty)
+    tl.store(dweight_ptr + cols, sums, cols < C)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + cols - C, sums, (cols >= C) & (cols < N))
 
 
 @planned
@@ -221,17 +228,17 @@ def plans_of(
         M, T, cdiv(tiles, partials) * ROWS, partials,
         C, ROWS, COLS, CHUNKS, rms, has_bias, dtypes[1] is not None, dropout, blocks > 1, warps=warps,
     )  # fmt: skip
-    N = C * (1 + has_bias)
-    sums = Plan(sum_partials_kernel, cdiv(N, SUM_COLS), device, partials, N, SUM_ROWS, SUM_COLS)
+    programs = cdiv(C * (1 + has_bias), SUM_COLS)
+    sums = Plan(sum_partials_kernel, programs, device, partials, C, SUM_ROWS, SUM_COLS, has_bias)
     return projections, gradients, sums, partials
 
 
 def backward(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, statistics: Tensor,
     samples: Tensor | None, positions: Tensor | None,
     has_bias: bool, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return dresidual, dx ([0] without dropout) and sums [1 or 2, C] (dweight, dbias), from what was normalised, x."""
+) -> list[Tensor]:  # fmt: skip
+    """[dresidual, dweight, with a bias dbias, with dropout dx], from what was normalised, x."""
     drop, numbers = drop_arguments(samples, positions, p, seed, site)
     dy_rows, added, rows, wide_weight = readable(rows_of(dy), rows_of(dstream), rows_of(x), weight)
     project, differentiate, add, partial_rows = plans_of(
@@ -240,15 +247,16 @@ def backward(
         has_bias, rms, samples is not None, x.device,
     )  # fmt: skip
     dresidual = empty_like(x, rows.dtype)
-    dx = dresidual.new_empty(0) if samples is None else empty_like(dresidual)
-    partials = rows.new_empty((partial_rows, 1 + has_bias, rows.shape[2]), dtype=torch.float32)
-    sums = wide_weight.new_empty((1 + has_bias, rows.shape[2]))
+    dx = None if samples is None else empty_like(dresidual)
+    partials = rows.new_empty(partial_rows, 1 + has_bias, rows.shape[2], dtype=torch.float32)
+    dweights = [empty_like(wide_weight) for _ in range(1 + has_bias)]
     projections = None
     if project is not None:
-        projections = rows.new_empty((2, rstd.shape[0]), dtype=torch.float32)
-        project(dy_rows, rows, wide_weight, mean, rstd, projections)
+        projections = rows.new_empty((2, statistics.shape[1]), dtype=torch.float32)
+        project(dy_rows, rows, wide_weight, statistics, projections)
     differentiate(
-        dy_rows, added, rows, wide_weight, mean, rstd, projections, *drop, dresidual, dx, partials, numbers=numbers
+        dy_rows, added, rows, wide_weight, statistics, projections, *drop, dresidual, dx, partials, numbers=numbers
     )
-    add(partials, sums)
-    return rounded(dresidual, x.dtype), rounded(dx, x.dtype), rounded(sums, weight.dtype)
+    add(partials, dweights[0], dweights[-1])
+    found = [rounded(dresidual, x.dtype), *[rounded(each, weight.dtype) for each in dweights]]
+    return found if dx is None else [*found, rounded(dx, x.dtype)]

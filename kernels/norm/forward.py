@@ -65,12 +65,14 @@ def store_normalised(centred, rstd, weight_ptr, bias_ptr, y_ptr, row_at, exists,
 
 @triton.jit(do_not_specialize=["M", "T", "seed", "site", "threshold"])
 def norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, samples_ptr, positions_ptr, y_ptr, stream_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, samples_ptr, positions_ptr, y_ptr, statistics_ptr, stream_ptr,
     keep_scale, seed, site, threshold, stride_xb, stride_xt, stride_rb, stride_rt, M, T, eps,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHUNKS: tl.constexpr,
     RMS: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, held in registers as CHUNKS chunks: y and the stream [M, C] contiguous, mean and rstd fp32 [M]."""
+    """ROWS rows, held in registers as CHUNKS chunks: y and the stream [M, C] contiguous, rstd and unless RMS the mean,
+    fp32 [1 or 2, M].
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = rows < M
     b, t = (rows // T).to(tl.int64), (rows % T).to(tl.int64)
@@ -90,7 +92,7 @@ def norm_forward_kernel(
         squares = total
     else:
         mean = tl.sum(total, 1) / C
-        tl.store(mean_ptr + rows, mean, exists)
+        tl.store(statistics_ptr + M + rows, mean, exists)
         centred = ()
         squares = tl.zeros((ROWS, COLS), tl.float32)
         for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -99,7 +101,7 @@ def norm_forward_kernel(
             centred += (x,)
             squares += x * x
     rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / C + eps)
-    tl.store(rstd_ptr + rows, rstd, exists)
+    tl.store(statistics_ptr + rows, rstd, exists)
     for c in tl.static_range(CHUNKS):  # pyright: ignore[reportGeneralTypeIssues]
         store_normalised(centred[c], rstd, weight_ptr, bias_ptr, y_ptr, row_at, exists, c * COLS, C, COLS, HAS_BIAS)
 
@@ -121,22 +123,21 @@ def plan_of(
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
     samples: Tensor | None, positions: Tensor | None, eps: float, rms: bool, p: float, seed: int, site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return y, the stream ([0] without residual), mean ([0] for RMS) and rstd, fp32 [M].
+) -> list[Tensor]:  # fmt: skip
+    """[y, rstd and unless rms the mean, fp32 [1 or 2, M], with residual the stream].
 
     samples, positions: of x's dropout, None without it; p, seed, site: its key.
     """
     rows, added, weight, bias = readable(rows_of(x), rows_of(residual), weight, bias)
-    M = rows.shape[0] * rows.shape[1]
-    like = rows if added is None else added
-    y = empty_like(x, like.dtype)
-    stream = y.new_empty(0) if added is None else empty_like(y)
-    rstd = rows.new_empty(M, dtype=torch.float32)
-    mean = rstd.new_empty(0 if rms else M)
+    B, T, _ = rows.shape
+    y = empty_like(x, rows.dtype if added is None else added.dtype)
+    statistics = rows.new_empty(1 if rms else 2, B * T, dtype=torch.float32)
+    stream = None if added is None else empty_like(y)
     drop, numbers = drop_arguments(samples, positions, p, seed, site)
     dtypes = rows.dtype, None if added is None else added.dtype, weight.dtype, None if bias is None else bias.dtype
     strides = (0, 0) if added is None else added.stride()
     plan = plan_of(rows.shape, rows.stride(), strides, dtypes, eps, rms, drop[0] is not None, x.device)
-    plan(rows, added, weight, bias, *drop, y, stream, mean, rstd, numbers=numbers)
-    dtype = x.dtype if residual is None else residual.dtype
-    return rounded(y, dtype), rounded(stream, dtype), mean, rstd
+    plan(rows, added, weight, bias, *drop, y, statistics, stream, numbers=numbers)
+    if residual is None or stream is None:
+        return [rounded(y, x.dtype), statistics]
+    return [rounded(y, residual.dtype), statistics, rounded(stream, residual.dtype)]

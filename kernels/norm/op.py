@@ -1,5 +1,7 @@
 """The public functions of the norms, registered as operators for torch.compile, autograd and checkpointing."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,44 +16,44 @@ from kernels.philox import DropoutKey
 from kernels.registration import call, operator
 
 
-def _fake_backward(dy, dstream, x, weight, mean, rstd, samples, positions, has_bias, *_) -> tuple[Tensor, ...]:
-    dx = x.new_empty(0 if samples is None else x.shape)
-    return x.new_empty(x.shape), dx, weight.new_empty((1 + has_bias, weight.shape[0]))
+def _fake_backward(dy, dstream, x, weight, statistics, samples, positions, has_bias, *_) -> list[Tensor]:
+    dropped = [] if samples is None else [x.new_empty(x.shape)]
+    return [x.new_empty(x.shape), *[weight.new_empty(weight.shape) for _ in range(1 + has_bias)], *dropped]
 
 
 norm_backward_op = operator("norm_backward", fake=_fake_backward)(backward)
 
 
-def _fake(x, residual, weight, bias, samples, positions, eps, rms, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x, residual, weight, bias, samples, positions, eps, rms, *_) -> list[Tensor]:
     like = x if residual is None else residual
-    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    stream = like.new_empty(0 if residual is None else x.shape)
-    return like.new_empty(x.shape), stream, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
+    statistics = x.new_empty((1 if rms else 2, x.numel() // x.shape[-1]), dtype=torch.float32)
+    return [like.new_empty(x.shape), statistics, *([] if residual is None else [like.new_empty(x.shape)])]
 
 
 def _save(ctx, inputs, output) -> None:
     x, residual, weight, bias, samples, positions, _, *ctx.rms_and_key = inputs
-    _, stream, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd, *([stream] if residual is None else []))
-    ctx.save_for_backward(x if residual is None else stream, weight, mean, rstd, samples, positions)
+    _, statistics, *stream = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(*stream or (x,), weight, statistics, samples, positions)
     ctx.x_dtype, ctx.has_residual = x.dtype, residual is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, dy, dstream, dmean, drstd):
-    x, weight, mean, rstd, samples, positions = ctx.saved_tensors
+def _backward(ctx, dy, dstatistics, dstream: Any = None):
+    x, weight, statistics, samples, positions = ctx.saved_tensors
     dweight = dbias = None
     if dy is not None:
-        inputs = dy, dstream, x, weight, mean, rstd, samples, positions, ctx.bias_dtype is not None
-        dresidual, dx, sums = call(norm_backward_op, *inputs, *ctx.rms_and_key)
-        dweight, *dbiases = sums.unbind()
-        dbias = dbiases[0].to(ctx.bias_dtype) if dbiases else None
-        dx = dresidual if samples is None else dx
+        inputs = dy, dstream, x, weight, statistics, samples, positions, ctx.bias_dtype is not None
+        dresidual, dweight, *rest = call(norm_backward_op, *inputs, *ctx.rms_and_key)
+        dx = dresidual if samples is None else rest.pop()
+        dbias = rest[0] if rest else None
     else:
         key = ctx.rms_and_key[1:]
         dresidual = dstream
         dx = dstream if samples is None else philox.dropout(dstream, DropoutKey(*key), samples, positions)
+    # `to` takes a microsecond where there is nothing to do.
     dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
+    dbias = dbias if dbias is None or dbias.dtype == ctx.bias_dtype else dbias.to(ctx.bias_dtype)
     return dx, dresidual if ctx.has_residual else None, dweight, dbias
 
 
@@ -129,7 +131,8 @@ def add_norm(
     if form == "triton":
         drop = (samples, positions) if key else (None, None)
         numbers = (key.p, key.seed, key.site) if key else (0.0, 0, 0)
-        return call(norm_op, x, residual, weight, bias, *drop, float(eps), rms, *numbers)[:2]
+        y, _, stream = call(norm_op, x, residual, weight, bias, *drop, float(eps), rms, *numbers)
+        return y, stream
     if form == "reference":
         x, residual = wide(x), wide(residual)
     if key is not None and samples is not None and positions is not None:
