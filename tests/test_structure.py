@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.cluster", "llm.plan", "llm.train",
     },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
+    "llm/train/gpu_state.py": {"torch", "pynvml", "llm.sinks"},
     "llm/train/wandb_run.py": {"wandb", "llm.config", "llm.errors", "llm.files"},
     "llm/parity": {
         "torch", "psutil", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.model",

@@ -33,6 +33,7 @@ from llm.files import write_json
 from llm.model.forms import Forms
 from llm.parallel.agreement import broadcast, exchange, lead_first, together
 from llm.parallel.mesh import Mesh
+from llm.plan.budget import far_off
 from llm.train.ballot import Ballot
 from llm.train.build import build_engine
 from llm.train.checks import check_kernels, check_tokenizer, repetitions
@@ -177,6 +178,8 @@ def _ready(
     hash_check = together(lambda: corpora.hash_check(**ranks))
     for warning in together(lambda: repetitions(corpora) if mesh.rank == 0 else []):
         say(f"warning: {warning}")
+    if (remark := far_off(config)) is not None:
+        say(remark)
     left = config.train.max_steps - step
     feed = Feed(loader, device, left, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
     with redirect_stdout(_engine_output(config, folder, mesh.rank, device, say)):
