@@ -138,5 +138,5 @@ def memory_table(config: RunConfig, device: torch.device, rounds: int) -> list[s
         theory = training_state(layout, dist.get_world_size())
         pairs = [*zip(measured, theory, strict=True), (sum(measured), sum(theory))]
         rows.append([name, *(f"{m / MIB:.2f} / {t / MIB:.2f} = {m / t:.2f}" for m, t in pairs)])
-    title = "MiB on rank 0, measured / theory (`training_state` says why they differ):"
+    title = "MiB on rank 0, measured / theory (docs/parallelism.md says why they differ):"
     return [title, "", *table(["layout", *TrainingState._fields, "between backward pass and step"], rows)]

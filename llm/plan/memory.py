@@ -91,13 +91,8 @@ def training_state(config: RunConfig, world_size: int) -> TrainingState:
         2       w N + 4 N / d    8 N / d   4 N / d
         3       (w + 4) N / d    8 N / d   4 N / d
 
-    FSDP2 has 4 N / d of weights at either stage: the masters' shards are the parameters. What is measured differs:
-
-    - DeepSpeed at stage 1 in fp32 frees, after the last micro-batch, what belongs to other ranks: 4 N / d are left.
-    - at stage 1 in bf16 it allocates the 4 N for gradients when it is built (they count as weights here), and keeps the
-      last micro-batch's in bf16 beside them: 2 N.
-    - at stage 3 it allocates the 4 N / d for gradients, and a bucket of reduce_bucket_size elements, when it is built.
-    - at stages 1 and 2 in fp32 a parameter that the parts of two ranks share keeps its whole gradient on both.
+    FSDP2 has 4 N / d of weights at either stage: the masters' shards are the parameters. docs/parallelism.md says in
+    which cases DeepSpeed differs.
     """
     tp, stage = config.parallel.tensor_parallel, config.parallel.zero_stage
     n, w, d = parameters(config.model, tp), weight_bytes(config), world_size // tp
