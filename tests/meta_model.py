@@ -23,7 +23,7 @@ CHUNK = 256  # tokens whose logits exist at once
 def products(multiple: int) -> Any:
     """FLOPs of so many non-causal products of all queries and keys, from the shape of an operator's first tensor."""
 
-    def count(*shapes: Any, **_: Any) -> int:
+    def count(*shapes: Any, **options: Any) -> int:
         B, T, H, *_, D = shapes[0]  # [B, T, H, D], or [B, T, H, 3, D]
         return multiple * 2 * B * H * T * T * D
 
