@@ -33,6 +33,8 @@ setup(
         "filelock>=3.30",
         "fsspec>=2024.6",
         "ninja>=1.11",
+        # Power, clock and temperature of NVIDIA GPUs: a thin wrapper of the driver's library, in Python alone.
+        "nvidia-ml-py>=12.535",
         "packaging>=24.0",
         "psutil>=6.0",
         "pyarrow>=18.0",

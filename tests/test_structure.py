@@ -17,8 +17,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 14
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 14_885, "kernels": 4_379, "csrc": 2_397, "launch": 738, "benchmarks": 5_439}
-MAX_PRODUCT_LINES = 22_399  # all of these but the benchmarks
+BUDGETS = {"llm": 15_290, "kernels": 4_379, "csrc": 2_397, "launch": 811, "benchmarks": 5_439}
+MAX_PRODUCT_LINES = 22_877  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
 MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_235
 
@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.cluster", "llm.plan", "llm.train",
     },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
+    "llm/train/gpu_state.py": {"torch", "pynvml", "llm.sinks"},
     "llm/train/wandb_run.py": {"wandb", "llm.config", "llm.errors", "llm.files"},
     "llm/parity": {
         "torch", "psutil", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.model",

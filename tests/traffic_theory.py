@@ -10,9 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple, TypeAlias
 
-from benchmarks.layout.cost import FP32, weight_bytes
 from llm.config import ModelConfig, RunConfig
-from llm.plan.memory import block_parameters, norm_parameters, parameters, position_parameters
+from llm.plan.memory import (
+    FP32,
+    block_parameters,
+    norm_parameters,
+    parameters,
+    position_parameters,
+    weight_bytes,
+)
 
 
 class Collective(NamedTuple):

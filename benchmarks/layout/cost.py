@@ -22,60 +22,14 @@ from llm.model.gpt import GPT, Recompute
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 from llm.parity.batches import micro_batches, target_count
-from llm.plan.memory import parameters
+from llm.plan.memory import TrainingState, training_state
 from llm.train.build import build_engine
 from llm.train.engines.base import DTYPES, MicroBatch
 
-FP32, MIB = 4, 2**20  # bytes
+MIB = 2**20  # bytes
 # By default DeepSpeed keeps parameters below 100,000 elements whole under ZeRO 3, and allocates a bucket for reductions
 # of 500 million elements, however small the model.
 AS_IN_THEORY = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000}
-
-
-class TrainingState(NamedTuple):
-    """Bytes of training state on one rank."""
-
-    weights: int
-    """Parameters and, where they are other tensors, fp32 masters."""
-    moments: int
-    """Adam's two."""
-    gradients: int
-    """What is alive between the backward pass and the step and not after it."""
-
-
-def training_state(config: RunConfig, world_size: int) -> TrainingState:
-    """Rajbhandari et al. 2020, section 3.1 and figure 1, as Ingot sets DeepSpeed up: gradients are kept in fp32.
-
-    For N parameters on a tensor-parallel rank, w bytes each (fp32 4, bf16 and fp16 2), d data-parallel ranks:
-
-        stage   weights          moments   gradients
-        0       w N              8 N       4 N           and 4 N of masters if w is 2
-        1       w N + 4 N / d    8 N / d   4 N
-        2       w N + 4 N / d    8 N / d   4 N / d
-        3       (w + 4) N / d    8 N / d   4 N / d
-
-    FSDP2 has 4 N / d of weights at either stage: the masters' shards are the parameters. What is measured differs:
-
-    - DeepSpeed at stage 1 in fp32 frees, after the last micro-batch, what belongs to other ranks: 4 N / d are left.
-    - at stage 1 in bf16 it allocates the 4 N for gradients when it is built (they count as weights here), and keeps the
-      last micro-batch's in bf16 beside them: 2 N.
-    - at stage 3 it allocates the 4 N / d for gradients, and a bucket of reduce_bucket_size elements, when it is built.
-    - at stages 1 and 2 in fp32 a parameter that the parts of two ranks share keeps its whole gradient on both.
-    """
-    tp, stage = config.parallel.tensor_parallel, config.parallel.zero_stage
-    n, w, d = parameters(config.model, tp), weight_bytes(config), world_size // tp
-    masters = FP32 * n // d
-    if config.train.engine == "fsdp":
-        return TrainingState(masters, 2 * masters, masters)
-    if stage == 0:
-        return TrainingState(w * n + (0 if w == FP32 else FP32 * n), 2 * FP32 * n, FP32 * n)
-    weights = w * n // d if stage == 3 else w * n
-    return TrainingState(weights + masters, 2 * masters, FP32 * n if stage == 1 else masters)
-
-
-def weight_bytes(config: RunConfig) -> int:
-    """w: bytes of a weight as the model computes with it."""
-    return FP32 if config.train.precision == "fp32" else 2
 
 
 def state_memory(config: RunConfig, mesh: Mesh, device: torch.device) -> TrainingState:
@@ -184,5 +138,5 @@ def memory_table(config: RunConfig, device: torch.device, rounds: int) -> list[s
         theory = training_state(layout, dist.get_world_size())
         pairs = [*zip(measured, theory, strict=True), (sum(measured), sum(theory))]
         rows.append([name, *(f"{m / MIB:.2f} / {t / MIB:.2f} = {m / t:.2f}" for m, t in pairs)])
-    title = "MiB on rank 0, measured / theory (`training_state` says why they differ):"
+    title = "MiB on rank 0, measured / theory (docs/parallelism.md says why they differ):"
     return [title, "", *table(["layout", *TrainingState._fields, "between backward pass and step"], rows)]

@@ -353,6 +353,8 @@ class LoggingConfig:
     """Write TensorBoard events to runs/<name>/tensorboard."""
     wandb: bool = False
     """Send the same numbers to Weights & Biases (WANDB_PROJECT, WANDB_ENTITY); needs `pip install -e '.[wandb]'`."""
+    peak_tflops: float | None = None
+    """Peak of one device in train.precision, TFLOP/s, for MFU; null: that of a known GPU, and no MFU on others."""
     sample_prompt: str = "def "
     """Text that the finished model continues."""
     sample_tokens: int = 120
@@ -361,3 +363,5 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         check_at_least(1, "logging.", self, "interval")
         check_at_least(0, "logging.", self, "sample_tokens")
+        peak = self.peak_tflops
+        require(peak is None or peak > 0, f"logging.peak_tflops is {peak}; expected above 0, or null")

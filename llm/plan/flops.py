@@ -7,16 +7,15 @@ utilisation is reported with the name of its formula.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
-from llm.config import ModelConfig
-from llm.config.phases import Phase, steps_by_phase
+from llm.config import ModelConfig, RunConfig
+from llm.config.phases import steps_by_phase
 from llm.config.sections import SparseAttention
-from llm.plan.memory import parameters, position_parameters
+from llm.plan.memory import block_parameters, parameters_by_part
 
-Formula = Literal["causal", "palm"]
+Formula = Literal["causal", "non-causal"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets, without structured sparsity, by torch.cuda.get_device_name. bf16 and
@@ -41,30 +40,51 @@ PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
 }
 
 
-def matmul_parameters(model: ModelConfig) -> int:
-    """N of the formulas: the parameters that every token is multiplied with.
+def flops_by_part(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> dict[str, float]:
+    """FLOPs of forward and backward for one token of a sequence of `seq_len`, by part of the model.
 
-    All blocks (biases and norms included), the last norm and the output projection [V, C], tied or not; not the
-    embedding and position tables, which are looked up.
+    A part with parameters has 6 of them each, biases and norms included: 2 in the forward pass and 4 in the backward
+    pass. The tables that are looked up have none, the head those of its [V, C], tied or not.
+    attention, the products of queries, keys and values:
+    non-causal: 12 L C T (Chowdhery et al. 2022, appendix B), attention to all T positions, whatever the mask.
+    causal: 12 C (sum over layers of P / T - 1/2) with P of `visible_pairs`: 6 L C T where all layers are dense, half of
+    the non-causal one. A query's own key counts half in it.
+    Activations that are computed again do not count: `recomputed_flops`.
     """
-    embedding = 0 if model.tie_embeddings else model.vocab_size * model.d_model
-    return parameters(model) - embedding - position_parameters(model)
+    multiplied = parameters_by_part(model) | {"embedding": 0, "positions": 0, "head": model.vocab_size * model.d_model}
+    attention = attention_flops(model, seq_len, formula, range(model.n_layer))
+    return {name: 6.0 * count for name, count in multiplied.items()} | {"attention": attention}
+
+
+def attention_flops(model: ModelConfig, seq_len: int, formula: Formula, layers: range) -> float:
+    """Of the attention of these layers, per token."""
+    keys = float(len(layers) * seq_len)
+    if formula == "causal" and seq_len > 0:
+        pairs = sum(visible_pairs(seq_len, model.layer_window(i), model.layer_sparse(i)) for i in layers)
+        keys = pairs / seq_len - len(layers) / 2
+    return 12 * model.d_model * keys
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> float:
-    """FLOPs of forward and backward for one token of a sequence of `seq_len`.
+    """The sum of `flops_by_part`: 6 N + attention, N all parameters but the tables that are looked up."""
+    return sum(flops_by_part(model, seq_len, formula).values())
 
-    palm: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B): attention to all T positions, whatever the mask.
-    causal: 6 N + 12 C (sum over layers of P / T - 1/2) with P of `visible_pairs`: 6 N + 6 L C T where all layers are
-    dense, half of palm's attention. A query's own key counts half in it.
-    N as in `matmul_parameters`. Recomputed activations do not count (MFU, not HFU).
+
+def recomputed_flops(config: RunConfig, seq_len: int, formula: Formula = "causal") -> float:
+    """FLOPs per token that the backward pass spends on activations again, by train.activation_checkpointing.
+
+    Not those of scores within fused attention. Of a block, all is computed again but its last product, whose result
+    nothing needs; dropout behind it does.
     """
-    keys = float(model.n_layer * seq_len)
-    if formula == "causal" and seq_len > 0:
-        layers = range(model.n_layer)
-        pairs = sum(visible_pairs(seq_len, model.layer_window(i), model.layer_sparse(i)) for i in layers)
-        keys = pairs / seq_len - model.n_layer / 2
-    return 6 * matmul_parameters(model) + 12 * model.d_model * keys
+    model, train = config.model, config.train
+    layers = range(0, model.n_layer, train.checkpoint_every)
+    if train.activation_checkpointing == "none":
+        return 0.0
+    attention = attention_flops(model, seq_len, formula, layers) / 3
+    if train.activation_checkpointing == "selective":
+        return attention
+    last = 0 if model.dropout > 0 else model.ff_dim * model.d_model + int(model.bias) * model.d_model
+    return attention + 2 * len(layers) * (block_parameters(model) / model.n_layer - last)
 
 
 @cache
@@ -81,15 +101,19 @@ def visible_pairs(seq_len: int, window: int | None, sparse: SparseAttention | No
     return pairs
 
 
-def flops_of_steps(model: ModelConfig, phases: Sequence[Phase], first: int, last: int, formula: Formula) -> float:
-    """FLOPs over all ranks of the steps after step `first`, up to step `last`.
+def flops_of_steps(
+    config: RunConfig, first: int, last: int, formula: Formula = "causal", *, recomputed: bool = False
+) -> float:
+    """FLOPs over all ranks of the steps after step `first`, up to step `last`; with `recomputed_flops` or without.
 
     Documents that do not attend to one another spare some of attention's, which no formula here leaves out.
     """
-    return sum(
-        steps * phase.global_batch_size * phase.seq_len * flops_per_token(model, phase.seq_len, formula)
-        for phase, steps in steps_by_phase(phases, first, last)
-    )
+    total = 0.0
+    for phase, steps in steps_by_phase(config.phases, first, last):
+        per_token = flops_per_token(config.model, phase.seq_len, formula)
+        per_token += recomputed_flops(config, phase.seq_len, formula) if recomputed else 0
+        total += steps * phase.global_batch_size * phase.seq_len * per_token
+    return total
 
 
 def peak_tflops(device_name: str, precision: Precision) -> float | None:

@@ -13,6 +13,7 @@ from llm.data.corpora import Corpora
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError, require
 from llm.model.forms import Forms
+from llm.plan.budget import far_off
 from llm.train.engines.base import DTYPES
 
 # Text read so often teaches nearly as much as new text would, and beyond it ever less (Muennighoff et al. 2023,
@@ -59,6 +60,12 @@ def check_tokenizer(corpora: Corpora) -> str:
     require(len(prompt) < longest, f"logging.sample_prompt has {len(prompt)} tokens; expected {expected}")
     padded = f", padded to {size} (model.vocab_size)" if size > tokenizer.vocab_size else ""
     return f"{tokenizer.vocab_size} tokens{padded}; {tokenizer.end_token} ends a document"
+
+
+def remarks(corpora: Corpora) -> list[str]:
+    """What a start says of its tokens: `repetitions`, and whether they are far from compute-optimal (`far_off`)."""
+    far = far_off(corpora.config)
+    return [*(f"warning: {warning}" for warning in repetitions(corpora)), *([far] if far else [])]
 
 
 def repetitions(corpora: Corpora) -> list[str]:

@@ -75,7 +75,10 @@ class Console:
 
 def step_text(record: Mapping[str, Any]) -> str:
     """The measures of a step; the first ones matter most, for a narrow terminal cuts the rest."""
-    mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%} ({record['mfu_formula']})"
+    mfu = ""
+    if record["mfu"] is not None:
+        mfu = f"  MFU {record['mfu']:.1%} {record['mfu_formula']}, {record['mfu_non_causal']:.1%} non-causal"
+        mfu += f"  HFU {record['hfu']:.1%}" if record["hfu"] > record["mfu"] else ""
     skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
     return (
         f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "

@@ -31,18 +31,24 @@ def step_rates(
 ) -> dict[str, Any]:
     """What the run has done after `step` steps, and its rates when the steps after `since` took `seconds` together.
 
-    peak_tflops: of one device; None where it is not known. `mfu` is the share of it that is used, in [0, 1].
+    peak_tflops: of one device; None where it is not known. Shares of it, in [0, 1]: `mfu` of the model's FLOPs by
+    `mfu_formula`, `mfu_non_causal` by that of most published figures, `hfu` of what is computed, by `mfu_formula` and
+    with what activation checkpointing computes again.
     """
     tokens = consumed_tokens(config.phases, step)
-    work = flops.flops_of_steps(config.model, config.phases, since, step, FORMULA)
-    tflops = work / seconds / world_size / 1e12  # of one device
+
+    def tflops(formula: flops.Formula, *, recomputed: bool = False) -> float:  # of one device
+        work = flops.flops_of_steps(config, since, step, formula, recomputed=recomputed)
+        return work / seconds / world_size / 1e12
+
+    used = {"mfu": tflops(FORMULA), "mfu_non_causal": tflops("non-causal"), "hfu": tflops(FORMULA, recomputed=True)}
     return {
         "step": step,
         "samples": consumed_samples(config.phases, step),
         "tokens": tokens,
         "tokens_per_second": (tokens - consumed_tokens(config.phases, since)) / seconds,
-        "tflops": tflops,
-        "mfu": None if peak_tflops is None else tflops / peak_tflops,
+        "tflops": used["mfu"],
+        **{name: None if peak_tflops is None else rate / peak_tflops for name, rate in used.items()},
         "mfu_formula": FORMULA,
         "step_seconds": seconds / (step - since),
     }
@@ -121,6 +127,6 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         name = f"{'validation' if name.startswith('val_') else 'train'}/{name}"
         if isinstance(value, Mapping):
-            yield from ((f"{name}/{key}", number) for key, number in value.items())
+            yield from ((f"{name}/{key}", x) for key, x in value.items() if isinstance(x, (int, float)))
         elif name != "train/step" and isinstance(value, (int, float)):
             yield name, value

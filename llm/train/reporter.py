@@ -9,6 +9,7 @@ import torch
 
 from llm.plan.flops import peak_tflops
 from llm.train.console import Console
+from llm.train.gpu_state import GpuState, gpu_uuid
 from llm.train.metrics import MetricsWriter, peak_memory, step_rates
 from llm.train.start import Run
 from llm.train.stragglers import Stragglers
@@ -28,7 +29,8 @@ class Reporter:
         self.metrics = MetricsWriter(*where, wandb=wandb, first_step=run.step, enabled=run.lead, say=self.say)
         device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
         self.stragglers = Stragglers(run.ballot.group, run.heartbeat.hosts, self.say)
-        self.peak_tflops = peak_tflops(device, run.config.train.precision)
+        self.peak_tflops = run.config.logging.peak_tflops or peak_tflops(device, run.config.train.precision)
+        self.gpu = GpuState(gpu_uuid(run.device), self.say)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -48,12 +50,13 @@ class Reporter:
             "lr": lr,
             "grad_norm": grad_norm,
             "skipped_steps": run.step - self.engine.scalar_state()["optimizer_step"],
+            "data_wait_seconds": (self.feed.wait_seconds - self.waited) / (run.step - self.since),
             "data_wait_share": (self.feed.wait_seconds - self.waited) / seconds,
             "memory_bytes": peak_memory(run.device),
         }
-        slowest = self.stragglers.report(run.step, record["step_seconds"])
+        record |= self.stragglers.report(run.step, record["step_seconds"], self.gpu.read())
         self.restart_clock()
-        record |= self.feed.record() | ({"slowest": slowest} if slowest else {})
+        record |= self.feed.record() | self.gpu.record()
         self.metrics.write(record)
         self.console.step(record)
 

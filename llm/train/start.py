@@ -35,7 +35,7 @@ from llm.parallel.agreement import broadcast, exchange, lead_first, together
 from llm.parallel.mesh import Mesh
 from llm.train.ballot import Ballot
 from llm.train.build import build_engine
-from llm.train.checks import check_kernels, check_tokenizer, repetitions
+from llm.train.checks import check_kernels, check_tokenizer, remarks
 from llm.train.choice import forms_of
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.engines.deepspeed_log import divert
@@ -175,8 +175,8 @@ def _ready(
     consumed = consumed_samples(config.phases, step)
     loader = together(lambda: open_loader(corpora, **ranks, consumed=consumed, widen=device.type == "cpu"))
     hash_check = together(lambda: corpora.hash_check(**ranks))
-    for warning in together(lambda: repetitions(corpora) if mesh.rank == 0 else []):
-        say(f"warning: {warning}")
+    for remark in together(lambda: remarks(corpora) if mesh.rank == 0 else []):
+        say(remark)
     left = config.train.max_steps - step
     feed = Feed(loader, device, left, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
     with redirect_stdout(_engine_output(config, folder, mesh.rank, device, say)):

@@ -7,13 +7,16 @@ these, the others wait there, the times are alike, and nobody is named.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from llm.train.gpu_state import reasons
 
 PHASES = ("load", "forward", "update")
 # Over which a median is taken; fewer are noise. Two such windows are within 20 steps of when a rank becomes slow.
@@ -64,24 +67,32 @@ class Stragglers:
         if self.group is not None:
             self.steps.append(seconds)
 
-    def report(self, step: int, step_seconds: float) -> dict[str, float]:
-        """The slowest rank of each phase, and its factor over the median; empty after fewer than MIN_STEPS. Collective.
+    def report(self, step: int, step_seconds: float, gpu: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """The `slowest` and the `fastest` rank of each phase, and their factors over the median. Collective.
 
-        Says who is slow for the second time in a row, and was not before. step_seconds: of a whole step, on average.
+        Empty after fewer than MIN_STEPS. Says who is slow for the second time in a row, and was not before.
+        step_seconds: of a whole step, on average; gpu: the state of this rank's (GpuState.read).
         """
         if len(self.steps) < MIN_STEPS:
             return {}
-        mine = torch.tensor([statistics.median(times) for times in zip(*self.steps, strict=True)])
+        state = gpu.get("clock_mhz", math.nan), gpu.get("throttle_reasons", math.nan)
+        mine = torch.tensor([*(statistics.median(times) for times in zip(*self.steps, strict=True)), *state])
         self.steps = []
-        times = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(times, mine, self.group)
-        found, slow = {}, dict[tuple[int, str], str]()
-        for phase, seconds in zip(PHASES, torch.stack(times).T.tolist(), strict=True):
-            usual, worst = statistics.median_low(seconds), max(seconds)
+        of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(of_ranks, mine, self.group)
+        *times, clocks, bits = torch.stack(of_ranks).T.tolist()
+        found, slow = {"slowest": {}, "fastest": {}}, dict[tuple[int, str], str]()
+        for phase, seconds in zip(PHASES, times, strict=True):
+            usual, worst, best = statistics.median_low(seconds), max(seconds), min(seconds)
+            for name, extreme in (("slowest", worst), ("fastest", best)):
+                found[name][f"{phase}_rank"] = seconds.index(extreme)
+                found[name][f"{phase}_factor"] = extreme / max(usual, 1e-9)
             rank, factor = seconds.index(worst), worst / max(usual, 1e-9)
-            found |= {f"{phase}_rank": rank, f"{phase}_factor": factor}
             if factor > FACTOR and worst - usual > SHARE * step_seconds:
-                slow[rank, phase] = f"{phase} takes {worst:.3g} s, {factor:.1f} x the median"
+                clock = "" if math.isnan(clocks[rank]) else f"; its GPU's clock is at {clocks[rank]:.0f} MHz"
+                held = ", ".join(reasons(bits[rank]))
+                why = clock + (f", throttled by {held}" if held else "")
+                slow[rank, phase] = f"{phase} takes {worst:.3g} s, {factor:.1f} x the median{why}"
         again = slow.keys() & self.slow
         for rank, phase in again - self.named:
             self.say(f"warning: step {step}: rank {rank} on {self.hosts[rank]} is slow: {slow[rank, phase]}")

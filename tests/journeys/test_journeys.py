@@ -110,7 +110,7 @@ def test_the_picture_is_of_the_log() -> None:
 
 
 def test_every_command_of_the_readme_has_a_journey() -> None:
-    assert len(COMMANDS) == 10, sorted(COMMANDS)
+    assert len(COMMANDS) == 11, sorted(COMMANDS)
     asked = set(re.findall(r'COMMANDS\["([^"]+)"\]', Path(__file__).read_text()))
     assert COMMANDS.keys() - asked == {"use several GPUs, or another launcher"}  # tests/gpu, tests/launch
 
@@ -189,6 +189,11 @@ def test_another_learning_rate(checkout: Checkout) -> None:
     assert "lr: 0.001" in (checkout.path / "runs/slower/config.yaml").read_text()
     first, slower = checkout.losses("tiny-cpu"), checkout.losses("slower")
     assert slower[1] == first[1] and slower[4] != first[4]  # the same weights and batches to begin with
+
+
+def test_plan_a_larger_run(checkout: Checkout) -> None:
+    command = COMMANDS["plan a larger run, such as one of [launch/configs](launch/configs): memory, tokens, hours"]
+    assert "124,439,808" in checkout.run(command)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.attention import Strided
 from kernels.attention.reference import visible
-from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig, TrainConfig
 from llm.config.sections import SparseAttention
-from llm.plan.flops import flops_per_token, matmul_parameters, peak_tflops, visible_pairs
+from llm.plan.flops import flops_by_part, flops_of_steps, flops_per_token, peak_tflops, recomputed_flops, visible_pairs
 from llm.train.build import build_model
+from meta_model import flops_of_step, meta_model
 
 SHAPES = [
     dict(zip(("norm", "activation", "position", "tie_embeddings", "bias"), choice, strict=True))
@@ -27,6 +30,11 @@ SHAPES = [
 ]
 
 
+def multiplied(model: ModelConfig) -> float:
+    """Parameters that every token is multiplied with."""
+    return flops_per_token(model, 0) / 6
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
 def test_n_is_every_parameter_but_the_tables_that_are_looked_up(shape: dict) -> None:
     model = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, vocab_size=50, **shape)
@@ -34,10 +42,10 @@ def test_n_is_every_parameter_but_the_tables_that_are_looked_up(shape: dict) -> 
     looked_up = sizes.get("position_table.weight", 0)
     if not model.tie_embeddings:
         looked_up += sizes["embedding.weight"]
-    assert matmul_parameters(model) == sum(sizes.values()) - looked_up
+    assert multiplied(model) == sum(sizes.values()) - looked_up
 
 
-def test_palm_is_what_a_non_causal_forward_and_backward_multiplies() -> None:
+def test_non_causal_is_what_a_non_causal_forward_and_backward_multiplies() -> None:
     model = ModelConfig(n_layer=2, n_head=4, d_model=64, vocab_size=96, max_seq_len=32, bias=False)
     # The reference attention multiplies all of q k^T, and the counter sees its products.
     train = TrainConfig(impl="reference")
@@ -50,14 +58,56 @@ def test_palm_is_what_a_non_causal_forward_and_backward_multiplies() -> None:
     per_token = counted.get_total_flops() / (B * T)
     # The formula also counts 6 for each weight of the norms, which multiply no matrix.
     norms = 6 * sum(p.numel() for n, p in network.named_parameters() if "norm" in n)
-    assert per_token == flops_per_token(model, T, "palm") - norms
+    assert per_token == flops_per_token(model, T, "non-causal") - norms
 
 
-def test_causal_is_half_the_attention_of_palm() -> None:
+def test_causal_is_half_the_attention_of_non_causal() -> None:
     model, T = ModelConfig(), 64
-    both = flops_per_token(model, T, "palm") - flops_per_token(model, T, "causal")
+    both = flops_per_token(model, T, "non-causal") - flops_per_token(model, T, "causal")
     assert both == 6 * model.n_layer * model.d_model * T
-    assert flops_per_token(model, 0, "causal") == 6 * matmul_parameters(model)
+    assert flops_per_token(model, 0, "causal") == 6 * multiplied(model)
+
+
+def test_the_parts_are_those_of_the_model_and_sum_to_it() -> None:
+    model = ModelConfig(n_layer=3, n_head=4, n_kv_head=2, d_model=32, vocab_size=50, attention_window=(5, None, 9))
+    sizes: Counter[str] = Counter()
+    for name, p in build_model(RunConfig(model=model), None).named_parameters():
+        owner = name.split(".")[-2]
+        words = {"position_table": "positions", "up": "feed-forward", "down": "feed-forward"}
+        sizes["norm" if "norm" in owner else words.get(owner, owner.replace("_", " "))] += p.numel()
+    parts = flops_by_part(model, 20)
+    del sizes["embedding"], sizes["positions"]  # looked up
+    assert {name: 6 * count for name, count in sizes.items()} == {name: parts[name] for name in sizes}
+    assert parts["head"] == 6 * 50 * 32 and parts["embedding"] == parts["positions"] == 0
+    assert sum(parts.values()) == flops_per_token(model, 20)
+
+
+RECOMPUTED = {
+    "full": dict(activation_checkpointing="full"),
+    "full-every-2": dict(activation_checkpointing="full", checkpoint_every=2),
+    "selective": dict(activation_checkpointing="selective", checkpoint_every=2),
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_what_is_computed_again_is_counted(name: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig(n_layer=3, n_head=4, d_model=64, vocab_size=96, max_seq_len=32, bias=False, dropout=dropout)
+    config = RunConfig(model=model, data=DataConfig(seq_len=32), train=TrainConfig(**RECOMPUTED[name]))
+    again = flops_of_step(meta_model(config, monkeypatch), 2, 32)
+    once = flops_of_step(meta_model(replace(config, train=TrainConfig()), monkeypatch), 2, 32)
+    # The formula also counts 2 for each weight of a block's two norms, which multiply no matrix.
+    norms = 2 * 2 * 64 * {"full": 3, "full-every-2": 2}.get(name, 0)
+    assert (again - once) / (2 * 32) == recomputed_flops(config, 32, "non-causal") - norms
+
+
+def test_steps_with_what_is_computed_again() -> None:
+    phases = (PhaseChange(64, seq_len=16),)
+    config = RunConfig(data=DataConfig(seq_len=32, phases=phases), train=TrainConfig(activation_checkpointing="full"))
+    once, again = (flops_of_steps(config, 1, 4, recomputed=flag) for flag in (False, True))
+    expected = 32 * 32 * recomputed_flops(config, 32) + 2 * 32 * 16 * recomputed_flops(config, 16)
+    assert again - once == pytest.approx(expected, rel=1e-12) and expected > 0
 
 
 LAYERS = [
@@ -84,10 +134,10 @@ def test_each_layer_counts_what_it_sees() -> None:
     shape = dict(n_layer=4, n_head=4, d_model=C, vocab_size=96, max_seq_len=T)
     model = ModelConfig(**shape, attention_window=(None, None, 5, None), attention_sparse=(None, pattern, None, None))
     pairs = [T * (T + 1) / 2, visible_pairs(T, None, pattern), 15 + 195 * 5, T * (T + 1) / 2]
-    expected = 6 * matmul_parameters(model) + sum(12 * C * (count / T - 0.5) for count in pairs)
+    expected = 6 * multiplied(model) + sum(12 * C * (count / T - 0.5) for count in pairs)
     assert flops_per_token(model, T) == pytest.approx(expected, rel=1e-12)
     assert flops_per_token(model, T) < flops_per_token(ModelConfig(**shape), T)
-    assert flops_per_token(model, T, "palm") == flops_per_token(ModelConfig(**shape), T, "palm")
+    assert flops_per_token(model, T, "non-causal") == flops_per_token(ModelConfig(**shape), T, "non-causal")
     wide = ModelConfig(**shape, attention_window=T, attention_softcap=5.0)
     assert flops_per_token(wide, T) == flops_per_token(ModelConfig(**shape), T)
 
@@ -96,8 +146,8 @@ def test_gpt2_small_by_hand() -> None:
     model = ModelConfig(n_layer=12, n_head=12, d_model=768, vocab_size=50257, max_seq_len=1024, bias=True)
     block = 4 * 768**2 + 4 * 768 + 2 * 4 * 768**2 + 5 * 768 + 4 * 768
     N = 12 * block + 2 * 768 + 50257 * 768
-    assert matmul_parameters(model) == N == 124439808 - 1024 * 768
-    assert flops_per_token(model, 1024, "palm") == 6 * N + 12 * 12 * 768 * 1024
+    assert multiplied(model) == N == 124439808 - 1024 * 768
+    assert flops_per_token(model, 1024, "non-causal") == 6 * N + 12 * 12 * 768 * 1024
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,26 @@
-"""The closed forms of the model's size against a model that was built; of its state: tests/benchmarks/layout."""
+"""The closed forms against a model that was built; of the training state: tests/benchmarks/layout."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from llm.plan.memory import block_parameters, parameters
+from llm.plan.memory import (
+    LOGITS,
+    activations,
+    block_parameters,
+    gathered,
+    offloaded,
+    parameters,
+    parameters_by_part,
+    rank_memory,
+    training_state,
+)
 from llm.train.build import build_model
+from meta_model import meta_model, saved_bytes
 from tiny_run import case
 from traffic_theory import replicated_parameters
 
@@ -29,3 +42,70 @@ def test_the_formulas_count_the_models_parameters(name: str) -> None:
     assert replicated_parameters(config.model) == sum(
         n for key, n in sizes.items() if any(word in key for word in replicated)
     )
+
+
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "gpt2": dict(model=dict(position="learned", n_kv_head=None)),
+    "llama": dict(model=dict(activation="swiglu", norm="rmsnorm", bias=False, tie_embeddings=False)),
+    "fp32": dict(train=dict(precision="fp32")),
+    "full": dict(train=dict(activation_checkpointing="full", checkpoint_every=2)),
+    "selective": dict(train=dict(activation_checkpointing="selective")),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_that_a_forward_pass_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    B, T, C, V = 2, 256, 256, 512
+    given = ACTIVATIONS[name]
+    shape = dict(n_layer=4, n_head=4, d_model=C, vocab_size=V, max_seq_len=T) | given.get("model", {})
+    train = dict(precision="bf16", micro_batch_size=B) | given.get("train", {})
+    config = case(model=shape, train=train, data=dict(seq_len=T), parallel=dict(zero_stage=1))
+    theory, w = activations(config), 4 if name == "fp32" else 2
+    none = replace(config, train=replace(config.train, activation_checkpointing="none", checkpoint_every=1))
+    # The block that the backward pass computes again, and its logits: they are not there after the forward pass.
+    block = activations(none).blocks // 4 if name == "full" else 0
+    kept = theory.blocks - block + theory.head - min(B * T, LOGITS) * V * w
+    # Statistics of the norms and the like are not in the formula.
+    assert saved_bytes(meta_model(config, monkeypatch), B, T) == pytest.approx(kept, rel=0.01)
+
+
+def test_tensor_and_sequence_parallelism_divide_the_activations() -> None:
+    def blocks(**parallel: Any) -> int:
+        return activations(case(parallel=parallel, model=dict(n_kv_head=4))).blocks
+
+    whole, tp, sp = blocks(), blocks(tensor_parallel=2), blocks(tensor_parallel=2, sequence_parallel=True)
+    stream = 2 * 2 * 16 * 4 * 4 * 32  # layers, rows, tokens, 4 C in fp32
+    assert tp == (whole - stream) // 2 + stream and sp == whole // 2
+
+
+def test_offloading_moves_what_the_docs_say() -> None:
+    def moved(**parallel: Any) -> tuple[int, ...]:
+        config = case(parallel=parallel, train=dict(precision="bf16"))
+        state, host = training_state(config, 4), offloaded(config, 4)
+        assert sum(rank_memory(config, 4).values()) > sum(state) - sum(host)
+        return tuple(host)
+
+    n = parameters(case().model)
+    assert moved(zero_stage=2) == (0, 0, 0)
+    assert moved(zero_stage=1, offload="optimizer") == (n, 2 * n, 0)
+    assert moved(zero_stage=3, offload="optimizer") == (n, 2 * n, n)
+    assert moved(zero_stage=3, offload="all") == (6 * n // 4, 2 * n, n)
+
+
+def test_weights_of_other_ranks_are_gathered() -> None:
+    model = case().model
+    n, blocks = parameters(model), block_parameters(model)
+    few = {"zero_optimization": {"stage3_max_live_parameters": 1000}}
+    assert gathered(case(parallel=dict(zero_stage=2))) == 0
+    assert gathered(case(parallel=dict(zero_stage=3))) == 4 * n
+    assert gathered(replace(case(parallel=dict(zero_stage=3)), deepspeed=few)) == 4000
+    fsdp = dict(engine="fsdp", precision="bf16")
+    assert gathered(case(parallel=dict(zero_stage=2), train=fsdp)) == 2 * n
+    assert gathered(case(parallel=dict(zero_stage=3), train=fsdp)) == 2 * (n - blocks + 2 * blocks // 2)
+
+
+def test_a_tensor_parallel_rank_has_its_slices() -> None:
+    model = case(model=dict(n_kv_head=4, vocab_size=51)).model
+    whole, half = parameters_by_part(model), parameters_by_part(model, 2)
+    assert half["embedding"] == 26 * 32 and half["norm"] == whole["norm"] and half["qkv"] == whole["qkv"] // 2
+    assert half["feed-forward"] == (whole["feed-forward"] - 2 * 32) // 2 + 2 * 32  # its last bias is on every rank

@@ -10,8 +10,8 @@ from llm.train.console import Console, step_text
 
 RECORD = {
     "loss": 3.25, "lr": 4e-3, "grad_norm": 0.5, "tokens_per_second": 12345.6, "tflops": 0.0123,
-    "mfu": None, "mfu_formula": "causal", "data_wait_share": 0.012, "memory_bytes": 2**30,
-    "skipped_steps": 0,
+    "mfu": None, "mfu_formula": "causal", "mfu_non_causal": None, "hfu": None, "data_wait_share": 0.012,
+    "memory_bytes": 2**30, "skipped_steps": 0,
 }  # fmt: skip
 
 
@@ -65,8 +65,10 @@ def test_time_left_of_slow_steps() -> None:
 
 
 def test_a_known_mfu_comes_with_its_formula_and_skips_are_shown() -> None:
-    text = step_text({**RECORD, "mfu": 0.416, "skipped_steps": 3})
-    assert "MFU 41.6% (causal)" in text
+    known = {**RECORD, "mfu": 0.416, "mfu_non_causal": 0.453, "hfu": 0.416, "skipped_steps": 3}
+    text = step_text(known)
+    assert "MFU 41.6% causal, 45.3% non-causal" in text and "HFU" not in text
+    assert "HFU 52.0%" in step_text({**known, "hfu": 0.52})
     assert "skipped 3" in text
     assert "skipped" not in step_text(RECORD)
 

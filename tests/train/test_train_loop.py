@@ -179,10 +179,12 @@ def test_samples_and_tokens_follow_the_phases(whole: Path) -> None:
 
 def test_a_line_of_metrics_is_complete(whole: Path) -> None:
     expected = {"step", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "tflops", "mfu",
-                "mfu_formula", "data_wait_share", "memory_bytes", "skipped_steps", "step_seconds", "epochs",
+                "mfu_formula", "mfu_non_causal", "hfu", "data_wait_seconds", "data_wait_share", "memory_bytes",
+                "skipped_steps", "step_seconds", "epochs",
                 "skipped_samples"}  # fmt: skip
     for line in steps(whole):
         assert line.keys() == expected and line["skipped_steps"] == 0
+        assert line["data_wait_seconds"] == pytest.approx(line["data_wait_share"] * line["step_seconds"])
         assert 0 <= line["data_wait_share"] < 1 and line["memory_bytes"] > 2**20
 
 
@@ -215,7 +217,7 @@ def test_a_resumed_run_goes_on_as_the_whole_one_did(
     checkpoint = f"run/checkpoints/step-{step:08}"
     shutil.copytree(whole / checkpoint, tmp_path / checkpoint)
     two_ranks.run(trained, config(parallel=dict(zero_stage=2)), tmp_path, step)
-    timed = {"tokens_per_second", "tflops", "data_wait_share", "memory_bytes", "step_seconds"}
+    timed = {"tokens_per_second", "tflops", "data_wait_seconds", "data_wait_share", "memory_bytes", "step_seconds"}
     for found, expected in zip(steps(tmp_path), steps(whole)[step:], strict=True):
         assert {key: found[key] for key in found.keys() - timed} == {key: expected[key] for key in found.keys() - timed}
 

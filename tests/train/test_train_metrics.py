@@ -14,9 +14,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llm.cluster.heartbeat import Heartbeat
-from llm.config import PhaseChange, RunConfig
+from llm.config import PhaseChange, RunConfig, TrainConfig
 from llm.config.sections import LoggingConfig
-from llm.plan.flops import flops_per_token
+from llm.plan.flops import flops_per_token, recomputed_flops
 from llm.train.ballot import Ballot
 from llm.train.metrics import MetricsWriter, peak_memory, step_rates
 from llm.train.reporter import Reporter
@@ -55,6 +55,21 @@ def test_rates_follow_from_the_time_of_a_step() -> None:
     assert step_rates(CONFIG, 2, 3, 0.5, world_size=2, peak_tflops=peak)["mfu"] == pytest.approx(0.25)
 
 
+def test_utilisation_by_each_formula() -> None:
+    def found(train: TrainConfig) -> dict[str, float]:
+        config = replace(CONFIG, train=train)
+        return step_rates(config, 2, 3, 0.5, world_size=2, peak_tflops=peak)
+
+    T, peak = CONFIG.data.seq_len, 4 * rates()["tflops"]
+    per_token = {formula: flops_per_token(CONFIG.model, T, formula) for formula in ("causal", "non-causal")}
+    once, full = found(TrainConfig()), found(TrainConfig(activation_checkpointing="full"))
+    assert once["mfu_non_causal"] == pytest.approx(0.25 * per_token["non-causal"] / per_token["causal"])
+    assert once["hfu"] == once["mfu"] == full["mfu"] == pytest.approx(0.25)
+    again = recomputed_flops(replace(CONFIG, train=TrainConfig(activation_checkpointing="full")), T)
+    assert full["hfu"] == pytest.approx(0.25 * (1 + again / per_token["causal"]))
+    assert rates()["mfu_non_causal"] is rates()["hfu"] is None
+
+
 def test_steps_reported_together_share_their_time() -> None:
     tokens = CONFIG.train.global_batch_size * CONFIG.data.seq_len
     found = rates(8, since=3, seconds=2.0)
@@ -79,16 +94,25 @@ def test_a_report_across_phases_counts_each_step_as_it_was() -> None:
             assert found["tflops"] == pytest.approx(work / 2.0 / 2 / 1e12)
 
 
-def test_a_validation_is_reported_in_bits_per_byte_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = SimpleNamespace(bits_per_byte=lambda nats: nats / 2)
+def reporter(tmp_path: Path, **logging: Any) -> Reporter:
     run: Any = SimpleNamespace(
-        config=replace(CONFIG, logging=LoggingConfig(tensorboard=False)), folder=RunFolder(tmp_path, ""), step=7,
-        lead=True, device=CPU, feed=SimpleNamespace(wait_seconds=0.0), engine=object(),
-        corpora=SimpleNamespace(manifest=manifest), ballot=Ballot(), heartbeat=Heartbeat(),
+        config=replace(CONFIG, logging=LoggingConfig(tensorboard=False, **logging)), folder=RunFolder(tmp_path, ""),
+        step=7, lead=True, device=CPU, feed=SimpleNamespace(wait_seconds=0.0), engine=object(),
+        corpora=SimpleNamespace(manifest=SimpleNamespace(bits_per_byte=lambda nats: nats / 2)), ballot=Ballot(),
+        heartbeat=Heartbeat(),
     )  # fmt: skip
-    reporter = Reporter(run)
-    with reporter.metrics:
-        reporter.validation(6.0)
+    return Reporter(run)
+
+
+def test_a_peak_may_be_given_for_a_device_that_is_not_known(tmp_path: Path) -> None:
+    assert reporter(tmp_path).peak_tflops is None
+    assert reporter(tmp_path, peak_tflops=0.5).peak_tflops == 0.5
+
+
+def test_a_validation_is_reported_in_bits_per_byte_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reported = reporter(tmp_path)
+    with reported.metrics:
+        reported.validation(6.0)
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 7, "val_loss": 6.0, "val_bits_per_byte": 3.0}]
     assert "validation loss 6.0000 nats per token, 3.0000 bits per byte" in capsys.readouterr().out
 
@@ -130,12 +154,14 @@ def test_tensorboard_shows_the_same_numbers_without_what_a_restart_redoes(tmp_pa
         with MetricsWriter(tmp_path / "m.jsonl", tmp_path / "tb", first_step=first) as writer:
             for step in steps:
                 writer.write(record(step, loss=step + first / 10) | {"epochs": {"code": step / 4, "prose": 0.5}})
-            writer.write({"step": 3, "val_loss": 2.0})
+            writer.write({"step": 3, "val_loss": 2.0, "gpu": {"clock_mhz": 900, "throttled_by": ["power cap"]}})
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     found = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert found == [(1, 1.0), (2, pytest.approx(2.1)), (3, pytest.approx(3.1))]
     assert [e.value for e in events.Scalars("validation/val_loss")] == [2.0]
     assert [e.value for e in events.Scalars("train/epochs/code")] == [0.25, 0.5, 0.75]
+    assert [e.value for e in events.Scalars("train/gpu/clock_mhz")] == [900]
+    assert "train/gpu/throttled_by" not in events.Tags()["scalars"]
     assert "train/mfu" not in events.Tags()["scalars"]
 
 

@@ -15,6 +15,7 @@ from llm.config import DataConfig, PhaseChange, RunConfig
 from llm.data.prepare.register import register
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens import manifest as manifests
+from llm.plan import budget
 from llm.train.run_folder import RUNS, RunFolder
 from llm.train.start import start
 from pool import RankPool
@@ -64,3 +65,18 @@ def test_a_start_reads_each_manifest_of_a_blend_once(one_rank: RankPool, tmp_pat
     config = made_run(tmp_path)
     (found,) = one_rank.run(count_manifests, config, tmp_path)
     assert len(found) == 3 and set(found.values()) == {1}, found
+
+
+def said_at_start(config: RunConfig, folder: Path) -> list[str]:
+    os.chdir(folder)
+    RunFolder(RUNS, config.name).claim()
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "TRIAL", 0)
+        start(config, torch.device("cpu"), said.append)
+    return said
+
+
+def test_a_run_of_few_tokens_is_warned_about(one_rank: RankPool, tmp_path: Path) -> None:
+    (said,) = one_rank.run(said_at_start, made_run(tmp_path), tmp_path)
+    assert any(line.startswith("warning: the run trains on 0.0") and "per parameter" in line for line in said), said

@@ -10,17 +10,16 @@ import torch
 
 from benchmarks.layout.cost import (
     AS_IN_THEORY,
-    TrainingState,
     activation_table,
     activations,
     data_layouts,
     memory_table,
     state_memory,
-    training_state,
 )
 from chosen import slow_but
 from llm.config import RunConfig
 from llm.parallel.mesh import Mesh
+from llm.plan.memory import TrainingState, training_state
 from pool import RankPool
 from tiny_run import case
 
