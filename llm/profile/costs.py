@@ -50,7 +50,7 @@ def fused_attention(name: str) -> float:
     """How many forward passes of attention an operator is: 2.5 for the backward, which computes the scores again."""
     if "attention" not in name or "::" not in name:
         return 0.0
-    return 2.5 if "backward" in name else 1.0
+    return 2.5 if "backward" in name.lower() else 1.0
 
 
 def bytes_moved(name: str, dims: Sequence[Any], kinds: Sequence[str]) -> float:

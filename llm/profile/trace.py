@@ -34,6 +34,7 @@ NO_ARITHMETIC = (*COLLECTIVES, "autograd::", "torch::autograd", "profiler::")
 SYNCS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 READS = ("aten::item", "aten::is_nonzero", "aten::equal", "aten::allclose")
 PHASES = ("forward", "backward", "recompute")
+NCCL_SIZES = {"BFloat16": 2, "Half": 2, "Long": 8, "Byte": 1}
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -58,7 +59,7 @@ class Frame:
     """Its bytes and FLOPs were, or those of what it calls."""
     flops: float = 0.0
     inner: int = 0
-    """Events within it."""
+    """Events within it but `detach`, by which inputs are kept for the backward pass."""
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Sweep:
         if "correlation" in args:
             self.launched_in[args["correlation"]] = part
         self.ops[name, part][0] += 1
-        parent.inner += 1
+        parent.inner += name != "aten::detach"
         self.stack.append(frame)
 
     def _waits(self, name: str) -> bool:
@@ -293,31 +294,27 @@ class UnderWay:
 
 
 def _gloo(events: list[Event], sweep: Sweep, groups: dict[str, int]) -> list[UnderWay]:
+    """Each is the last that was called before it began; its group follows from what called it."""
     found, starts = [], [start for start, _ in sweep.launches]
     for event in events:
-        at = bisect_right(starts, event.get("ts", 0.0)) - 1
-        if event["ph"] == "X" and event["name"].startswith("gloo:") and at >= 0:
-            caller = sweep.launches[at][1]
+        if event["ph"] == "X" and event["name"].startswith("gloo:") and starts and event["ts"] >= starts[0]:
+            caller = sweep.launches[bisect_right(starts, event["ts"]) - 1][1]
             vote = caller == PREFIX + "vote"
-            group = "world" if vote else "tp" if caller.startswith("_c10d") else "dp"
+            size = groups["world" if vote else "tp" if caller.startswith("_c10d") else "dp"]
             moved = bytes_moved("", event["args"].get("Input Dims", []), event["args"].get("Input type", []))
             name = "vote" if vote else event["name"].removeprefix("gloo:")
-            end = event["ts"] + event["dur"]
-            found.append(UnderWay(name, groups[group], moved, event["ts"], end, on_host=True, vote=vote))
+            found.append(UnderWay(name, size, moved, event["ts"], event["ts"] + event["dur"], on_host=True, vote=vote))
     return found
 
 
 def _nccl(kernels: list[Event]) -> list[UnderWay]:
     found = []
     for event in kernels:
-        args = event["args"]
         if event["name"].startswith("nccl"):
-            moved = args.get("In msg nelems", 0) * {"BFloat16": 2, "Half": 2, "Long": 8, "Byte": 1}.get(
-                args.get("dtype"), 4
-            )
-            name = args.get("Collective name", event["name"].split("(")[0])
-            end = event["ts"] + event["dur"]
-            found.append(UnderWay(name, args.get("Group size", 0), moved, event["ts"], end, on_host=False))
+            args, start = event["args"], event["ts"]
+            moved = args.get("In msg nelems", 0) * NCCL_SIZES.get(args.get("dtype"), 4)
+            name, size = args.get("Collective name", event["name"].split("(")[0]), args.get("Group size", 0)
+            found.append(UnderWay(name, size, moved, start, start + event["dur"], on_host=False))
     return found
 
 
@@ -327,10 +324,8 @@ def _collectives(under_way: list[UnderWay], sweep: Sweep, kernels: list[Event], 
     busy = union((k["ts"], k["ts"] + k["dur"]) for k in kernels if not k["name"].startswith("nccl"))
     sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0] * 4)
     for c in under_way:
-        length = c.end - c.start
-        free = (
-            overlap(voting if c.vote else idle, c.start, c.end) if c.on_host else length - overlap(busy, c.start, c.end)
-        )
+        length, hidden = c.end - c.start, overlap(busy, c.start, c.end)
+        free = overlap(voting if c.vote else idle, c.start, c.end) if c.on_host else length - hidden
         for i, value in enumerate((1.0, length * 1e-3, free * 1e-3, c.bytes)):
             sums[c.name, c.group_size][i] += value
     return tuple(
@@ -340,9 +335,8 @@ def _collectives(under_way: list[UnderWay], sweep: Sweep, kernels: list[Event], 
 
 def _host(sweep: Sweep, kernels: list[Event], hidden: list[Span]) -> Host:
     count = len(sweep.steps)
-    python = sum(
-        end - start - overlap(hidden, start, end) for start, end, part, _ in sweep.idle if part != "collectives"
-    )
+    idle = [(start, end) for start, end, part, _ in sweep.idle if part != "collectives"]
+    python = sum(end - start - overlap(hidden, start, end) for start, end in idle)
     if not kernels:
         return Host(sweep.calls / count, python * 1e-3 / count, python * 1e-3 / count)
     busy = union((k["ts"], k["ts"] + k["dur"]) for k in kernels)

@@ -55,6 +55,7 @@ def train(run: Run) -> None:
                 ballot.vote()
             if guarding or validating or saving:
                 reporter.restart_clock()
+        trainer.profiler.close()
         trainer.finish_saving()
     ballot.leave_if_asked(run.folder, run.step, trainer.finish_copying)
     trainer.finish_copying()

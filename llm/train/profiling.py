@@ -29,7 +29,7 @@ from llm.profile.ranges import Ranges, mark_range
 from llm.profile.record import Loader, Machine, Record, Tokens
 from llm.profile.timeline import ALIGN, join_traces, trace_path
 from llm.profile.trace import analyse, load
-from llm.sinks import Say
+from llm.sinks import Say, Sink
 from llm.train.engines.base import DTYPES
 from llm.train.start import Run
 
@@ -91,7 +91,7 @@ class Profiler:
             else:
                 result = self._finish(action, window)
         except torch.OutOfMemoryError:
-            self._dump_snapshot(self.run.folder.path)
+            Sink("the memory's snapshot", self.say)(lambda: self._dump_snapshot(self.run.folder.path))
             raise
         self._take_request(number)
         return result
@@ -112,19 +112,23 @@ class Profiler:
             return action()
         first, last = number == window.first, number == window.last
         with self._ranges():
-            result, seconds = self._timed(lambda: self._in_step(number, action), first=first, last=last)
+            result, seconds = self._timed(lambda: self._in_step(number, action, wait=last), first=first, last=last)
         window.profiled_seconds += seconds
         window.waited += run.feed.wait_seconds - waited
         if last and window.recording is not None:
             run.heartbeat.enter("profile")
-            window.recording.stop()
-            path = trace_path(window.folder, run.mesh.rank)
-            self._all_managed(lambda: window.recording.export_chrome_trace(str(path)) if window.recording else None)
+            recording, window.recording = window.recording, None
+            recording.stop()
+            self._all_managed(lambda: recording.export_chrome_trace(str(trace_path(window.folder, run.mesh.rank))))
         return result
 
-    def _in_step(self, number: int, action: Callable[[], T]) -> T:
+    def _in_step(self, number: int, action: Callable[[], T], *, wait: bool) -> T:
+        """wait: for the GPU too, within the range."""
         with mark_range(f"step {number}"):
-            return action()
+            result = action()
+            if self.on_gpu and wait:
+                torch.cuda.synchronize(self.run.device)
+            return result
 
     def _ranges(self) -> Ranges:
         run = self.run
@@ -157,7 +161,7 @@ class Profiler:
         if self.on_gpu:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
         with profile(activities=self.activities, profile_memory=True) as recording, self._ranges(), places:
-            result = self._in_step(run.step + 1, action)
+            result = self._in_step(run.step + 1, action, wait=True)
         run.heartbeat.enter("profile")
 
         def write() -> None:
@@ -173,6 +177,12 @@ class Profiler:
         if done and self._all_managed(lambda: join_traces(window.folder, hosts) if run.lead else None, window):
             self.say(f"profile of steps {window.first} to {window.last}: {window.folder}")
         return result
+
+    def close(self) -> None:
+        """Give up the profile that the run's end has cut off."""
+        if self.window is not None and self.window.recording is not None:
+            self.window.recording.stop()
+            self.say(f"warning: no profile of steps {self.window.first} to {self.window.last}: the run has stopped")
 
     def _known(self) -> Iterator[tuple[str, str, Tensor]]:
         """What lives between steps: (category, owner, tensor)."""

@@ -53,7 +53,7 @@ def losses(root: Path) -> list[Any]:
 
 
 def run(config: RunConfig, root: Path, request: str | None = None) -> list[str]:
-    """Train on this rank of a pool; request: the file `profile` of the folder after step 2. What was said. Collective."""
+    """Train on this rank of a pool, and return what was said; request: the file `profile`, after step 2. Collective."""
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         step = Trainer.step
