@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median_low
 from typing import NamedTuple, TypeAlias
 
+from llm.profile.ranges import STEP_PARTS
 from llm.profile.record import Op, Part, Record
 
 MOST = 10
@@ -20,7 +21,6 @@ ELEMENTWISE = frozenset((
     "sum", "tanh", "var", "where",
 ))  # fmt: skip
 UNFUSED = 4  # kinds of elementwise operation in a part, at least: a fused part has two, and some additions
-OF_THE_STEP = frozenset({"data", "clip", "optimizer", "publish", "collectives"})  # parts that are not the model's
 Records: TypeAlias = Sequence[Record]
 
 
@@ -183,21 +183,22 @@ def recomputation(records: Records) -> Iterator[Finding]:
 
 
 def fixed_ms(record: Record) -> float:
-    """The part of the model's passes that does not grow with the tokens in them: two bounds, of which the lower.
+    """The part of the model's passes that does not grow with the tokens in them.
 
-    What the model takes above the roofline; and the host's cost of its operations, the cheapest listed one's mean
-    time for each, and of Python, without the profiler's overhead. On a GPU the second is the time without a kernel.
+    That is adding up the gradients, as many as there are weights; and of two bounds the lower: what the model takes
+    above the roofline, and the host's cost of its operations (the mean time of the cheapest listed one for each, and
+    Python's, without the profiler's overhead). On a GPU the second is the time without a kernel.
     """
     above = sum(max(0.0, part_ms(record, p.name) - roofline_ms(record, p.name)) for p in model_parts(record))
-    if record.device != "cpu":
-        return min(above, record.host_time.gap_ms)
-    cheapest = min((op.ms / op.count for op in record.ops if op.count > 0), default=0.0)
-    host = record.host_time.launches * cheapest + record.host_time.python_ms - record.loader.wait_ms
-    return max(0.0, min(above, host - overhead_ms(record)))
+    host = record.host_time.gap_ms - record.loader.wait_ms
+    if record.device == "cpu":
+        cheapest = min((op.ms / op.count for op in record.ops if op.count > 0), default=0.0)
+        host += record.host_time.launches * cheapest - overhead_ms(record)
+    return part_ms(record, "gradients") + max(0.0, min(above, host))
 
 
 def model_parts(record: Record) -> list[Part]:
-    return [part for part in record.parts if part.name not in OF_THE_STEP]
+    return [part for part in record.parts if part.name not in STEP_PARTS]
 
 
 def small_micro_batches(records: Records) -> Iterator[Finding]:
@@ -281,7 +282,7 @@ def below_roofline(records: Records) -> Iterator[Finding]:
     """
     advice = {
         "attention": "train.impl=auto and, on a GPU, train.precision=bf16",
-        "head": "model.vocab_size a multiple of 128; train.impl=auto",
+        "head_loss": "model.vocab_size a multiple of 128; train.impl=auto",
     }
     usually = "a larger train.micro_batch_size or model.d_model; on a GPU train.precision=bf16"
     for part in model_parts(records[0]):
