@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/cluster": {"torch", "mpi4py", "packaging", "psutil", "llm.config", "llm.errors", "llm.sinks", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
+    "llm/profile": {"torch", "llm.errors", "llm.files", "llm.typed", "llm.profile"},
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/train": {
         "torch", "triton", "numpy", "filelock", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.locks",
         "llm.sinks", "llm.slices", "llm.typed", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
-        "llm.cluster", "llm.plan", "llm.train",
+        "llm.cluster", "llm.plan", "llm.profile", "llm.train",
     },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/train/wandb_run.py": {"wandb", "llm.config", "llm.errors", "llm.files"},

@@ -361,3 +361,16 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         check_at_least(1, "logging.", self, "interval")
         check_at_least(0, "logging.", self, "sample_tokens")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps are profiled (docs/profiling.md)."""
+
+    steps: tuple[int, int] | None = None
+    """The first and the last step to profile, such as [20, 24]; null: none, until a file in the run's folder asks."""
+
+    def __post_init__(self) -> None:
+        first, last = self.steps or (2, 2)
+        expected = "expected 2 <= first <= last, as the steps before the first are timed for comparison"
+        require(2 <= first <= last, f"profile.steps is [{first}, {last}]; {expected}")
