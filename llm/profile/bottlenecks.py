@@ -6,7 +6,7 @@ function states the model of its estimate. Gains are of the profiled step, and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import median_low
 from typing import NamedTuple, TypeAlias
 
@@ -20,6 +20,9 @@ ELEMENTWISE = frozenset((
     "mean", "mul", "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub", "sigmoid", "silu", "sqrt", "square", "sub",
     "sum", "tanh", "var", "where",
 ))  # fmt: skip
+REACHED = 1 / 3  # of the roofline: what a part of the model is expected to reach, so that less is worth a look
+LAUNCH_MS = 0.025  # of a CPU for one operation beside its arithmetic: Python, dispatch and autograd
+READS = frozenset(("item", "_local_scalar_dense", "is_nonzero"))
 UNFUSED = 4  # kinds of elementwise operation in a part, at least: a fused part has two, and some additions
 Records: TypeAlias = Sequence[Record]
 
@@ -143,30 +146,34 @@ def host_syncs(records: Records) -> Iterator[Finding]:
 def unfused_parts(records: Records) -> Iterator[Finding]:
     """A part of the model is made of many elementwise operations, each of which reads and writes its whole input.
 
-    Gain: fused they would take two passes, one forward and one backward. With n kinds of equal passes 1 - 2 / n of
-    their time goes. On a GPU their time is the part's, by their share of its operations.
+    Gain: fused they would take two passes, a forward and a backward one, as long as the longest of them now, and as
+    often as the rarest of them. On a GPU their time is the part's, by their share of its operations.
     """
     for name in (part.name for part in model_parts(records[0])):
-        kinds = elementwise_kinds(records[0], name)
-        if kinds < UNFUSED:
-            continue
-        ms = usual(records, lambda record, name=name: elementwise_ms(record, name))
-        advice = f"train.impl=auto (it is {records[0].layout.get('impl', 'unknown')}), or one fused operation"
-        yield finding(records, "unfused part", f"{name}, {kinds} kinds of pass", ms, ms * (1 - 2 / kinds), advice)
+        kinds = len({op.name for op in ops_of(records[0], name, ELEMENTWISE)})
+        if kinds >= UNFUSED:
+            ms = usual(records, lambda record, name=name: unfused_ms(record, name))
+            gain = usual(records, lambda record, name=name: unfused_ms(record, name, but_for_two_passes=True))
+            advice = f"train.impl=auto (it is {records[0].layout.get('impl', 'unknown')}), or one fused operation"
+            yield finding(records, "unfused part", f"{name}, {kinds} kinds of pass", ms, gain, advice)
 
 
-def elementwise_kinds(record: Record, part: str) -> int:
-    return len({op.name for op in record.ops if op.part == part and is_elementwise(op)})
+def ops_of(record: Record, part: str, names: Collection[str]) -> list[Op]:
+    """The listed operations of a part with these names, in place or not."""
+    return [op for op in record.ops if op.part == part and op.name.removeprefix("aten::").rstrip("_") in names]
 
 
-def is_elementwise(op: Op) -> bool:
-    return op.name.removeprefix("aten::").rstrip("_") in ELEMENTWISE
-
-
-def elementwise_ms(record: Record, part: str) -> float:
-    ops = [op for op in record.ops if op.part == part]
-    ms = sum(op.ms for op in ops if is_elementwise(op))
-    return ms if record.device == "cpu" else part_ms(record, part) * ratio(ms, sum(op.ms for op in ops))
+def unfused_ms(record: Record, part: str, *, but_for_two_passes: bool = False) -> float:
+    """The time of a part's elementwise operations; 0 where they are few."""
+    passes = ops_of(record, part, ELEMENTWISE)
+    if len({op.name for op in passes}) < UNFUSED:
+        return 0.0
+    ms = sum(op.ms for op in passes)
+    if record.device != "cpu":
+        ms = part_ms(record, part) * ratio(ms, sum(op.ms for op in record.ops if op.part == part))
+    whole = ratio(ms, sum(op.ms for op in passes))
+    fused = 2 * min(op.count for op in passes) * max(ratio(op.ms, op.count) for op in passes) * whole
+    return max(0.0, ms - fused) if but_for_two_passes else ms
 
 
 def recomputation(records: Records) -> Iterator[Finding]:
@@ -185,16 +192,29 @@ def recomputation(records: Records) -> Iterator[Finding]:
 def fixed_ms(record: Record) -> float:
     """The part of the model's passes that does not grow with the tokens in them.
 
-    That is adding up the gradients, as many as there are weights; and of two bounds the lower: what the model takes
-    above the roofline, and the host's cost of its operations (the mean time of the cheapest listed one for each, and
-    Python's, without the profiler's overhead). On a GPU the second is the time without a kernel.
+    That is adding up the gradients, as many as there are weights; and what the parts take above REACHED of the
+    roofline, but no more than the host needs for its operations: LAUNCH_MS each on a CPU, a GPU's time without a kernel.
     """
-    above = sum(max(0.0, part_ms(record, p.name) - roofline_ms(record, p.name)) for p in model_parts(record))
-    host = record.host_time.gap_ms - record.loader.wait_ms
-    if record.device == "cpu":
-        cheapest = min((op.ms / op.count for op in record.ops if op.count > 0), default=0.0)
-        host += record.host_time.launches * cheapest - overhead_ms(record)
+    above = sum(max(0.0, own_ms(record, part.name) - reachable_ms(record, part.name)) for part in model_parts(record))
+    launches = record.host_time.launches * LAUNCH_MS
+    host = launches if record.device == "cpu" else record.host_time.gap_ms - record.loader.wait_ms
     return part_ms(record, "gradients") + max(0.0, min(above, host))
+
+
+def own_ms(record: Record, name: str) -> float:
+    """A part's time without what other findings are about, and, on a CPU, without the profiler's share."""
+    ms = part_ms(record, name) - recompute_ms(record, name) - unfused_ms(record, name)
+    if record.device != "cpu":
+        return ms
+    reads = sum(op.ms for op in ops_of(record, name, READS))
+    calls = ratio(sum(op.count for op in record.ops if op.part == name), sum(op.count for op in record.ops))
+    return ms - reads - overhead_ms(record) * calls
+
+
+def reachable_ms(record: Record, name: str) -> float:
+    """What a part's forward and backward passes take at REACHED of the roofline."""
+    once = 1 - ratio(recompute_ms(record, name), part_ms(record, name))
+    return roofline_ms(record, name) * once / REACHED
 
 
 def model_parts(record: Record) -> list[Part]:
@@ -276,23 +296,20 @@ def slow_update(records: Records) -> Iterator[Finding]:
 
 
 def below_roofline(records: Records) -> Iterator[Finding]:
-    """A part of the model takes far longer than its arithmetic and its bytes need. Gain: down to twice the roofline.
+    """A part of the model takes far longer than its arithmetic and its bytes need. Gain: up to REACHED of the roofline.
 
-    Of an unfused part the elementwise operations are left out here; and recomputation, of every part.
+    Recomputation, the elementwise operations of an unfused part and what the host reads are findings of their own.
     """
     advice = {
         "attention": "train.impl=auto and, on a GPU, train.precision=bf16",
         "head_loss": "model.vocab_size a multiple of 128; train.impl=auto",
     }
     usually = "a larger train.micro_batch_size or model.d_model; on a GPU train.precision=bf16"
-    for part in model_parts(records[0]):
-        name = part.name
-        ms = usual(records, lambda record, name=name: part_ms(record, name) - recompute_ms(record, name))
-        if elementwise_kinds(records[0], name) >= UNFUSED:
-            ms -= usual(records, lambda record, name=name: elementwise_ms(record, name))
-        least = usual(records, lambda record, name=name: roofline_ms(record, name))
-        where = f"{name}, at {ratio(least, ms):.0%} of the machine's roofline"
-        yield finding(records, "slow part", where, ms, ms - 2 * least, advice.get(name, usually))
+    for name in (part.name for part in model_parts(records[0])):
+        ms = usual(records, lambda record, name=name: own_ms(record, name))
+        least = usual(records, lambda record, name=name: reachable_ms(record, name))
+        where = f"{name}, at {ratio(least * REACHED, ms):.0%} of the machine's roofline"
+        yield finding(records, "slow part", where, ms, ms - least, advice.get(name, usually))
 
 
 def memory_peak(records: Records) -> Iterator[Finding]:

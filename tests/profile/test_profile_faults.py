@@ -30,15 +30,15 @@ from llm.train.run_folder import RunFolder
 from llm.train.start import Run
 from pool import RankPool
 
-CPU, T, V = torch.device("cpu"), 64, 512
+CPU = torch.device("cpu")
 # Nothing of its own stands out: most of its time goes to matrix products, of which the machine does these well.
 HEALTHY = RunConfig(
-    model=ModelConfig(n_layer=2, n_head=2, d_model=128, d_ff=2048, vocab_size=V, max_seq_len=T),
-    data=DataConfig(seq_len=T),
+    model=ModelConfig(n_layer=2, n_head=2, d_model=128, d_ff=2048, vocab_size=512, max_seq_len=64),
+    data=DataConfig(seq_len=64),
     optim=OptimConfig(lr=1e-3, warmup_steps=0),
     parallel=ParallelConfig(timeout_seconds=60),
-    train=TrainConfig(engine="plain", global_batch_size=16, micro_batch_size=8, max_steps=6),
-    profile=ProfileConfig(steps=(4, 5)),
+    train=TrainConfig(engine="plain", global_batch_size=16, micro_batch_size=8, max_steps=7),
+    profile=ProfileConfig(steps=(4, 6)),
 )
 
 
@@ -53,7 +53,10 @@ class RandomTokens:
 
     def next_step(self) -> Step:
         size, length = self.config.train.micro_batch_size, self.config.data.seq_len
-        batches = [Batch(torch.randint(V, (size, length + 1)), torch.arange(size)) for _ in range(self.count)]
+        batches = [
+            Batch(torch.randint(self.config.model.vocab_size, (size, length + 1)), torch.arange(size))
+            for _ in range(self.count)
+        ]
         return Step(batches, self.config.train.global_batch_size * length)
 
     def epochs(self) -> dict[str, float]:
@@ -80,24 +83,25 @@ def slow_rank(patch: Patch, rank: int) -> None:
 
 
 def slow_loader(patch: Patch, rank: int) -> None:
-    """Each step's samples take a tenth of a second."""
+    """Each step's samples take three tenths of a second."""
     healthy = RandomTokens.next_step
 
     def next_step(self: RandomTokens) -> Step:
-        time.sleep(0.1)
+        time.sleep(0.3)
         return healthy(self)
 
     patch(RandomTokens, "next_step", next_step)
 
 
 def item_per_layer(patch: Patch, rank: int) -> None:
-    """Each layer's attention is watched: its first positions are read, number by number."""
+    """Each layer's attention is watched: a number of it is read, again and again."""
     healthy = CausalAttention.forward
 
     def forward(self: CausalAttention, *inputs: Any) -> Tensor:
         out = healthy(self, *inputs)
-        for number in out.detach().flatten()[:2_000].unbind():
-            number.item()
+        total = out.detach().sum()
+        for _ in range(5_000):
+            total.item()
         return out
 
     patch(CausalAttention, "forward", forward)
@@ -139,15 +143,17 @@ def changed(section: str, config: RunConfig = HEALTHY, **values: Any) -> RunConf
     return replace(config, **{section: replace(getattr(config, section), **values)})
 
 
-many_small = changed("train", global_batch_size=64, micro_batch_size=1)
-narrow = changed("model", d_model=32, d_ff=32)
+many_small = changed("train", global_batch_size=32, micro_batch_size=1)
+narrow = changed("model", d_model=32, d_ff=32, vocab_size=64)
+short = changed("data", narrow, seq_len=16)
+long = changed("train", global_batch_size=32, micro_batch_size=16)
 # By the finding's name: what is planted, and in what.
 FAULTS: dict[str, tuple[Callable[[Patch, int], None], RunConfig]] = {
     "slow rank": (slow_rank, HEALTHY),
     "slow loader": (slow_loader, HEALTHY),
     "host synchronisation": (item_per_layer, narrow),
-    "unfused part": (unfused_norm, changed("train", narrow, global_batch_size=128, micro_batch_size=64)),
-    "recomputation": (nothing, changed("train", activation_checkpointing="full")),
+    "unfused part": (unfused_norm, changed("train", short, global_batch_size=512, micro_batch_size=256)),
+    "recomputation": (nothing, changed("train", long, activation_checkpointing="full")),
     "small micro-batches": (nothing, changed("data", changed("model", many_small, d_ff=256), seq_len=8)),
     "exposed collective": (exposed_collective, HEALTHY),
 }
