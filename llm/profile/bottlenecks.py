@@ -193,7 +193,8 @@ def fixed_ms(record: Record) -> float:
     """The part of the model's passes that does not grow with the tokens in them.
 
     That is adding up the gradients, as many as there are weights; and what the parts take above REACHED of the
-    roofline, but no more than the host needs for its operations: LAUNCH_MS each on a CPU, a GPU's time without a kernel.
+    roofline, but no more than the host needs for its operations: LAUNCH_MS each on a CPU; a GPU's time without a
+    kernel.
     """
     above = sum(max(0.0, own_ms(record, part.name) - reachable_ms(record, part.name)) for part in model_parts(record))
     launches = record.host_time.launches * LAUNCH_MS
