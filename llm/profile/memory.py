@@ -152,7 +152,7 @@ def _place() -> str:
     while frame.f_back is not None:
         path = frame.f_code.co_filename
         found = max(path.rfind(room) for room in OURS)
-        if found >= 0 and "/site-packages/" not in path and "/profile/" not in path:
+        if found >= 0 and "/site-packages/" not in path and "/llm/profile/" not in path:
             return f"{path[found + 1 :]}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"

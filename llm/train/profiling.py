@@ -138,7 +138,7 @@ class Profiler:
         """Measure the machine and start the profiler on all ranks; False where the profile cannot be written."""
         run = self.run
         run.heartbeat.enter("profile")
-        if not self._all_managed(lambda: window.folder.mkdir(0o700, parents=True, exist_ok=True) if run.lead else None):
+        if not self._all_managed(lambda: empty_folder(window.folder) if run.lead else None):
             return False
         window.machine = measure(run.device, DTYPES[run.config.train.precision])
         window.recording = profile(activities=self.activities, record_shapes=True, acc_events=True)
@@ -281,3 +281,11 @@ class Profiler:
             self.run.ballot.wanted = self.run.ballot.requested = 0
             self._plan(number + 1 + steps, number + 2 * steps)
             self.say(f"profiling steps {number + 1 + steps} to {number + 2 * steps}, as asked")
+
+
+def empty_folder(folder: Path) -> None:
+    """Make the folder of a profile, without what an earlier one has left there: it may be of more ranks."""
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    for pattern in ("rank-*.json", "trace-rank-*.json.gz", "timeline.json.gz", "report.*"):
+        for path in folder.glob(pattern):
+            path.unlink()
