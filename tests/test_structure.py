@@ -85,6 +85,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "setup.py": None,
     "docs": set(),
     "docs/recording.py": {"rich"},
+    "docs/profile_pictures.py": {"llm.profile"},
     "benchmarks": None,
     "tests": None,
 }  # fmt: skip

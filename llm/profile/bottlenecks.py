@@ -189,17 +189,25 @@ def recomputation(records: Records) -> Iterator[Finding]:
     yield finding(records, "recomputation", f"train.activation_checkpointing={kind}", ms, ms, advice)
 
 
-def fixed_ms(record: Record) -> float:
-    """The part of the model's passes that does not grow with the tokens in them.
+def above_ms(record: Record) -> float:
+    """What the model's parts take above REACHED of the roofline."""
+    return sum(max(0.0, own_ms(record, part.name) - reachable_ms(record, part.name)) for part in model_parts(record))
 
-    That is adding up the gradients, as many as there are weights; and what the parts take above REACHED of the
-    roofline, but no more than the host needs for its operations: LAUNCH_MS each on a CPU; a GPU's time without a
+
+def fixed_ms(record: Record) -> float:
+    """The part of `above_ms` that does not grow with the tokens of a micro-batch.
+
+    All of it, but no more than the host needs for its operations: LAUNCH_MS each on a CPU; a GPU's time without a
     kernel.
     """
-    above = sum(max(0.0, own_ms(record, part.name) - reachable_ms(record, part.name)) for part in model_parts(record))
     launches = record.host_time.launches * LAUNCH_MS
     host = launches if record.device == "cpu" else record.host_time.gap_ms - record.loader.wait_ms
-    return part_ms(record, "gradients") + max(0.0, min(above, host))
+    return max(0.0, min(above_ms(record), host))
+
+
+def micro_batches(record: Record) -> int:
+    """How often a step goes through the model."""
+    return max(1, int(record.layout.get("grad_accum", 1)))
 
 
 def own_ms(record: Record, name: str) -> float:
@@ -223,10 +231,13 @@ def model_parts(record: Record) -> list[Part]:
 
 
 def small_micro_batches(records: Records) -> Iterator[Finding]:
-    """A step goes through the model several times with few tokens. Gain: `fixed_ms` of all times but one."""
-    layout = records[0].layout
-    times, samples = int(layout.get("grad_accum", 1)), int(layout.get("micro_batch", 1))
-    fixed = usual(records, fixed_ms)
+    """A step goes through the model several times with few tokens.
+
+    Gain: of all times but one `fixed_ms`, and adding up the gradients, which are as many as the weights each time.
+    """
+    layout, times = records[0].layout, micro_batches(records[0])
+    samples = int(layout.get("micro_batch", 1))
+    fixed = usual(records, lambda record: fixed_ms(record) + part_ms(record, "gradients"))
     if times > 1:
         where = f"{times} micro-batches of {samples} x {layout.get('seq_len', '?')} tokens a step"
         advice = f"train.micro_batch_size up to {samples * times}, as memory allows (it is {samples})"
@@ -239,7 +250,7 @@ def host_gaps(records: Records) -> Iterator[Finding]:
     Gain: half of it, for each token, when twice as many tokens go through the model at once.
     """
     gap = usual(records, lambda r: max(0.0, r.host_time.gap_ms - r.loader.wait_ms - overhead_ms(r)))
-    if int(records[0].layout.get("grad_accum", 1)) == 1:
+    if micro_batches(records[0]) == 1:
         launches = usual(records, lambda record: record.host_time.launches)
         advice = "twice train.micro_batch_size (and train.global_batch_size): the same launches for twice the tokens"
         yield finding(records, "host gaps", f"between {launches:.0f} launches a step", gap, gap / 2, advice)
@@ -299,7 +310,8 @@ def slow_update(records: Records) -> Iterator[Finding]:
 def below_roofline(records: Records) -> Iterator[Finding]:
     """A part of the model takes far longer than its arithmetic and its bytes need. Gain: up to REACHED of the roofline.
 
-    Recomputation, the elementwise operations of an unfused part and what the host reads are findings of their own.
+    Recomputation, the elementwise operations of an unfused part, what the host reads and what small micro-batches cost
+    are findings of their own.
     """
     advice = {
         "attention": "train.impl=auto and, on a GPU, train.precision=bf16",
@@ -309,8 +321,9 @@ def below_roofline(records: Records) -> Iterator[Finding]:
     for name in (part.name for part in model_parts(records[0])):
         ms = usual(records, lambda record, name=name: own_ms(record, name))
         least = usual(records, lambda record, name=name: reachable_ms(record, name))
+        left = usual(records, lambda r: 1 - (1 - 1 / micro_batches(r)) * ratio(fixed_ms(r), above_ms(r)))
         where = f"{name}, at {ratio(least * REACHED, ms):.0%} of the machine's roofline"
-        yield finding(records, "slow part", where, ms, ms - least, advice.get(name, usually))
+        yield finding(records, "slow part", where, ms, (ms - least) * left, advice.get(name, usually))
 
 
 def memory_peak(records: Records) -> Iterator[Finding]:

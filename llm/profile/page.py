@@ -29,7 +29,7 @@ def render(report: dict[str, Any]) -> str:
         "<h2>Ranks</h2>" + ranks_chart(report),
         "<h2>Collectives</h2>" + collectives(report),
         "<h2>The host</h2>" + host(report),
-        "<h2>Memory</h2>" + memory_chart(report) + memory(report),
+        "<h2>Memory</h2>" + memory_chart(report) + peak_chart(report) + memory(report),
     ]
     return PAGE.format(body="\n".join(sections))
 
@@ -99,15 +99,21 @@ def ranks_chart(report: dict[str, Any]) -> str:
 
 
 def memory_chart(report: dict[str, Any], height: int = 160) -> str:
-    """Live bytes over the step, and the peak by category."""
+    """Live bytes over the step."""
     found = report["memory"]
     points = found["over_step"]
     longest, most = max((ms for ms, _ in points), default=0) or 1, max((size for _, size in points), default=0) or 1
     line = " ".join(f"{ms / longest * WIDTH:.1f},{height - size / most * (height - 20):.1f}" for ms, size in points)
     curve = f'<polygon points="0,{height} {line} {WIDTH},{height}" fill="{COLOURS[0]}" fill-opacity="0.3"/>'
     curve += text(4, 13, f"{in_bytes(most)} at most over {number(longest)} ms of rank {found['rank']}")
+    return svg(height, curve)
+
+
+def peak_chart(report: dict[str, Any]) -> str:
+    """The peak by category."""
+    found = report["memory"]
     kinds = [*found["categories"].items(), ("unattributed", found["unattributed_bytes"])]
-    return svg(height, curve) + bars([(name, [size / 1e6]) for name, size in kinds], (), "MB")
+    return bars([(name, [size / 1e6]) for name, size in kinds], (), "MB")
 
 
 def bars(rows: Sequence[tuple[str, Sequence[float]]], legend: Sequence[str], unit: str) -> str:

@@ -123,6 +123,12 @@ def test_few_launches_bound_what_larger_micro_batches_gain() -> None:
     assert gains == [pytest.approx((400 * 0.025 + 1) * 15 / 16)]
 
 
+def test_what_small_micro_batches_cost_is_no_slow_part() -> None:
+    found = bottlenecks([many_micro_batches(record(rank)) for rank in range(2)])
+    gains = [each.gain_ms for each in found if each.name == "slow part"]
+    assert gains and sum(gains) == pytest.approx((34 + 36 - 0.8 * 10 * 3 - 2 * 9 / 141) / 16)
+
+
 def test_the_profilers_share_goes_to_the_part_with_most_operations() -> None:
     slowed = [longer("qkv", 40.0, record(rank)) for rank in range(2)]
     slowed = [replace(each, unprofiled_step_ms=75.0, ops=(Op("aten::item", "qkv", 4000, 1.0),)) for each in slowed]
