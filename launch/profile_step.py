@@ -1,8 +1,8 @@
 """Profile a few training steps: `deepspeed --num_gpus 2 launch/profile_step.py --config launch/configs/tiny-cpu.yaml`.
 
 Runs as launch/pretrain.py does, under any launcher and layout and with its settings, for a few steps: 3 to warm up,
-N timed, N profiled, and one for the memory. It starts from new weights, saves no checkpoint and writes the profile to
-runs/<name>-profile, or to --out, then says what slows the step. See docs/profiling.md.
+N timed, N profiled, and one for the memory. It starts from new weights, saves no checkpoint, writes the profile to
+runs/<name>-profile or to --out, and says what slows the step. `--compare A B` says what changed between two profiles.
 """
 
 import sys
@@ -16,7 +16,7 @@ import shlex
 from dataclasses import replace
 
 from llm.cluster.preflight import check_machine
-from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.cluster.ranks import Ranks, choose_device, export, strip_local_rank
 from llm.cluster.script import run_script
 from llm.cluster.signals import Stop
 from llm.config.parse import parse_config
@@ -33,6 +33,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="Steps to profile (default: 5).")
     parser.add_argument("--out", type=Path, metavar="DIR", help="The profile's folder (default: runs/<name>-profile).")
     parser.add_argument("--prepare", action="store_true", help="Prepare the data first, where that is not done.")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="Folders of profiles; runs nothing.")
     if "--help" in argv or "-h" in argv:
         parser.print_help()
     try:
@@ -45,34 +46,27 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def profile_step(ranks: Ranks, stop: Stop) -> None:
     own, rest = parse(strip_local_rank(sys.argv[1:]))
-    config, first = parse_config(rest, prog="profile_step.py"), WARM_UP + own.steps + 1
-    last = first + own.steps - 1
+    if own.compare is not None:
+        from llm.profile.compare import compare
+
+        return compare(*own.compare)
+    config, first, last = parse_config(rest, prog="profile_step.py"), WARM_UP + own.steps + 1, WARM_UP + 2 * own.steps
     train = replace(config.train, max_steps=max(config.train.max_steps, last + 1), init_from=None)
     quiet = LoggingConfig(tensorboard=False, sample_tokens=0)
     config = replace(config, name=f"{config.name}-profile", train=train, checkpoint=CheckpointConfig(), logging=quiet)
     config = replace(config, profile=ProfileConfig((first, last)))
     config.check_world(ranks.world_size)
     check_machine(engine=config.train.engine, loader=config.data.loader, environ=os.environ)
-    from llm.data.corpora import require_prepared
-    from llm.train.run_folder import RUNS, RunFolder
-
-    folder = RunFolder(RUNS, config.name)
     if not own.prepare:
+        from llm.data.corpora import require_prepared
+
         require_prepared(config, shlex.join(["python", str(Path(sys.argv[0]).parent / "prepare_data.py"), *rest]))
     export(ranks, os.environ)
 
-    import torch
-
     from llm.train.profile_run import take_profile
 
-    device = choose_device(ranks)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
-    lock = folder.claim() if ranks.rank == 0 else None
-    initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
-    out = own.out or folder.path
-    take_profile(config, ranks, device, stop, out, prepare=own.prepare)
-    if lock is not None:
+    out = take_profile(config, ranks, choose_device(ranks), stop, own.out, prepare=own.prepare)
+    if ranks.rank == 0:
         from llm.profile.report import write_report
 
         write_report(out)

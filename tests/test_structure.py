@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/cluster": {"torch", "mpi4py", "packaging", "psutil", "llm.config", "llm.errors", "llm.sinks", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
-    "llm/profile": {"torch", "llm.errors", "llm.files", "llm.typed", "llm.profile"},
+    "llm/profile": {"torch", "llm.errors", "llm.files", "llm.sinks", "llm.typed", "llm.profile"},
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },
@@ -85,6 +85,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "setup.py": None,
     "docs": set(),
     "docs/recording.py": {"rich"},
+    "docs/profile_pictures.py": {"llm.profile"},
     "benchmarks": None,
     "tests": None,
 }  # fmt: skip

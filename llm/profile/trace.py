@@ -31,7 +31,13 @@ Span: TypeAlias = tuple[float, float]
 NODE = "autograd::engine::evaluate_function: "
 COLLECTIVES = ("c10d::", "_c10d_functional::", "gloo:", "nccl:", "mpi:")
 NO_ARITHMETIC = (*COLLECTIVES, "autograd::", "torch::autograd", "profiler::")
-SYNCS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+SYNCS = (
+    "aten::item",
+    "aten::_local_scalar_dense",
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+)
 READS = ("aten::item", "aten::is_nonzero", "aten::equal", "aten::allclose")
 PHASES = ("forward", "backward", "recompute")
 NCCL_SIZES = {"BFloat16": 2, "Half": 2, "Long": 8, "Byte": 1}
