@@ -104,7 +104,9 @@ def check(record: Record, rank: int, settings: dict[str, Any]) -> None:
     assert (parts["feed_forward"].recompute_ms > 0) == (recomputes == "full")
     names = {collective.name for collective in record.collectives}
     assert "vote" in names and len(names) > 1
-    assert all(collective.group_size == 2 for collective in record.collectives)
+    sizes = {record.layout["tp"], record.layout["dp"], 2}
+    assert {collective.group_size for collective in record.collectives} <= sizes
+    assert [collective.count for collective in record.collectives if collective.name == "vote"] == [1]
     assert all(0 <= collective.exposed_ms <= collective.ms * 1.001 for collective in record.collectives)
     memory = record.memory
     assert abs(memory.unattributed_bytes) <= 0.03 * memory.peak_bytes, memory
