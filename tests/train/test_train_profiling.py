@@ -25,7 +25,7 @@ from tiny_run import case
 
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": dict(train=dict(engine="plain")),
-    "plain, recomputing": dict(train=dict(engine="plain", activation_checkpointing="full")),
+    "plain, recomputing": dict(train=dict(engine="plain", activation_checkpointing="full", micro_batch_size=4)),
     "TP 2, sequence parallel": dict(
         train=dict(engine="deepspeed"), parallel=dict(tensor_parallel=2, sequence_parallel=True)
     ),
@@ -72,6 +72,7 @@ def run(config: RunConfig, root: Path, request: str | None = None) -> list[str]:
 @pytest.mark.parametrize("name", slow_but(["plain, recomputing"], ENGINES))
 def test_a_profile_is_whole_and_changes_nothing(name: str, two_ranks: RankPool, tmp_path: Path) -> None:
     settings = ENGINES[name]
+    settings = settings | {"train": settings["train"] | {"max_steps": 7}}
     two_ranks.run(run, config((5, 6), **settings), tmp_path / "profiled")
     two_ranks.run(run, config(None, **settings), tmp_path / "plain")
     assert losses(tmp_path / "profiled") == losses(tmp_path / "plain")
