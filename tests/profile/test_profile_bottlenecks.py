@@ -18,6 +18,7 @@ PASSES = ("mul", "sub", "mean", "pow", "rsqrt")
 def unfused(found: Record) -> Record:
     """Norms of 90 passes of half a millisecond, in place of 9 of each kind; and a short operation for each norm."""
     passes = [Op(f"aten::{name}", "norm", 18, 9.0) for name in PASSES]
+    found = replace(found, layout=LAYOUT | {"impl": "reference"})
     return replace(longer("norm", 60.0, found), ops=(*passes, Op("aten::sqrt_", "norm", 9, 0.1)))
 
 
@@ -35,7 +36,7 @@ CASES: dict[str, tuple[list[Record], float, str]] = {
         [record(r, syncs=(Sync("llm/model/gpt.py:70", 64, 40.0), Sync("x.py:1", 1, 0.1))) for r in range(2)],
         40.0, "gpt.py:70 64 times logging.interval",
     ),
-    "unfused part": ([unfused(record(r)) for r in range(2)], 45.1 - 2 * 9 * 0.5, "norm train.impl"),
+    "unfused part": ([unfused(record(r)) for r in range(2)], 45.1 - 2 * 9 * 0.5, "norm fused train.impl=auto"),
     "recomputation": (
         [longer("qkv", 35.0, record(r, layout=LAYOUT | {"recompute": "full"}), "recompute_ms") for r in (0, 1)], 35.0,
         "train.activation_checkpointing=none",
@@ -160,6 +161,13 @@ def test_on_a_gpu_a_wait_costs_no_more_than_the_idle_time() -> None:
     waits = (Sync("llm/train/loop.py:80", 4, 60.0),)
     first = bottlenecks([on_gpu(record(rank, syncs=waits, host_time=Host(900, 12.0, 9.0))) for rank in range(2)])[0]
     assert first.name == "host synchronisation" and first.ms == 60.0 and first.gain_ms == 12.0
+
+
+def test_on_a_gpu_small_micro_batches_cost_the_time_without_a_kernel() -> None:
+    layout, idle = LAYOUT | {"grad_accum": 4}, Host(900, 22.2, 9.0)
+    found = bottlenecks([on_gpu(record(rank, layout=layout, host_time=idle)) for rank in range(2)])
+    gains = {each.name: each.gain_ms for each in found}
+    assert gains["small micro-batches"] == pytest.approx((22.2 - 0.2 - 2.0 + 1.0) * 3 / 4)
 
 
 def test_on_a_gpu_recomputation_is_a_share_of_the_kernels() -> None:
