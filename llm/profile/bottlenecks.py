@@ -198,11 +198,13 @@ def above_ms(record: Record) -> float:
 def fixed_ms(record: Record) -> float:
     """What the model's passes take that does not grow with their tokens.
 
-    On a CPU `above_ms`, but no more than LAUNCH_MS for each operation; on a GPU its time without a kernel.
+    On a GPU its time without a kernel, less the profiler's overhead. On a CPU `above_ms`, but no more than the time
+    between its operations, or LAUNCH_MS for each if that is more.
     """
+    idle = record.host_time.gap_ms - record.loader.wait_ms
     if record.device == "cpu":
-        return min(above_ms(record), record.host_time.launches * LAUNCH_MS)
-    return max(0.0, record.host_time.gap_ms - record.loader.wait_ms - overhead_ms(record))
+        return min(above_ms(record), max(idle, record.host_time.launches * LAUNCH_MS))
+    return max(0.0, idle - overhead_ms(record))
 
 
 def micro_batches(record: Record) -> int:
