@@ -64,7 +64,7 @@ def bytes_moved(name: str, dims: Sequence[Any], kinds: Sequence[str]) -> float:
     sizes = [
         (prod(shape), SIZES.get(kind, 0))
         for shapes, kind in zip(dims, kinds, strict=False)
-        for shape in _shapes(shapes)
+        for shape in shapes_of(shapes)
     ]
     inputs = [count * size for count, size in sizes]
     if not inputs:
@@ -77,10 +77,10 @@ def bytes_moved(name: str, dims: Sequence[Any], kinds: Sequence[str]) -> float:
     return float(sum(inputs)) + (0 if short in NO_OUTPUT or not name else max(inputs))
 
 
-def _shapes(dims: Any) -> Iterator[list[int]]:
+def shapes_of(dims: Any) -> Iterator[list[int]]:
     """The shapes of a tensor, or of a list of them; none of a number."""
     if dims and isinstance(dims[0], list):
         for inner in dims:
-            yield from _shapes(inner)
+            yield from shapes_of(inner)
     elif isinstance(dims, list):
         yield dims

@@ -4,7 +4,9 @@ A block that was allocated in the step is
 
 - a gradient, if the forward and backward passes made it outside the model's forward pass and the update finds it,
 - an activation, if a layer's forward pass made it and it outlives that layer's range,
-- else temporary: workspaces, gradients of activations, buffers of engines and of communication.
+- else temporary: workspaces, gradients of activations.
+
+What lives before the step is a weight, a gradient or a moment, or else a buffer of the engine's, temporary too.
 """
 
 from __future__ import annotations
@@ -45,24 +47,20 @@ class Block:
     died_at: float = float("inf")
 
 
-def live_blocks(tensors: Iterable[tuple[str, str, Tensor]], device: torch.device) -> dict[int, Block]:
-    """The storages on `device` of (category, owner, tensor), by address; the first that names one has it."""
+def live_blocks(known: Iterable[tuple[str, str, Tensor]], device: torch.device) -> dict[int, Block]:
+    """The storages that live on `device`, by address: of (category, owner, tensor), and all others as "buffers".
+
+    Others are those that Python can reach, but memory that is only borrowed, such as the loader's. The first has it.
+    """
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
+    here = [each for each in tensors if each.device.type == device.type and each.layout == torch.strided]
+    buffers = (("temporary", "buffers", each) for each in here if each.untyped_storage().resizable())
     found: dict[int, Block] = {}
-    for category, owner, tensor in tensors:
-        if tensor.device.type == device.type and tensor.untyped_storage().nbytes():
-            storage = tensor.untyped_storage()
+    for category, owner, tensor in (*known, *buffers):
+        storage = tensor.untyped_storage()
+        if tensor.device.type == device.type and storage.nbytes():
             found.setdefault(storage.data_ptr(), Block(storage.nbytes(), owner, category, -1))
     return found
-
-
-def allocated(device: torch.device) -> int:
-    """Bytes of live tensors: a GPU's as its allocator says, a CPU's those of the tensors that Python can reach."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
-    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
-    # Memory that is only borrowed, such as the loader's, is not resizable.
-    return sum({each.data_ptr(): each.nbytes() for each in storages if each.resizable()}.values())
 
 
 @dataclass

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from llm.profile.costs import bytes_moved, fused_attention, matmul_flops
+from llm.profile.costs import bytes_moved, fused_attention, matmul_flops, shapes_of
 from llm.profile.ranges import CONTAINERS, PARTS, PREFIX
 from llm.profile.record import Collective, Host, Op, Part, Sync
 
@@ -84,8 +84,8 @@ class Sweep:
     bytes: dict[str | None, float] = field(default_factory=lambda: defaultdict(float))
     idle: list[tuple[float, float, str | None, str]] = field(default_factory=list)
     """Stretches in which the host computes nothing, with part and phase."""
-    launches: list[tuple[float, str]] = field(default_factory=list)
-    """When each collective was called, and in what."""
+    launches: list[tuple[float, str, str, list[Any]]] = field(default_factory=list)
+    """When each collective was called, its name, in what, and the shapes of each of its arguments."""
     launched_in: dict[int, str | None] = field(default_factory=dict)
     """The part of each kernel, by its correlation number."""
     calls: int = 0
@@ -141,7 +141,9 @@ class Sweep:
             self.syncs[-1].append((part, end - event["ts"]))
         if name.startswith("c10d::"):
             inside = [each.name for each in self.stack]
-            self.launches.append((event["ts"], next((n for n in inside if n.startswith("_c10d")), inside[-1])))
+            caller = next((each for each in inside if each.startswith("_c10d")), inside[-1])
+            shapes = [[*shapes_of(dims)] for dims in args.get("Input Dims", [])]
+            self.launches.append((event["ts"], name, caller, shapes))
         if "correlation" in args:
             self.launched_in[args["correlation"]] = part
         self.ops[name, part][0] += 1
@@ -300,16 +302,20 @@ class UnderWay:
 
 
 def _gloo(events: list[Event], sweep: Sweep, groups: dict[str, int]) -> list[UnderWay]:
-    """Each is the last that was called before it began; its group follows from what called it."""
-    found, starts = [], [start for start, _ in sweep.launches]
-    for event in events:
-        if event["ph"] == "X" and event["name"].startswith("gloo:") and starts and event["ts"] >= starts[0]:
-            caller = sweep.launches[bisect_right(starts, event["ts"]) - 1][1]
+    """Each is the last call before it with its shapes that is none's yet; its group follows from what called it."""
+    found, calls = [], [*sweep.launches]
+    for event in sorted((e for e in events if e["ph"] == "X" and e["name"].startswith("gloo:")), key=lambda e: e["ts"]):
+        dims, start = event["args"].get("Input Dims", []), event["ts"]
+        before = [call for call in calls if call[0] <= start and [*shapes_of(dims)] in call[3]]
+        if before:
+            calls.remove(before[-1])
+            _, called, caller, _ = before[-1]
             vote = caller == PREFIX + "vote"
             size = groups["world" if vote else "tp" if caller.startswith("_c10d") else "dp"]
-            moved = bytes_moved("", event["args"].get("Input Dims", []), event["args"].get("Input type", []))
-            name = "vote" if vote else event["name"].removeprefix("gloo:")
-            found.append(UnderWay(name, size, moved, event["ts"], event["ts"] + event["dur"], on_host=True, vote=vote))
+            name = "reduce_scatter" if "reduce_scatter" in called else event["name"].removeprefix("gloo:")
+            name = "vote" if vote else name  # Gloo makes a reduce-scatter of an all-reduce
+            moved = bytes_moved("", dims, event["args"].get("Input type", []))
+            found.append(UnderWay(name, size, moved, start, start + event["dur"], on_host=True, vote=vote))
     return found
 
 

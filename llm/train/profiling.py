@@ -24,7 +24,7 @@ from llm.errors import CheckpointError, ReadError
 from llm.parallel.agreement import exchange
 from llm.plan.flops import visible_pairs
 from llm.profile.machine import measure
-from llm.profile.memory import WaitPlaces, allocated, analyse_memory, live_blocks
+from llm.profile.memory import WaitPlaces, analyse_memory, live_blocks
 from llm.profile.ranges import Ranges, mark_range
 from llm.profile.record import Loader, Machine, Record, Tokens
 from llm.profile.timeline import ALIGN, join_traces, trace_path
@@ -156,7 +156,8 @@ class Profiler:
         """The step whose allocations are recorded; then the records are written, and the profile is done."""
         run, self.window = self.run, None
         before = live_blocks(self._known(), run.device)
-        total, places = allocated(run.device), WaitPlaces()
+        total, places = sum(block.bytes for block in before.values()), WaitPlaces()
+        total = torch.cuda.memory_allocated(run.device) if self.on_gpu else total
         path = window.folder / f".memory-rank-{run.mesh.rank}.json"
         if self.on_gpu:
             torch.cuda.memory._record_memory_history(max_entries=100_000)

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from profiled_step import CPU, Data, config, new_engine, ranges, step
@@ -15,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm.profile.memory import WaitPlaces, allocated, analyse_memory, live_blocks
+from llm.profile.memory import WaitPlaces, analyse_memory, live_blocks
 from llm.profile.ranges import mark_range
 from llm.profile.trace import load
 
@@ -88,12 +89,14 @@ def test_the_categories_are_the_memory_that_lives_at_the_peak(profiled: Any) -> 
     assert len(memory.owners) == 10 and memory.owners[0].bytes >= memory.owners[-1].bytes
 
 
-def test_what_python_reaches_is_counted_once() -> None:
-    before = allocated(CPU)
-    tensor = torch.zeros(1_000_000)
-    view = tensor[5:]
-    assert 4_000_000 <= allocated(CPU) - before < 4_100_000
-    assert len(live_blocks([("weights", "a", tensor), ("weights", "b", view)], CPU)) == 1
+def test_what_lives_is_counted_once_and_what_is_borrowed_is_not() -> None:
+    before = live_blocks([], CPU)
+    tensor, borrowed = torch.zeros(1_000_000), torch.from_numpy(np.zeros(1_000_000, dtype=np.float32))
+    blocks = live_blocks([("weights", "a", tensor), ("weights", "b", tensor[5:])], CPU)
+    new = [block for address, block in blocks.items() if address not in before]
+    assert [(block.bytes, block.owner) for block in new if block.category == "weights"] == [(4_000_000, "a")]
+    assert sum(block.bytes for block in new) < 4_100_000 and borrowed.data_ptr() not in blocks
+    assert live_blocks([], CPU)[tensor.data_ptr()].owner == "buffers"
 
 
 def test_a_wait_is_placed_where_a_number_is_read() -> None:

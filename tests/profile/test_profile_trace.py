@@ -118,7 +118,7 @@ def test_what_follows_a_layer_and_its_backward_pass_are_the_layers() -> None:
 
 def test_a_gloo_collective_is_exposed_where_nothing_is_computed() -> None:
     gloo = event("gloo:all_reduce", 150, 700, "user_annotation", 9, **{"Input Dims": [[10]], "Input type": ["float"]})
-    launch = [event("c10d::allreduce_", 120, 121), gloo]
+    launch = [event("c10d::allreduce_", 120, 121, **{"Input Dims": [[[10]], [], []]}), gloo]
     found = analyse([*STEP, *launch], {"tp": 2, "dp": 3, "world": 6})
     (collective,) = found.collectives
     assert (collective.name, collective.group_size, collective.bytes) == ("all_reduce", 3, 40)
@@ -131,10 +131,13 @@ def test_a_gloo_collective_is_exposed_where_nothing_is_computed() -> None:
 
 
 def test_a_vote_is_exposed_only_where_it_is_waited_for() -> None:
+    two = {"Input Dims": [[2]], "Input type": ["long int"]}
     votes = [
-        event("ingot/vote", 910, 920), event("c10d::allreduce_", 912, 914), event("ingot/vote", 980, 990),
-        event("gloo:all_reduce", 913, 985, "user_annotation", 9, **{"Input Dims": [[2]], "Input type": ["long int"]}),
-    ]  # fmt: skip
+        event("ingot/vote", 910, 920),
+        event("c10d::allreduce_", 912, 914, **{"Input Dims": [[[2]]]}),
+        event("ingot/vote", 980, 990),
+        event("gloo:all_reduce", 913, 985, "user_annotation", 9, **two),
+    ]
     (collective,) = analyse([*STEP, *votes], {"tp": 2, "dp": 3, "world": 6}).collectives
     assert (collective.name, collective.group_size) == ("vote", 6)
     assert collective.exposed_ms == pytest.approx(0.012)
