@@ -25,7 +25,7 @@ SIZES = {"small": 1, "large": 8}  # micro-batches, by the run's name
 def profile(name: str, micro_batch_size: int) -> None:
     """Profile the first run's config on two ranks."""
     settings = [f"--name={name}", "--train.global_batch_size=16", f"--train.micro_batch_size={micro_batch_size}"]
-    script = ["launch/profile_step.py", "--config", "launch/configs/tiny-cpu.yaml", "--steps", "2", *settings]
+    script = ["launch/profile_step.py", "--config", "launch/configs/tiny-cpu.yaml", "--steps", "3", *settings]
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     subprocess.run([*deepspeed, *script, "--prepare"], cwd=ROOT, check=True)
 

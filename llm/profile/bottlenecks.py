@@ -154,7 +154,8 @@ def unfused_parts(records: Records) -> Iterator[Finding]:
         if kinds >= UNFUSED:
             ms = usual(records, lambda record, name=name: unfused_ms(record, name))
             gain = usual(records, lambda record, name=name: unfused_ms(record, name, but_for_two_passes=True))
-            advice = f"train.impl=auto (it is {records[0].layout.get('impl', 'unknown')}), or one fused operation"
+            impl = records[0].layout.get("impl", "unknown")
+            advice = "one fused operation" + ("" if impl == "auto" else f": train.impl=auto (it is {impl})")
             yield finding(records, "unfused part", f"{name}, {kinds} kinds of pass", ms, gain, advice)
 
 
@@ -195,19 +196,26 @@ def above_ms(record: Record) -> float:
 
 
 def fixed_ms(record: Record) -> float:
-    """The part of `above_ms` that does not grow with the tokens of a micro-batch.
+    """What the model's passes take that does not grow with their tokens.
 
-    All of it, but no more than the host needs for its operations: LAUNCH_MS each on a CPU; a GPU's time without a
-    kernel.
+    On a GPU its time without a kernel, less the profiler's overhead. On a CPU `above_ms`, but no more than the time
+    between its operations, or LAUNCH_MS for each if that is more.
     """
-    launches = record.host_time.launches * LAUNCH_MS
-    host = launches if record.device == "cpu" else record.host_time.gap_ms - record.loader.wait_ms
-    return max(0.0, min(above_ms(record), host))
+    idle = record.host_time.gap_ms - record.loader.wait_ms
+    if record.device == "cpu":
+        return min(above_ms(record), max(idle, record.host_time.launches * LAUNCH_MS))
+    return max(0.0, idle - overhead_ms(record))
 
 
 def micro_batches(record: Record) -> int:
     """How often a step goes through the model."""
     return max(1, int(record.layout.get("grad_accum", 1)))
+
+
+def repeated_share(record: Record) -> float:
+    """What larger micro-batches would gain of `above_ms`; on a GPU nothing, as that is the time of its kernels."""
+    again = 1 - 1 / micro_batches(record)
+    return again * ratio(fixed_ms(record), above_ms(record)) if record.device == "cpu" else 0.0
 
 
 def own_ms(record: Record, name: str) -> float:
@@ -321,7 +329,7 @@ def below_roofline(records: Records) -> Iterator[Finding]:
     for name in (part.name for part in model_parts(records[0])):
         ms = usual(records, lambda record, name=name: own_ms(record, name))
         least = usual(records, lambda record, name=name: reachable_ms(record, name))
-        left = usual(records, lambda r: 1 - (1 - 1 / micro_batches(r)) * ratio(fixed_ms(r), above_ms(r)))
+        left = usual(records, lambda record: 1 - repeated_share(record))
         where = f"{name}, at {ratio(least * REACHED, ms):.0%} of the machine's roofline"
         yield finding(records, "slow part", where, ms, (ms - least) * left, advice.get(name, usually))
 

@@ -94,7 +94,7 @@ def parts_chart(report: dict[str, Any]) -> str:
 
 def ranks_chart(report: dict[str, Any]) -> str:
     kinds = ("busy", "collectives", "loader")
-    rows = [(f"{r['rank']} {r['host']}", [r[f"{kind}_ms"] for kind in kinds]) for r in report["ranks"]]
+    rows = [(f"rank {r['rank']} {r['host']}", [r[f"{kind}_ms"] for kind in kinds]) for r in report["ranks"]]
     return bars(rows, ("busy", "exposed collectives", "waits for the loader"), "ms")
 
 

@@ -18,13 +18,14 @@ PASSES = ("mul", "sub", "mean", "pow", "rsqrt")
 def unfused(found: Record) -> Record:
     """Norms of 90 passes of half a millisecond, in place of 9 of each kind; and a short operation for each norm."""
     passes = [Op(f"aten::{name}", "norm", 18, 9.0) for name in PASSES]
+    found = replace(found, layout=LAYOUT | {"impl": "reference"})
     return replace(longer("norm", 60.0, found), ops=(*passes, Op("aten::sqrt_", "norm", 9, 0.1)))
 
 
-def many_micro_batches(found: Record, launches: int = 6_000) -> Record:
+def many_micro_batches(found: Record, launches: int = 6_000, gap_ms: float = 34.0) -> Record:
     """Sixteen times few tokens: norms reach 9 % of the roofline, attention 13 %."""
-    found = longer("norm", 30.0, longer("attention", 30.0, found))
-    return replace(found, layout=LAYOUT | {"micro_batch": 1, "grad_accum": 16}, host_time=Host(launches, 34.0, 32.2))
+    found, host = longer("norm", 30.0, longer("attention", 30.0, found)), Host(launches, gap_ms, gap_ms)
+    return replace(found, layout=LAYOUT | {"micro_batch": 1, "grad_accum": 16}, host_time=host)
 
 
 # What is wrong: (its finding's name, the ranks' records, what would be gained, words of where and of the advice).
@@ -35,7 +36,7 @@ CASES: dict[str, tuple[list[Record], float, str]] = {
         [record(r, syncs=(Sync("llm/model/gpt.py:70", 64, 40.0), Sync("x.py:1", 1, 0.1))) for r in range(2)],
         40.0, "gpt.py:70 64 times logging.interval",
     ),
-    "unfused part": ([unfused(record(r)) for r in range(2)], 45.1 - 2 * 9 * 0.5, "norm train.impl"),
+    "unfused part": ([unfused(record(r)) for r in range(2)], 45.1 - 2 * 9 * 0.5, "norm fused train.impl=auto"),
     "recomputation": (
         [longer("qkv", 35.0, record(r, layout=LAYOUT | {"recompute": "full"}), "recompute_ms") for r in (0, 1)], 35.0,
         "train.activation_checkpointing=none",
@@ -117,10 +118,11 @@ def test_a_rank_waiting_for_another_is_no_exposed_collective() -> None:
     assert not [each for each in found if each.name == "exposed collective" and each.gain_ms > 1]
 
 
-def test_few_launches_bound_what_larger_micro_batches_gain() -> None:
-    found = bottlenecks([many_micro_batches(record(rank), launches=400) for rank in range(2)])
+@pytest.mark.parametrize(("gap_ms", "bound"), [(4.0, 400 * 0.025), (34.0, 34.0 - 0.2)])
+def test_the_hosts_time_bounds_what_larger_micro_batches_gain(gap_ms: float, bound: float) -> None:
+    found = bottlenecks([many_micro_batches(record(rank), launches=400, gap_ms=gap_ms) for rank in range(2)])
     gains = [each.gain_ms for each in found if each.name == "small micro-batches"]
-    assert gains == [pytest.approx((400 * 0.025 + 1) * 15 / 16)]
+    assert gains == [pytest.approx((bound + 1) * 15 / 16)]
 
 
 def test_what_small_micro_batches_cost_is_no_slow_part() -> None:
@@ -160,6 +162,13 @@ def test_on_a_gpu_a_wait_costs_no_more_than_the_idle_time() -> None:
     waits = (Sync("llm/train/loop.py:80", 4, 60.0),)
     first = bottlenecks([on_gpu(record(rank, syncs=waits, host_time=Host(900, 12.0, 9.0))) for rank in range(2)])[0]
     assert first.name == "host synchronisation" and first.ms == 60.0 and first.gain_ms == 12.0
+
+
+def test_on_a_gpu_small_micro_batches_cost_the_time_without_a_kernel() -> None:
+    layout, idle = LAYOUT | {"grad_accum": 4}, Host(900, 22.2, 9.0)
+    found = bottlenecks([on_gpu(record(rank, layout=layout, host_time=idle)) for rank in range(2)])
+    gains = {each.name: each.gain_ms for each in found}
+    assert gains["small micro-batches"] == pytest.approx((22.2 - 0.2 - 2.0 + 1.0) * 3 / 4)
 
 
 def test_on_a_gpu_recomputation_is_a_share_of_the_kernels() -> None:
