@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SVG = ROOT / "docs/architecture.svg"
 ROOMS = (
     *("launch", "benchmarks", "kernels", "llm"),
-    *(f"llm/{name}" for name in ("parity", "train", "cluster", "checkpoint", "parallel", "data", "model", "plan")),
+    *(
+        f"llm/{name}"
+        for name in ("parity", "train", "cluster", "checkpoint", "parallel", "data", "model", "plan", "profile")
+    ),
 )
 READ_BY_ALL = ("llm/config", "llm/errors", "llm/files", "llm/locks", "llm/sinks", "llm/slices", "llm/typed")
 BOX, GAP, MARGIN, LINE = 236, 28, 20, 15  # pixels

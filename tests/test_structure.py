@@ -17,10 +17,10 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 14
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 15_290, "kernels": 4_379, "csrc": 2_397, "launch": 811, "benchmarks": 5_439}
-MAX_PRODUCT_LINES = 22_877  # all of these but the benchmarks
+BUDGETS = {"llm": 17_405, "kernels": 4_379, "csrc": 2_397, "launch": 887, "benchmarks": 5_439}
+MAX_PRODUCT_LINES = 25_068  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
-MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_235
+MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_240
 
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/cluster": {"torch", "mpi4py", "packaging", "psutil", "llm.config", "llm.errors", "llm.sinks", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
+    "llm/profile": {"torch", "llm.errors", "llm.files", "llm.sinks", "llm.typed", "llm.profile"},
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/train": {
         "torch", "triton", "numpy", "filelock", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.locks",
         "llm.sinks", "llm.slices", "llm.typed", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
-        "llm.cluster", "llm.plan", "llm.train",
+        "llm.cluster", "llm.plan", "llm.profile", "llm.train",
     },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/train/gpu_state.py": {"torch", "pynvml", "llm.sinks"},
@@ -85,6 +86,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "setup.py": None,
     "docs": set(),
     "docs/recording.py": {"rich"},
+    "docs/profile_pictures.py": {"llm.profile"},
     "benchmarks": None,
     "tests": None,
 }  # fmt: skip

@@ -30,6 +30,7 @@ class RunConfig:
     train: sections.TrainConfig = field(default_factory=sections.TrainConfig)
     checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
     logging: sections.LoggingConfig = field(default_factory=sections.LoggingConfig)
+    profile: sections.ProfileConfig = field(default_factory=sections.ProfileConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for the DeepSpeed config; those that Ingot owns are refused."""
 
@@ -42,6 +43,9 @@ class RunConfig:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")
         longest, positions = max(phase.seq_len for phase in self.phases), self.model.max_seq_len
         require(longest <= positions, f"data.seq_len {longest} is above model.max_seq_len {positions}")
+        last = (self.profile.steps or (0, 0))[1]
+        found = f"profile.steps ends with {last}, the run with train.max_steps {self.train.max_steps}"
+        require(last < self.train.max_steps, f"{found}; expected less: the step after a profile measures memory")
         checks.check_engine(self.train, self.parallel, self.deepspeed)
         checks.check_tensor_parallel(self.model, self.parallel, self.phases)
 

@@ -365,3 +365,16 @@ class LoggingConfig:
         check_at_least(0, "logging.", self, "sample_tokens")
         peak = self.peak_tflops
         require(peak is None or peak > 0, f"logging.peak_tflops is {peak}; expected above 0, or null")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps are profiled (docs/profiling.md)."""
+
+    steps: tuple[int, int] | None = None
+    """The first and the last step to profile, such as [20, 24]; null: none, until a file in the run's folder asks."""
+
+    def __post_init__(self) -> None:
+        first, last = self.steps or (2, 2)
+        expected = "expected 2 <= first <= last, as the steps before the first are timed for comparison"
+        require(2 <= first <= last, f"profile.steps is [{first}, {last}]; {expected}")

@@ -1,7 +1,7 @@
 """All ranks decide alike, between two steps, whether the run stops.
 
-A vote is the greatest of one integer per rank, all-reduced by Gloo on the CPUs: no GPU is waited for. That of a step
-begins after its backward pass and is read after the update, behind which it hides.
+A vote is the greatest of two integers per rank, for the stop and for a profile, all-reduced by Gloo on the CPUs: no
+GPU is waited for. That of a step begins after its backward pass and is read after the update, behind which it hides.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ T = TypeVar("T")
 class Ballot:
     """The ranks' votes. Every method is collective but one."""
 
+    wanted = 0
+    """Steps of the profile that rank 0 asks for in every vote (llm/train/profiling.py); below 0: none, ever."""
+    requested = 0
+    """The same, once a vote has told all ranks."""
     agreed = 0
     """The reason of the stop (llm/cluster/signals.py) once a vote was for it; who has asked asks in every vote."""
 
@@ -37,16 +41,16 @@ class Ballot:
     def begin(self) -> None:
         """Begin a vote, which `end` ends."""
         if self.stop is not None:
-            self.reason = torch.tensor([self.stop.asked()])
+            self.asked = torch.tensor([self.stop.asked(), self.wanted])
             if self.group is not None:
-                self.work = dist.all_reduce(self.reason, dist.ReduceOp.MAX, self.group, async_op=True)
+                self.work = dist.all_reduce(self.asked, dist.ReduceOp.MAX, self.group, async_op=True)
 
     def end(self) -> int:
         """`agreed`, by the vote that was begun."""
         if self.stop is not None:
             if self.work is not None:
                 self.work.wait()
-            self.agreed = int(self.reason)
+            self.agreed, self.requested = self.asked.tolist()
         return self.agreed
 
     def vote(self) -> int:

@@ -12,6 +12,7 @@ from llm.errors import ReplicaError
 from llm.parallel.agreement import lead_first
 from llm.train.guard import compare_replicas, diverged, odd_ranks, replica_message
 from llm.train.optim import learning_rate
+from llm.train.profiling import Profiler
 from llm.train.reporter import Reporter
 from llm.train.resume import checkpoint_state
 from llm.train.start import Run
@@ -35,12 +36,13 @@ def train(run: Run) -> None:
             trainer.validate()
             reporter.restart_clock()
         while run.step < config.train.max_steps and not ballot.agreed:
-            loss, lr, grad_norm = trainer.step()
+            loss, lr, grad_norm = trainer.profiler.step(trainer.step)
             if run.step == config.train.max_steps:
                 ballot.close()
             run.heartbeat.enter("report")
             if due(config.logging.interval):
                 reporter.step(loss, lr, grad_norm)
+                trainer.profiler.read_request()
             validating = due(config.train.eval_interval)
             left_out = validating and (ballot.agreed > 0 or not trainer.validate())
             saving = due(config.checkpoint.interval) or ballot.agreed > 0
@@ -53,6 +55,7 @@ def train(run: Run) -> None:
                 ballot.vote()
             if guarding or validating or saving:
                 reporter.restart_clock()
+        trainer.profiler.close()
         trainer.finish_saving()
     ballot.leave_if_asked(run.folder, run.step, trainer.finish_copying)
     trainer.finish_copying()
@@ -65,6 +68,7 @@ class Trainer:
     def __init__(self, run: Run) -> None:
         self.run, self.feed, self.engine = run, run.feed, run.engine
         self.reporter = Reporter(run)
+        self.profiler = Profiler(run, self.reporter.say)
         say, kept = self.reporter.say, run.config.checkpoint
         keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "say": say}
         options = {"each": partial(run.heartbeat.each, "save"), "failed": run.ballot.save_failed}

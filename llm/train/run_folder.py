@@ -35,6 +35,8 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer.json"
         self.kernels = self.path / "kernels.json"
         """What train.impl=auto has measured (llm/train/choice.py)."""
+        self.profile = self.path / "profile"
+        """Asks the running job for a profile; its content is the number of steps (llm/train/profiling.py)."""
         self.stopped = self.path / "stopped.json"
         """Why and after which step the last start was stopped, and INGOT_START of its ranks; none if it was not."""
         self.failed = self.path / "failed.json"
