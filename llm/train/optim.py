@@ -84,7 +84,7 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig, impl: str = "auto")
 
 
 def skip_where(overflow: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Let the next step of an optimizer of `adamw` change nothing, its count included, where `overflow`, bool [], is true.
+    """Let the next step of an optimizer of `adamw` change nothing, not even its count, if `overflow`, bool [], is true.
 
     Decided on the device: the host need not know.
     """
