@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plain_gpt import PlainGPT, Shape, trainer
-from llm.config import ModelConfig, ParallelConfig, RunConfig
+from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import micro_batches, target_count
 from llm.train.build import build_engine
 
 Step = Callable[[], Tensor]
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(n_layer=4, n_head=4, d_model=128, vocab_size=1024, max_seq_len=128),
+    "124M": dict(n_layer=12, n_head=12, d_model=768, vocab_size=50304, max_seq_len=1024),
+    "350M": dict(n_layer=24, n_head=16, d_model=1024, vocab_size=50304, max_seq_len=1024),
+}
+LLAMA = dict(position="rope", activation="swiglu", norm="rmsnorm", bias=False)
+FORMS: dict[str, dict[str, Any]] = {"Llama": LLAMA, "GPT-2": {}}
 # Ingot's layouts by name: engine, ZeRO stage, tensor-parallel degree. Those of two ranks come last.
 LAYOUTS: dict[str, tuple[str, int, int]] = {
     "Ingot, plain": ("plain", 0, 1),
@@ -33,11 +40,17 @@ TWO_RANKS: dict[str, tuple[str, int, int]] = {
 PLAIN, COMPILED, TRANSFORMERS, LIGER = "plain PyTorch", "plain PyTorch, compiled", "transformers", "transformers, Liger"
 
 
+def config_of(size: str, form: str, batch: int, precision: str) -> RunConfig:
+    model = ModelConfig(**SIZES[size] | FORMS[form])
+    train = TrainConfig(global_batch_size=batch, micro_batch_size=batch, precision=precision)  # pyright: ignore
+    return RunConfig(model=model, data=DataConfig(seq_len=model.max_seq_len), train=train)
+
+
 def layout(config: RunConfig, name: str, ranks: int) -> RunConfig:
     """The config of an Ingot contender: a rank's share of the global batch is one micro-batch."""
     engine, stage, tp = (LAYOUTS | TWO_RANKS)[name]
     train = replace(config.train, engine=engine, micro_batch_size=config.train.global_batch_size * tp // ranks)
-    parallel = ParallelConfig(zero_stage=stage, tensor_parallel=tp, timeout_seconds=config.parallel.timeout_seconds)
+    parallel = replace(config.parallel, zero_stage=stage, tensor_parallel=tp)
     # By default DeepSpeed allocates a bucket for reductions of 500 million elements, however small the model.
     section = {"zero_optimization": {"reduce_bucket_size": 10_000_000}} if engine == "deepspeed" and stage else {}
     return replace(config, train=train, parallel=parallel, deepspeed=section)
@@ -47,7 +60,7 @@ def ingot(config: RunConfig, device: torch.device) -> Step:
     """Steps of a layout; the default process group is there. Collective."""
     mesh = Mesh.create(config.parallel, device.type)
     engine = build_engine(config, mesh, device)
-    ranks = dict(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, ragged=False)
+    ranks: dict[str, Any] = dict(dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, ragged=False)
     batches, count = micro_batches(config, 0, device, **ranks), target_count(config, ragged=False)
 
     def step() -> Tensor:
@@ -97,7 +110,7 @@ def transformers(config: RunConfig, device: torch.device, *, liger: bool = False
         model = LlamaForCausalLM(LlamaConfig(**sizes))
     else:
         sizes |= dict(n_embd=shape.width, n_inner=shape.feed_forward, n_layer=shape.layers, n_head=shape.heads)
-        dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        dropout: dict[str, Any] = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         model = GPT2LMHeadModel(GPT2Config(n_positions=shape.length, **sizes, **dropout))
     model = model.to(device).train()  # pyright: ignore[reportArgumentType]
     ids = tokens_of(config, device)[:, :-1].contiguous()

@@ -21,20 +21,26 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.clock import alternate
-from benchmarks.contenders import COMPILED, LAYOUTS, LIGER, PLAIN, TRANSFORMERS, TWO_RANKS, Step, absent, make
+from benchmarks.contenders import (
+    COMPILED,
+    FORMS,
+    LAYOUTS,
+    LIGER,
+    PLAIN,
+    SIZES,
+    TRANSFORMERS,
+    TWO_RANKS,
+    Step,
+    absent,
+    config_of,
+    make,
+)  # fmt: skip
 from benchmarks.layout.counters import LiveStorages
 from benchmarks.report import NONE, header, heading, table
 from llm.cluster.ranks import Ranks, export, free_port, initialize
-from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from llm.config import RunConfig
 from llm.plan.flops import flops_per_token, peak_tflops
 
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(n_layer=4, n_head=4, d_model=128, vocab_size=1024, max_seq_len=128),
-    "124M": dict(n_layer=12, n_head=12, d_model=768, vocab_size=50304, max_seq_len=1024),
-    "350M": dict(n_layer=24, n_head=16, d_model=1024, vocab_size=50304, max_seq_len=1024),
-}
-LLAMA = dict(position="rope", activation="swiglu", norm="rmsnorm", bias=False)
-FORMS: dict[str, dict[str, Any]] = {"Llama": LLAMA, "GPT-2": {}}
 PACKAGES = ("torch", "deepspeed", "transformers", "liger-kernel")
 WARM_UP, TIMEOUT_SECONDS = 3, 600
 
@@ -57,12 +63,6 @@ class Made(NamedTuple):
     """Seconds of a step in collectives of rank 0, waits for the other rank among them."""
 
 
-def config_of(size: str, form: str, batch: int, precision: str) -> RunConfig:
-    model = ModelConfig(**SIZES[size] | FORMS[form])
-    train = TrainConfig(global_batch_size=batch, micro_batch_size=batch, precision=precision)  # pyright: ignore
-    return RunConfig(model=model, data=DataConfig(seq_len=model.max_seq_len), train=train)
-
-
 @contextlib.contextmanager
 def peak(device: torch.device, found: list[int]) -> Iterator[None]:
     """Appends the most bytes of tensors that were alive inside, of those made inside."""
@@ -83,7 +83,7 @@ def in_collectives(step: Step) -> float:
     with torch.profiler.profile() as profiled:
         for _ in range(steps):
             float(step())
-    events = [event for event in profiled.events() if event.name.startswith(("gloo:", "nccl:"))]
+    events = [event for event in profiled.events() or () if event.name.startswith(("gloo:", "nccl:"))]
     return sum(event.time_range.elapsed_us() for event in events) / steps / 1e6
 
 

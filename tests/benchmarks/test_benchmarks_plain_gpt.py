@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.contenders import shape_of
+from benchmarks.contenders import config_of, shape_of
 from benchmarks.plain_gpt import PlainGPT
-from benchmarks.step import config_of, paired
+from benchmarks.step import paired
 from llm.train.build import build_model
 
 
