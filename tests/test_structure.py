@@ -17,8 +17,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 14
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 14_910, "kernels": 4_375, "csrc": 2_397, "launch": 738, "benchmarks": 5_830}
-MAX_PRODUCT_LINES = 22_420  # all of these but the benchmarks
+BUDGETS = {"llm": 14_980, "kernels": 4_375, "csrc": 2_397, "launch": 738, "benchmarks": 5_830}
+MAX_PRODUCT_LINES = 22_490  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
 MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_235
 
