@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,15 @@ LAYOUTS: dict[str, tuple[str, int, int]] = {
 TWO_RANKS: dict[str, tuple[str, int, int]] = {
     "Ingot, DeepSpeed ZeRO 0, 2 ranks": ("deepspeed", 0, 1),
     "Ingot, DeepSpeed ZeRO 1, 2 ranks": ("deepspeed", 1, 1),
-    "Ingot, DeepSpeed ZeRO 0, TP 2": ("deepspeed", 0, 2),
+    "Ingot, DeepSpeed ZeRO 1, TP 2": ("deepspeed", 1, 2),
 }
 PLAIN, COMPILED, TRANSFORMERS, LIGER = "plain PyTorch", "plain PyTorch, compiled", "transformers", "transformers, Liger"
 
 
-def config_of(size: str, form: str, batch: int, precision: str) -> RunConfig:
+def config_of(size: str, form: str, batch: int, precision: Literal["fp32", "bf16"]) -> RunConfig:
+    """Of a model and a batch, as the plain engine has it."""
     model = ModelConfig(**SIZES[size] | FORMS[form])
-    train = TrainConfig(global_batch_size=batch, micro_batch_size=batch, precision=precision)  # pyright: ignore
+    train = TrainConfig(engine="plain", global_batch_size=batch, micro_batch_size=batch, precision=precision)
     return RunConfig(model=model, data=DataConfig(seq_len=model.max_seq_len), train=train)
 
 
@@ -100,7 +101,7 @@ def transformers(config: RunConfig, device: torch.device, *, liger: bool = False
     sizes: dict[str, Any] = dict(vocab_size=shape.vocabulary, use_cache=False, attn_implementation="sdpa")
     sizes |= dict(bos_token_id=None, eos_token_id=None, tie_word_embeddings=True)
     if liger:  # which changes the model's functions in this process
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore[reportMissingImports]
 
         apply_liger_kernel_to_llama()
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def absent(name: str, config: RunConfig, device: torch.device, ranks: int) -> st
         return "measured with Llama"
     if device.type == "cuda" and ranks > torch.cuda.device_count():
         return f"it needs {ranks} GPUs"
-    if config.train.precision == "bf16" and name in ("Ingot, DeepSpeed ZeRO 0", "Ingot, DeepSpeed ZeRO 0, 2 ranks"):
+    if config.train.precision == "bf16" and name.startswith("Ingot, DeepSpeed ZeRO 0"):
         return "DeepSpeed would accumulate gradients in bf16"
     return None
 

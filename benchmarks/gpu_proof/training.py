@@ -72,7 +72,7 @@ def engine_step(device: torch.device, model: dict[str, Any], form: str) -> dict[
 
 
 def peer_step(device: torch.device, model: dict[str, Any], form: str, B: int) -> dict[str, Callable[[], Any]]:
-    train = TrainConfig(global_batch_size=B, micro_batch_size=B, precision="bf16")
+    train = TrainConfig(engine="plain", global_batch_size=B, micro_batch_size=B, precision="bf16")
     config = RunConfig(model=ModelConfig(**model), data=DataConfig(seq_len=model["max_seq_len"]), train=train)
     return {"step": make(form, config, device)}
 
