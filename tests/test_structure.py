@@ -20,7 +20,7 @@ MAX_PARAMETERS = 14
 BUDGETS = {"llm": 14_980, "kernels": 4_375, "csrc": 2_397, "launch": 738, "benchmarks": 5_830}
 MAX_PRODUCT_LINES = 22_490  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
-MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_235
+MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_310
 
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
