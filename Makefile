@@ -71,8 +71,8 @@ ONE_IN ?= 24
 test-sample: setup ## one in ONE_IN of the tests that only `make test-all` runs, chosen by the commit
 	$(call run_tests,slow and not gpu and not cluster,--one-in $(ONE_IN) --chosen-by $(shell git rev-parse HEAD))
 
-bench: setup ## the tiny config beside plain PyTorch, in turns (results: docs/benchmarks.md)
-	@$(BIN)/python -m benchmarks.step
+bench: setup ## training steps beside plain PyTorch and transformers, in turns (ARGS="--forms Llama"; docs/benchmarks.md)
+	@$(if $(filter 0,$(GPUS)),OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu) $(BIN)/python -m benchmarks.step $(ARGS)
 
 # On a GPU machine without a network: PY=python3 takes the machine's own packages, and nothing is set up.
 PY ?= $(BIN)/python

@@ -88,11 +88,13 @@ def adamw_block(
 
 @triton.jit(do_not_specialize=["N", "seed"])
 def adamw_kernel(
-    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, scale_ptr, step_ptr,
+    parameter_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_ptr, scale_ptr, step_ptr, skip_ptr,
     seed, step, lr, decay, rest1, beta2, rest2, eps, log_beta1, log_beta2, N,
     BLOCK: tl.constexpr, DROPPED: tl.constexpr,
 ):  # fmt: skip
-    """One block of N elements. low_ptr, scale_ptr and step_ptr may be None; `step` counts without step_ptr."""
+    """One block of N elements. Pointers from low_ptr on may be None; `step` counts without step_ptr."""
+    if skip_ptr is not None:
+        N = tl.where(tl.load(skip_ptr) != 0, 0, N)  # then no element exists
     t = step
     if step_ptr is not None:
         t = tl.load(step_ptr).to(tl.float32)
@@ -129,14 +131,14 @@ def plan_of(N: int, dtypes: tuple[torch.dtype | None, ...], dropped: int, device
 @operator("adamw_", fake=lambda *_: None, mutates=("parameter", "exp_avg", "exp_avg_sq", "low_precision"))
 def adamw_op(
     parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low_precision: Tensor | None,
-    grad_scale: Tensor | None, step_tensor: Tensor | None, step: float, lr: float, beta1: float, beta2: float,
-    eps: float, weight_decay: float, seed: int | None,
+    grad_scale: Tensor | None, step_tensor: Tensor | None, skip: Tensor | None, step: float, lr: float, beta1: float,
+    beta2: float, eps: float, weight_decay: float, seed: int | None,
 ) -> None:  # fmt: skip
     """Update in place. `step` counts where step_tensor is None. See `adamw_`."""
     targets = parameter, exp_avg, exp_avg_sq, low_precision
     seen = interpretable(*targets)
     rounded = parameter if low_precision is None else low_precision
-    tensors = seen[0], *interpretable(gradient.contiguous()), *seen[1:], grad_scale, step_tensor
+    tensors = seen[0], *interpretable(gradient.contiguous()), *seen[1:], grad_scale, step_tensor, skip
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     plan = plan_of(parameter.numel(), dtypes, 0 if seed is None else DROPPED_BITS[rounded.dtype], parameter.device)
     factors = 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2
@@ -198,7 +200,7 @@ def adamw_(
     parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int | Tensor,
     grad_scale: Tensor | None = None, low_precision: Tensor | None = None, seed: int | None = None,
-    impl: str = "auto",
+    skip: Tensor | None = None, impl: str = "auto",
 ) -> None:  # fmt: skip
     """Update `parameter`, `exp_avg` and `exp_avg_sq` in place as torch.optim.AdamW does (Loshchilov & Hutter 2019).
 
@@ -207,14 +209,17 @@ def adamw_(
     not synchronised with. grad_scale: fp32 [] on the device, multiplies the gradient (clipping, unscaling).
     low_precision: 16-bit, receives the updated parameter rounded. What is 16-bit is rounded to the nearest, or with
     a seed (32-bit) the 16-bit parameter or copy stochastically, by bits that are a function of (seed, step, index of
-    the element); give each tensor its own seed. impl: see kernels/dispatch.py; "torch" is PyTorch's fused AdamW.
+    the element); give each tensor its own seed. skip: fp32 [] on the device; where it is 1 nothing changes. impl: see
+    kernels/dispatch.py; "torch" is PyTorch's fused AdamW.
     Raises KernelError on tensors that do not fit or a form that cannot run.
     """
     others = {"gradient": gradient, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if low_precision is not None:
         others["low_precision"] = low_precision
     scalars = {"step": step} if isinstance(step, Tensor) else {}
-    check(parameter, others, scalars | ({} if grad_scale is None else {"grad_scale": grad_scale}), low_precision, seed)
+    given = {"grad_scale": grad_scale, "skip": skip}
+    scalars |= {name: tensor for name, tensor in given.items() if tensor is not None}
+    check(parameter, others, scalars, low_precision, seed)
     form = choose(
         impl, "adamw_", device=parameter.device, dtype=parameter.dtype,
         no_triton=no_kernel(parameter, others), no_torch=no_stock(parameter, others, seed),
@@ -222,11 +227,11 @@ def adamw_(
     if form == "triton":
         number, tensor = (0.0, step) if isinstance(step, Tensor) else (float(step), None)
         adamw_op(
-            parameter, gradient, exp_avg, exp_avg_sq, low_precision, grad_scale, tensor, number,
+            parameter, gradient, exp_avg, exp_avg_sq, low_precision, grad_scale, tensor, skip, number,
             lr, *betas, eps, weight_decay, seed,
         )  # fmt: skip
         return
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step}
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step, "skip": skip}
     if form == "torch":
         stock_adamw_(parameter, gradient, exp_avg, exp_avg_sq, grad_scale=grad_scale, **options)
         if low_precision is not None:
@@ -241,7 +246,7 @@ def adamw_(
 def stock_adamw_(
     parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int | Tensor,
-    grad_scale: Tensor | None,
+    grad_scale: Tensor | None, skip: Tensor | None = None,
 ) -> None:  # fmt: skip
     """What torch.optim.AdamW(fused=True) does with one parameter."""
     gradient = gradient.to(parameter.dtype)
@@ -252,6 +257,7 @@ def stock_adamw_(
     torch._fused_adamw_(
         [parameter], [gradient], [exp_avg], [exp_avg_sq], [], [step.float()],
         lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        found_inf=skip,
     )  # fmt: skip
 
 
@@ -259,8 +265,11 @@ def adamw_reference_(
     parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int | Tensor,
     grad_scale: Tensor | None = None, low_precision: Tensor | None = None, seed: int | None = None,
+    skip: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Algorithm 2 of Loshchilov & Hutter (2019)."""
+    if skip is not None and skip:
+        return
     g = wide(gradient) if grad_scale is None else wide(gradient) * grad_scale
     m = wide(exp_avg) + (1 - betas[0]) * (g - wide(exp_avg))
     v = betas[1] * wide(exp_avg_sq) + (1 - betas[1]) * g.square()

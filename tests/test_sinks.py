@@ -150,7 +150,7 @@ def fake_run(root: Path, tensorboard: bool) -> Any:
     return SimpleNamespace(
         config=config, folder=RunFolder(root, "run"), step=0, lead=True, device=torch.device("cpu"),
         feed=SimpleNamespace(wait_seconds=0.0, record=dict), mesh=SimpleNamespace(world_size=1),
-        engine=SimpleNamespace(scalar_state=lambda: {"optimizer_step": 0}),
+        engine=object(),
         corpora=SimpleNamespace(manifest=SimpleNamespace(bits_per_byte=lambda nats: None)),
         ballot=Ballot(), heartbeat=Heartbeat(),
     )  # fmt: skip
@@ -162,7 +162,7 @@ def reported(run: Any, steps: int) -> None:
     with reporter.console, reporter.metrics:
         for _ in range(steps):
             run.step += 1
-            reporter.step(3.0, 1e-3, 0.5)
+            reporter.step(3.0, 1e-3, 0.5, 0)
         reporter.validation(3.0)
 
 

@@ -17,10 +17,10 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 14
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 17_405, "kernels": 4_379, "csrc": 2_397, "launch": 887, "benchmarks": 5_439}
-MAX_PRODUCT_LINES = 25_068  # all of these but the benchmarks
+BUDGETS = {"llm": 17_500, "kernels": 4_389, "csrc": 2_397, "launch": 887, "benchmarks": 5_830}
+MAX_PRODUCT_LINES = 25_173  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
-MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_240
+MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_320
 
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {

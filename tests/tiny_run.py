@@ -64,10 +64,10 @@ def trajectory(
     for step in range(steps):
         engine.set_lr(config.optim.lr)
         data = batches(config, step, dp_rank, dp_size, ragged)
-        losses.append(engine.forward_backward(data, target_count(ragged)))
+        losses.append(float(engine.forward_backward(data, target_count(ragged))))
         if step == 0:
             gradients = {name: engine.gradient(name).clone().numpy() for name in names}
-        norms.append(engine.step().grad_norm)
+        norms.append(float(engine.step().grad_norm))
     total, count = engine.evaluate(batches(config, 99, dp_rank, dp_size, ragged))
     return {"losses": losses, "norms": norms, "gradients": gradients, "validation": total / count}
 

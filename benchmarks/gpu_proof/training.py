@@ -1,8 +1,11 @@
 """Stage `training`: whole steps of GPT-2 124M and 350M in bf16, micro-batch 16 x 1024, with Ingot's plain engine.
 
-Forms: the kernels ("triton"), PyTorch's operators ("torch"), and these in one graph of torch.compile ("compiled").
+Forms: the kernels ("triton"), PyTorch's operators ("torch"), and these in one graph of torch.compile ("compiled"); then
+the same model without Ingot (benchmarks/contenders.py).
 """
 
+import importlib.util
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks.clock import Thunk, clock_of, compare, summary
+from benchmarks.contenders import COMPILED, PLAIN, SIZES, TRANSFORMERS, make
 from benchmarks.gpu_proof.stage import Items, wait
 from benchmarks.report import Record
 from llm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -20,10 +24,7 @@ from llm.plan.flops import flops_per_token, peak_tflops
 from llm.train.engines.base import MicroBatch
 from llm.train.engines.plain import PlainEngine
 
-MODELS: dict[str, dict[str, Any]] = {
-    "124M": dict(n_layer=12, n_head=12, d_model=768, vocab_size=50304, max_seq_len=1024),
-    "350M": dict(n_layer=24, n_head=16, d_model=1024, vocab_size=50304, max_seq_len=1024),
-}
+MODELS: dict[str, dict[str, Any]] = {name: SIZES[name] for name in ("124M", "350M")}
 SMALL: dict[str, dict[str, Any]] = {"tiny": dict(n_layer=1, n_head=2, d_model=32, vocab_size=64, max_seq_len=16)}
 ROUNDS = 8
 TOP = 12  # kernels of a profile
@@ -33,9 +34,10 @@ NO_KERNEL = ("Mem", "Optimizer.", "ProfilerStep", "## ", "Torch-Compiled", "Acti
 
 def training(device: torch.device) -> Items:
     on_gpu = device.type == "cuda"
-    found = [(model, form) for model in MODELS for form in ("triton", "torch")]
-    found += [(model, "compiled") for model in MODELS]  # last: compiling takes most of the stage
-    found = found if on_gpu else [("tiny", "torch")]
+    found = [(model, form) for model in MODELS for form in ("triton", "torch", PLAIN)]
+    found += [(model, TRANSFORMERS) for model in MODELS if importlib.util.find_spec("transformers")]
+    found += [(model, form) for form in ("compiled", COMPILED) for model in MODELS]  # which takes most of the stage
+    found = found if on_gpu else [("tiny", "torch"), ("tiny", PLAIN)]
     return {f"{model} {form}": partial(measure, device, model, form) for model, form in found}
 
 
@@ -51,30 +53,47 @@ def engine_of(device: torch.device, model: dict[str, Any], form: str) -> tuple[P
     return engine, MicroBatch(tokens[:, :-1], positions, samples, tokens[:, 1:])
 
 
-def measure(device: torch.device, name: str, form: str) -> Record:
-    """Of a step: ms, tokens a second, MFU, kernels, their ms; host_ms: until forward and backward are queued."""
-    on_gpu, model = device.type == "cuda", (MODELS | SMALL)[name]
-    torch.manual_seed(0)
+def engine_step(device: torch.device, model: dict[str, Any], form: str) -> dict[str, Callable[[], Any]]:
+    """A step, which returns its loss; and its forward and backward pass alone."""
     engine, batch = engine_of(device, model, form)
     if form == "compiled":
         engine.model.compile()
-    count, losses = batch.targets.numel(), []
 
-    def step() -> None:
-        losses.append(engine.forward_backward([batch], count))
+    def step() -> torch.Tensor:
+        loss = engine.forward_backward([batch], batch.targets.numel())
         engine.step()
+        return loss
 
     def queue() -> None:
         engine.model(*batch).backward()
         engine.model.zero_grad()
 
-    samples = compare(clock_of(device, cold=False), {"step": step, "queue": queue}, ROUNDS if on_gpu else 1)
-    found: Record = {"form": form} | summary(samples["step"]) | {"host_ms": summary(samples["queue"])["host_ms"]}
-    found |= {"tokens_s": count / found["ms"] * 1e3} | profile(step, device) | {"losses": losses[:: len(losses) - 1]}
+    return {"step": step, "queue": queue}
+
+
+def peer_step(device: torch.device, model: dict[str, Any], form: str, B: int) -> dict[str, Callable[[], Any]]:
+    train = TrainConfig(engine="plain", global_batch_size=B, micro_batch_size=B, precision="bf16")
+    config = RunConfig(model=ModelConfig(**model), data=DataConfig(seq_len=model["max_seq_len"]), train=train)
+    return {"step": make(form, config, device)}
+
+
+def measure(device: torch.device, name: str, form: str) -> Record:
+    """Of a step: ms, tokens a second, MFU, kernels, their ms; host_ms: until forward and backward are queued."""
+    on_gpu, model = device.type == "cuda", (MODELS | SMALL)[name]
+    torch.manual_seed(0)
+    peer = form in (PLAIN, COMPILED, TRANSFORMERS)
+    B, T, losses = 16 if on_gpu else 2, model["max_seq_len"], list[torch.Tensor]()
+    thunks = peer_step(device, model, form, B) if peer else engine_step(device, model, form)
+    step: Thunk = lambda: losses.append(thunks["step"]())  # noqa: E731
+    samples = compare(clock_of(device, cold=False), thunks | {"step": step}, ROUNDS if on_gpu else 1)
+    host = summary(samples.get("queue", samples["step"]))["host_ms"]
+    found: Record = {"form": form} | summary(samples["step"]) | {"host_ms": host}
+    found |= {"tokens_s": B * T / found["ms"] * 1e3} | profile(step, device)
+    found |= {"losses": [float(loss) for loss in losses[:: len(losses) - 1]]}
     if on_gpu:
         found["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         peak = peak_tflops(torch.cuda.get_device_name(device), "bf16")
-        rate = found["tokens_s"] * flops_per_token(ModelConfig(**model), batch.tokens.shape[1]) / 1e12
+        rate = found["tokens_s"] * flops_per_token(ModelConfig(**model), T) / 1e12
         found |= {"mfu": rate / peak} if peak else {}
         torch.cuda.reset_peak_memory_stats(device)
         torch.compiler.reset()

@@ -22,7 +22,7 @@ from llm.parallel.mesh import Mesh
 from llm.parity.batches import micro_batches, target_count
 from llm.slices import Slice, slice_of
 from llm.train.build import build_engine
-from llm.train.engines.base import MOMENTS, MicroBatch, StepResult
+from llm.train.engines.base import MOMENTS, MicroBatch
 from llm.train.guard import compare_replicas
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -42,7 +42,8 @@ class StepRecord:
     """Engine.scalar_state before the step."""
     loss: float
     gradients: dict[str, Tensor]
-    result: StepResult
+    grad_norm: float
+    skipped: bool
     after: State
 
 
@@ -74,21 +75,22 @@ class Layout:
 
     def step(self, number: int) -> StepRecord:
         before, scalars = self.state, self.engine.scalar_state()
-        loss = self.engine.forward_backward(self._batches(number), target_count(self.config))
+        loss = float(self.engine.forward_backward(self._batches(number), target_count(self.config)))
         gradients = {}
         for name in self.names:
             gradient = self.engine.gradient(name)  # every rank has a part in it
             if self.mesh.rank == 0:
                 gradients[name] = gradient.detach().float().clone()
         result = self.engine.step()
-        for name, value in (("loss", loss), ("grad_norm", result.grad_norm), ("skipped", result.skipped)):
+        grad_norm, skipped = float(result.grad_norm), bool(result.skipped)
+        for name, value in (("loss", loss), ("grad_norm", grad_norm), ("skipped", skipped)):
             found = exchange(repr(value))
             if len(set(found)) > 1:
                 self.note([f"step {number}: ranks differ in {name}: {', '.join(map(str, found))}"])
         self.note([f"step {number}: {finding}" for finding in compare_replicas(self.engine, self.mesh)])
-        self.updates += not result.skipped
+        self.updates += not skipped
         self.state = self._gather()
-        return StepRecord(number, before, scalars, loss, gradients, result, self.state)
+        return StepRecord(number, before, scalars, loss, gradients, grad_norm, skipped, self.state)
 
     def validation_loss(self, number: int) -> float:
         total, count = self.engine.evaluate(self._batches(number))

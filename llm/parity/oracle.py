@@ -51,14 +51,14 @@ class Oracle:
         """Compare gradients at equal weights, then weights and moments after equal gradients."""
         self._load(record.before, record.scalars_before)
         batches, count = micro_batches(self.config, record.number, self.device), target_count(self.config)
-        losses = [engine.forward_backward(batches, count) for engine in self.engines]
-        if not record.result.skipped:  # what overflowed cannot be compared
+        losses = [float(engine.forward_backward(batches, count)) for engine in self.engines]
+        if not record.skipped:  # what overflowed cannot be compared
             self._check_gradients(record, losses)
         self.exact.optimizer.zero_grad()
         for name, gradient in record.gradients.items():
             self.own.masters[name].grad = gradient
         self.own.step()
-        self._check_state(record.number, record.after, self.own, same=record.result.skipped)
+        self._check_state(record.number, record.after, self.own, same=record.skipped)
 
     def check_validation(self, number: int, state: State, found: float) -> None:
         """Compare the validation loss at the layout's weights."""
@@ -83,10 +83,10 @@ class Oracle:
         for name, gradient in record.gradients.items():
             own, exact = self.own.gradient(name), self.exact.gradient(name)
             self.checks.append(gradient_check(name, number, gradient, own, exact, all_gradients))
-        self.checks.append(norm_check(number, record.result.grad_norm, record.gradients.values()))
+        self.checks.append(norm_check(number, record.grad_norm, record.gradients.values()))
         norms = [float(global_norm(list(engine.masters.values()), None)) for engine in self.engines]
         self.scalars.append(Scalar("loss", number, record.loss, losses[0], losses[-1]))
-        self.scalars.append(Scalar("gradient norm", number, record.result.grad_norm, norms[0], norms[-1]))
+        self.scalars.append(Scalar("gradient norm", number, record.grad_norm, norms[0], norms[-1]))
 
     def _check_state(self, number: int, state: State, expected: PlainEngine, *, same: bool) -> None:
         """`same`: no bit may differ."""

@@ -56,9 +56,10 @@ class Feed:
         self.skipped_locally: int | None = None
         """Samples of this rank that were replaced up to then; None where none may be."""
 
-    def next_step(self) -> tuple[list[MicroBatch], int]:
+    def next_step(self) -> tuple[list[MicroBatch], int | Tensor]:
         """This rank's micro-batches of the next step on the device, and the count of targets over all ranks.
 
+        That count is a tensor, int64 [] on the device, where ranks must tell one another what they replaced.
         Those of a CPU lie in the loader's buffers: they are valid until the next call. Raises InputError where the
         loader does, or where a token file was found damaged. Collective.
         """
@@ -66,7 +67,7 @@ class Feed:
         fetched = self.ahead or self._fetch()
         self.ahead = None
         if fetched.copied is not None:
-            fetched.copied.synchronize()
+            fetched.copied.synchronize()  # a copy that began a step ago; no computation is waited for
             # The copies belong to the other stream: their memory must not go back to it before this one has used them.
             for batch in fetched.step.batches:
                 for tensor in tensors(batch).values():
@@ -77,9 +78,9 @@ class Feed:
         step, self.epochs = fetched.step, fetched.epochs
         if step.skipped_samples is not None:
             self.skipped_locally = (self.skipped_locally or 0) + step.skipped_samples
-        target_count = step.target_count
+        target_count: int | Tensor = step.target_count
         if step.replaced_targets is not None:  # which the other ranks cannot know
-            target_count += self._over_ranks(step.replaced_targets)
+            target_count = target_count + self._over_ranks(step.replaced_targets)
         return [micro_batch(batch, self.device) for batch in step.batches], target_count
 
     def _fetch(self) -> Fetched:
@@ -99,17 +100,16 @@ class Feed:
 
     def skipped_samples(self) -> int:
         """Samples that were replaced since the run began, over all ranks. Collective."""
-        return self.skipped_before + (0 if self.skipped_locally is None else self._over_ranks(self.skipped_locally))
+        here = self.skipped_locally
+        return self.skipped_before + (0 if here is None else int(self._over_ranks(here)))
 
     def record(self) -> dict[str, Any]:
         """What a metrics line says of the data. Collective."""
         record: dict[str, Any] = {"epochs": self.epochs} if self.epochs else {}
         return record if self.skipped_locally is None else record | {"skipped_samples": self.skipped_samples()}
 
-    def _over_ranks(self, number: int) -> int:
-        total = torch.tensor([number])
-        sum_over(total, self.group, self.device)
-        return int(total)
+    def _over_ranks(self, number: int) -> Tensor:
+        return sum_over(torch.full((), number, device=self.device), self.group)
 
     def close(self) -> None:
         """End the loader, once nothing is copied from its buffers any more."""

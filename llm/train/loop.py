@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from llm.checkpoint.background import Saver
 from llm.checkpoint.remote import Mirror, Remote
 from llm.errors import ReplicaError
 from llm.parallel.agreement import lead_first
+from llm.train.engines.base import StepResult
 from llm.train.guard import compare_replicas, diverged, odd_ranks, replica_message
 from llm.train.optim import learning_rate
 from llm.train.profiling import Profiler
 from llm.train.reporter import Reporter
 from llm.train.resume import checkpoint_state
 from llm.train.start import Run
+from llm.train.stragglers import Stopwatch
 
 
 def train(run: Run) -> None:
@@ -36,18 +42,20 @@ def train(run: Run) -> None:
             trainer.validate()
             reporter.restart_clock()
         while run.step < config.train.max_steps and not ballot.agreed:
-            loss, lr, grad_norm = trainer.profiler.step(trainer.step)
+            trainer.profiler.step(trainer.step)
             if run.step == config.train.max_steps:
                 ballot.close()
-            run.heartbeat.enter("report")
-            if due(config.logging.interval):
-                reporter.step(loss, lr, grad_norm)
-                trainer.profiler.read_request()
-            validating = due(config.train.eval_interval)
-            left_out = validating and (ballot.agreed > 0 or not trainer.validate())
+            logging, validating = due(config.logging.interval), due(config.train.eval_interval)
             saving = due(config.checkpoint.interval) or ballot.agreed > 0
             # What is saved was compared: else a checkpoint could keep what a failing rank wrote.
             guarding = config.train.guard_interval > 0 and (saving or due(config.train.guard_interval))
+            if logging or validating or saving or guarding:
+                loss, grad_norm = trainer.read()  # else the device has steps to do while the host prepares the next
+                run.heartbeat.enter("report")
+                if logging:
+                    reporter.step(loss, trainer.lr, grad_norm, trainer.skipped_steps)
+                    trainer.profiler.read_request()
+            left_out = validating and (ballot.agreed > 0 or not trainer.validate())
             if guarding:
                 trainer.guard()
             if saving:
@@ -62,13 +70,29 @@ def train(run: Run) -> None:
     trainer.feed.close()
 
 
+class Unread(NamedTuple):
+    """A step that is queued: what it gives, and how long its parts take on this rank."""
+
+    loss: Tensor
+    result: StepResult
+    waited: float
+    forward: Callable[[], float]
+    update: Callable[[], float]
+
+
 class Trainer:
     """A run under way: what its steps share. Every method is collective."""
 
+    lr = 0.0
+    """Of the last step."""
+
     def __init__(self, run: Run) -> None:
         self.run, self.feed, self.engine = run, run.feed, run.engine
-        self.reporter = Reporter(run)
+        self.reporter, self.update_time = Reporter(run), Stopwatch(run.device)
         self.profiler = Profiler(run, self.reporter.say)
+        self.skipped_steps = run.step - run.engine.scalar_state()["optimizer_step"]
+        """Up to the last reading."""
+        self.unread: list[Unread] = []
         say, kept = self.reporter.say, run.config.checkpoint
         keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "say": say}
         options = {"each": partial(run.heartbeat.each, "save"), "failed": run.ballot.save_failed}
@@ -78,31 +102,43 @@ class Trainer:
             options |= {"saved": mirror.begin, "copying": lambda: mirror.copying}
         self.saver = Saver(run.folder.checkpoints, asynchronous=kept.asynchronous, **options, **keep)
 
-    def step(self) -> tuple[float, float, float]:
-        """One optimizer step; returns its loss, learning rate and gradient norm.
-
-        Raises FloatingPointError, on every rank, when the loss or the norm is not finite and nothing was skipped.
-        """
+    def step(self) -> None:
+        """One optimizer step, of which `read` gives the results. On a GPU it may still be under way."""
         run, config, heartbeat = self.run, self.run.config, self.run.heartbeat
         heartbeat.enter("load", run.step + 1)
         waited = self.feed.wait_seconds
-        lr = learning_rate(config.optim, run.step, config.train.max_steps)
-        self.engine.set_lr(lr)
+        self.lr = learning_rate(config.optim, run.step, config.train.max_steps)
+        self.engine.set_lr(self.lr)
         micro_batches, target_count = self.feed.next_step()
         heartbeat.enter("forward_backward")
         loss = self.engine.forward_backward(micro_batches, target_count)
         heartbeat.enter("update")
         run.ballot.begin()
-        start = time.perf_counter()
-        grad_norm, skipped = self.engine.step()
-        update = time.perf_counter() - start
+        with self.update_time:
+            result = self.engine.step()
         run.ballot.end()
         run.step += 1
-        self.reporter.stragglers.step(self.feed.wait_seconds - waited, self.engine.forward_time.take(), update)
+        times = self.engine.forward_time.take(), self.update_time.take()
+        self.unread.append(Unread(loss, result, self.feed.wait_seconds - waited, *times))
         heartbeat.watch()
-        if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise self._diverged(f"loss {loss}, gradient norm {grad_norm}")
-        return loss, lr, grad_norm
+
+    def read(self) -> tuple[float, float]:
+        """The loss and the gradient norm of the last step. Reads all steps since the last reading, in one transfer.
+
+        This alone waits for the device. Raises FloatingPointError, on every rank, of the first step whose loss or norm
+        is not finite and which was not skipped. No weight has such a gradient in it: the engine left out the update.
+        """
+        self.run.heartbeat.enter("read")
+        unread, self.unread = self.unread, []
+        results = [x.to(step.loss) for step in unread for x in (step.loss, *step.result)]
+        values = torch.stack(results).view(-1, 3).tolist()
+        for step, (loss, grad_norm, skipped) in enumerate(values, self.run.step - len(values) + 1):
+            self.skipped_steps += int(skipped)
+            if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise self._diverged(f"loss {loss}, gradient norm {grad_norm}", step)
+        for step in unread:
+            self.reporter.stragglers.step(step.waited, step.forward(), step.update())
+        return values[-1][0], values[-1][1]
 
     def guard(self) -> None:
         """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""
@@ -129,12 +165,14 @@ class Trainer:
         loss = total / count
         self.reporter.validation(loss)
         if not math.isfinite(loss):
-            raise self._diverged(f"validation loss {loss}")
+            raise self._diverged(f"validation loss {loss}", run.step)
         return True
 
-    def _diverged(self, found: str) -> FloatingPointError:
+    def _diverged(self, found: str, step: int) -> FloatingPointError:
         self._wait_for_the_save()
-        return diverged(self.run.step, found, self.run.folder.checkpoints)
+        if self.run.config.train.precision == "fp16":
+            found += " (in fp16 overflows at the smallest loss scale end a run: train.precision=bf16 has no such scale)"
+        return diverged(step, found, self.run.folder.checkpoints)
 
     def _wait_for_the_save(self) -> None:
         """That is under way, before a message names the last good checkpoint. Raises CheckpointError if it fails."""

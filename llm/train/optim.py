@@ -37,6 +37,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class KernelAdamW(torch.optim.AdamW):
     """torch.optim.AdamW with the same state, updated by kernels/adamw.py: one launch per parameter.
 
+    As PyTorch's fused one it changes nothing in a step in which its attribute `found_inf`, fp32 [], is 1.
+
     What the kernel cannot update, such as float64 or what is offloaded to the CPU's memory, PyTorch's fused AdamW
     does. Of AdamW's options it knows those that `adamw` sets.
     """
@@ -49,14 +51,17 @@ class KernelAdamW(torch.optim.AdamW):
             if not parameters:
                 continue
             states = [self._state_of(p) for p in parameters]
-            torch._foreach_add_([state["step"] for state in states], 1)
+            steps, skip = [state["step"] for state in states], getattr(self, "found_inf", None)
+            torch._foreach_add_(steps, 1)
             for parameter, state in zip(parameters, states, strict=True):
                 runs = why_not_triton(parameter.device, parameter.dtype) is None and parameter.is_contiguous()
                 adamw_(
                     parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], step=state["step"],
                     lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-                    impl="triton" if runs else "torch",
+                    skip=skip, impl="triton" if runs else "torch",
                 )  # fmt: skip
+            if skip is not None:
+                torch._foreach_sub_(steps, [skip] * len(steps))
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """Its state, made as the fused AdamW makes it."""
@@ -76,6 +81,14 @@ def adamw(groups: list[dict[str, Any]], config: OptimConfig, impl: str = "auto")
     """
     kind = KernelAdamW if impl == "triton" else torch.optim.AdamW
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def skip_where(overflow: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Let the next step of an optimizer of `adamw` change nothing, not even its count, if `overflow`, bool [], is true.
+
+    Decided on the device: the host need not know.
+    """
+    optimizer.found_inf = overflow.float()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:

@@ -20,7 +20,7 @@ class Reporter:
     """Measures the steps of a run; rank 0 alone writes and prints."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.feed, self.engine, self.data = run, run.feed, run.engine, run.corpora.manifest
+        self.run, self.feed, self.data = run, run.feed, run.corpora.manifest
         tensorboard = run.folder.tensorboard if run.config.logging.tensorboard else None
         self.console = Console(run.config.train.max_steps, run.step, enabled=run.lead)
         self.say = self.console.say
@@ -37,10 +37,10 @@ class Reporter:
         """Measure from here on: what came between steps is not part of the next one's time."""
         self.start, self.waited, self.since = time.perf_counter(), self.feed.wait_seconds, self.run.step
 
-    def step(self, loss: float, lr: float, grad_norm: float) -> None:
+    def step(self, loss: float, lr: float, grad_norm: float, skipped_steps: int) -> None:
         """Report the step just made, and the rates of all steps since the clock was started. Collective.
 
-        loss: nats per token, mean over the global batch; grad_norm: before clipping.
+        loss: nats per token, mean over the global batch; grad_norm: before clipping; skipped_steps: of the whole run.
         """
         run, seconds = self.run, time.perf_counter() - self.start
         record = step_rates(
@@ -49,7 +49,7 @@ class Reporter:
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
-            "skipped_steps": run.step - self.engine.scalar_state()["optimizer_step"],
+            "skipped_steps": skipped_steps,
             "data_wait_seconds": (self.feed.wait_seconds - self.waited) / (run.step - self.since),
             "data_wait_share": (self.feed.wait_seconds - self.waited) / seconds,
             "memory_bytes": peak_memory(run.device),

@@ -47,11 +47,11 @@ class Stopwatch:
     def __exit__(self, *error: object) -> None:
         self._mark()
 
-    def take(self) -> float:
-        """The seconds since the last call. On a GPU all blocks must have ended there."""
-        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+    def take(self) -> Callable[[], float]:
+        """What gives the seconds of the blocks since the last call, once all of them have ended on the GPU."""
+        pairs, on_gpu = list(zip(self.marks[::2], self.marks[1::2], strict=True)), self.on_gpu
         self.marks = []
-        return sum(start.elapsed_time(end) / 1000 if self.on_gpu else end - start for start, end in pairs)
+        return lambda: sum(start.elapsed_time(end) / 1000 if on_gpu else end - start for start, end in pairs)
 
 
 class Stragglers:

@@ -56,7 +56,7 @@ def losses(config: RunConfig, forms: Forms) -> list[float]:
     for step in range(4):
         engine.set_lr(1e-3)
         data = micro_batches(config, step, GPU, ragged=False)
-        found.append(engine.forward_backward(data, target_count(config, ragged=False)))
+        found.append(float(engine.forward_backward(data, target_count(config, ragged=False))))
         engine.step()
     return found
 

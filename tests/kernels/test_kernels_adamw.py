@@ -86,6 +86,18 @@ def test_scalars_on_the_device_are_the_same_as_numbers(impl: str) -> None:
         assert torch.equal(on_device[i], plain[i])
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("n", [7, 2 * BLOCK])
+def test_a_skipped_update_changes_nothing(impl: str, n: int) -> None:
+    given = tensors(n)
+    given[1][0] = float("nan")
+    for mine, before in zip(updated(given, impl, skip=torch.tensor(1.0)), given, strict=True):
+        torch.testing.assert_close(mine, before, rtol=0, atol=0, equal_nan=True)
+    given[1][0] = 0.5
+    for mine, theirs in zip(updated(given, impl, skip=torch.tensor(0.0)), updated(given, impl), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("low", [BF16, FP16])
 def test_16_bit_parameters_round_only_the_results(low: torch.dtype) -> None:
     given = tensors(2 * BLOCK + 3, low)
@@ -171,8 +183,9 @@ def test_opcheck_and_compile() -> None:
     p, g, m, v = tensors(20)
     copy = torch.empty(20, dtype=BF16)
     scalars = (0.0, 1e-2, 0.9, 0.999, 1e-8, 0.1)
-    torch.library.opcheck(adamw_op, (p, g, m, v, copy, torch.tensor(0.5), torch.tensor(3.0), *scalars, 11))
-    torch.library.opcheck(adamw_op, (p, g, m, v, None, None, None, 2.0, *scalars[1:], None))
+    on_device = [torch.tensor(x) for x in (0.5, 3.0, 1.0)]
+    torch.library.opcheck(adamw_op, (p, g, m, v, copy, *on_device, *scalars, 11))
+    torch.library.opcheck(adamw_op, (p, g, m, v, None, None, None, None, 2.0, *scalars[1:], None))
     given = tensors(20)
     eager = updated(given, "triton", step=torch.tensor(5.0))
     compiled = torch.compile(

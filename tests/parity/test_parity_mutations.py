@@ -58,7 +58,7 @@ def clipping_on_one_rank() -> AbstractContextManager:
 def mean_of_means() -> AbstractContextManager:
     honest = DeepSpeedEngine.forward_backward
 
-    def forward_backward(self: DeepSpeedEngine, micro_batches: list, target_count: int) -> float:
+    def forward_backward(self: DeepSpeedEngine, micro_batches: list, target_count: int) -> Tensor:
         own = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in micro_batches)
         return honest(self, micro_batches, own * self.mesh.dp_size)
 

@@ -60,9 +60,9 @@ def two_steps(engine: Engine, config: RunConfig, dp_rank: int, dp_size: int, rag
     losses, norms, gradients = [], [], {}
     for step in range(2):
         data = batches(config, step, dp_rank, dp_size, ragged)
-        losses.append(engine.forward_backward(data, target_count(ragged)))
+        losses.append(float(engine.forward_backward(data, target_count(ragged))))
         gradients = {name: engine.gradient(name).clone().numpy() for name in engine.parameters}
-        norms.append(engine.step().grad_norm)
+        norms.append(float(engine.step().grad_norm))
     return {"losses": losses, "norms": norms, "gradients": gradients}
 
 

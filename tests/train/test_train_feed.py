@@ -89,6 +89,7 @@ class SlowGpu:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "computation")
         monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: self.record_stream(stream))
         monkeypatch.setattr(feeds, "on_device", on_device)
+        monkeypatch.setattr(feeds.Feed, "_over_ranks", lambda feed, number: torch.tensor(number))
         monkeypatch.setattr(feeds, "micro_batch", lambda batch, device: micro_batch(batch, CPU))
 
     def record_stream(self, stream: str) -> None:
@@ -145,7 +146,7 @@ def over_ranks(first: int) -> list[Any]:
             return dataclasses.replace(super().next_step(), skipped_samples=rank + 1, replaced_targets=10 * rank)
 
     feed = Feed(Replacing(T), CPU, 2, torch.distributed.group.WORLD, skipped_samples=first)
-    found = [(feed.next_step()[1], feed.skipped_samples()) for _ in range(2)]
+    found = [(int(feed.next_step()[1]), feed.skipped_samples()) for _ in range(2)]
     return [*found, feed.record()["skipped_samples"]]
 
 

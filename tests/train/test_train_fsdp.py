@@ -49,7 +49,7 @@ def built(config: RunConfig) -> tuple[FSDPEngine, Mesh]:
 
 def forward_backward(engine: Any, config: RunConfig, mesh: Mesh, step: int = 0) -> float:
     data = batches(config, step, mesh.dp_rank, mesh.dp_size, False)
-    return engine.forward_backward(data, target_count(False))
+    return float(engine.forward_backward(data, target_count(False)))
 
 
 # -- The same training --

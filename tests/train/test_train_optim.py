@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import random
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch import nn
 from llm.config import ModelConfig, OptimConfig, RunConfig
 from llm.train.build import build_model
 from llm.train.engines.shared import DynamicLossScale
-from llm.train.optim import KernelAdamW, adamw, decays, learning_rate, parameter_groups
+from llm.train.optim import KernelAdamW, adamw, decays, learning_rate, parameter_groups, skip_where
 
 
 def small_model(**model) -> nn.Module:
@@ -129,6 +129,22 @@ def test_either_form_goes_on_from_the_other_s_state(first: str, second: str) -> 
     torch.testing.assert_close(ours["state"], theirs["state"], rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_a_skipped_step_leaves_weights_moments_and_count(impl: str) -> None:
+    parameter = nn.Parameter(torch.randn(5))
+    optimizer = adamw([{"params": [parameter]}], OptimConfig(lr=0.1, min_lr=0.0), impl)
+    found = []
+    for skip in (0.0, 1.0, 1.0, 0.0):
+        parameter.grad = torch.full((5,), float("nan") if skip else 1.0)
+        skip_where(torch.tensor(skip > 0), optimizer)
+        optimizer.step()
+        found.append([parameter.detach().clone(), *(value.clone() for value in optimizer.state[parameter].values())])
+    assert [int(optimizer_step) for _, optimizer_step, *_ in found] == [1, 1, 1, 2]
+    for kept in found[1:3]:
+        assert all(torch.equal(*pair) for pair in zip(kept, found[0], strict=True))
+    assert not torch.equal(found[3][0], found[0][0]) and found[3][0].isfinite().all()
+
+
 def test_the_kernel_s_optimizer_leaves_to_torch_what_it_cannot_update() -> None:
     config = OptimConfig(lr=0.1, min_lr=0.0)
     given = [torch.randn(5, dtype=torch.float64), torch.randn(3, 4).t(), torch.randn(5), torch.randn(5)]
@@ -221,11 +237,10 @@ def test_the_scales_are_deepspeed_s(seed: int, theirs) -> None:
         try:
             reference.update_scale(overflow)
         except Exception:  # noqa: BLE001 - they raise no narrower one
-            with pytest.raises(FloatingPointError, match="smallest loss scale"):
-                state.update(overflow)
+            assert not state.update(torch.tensor(overflow))[1], "the run goes on though no smaller scale can mend it"
             return
-        state = state.update(overflow)
-        assert state.scale == reference.cur_scale
+        state, skipped = state.update(torch.tensor(overflow))
+        assert state.scale == reference.cur_scale and skipped == overflow
 
 
 def test_the_defaults_are_deepspeed_s() -> None:
@@ -240,5 +255,7 @@ def test_the_defaults_are_deepspeed_s() -> None:
 def test_a_saved_state_goes_on_where_it_was() -> None:
     state = DynamicLossScale(window=3)
     for i in range(20):
-        state = state.update(i % 5 == 0)
-        assert DynamicLossScale(**asdict(state)) == state
+        state, _ = state.update(torch.tensor(i % 5 == 0))
+        again = replace(DynamicLossScale(window=3), **state.state())
+        assert again.state() == state.state()
+        assert again.update(torch.tensor(False))[0].state() == state.update(torch.tensor(False))[0].state()

@@ -30,7 +30,7 @@ def steps(engine: Any, config: RunConfig, mesh: Mesh, first: int, count: int) ->
     for step in range(first, first + count):
         engine.set_lr(config.optim.lr)
         data = batches(config, step, mesh.dp_rank, mesh.dp_size, False)
-        losses.append(engine.forward_backward(data, target_count(False)))
+        losses.append(float(engine.forward_backward(data, target_count(False))))
         engine.step()
     return losses
 

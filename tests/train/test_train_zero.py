@@ -165,7 +165,7 @@ def first_step(config: RunConfig) -> dict[str, Any]:
     engine.set_lr(config.optim.lr)
     engine.forward_backward(batches(config, 0, mesh.dp_rank, mesh.dp_size, False), target_count(False))
     gradients = {name: engine.gradient(name).numpy().copy() for name in engine.parameters}
-    norm = engine.step().grad_norm
+    norm = float(engine.step().grad_norm)
     after = pieces(engine)
     engine.close()
     return {"before": before, "after": after, "gradients": gradients, "norm": norm}

@@ -61,10 +61,13 @@ def micro_batch(batch: Batch, device: torch.device, rows: int | None = None) -> 
 
 
 class StepResult(NamedTuple):
-    grad_norm: float
+    """Tensors [] on a device: reading one waits for the step."""
+
+    grad_norm: Tensor
     """Global norm before clipping."""
-    skipped: bool
-    """The gradients overflowed: weights and Adam's step are as before."""
+    skipped: Tensor
+    """Whether fp16's gradients overflowed, which a smaller loss scale can mend: weights, moments and Adam's step are
+    as before."""
 
 
 class WeightSource(Protocol):
@@ -115,8 +118,12 @@ class Engine(ABC):
         self.parameters: dict[str, Any] = dict(model.named_parameters())
         """The model's parameters by name; under ZeRO 3 they are partitioned."""
         self.slices = {name: slice_of(parameter) for name, parameter in self.parameters.items()}
-        self.updates = 0
         self.forward_time = Stopwatch(device)  # of steps, not of validations
+
+    @property
+    @abstractmethod
+    def updates(self) -> int:
+        """Updates made. May wait for the device."""
 
     @abstractmethod
     def local_weight(self, name: str) -> Tensor:
@@ -126,12 +133,15 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
-        """Accumulate the gradient of (sum of losses over all ranks) / target_count and return that quotient."""
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int | Tensor) -> Tensor:
+        """Accumulate the gradient of (sum of losses over all ranks) / target_count and return that quotient.
+
+        Returns fp64 [] on the device. target_count: a tensor is int64 [] there.
+        """
 
     @abstractmethod
     def step(self) -> StepResult:
-        """Clip by the global norm and update the weights, unless the gradients overflowed."""
+        """Clip by the global norm and update the weights, unless that norm is not finite."""
 
     @abstractmethod
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
@@ -203,9 +213,8 @@ class Engine(ABC):
         """Give back what is held beyond the process group, which its creator ends."""
 
 
-def sum_over(values: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """All-reduce a small CPU tensor in place through `device`, where the group's backend can see it."""
+def sum_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`values`, all-reduced in place; they lie where the group's backend can see them."""
     if group is not None and group.size() > 1:
-        on_device = values.to(device)
-        dist.all_reduce(on_device, group=group)
-        values.copy_(on_device)
+        dist.all_reduce(values, group=group)
+    return values

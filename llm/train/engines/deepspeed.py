@@ -25,7 +25,7 @@ from llm.train.engines.base import DTYPES, Engine, Fragment, MicroBatch, StepRes
 from llm.train.engines.deepspeed_config import deepspeed_config
 from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches, gather_slices, global_norm
 from llm.train.engines.zero_state import fragments, publish
-from llm.train.optim import adamw, parameter_groups
+from llm.train.optim import adamw, parameter_groups, skip_where
 
 
 class DeepSpeedEngine(Engine):
@@ -36,7 +36,7 @@ class DeepSpeedEngine(Engine):
         self.mesh = mesh
         self.stage = config.parallel.zero_stage
         self.replicated, self.replicated_state = self.stage < 3, self.stage == 0
-        self.fp16 = config.train.precision == "fp16"
+        self.applied, self.fp16 = 0, config.train.precision == "fp16"
         self.shapes = {name: p.shape for name, p in self.parameters.items()}  # before ZeRO 3 partitions them
         generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; each would warn once per call site.
@@ -57,41 +57,49 @@ class DeepSpeedEngine(Engine):
         except ValidationError as error:  # a key of the `deepspeed` section is the user's to mend
             raise InputError(f"DeepSpeed refuses its part of the config (deepspeed.*): {error}") from error
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
-        total = torch.zeros(1, dtype=torch.float64)
+    @property
+    def updates(self) -> int:
+        return self.applied
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int | Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        # DeepSpeed averages gradients over data-parallel ranks; the loss is a sum over them.
+        scale = self.mesh.dp_size / (target_count.double() if isinstance(target_count, Tensor) else target_count)
         for i, batch in enumerate(micro_batches):
             # DeepSpeed counts to the number of its config, which is the first phase's.
             self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
             with self.forward_time:
                 loss = self.engine(*batch)
-            # DeepSpeed averages gradients over data-parallel ranks; the loss is a sum over them.
-            self.engine.backward(loss * (self.mesh.dp_size / target_count), scale_wrt_gas=False)
-            total += loss.detach().double().cpu()
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            total += loss.detach()
             if i + 1 < len(micro_batches):
                 self.engine.step()  # not at the accumulation boundary: only counts
-        sum_over(total, self.dp_group, self.device)
-        return float(total) / target_count
+        return sum_over(total, self.dp_group) / target_count
 
     def step(self) -> StepResult:
+        """As Engine.step. DeepSpeed reads some numbers of its own in it, for which it waits (docs/parallelism.md)."""
         if self.stage == 0:
             # DeepSpeed does not report the norm here, so Ingot computes it once and clips by it.
             parameters = list(self.parameters.values())
             norm = global_norm(parameters, self.mesh)
             clip(parameters, norm, self.grad_clip)
+            skip_where(norm.isfinite().logical_not(), self.optimizer)
             self.engine.step()
         else:
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
         applied = self.engine.was_step_applied()
-        self.updates += applied
+        self.applied += applied
         # ZeRO leaves out a step whose gradients are not finite in every precision, which only fp16 can mend by its
         # loss scale: elsewhere the norm says so, and the loop stops.
         if norm is None or (not applied and not self.fp16):
             norm = float("nan")
-        return StepResult(float(norm), skipped=self.fp16 and not applied)
+        if not isinstance(norm, Tensor):
+            norm = torch.full((), norm, device=self.device)
+        return StepResult(norm, torch.full((), self.fp16 and not applied, device=self.device))
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        return evaluate_batches(self.engine, micro_batches, self.dp_group)
+        return evaluate_batches(self.engine, micro_batches, self.dp_group, self.device)
 
     def gradient(self, name: str) -> Tensor:
         parameter = self.parameters[name]
@@ -118,10 +126,10 @@ class DeepSpeedEngine(Engine):
             scaler = self.zero.loss_scaler
             good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
             scale = DynamicLossScale(scaler.cur_scale, remaining=scaler.cur_hysteresis, good_steps=good_steps).state()
-        return {"optimizer_step": self.updates, "loss_scale": scale}
+        return {"optimizer_step": self.applied, "loss_scale": scale}
 
     def load_scalar_state(self, state: dict[str, Any]) -> None:
-        self.updates = state["optimizer_step"]
+        self.applied = state["optimizer_step"]
         if self.fp16 and state["loss_scale"]:
             scaler, saved = self.zero.loss_scaler, state["loss_scale"]
             scaler.cur_scale, scaler.cur_hysteresis = saved["scale"], saved["remaining"]

@@ -64,6 +64,7 @@ class FSDPEngine(MasterWeightsEngine):
             found[name] = Fragment(master, 0, start, numel)
         return found
 
+    @torch.no_grad()  # which spares each parameter an autograd function
     def _reduce(self) -> None:
         """The backward passes have reduced: the masters take the gradients' shards."""
         for name, master in self.masters.items():
@@ -77,13 +78,15 @@ class FSDPEngine(MasterWeightsEngine):
         return grad
 
     def _norm(self) -> Tensor:
-        """On the CPU: a shard counts once, a tensor-parallel replica once."""
-        squares = torch.zeros(2)
-        for i, split in enumerate((True, False)):
-            grads = [m.grad for name, m in self.masters.items() if self.split[name] == split and m.grad is not None]
-            squares[i] = sum_of_squares(grads)
-        sum_over(squares, self.mesh.dp_group, self.device)
-        sum_over(squares[:1], self.mesh.tp_group, self.device)
+        """A shard counts once, a tensor-parallel replica once."""
+        grads = {True: [], False: []}
+        for name, master in self.masters.items():
+            if master.grad is not None:
+                grads[self.split[name]].append(master.grad)
+        device = next(iter(self.masters.values())).device
+        squares = torch.stack([sum_of_squares(grads[split], device) for split in (True, False)]).to(self.device)
+        sum_over(squares, self.mesh.dp_group)
+        sum_over(squares.narrow(0, 0, 1), self.mesh.tp_group)
         return squares.sum().sqrt()
 
     def _publish(self) -> None:

@@ -15,7 +15,7 @@ from llm.model.gpt import GPT
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import Engine, MicroBatch, StepResult, sum_over
 from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches
-from llm.train.optim import adamw, parameter_groups
+from llm.train.optim import adamw, parameter_groups, skip_where
 
 
 class MasterWeightsEngine(Engine):
@@ -45,43 +45,49 @@ class MasterWeightsEngine(Engine):
     def _accumulate(self) -> None:
         """Take over the gradient of one micro-batch."""
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int) -> float:
-        total = torch.zeros(1, dtype=torch.float64)
+    @property
+    def updates(self) -> int:
+        state = next(iter(self.optimizer.state.values()), None)
+        return 0 if state is None else int(state["step"])
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int | Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        scale = self.scale.scale if self.scale else 1.0
         for batch in micro_batches:
             with self.forward_time:
                 loss = self.model(*batch) / target_count
-            (loss * (self.scale.scale if self.scale else 1.0)).backward()
-            total += loss.detach().double().cpu()
+            (loss * scale).backward()
+            total += loss.detach()
             self._accumulate()
         self._reduce()
         if self.scale:
             grads = [master.grad for master in self.masters.values() if master.grad is not None]
-            torch._foreach_div_(grads, self.scale.scale)
-        sum_over(total, self.dp_group, self.device)
-        return float(total)
+            torch._foreach_div_(grads, scale.to(grads[0]) if isinstance(scale, Tensor) else scale)
+        return sum_over(total, self.dp_group)
 
     def step(self) -> StepResult:
+        """As Engine.step. Whether to update is decided on the device, so that nothing waits for it."""
         masters = list(self.masters.values())
-        norm = self._norm()
-        finite = bool(norm.isfinite())
-        if finite or self.scale is None:
-            clip(masters, norm.to(masters[0].device), self.grad_clip)
-            self.optimizer.step()
-            self.updates += 1
-            self._publish()
+        norm = self._norm().to(masters[0].device)  # which is the CPU where they are offloaded
+        overflow = norm.isfinite().logical_not()
+        clip(masters, norm, self.grad_clip)
+        skip_where(overflow, self.optimizer)
+        self.optimizer.step()
+        self._publish()
+        skipped = torch.zeros_like(overflow)
         if self.scale:
-            self.scale = self.scale.update(overflow=not finite)
+            self.scale, skipped = self.scale.update(overflow)
         self.optimizer.zero_grad()
         self.model.zero_grad()
-        return StepResult(float(norm), skipped=self.scale is not None and not finite)
+        return StepResult(norm, skipped)
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        return evaluate_batches(self.model, micro_batches, self.dp_group)
+        return evaluate_batches(self.model, micro_batches, self.dp_group, self.device)
 
     def scalar_state(self) -> dict[str, Any]:
         return {"optimizer_step": self.updates, "loss_scale": self.scale.state() if self.scale else None}
 
     def load_scalar_state(self, state: dict[str, Any]) -> None:
-        self.updates = state["optimizer_step"]
+        """The number of updates comes with the moments (Engine.load_pieces)."""
         if self.scale and state["loss_scale"]:
             self.scale = replace(self.scale, **state["loss_scale"])

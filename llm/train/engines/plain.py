@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,7 +24,8 @@ class PlainEngine(MasterWeightsEngine):
     def __init__(self, config: RunConfig, model: GPT, mesh: Mesh | None, device: torch.device) -> None:
         model = model.to(device=device, dtype=DTYPES[config.train.precision])
         masters: dict[str, Tensor] = dict(model.named_parameters())
-        if config.train.precision != "fp32":
+        self.copied = config.train.precision != "fp32"
+        if self.copied:
             masters = {name: p.detach().float().requires_grad_() for name, p in masters.items()}
         super().__init__(config, model, masters, mesh, device)
 
@@ -31,12 +34,15 @@ class PlainEngine(MasterWeightsEngine):
 
     def _accumulate(self) -> None:
         """Add the low-precision gradients of one micro-batch to the fp32 ones of the masters."""
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter and parameter.grad is not None:
-                grad = parameter.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                parameter.grad = None
+        if self.copied:
+            masters: list[Any] = list(self.masters.values())
+            first = all(master.grad is None for master in masters)
+            for master in masters if first else ():
+                master.grad = torch.empty_like(master)
+            gradients: list[Any] = [parameter.grad for parameter in self.parameters.values()]
+            join = torch._foreach_copy_ if first else torch._foreach_add_
+            join([master.grad for master in masters], gradients)
+            self.model.zero_grad()
 
     def _reduce(self) -> None:
         if self.dp_group is None or self.dp_group.size() == 1:
@@ -52,9 +58,8 @@ class PlainEngine(MasterWeightsEngine):
 
     @torch.no_grad()
     def _publish(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+        if self.copied:
+            torch._foreach_copy_(list(self.parameters.values()), list(self.masters.values()))
 
     def gradient(self, name: str) -> Tensor:
         grad = self.masters[name].grad

@@ -24,58 +24,60 @@ class DynamicLossScale:
     overflow is skipped and the scale falls; after many good steps it rises. The same sequence as DeepSpeed's scaler.
     """
 
-    scale: float = 2.0**16
+    scale: float | Tensor = 2.0**16
+    """A number before the first update, as are the other two that change; then a tensor [] on the device."""
     window: int = 1000
     """Steps without overflow after which the scale doubles."""
     hysteresis: int = 2
     """Overflows since the last rise of the scale before it starts to fall."""
     minimum: float = 1.0
-    remaining: int = 2
+    remaining: int | Tensor = 2
     """Of `hysteresis`, how many are left."""
-    good_steps: int = 0
+    good_steps: int | Tensor = 0
     """Steps without overflow since the last one with it."""
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps of it, JSON-ready; the other fields are settings."""
-        return {"scale": self.scale, "remaining": self.remaining, "good_steps": self.good_steps}
+        """What a checkpoint keeps of it, JSON-ready; the other fields are settings. Waits for the device."""
+        return {
+            "scale": float(self.scale), "remaining": int(self.remaining), "good_steps": int(self.good_steps)
+        }  # fmt: skip
 
-    def update(self, overflow: bool) -> DynamicLossScale:
-        """The state after a step whose gradients did or did not overflow.
+    def update(self, overflow: Tensor) -> tuple[DynamicLossScale, Tensor]:
+        """The state after a step whose gradients did or did not overflow, bool [], and whether it counts as skipped.
 
-        Raises:
-            FloatingPointError: an overflow at the smallest scale: the run has diverged.
+        An overflow at the smallest scale does not: the run has diverged. All is decided on the device of `overflow`.
         """
-        if not overflow:
-            count = self.good_steps + 1
-            # As in DeepSpeed, the scale rises one step after `window` good ones.
-            if self.good_steps == 0 or self.good_steps % self.window:
-                return replace(self, good_steps=count)
-            return replace(self, scale=2 * self.scale, remaining=self.hysteresis, good_steps=count)
-        if self.remaining > 1:
-            return replace(self, remaining=self.remaining - 1, good_steps=0)
-        if self.scale <= self.minimum:
-            raise FloatingPointError(
-                f"gradients overflow fp16 at the smallest loss scale ({self.minimum}): the run has "
-                "diverged; lower optim.lr, raise optim.warmup_steps or use train.precision=bf16"
-            )
-        return replace(self, scale=max(self.scale / 2, self.minimum), good_steps=0)
+        scale, remaining, good_steps = (
+            x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=overflow.device)
+            for x, dtype in ((self.scale, torch.float64), (self.remaining, torch.int64), (self.good_steps, torch.int64))
+        )
+        # As in DeepSpeed, the scale rises one step after `window` good ones.
+        rises = overflow.logical_not() & (good_steps > 0) & (good_steps % self.window == 0)
+        stays = overflow & (remaining > 1)
+        falls = overflow & stays.logical_not()
+        lower = (scale / 2).clamp(min=self.minimum)
+        after = replace(
+            self,
+            scale=torch.where(rises, 2 * scale, torch.where(falls, lower, scale)),
+            remaining=torch.where(rises, self.hysteresis, remaining - stays.long()),
+            good_steps=torch.where(overflow, 0, good_steps + 1),
+        )
+        return after, stays | falls & (scale > self.minimum)
 
 
 def evaluate_batches(
-    model: nn.Module, micro_batches: Iterable[MicroBatch], group: dist.ProcessGroup | None
+    model: nn.Module, micro_batches: Iterable[MicroBatch], group: dist.ProcessGroup | None, device: torch.device
 ) -> tuple[float, int]:
     """Engine.evaluate for a model that is called directly; `group`: the data-parallel ranks, None if alone."""
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
-    device = torch.device("cpu")
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in micro_batches:
-            device = batch.targets.device  # not the parameters', which may be offloaded
-            total[0] += model(*batch).double().cpu()
-            total[1] += (batch.targets != IGNORED_TARGET).sum().cpu()
+            total[0] += model(*batch)
+            total[1] += (batch.targets != IGNORED_TARGET).sum()
     model.train()
-    sum_over(total, group, device)
-    return float(total[0]), int(total[1])
+    loss, count = sum_over(total, group).tolist()
+    return loss, int(count)
 
 
 def global_norm(parameters: Sequence[Tensor], mesh: Mesh | None) -> Tensor:
@@ -84,26 +86,27 @@ def global_norm(parameters: Sequence[Tensor], mesh: Mesh | None) -> Tensor:
     for parameter in parameters:
         if parameter.grad is not None:
             grads[getattr(parameter, "tensor_model_parallel", False)].append(parameter.grad)
-    squares = {split: sum_of_squares(tensors) for split, tensors in grads.items()}
+    squares = {split: sum_of_squares(tensors, parameters[0].device) for split, tensors in grads.items()}
     if mesh is not None and mesh.tp_size > 1:
         dist.all_reduce(squares[True], group=mesh.tp_group)
     return (squares[True] + squares[False]).sqrt()
 
 
-def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Of all their elements, fp32 [] on `device`, on which they are."""
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
 
 
 def clip(parameters: Sequence[Tensor], norm: Tensor, limit: float) -> None:
     """Scale all gradients by limit / norm if the norm is above the limit (Pascanu et al. 2013); 0: no limit.
 
-    PyTorch's clip_grads_with_norm_ goes through all gradients where nothing is to be scaled, too.
+    Decided where the norm is: below the limit they are multiplied by 1, which costs less than to wait for the norm.
     """
-    if limit > 0 and norm > limit:
+    if limit > 0:
         grads = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        torch._foreach_mul_(grads, torch.where(norm > limit, limit / (norm + 1e-6), 1.0))
 
 
 def gather_slices(local: Tensor, part: Slice, mesh: Mesh | None) -> Tensor:
