@@ -73,6 +73,7 @@ class Trainer:
             self.mirror = mirror = Mirror(Remote(kept.copy_to, run.config.name), **keep)
             options |= {"saved": mirror.begin, "copying": lambda: mirror.copying}
         self.saver = Saver(run.folder.checkpoints, asynchronous=kept.asynchronous, **options, **keep)
+        run.heartbeat.groups.append(self.saver.group)
 
     def step(self) -> tuple[float, float, float]:
         """One optimizer step; returns its loss, learning rate and gradient norm.
