@@ -101,7 +101,7 @@ class Heartbeat:
     Args:
         limit: seconds without progress that end the run; None: nothing is watched.
         hosts: of all ranks.
-        groups: the process groups whose collectives are marks; the main threads alone begin them.
+        groups: the process groups whose collectives are marks; that of the saves is added by the trainer.
         work: grows while the main thread works between two marks, where the ranks may differ.
         failed: the record of the failure; the stacks of this rank go into the folder `stalls` beside it.
     """
@@ -120,10 +120,11 @@ class Heartbeat:
         leave: Callable[[int], object] = os._exit,
     ) -> None:
         self.limit, self.rank, self.hosts, self.store = limit, rank, hosts, store
-        self.groups, self.work, self.failed, self.clock, self.leave = groups, work, failed, clock, leave
+        self.groups, self.work, self.failed, self.clock, self.leave = [*groups], work, failed, clock, leave
         self.phase, self.entered, self.items, self.step = "start", 0, 0, 0
         self.done, self.watching = threading.Event(), False
-        self.mine, self.beats = Beat(), {rank: Beat()}
+        self.mine = Beat()
+        self.beats = {0: Beat(), rank: Beat()}  # rank 0 may stop, and the store with it, before it was ever heard of
         self.numbers, self.heard = dict[int, int](), dict[int, float]()
         self.last, self.seconds, self.seen, self.since = clock(), 0.0, (-1, -1), 0.0
         if store is not None:

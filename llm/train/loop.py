@@ -101,6 +101,7 @@ class Trainer:
             self.mirror = mirror = Mirror(Remote(kept.copy_to, run.config.name), **keep)
             options |= {"saved": mirror.begin, "copying": lambda: mirror.copying}
         self.saver = Saver(run.folder.checkpoints, asynchronous=kept.asynchronous, **options, **keep)
+        run.heartbeat.groups.append(self.saver.group)
 
     def step(self) -> None:
         """One optimizer step, of which `read` gives the results. On a GPU it may still be under way."""

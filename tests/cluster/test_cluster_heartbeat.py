@@ -141,6 +141,13 @@ def test_others_judge_rank_0_once_it_is_silent() -> None:
     assert 30 < rank.heart.seconds <= 32
 
 
+def test_others_judge_a_rank_0_that_was_never_heard_of() -> None:
+    """It was stopped in the first second, and the store with it."""
+    found = Rank(1, ("a", "b")).seconds(60)
+    assert found is not None
+    assert (found.rank, found.host, found.code) == (0, "a", BAD_HOST)
+
+
 def test_others_leave_the_judgement_to_a_rank_0_that_is_heard() -> None:
     rank = Rank(1, ("a", "b"))
 
