@@ -15,7 +15,7 @@ from setuptools import find_packages
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_PARAMETERS = 14
+MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
 BUDGETS = {"llm": 17_500, "kernels": 4_389, "csrc": 2_397, "launch": 887, "benchmarks": 5_830}
 MAX_PRODUCT_LINES = 25_173  # all of these but the benchmarks

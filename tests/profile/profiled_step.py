@@ -52,7 +52,7 @@ def step(engine: PlainEngine, data: Data, number: int) -> float:
     engine.set_lr(1e-3)
     loss = engine.forward_backward(data.next_step(number), G * T)
     engine.step()
-    return loss
+    return loss.item()
 
 
 def ranges(engine: PlainEngine, data: Data) -> Ranges:

@@ -83,7 +83,7 @@ def test_the_categories_are_the_memory_that_lives_at_the_peak(profiled: Any) -> 
     assert abs(memory.unattributed_bytes) <= 0.03 * memory.peak_bytes
     assert memory.categories["weights"] == weights
     assert memory.categories["moments"] == 2 * weights + 4 * len(engine.parameters)
-    assert 0 < memory.categories["gradients"] <= weights
+    assert 0 < memory.categories["gradients"] <= weights + 8  # the loss, in fp64
     assert memory.categories["activations"] > 0 and memory.categories["temporary"] > 0
     assert memory.peak_bytes == max(level for _, level in memory.over_step)
     assert len(memory.owners) == 10 and memory.owners[0].bytes >= memory.owners[-1].bytes

@@ -70,7 +70,7 @@ def test_flops_are_those_of_torchs_counter(whole: Taken) -> None:
 def test_waits_are_named(whole: Taken) -> None:
     by_part = analyse(whole.events, ALONE).syncs
     count = sum(round(sync.count) for sync in by_part)
-    assert {sync.where for sync in by_part} == {"gradients", "clip", "publish"}, by_part
+    assert {sync.where for sync in by_part} == {"none"}, by_part  # its loss is read behind the parts
     known = analyse(whole.events, ALONE, places=[f"a.py:{i}" for i in range(count)]).syncs
     assert sorted(sync.where for sync in known) == [f"a.py:{i}" for i in range(count)]
     assert analyse(whole.events, ALONE, places=["a.py:0"] * (count + 1)).syncs == by_part
