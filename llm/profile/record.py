@@ -2,7 +2,8 @@
 
 Times are milliseconds per profiled step, counts and bytes too, unless a field says otherwise. A part is a piece of the
 model or of the step (llm/profile/ranges.py). The times of the parts, each exclusive of the others, and
-`unattributed_ms` add up to the step's wall time: on a GPU they are those of the host's thread, and `device_ms` those of its kernels.
+`unattributed_ms` add up to the step's wall time: on a GPU they are those of the host's thread, and `device_ms` those
+of its kernels.
 """
 
 from __future__ import annotations
