@@ -149,11 +149,11 @@ def check_command(words: list[str], space: Workspace) -> None:
         script, words = words[at], words[at + 1 :]
     else:
         module = words[2] if words[:2] == ["python", "-m"] else None
-        assert find_spec(module) if module else words[0] in ("source", "pip"), words
+        assert find_spec(module) if module else words[0] in ("source", "pip", "echo"), words
         return
     assert (ROOT / script).is_file(), script
     script = script if script.endswith(".py") else "launch/pretrain.py"  # to which the shell scripts pass everything
-    takes_config = "parse_config" in (ROOT / script).read_text()
+    takes_config = "parse_config" in (ROOT / script).read_text() and "--compare" not in words
     command = [sys.executable, "-c", PARSE_ONLY, script, *words, *["--print-config"] * takes_config]
     result = space.run(command)
     assert result.returncode == 0 if takes_config else "import of torch halted" in result.stderr, result.stderr

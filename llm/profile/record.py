@@ -1,8 +1,9 @@
 """What one rank's profile says: rank-N.json, written by llm/profile/capture.py and read by reports.
 
 Times are milliseconds per profiled step, counts and bytes too, unless a field says otherwise. A part is a piece of the
-model or of the step (llm/profile/parts.py). The times of the parts, each exclusive of the others, and `unattributed_ms`
-add up to the step's wall time: on a GPU they are those of the host's thread, and `device_ms` those of its kernels.
+model or of the step (llm/profile/ranges.py). The times of the parts, each exclusive of the others, and
+`unattributed_ms` add up to the step's wall time: on a GPU they are those of the host's thread, and `device_ms` those
+of its kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from llm.typed import read
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of llm.profile.parts.PARTS."""
+    """One of llm.profile.ranges.PARTS."""
 
     name: str
     forward_ms: float

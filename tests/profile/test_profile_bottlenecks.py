@@ -205,3 +205,6 @@ def test_tensor_parallel_communication_has_its_own_advice() -> None:
     first = bottlenecks([record(rank, 8, collectives=slow, layout=layout) for rank in range(8)])[0]
     assert first.name == "exposed collective" and "parallel.sequence_parallel=true" in first.advice
     assert "global_batch_size" not in first.advice
+    slow = (Collective("all_reduce", 2, 48, 40.0, 40.0, 1e8),)
+    first = bottlenecks([record(rank, 8, collectives=slow, layout=layout) for rank in range(8)])[0]
+    assert "tensor_parallel" not in first.advice and "global_batch_size" in first.advice

@@ -106,7 +106,8 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
 
 @pytest.mark.parametrize("changed", [
     {"step_ms": 0.0, "unprofiled_step_ms": 0.0}, {"parts": (), "collectives": (), "ops": ()},
-    {"memory": Memory(0, {}, 0, (), ())}, {"syncs": ()}, {"layout": {}}, {"device": "NVIDIA H200"},
+    {"memory": Memory(0, {}, 0, (), ())}, {"memory": Memory(0, {}, 0, (), ((0.0, 0),))},
+    {"syncs": ()}, {"layout": {}}, {"device": "NVIDIA H200"},
 ])  # fmt: skip
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_page_is_drawn_of_little(world: int, changed: dict[str, Any]) -> None:
@@ -118,15 +119,15 @@ def test_a_page_is_drawn_of_little(world: int, changed: dict[str, Any]) -> None:
 def test_a_comparison_says_what_changed(tmp_path: Path) -> None:
     before = profile(tmp_path / "a", record(0), record(1))
     layout = record().layout | {"zero_stage": 2}
-    after = profile(tmp_path / "b", *(longer("head_loss", 25.0, record(rank, layout=layout)) for rank in range(2)))
+    after = profile(tmp_path / "b", *(longer("qkv", 25.0, record(rank, layout=layout)) for rank in range(2)))
     lines: list[str] = []
     compare(before, after, lines.append)
     assert "zero_stage: 1 -> 2" in lines
     rows = {line.rsplit(maxsplit=4)[0].strip(): line.split()[-4:] for line in lines if line.count(".") >= 3}
     assert rows["step"] == ["75.00", "100.00", "+25.00", "+33.3%"]
-    assert rows["head_loss"] == ["12.00", "37.00", "+25.00", "+208.3%"]
-    assert rows["qkv"][2] == "+0.00"
-    assert next(iter(line for line in lines if line.startswith(("head_loss", "norm", "qkv")))).startswith("head_loss")
+    assert rows["qkv"] == ["10.00", "35.00", "+25.00", "+250.0%"]
+    assert rows["head_loss"][2] == "+0.00"
+    assert next(iter(line for line in lines if line.startswith(("head_loss", "norm", "qkv")))).startswith("qkv")
     assert [line for line in lines if "peak" in line]
 
 
