@@ -44,6 +44,7 @@ class Checkout:
             (path / "launch" / script.name).symlink_to(script)
         for name in ("Makefile", "README.md", "constraints.txt"):
             (path / name).symlink_to(ROOT / name)
+        (path / "launch/configs/gpt2-124m.yaml").symlink_to(ROOT / "launch/configs/gpt2-124m.yaml")
         for name, changes in (("tiny-cpu", {"vocab_size": 300}), ("char-cpu", {})):
             config = yaml.safe_load((ROOT / f"launch/configs/{name}.yaml").read_text())
             for section, values in SMALL.items():
