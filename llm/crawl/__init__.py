@@ -1,0 +1,1 @@
+"""From raw pages to clean documents and token shards: extract, filter, deduplicate, tokenise."""
