@@ -19,8 +19,6 @@ class InputConfig:
 
     source: str = ""
     """A file, folder or glob, or a URL of these that fsspec opens, such as s3://bucket/crawl/*.warc.gz."""
-    text_key: str = "text"
-    """The field of JSON and Parquet files that holds the text."""
     limit: int | None = None
     """Read this many records, spread over the first files, to try a chain; null: all."""
 

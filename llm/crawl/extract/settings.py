@@ -12,6 +12,8 @@ from llm.config.sections import check_at_least
 class ExtractConfig:
     """How pages become text."""
 
+    text_key: str = "text"
+    """The field of JSON and Parquet files that holds the text; `a.b` is field b of field a."""
     extractor: Literal["resiliparse", "trafilatura"] = "resiliparse"
     """The library that takes the text out of HTML."""
     main_content: bool = True
