@@ -119,7 +119,7 @@ def run_task(work: Work, task: Task, tell: Tell = lambda done: None) -> None:
             work.write(task, counts)
         sync_folder(task.folder)
         found = {"stage": work.name, "task": task.number, "config": config_of(work), "input": task.identity}
-        report = found | dataclasses.asdict(counts) | {"seconds": round(time.monotonic() - began, 3)}
+        report = found | vars(counts) | {"seconds": round(time.monotonic() - began, 3)}
         write_report(task.path(".json"), report)
 
 

@@ -23,7 +23,7 @@ def join_bands(files: Sequence[SignatureFile], memory: int, folder: Path) -> tup
     """Of each document, in the order of the files: its root, the smallest of its cluster; the cluster's size, at its
     root; and, eight to a byte, whether a smaller one has the same words.
 
-    memory: bytes for the merge, beside 8 of each document. folder: an empty one, for runs that are merged in parts.
+    memory: bytes for the merge, beside 8 of each document. folder: for the runs of a merge in several passes.
     Raises InputError.
     """
     documents = sum(file.size for file in files)
@@ -57,21 +57,19 @@ def _joined(roots: Array, start: int) -> Array:
 def _join(runs: list[Run], roots: Array, memory: int, folder: Path) -> None:
     at_once = max(2, min(OPEN, memory // LEAST - 1))
     buffer = max(PAIR.itemsize, min(MOST, memory // (min(at_once, len(runs)) + 1)))
-    made = 0
+    made = list[Path]()
     while len(runs) > at_once:
-        merged = list[Run]()
-        for start in range(0, len(runs), at_once):
-            group, path = runs[start : start + at_once], folder / f"{made}.run"
+        groups = [runs[start : start + at_once] for start in range(0, len(runs), at_once)]
+        paths = [folder / f"{len(runs)}-{i}.run" for i in range(len(groups))]
+        for group, path in zip(groups, paths, strict=True):
             merge_runs(group, buffer, str(path))
-            merged.append((str(path), 0, sum(run[2] for run in group), 0))
-            made += 1
-            _remove(group, folder)
-        runs = merged
+        runs = [(str(path), 0, sum(run[2] for run in group), 0) for group, path in zip(groups, paths, strict=True)]
+        _remove(made)
+        made = paths
     join_runs(runs, buffer, roots)
-    _remove(runs, folder)
+    _remove(made)
 
 
-def _remove(runs: list[Run], folder: Path) -> None:
-    for name, *_ in runs:
-        if Path(name).parent == folder:
-            Path(name).unlink()
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink()

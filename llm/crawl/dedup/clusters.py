@@ -55,7 +55,7 @@ def _count_sizes(sizes: Array, counts: Counts) -> None:
     powers = np.bincount(np.ceil(np.log2(sizes[sizes > 0])).astype(int))
     for power, count in enumerate(powers.tolist()):
         if count:
-            counts.histograms["cluster_size"][str(1 << power)] += count
+            counts.count("cluster_size", str(1 << power), count)
 
 
 def read_dropped(path: Path, ids: Array) -> dict[int, str]:
