@@ -121,6 +121,6 @@ def join(task: Task, reports: Sequence[Path], tokenizer: Tokenizer, origin: str,
 
 
 def _provenance(out: Path) -> dict[str, Any]:
-    """Of each stage whose folder lies in `out`: its version and settings, and the hash of them that its reports bear."""
+    """Of each stage whose folder lies in `out`: version, settings, and the hash of them that its reports bear."""
     found = {path.parent.name: read_report(path) for path in sorted(out.glob("*/settings.json"))}
     return {name: settings | {"config": hash_of(settings)} for name, settings in found.items()}

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import tokenizers
 import xxhash
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -39,11 +38,13 @@ def train(config: TokenizerConfig, texts: Iterable[str], library: str, folder: P
     else:  # gigatoken learns by the pattern of GPT-2 alone
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = _splitter(config.pattern)
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        special = {"special_tokens": [END_OF_DOCUMENT], "initial_alphabet": alphabet}
-        inner.train_from_iterator(
-            words, trainers.BpeTrainer(vocab_size=config.vocab_size, show_progress=False, **special)
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=[END_OF_DOCUMENT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         )
+        inner.train_from_iterator(words, trainer)
     inner.pre_tokenizer, inner.decoder = _splitter(config.pattern), decoders.ByteLevel()
     tokenizer = Tokenizer(inner.to_str(pretty=True).encode())
     require(
