@@ -99,7 +99,6 @@ def run_chain(config: CorpusConfig, command: str, engine: Engine) -> None:
 def summary(folder: Path) -> str:
     """What a stage did, in a line."""
     reports = reports_of(folder)
-    ...
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.crawl.tasks import Engine, Task, Work, config_of, described, disk_errors, read_report, write_report
-from llm.errors import InputError, require
+from llm.errors import require
 from llm.typed import shown
 
 SETTINGS = "settings.json"  # of a stage's folder: what the hash `config` of its reports is of

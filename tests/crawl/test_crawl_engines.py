@@ -59,8 +59,11 @@ def test_what_ends_a_worker_names_its_task(tmp_path: Path, order: str, error: ty
         assert not multiprocessing.active_children()
         assert not list(out.glob("*/.*")) and not (out / "lines/00003.parquet").exists()
         run_toys(source, out, engine)  # what it did is done only once
-    run_toys(source, tmp_path / "alone", Local(toys, 1))
-    assert content(out) == content(tmp_path / "alone")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / f"{order}.done").touch()
+    run_toys(source, alone, Local(toys, 1))
+    assert content(out) == content(alone)
 
 
 def test_one_process_names_the_task_that_fails(tmp_path: Path) -> None:

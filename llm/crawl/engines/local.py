@@ -88,7 +88,7 @@ def _work(works: Works, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all: the first process ends the others
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # One thread each: there is a process for each core.
-    os.environ |= {name: "1" for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "RAYON_RS_NUM_CPUS")}
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "RAYON_RS_NUM_CPUS"), "1")
     with suppress(EOFError, ConnectionError):  # the first process is gone
         serve(works, pipe.recv_bytes, pipe.send_bytes)
 
