@@ -7,71 +7,79 @@ namespace {
 
 constexpr char32_t kPoints = 0x110000, kReplacement = 0xFFFD;
 
-bool between(char32_t point, char32_t first, char32_t last) { return first <= point && point <= last; }
+// First and last code points of signs, beside those of ASCII, and of Sentence_Terminal.
+constexpr char32_t kSigns[][2] = {{0xA1, 0xBF}, {0x60C, 0x60C}, {0x61B, 0x61B}, {0x61F, 0x61F}, {0x66A, 0x66A},
+    {0x6D4, 0x6D4}, {0x964, 0x964}, {0x2013, 0x205E}, {0x20A0, 0x218B}, {0x2195, 0x2BFF}, {0x3001, 0x303F},
+    {0xFF01, 0xFF65}, {0x1F000, 0x1FAFF}};
+constexpr char32_t kEnds[][2] = {{'!', '!'}, {'.', '.'}, {'?', '?'}, {0x589, 0x589}, {0x61D, 0x61F}, {0x6D4, 0x6D4},
+    {0x700, 0x702}, {0x7F9, 0x7F9}, {0x837, 0x837}, {0x839, 0x839}, {0x83D, 0x83E}, {0x964, 0x965}, {0x104A, 0x104B},
+    {0x1362, 0x1362}, {0x1367, 0x1368}, {0x166E, 0x166E}, {0x1735, 0x1736}, {0x17D4, 0x17D6}, {0x17D9, 0x17DA},
+    {0x1803, 0x1803}, {0x1809, 0x1809}, {0x1944, 0x1945}, {0x1AA8, 0x1AAB}, {0x1B5A, 0x1B5B}, {0x1B5E, 0x1B5F},
+    {0x1B7D, 0x1B7E}, {0x1C3B, 0x1C3C}, {0x1C7E, 0x1C7F}, {0x203C, 0x203D}, {0x2047, 0x2049}, {0x2E2E, 0x2E2E},
+    {0x2E3C, 0x2E3C}, {0x2E53, 0x2E54}, {0x3002, 0x3002}, {0xA4FF, 0xA4FF}, {0xA60E, 0xA60F}, {0xA6F3, 0xA6F3},
+    {0xA6F7, 0xA6F7}, {0xA876, 0xA877}, {0xA8CE, 0xA8CF}, {0xA92F, 0xA92F}, {0xA9C8, 0xA9C9}, {0xAA5D, 0xAA5F},
+    {0xAAF0, 0xAAF1}, {0xABEB, 0xABEB}, {0xFE52, 0xFE52}, {0xFE56, 0xFE57}, {0xFF01, 0xFF01}, {0xFF0E, 0xFF0E},
+    {0xFF1F, 0xFF1F}, {0xFF61, 0xFF61}};
+constexpr std::u32string_view kSymbols = U"«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～";
 
-bool is_sign(char32_t point) {
-  if (point < 0x80) return point && std::string_view(",:;!?()[]{}<>_#*&'\"`").find(char(point)) != std::string_view::npos;
-  return between(point, 0xA1, 0xBF) || between(point, 0x2010, 0x205E) || between(point, 0x20A0, 0x2BFF) ||
-         between(point, 0x3001, 0x303F) || between(point, 0xFF01, 0xFF65) || between(point, 0x1F000, 0x1FAFF);
+template <size_t n>
+bool within(char32_t point, const char32_t (&ranges)[n][2]) {
+  for (const auto& range : ranges)
+    if (range[0] <= point && point <= range[1]) return true;
+  return false;
 }
 
 std::vector<uint8_t> table_of_kinds() {
   std::vector<uint8_t> kinds(kPoints);
   for (char32_t point = 0; point < kPoints; ++point) {
-    uint8_t kind = 0;
-    if (Py_UNICODE_ISSPACE(point)) kind |= kSpace;
-    if (Py_UNICODE_ISLINEBREAK(point)) kind |= kBreak;
-    if (Py_UNICODE_ISALPHA(point)) kind |= kLetter;
-    if (between(point, '0', '9')) kind |= kDigit;
-    if (!kind && !Py_UNICODE_ISALNUM(point) && is_sign(point)) kind |= kSign;
-    kinds[point] = kind;
+    const bool ascii = point < 0x80, wordlike = Py_UNICODE_ISALNUM(point) || Py_UNICODE_ISSPACE(point);
+    const auto set = [&, bits = &kinds[point]](Kind kind, bool is) { *bits |= is ? kind : 0; };
+    set(kSpace, Py_UNICODE_ISSPACE(point));
+    set(kLetter, Py_UNICODE_ISALPHA(point));
+    set(kCapital, Py_UNICODE_ISUPPER(point));
+    set(kDigit, ascii && Py_UNICODE_ISALNUM(point) && !Py_UNICODE_ISALPHA(point));
+    set(kSign, ascii ? point && std::string_view(",:;!?()[]{}<>_#*&'\"`").find(char(point)) != std::string_view::npos
+                     : !wordlike && within(point, kSigns));
+    set(kEnd, within(point, kEnds));
+    set(kSymbol, (ascii && !wordlike) || point < 9 || (point > 10 && point < 32) || (point > 126 && point < 160) ||
+                     within(point, kEnds) || kSymbols.find(point) != std::u32string_view::npos);
+    set(kBreak, Py_UNICODE_ISLINEBREAK(point));
   }
   return kinds;
 }
 
-char32_t point_at(std::string_view text, size_t at) { return decode(text, at); }
-
-// Where the code point begins that ends before byte `end`.
-size_t before(std::string_view text, size_t begin, size_t end) {
-  size_t at = end - 1;
-  while (at > begin && end - at < 4 && (text[at] & 0xC0) == 0x80) --at;
-  size_t next = at;
-  decode(text, next);
-  return next == end ? at : end - 1;
-}
-
 // Whether a sign that begins a piece is a word of its own. `next`: what follows it, 0 at the end of the piece.
 bool leads(char32_t sign, char32_t next) {
-  if (kind_of(sign) & kSign) return true;
   if (sign == '+') return !(kind_of(next) & kDigit);
-  return sign == '%' || sign == '=' || sign == '$' || (sign == '.' && next == '.');
+  return (kind_of(sign) & kSign) || sign == '%' || sign == '=' || sign == '$' || (sign == '.' && next == '.');
 }
 
 // Whether a sign that ends a piece is a word of its own. `last`: what precedes it; `last_but_one`: what precedes that.
 bool trails(char32_t last_but_one, char32_t last, char32_t sign) {
-  if (kind_of(sign) & kSign) return true;
   if (sign == '%' || sign == '$' || sign == '+') return kind_of(last) & kDigit;
-  if (sign != '.') return false;
-  if (!Py_UNICODE_ISUPPER(last)) return last != '/' && last != '\\' && last != '@';
-  return Py_UNICODE_ISUPPER(last_but_one);  // not in "U.S." and "J."
+  if (sign != '.') return kind_of(sign) & kSign;
+  if (kind_of(last) & kCapital) return kind_of(last_but_one) & kCapital;  // not in "U.S." and "J."
+  return (kind_of(last) & (kLetter | kDigit | kSign)) || last == '%' || last == '-' || last == '+' || last == '.';
 }
 
-// Whether a run of the same sign inside a piece divides it, between the code points `left` and `right`.
+// Whether a run of one sign inside a piece divides it, between the code points `left` and `right`.
 bool divides(char32_t left, char32_t sign, size_t run, char32_t right) {
-  const uint8_t before = kind_of(left), after = kind_of(right);
+  const uint8_t ahead = kind_of(left), behind = kind_of(right);
+  const bool figures = (ahead & kDigit) && (behind & kDigit);
   switch (sign) {
-    case '.': return run > 1;
-    case ',': return (before & kLetter) && (after & kLetter);
-    case '-': if (run == 1 && (before & kDigit) && (after & kDigit)) return true; [[fallthrough]];
-    case '~': case ':': case '<': case '>': case '=': case '/': return (before & (kLetter | kDigit)) && (after & kLetter);
-    case '+': case '*': case '^': return (before & kDigit) && (after & kDigit);
-    default: return sign >= 0x80 && sign != 0x2019 && (kind_of(sign) & kSign);
+    case '.': return run > 1 || ((ahead & kLetter) && !(ahead & kCapital) && (behind & kCapital));
+    case ',': return (ahead & kLetter) && (behind & kLetter);
+    case '+': case '*': case '^': return figures;
+    case '-': case '~': case ':': case '<': case '>': case '=': case '/': case 0x2013: case 0x2014:
+      return ((ahead & (kLetter | kDigit)) && (behind & kLetter)) || (sign == '-' && figures);
+    default: return sign == 0x2026 || sign == 0xA9 || sign == 0xAE || sign == 0xB0 ||  // ellipsis and symbols
+                    ((kind_of(sign) & kSign) && (sign >= 0x1F000 || (sign >= 0x2100 && sign < 0x3000)));
   }
 }
 
 // Where the ending of a contraction begins ('s, n't, 're, 've, 'll, 'd, 'm), or the end of the piece.
 size_t contraction(std::string_view text, size_t begin, size_t end) {
-  for (const std::string_view quote : {"'", "\u2019"}) {
+  for (const std::string_view quote : {"'", "’"}) {
     for (const std::string_view letters : {"s", "S", "t", "re", "ve", "ll", "d", "m"}) {
       const size_t size = quote.size() + letters.size();
       if (end - begin <= size || text.substr(end - letters.size(), letters.size()) != letters) continue;
@@ -93,7 +101,7 @@ void split_inside(std::string_view text, size_t begin, size_t end, std::vector<W
     const char32_t sign = decode(text, next);
     if (sign == '.' || sign == '-')
       while (next < end && text[next] == static_cast<char>(sign)) ++next;
-    if (at > begin && next < end && divides(left, sign, next - at, point_at(text, next))) {
+    if (!(kind_of(sign) & kLetter) && at > begin && next < end && divides(left, sign, next - at, point_at(text, next))) {
       if (at > start) words.push_back({start, at});
       words.push_back({at, next});
       start = next;
@@ -118,10 +126,10 @@ void split(std::string_view text, size_t begin, size_t end, std::vector<Word>& w
   while (begin < end) {
     size_t at = before(text, begin, end);
     if (at == begin) break;
-    size_t last = before(text, begin, at);
+    const size_t last = before(text, begin, at);
     const char32_t sign = point_at(text, at);
     if (!trails(last > begin ? point_at(text, before(text, begin, last)) : 0, point_at(text, last), sign)) break;
-    while (sign == '.' && at > begin && text[at - 1] == '.') --at;
+    while (sign == '.' && at > begin + 1 && text[at - 1] == '.') --at;
     behind.push_back({at, end});
     end = at;
   }
@@ -152,6 +160,14 @@ char32_t decode(std::string_view text, size_t& at) {
   if (point >= kPoints) return kReplacement;
   at += more;
   return point;
+}
+
+size_t before(std::string_view text, size_t begin, size_t end) {
+  size_t at = end - 1;
+  while (at > begin && end - at < 4 && (text[at] & 0xC0) == 0x80) --at;
+  size_t next = at;
+  decode(text, next);
+  return next == end ? at : end - 1;
 }
 
 std::vector<Word> word_bounds(std::string_view text) {
