@@ -55,7 +55,7 @@ std::vector<uint64_t> words_of(std::string_view text) {
     bool sign = true;
     for (size_t at = begin; at < word.end;) {
       const size_t here = at;
-      const char32_t point = decode(text, at);
+      const char32_t point = text[at] & 0x80 ? decode(text, at) : static_cast<char32_t>(text[at++]);
       sign = sign && !(kind_of(point) & (kLetter | kDigit));
       if (!without_spaces(point)) continue;
       add(begin, here);
