@@ -89,13 +89,14 @@ table {{ border-collapse: collapse; margin: 1em 0; }}
 th, td {{ border-bottom: 1px solid #d0d7de; padding: 3px 10px; text-align: left; vertical-align: top; }}
 pre {{ background: #f6f8fa; padding: 6px 10px; margin: 4px 0; white-space: pre-wrap; overflow-wrap: anywhere; }}
 svg {{ display: block; max-width: 100%; height: auto; }}
+details {{ margin: 4px 0; }}
 .ground {{ fill: none; }}
 @media (prefers-color-scheme: dark) {{
 body {{ color: #e6edf3; background: #0d1117; }}
 th, td {{ border-color: #30363d; }}
 pre {{ background: #161b22; }}
 .c0 {{ fill: #4493f8; }} .c1 {{ fill: #d29922; }} .c2 {{ fill: #f85149; }}
-.c3 {{ fill: #ab7df8; }} .c4 {{ fill: #3fb950; }} .c5 {{ fill: #9198a1; }}
+.c3 {{ fill: #ab7df8; }} .c4 {{ fill: #3fb950; }} .c5 {{ fill: #9198a1; }} .line {{ stroke: #4493f8; }}
 }}
 </style></head><body>
 <h1>{title}</h1>

@@ -76,7 +76,9 @@ def run(*command: str, cwd: Path) -> None:
 
 def book(documents: Path) -> Iterator[Page]:
     for path in sorted((documents / "anarchism/html").glob("*.html")):
-        yield from page(f"book/{path.stem}", "en", path, '<div class="content clear-block">', '<div id="book-navigation')
+        yield from page(
+            f"book/{path.stem}", "en", path, '<div class="content clear-block">', '<div id="book-navigation'
+        )
 
 
 def handbook(documents: Path) -> Iterator[Page]:

@@ -50,13 +50,14 @@ def left(stages: Sequence[Totals]) -> str:
         rows.append((stage.stage, *counts, *bytes_, number(stage.damage_count), number(stage.seconds), rate))
     head = ("stage", "tasks", "documents in", "out", "kept", "bytes in", "out", "damaged", "seconds", "a task's rate")
     note = "<p>Bytes are those of the files before the first stage, and of text in UTF-8 after it.</p>"
-    return bars(documents, (), "documents") + bars(sizes, (), "MB") + table(head, rows) + note
+    charts = "<h3>Documents</h3>" + bars(documents, (), "") + "<h3>Bytes</h3>" + bars(sizes, (), "MB")
+    return charts + table(head, rows) + note
 
 
 def removed(stage: Totals) -> str:
     """The reasons, the most frequent first, each with the texts that the reports keep of it."""
     reasons = stage.removed.most_common()
-    chart = bars([(reason, [count]) for reason, count in reasons], (), "documents", label=LONGEST)
+    chart = bars([(reason, [count]) for reason, count in reasons], (), "", label=LONGEST)
     samples = [
         f"<details><summary>{escape(reason)}: {number(count)} ({percent(count / max(1, stage.documents_in))})</summary>"
         + "".join(f"<pre>{escape(sample)}</pre>" for sample in stage.samples.get(reason, ()))
@@ -94,7 +95,9 @@ def curve(points: Mapping[float, float], x_label: str, y_label: str) -> str:
 def damage(stages: Sequence[Totals]) -> str:
     """Every place that the reports list."""
     rows = [
-        (stage.stage, found["source"], f"{found['offset']}", found["what"]) for stage in stages for found in stage.damage
+        (stage.stage, found["source"], f"{found['offset']}", found["what"])
+        for stage in stages
+        for found in stage.damage
     ]
     count = sum(stage.damage_count for stage in stages)
     note = f"<p>{number(count)} in all, of which {len(rows)} are listed.</p>" if count > len(rows) else ""

@@ -12,7 +12,16 @@ from typing import Any
 from llm.crawl.counts import DAMAGES, SAMPLES, Counts
 from llm.errors import InputError, require
 
-CHAIN = ("extract", "filter", "signatures", "cluster", "dedup", "tokenizer", "tokenize", "tokens")  # the order of the page
+CHAIN = (
+    "extract",
+    "filter",
+    "signatures",
+    "cluster",
+    "dedup",
+    "tokenizer",
+    "tokenize",
+    "tokens",
+)  # the order of the page
 
 
 @dataclass
@@ -52,5 +61,7 @@ def read_totals(out: Path) -> list[Totals]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}; delete it and run its stage again"
             raise InputError(f"{path} is no report of a task: {what}") from error
-    require(bool(found), f"{out} holds no reports of stages (extract/00000.json and so on); run prepare_data.py all first")
-    return sorted(found.values(), key=lambda totals: (CHAIN.index(totals.stage) if totals.stage in CHAIN else len(CHAIN)))
+    require(
+        bool(found), f"{out} holds no reports of stages (extract/00000.json and so on); run prepare_data.py all first"
+    )
+    return sorted(found.values(), key=lambda totals: CHAIN.index(totals.stage) if totals.stage in CHAIN else len(CHAIN))
