@@ -52,7 +52,7 @@ def extracted(data: Iterator[Any]) -> Iterator[Any]:
     for document in data:
         try:
             document.text = extractor.extract(document.text)
-        except Exception:  # noqa: BLE001 - as the library's own loop does
+        except Exception:  # noqa: BLE001, S112 - as the library's own loop does
             continue
         if document.text:
             yield document

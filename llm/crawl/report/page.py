@@ -1,4 +1,4 @@
-"""Draws report.html of what the stages have reported: nothing in it is fetched, and text from the crawl is only text."""
+"""Draws report.html of what the stages have reported: it fetches nothing, and text from the crawl is only text."""
 
 from __future__ import annotations
 
