@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm.crawl.counts import DAMAGES, SAMPLES, Counts
 from llm.errors import InputError, require
 
-CHAIN = (
-    "extract",
-    "filter",
-    "signatures",
-    "cluster",
-    "dedup",
-    "tokenizer",
-    "tokenize",
-    "tokens",
-)  # the order of the page
+ORDER = ("extract", "filter", "signatures", "cluster", "dedup", "tokenizer", "tokenize", "tokens")
 
 
 @dataclass
@@ -61,7 +51,18 @@ def read_totals(out: Path) -> list[Totals]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}; delete it and run its stage again"
             raise InputError(f"{path} is no report of a task: {what}") from error
-    require(
-        bool(found), f"{out} holds no reports of stages (extract/00000.json and so on); run prepare_data.py all first"
-    )
-    return sorted(found.values(), key=lambda totals: CHAIN.index(totals.stage) if totals.stage in CHAIN else len(CHAIN))
+    require(bool(found), f"{out} holds no reports of stages (extract/00000.json and so on): run prepare_data.py all")
+    others = sorted(found.keys() - set(ORDER))
+    return [found[stage] for stage in (*ORDER, *others) if stage in found]
+
+
+def read_curve(out: Path) -> dict[str, Any]:
+    """What the clustering has measured (llm/crawl/dedup/measure.py); empty where it has not run yet.
+
+    Raises InputError where it cannot be read.
+    """
+    path = out / "cluster/curve.json"
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}; delete its folder and run dedup again") from error

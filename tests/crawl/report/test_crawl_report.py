@@ -141,7 +141,28 @@ def test_a_folder_without_reports_is_refused(tmp_path: Path) -> None:
         write(tmp_path)
 
 
+def measured() -> dict[str, Any]:
+    bins = [{"from": i / 10, "pairs": i, "expected": i / 20, "found": i / 16} for i in range(10)]
+    line = [(i / 10, (i / 10) ** 2) for i in range(11)]
+    return {"curve": line, "midpoint": 0.7071, "recall": bins, "dropped": [0] * 9 + [1234]}
+
+
+def test_the_curve_is_drawn_with_what_was_measured(tmp_path: Path) -> None:
+    toy_reports(tmp_path)
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster/curve.json").write_text(json.dumps(measured()))
+    text = write(tmp_path).read_text()
+    assert text.count("<circle") == 9, "one for each bin with pairs"
+    assert {"similarity 0.71", "56.2%", "45.0%", "1,234"} <= set(
+        re.findall(r"similarity 0\.71|56\.2%|45\.0%|1,234", text)
+    )
+    (tmp_path / "cluster/curve.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        write(tmp_path)
+
+
 def test_a_curve_goes_through_its_points() -> None:
-    page = Page(curve({0.0: 0.0, 0.5: 0.25, 1.0: 1.0}, "similarity", "found"))
-    assert {"svg", "polyline"} <= page.tags and "similarity" in page.text
-    assert 'points="40.0,170.0 390.0,131.2 740.0,15.0"' in curve({0.0: 0.0, 0.5: 0.25, 1.0: 1.0}, "", "")
+    text = curve([(0.0, 0.0), (0.5, 0.25), (1.0, 1.0)], [(0.5, 1.0)], "similarity", "found")
+    assert {"svg", "polyline"} <= Page(text).tags and "similarity" in Page(text).text
+    assert 'points="40.0,170.0 390.0,131.2 740.0,15.0"' in text
+    assert 'cx="390.0" cy="15.0"' in text
