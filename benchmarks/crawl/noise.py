@@ -16,6 +16,7 @@ from benchmarks.crawl.pages import Page
 EDITS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)  # shares of a copy's words that are replaced
 COPIED, RECODED, TRUNCATED, SPAM = 0.04, 0.15, 0.01, 0.15  # shares of the pages: copied so with each edit, and so on
 SITES = 40
+BLOCKED = "www.blocked.example"  # a host that the demo's list refuses
 PER_FILE = 200  # records
 CHARSETS = {
     **dict.fromkeys(("de", "fr", "es", "it", "pt"), ("windows-1252", "iso-8859-1")),
@@ -150,6 +151,8 @@ def plant(pages: Sequence[Page], seed: int) -> list[Sent]:
     for page in drawn([page for page in pages if page.language in CHARSETS], RECODED, rng):
         sent.append(recoded(page, rng))
     sent += [send(page, "truncated", "", rng, edited(page.main, 0.5, rng)) for page in drawn(pages, TRUNCATED, rng)]
+    for page in drawn(english, TRUNCATED, rng):
+        sent.append(send(page, "spam", "blocked site", rng, edited(page.main, 0.5, rng)))
     for i in range(max(len(SPAM_KINDS), int(SPAM * len(pages)))):
         kind = SPAM_KINDS[i % len(SPAM_KINDS)]
         sent.append(send(Page(f"spam/{i}", "en", spam(kind, rng)), "spam", kind, rng))
@@ -165,15 +168,16 @@ def send(page: Page, kind: str, detail: str, rng: random.Random, main: str | Non
     """A page in UTF-8, as its header says. main: instead of the page's own."""
     main = page.main if main is None else main
     site = rng.randrange(SITES)
-    path = page.name if kind in ("page", "spam") else f"{kind}/{detail.rstrip(' %')}/{page.name}"
+    path = page.name if kind == "page" else f"{kind}/{detail.rstrip('%')}/{page.name}".replace(" ", "-")
+    host = BLOCKED if detail == "blocked site" else ""
     original = "" if kind != "copy" else page.name
-    planted = Planted(url(site, path), page.name, kind, detail, page.language, visible(main), original)
+    planted = Planted(url(site, path, host), page.name, kind, detail, page.language, visible(main), original)
     html = around(main, page.name, site, '<meta charset="utf-8">', rng)
     return Sent(planted, "text/html; charset=utf-8", html.encode())
 
 
-def url(site: int, path: str) -> str:
-    return f"https://www.site-{site}.example/{path}.html"
+def url(site: int, path: str, host: str = "") -> str:
+    return f"https://{host or f'www.site-{site}.example'}/{path}.html"
 
 
 def recoded(page: Page, rng: random.Random) -> Sent:
