@@ -160,6 +160,16 @@ def plant(pages: Sequence[Page], seed: int) -> list[Sent]:
     return sent
 
 
+def inflated(pages: Sequence[Page], seed: int) -> Iterator[Sent]:
+    """The pages again and again without end, in random order, with edits: one in ten stays a near-duplicate."""
+    rng = random.Random(seed)  # noqa: S311
+    for turn in count():
+        for page in rng.sample(pages, len(pages)):
+            share = 0.0 if turn == 0 else rng.choice((0.02, *(0.3,) * 9))
+            again = Page(f"{page.name}-{turn}", page.language, edited(page.main, share, rng))
+            yield send(again, "page", f"{share:.0%}", rng)
+
+
 def drawn(pages: Sequence[Page], share: float, rng: random.Random) -> list[Page]:
     return rng.sample(pages, min(len(pages), max(2, int(share * len(pages)))))
 

@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.crawl.rivals.usage import cpu_seconds
 from llm.config.parse import parse
 from llm.crawl.chain import CHAIN, Link, tasks_of, work_of
 from llm.crawl.restart import unfinished
@@ -32,6 +31,11 @@ def main(stages: str, *arguments: str) -> None:
     report = json.loads(next(iter(sorted((Path(config.out) / links[0].stage).glob("0*.json")))).read_bytes())
     found |= {"documents": report["documents_in"], "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
     print(json.dumps(found))
+
+
+def cpu_seconds() -> float:
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def timed(config: CorpusConfig, link: Link) -> dict[str, float]:

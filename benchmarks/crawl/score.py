@@ -26,7 +26,7 @@ class Score:
     recall: float | None
     precision: float | None = None
 
-    def row(self) -> tuple[str, str, str, str]:
+    def row(self) -> tuple[str, ...]:
         shares = (NONE if share is None else f"{share:.1%}" for share in (self.recall, self.precision))
         return (self.what, f"{self.count}", *shares)
 

@@ -23,6 +23,7 @@ from datatrove.pipeline.filters import (
     GopherRepetitionFilter,
     LanguageFilter,
 )
+from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.pipeline.readers import JsonlReader, WarcReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 from datatrove.pipeline.writers import JsonlWriter
@@ -59,11 +60,11 @@ def extracted(data: Iterator[Any]) -> Iterator[Any]:
 
 
 def filters(model: str) -> list[Any]:
-    """FineWeb's, in its order; the language model is the one that Ingot uses."""
+    """FineWeb's, in its order, and its masking; the language model is the one that Ingot uses."""
     language = LanguageFilter("en")
     language.model._model = _FastText(model)
     rules = [GopherRepetitionFilter(), GopherQualityFilter(), C4QualityFilter(filter_no_terminal_punct=False)]
-    return [language, *rules, FineWebQualityFilter()]
+    return [language, *rules, FineWebQualityFilter(), PIIFormatter()]
 
 
 def written(data: Iterator[Any], out: Path) -> None:
@@ -121,7 +122,7 @@ def warm_up(rules: list[Any]) -> None:
     load_word_tokenizer("en").word_tokenize(PROSE)
     Trafilatura().extract(f"<html><body><main><p>{PROSE}</p></main></body></html>")
     for rule in rules:
-        rule.filter(Document(text=PROSE, id="0"))
+        list(rule.run(iter([Document(text=PROSE, id="0")])))
 
 
 def cpu_seconds() -> float:
