@@ -1,0 +1,1 @@
+"""Equal and nearly equal documents: all but the first of each go."""

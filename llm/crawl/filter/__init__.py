@@ -1,0 +1,1 @@
+"""Which documents stay, by rules with published thresholds."""

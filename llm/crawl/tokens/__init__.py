@@ -1,0 +1,1 @@
+"""Clean documents to a tokenizer and shards of token ids."""
