@@ -18,23 +18,23 @@ def help_text(config: Any, prog: str) -> str:
     parser = argparse.ArgumentParser(prog, usage=f"{prog} [--config FILE] [--key=VALUE ...] [--print-config]")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below.")
     parser.add_argument("--print-config", action="store_true", help="Print the resolved config and exit.")
-    _add_keys(parser, "", config)
+    _add_keys(parser, parser, "", config)
     return parser.format_help()
 
 
-def _add_keys(parser: Any, prefix: str, section: Any) -> None:
+def _add_keys(parser: argparse.ArgumentParser, group: Any, prefix: str, section: Any) -> None:
     defaults, hints, docs = section(), get_type_hints(section), _field_docs(section)
     for name in (field.name for field in fields(section)):
         hint, default = hints[name], getattr(defaults, name)
         if is_dataclass(hint):
             title = (hint.__doc__ or name).splitlines()[0].rstrip(".")
-            _add_keys(parser.add_argument_group(f"{name}: {title}"), f"{name}.", hint)
+            _add_keys(parser, parser.add_argument_group(f"{prefix}{name}: {title}"), f"{prefix}{name}.", hint)
         elif name == "deepspeed":
-            parser.add_argument("--deepspeed.KEY", metavar="VALUE", help=docs[name])
+            group.add_argument("--deepspeed.KEY", metavar="VALUE", help=docs[name])
         else:
             value = default if isinstance(default, str) else json.dumps(default)
             text = f"{docs[name]} (type: {describe(hint)}, default: {value})"
-            parser.add_argument(f"--{prefix}{name}", metavar=name.upper(), help=text.replace("%", "%%"))
+            group.add_argument(f"--{prefix}{name}", metavar=name.upper(), help=text.replace("%", "%%"))
 
 
 def _field_docs(section: type) -> dict[str, str]:

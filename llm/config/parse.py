@@ -1,6 +1,6 @@
-"""Reads a run's config: one YAML file, then `--section.field=value` overrides, into a RunConfig.
+"""Reads a config: one YAML file, then `--section.field=value` overrides, into a dataclass, for a run a RunConfig.
 
-The values become the types of llm/config/sections.py (llm/typed.py): nothing in a file is ever imported or called.
+The values become the types of its fields (llm/typed.py): nothing in a file is ever imported or called.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -22,6 +22,7 @@ from llm.config.run import RunConfig
 from llm.errors import InputError, require
 from llm.typed import alternatives, dotted_keys, read, shown, unknown_key
 
+Config = TypeVar("Config")
 # As in YAML 1.2, and 1_000: YAML 1.1 takes 4e-3 for text, 010 for 8 and 1:30 for 90.
 _INTEGER = re.compile(r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)$", re.ASCII)
 _FLOAT = re.compile(
@@ -55,24 +56,29 @@ for _yaml_class in (_Loader, _Dumper):
 
 
 def parse_config(argv: Sequence[str] | None = None, *, prog: str = "pretrain.py") -> RunConfig:
-    """The config that a command line asks for: defaults, then `--config FILE`, then overrides.
+    """The run that a command line asks for: `parse`."""
+    return parse(RunConfig, sys.argv[1:] if argv is None else argv, prog)
+
+
+def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
+    """The config that a command line asks for: the dataclass's defaults, then `--config FILE`, then overrides.
 
     Raises:
         InputError: an unknown key, a wrong type, an impossible value or combination.
         SystemExit: status 0, after `--help` or `--print-config` have printed.
     """
-    argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(help_text(RunConfig, prog), end="")
+        print(help_text(kind, prog), end="")
         raise SystemExit(0)
-    overrides = _overrides([part for part in argv if part != "--print-config"])
+    keys = dotted_keys(kind)
+    overrides = _overrides([part for part in argv if part != "--print-config"], keys)
     files = [value for key, value in overrides if key == "config"]
     require(len(files) <= 1, f"--config is given {len(files)} times ({', '.join(files)}); give one file")
     mapping = _read_file(files[0]) if files else {}
     for key, value in overrides:
         if key not in ("config", "local_rank"):
-            _assign(mapping, key, value)
-    config = from_dict(mapping)
+            _assign(mapping, key, value, keys.get(key, Any))
+    config = read(kind, mapping, "")
     if "--print-config" in argv:
         print(to_yaml(config), end="")
         raise SystemExit(0)
@@ -84,8 +90,8 @@ def from_dict(mapping: dict[str, Any]) -> RunConfig:
     return read(RunConfig, mapping, "")
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The config as nested dicts of JSON types; `from_dict` gives an equal config back."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested dicts of JSON types; `from_dict` gives an equal RunConfig back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -95,22 +101,24 @@ def changed_fields(before: Any, after: Any) -> dict[str, str]:
     return {key: f"{shown(old)} -> {shown(new)}" for key, (old, new) in values.items() if old != new}
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: Any) -> str:
     """The config as YAML, every field written out; parsing it gives an equal config back."""
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
 
 
-def _overrides(argv: Sequence[str]) -> list[tuple[str, str]]:
+def _overrides(argv: Sequence[str], keys: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Splits `--key=value` and `--key value` into (key, value), with every key known."""
-    keys = [key for key in dotted_keys(RunConfig) if key != "deepspeed"]
+    scalars = [key for key in keys if key != "deepspeed"]
+    open_keys = ["deepspeed.KEY"] if "deepspeed" in keys else []
     tokens, overrides = list(argv), list[tuple[str, str]]()
     while tokens:
         token = tokens.pop(0)
         require(token.startswith("--"), f"unexpected argument {shown(token)}; expected --key=value")
         key, equals, value = token[2:].partition("=")
         # DeepSpeed's launcher gives --local_rank=N, which nothing reads.
-        if key not in (*keys, "config", "local_rank") and not re.fullmatch(r"deepspeed(\.[^.]+)+", key):
-            raise InputError(f"{unknown_key(key, [*keys, 'config', 'deepspeed.KEY'])} (--help lists all)")
+        further = open_keys and re.fullmatch(r"deepspeed(\.[^.]+)+", key)
+        if key not in (*scalars, "config", "local_rank") and not further:
+            raise InputError(f"{unknown_key(key, [*scalars, 'config', *open_keys])} (--help lists all)")
         if not equals:
             require(bool(tokens) and not tokens[0].startswith("--"), f"--{key} needs a value: --{key}=VALUE")
             value = tokens.pop(0)
@@ -118,13 +126,13 @@ def _overrides(argv: Sequence[str]) -> list[tuple[str, str]]:
     return overrides
 
 
-def _assign(mapping: dict[str, Any], key: str, text: str) -> None:
-    """Sets the dotted `key` in nested dicts to what `text` means for a field of its type."""
+def _assign(mapping: dict[str, Any], key: str, text: str, kind: Any) -> None:
+    """Sets the dotted `key` in nested dicts to what `text` means for a field of type `kind`."""
     *parents, last = key.split(".")
     for parent in parents:
         mapping = mapping.setdefault(parent, {})
         require(isinstance(mapping, dict), f"--{key}: {parent!r} already has a single value, not keys")
-    kinds = alternatives(dotted_keys(RunConfig).get(key, Any))
+    kinds = alternatives(kind)
     if str in kinds:
         mapping[last] = None if NoneType in kinds and text in _NULLS else text
         return

@@ -12,17 +12,17 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llm.crawl.counts import Counts
 from llm.crawl.documents import Document, write_documents
-from llm.errors import CheckpointError, InputError, require
+from llm.crawl.fetch import fetched
+from llm.errors import CheckpointError, InputError
 from llm.files import complete_file, parse_json, sync_folder
 
-SETTINGS = "settings.json"  # of a stage's folder: what its reports' `config` is the hash of
 Tell = Callable[[int], None]  # called with the bytes of its input that a task has gone through
 
 
@@ -49,6 +49,14 @@ class Task:
     def path(self, suffix: str) -> Path:
         """A file of the task's output."""
         return self.folder / f"{self.number:05d}{suffix}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `Task.from_json` reads back."""
+        return dataclasses.asdict(self) | {"inputs": list(map(str, self.inputs)), "folder": str(self.folder)}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Task:
+        return cls(**found | {"inputs": tuple(map(Path, found["inputs"])), "folder": Path(found["folder"])})
 
     def __str__(self) -> str:
         return f"{self.folder.name} task {self.number} ({self.source or self.inputs[0].name})"
@@ -100,7 +108,10 @@ class Engine(Protocol):
 def run_task(work: Work, task: Task, tell: Tell = lambda done: None) -> None:
     """Do one task and write its report. Raises InputError: a full disk among others."""
     counts, began = Counts(), time.monotonic()
-    with disk_errors(task.folder):
+    with disk_errors(task.folder), ExitStack() as stack:
+        if task.url:
+            copy = stack.enter_context(fetched(task.url, task.path(".fetched.tmp")))
+            task = replace(task, inputs=(copy,))
         if isinstance(work, Stage):
             write_documents(task.path(".parquet"), _counted(work.run(task, counts), counts, tell))
         else:
@@ -152,8 +163,8 @@ def hash_of(content: Any) -> str:
 
 
 def config_of(work: Work) -> str:
-    """The hash of all that a stage's output depends on beside its input."""
-    return hash_of(_described(work))
+    """The hash of what `described` gives."""
+    return hash_of(described(work))
 
 
 def identity_of(report: dict[str, Any]) -> str:
@@ -161,6 +172,7 @@ def identity_of(report: dict[str, Any]) -> str:
     return hash_of({key: value for key, value in report.items() if key != "seconds"})
 
 
-def _described(work: Work) -> dict[str, Any]:
+def described(work: Work) -> dict[str, Any]:
+    """All that a stage's output depends on beside its input."""
     settings = json.loads(json.dumps(dataclasses.asdict(work.settings)))
     return {"stage": work.name, "version": work.version, "settings": settings}

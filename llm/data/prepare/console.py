@@ -1,35 +1,21 @@
-"""Prints for prepare_data.py: a progress bar, the contents of a folder, the statistics of corpora."""
+"""Prints for prepare_data.py: the contents of a folder, the statistics of corpora."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-
-from rich import progress
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from llm.config import RunConfig
 from llm.data.prepare.fetch import fetch_corpora
 from llm.data.prepare.inspect import Statistics
 from llm.data.prepare.plans import write_plans
-from llm.data.prepare.tokenise import Progress, prepare
+from llm.data.prepare.tokenise import prepare
 from llm.data.tokens.folder import data_folder
 from llm.data.tokens.manifest import Manifest, TextCounts
+from llm.progress import progress_bar
 
 WIDEST_BAR = 40
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr that shows the stages of what is called with it, one after another, and is gone afterwards."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total or None)
 
 
 def prepare_all(config: RunConfig, poll: Callable[[], object] = lambda: None) -> str:
