@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llm.config.parse import parse
 from llm.crawl.engines.local import Local
 from llm.crawl.inputs import input_tasks
+from llm.crawl.report import page
 from llm.crawl.restart import reports_of, run_stage
 from llm.crawl.settings import CorpusConfig
-from llm.crawl.tasks import Engine, Task, Work, hash_of, identity_of
+from llm.crawl.tasks import Engine, Task, Work, disk_errors, hash_of, identity_of
 from llm.errors import require
 from llm.locks import lock
 from llm.progress import progress_bar
@@ -22,7 +26,7 @@ from llm.progress import progress_bar
 
 @dataclass(frozen=True)
 class Link:
-    """A stage, which is also the name of its folder, and the stages that it reads."""
+    """A stage, by the name that its folder has too, and the stages that it reads."""
 
     stage: str
     command: str
@@ -31,25 +35,40 @@ class Link:
     whole: tuple[str, ...] = ()
     """Stages of which every task reads all output."""
     output: str = ".parquet"
-    """What follows NNNNN in the name of a task's output."""
+    """What follows NNNNN in the name of a task's output; of a stage that is one task also a whole name."""
 
 
 CHAIN = (
     Link("extract", "extract"),
     Link("filter", "filter", each="extract"),
-    Link("signatures", "dedup", each="filter"),
-    Link("cluster", "dedup", whole=("signatures",)),
+    Link("signatures", "dedup", each="filter", output=".signatures"),
+    Link("cluster", "dedup", whole=("signatures", "filter"), output="clusters.parquet"),
     Link("dedup", "dedup", each="filter", whole=("cluster",)),
-    Link("tokenizer", "tokenizer", whole=("dedup",)),
-    Link("tokenize", "tokenize", each="dedup", whole=("tokenizer",)),
-    Link("tokens", "tokenize", whole=("tokenize",)),
+    Link("tokenizer", "tokenizer", whole=("dedup",), output=".tokenizer.json"),
+    Link("tokenize", "tokenize", each="dedup", whole=("tokenizer",), output=".json"),
+    Link("tokens", "tokenize", whole=("tokenizer", "tokenize"), output="manifest.json"),
 )
 COMMANDS = (*dict.fromkeys(link.command for link in CHAIN), "all", "report")
 
 
 def work_of(config: CorpusConfig, stage: str) -> Work:
     """A stage by its name. Its libraries are imported here, in the process that needs them."""
-    raise NotImplementedError(stage)
+    if stage == "extract":
+        from llm.crawl.extract.stage import Extract
+
+        return Extract(config.extract)
+    if stage == "filter":
+        from llm.crawl.filter.stage import Filter
+
+        return Filter(config.filter)
+    if stage in ("signatures", "cluster", "dedup"):
+        from llm.crawl.dedup.stage import Cluster, Drop, Signatures
+
+        return {"signatures": Signatures, "cluster": Cluster, "dedup": Drop}[stage](config.dedup)
+    from llm.crawl.tokens.stage import Join, Tokenize, TrainTokenizer
+
+    step = {"tokenizer": TrainTokenizer, "tokenize": Tokenize, "tokens": Join}[stage]
+    return step(config.tokenizer, config.tokenize)
 
 
 def tasks_of(config: CorpusConfig, link: Link, chain: Sequence[Link] = CHAIN) -> list[Task]:
@@ -62,8 +81,11 @@ def tasks_of(config: CorpusConfig, link: Link, chain: Sequence[Link] = CHAIN) ->
 
     def read(stage: str) -> list[tuple[Path, str, int]]:
         """Each output of a stage, what it is known by, and the bytes of its documents."""
-        found = [(identity_of(report), report["bytes_out"]) for report in reports_of(out / stage)]
-        return [(out / stage / f"{i:05d}{outputs[stage]}", *known) for i, known in enumerate(found)]
+        name = outputs[stage]
+        return [
+            (out / stage / (f"{i:05d}{name}" if name[0] == "." else name), identity_of(report), report["bytes_out"])
+            for i, report in enumerate(reports_of(out / stage))
+        ]
 
     whole = [found for stage in link.whole for found in read(stage)]
     groups = [[found, *whole] for found in read(link.each)] if link.each else [whole]
@@ -77,8 +99,6 @@ def tasks_of(config: CorpusConfig, link: Link, chain: Sequence[Link] = CHAIN) ->
 
 def run_chain(config: CorpusConfig, command: str, engine: Engine) -> None:
     """Run the stages of a command, each with a bar that shows how far it is; print what came of each."""
-    from llm.crawl.report import page
-
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / ".lock", patience=0, advice="wait for it, or choose another out")
@@ -88,17 +108,25 @@ def run_chain(config: CorpusConfig, command: str, engine: Engine) -> None:
                 tasks = tasks_of(config, link)
                 total = sum(task.size for task in tasks)
                 with progress_bar() as bar:
-                    notes = run_stage(link.stage, tasks, engine, partial(bar, link.stage, total=total))
-                print("\n".join([*notes, summary(out / link.stage)]))
+                    notes = run_stage(link.stage, tasks, engine, lambda done: bar(link.stage, done, total))
+                print("\n".join([*notes, _summary(link.stage, reports_of(out / link.stage))]), flush=True)
         if command in ("all", "report"):
-            print(page.write(out))
+            with disk_errors(out):
+                print(f"report: {page.write(out)}")
     finally:
         held.release()
 
 
-def summary(folder: Path) -> str:
-    """What a stage did, in a line."""
-    reports = reports_of(folder)
+def _summary(stage: str, reports: Sequence[dict[str, Any]]) -> str:
+    """What the tasks of a stage did, in a line."""
+    names = ("documents_in", "documents_out", "bytes_in", "bytes_out", "damage_count", "seconds")
+    read, left, bytes_in, bytes_out, damage, seconds = (sum(report[name] for report in reports) for name in names)
+    removed = sum((Counter[str](report["removed"]) for report in reports), Counter[str]())
+    parts = [f"{read:,} documents, {bytes_in / 1e6:,.1f} MB in {seconds:,.1f} s" if bytes_in else f"{seconds:,.1f} s"]
+    parts += [f"{left:,} left, {bytes_out / 1e6:,.1f} MB"] * bool(left or removed)
+    parts += [f"removed: {', '.join(f'{count:,} {reason}' for reason, count in removed.most_common(4))}"] * bool(removed)
+    parts += [f"{damage:,} damaged places"] * bool(damage)
+    return f"{stage}: {'; '.join(parts)}"
 
 
 @contextmanager
@@ -113,7 +141,7 @@ def engine_of(config: CorpusConfig) -> Iterator[Engine | None]:
     elif settings.kind == "datatrove":
         from llm.crawl.engines.datatrove import Datatrove
 
-        engine = Datatrove(...)
+        engine = Datatrove(works, settings, workers, Path(config.out) / ".datatrove")
     else:
         engine = Local(works, workers)
     with engine as found:
@@ -122,7 +150,7 @@ def engine_of(config: CorpusConfig) -> Iterator[Engine | None]:
 
 def main(command: str, argv: list[str]) -> None:
     """Run a command of COMMANDS with the arguments that follow it."""
-    argv = [f"--input.{part[2:]}" if part.startswith("--limit") else part for part in argv]
+    argv = [re.sub(r"^--limit\b", "--input.limit", part) for part in argv]
     config = parse(CorpusConfig, argv, f"prepare_data.py {command}")
     require(bool(config.out), "out is not set; give the folder that everything is written to: --out=data/NAME")
     with engine_of(config) as engine:

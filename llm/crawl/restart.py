@@ -18,7 +18,7 @@ OUTPUT = re.compile(r"(\d{5,})\.")  # begins the names of a task's output
 
 
 def run_stage(stage: str, tasks: Sequence[Task], engine: Engine, progress: Callable[[int], None]) -> list[str]:
-    """Do what is left of a stage; what there is to say of it. progress: is called with bytes of the input, of all tasks.
+    """Do what is left of a stage; what there is to say of it. progress: is called with the bytes that are done.
 
     Raises InputError where the folder holds what was made with other settings or of another input, where a task fails,
     which it names, and where the disk is full. Nothing unfinished stays.

@@ -110,7 +110,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(expected, tmp_pat
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            gone, alive = psutil.wait_procs(children, timeout=15)
+            _gone, alive = psutil.wait_procs(children, timeout=15)
             assert not alive
         else:
             assert code == 0

@@ -1,4 +1,4 @@
-"""The executors of datatrove run our tasks (Datatrove), and our stages stand among its steps (Source, Through, Sink)."""
+"""datatrove: its executors run our tasks (Datatrove), our stages are steps of its (Source, Through, Sink)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LATE = 60.0  # seconds after its end in which its files may still become visible
 
 
 class Datatrove:
-    """Each task is one of a datatrove executor, which gets engine.workers and engine.options; its logs are in `logs`."""
+    """Each task is one of its executor, which gets engine.workers and engine.options; its logs go to `logs`."""
 
     def __init__(self, works: Works, settings: EngineConfig, workers: int, logs: Path) -> None:
         self.works, self._settings, self._workers, self._logs = works, settings, workers, logs
