@@ -1,10 +1,22 @@
 """The C++ extension (csrc/bind_crawl.cpp)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+def words(text: str) -> list[str]: ...
+def sentences(text: str) -> int: ...
+def statistics(
+    text: str,
+    words: list[str] | None,
+    stop_words: Sequence[str],
+    short_line: int,
+    top: Sequence[int],
+    duplicate: Sequence[int],
+) -> tuple[list[int], list[int], list[int]]: ...
+def ngrams(text: str, n: int) -> np.ndarray: ...
 
 class Signer:
     def __init__(self, words: int, bands: int, rows: int) -> None: ...

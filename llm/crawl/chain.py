@@ -48,7 +48,6 @@ CHAIN = (
     Link("tokenize", "tokenize", each="dedup", whole=("tokenizer",), output=".json"),
     Link("tokens", "tokenize", whole=("tokenizer", "tokenize"), output="manifest.json"),
 )
-COMMANDS = (*dict.fromkeys(link.command for link in CHAIN), "all", "report")
 
 
 def work_of(config: CorpusConfig, stage: str) -> Work:
@@ -105,16 +104,20 @@ def run_chain(config: CorpusConfig, command: str, engine: Engine) -> None:
     try:
         for link in CHAIN:
             if command in ("all", link.command):
-                tasks = tasks_of(config, link)
-                total = sum(task.size for task in tasks)
-                with progress_bar() as bar:
-                    notes = run_stage(link.stage, tasks, engine, lambda done: bar(link.stage, done, total))
-                print("\n".join([*notes, _summary(link.stage, reports_of(out / link.stage))]), flush=True)
+                print(_run_link(config, link, engine), flush=True)
         if command in ("all", "report"):
             with disk_errors(out):
                 print(f"report: {page.write(out)}")
     finally:
         held.release()
+
+
+def _run_link(config: CorpusConfig, link: Link, engine: Engine) -> str:
+    tasks = tasks_of(config, link)
+    total = sum(task.size for task in tasks)
+    with progress_bar() as bar:
+        notes = run_stage(link.stage, tasks, engine, lambda done: bar(link.stage, done, total))
+    return "\n".join([*notes, _summary(link.stage, reports_of(tasks[0].folder))])
 
 
 def _summary(stage: str, reports: Sequence[dict[str, Any]]) -> str:
@@ -124,7 +127,9 @@ def _summary(stage: str, reports: Sequence[dict[str, Any]]) -> str:
     removed = sum((Counter[str](report["removed"]) for report in reports), Counter[str]())
     parts = [f"{read:,} documents, {bytes_in / 1e6:,.1f} MB in {seconds:,.1f} s" if bytes_in else f"{seconds:,.1f} s"]
     parts += [f"{left:,} left, {bytes_out / 1e6:,.1f} MB"] * bool(left or removed)
-    parts += [f"removed: {', '.join(f'{count:,} {reason}' for reason, count in removed.most_common(4))}"] * bool(removed)
+    parts += [f"removed: {', '.join(f'{count:,} {reason}' for reason, count in removed.most_common(4))}"] * bool(
+        removed
+    )
     parts += [f"{damage:,} damaged places"] * bool(damage)
     return f"{stage}: {'; '.join(parts)}"
 
@@ -133,7 +138,8 @@ def _summary(stage: str, reports: Sequence[dict[str, Any]]) -> str:
 def engine_of(config: CorpusConfig) -> Iterator[Engine | None]:
     """The engine that the config asks for; None: this process has done its share of it, as a rank of MPI."""
     works, settings = partial(work_of, config), config.engine
-    workers = settings.workers or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on macOS
+    workers = settings.workers or cores or 1
     if settings.kind == "mpi":
         from llm.crawl.engines.mpi import Mpi
 
@@ -149,7 +155,7 @@ def engine_of(config: CorpusConfig) -> Iterator[Engine | None]:
 
 
 def main(command: str, argv: list[str]) -> None:
-    """Run a command of COMMANDS with the arguments that follow it."""
+    """Run a command, `all` or `report`, or a stage's, with the arguments that follow it."""
     argv = [re.sub(r"^--limit\b", "--input.limit", part) for part in argv]
     config = parse(CorpusConfig, argv, f"prepare_data.py {command}")
     require(bool(config.out), "out is not set; give the folder that everything is written to: --out=data/NAME")
