@@ -72,8 +72,8 @@ def _trafilatura(html: str) -> str:
 
 
 def normalise(text: str, how: str) -> str:
-    """The text in Unicode's form NFC (how: nfc), repaired by ftfy before (ftfy) or as it is (none); without NULs."""
-    text = text.replace("\0", "")
+    """The text in Unicode's form NFC, repaired by ftfy before where `how` says so; lines end in LF, NULs are gone."""
+    text = text.replace("\0", "").replace("\r\n", "\n")
     if how == "ftfy":
         import ftfy  # half a second, which the others can save
 

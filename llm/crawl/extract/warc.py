@@ -18,7 +18,7 @@ from llm.data.corpus.texts import zstd
 
 GZIP, ZSTD, PLAIN = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"WARC/"  # what a member, or a record, begins with
 RECORD = re.compile(rb"WARC/1\.\d\r?\n[!-9;-~]+:")  # stands behind whatever a record before it was cut at
-HEAD = 4096  # compressed bytes that surely hold the first five of a member
+HEAD = 132 << 10  # compressed bytes that surely hold the first five of a member: a block of zstd has up to 128 KiB
 PAGES = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 HTML, TEXT = {"", "text/html", "application/xhtml+xml"}, {"text/plain"}
 HEADERS_END = re.compile(rb"\r?\n\r?\n")
@@ -37,18 +37,20 @@ def read_warc(path: Path, limit: int, damaged: Damaged) -> Iterator[Record]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         magic = next((magic for magic in (GZIP, ZSTD) if content[:4].startswith(magic)), None)
         magic = magic or {".gz": GZIP, ".zst": ZSTD}.get(path.suffix.lower(), PLAIN)
+        told = set[int]()
         start: int | None = 0
         while start is not None:
             file.seek(start)
-            start = yield from _read_on(file, start, content, magic, limit, damaged)
+            start = yield from _read_on(file, start, content, magic, limit, damaged, told)
 
 
 def _read_on(
-    file: BinaryIO, start: int, content: mmap.mmap, magic: bytes, limit: int, damaged: Damaged
+    file: BinaryIO, start: int, content: mmap.mmap, magic: bytes, limit: int, damaged: Damaged, told: set[int]
 ) -> Generator[Record, None, int | None]:
     """The pages from byte `start` to the first damage; returns where to go on, None at the end.
 
-    A page is given once the next record has begun where it should: else the page's length may be wrong.
+    A page is given once the next record has begun where it should: else the page's length may be wrong. told: where
+    damage has been met. A member meets it twice: behind the one before it, and when it is tried on its own.
     """
     members = {GZIP: GzipReader, ZSTD: ZstdReader}[magic](file) if magic != PLAIN else None
 
@@ -57,6 +59,7 @@ def _read_on(
         return (members.frame_start_position() or 0) if members else start
 
     held: Record | None = None
+    record: WarcRecord | None = None
     offset = begin = end = start  # of the last record, and the members in which it begins and ends
     try:
         for record in ArchiveIterator(members or file, parse_http=False):
@@ -81,14 +84,18 @@ def _read_on(
                     held.end = file.tell()
     except OSError as error:
         at = member()
-        if members and at != begin == end:  # the last record was whole
-            offset = at
-            if held:
-                yield held
-        damaged(offset, f"no record can be read from here on: {error}")
+        is_whole = members and at != begin == end  # the last record
+        if held and is_whole:
+            yield held
+        where = at if is_whole else offset
+        if where not in told:
+            told.add(where)
+            damaged(where, f"no record can be read from here on: {error}")
         return _next(content, offset + 1, magic)
     if held:
         yield held
+    if record is None and start == 0:
+        damaged(0, "the file holds no record")
     return None
 
 
