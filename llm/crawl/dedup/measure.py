@@ -20,7 +20,9 @@ TEXT = 256 << 20  # bytes of shingles that are kept, at most
 Pair = tuple[int, int]
 
 
-def measure(files: Sequence[SignatureFile], parts: Sequence[Path], ids: Array, roots: Array, sample: int) -> dict[str, Any]:
+def measure(
+    files: Sequence[SignatureFile], parts: Sequence[Path], ids: Array, roots: Array, sample: int
+) -> dict[str, Any]:
     """How many pairs of a similarity lie in one cluster, as the S-curve expects and as found; and how alike are what
     was dropped and what was kept in its place. `sample`: documents that are compared, about and at most, for each.
 

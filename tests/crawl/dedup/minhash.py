@@ -63,7 +63,7 @@ def signature(text: str, size: int, bands: int, rows: int) -> list[int]:
 
 
 def clusters(signatures: Sequence[Sequence[int]]) -> list[int]:
-    """The smallest document of each one's cluster: whoever shares a hash takes the smaller label, until none changes."""
+    """The smallest document of each one's cluster: who shares a hash takes the smaller label, until none changes."""
     labels = list(range(len(signatures)))
     changed = True
     while changed:

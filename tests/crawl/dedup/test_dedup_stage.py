@@ -87,7 +87,16 @@ def test_the_output_depends_on_neither_workers_nor_order(tmp_path: Path) -> None
 
 def test_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:
     text = " ".join(f"word{i}" for i in range(300))
-    texts = [text, "another text", text.upper() + "!", text.replace("word150 ", "changed "), "", "a third", "", "Another text."]
+    texts = [
+        text,
+        "another text",
+        text.upper() + "!",
+        text.replace("word150 ", "changed "),
+        "",
+        "a third",
+        "",
+        "Another text.",
+    ]
     parts = parts_of(tmp_path / "filter", texts, 3)
     dropped = deduplicate(tmp_path, parts)
     kept = [document for part in dropped for document in read_documents(part)]
@@ -130,7 +139,7 @@ def test_a_damaged_file_of_signatures_is_named_before_clustering(tmp_path: Path)
     parts = parts_of(tmp_path / "filter", ["a", "b", "c"], 1)
     paths = [path.with_suffix(".signatures") for path in run(Signatures(CONFIG), tmp_path, [[p] for p in parts], 1)]
     paths[1].write_bytes(paths[1].read_bytes()[:-9])
-    with pytest.raises(InputError, match="00001.signatures is damaged or cut"):
+    with pytest.raises(InputError, match=r"00001\.signatures is damaged or cut"):
         run(Cluster(CONFIG), tmp_path, [[*paths, *parts]], 1)
     assert not list((tmp_path / "cluster").iterdir())
 
