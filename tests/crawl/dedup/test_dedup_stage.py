@@ -14,7 +14,7 @@ import pytest
 from llm.crawl.dedup.curve import curve, midpoint, probability
 from llm.crawl.dedup.settings import DedupConfig
 from llm.crawl.dedup.signatures import Shape
-from llm.crawl.dedup.stage import Cluster, Drop, Signatures
+from llm.crawl.dedup.stage import CLUSTERS, Cluster, Drop, Signatures
 from llm.crawl.documents import Document, read_documents, write_documents
 from llm.crawl.tasks import Task, Work, run_task
 from llm.errors import InputError
@@ -46,7 +46,7 @@ def run(work: Work, out: Path, inputs: Sequence[Sequence[Path]], workers: int) -
 def deduplicate(out: Path, parts: Sequence[Path], workers: int = 1, config: DedupConfig = CONFIG) -> list[Path]:
     signed = [path.with_suffix(".signatures") for path in run(Signatures(config), out, [[p] for p in parts], workers)]
     run(Cluster(config), out, [[*signed, *parts]], 1)
-    return run(Drop(config), out, [[part, out / "cluster/00000.parquet"] for part in parts], workers)
+    return run(Drop(config), out, [[part, out / "cluster" / CLUSTERS] for part in parts], workers)
 
 
 def planted(similarities: Sequence[float]) -> list[str]:
