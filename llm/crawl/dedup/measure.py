@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ TEXT = 256 << 20  # bytes of shingles that are kept, at most
 Pair = tuple[int, int]
 
 
-def measure(files: Sequence[SignatureFile], parts: Sequence[Path], ids: Array, roots: Array, sample: int) -> dict[str, Any]:
+def measure(
+    files: Sequence[SignatureFile], parts: Sequence[Path], ids: Array, roots: Array, sample: int
+) -> dict[str, Any]:
     """How many pairs of a similarity lie in one cluster, as the S-curve expects and as found; and how alike are what
     was dropped and what was kept in its place. `sample`: documents that are compared, about and at most, for each.
 
@@ -37,20 +39,15 @@ def measure(files: Sequence[SignatureFile], parts: Sequence[Path], ids: Array, r
     for one, other in precision:
         if one in sets and other in sets:
             dropped[_bin(jaccard(sets[one], sets[other]))] += 1
-    rows = [
-        {"from": i / BINS, "pairs": len(pairs), "expected": _mean(pair[0] for pair in pairs), "found": _mean(pair[1] for pair in pairs)}
-        for i, pairs in enumerate(bins)
-    ]
+    rows = list[dict[str, float]]()
+    for i, pairs in enumerate(bins):
+        expected, found = np.mean(pairs or [(0, 0)], axis=0).tolist()
+        rows.append({"from": i / BINS, "pairs": len(pairs), "expected": expected, "found": found})
     return {"curve": curve(shape), "midpoint": midpoint(shape), "recall": rows, "dropped": dropped}
 
 
 def _bin(similarity: float) -> int:
     return min(BINS - 1, int(similarity * BINS))
-
-
-def _mean(numbers: Iterable[float]) -> float | None:
-    found = list(numbers)
-    return sum(found) / len(found) if found else None
 
 
 def jaccard(one: Array, other: Array) -> float:

@@ -92,9 +92,7 @@ def write_signatures(path: Path, shape: Shape, texts: Iterator[tuple[Array, list
         file.write(digest.digest())
 
 
-def _blocks(
-    signer: Signer, texts: Iterator[tuple[Array, list[str]]], counts: Counts
-) -> Iterator[tuple[Array, Array]]:
+def _blocks(signer: Signer, texts: Iterator[tuple[Array, list[str]]], counts: Counts) -> Iterator[tuple[Array, Array]]:
     """The ids and the signatures of BLOCK documents at a time."""
     ids, signatures, size = list[Array](), list[Array](), 0
     for some, documents in texts:

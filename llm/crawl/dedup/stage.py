@@ -14,6 +14,8 @@ from llm.crawl.dedup.signatures import Shape, open_signatures, opened, read_text
 from llm.crawl.documents import Document, read_documents
 from llm.crawl.tasks import Task, write_report
 
+CLUSTERS = "clusters.parquet"
+
 
 def shape_of(config: DedupConfig) -> Shape:
     return Shape(config.shingle_words, config.bands, config.rows)
@@ -38,7 +40,7 @@ class ClusterSettings:
 
 
 class Cluster:
-    """A step of all parts at once: 00000.parquet, the clusters; and curve.json, what `measure` found.
+    """A step of all parts at once: clusters.parquet; and curve.json, what `measure` found.
 
     Its inputs: the files of signatures, then the parts that they are of, in the same order.
     """
@@ -59,7 +61,7 @@ class Cluster:
         runs.mkdir()
         roots, sizes, exact = join_bands(files, self._memory, runs)
         runs.rmdir()
-        write_clusters(task.path(".parquet"), ids, roots, sizes, exact, counts)
+        write_clusters(task.folder / CLUSTERS, ids, roots, sizes, exact, counts)
         found = measure(files, task.inputs[half:], ids, roots, self.settings.sample)
         write_report(task.folder / "curve.json", found)
 

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from minhash import shingles_of, signature
 
 from llm.crawl._native import Signer
 from llm.crawl.counts import Counts
 from llm.crawl.dedup import signatures
 from llm.crawl.dedup.signatures import Array, Shape, SignatureFile, open_signatures, write_signatures
 from llm.errors import InputError
-from minhash import shingles_of, signature
 
 SHAPE = Shape(shingle_words=3, bands=4, rows=2)
-WORDS = st.sampled_from(["a", "the", "snow-white", "don't", "3.14", "Straße", "1,000", "這是", "日本。", "ไทย", "!", "(x)"])
+WORDS = st.sampled_from(
+    ["a", "the", "snow-white", "don't", "3.14", "Straße", "1,000", "這是", "日本。", "ไทย", "!", "(x)"]
+)
 TEXT = st.one_of(st.text(max_size=60), st.lists(WORDS, max_size=40).map(" ".join))
 
 
@@ -83,7 +85,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_file_of_another_shape_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected .*'bands': 5"):
+    with pytest.raises(InputError, match=r"expected .*'bands': 5"):
         open_signatures(written(tmp_path, ["one text"]).path, Shape(3, 5, 2))
 
 

@@ -14,7 +14,7 @@ import pytest
 from llm.crawl.dedup.curve import curve, midpoint, probability
 from llm.crawl.dedup.settings import DedupConfig
 from llm.crawl.dedup.signatures import Shape
-from llm.crawl.dedup.stage import Cluster, Drop, Signatures
+from llm.crawl.dedup.stage import CLUSTERS, Cluster, Drop, Signatures
 from llm.crawl.documents import Document, read_documents, write_documents
 from llm.crawl.tasks import Task, Work, run_task
 from llm.errors import InputError
@@ -46,7 +46,7 @@ def run(work: Work, out: Path, inputs: Sequence[Sequence[Path]], workers: int) -
 def deduplicate(out: Path, parts: Sequence[Path], workers: int = 1, config: DedupConfig = CONFIG) -> list[Path]:
     signed = [path.with_suffix(".signatures") for path in run(Signatures(config), out, [[p] for p in parts], workers)]
     run(Cluster(config), out, [[*signed, *parts]], 1)
-    return run(Drop(config), out, [[part, out / "cluster/00000.parquet"] for part in parts], workers)
+    return run(Drop(config), out, [[part, out / "cluster" / CLUSTERS] for part in parts], workers)
 
 
 def planted(similarities: Sequence[float]) -> list[str]:
@@ -87,7 +87,16 @@ def test_the_output_depends_on_neither_workers_nor_order(tmp_path: Path) -> None
 
 def test_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:
     text = " ".join(f"word{i}" for i in range(300))
-    texts = [text, "another text", text.upper() + "!", text.replace("word150 ", "changed "), "", "a third", "", "Another text."]
+    texts = [
+        text,
+        "another text",
+        text.upper() + "!",
+        text.replace("word150 ", "changed "),
+        "",
+        "a third",
+        "",
+        "Another text.",
+    ]
     parts = parts_of(tmp_path / "filter", texts, 3)
     dropped = deduplicate(tmp_path, parts)
     kept = [document for part in dropped for document in read_documents(part)]
@@ -130,7 +139,7 @@ def test_a_damaged_file_of_signatures_is_named_before_clustering(tmp_path: Path)
     parts = parts_of(tmp_path / "filter", ["a", "b", "c"], 1)
     paths = [path.with_suffix(".signatures") for path in run(Signatures(CONFIG), tmp_path, [[p] for p in parts], 1)]
     paths[1].write_bytes(paths[1].read_bytes()[:-9])
-    with pytest.raises(InputError, match="00001.signatures is damaged or cut"):
+    with pytest.raises(InputError, match=r"00001\.signatures is damaged or cut"):
         run(Cluster(CONFIG), tmp_path, [[*paths, *parts]], 1)
     assert not list((tmp_path / "cluster").iterdir())
 
