@@ -8,26 +8,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import tokenizers
 import xxhash
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm.crawl.counts import Counts
-from llm.crawl.dedup.split import split_of_cluster
-from llm.crawl.tokens.encode import REMEDY, Library
+from llm.crawl.dedup.clusters import split_of_cluster
+from llm.crawl.dedup.signatures import opened
+from llm.crawl.tokens.encode import imported
 from llm.crawl.tokens.settings import TokenizerConfig
-from llm.crawl.tokens.tables import row_groups
 from llm.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from llm.data.tokenizer.cuts import LONGEST_WORD, pieces
 from llm.data.tokenizer.ranks import ENCODINGS
 from llm.data.tokenizer.spelling import BYTES
-from llm.errors import InputError, require
+from llm.errors import require
 
 SEPARATOR = b"\xff"  # which no UTF-8 contains
+SEED = 1  # another than that of the split, which depends on the same ids
 
 
-def train(config: TokenizerConfig, texts: Iterable[str], library: Library, folder: Path) -> Tokenizer:
+def train(config: TokenizerConfig, texts: Iterable[str], library: str, folder: Path) -> Tokenizer:
     """The tokenizer of the texts, the same whichever library. folder: for a temporary file.
 
     Raises InputError where the text is too small for the vocabulary, or gigatoken is missing.
@@ -38,9 +38,13 @@ def train(config: TokenizerConfig, texts: Iterable[str], library: Library, folde
     else:  # gigatoken learns by the pattern of GPT-2 alone
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = _splitter(config.pattern)
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        special = {"special_tokens": [END_OF_DOCUMENT], "initial_alphabet": alphabet}
-        inner.train_from_iterator(words, trainers.BpeTrainer(config.vocab_size, show_progress=False, **special))
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=[END_OF_DOCUMENT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator(words, trainer)
     inner.pre_tokenizer, inner.decoder = _splitter(config.pattern), decoders.ByteLevel()
     tokenizer = Tokenizer(inner.to_str(pretty=True).encode())
     require(
@@ -53,25 +57,28 @@ def train(config: TokenizerConfig, texts: Iterable[str], library: Library, folde
 
 def sample(parts: Sequence[Path], max_bytes: int, validation_fraction: float, counts: Counts) -> Iterator[str]:
     """Texts of the training split, which are counted: all, or about max_bytes, chosen by the hash of their ids."""
-    total = sum(_text_bytes(path) for path in parts)
+    total = sum(map(_text_bytes, parts))
     share = min(1.0, max_bytes / max(1, total))
     for path in parts:
-        for table in row_groups(path, "id", "text"):
-            for id, text in zip(table["id"].to_pylist(), table["text"], strict=True):
-                chosen = share == 1 or xxhash.xxh3_64_intdigest(id.to_bytes(8, "little")) < share * 2**64
-                if chosen and split_of_cluster(id, validation_fraction) == "train":
-                    size = text.as_buffer().size
-                    if counts.bytes_in + size > max_bytes:
-                        return
-                    counts.documents_in, counts.bytes_in = counts.documents_in + 1, counts.bytes_in + size
-                    yield text.as_py()
+        with opened(path) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, ["id", "text"], use_threads=False)
+                for id, text in zip(table["id"].to_pylist(), table["text"], strict=True):
+                    chosen = share == 1 or xxhash.xxh3_64_intdigest(id.to_bytes(8, "little"), SEED) < share * 2**64
+                    if chosen and split_of_cluster(id, validation_fraction) == "train":
+                        size = text.as_buffer().size
+                        if counts.bytes_in + size > max_bytes:
+                            return
+                        counts.documents_in, counts.bytes_in = counts.documents_in + 1, counts.bytes_in + size
+                        yield text.as_py()
 
 
 def _text_bytes(path: Path) -> int:
     """The size of the texts of a part, by its metadata: before compression, which is a little more than the text."""
-    about = pq.read_metadata(path)
-    column = about.schema.names.index("text")
-    return sum(about.row_group(i).column(column).total_uncompressed_size for i in range(about.num_row_groups))
+    with opened(path) as file:
+        column = file.schema_arrow.names.index("text")
+        groups = range(file.num_row_groups)
+        return sum(file.metadata.row_group(i).column(column).total_uncompressed_size for i in groups)
 
 
 def _splitter(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -83,10 +90,7 @@ def _splitter(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 def _merges(words: Iterable[str], vocab_size: int, folder: Path) -> list[tuple[bytes, bytes]]:
     """What gigatoken learns: the merges of `tokenizers`, ties included."""
-    try:
-        import gigatoken
-    except ImportError as error:
-        raise InputError(f"gigatoken cannot be imported ({error}); run pip install 'ingot[crawl]', or {REMEDY}") from error
+    gigatoken = imported()
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
         for word in words:
             file.write(word.encode() + SEPARATOR)
