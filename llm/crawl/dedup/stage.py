@@ -14,8 +14,6 @@ from llm.crawl.dedup.signatures import Shape, open_signatures, opened, read_text
 from llm.crawl.documents import Document, read_documents
 from llm.crawl.tasks import Task, write_report
 
-CLUSTERS = "clusters.parquet"
-
 
 def shape_of(config: DedupConfig) -> Shape:
     return Shape(config.shingle_words, config.bands, config.rows)
@@ -40,12 +38,12 @@ class ClusterSettings:
 
 
 class Cluster:
-    """A step of all parts at once: clusters.parquet, and curve.json with what `measure` found.
+    """A step of all parts at once: 00000.parquet, the clusters; and curve.json, what `measure` found.
 
     Its inputs: the files of signatures, then the parts that they are of, in the same order.
     """
 
-    name, version = "clusters", 1
+    name, version = "cluster", 1
 
     def __init__(self, config: DedupConfig) -> None:
         self.settings = ClusterSettings(shape_of(config), config.sample)
@@ -56,12 +54,12 @@ class Cluster:
         files = [open_signatures(path, self.settings.shape) for path in task.inputs[:half]]
         ids = read_ids(files)
         counts.documents_in = len(ids)
-        counts.bytes_in = sum(path.stat().st_size for path in task.inputs[:half])
+        counts.bytes_in = task.size
         runs = task.path(".runs.tmp")
         runs.mkdir()
         roots, sizes, exact = join_bands(files, self._memory, runs)
         runs.rmdir()
-        write_clusters(task.folder / CLUSTERS, ids, roots, sizes, exact, counts)
+        write_clusters(task.path(".parquet"), ids, roots, sizes, exact, counts)
         found = measure(files, task.inputs[half:], ids, roots, self.settings.sample)
         write_report(task.folder / "curve.json", found)
 

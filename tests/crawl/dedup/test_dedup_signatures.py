@@ -63,9 +63,9 @@ def test_a_file_holds_each_band_in_order(tmp_path: Path, monkeypatch: pytest.Mon
     for band in range(-1, 4):
         found = dict(pairs(file, band))
         assert [found[i] for i in range(19)] == expected[:, band + 2].tolist()
-        for _, offset, count, _ in file.runs(band, 0):
-            run = np.fromfile(file.path, signatures.PAIR, count, offset=offset)["hash"]
-            assert (np.diff(run.astype(object)) >= 0).all()
+        for run in file.runs(band, 0):
+            hashes = np.fromfile(file.path, signatures.PAIR, run.count, offset=run.offset)["hash"]
+            assert (np.diff(hashes.astype(object)) >= 0).all()
     size = file.path.stat().st_size
     assert 0 < size - 19 * (16 + 12 * 5) < 200  # the bytes of a document that docs/corpus.md gives
 
@@ -100,6 +100,6 @@ def written(folder: Path, texts: list[str]) -> SignatureFile:
 
 def pairs(file: SignatureFile, band: int) -> Iterator[tuple[int, int]]:
     """(document, hash)"""
-    for path, offset, count, base in file.runs(band, 0):
-        for hashed, document in np.fromfile(path, signatures.PAIR, count, offset=offset).tolist():
-            yield base + document, hashed
+    for run in file.runs(band, 0):
+        for hashed, document in np.fromfile(run.path, signatures.PAIR, run.count, offset=run.offset).tolist():
+            yield run.base + document, hashed

@@ -14,7 +14,7 @@ import pytest
 from llm.crawl.dedup.curve import curve, midpoint, probability
 from llm.crawl.dedup.settings import DedupConfig
 from llm.crawl.dedup.signatures import Shape
-from llm.crawl.dedup.stage import CLUSTERS, Cluster, Drop, Signatures
+from llm.crawl.dedup.stage import Cluster, Drop, Signatures
 from llm.crawl.documents import Document, read_documents, write_documents
 from llm.crawl.tasks import Task, Work, run_task
 from llm.errors import InputError
@@ -46,7 +46,7 @@ def run(work: Work, out: Path, inputs: Sequence[Sequence[Path]], workers: int) -
 def deduplicate(out: Path, parts: Sequence[Path], workers: int = 1, config: DedupConfig = CONFIG) -> list[Path]:
     signed = [path.with_suffix(".signatures") for path in run(Signatures(config), out, [[p] for p in parts], workers)]
     run(Cluster(config), out, [[*signed, *parts]], 1)
-    return run(Drop(config), out, [[part, out / "clusters" / CLUSTERS] for part in parts], workers)
+    return run(Drop(config), out, [[part, out / "cluster/00000.parquet"] for part in parts], workers)
 
 
 def planted(similarities: Sequence[float]) -> list[str]:
@@ -99,7 +99,7 @@ def test_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert reports[1]["samples"]["dedup.near"] == [texts[3][:300]]
     assert [report["documents_in"] for report in reports] == [3, 3, 2]
-    found = json.loads((tmp_path / "clusters/00000.json").read_text())["histograms"]
+    found = json.loads((tmp_path / "cluster/00000.json").read_text())["histograms"]
     assert found == {"cluster_size": {"1": 1, "2": 2, "4": 1}}
 
 
@@ -111,7 +111,7 @@ def test_recall_follows_the_curve(tmp_path: Path, similarity: float) -> None:
     found = 2 * pairs - sum(len(list(read_documents(part))) for part in kept)
     expected = probability(similarity, SHAPE)
     assert found / pairs == pytest.approx(expected, abs=4 * (expected * (1 - expected) / pairs) ** 0.5)
-    report = json.loads((tmp_path / "clusters/curve.json").read_text())
+    report = json.loads((tmp_path / "cluster/curve.json").read_text())
     measured = report["recall"][int(similarity * 10)]
     assert measured["pairs"] == pytest.approx(similarity * pairs, rel=0.2)  # by the witnesses that they share
     assert measured["expected"] == pytest.approx(expected, abs=0.01)
@@ -132,7 +132,7 @@ def test_a_damaged_file_of_signatures_is_named_before_clustering(tmp_path: Path)
     paths[1].write_bytes(paths[1].read_bytes()[:-9])
     with pytest.raises(InputError, match="00001.signatures is damaged or cut"):
         run(Cluster(CONFIG), tmp_path, [[*paths, *parts]], 1)
-    assert not list((tmp_path / "clusters").iterdir())
+    assert not list((tmp_path / "cluster").iterdir())
 
 
 def test_parts_whose_ids_do_not_ascend_are_refused(tmp_path: Path) -> None:
