@@ -46,8 +46,8 @@ def extraction(truth: Sequence[Planted], texts: Texts) -> Iterator[Score]:
     """Words of the main part that were found, and words found that are of it; a page that is missing counts as 0."""
     groups: dict[str, list[Planted]] = {}
     for planted in truth:
-        if planted.kind in ("page", "copy"):
-            groups.setdefault("words of pages in UTF-8", []).append(planted)
+        if planted.kind == "page":
+            groups.setdefault(f"words of the {planted.name.split('/')[0]}", []).append(planted)
         elif planted.kind == "charset":
             name = f"words of other charsets, declared {planted.detail.partition('declared ')[2]}"
             groups.setdefault(name, []).append(planted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class Totals(Counts):
             self.samples[reason] = [*self.samples.get(reason, []), *texts][:SAMPLES]
         self.damage = [*self.damage, *report.get("damage", [])][:DAMAGES]
         for name, histogram in report.get("histograms", {}).items():
-            self.histograms[name].update(histogram)
+            self.histograms.setdefault(name, Counter()).update(histogram)
 
 
 def read_totals(out: Path) -> list[Totals]:

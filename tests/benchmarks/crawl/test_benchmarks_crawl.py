@@ -146,9 +146,9 @@ def truth_of(**texts: str) -> list[Planted]:
 
 
 def test_extraction_counts_words() -> None:
-    truth = truth_of(a="one two three four", b="five six")
+    truth = [replace(each, name=f"book/{each.url}") for each in truth_of(a="one two three four", b="five six")]
     found = by_name(list(score.extraction(truth, {"a": "one two nine ten"})))
-    assert found["words of pages in UTF-8"] == score.Score("words of pages in UTF-8", 2, 0.25, 0.25)
+    assert found["words of the book"] == score.Score("words of the book", 2, 0.25, 0.25)
     assert score.overlap("a a b", "a b b b") == (0.5, 2 / 3)
     assert score.overlap("日本語", "日本人") == (2 / 3, 2 / 3)
 
