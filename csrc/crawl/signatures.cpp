@@ -39,30 +39,30 @@ uint64_t hash_of(std::string_view bytes) {
 // Whether a script has no spaces between words: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
 bool without_spaces(char32_t point) {
   const auto between = [point](char32_t first, char32_t last) { return first <= point && point <= last; };
-  return between(0x0E00, 0x0EFF) || between(0x1000, 0x109F) || between(0x1780, 0x17FF) || between(0x2E80, 0xA4CF) ||
-         between(0xF900, 0xFAFF) || between(0x20000, 0x3FFFF);
+  return between(0x0E00, 0x0EFF) || between(0x1000, 0x109F) || between(0x1780, 0x17FF) || between(0x2E80, 0x2FDF) ||
+         between(0x3041, 0xA4CF) || between(0xF900, 0xFAFF) || between(0x20000, 0x3FFFF);
 }
 
 // The hashes of a text's words, in order and without signs. Where words are written without spaces each character is
 // one. A text that has none is a word as a whole.
 std::vector<uint64_t> words_of(std::string_view text) {
   std::vector<uint64_t> hashes;
-  const auto add = [&](size_t begin, size_t end) {
-    if (begin < end) hashes.push_back(hash_of(text.substr(begin, end - begin)));
-  };
+  const auto add = [&](size_t begin, size_t end) { hashes.push_back(hash_of(text.substr(begin, end - begin))); };
   for (const Word word : word_bounds(text)) {
     size_t begin = word.begin;
-    bool sign = true;
+    bool wordlike = false;
     for (size_t at = begin; at < word.end;) {
       const size_t here = at;
-      const char32_t point = decode(text, at);
-      sign = sign && !(kind_of(point) & (kLetter | kDigit));
-      if (!without_spaces(point)) continue;
-      add(begin, here);
-      if (!sign) add(here, at);
-      begin = at;
+      const char32_t point = text[at] & 0x80 ? decode(text, at) : static_cast<char32_t>(text[at++]);
+      if (without_spaces(point)) {
+        if (wordlike) add(begin, here);
+        add(here, at);
+        begin = at, wordlike = false;
+      } else {
+        wordlike = wordlike || kind_of(point) & (kLetter | kDigit);
+      }
     }
-    if (!sign) add(begin, word.end);
+    if (wordlike) add(begin, word.end);
   }
   if (hashes.empty()) hashes.push_back(hash_of(text));
   return hashes;

@@ -7,80 +7,50 @@ namespace {
 
 constexpr char32_t kPoints = 0x110000, kReplacement = 0xFFFD;
 
-bool between(char32_t point, char32_t first, char32_t last) { return first <= point && point <= last; }
-
-bool is_sign(char32_t point) {
-  if (point < 0x80) return point && std::string_view(",:;!?()[]{}<>_#*&'\"`").find(char(point)) != std::string_view::npos;
-  return between(point, 0xA1, 0xBF) || between(point, 0x2010, 0x205E) || between(point, 0x20A0, 0x2BFF) ||
-         between(point, 0x3001, 0x303F) || between(point, 0xFF01, 0xFF65) || between(point, 0x1F000, 0x1FAFF);
-}
+constexpr std::string_view kAsciiSigns = ",:;!?()[]{}<>_#*&'\"`";
+constexpr char32_t kSigns[][2] = {{0xA1, 0xBF}, {0x60C, 0x61F}, {0x66A, 0x66A}, {0x6D4, 0x6D4}, {0x964, 0x964},
+    {0x2013, 0x205E}, {0x20A0, 0x218B}, {0x2195, 0x2BFF}, {0x3001, 0x303F}, {0xFF01, 0xFF65}, {0x1F000, 0x1FAFF}};
+constexpr std::u32string_view kSymbols = U"«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～";  // and ASCII's
+constexpr std::u32string_view kEnds =  // those of scripts in use
+    U".!?\u0589\u061D\u061E\u061F\u06D4\u0964\u0965\u104A\u104B\u1362\u1367\u1368\u17D4\u17D5\u203C\u203D\u2047\u2048"
+    U"\u2049\u3002\uFF01\uFF0E\uFF1F\uFF61";
 
 std::vector<uint8_t> table_of_kinds() {
   std::vector<uint8_t> kinds(kPoints);
   for (char32_t point = 0; point < kPoints; ++point) {
-    uint8_t kind = 0;
-    if (Py_UNICODE_ISSPACE(point)) kind |= kSpace;
-    if (Py_UNICODE_ISLINEBREAK(point)) kind |= kBreak;
-    if (Py_UNICODE_ISALPHA(point)) kind |= kLetter;
-    if (between(point, '0', '9')) kind |= kDigit;
-    if (!kind && !Py_UNICODE_ISALNUM(point) && is_sign(point)) kind |= kSign;
-    kinds[point] = kind;
+    const bool wordlike = Py_UNICODE_ISALNUM(point) || Py_UNICODE_ISSPACE(point);
+    const bool ends = kEnds.find(point) != kEnds.npos;
+    bool sign = point < 0x80 && kAsciiSigns.find(static_cast<char>(point)) != kAsciiSigns.npos;
+    for (const auto& [first, last] : kSigns) sign |= !wordlike && first <= point && point <= last;
+    const bool symbol = ends || (point < 0xA0 && !wordlike) || kSymbols.find(point) != kSymbols.npos;
+    kinds[point] = static_cast<uint8_t>(
+        (Py_UNICODE_ISSPACE(point) ? kSpace : 0) | (Py_UNICODE_ISALPHA(point) ? kLetter : 0) |
+        (Py_UNICODE_ISUPPER(point) ? kCapital : 0) | ('0' <= point && point <= '9' ? kDigit : 0) |
+        (sign ? kSign : 0) | (symbol ? kSymbol : 0) | (ends ? kEnd : 0) | (Py_UNICODE_ISLINEBREAK(point) ? kBreak : 0));
   }
   return kinds;
 }
 
-char32_t point_at(std::string_view text, size_t at) { return decode(text, at); }
+// Whether a sign at an end of a piece is a word of its own, but for full stops.
+bool stands_apart(char32_t sign) { return (kind_of(sign) & kSign) || sign == '%' || sign == '$' || sign == '='; }
 
-// Where the code point begins that ends before byte `end`.
-size_t before(std::string_view text, size_t begin, size_t end) {
-  size_t at = end - 1;
-  while (at > begin && end - at < 4 && (text[at] & 0xC0) == 0x80) --at;
-  size_t next = at;
-  decode(text, next);
-  return next == end ? at : end - 1;
+// Whether the full stop that ends a piece is a word of its own: not in "p." and "U.S."
+bool ends_sentence(std::string_view text, size_t begin, size_t stop) {
+  if (stop == begin) return false;
+  const size_t last = before(text, begin, stop);
+  return !(kind_of(point_at(text, last)) & kLetter) || (last > begin && text[last - 1] != '.');
 }
 
-// Whether a sign that begins a piece is a word of its own. `next`: what follows it, 0 at the end of the piece.
-bool leads(char32_t sign, char32_t next) {
-  if (kind_of(sign) & kSign) return true;
-  if (sign == '+') return !(kind_of(next) & kDigit);
-  return sign == '%' || sign == '=' || sign == '$' || (sign == '.' && next == '.');
-}
-
-// Whether a sign that ends a piece is a word of its own. `last`: what precedes it; `last_but_one`: what precedes that.
-bool trails(char32_t last_but_one, char32_t last, char32_t sign) {
-  if (kind_of(sign) & kSign) return true;
-  if (sign == '%' || sign == '$' || sign == '+') return kind_of(last) & kDigit;
-  if (sign != '.') return false;
-  if (!Py_UNICODE_ISUPPER(last)) return last != '/' && last != '\\' && last != '@';
-  return Py_UNICODE_ISUPPER(last_but_one);  // not in "U.S." and "J."
-}
-
-// Whether a run of the same sign inside a piece divides it, between the code points `left` and `right`.
+// Whether a run of one sign inside a piece is a word of its own, between the code points `left` and `right`.
 bool divides(char32_t left, char32_t sign, size_t run, char32_t right) {
-  const uint8_t before = kind_of(left), after = kind_of(right);
-  switch (sign) {
-    case '.': return run > 1;
-    case ',': return (before & kLetter) && (after & kLetter);
-    case '-': if (run == 1 && (before & kDigit) && (after & kDigit)) return true; [[fallthrough]];
-    case '~': case ':': case '<': case '>': case '=': case '/': return (before & (kLetter | kDigit)) && (after & kLetter);
-    case '+': case '*': case '^': return (before & kDigit) && (after & kDigit);
-    default: return sign >= 0x80 && sign != 0x2019 && (kind_of(sign) & kSign);
-  }
-}
-
-// Where the ending of a contraction begins ('s, n't, 're, 've, 'll, 'd, 'm), or the end of the piece.
-size_t contraction(std::string_view text, size_t begin, size_t end) {
-  for (const std::string_view quote : {"'", "\u2019"}) {
-    for (const std::string_view letters : {"s", "S", "t", "re", "ve", "ll", "d", "m"}) {
-      const size_t size = quote.size() + letters.size();
-      if (end - begin <= size || text.substr(end - letters.size(), letters.size()) != letters) continue;
-      if (text.substr(end - size, quote.size()) != quote) continue;
-      if (letters != "t") return end - size;
-      if (end - begin > size + 1 && (text[end - size - 1] | 0x20) == 'n') return end - size - 1;
-    }
-  }
-  return end;
+  const uint8_t ahead = kind_of(left), behind = kind_of(right);
+  if (sign >= 0x80) return kind_of(sign) & kSign;
+  if (sign == '.') return run > 1 || ((ahead & kLetter) && !(ahead & kCapital) && (behind & kCapital));
+  if (sign == ',') return (ahead & kLetter) && (behind & kLetter);
+  if (std::string_view("+-*^").find(static_cast<char>(sign)) != std::string_view::npos && (behind & kDigit))
+    return ahead & kDigit;
+  return std::string_view("-~:<>=/").find(static_cast<char>(sign)) != std::string_view::npos &&
+         (ahead & (kLetter | kDigit)) && (behind & kLetter);
 }
 
 // What lies between the signs at the ends of a piece.
@@ -91,9 +61,12 @@ void split_inside(std::string_view text, size_t begin, size_t end, std::vector<W
   for (size_t at = begin; at < end && !address;) {
     size_t next = at;
     const char32_t sign = decode(text, next);
-    if (sign == '.' || sign == '-')
-      while (next < end && text[next] == static_cast<char>(sign)) ++next;
-    if (at > begin && next < end && divides(left, sign, next - at, point_at(text, next))) {
+    while ((sign == '.' || sign == '-') && next < end && text[next] == static_cast<char>(sign)) ++next;
+    if (at > start && next < end && (kind_of(left) & kLetter) && (sign == '\'' || sign == 0x2019)) {
+      words.push_back({start, at});  // "'s", "'t", "'re" are words
+      start = at;
+    } else if (at > begin && next < end && !(kind_of(sign) & kLetter) &&
+               divides(left, sign, next - at, point_at(text, next))) {
       if (at > start) words.push_back({start, at});
       words.push_back({at, next});
       start = next;
@@ -106,28 +79,22 @@ void split_inside(std::string_view text, size_t begin, size_t end, std::vector<W
 
 // The words of a piece without spaces.
 void split(std::string_view text, size_t begin, size_t end, std::vector<Word>& words) {
-  while (begin < end) {
-    size_t next = begin;
+  for (size_t next = begin; begin < end; begin = next) {
     const char32_t sign = decode(text, next);
-    if (!leads(sign, next < end ? point_at(text, next) : 0)) break;
     while (sign == '.' && next < end && text[next] == '.') ++next;
+    if (!stands_apart(sign) && (sign != '.' || next - begin < 2)) break;
     words.push_back({begin, next});
-    begin = next;
   }
   std::vector<Word> behind;  // from the last to the first
   while (begin < end) {
     size_t at = before(text, begin, end);
-    if (at == begin) break;
-    size_t last = before(text, begin, at);
     const char32_t sign = point_at(text, at);
-    if (!trails(last > begin ? point_at(text, before(text, begin, last)) : 0, point_at(text, last), sign)) break;
     while (sign == '.' && at > begin && text[at - 1] == '.') --at;
+    if (sign == '.' ? end - at == 1 && !ends_sentence(text, begin, at) : !stands_apart(sign)) break;
     behind.push_back({at, end});
     end = at;
   }
-  const size_t stem = contraction(text, begin, end);
-  split_inside(text, begin, stem, words);
-  if (stem < end) words.push_back({stem, end});
+  split_inside(text, begin, end, words);
   words.insert(words.end(), behind.rbegin(), behind.rend());
 }
 
@@ -152,6 +119,14 @@ char32_t decode(std::string_view text, size_t& at) {
   if (point >= kPoints) return kReplacement;
   at += more;
   return point;
+}
+
+size_t before(std::string_view text, size_t begin, size_t end) {
+  size_t at = end - 1;
+  while (at > begin && end - at < 4 && (text[at] & 0xC0) == 0x80) --at;
+  size_t next = at;
+  decode(text, next);
+  return next == end ? at : end - 1;
 }
 
 std::vector<Word> word_bounds(std::string_view text) {

@@ -20,36 +20,34 @@ TEXT = 256 << 20  # bytes of shingles that are kept, at most
 Pair = tuple[int, int]
 
 
-def measure(files: Sequence[SignatureFile], parts: Sequence[Path], ids: Array, roots: Array, sample: int) -> dict[str, Any]:
+def measure(
+    files: Sequence[SignatureFile], parts: Sequence[Path], ids: Array, roots: Array, sample: int
+) -> dict[str, Any]:
     """How many pairs of a similarity lie in one cluster, as the S-curve expects and as found; and how alike are what
-    was dropped and what was kept in its place. `sample`: documents that are compared, at most, for each of the two.
+    was dropped and what was kept in its place. `sample`: documents that are compared, about and at most, for each.
 
-    Pairs are found by their witness, which is no hash of a band: they share it with the probability of their similarity
-    s, so that each counts for 1 / s of them.
+    Pairs are found by their witness, which no band has seen: they share it with the probability of their similarity.
     """
     shape = files[0].shape
     recall, precision = list(_witnessed(files, len(ids), sample)), list(_dropped(roots, sample // 2))
-    shingles = _shingles(parts, ids, sorted({one for pair in recall + precision for one in pair}), shape)
+    sets = _shingles(parts, ids, sorted({one for pair in recall + precision for one in pair}), shape)
+    bins, dropped = [list[tuple[float, bool]]() for _ in range(BINS)], [0] * BINS
+    for one, other in recall:
+        if one in sets and other in sets:
+            similarity = jaccard(sets[one], sets[other])
+            bins[_bin(similarity)].append((probability(similarity, shape), bool(roots[one] == roots[other])))
+    for one, other in precision:
+        if one in sets and other in sets:
+            dropped[_bin(jaccard(sets[one], sets[other]))] += 1
+    rows = list[dict[str, float]]()
+    for i, pairs in enumerate(bins):
+        expected, found = np.mean(pairs or [(0, 0)], axis=0).tolist()
+        rows.append({"from": i / BINS, "pairs": len(pairs), "expected": expected, "found": found})
+    return {"curve": curve(shape), "midpoint": midpoint(shape), "recall": rows, "dropped": dropped}
 
-    def similar(pairs: Sequence[Pair]) -> Iterator[tuple[Pair, float]]:
-        for one, other in pairs:
-            if one in shingles and other in shingles:
-                yield (one, other), jaccard(shingles[one], shingles[other])
 
-    bins = [{"from": i / BINS, "pairs": 0, "expected": 0.0, "found": 0.0, "weight": 0.0} for i in range(BINS)]
-    for (one, other), similarity in similar(recall):
-        if similarity:  # a witness is half a hash: it may be shared by chance
-            found = bins[min(BINS - 1, int(similarity * BINS))]
-            found["pairs"] += 1
-            found["weight"] += 1 / similarity
-            found["expected"] += probability(similarity, shape) / similarity
-            found["found"] += (roots[one] == roots[other]) / similarity
-    for one in bins:
-        weight = one.pop("weight") or 1
-        one["expected"], one["found"] = one["expected"] / weight, one["found"] / weight
-    alike = [similarity for _, similarity in similar(precision)]
-    histogram = np.histogram(alike, BINS, (0, 1))[0].tolist()
-    return {"curve": curve(shape), "midpoint": midpoint(shape), "recall": bins, "dropped": histogram}
+def _bin(similarity: float) -> int:
+    return min(BINS - 1, int(similarity * BINS))
 
 
 def jaccard(one: Array, other: Array) -> float:

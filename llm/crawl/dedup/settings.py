@@ -19,7 +19,7 @@ class DedupConfig:
     """MinHashes of a band."""
     memory_mb: int = 512
     """That the merge of the bands may take beside 17 bytes of each document; more goes through files."""
-    sample: int = 10_000
+    sample: int = 2_000
     """Documents, at most, that are compared exactly to measure recall, and again precision; 0: none."""
 
     def __post_init__(self) -> None:

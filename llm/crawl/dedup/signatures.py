@@ -92,9 +92,7 @@ def write_signatures(path: Path, shape: Shape, texts: Iterator[tuple[Array, list
         file.write(digest.digest())
 
 
-def _blocks(
-    signer: Signer, texts: Iterator[tuple[Array, list[str]]], counts: Counts
-) -> Iterator[tuple[Array, Array]]:
+def _blocks(signer: Signer, texts: Iterator[tuple[Array, list[str]]], counts: Counts) -> Iterator[tuple[Array, Array]]:
     """The ids and the signatures of BLOCK documents at a time."""
     ids, signatures, size = list[Array](), list[Array](), 0
     for some, documents in texts:
@@ -111,6 +109,17 @@ def _blocks(
 
 
 @dataclass(frozen=True)
+class Run:
+    """PAIRs in a file, ascending by hash."""
+
+    path: Path
+    offset: int
+    count: int
+    base: int
+    """The document that is called 0."""
+
+
+@dataclass(frozen=True)
 class SignatureFile:
     """A file of signatures that has been found whole."""
 
@@ -123,14 +132,11 @@ class SignatureFile:
     def size(self) -> int:
         return sum(self.blocks)
 
-    def runs(self, band: int, base: int) -> Iterator[tuple[str, int, int, int]]:
-        """Of each block: path, offset, pairs, and the document that is its first if `base` is the file's first.
-
-        band: -1 for the hashes of whole documents.
-        """
+    def runs(self, band: int, base: int) -> Iterator[Run]:
+        """One of each block. band: -1 for the hashes of whole documents. base: the file's first document."""
         for offset, count in self._block_offsets():
             offset += count * (16 + PAIR.itemsize * (band + 1))
-            yield str(self.path), offset, count, base
+            yield Run(self.path, offset, count, base)
             base += count
 
     def ids(self) -> Array:

@@ -40,12 +40,12 @@ class ClusterSettings:
 
 
 class Cluster:
-    """A step of all parts at once: clusters.parquet, and curve.json with what `measure` found.
+    """A step of all parts at once: clusters.parquet; and curve.json, what `measure` found.
 
     Its inputs: the files of signatures, then the parts that they are of, in the same order.
     """
 
-    name, version = "clusters", 1
+    name, version = "cluster", 1
 
     def __init__(self, config: DedupConfig) -> None:
         self.settings = ClusterSettings(shape_of(config), config.sample)
@@ -56,7 +56,7 @@ class Cluster:
         files = [open_signatures(path, self.settings.shape) for path in task.inputs[:half]]
         ids = read_ids(files)
         counts.documents_in = len(ids)
-        counts.bytes_in = sum(path.stat().st_size for path in task.inputs[:half])
+        counts.bytes_in = task.size
         runs = task.path(".runs.tmp")
         runs.mkdir()
         roots, sizes, exact = join_bands(files, self._memory, runs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from llm.crawl._native import words
 
 WORD = (1 << 64) - 1
-SPACELESS = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xA4CF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+DIGITS = frozenset("0123456789")
+SPACELESS = r"([\u0E00-\u0EFF\u1000-\u109F\u1780-\u17FF\u2E80-\u2FDF\u3041-\uA4CF\uF900-\uFAFF\U00020000-\U0003FFFF])"
 
 
 def mixed(x: int) -> int:
@@ -24,17 +26,9 @@ def hash_of(content: bytes) -> int:
 
 
 def words_of(text: str) -> list[str]:
-    found = [""]
-    for word in words(text):
-        if not any(sign.isalpha() or sign in "0123456789" for sign in word):
-            continue
-        for sign in word:
-            if any(first <= ord(sign) <= last for first, last in SPACELESS):
-                found += [sign, ""]
-            else:
-                found[-1] += sign
-        found.append("")
-    return [word for word in found if word] or [text]
+    pieces = [piece for word in words(text) for piece in re.split(SPACELESS, word)]
+    found = [piece for piece in pieces if re.match(SPACELESS, piece) or any(c.isalpha() or c in DIGITS for c in piece)]
+    return found or [text]
 
 
 def shingles_of(text: str, size: int) -> list[int]:
@@ -69,7 +63,7 @@ def signature(text: str, size: int, bands: int, rows: int) -> list[int]:
 
 
 def clusters(signatures: Sequence[Sequence[int]]) -> list[int]:
-    """The smallest document of each one's cluster: whoever shares a hash takes the smaller label, until none changes."""
+    """The smallest document of each one's cluster: who shares a hash takes the smaller label, until none changes."""
     labels = list(range(len(signatures)))
     changed = True
     while changed:

@@ -1,21 +1,22 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from minhash import clusters, signature
 
-from llm.crawl._native import join_runs, merge_runs
+from llm.crawl._native import join, merge
 from llm.crawl.counts import Counts
 from llm.crawl.dedup import bands, signatures
 from llm.crawl.dedup.bands import join_bands
-from llm.crawl.dedup.signatures import PAIR, Shape, SignatureFile, open_signatures, write_signatures
+from llm.crawl.dedup.signatures import PAIR, Array, Shape, SignatureFile, open_signatures, write_signatures
 from llm.errors import InputError
-from minhash import clusters, signature
 
 SHAPE = Shape(shingle_words=2, bands=3, rows=2)
 PARTS = st.lists(st.lists(st.lists(st.sampled_from("abcde"), max_size=9).map(" ".join), max_size=9), max_size=6)
@@ -57,11 +58,11 @@ def test_a_few_kilobytes_merge_many_runs(tmp_path: Path, monkeypatch: pytest.Mon
     (runs := tmp_path / "runs").mkdir()
     seen = list[int]()
 
-    def merge(group: Sequence[tuple[str, int, int, int]], buffer: int, path: str) -> None:
-        seen.append((len(group) + 1) * buffer)
-        merge_runs(group, buffer, path)
+    def watched(group: list[Iterator[Array]], count: int, write: Callable[[Any], object]) -> None:
+        seen.append((len(group) + 1) * count * PAIR.itemsize)
+        merge(group, count, write)
 
-    monkeypatch.setattr(bands, "merge_runs", merge)
+    monkeypatch.setattr(bands, "merge", watched)
     few, many = join_bands(files, 4096, runs), join_bands(files, 1 << 30, runs)
     assert len(seen) == (150 + 75 + 38 + 19 + 10 + 5 + 3 + 2) * 4
     assert max(seen) <= 4096
@@ -85,21 +86,24 @@ def test_a_file_that_is_cut_while_it_is_merged_is_named(tmp_path: Path) -> None:
     file = written(tmp_path, [["a b", "c d"]])[0]
     with file.path.open("r+b") as opened:
         opened.truncate(40)
-    with pytest.raises(OSError, match=str(file.path)):
+    with pytest.raises(InputError, match=str(file.path)):
         join_bands([file], 1 << 20, tmp_path)
 
 
-def test_a_full_disk_is_an_error_of_the_system() -> None:
-    with pytest.raises(OSError) as raised:
-        merge_runs([], 100, "/dev/full")  # there already
-    assert raised.value.errno == errno.EEXIST
+def test_an_error_of_the_disk_reaches_the_caller() -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        merge([iter([np.array([(1, 0)], PAIR)])], 100, full)
 
 
 @pytest.mark.parametrize("pairs", [[(1, 7)], [(2, 0), (1, 1)]])
-def test_runs_that_make_no_sense_are_refused(tmp_path: Path, pairs: list[tuple[int, int]]) -> None:
-    np.array(pairs, PAIR).tofile(tmp_path / "run")
-    with pytest.raises(RuntimeError, match="not in order|there is not"):
-        join_runs([(str(tmp_path / "run"), 0, len(pairs), 0)], 100, np.arange(2, dtype=np.uint32))
+def test_runs_that_make_no_sense_are_refused(pairs: list[tuple[int, int]]) -> None:
+    with pytest.raises((ValueError, IndexError), match=r"not in order|there is not"):
+        join([iter([np.array(pairs, PAIR)])], np.arange(2, dtype=np.uint32))
+    with pytest.raises(TypeError, match="12 bytes"):
+        join([iter([np.arange(2)])], np.arange(2, dtype=np.uint32))
 
 
 def test_too_many_documents_are_refused_before_memory_is_taken(tmp_path: Path) -> None:

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from minhash import shingles_of, signature
 
 from llm.crawl._native import Signer
 from llm.crawl.counts import Counts
 from llm.crawl.dedup import signatures
 from llm.crawl.dedup.signatures import Array, Shape, SignatureFile, open_signatures, write_signatures
 from llm.errors import InputError
-from minhash import shingles_of, signature
 
 SHAPE = Shape(shingle_words=3, bands=4, rows=2)
-WORDS = st.sampled_from(["a", "the", "snow-white", "don't", "3.14", "Straße", "1,000", "這是", "日本。", "ไทย", "!", "(x)"])
+WORDS = st.sampled_from(
+    ["a", "the", "snow-white", "don't", "3.14", "Straße", "1,000", "這是", "日本。", "ไทย", "!", "(x)"]
+)
 TEXT = st.one_of(st.text(max_size=60), st.lists(WORDS, max_size=40).map(" ".join))
 
 
@@ -63,9 +65,9 @@ def test_a_file_holds_each_band_in_order(tmp_path: Path, monkeypatch: pytest.Mon
     for band in range(-1, 4):
         found = dict(pairs(file, band))
         assert [found[i] for i in range(19)] == expected[:, band + 2].tolist()
-        for _, offset, count, _ in file.runs(band, 0):
-            run = np.fromfile(file.path, signatures.PAIR, count, offset=offset)["hash"]
-            assert (np.diff(run.astype(object)) >= 0).all()
+        for run in file.runs(band, 0):
+            hashes = np.fromfile(file.path, signatures.PAIR, run.count, offset=run.offset)["hash"]
+            assert (np.diff(hashes.astype(object)) >= 0).all()
     size = file.path.stat().st_size
     assert 0 < size - 19 * (16 + 12 * 5) < 200  # the bytes of a document that docs/corpus.md gives
 
@@ -83,7 +85,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_file_of_another_shape_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected .*'bands': 5"):
+    with pytest.raises(InputError, match=r"expected .*'bands': 5"):
         open_signatures(written(tmp_path, ["one text"]).path, Shape(3, 5, 2))
 
 
@@ -100,6 +102,6 @@ def written(folder: Path, texts: list[str]) -> SignatureFile:
 
 def pairs(file: SignatureFile, band: int) -> Iterator[tuple[int, int]]:
     """(document, hash)"""
-    for path, offset, count, base in file.runs(band, 0):
-        for hashed, document in np.fromfile(path, signatures.PAIR, count, offset=offset).tolist():
-            yield base + document, hashed
+    for run in file.runs(band, 0):
+        for hashed, document in np.fromfile(run.path, signatures.PAIR, run.count, offset=run.offset).tolist():
+            yield run.base + document, hashed

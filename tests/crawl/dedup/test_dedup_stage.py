@@ -46,7 +46,7 @@ def run(work: Work, out: Path, inputs: Sequence[Sequence[Path]], workers: int) -
 def deduplicate(out: Path, parts: Sequence[Path], workers: int = 1, config: DedupConfig = CONFIG) -> list[Path]:
     signed = [path.with_suffix(".signatures") for path in run(Signatures(config), out, [[p] for p in parts], workers)]
     run(Cluster(config), out, [[*signed, *parts]], 1)
-    return run(Drop(config), out, [[part, out / "clusters" / CLUSTERS] for part in parts], workers)
+    return run(Drop(config), out, [[part, out / "cluster" / CLUSTERS] for part in parts], workers)
 
 
 def planted(similarities: Sequence[float]) -> list[str]:
@@ -87,7 +87,16 @@ def test_the_output_depends_on_neither_workers_nor_order(tmp_path: Path) -> None
 
 def test_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:
     text = " ".join(f"word{i}" for i in range(300))
-    texts = [text, "another text", text.upper() + "!", text.replace("word150 ", "changed "), "", "a third", "", "Another text."]
+    texts = [
+        text,
+        "another text",
+        text.upper() + "!",
+        text.replace("word150 ", "changed "),
+        "",
+        "a third",
+        "",
+        "Another text.",
+    ]
     parts = parts_of(tmp_path / "filter", texts, 3)
     dropped = deduplicate(tmp_path, parts)
     kept = [document for part in dropped for document in read_documents(part)]
@@ -99,7 +108,7 @@ def test_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert reports[1]["samples"]["dedup.near"] == [texts[3][:300]]
     assert [report["documents_in"] for report in reports] == [3, 3, 2]
-    found = json.loads((tmp_path / "clusters/00000.json").read_text())["histograms"]
+    found = json.loads((tmp_path / "cluster/00000.json").read_text())["histograms"]
     assert found == {"cluster_size": {"1": 1, "2": 2, "4": 1}}
 
 
@@ -111,7 +120,7 @@ def test_recall_follows_the_curve(tmp_path: Path, similarity: float) -> None:
     found = 2 * pairs - sum(len(list(read_documents(part))) for part in kept)
     expected = probability(similarity, SHAPE)
     assert found / pairs == pytest.approx(expected, abs=4 * (expected * (1 - expected) / pairs) ** 0.5)
-    report = json.loads((tmp_path / "clusters/curve.json").read_text())
+    report = json.loads((tmp_path / "cluster/curve.json").read_text())
     measured = report["recall"][int(similarity * 10)]
     assert measured["pairs"] == pytest.approx(similarity * pairs, rel=0.2)  # by the witnesses that they share
     assert measured["expected"] == pytest.approx(expected, abs=0.01)
@@ -130,9 +139,9 @@ def test_a_damaged_file_of_signatures_is_named_before_clustering(tmp_path: Path)
     parts = parts_of(tmp_path / "filter", ["a", "b", "c"], 1)
     paths = [path.with_suffix(".signatures") for path in run(Signatures(CONFIG), tmp_path, [[p] for p in parts], 1)]
     paths[1].write_bytes(paths[1].read_bytes()[:-9])
-    with pytest.raises(InputError, match="00001.signatures is damaged or cut"):
+    with pytest.raises(InputError, match=r"00001\.signatures is damaged or cut"):
         run(Cluster(CONFIG), tmp_path, [[*paths, *parts]], 1)
-    assert not list((tmp_path / "clusters").iterdir())
+    assert not list((tmp_path / "cluster").iterdir())
 
 
 def test_parts_whose_ids_do_not_ascend_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""Which reader reads a file, by its name; and the readers of HTML, text, JSON lines and tables."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from io import BufferedIOBase
+from itertools import repeat
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm.crawl.extract.records import Damaged, Record
+from llm.crawl.extract.settings import ExtractConfig
+from llm.data.corpus.tables import read_table
+from llm.data.corpus.texts import OPENERS, zstd
+from llm.errors import InputError
+
+WARC = re.compile(r"(?i).+\.(?:warc|wet)(?:\.wet)?(?:\.gz|\.zst)?")
+OTHER = re.compile(r"(?i).+\.(?:(html?|xhtml|txt|jsonl|ndjson)(?:\.(?:gz|bz2|xz|zst))?|(parquet|arrow|feather))")
+
+
+def kind_of(name: str) -> str | None:
+    """warc, html, text, json or table, by a file's name; None: it is passed over."""
+    if WARC.fullmatch(name):
+        return "warc"
+    match = OTHER.fullmatch(name)
+    if not match:
+        return None
+    kinds = {"htm": "html", "html": "html", "xhtml": "html", "txt": "text", "jsonl": "json", "ndjson": "json"}
+    return kinds.get((match[1] or "").lower(), "table")
+
+
+def records(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterator[Record]:
+    """The pages or texts of a file, in order; none of a file of another kind. What is damaged is told, never raised."""
+    kind = kind_of(path.name)
+    if kind is None:
+        return
+    if path.stat().st_size == 0:
+        damaged(0, "the file is empty")
+    elif kind == "warc":
+        from llm.crawl.extract.warc import read_warc
+
+        yield from read_warc(path, settings.max_bytes, damaged)
+    elif kind == "table":
+        yield from _table(path, settings, damaged)
+    elif kind == "json":
+        yield from _json_lines(path, settings, damaged)
+    else:
+        yield from _whole(path, kind == "html", settings.max_bytes, damaged)
+
+
+@contextmanager
+def _opened(path: Path, damaged: Damaged, place: list[int]) -> Iterator[BufferedIOBase]:
+    """The file's bytes, decompressed; where they cannot be read further is told, and ends the block."""
+    try:
+        with OPENERS.get(path.suffix.lower(), partial(open, mode="rb"))(path) as file:
+            yield file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError) as error:
+        damaged(place[0], f"the file cannot be read further: {error}")
+
+
+def _whole(path: Path, is_html: bool, limit: int, damaged: Damaged) -> Iterator[Record]:
+    with _opened(path, damaged, [1]) as file:
+        body = file.read(limit + 1)
+        if len(body) > limit:
+            damaged(1, f"the file has more bytes than extract.max_bytes, {limit}")
+        else:
+            yield Record(1, body, is_html)
+
+
+def _json_lines(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterator[Record]:
+    limit, place = settings.max_bytes, [1]
+    with _opened(path, damaged, place) as file:
+        while line := file.readline(limit + 1):
+            number = place[0]
+            if len(line) > limit and not line.endswith(b"\n"):
+                damaged(number, f"the line has more bytes than extract.max_bytes, {limit}")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(limit)
+            elif line.strip():
+                try:
+                    yield _json_record(line, number, settings)
+                except (ValueError, RecursionError) as error:
+                    damaged(number, f"the line cannot be used: {error}")
+            place[0] += 1
+
+
+def _json_record(line: bytes, number: int, settings: ExtractConfig) -> Record:
+    """The text and URL of a line; ValueError where it has no text."""
+    found = json.loads(line.decode("utf-8-sig"), parse_int=float)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    text, url = _field(found, settings.text_key), _field(found, settings.url_key)
+    if not isinstance(text, str):
+        raise ValueError(f"its field `{settings.text_key}` is {type(text).__name__}; expected text")
+    text.encode()  # half of a surrogate pair, which JSON can spell, is a ValueError
+    return Record(number, text, False, url.encode(errors="replace").decode() if isinstance(url, str) else "")
+
+
+def _field(record: object, key: str) -> object:
+    """What is at `key` in a record (`a.b`: b in a, unless there is a field a.b); None where there is nothing."""
+    for name in [key] if isinstance(record, dict) and key in record else key.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
+
+
+def _table(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterator[Record]:
+    row, urls = 0, repeat(("", ()))
+    try:
+        if path.suffix.lower() == ".parquet" and settings.url_key in pq.read_schema(path).names:
+            urls = read_table(path, settings.url_key)
+        for (_, text), (_, url) in zip(read_table(path, settings.text_key), urls, strict=False):
+            row += 1
+            body = _joined(text, settings.max_bytes)
+            if body is None:
+                damaged(row, f"the text has more bytes than extract.max_bytes, {settings.max_bytes}")
+            else:
+                yield Record(row, body, False, "".join(url))
+    except (InputError, OSError, ValueError, pa.ArrowException) as error:
+        damaged(row + 1, f"the table cannot be read further: {error}")
+
+
+def _joined(parts: Iterable[str], limit: int) -> str | None:
+    """The text of the parts; None where it has more than `limit` characters."""
+    kept, size = list[str](), 0
+    for part in parts:
+        kept.append(part)
+        size += len(part)
+        if size > limit:
+            return None
+    return "".join(kept)

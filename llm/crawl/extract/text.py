@@ -1,0 +1,82 @@
+"""From a page's bytes to its text: character set, main content, Unicode normalisation."""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+
+from resiliparse.extract.html2text import extract_plain_text
+from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+from resiliparse.parse.html import HTMLTree
+
+from llm.crawl._native import html_cost
+from llm.crawl.extract.settings import ExtractConfig
+
+BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+# Python's supersets of character sets that pages name, as browsers read them.
+WIDER = {"big5": "big5hkscs", "euc_kr": "cp949", "gbk": "gb18030", "shift_jis": "cp932"}
+# What a page may cost, about a second and 400 MB each (docs/corpus.md); real pages need a hundredth of it.
+NODES, VISITS = 1_000_000, 30_000_000
+
+
+class Unreadable(ValueError):
+    """A page that is not worth its cost, or breaks the parser."""
+
+
+def decode(body: bytes, declared: str, is_html: bool) -> tuple[str, str, bool]:
+    """The characters of a body, its character set, and whether all of its bytes are valid in it.
+
+    A byte-order mark decides, then whether the bytes are UTF-8, which no other character set looks like, then what the
+    server or the page declares, then what uchardet finds.
+    """
+    for mark, name in BOMS.items():
+        if body.startswith(mark):
+            return _decode(body[len(mark) :], name)
+    is_unusual = b"\0" in body or b"\x1b" in body  # UTF-16 and ISO-2022-JP look like ASCII else
+    if not is_unusual:
+        text, _, valid = _decode(body, "utf-8")
+        if valid:
+            return text, "utf-8", True
+    named = map_encoding_to_html5(declared, fallback_utf8=False) if declared else None
+    for name in (named, detect_encoding(body, from_html_meta=is_html), detect_encoding(body)):
+        if name:
+            found = _decode(body, name)
+            if found[2]:
+                return found
+    return _decode(body, named or detect_encoding(body) or "utf-8")
+
+
+def _decode(body: bytes, name: str) -> tuple[str, str, bool]:
+    wide = WIDER.get(name, name)
+    try:
+        return body.decode(wide), name, True
+    except UnicodeDecodeError:
+        return body.decode(wide, errors="replace"), name, False
+
+
+def to_text(html: str, settings: ExtractConfig) -> str:
+    """The text of a page. Raises Unreadable where it is nested so deeply that it would take minutes or gigabytes."""
+    nodes, visits = html_cost(html)
+    if nodes > NODES or visits > VISITS:
+        raise Unreadable(f"the page would cost too much: {nodes} elements, {visits} visits of them")
+    if settings.extractor == "trafilatura":
+        return _trafilatura(html)
+    tree = HTMLTree.parse(html)
+    return extract_plain_text(tree, main_content=settings.main_content, alt_texts=False, comments=False)
+
+
+def _trafilatura(html: str) -> str:
+    import trafilatura  # an extra of its own
+
+    return trafilatura.extract(html, favor_precision=True, include_comments=False) or ""
+
+
+def normalise(text: str, how: str) -> str:
+    """The text in Unicode's form NFC, repaired by ftfy before where `how` says so; lines end in LF, NULs are gone."""
+    text = text.replace("\0", "").replace("\r\n", "\n")
+    if how == "ftfy":
+        import ftfy  # half a second, which the others can save
+
+        kept = ftfy.TextFixerConfig(uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False)
+        return ftfy.fix_text(text, kept)
+    return unicodedata.normalize("NFC", text) if how == "nfc" else text

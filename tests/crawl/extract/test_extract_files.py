@@ -1,0 +1,163 @@
+"""HTML, text, JSON lines and tables: what they hold comes out, and what is damaged is counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from warc_files import KINDS, extract, html
+
+from llm.crawl.extract.files import kind_of
+from llm.crawl.extract.settings import ExtractConfig
+from llm.crawl.extract.stage import Extract
+from llm.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("CC-MAIN-1.warc.gz", "warc"), ("CC-MAIN-1.warc.wet.gz", "warc"), ("a.WARC.zst", "warc"), ("a.wet", "warc"),
+        ("a.html", "html"), ("a.htm.gz", "html"), ("a.txt.zst", "text"), ("a.jsonl.gz", "json"), ("a.ndjson", "json"),
+        ("a.parquet", "table"), ("a.arrow", "table"), ("a.png", None), ("warc", None), ("a.json", None), ("a.gz", None),
+    ],
+)  # fmt: skip
+def test_kinds_of_files(name: str, kind: str | None) -> None:
+    assert kind_of(name) == kind
+
+
+def test_html_and_text(tmp_path: Path) -> None:
+    for name, content in {"a.html.gz": gzip.compress(html(3)), "a.html": html(3)}.items():
+        (tmp_path / name).write_bytes(content)
+        ((document,), counts) = extract(tmp_path / name)
+        assert document.text.startswith("Page 3 says") and not counts.damage
+    (tmp_path / "a.txt").write_text("<b> is kept")
+    ((document,), _) = extract(tmp_path / "a.txt")
+    assert (document.text, document.id, document.source) == ("<b> is kept", 7 << 32, "a.txt")
+
+
+def test_json_lines_go_on_behind_damage(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "one", "url": "http://a"}', b"", b"\xff", b"[1]", b'{"text": 1}', b'{"other": "x"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "' + b"a" * 2000 + b'"}', b"[" * 100_000, b'{"text": "two", "n": ' + b"1" * 5000 + b"}",
+    ]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    documents, counts = extract(path, max_bytes=1000)
+    assert [(d.text, d.offset, d.url) for d in documents] == [("one", 1, "http://a")]
+    assert [one["offset"] for one in counts.damage] == [3, 4, 5, 6, 7, 8, 9, 10]
+    documents, counts = extract(path, max_bytes=10**6)
+    assert [(d.text[:3], d.offset) for d in documents] == [("one", 1), ("aaa", 8), ("two", 10)]
+    path.write_bytes(b'{"meta": {"body": "deep"}}\n{"meta.body": "dotted", "at": "u"}')
+    assert [(d.text, d.url) for d in extract(path, text_key="meta.body", url_key="at")[0]] == [
+        ("deep", ""),
+        ("dotted", "u"),
+    ]
+
+
+def test_a_torn_file_gives_what_stands_before(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"{i} " + "x" * 5000}) for i in range(200)]
+    whole = gzip.compress("\n".join(rows).encode(), 1)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    documents, counts = extract(tmp_path / "a.jsonl.gz")
+    assert 10 < len(documents) < 200 and [d.text.split()[0] for d in documents] == [
+        str(i) for i in range(len(documents))
+    ]
+    assert counts.damage_count == 1 and counts.damage[0]["offset"] == len(documents) + 1
+
+
+def test_tables(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one", None, "x" * 3000, "two"], "url": ["u", "v", None, None]}), path)
+    documents, counts = extract(path, max_bytes=1000)
+    assert [(d.text, d.url, d.offset) for d in documents] == [("one", "u", 1), ("two", "", 4)]
+    assert counts.removed == {"extract.empty": 1} and [one["offset"] for one in counts.damage] == [3]
+    pq.write_table(pa.table({"body": ["one"]}), path)
+    assert [d.text for d in extract(path, text_key="body")[0]] == ["one"]
+    assert "no field `text`" in str(extract(path)[1].damage[0]["what"])
+    path.write_bytes(path.read_bytes()[:-20])
+    assert extract(path)[1].damage_count == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["a.html", "a.txt", "a.jsonl", "a.parquet", "a.arrow", "a.txt.gz", *("a" + k for k in KINDS)]
+)
+def test_an_empty_file_is_counted(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    documents, counts = extract(tmp_path / name)
+    assert not documents and counts.damage == [{"source": name, "offset": 0, "what": "the file is empty"}]
+
+
+def test_other_files_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "cat.PNG").write_bytes(b"\x89PNG")
+    documents, counts = extract(tmp_path / "cat.PNG")
+    assert not documents and not counts.damage and counts.histograms["files passed over"] == {".png": 1}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    content=st.binary(min_size=1, max_size=80),
+    name=st.sampled_from(["a.html", "a.txt.gz", "a.jsonl", "a.parquet", "a.arrow", "a.jsonl.zst"]),
+)
+def test_any_bytes_are_read_or_counted(content: bytes, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content)
+    documents, counts = extract(path)
+    assert documents or counts.damage or counts.removed or not content.strip()
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm.crawl.extract.stage.find_spec", lambda name: None if name == "fastwarc" else 1)
+    with pytest.raises(InputError, match=r"fastwarc.*pip install 'ingot\[crawl\]'"):
+        Extract(ExtractConfig())
+
+
+HOSTILE = """
+import gzip, resource, sys
+from pathlib import Path
+sys.path[:0] = ["tests/crawl/extract", "."]
+from warc_files import extract, html, page
+folder = Path(sys.argv[1])
+def big(path, start, piece, times, opener=open):
+    with opener(path, "wb") as file:
+        file.write(start)
+        for _ in range(times):
+            file.write(piece)
+mib = b"a" * (1 << 20)
+big(folder / "line.jsonl", b'{"text": "', mib, 1024)
+big(folder / "line.txt", b"", mib, 1024)
+big(folder / "line.html.gz", b"", mib, 1024, gzip.open)
+bomb = page("http://bomb", gzip.compress(bytes(500 << 20), 1), more="Content-Encoding: gzip\\r\\n")
+record = page("http://great", b"").replace(b"Content-Length: ", b"Content-Length: 1073741")
+records = [page("http://a", html(0)), bomb, record + bytes(1 << 30), page("http://b", html(1))]
+(folder / "bomb.warc.gz").write_bytes(b"".join(gzip.compress(one, 1) for one in records))
+del records, record
+(folder / "deep.html").write_bytes(b"<div>" * 10**6 + b"x" + b"</div>" * 10**6)
+(folder / "word.html").write_bytes(b"<p>" + b"a" * 5_000_000)
+(folder / "flat.html").write_bytes(b"<p>x" * 900_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sorted(folder.iterdir()):
+    documents, counts = extract(path)
+    print(path.name, len(documents), counts.damage_count)
+"""
+
+
+@pytest.mark.slow
+def test_hostile_files_cost_little_memory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOSTILE, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[3], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == [
+        "bomb.warc.gz 2 2", "deep.html 0 1", "flat.html 1 0", "line.html.gz 0 1", "line.jsonl 0 1", "line.txt 0 1",
+        "word.html 1 0",
+    ]  # fmt: skip
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10 < 2048
