@@ -154,7 +154,7 @@ def test_a_mismatch_stops_the_job_and_names_the_document(corpus: Corpus, monkeyp
 
 def test_documents_are_checked_across_row_groups(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
     work, task = prepared(corpus)
-    table = pq.read_table(corpus.parts[0])
+    table = pq.read_table(corpus.parts[0]).slice(1)  # the first is long now
     pq.write_table(table, corpus.parts[0], row_group_size=4)
     work._encoder(task.inputs[1])  # with what every tokenizer is tried with
     seen = list[str]()
@@ -162,7 +162,7 @@ def test_documents_are_checked_across_row_groups(corpus: Corpus, monkeypatch: py
     monkeypatch.setattr("llm.crawl.tokens.shards.CHECKED", 3)
     monkeypatch.setattr("llm.crawl.tokens.shards.LARGEST", 2_000)
     run_task(work, task)
-    every = [d.text for d in corpus.documents if d.id >> 32 == 0]
+    every = [d.text for d in corpus.documents if d.id >> 32 == 0][1:]
     expected = [text for text in every[::3] if len(text.encode()) <= 2_000]
     assert len(expected) < len(every[::3])
     assert seen == expected
