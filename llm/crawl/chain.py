@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,9 @@ def engine_of(config: CorpusConfig) -> Iterator[Engine | None]:
 
         engine = Mpi(works, settings.schedule)
     elif settings.kind == "datatrove":
+        require(
+            find_spec("datatrove") is not None, "engine.kind datatrove needs datatrove; pip install 'ingot[datatrove]'"
+        )
         from llm.crawl.engines.datatrove import Datatrove
 
         engine = Datatrove(works, settings, workers, Path(config.out) / ".datatrove")

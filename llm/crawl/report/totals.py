@@ -44,7 +44,7 @@ def read_totals(out: Path) -> list[Totals]:
     Raises InputError where there are none, or one cannot be read.
     """
     found: dict[str, Totals] = {}
-    for path in sorted(out.glob("*/[0-9][0-9][0-9][0-9][0-9]*.json")):
+    for path in sorted(path for path in out.glob("*/*.json") if path.stem.isdecimal()):
         try:
             report = json.loads(path.read_bytes())
             stage = str(report["stage"])
