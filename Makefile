@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip
 # Of what pip prints, a line for each package. Its errors go past this, to the terminal.
 BRIEFLY := | sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking them/p'
 
-.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster soak fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-checkpoint bench-parallel gpu-proof gpu-cache gpu-report clean
+.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster soak fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-checkpoint bench-crawl bench-parallel corpus-demo gpu-proof gpu-cache gpu-report clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,6 +47,9 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 pretrain: setup ## prepare the corpus, train, evaluate, save, and write text (ARGS="--name=x --a.b=c")
 	@$(BIN)/python launch/prepare_data.py --config $(CONFIG) $(ARGS)
 	@$(QUIETLY) $(BIN)/python -m deepspeed.launcher.runner --log_level error --num_gpus $(RANKS) launch/pretrain.py --config $(CONFIG) $(ARGS)
+
+corpus-demo: setup ## real pages with planted noise, from WARC to a trained tiny model, and what was found of the noise (docs/corpus.md)
+	@OMP_NUM_THREADS=1 $(QUIETLY) $(BIN)/python -m benchmarks.crawl.demo $(ARGS)
 
 # The GPUs there are, else two ranks on the CPU, which DeepSpeed is told: else each process warns that it finds no GPU.
 GPUS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | wc -l || echo 0)
@@ -86,6 +89,9 @@ bench-loader: setup ## the data loader beside those of others (15 min; ARGS="--q
 
 bench-checkpoint: setup ## saves and loads beside torch DCP, DeepSpeed and safetensors (ARGS="ROUNDS MEGABYTES"; docs/benchmarks.md)
 	@OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.checkpoint $(ARGS)
+
+bench-crawl: setup ## the corpus pipeline, alone or beside datatrove and Daft (ARGS="--datatrove PYTHON --daft PYTHON"; docs/corpus.md)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.crawl $(ARGS)
 
 bench-parallel: setup ## what ZeRO stages and recomputation cost (results: docs/benchmarks.md)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \

@@ -21,7 +21,7 @@ ROOMS = (
         for name in ("parity", "train", "cluster", "checkpoint", "parallel", "data", "model", "plan", "profile")
     ),
 )
-READ_BY_ALL = ("llm/config", "llm/errors", "llm/files", "llm/locks", "llm/sinks", "llm/slices", "llm/typed")
+READ_BY_ALL = ("llm/config", "llm/errors", "llm/files", "llm/locks", "llm/page", "llm/sinks", "llm/slices", "llm/typed")
 BOX, GAP, MARGIN, LINE = 236, 28, 20, 15  # pixels
 
 

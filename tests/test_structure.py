@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/cluster": {"torch", "mpi4py", "packaging", "psutil", "llm.config", "llm.errors", "llm.sinks", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
-    "llm/profile": {"torch", "llm.errors", "llm.files", "llm.sinks", "llm.typed", "llm.profile"},
+    "llm/page.py": set(),
+    "llm/profile": {"torch", "llm.errors", "llm.files", "llm.page", "llm.sinks", "llm.typed", "llm.profile"},
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },

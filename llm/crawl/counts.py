@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 
 from llm.crawl.documents import Document
@@ -27,7 +27,7 @@ class Counts:
     damage_count: int = 0
     damage: list[dict[str, str | int]] = field(default_factory=list[dict[str, str | int]])
     """source, offset, what: the first DAMAGES of them."""
-    histograms: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict[str, Counter[str]](Counter))
+    histograms: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
 
     def remove(self, reason: str, document: Document) -> None:
         """Count a document that does not go on to the next stage."""
@@ -42,5 +42,5 @@ class Counts:
         if len(self.damage) < DAMAGES:
             self.damage.append({"source": source, "offset": offset, "what": what})
 
-    def count(self, histogram: str, key: str) -> None:
-        self.histograms[histogram][key] += 1
+    def count(self, histogram: str, key: str, number: int = 1) -> None:
+        self.histograms.setdefault(histogram, Counter())[key] += number

@@ -14,7 +14,7 @@ from llm.errors import InputError
 
 @contextmanager
 def fetched(url: str, folder: Path) -> Iterator[Path]:
-    """A copy of the file at a URL, in a folder that is made for it and removed with it; InputError if it cannot be had."""
+    """A copy of the file at a URL, in a folder that is made for it and removed with it. Raises InputError."""
     folder.mkdir(exist_ok=True)
     try:
         try:

@@ -29,7 +29,9 @@ def input_tasks(config: InputConfig, folder: Path) -> list[Task]:
     except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
         raise InputError(f"input.source {config.source} cannot be opened: {error}") from error
     sources = {name[len(root) :].lstrip("/"): name for name in sorted(found)}
-    sources = {source: name for source, name in sources.items() if not any(part[0] == "." for part in source.split("/"))}
+    sources = {
+        source: name for source, name in sources.items() if not any(part[0] == "." for part in source.split("/"))
+    }
     require(bool(sources), f"input.source {config.source}: found no file; expected a file, a folder, a glob or a URL")
     limit = config.limit
     files = min(limit or len(sources), len(sources))

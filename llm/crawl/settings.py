@@ -10,7 +10,6 @@ from llm.crawl.dedup.settings import DedupConfig
 from llm.crawl.extract.settings import ExtractConfig
 from llm.crawl.filter.settings import FilterConfig
 from llm.crawl.tokens.settings import TokenizeConfig, TokenizerConfig
-from llm.errors import require
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from llm.crawl.fetch import fetched
 from llm.errors import CheckpointError, InputError
 from llm.files import complete_file, parse_json, sync_folder
 
+Works = Callable[[str], "Work"]  # a stage by its name
 Tell = Callable[[int], None]  # called with the bytes of its input that a task has gone through
 
 
@@ -97,6 +98,8 @@ class Step(Work, Protocol):
 class Engine(Protocol):
     """Runs tasks, in any order and place."""
 
+    works: Works
+
     def run(self, stage: str, tasks: Sequence[Task], progress: Callable[[int], None]) -> None:
         """Return when all are done; `progress` is called with the bytes of input that they have gone through.
 
@@ -119,7 +122,7 @@ def run_task(work: Work, task: Task, tell: Tell = lambda done: None) -> None:
             work.write(task, counts)
         sync_folder(task.folder)
         found = {"stage": work.name, "task": task.number, "config": config_of(work), "input": task.identity}
-        report = found | dataclasses.asdict(counts) | {"seconds": round(time.monotonic() - began, 3)}
+        report = found | vars(counts) | {"seconds": round(time.monotonic() - began, 3)}
         write_report(task.path(".json"), report)
 
 

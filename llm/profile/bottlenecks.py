@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from statistics import median_low
 from typing import NamedTuple, TypeAlias
 
+from llm.page import in_bytes
 from llm.profile.ranges import STEP_PARTS
 from llm.profile.record import Op, Part, Record
 
@@ -350,15 +351,6 @@ def memory_peak(records: Records) -> Iterator[Finding]:
     owner = f", most of all by {record.memory.owners[0].name}" if record.memory.owners else ""
     where = f"{in_bytes(kinds[most])} of {in_bytes(record.memory.peak_bytes)} on rank {record.rank} are {most}{owner}"
     yield finding(records, "memory peak", where, 0.0, 0.0, f"if memory is short: {advice}")
-
-
-def in_bytes(size: float) -> str:
-    """A size as text, in the unit that fits."""
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.4g} GB"
 
 
 SEARCHES = (

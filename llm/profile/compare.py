@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llm.profile.bottlenecks import in_bytes, ratio
+from llm.page import in_bytes
+from llm.profile.bottlenecks import ratio
 from llm.profile.report import load_profile, summary
 from llm.sinks import Say
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from llm.profile.bottlenecks import in_bytes
+from llm.page import COLOURS, WIDTH, bars, document, in_bytes, number, percent, svg, table, text
 
-COLOURS = ("#0969da", "#bf8700", "#cf222e", "#8250df", "#1a7f37", "#6e7781")
-WIDTH, LABEL, BAR = 760, 150, 20  # pixels: of a chart, of its labels, of a bar's height
 PASSES = ("forward", "backward", "recompute")
 
 
@@ -31,7 +29,7 @@ def render(report: dict[str, Any]) -> str:
         "<h2>The host</h2>" + host(report),
         "<h2>Memory</h2>" + memory_chart(report) + peak_chart(report) + memory(report),
     ]
-    return PAGE.format(body="\n".join(sections))
+    return document("Profile of a step", "\n".join(sections))
 
 
 def findings(report: dict[str, Any]) -> str:
@@ -104,7 +102,7 @@ def memory_chart(report: dict[str, Any], height: int = 160) -> str:
     points = found["over_step"]
     longest, most = max((ms for ms, _ in points), default=0) or 1, max((size for _, size in points), default=0) or 1
     line = " ".join(f"{ms / longest * WIDTH:.1f},{height - size / most * (height - 20):.1f}" for ms, size in points)
-    curve = f'<polygon points="0,{height} {line} {WIDTH},{height}" fill="{COLOURS[0]}" fill-opacity="0.3"/>'
+    curve = f'<polygon class="c0" points="0,{height} {line} {WIDTH},{height}" fill="{COLOURS[0]}" fill-opacity="0.3"/>'
     curve += text(4, 13, f"{in_bytes(most)} at most over {number(longest)} ms of rank {found['rank']}")
     return svg(height, curve)
 
@@ -114,65 +112,3 @@ def peak_chart(report: dict[str, Any]) -> str:
     found = report["memory"]
     kinds = [*found["categories"].items(), ("unattributed", found["unattributed_bytes"])]
     return bars([(name, [size / 1e6]) for name, size in kinds], (), "MB")
-
-
-def bars(rows: Sequence[tuple[str, Sequence[float]]], legend: Sequence[str], unit: str) -> str:
-    """A horizontal bar for each row, in a colour for each of its values; as SVG."""
-    longest = max((sum(values) for _, values in rows), default=0) or 1
-    top, shapes = BAR if legend else 0, []
-    for i, name in enumerate(legend):
-        shapes.append(f'<rect x="{LABEL + 160 * i}" y="3" width="12" height="12" fill="{COLOURS[i]}"/>')
-        shapes.append(text(LABEL + 160 * i + 17, 13, name))
-    for i, (name, values) in enumerate(rows):
-        x, y = float(LABEL), top + i * BAR
-        shapes.append(text(0, y + 14, name[:24]))
-        for colour, value in zip(COLOURS, values, strict=False):
-            width = max(0.0, value) / longest * (WIDTH - LABEL - 90)
-            shapes.append(f'<rect x="{x:.1f}" y="{y + 3}" width="{width:.1f}" height="{BAR - 5}" fill="{colour}"/>')
-            x += width
-        shapes.append(text(x + 5, y + 14, f"{number(sum(values))} {unit}"))
-    return svg(top + len(rows) * BAR, "".join(shapes))
-
-
-def svg(height: float, shapes: str) -> str:
-    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="background:white" font-family="sans-serif" '
-        f'font-size="12">{shapes}</svg>'
-    )
-
-
-def text(x: float, y: float, words: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}">{escape(words)}</text>'
-
-
-def table(head: Iterable[str], rows: Sequence[Iterable[Any]]) -> str:
-    """An HTML table; every cell is escaped."""
-    if not rows:
-        return "<p>None.</p>"
-    lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
-    lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
-
-
-def number(value: float) -> str:
-    """Three digits, and thousands apart."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-PAGE = """\
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Profile of a step</title>
-<style>
-body {{ font: 14px sans-serif; max-width: 1100px; margin: 2em auto; color: #24292f; background: white; }}
-table {{ border-collapse: collapse; margin: 1em 0; }}
-th, td {{ border-bottom: 1px solid #d0d7de; padding: 3px 10px; text-align: left; vertical-align: top; }}
-</style></head><body>
-<h1>Profile of a step</h1>
-{body}
-</body></html>
-"""

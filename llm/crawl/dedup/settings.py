@@ -17,8 +17,11 @@ class DedupConfig:
     """Two documents are alike if all hashes of one band are equal."""
     rows: int = 8
     """MinHashes of a band."""
-    memory_mb: int = 1024
-    """That the sort of the bands may take; more goes through files."""
+    memory_mb: int = 512
+    """That the merge of the bands may take beside 17 bytes of each document; more goes through files."""
+    sample: int = 2_000
+    """Documents, at most, that are compared exactly to measure recall, and again precision; 0: none."""
 
     def __post_init__(self) -> None:
         check_at_least(1, "dedup.", self, "shingle_words", "bands", "rows", "memory_mb")
+        check_at_least(0, "dedup.", self, "sample")

@@ -12,8 +12,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from llm.crawl.engines.worker import Given, Works, run_here, serve
-from llm.crawl.tasks import Task
+from llm.crawl.engines.worker import Given, run_here, serve
+from llm.crawl.tasks import Task, Works
 from llm.errors import InputError
 
 SECONDS = 5.0  # that a process has to end after SIGTERM
@@ -23,7 +23,7 @@ class Local:
     """`workers` processes, which are started when they are needed and live until the block ends."""
 
     def __init__(self, works: Works, workers: int) -> None:
-        self._works, self._workers = works, workers
+        self.works, self._workers = works, workers
         self._processes = dict[Connection, BaseProcess]()
 
     def __enter__(self) -> Local:
@@ -35,7 +35,7 @@ class Local:
     def run(self, stage: str, tasks: Sequence[Task], progress: Callable[[int], None]) -> None:
         """As llm.crawl.tasks.Engine says. What has one task, or one worker, is done in this process, on all cores."""
         if min(self._workers, len(tasks)) == 1:
-            run_here(self._works(stage), tasks, progress)
+            run_here(self.works(stage), tasks, progress)
             return
         given, waiting = Given(stage, progress), deque(tasks)
         try:
@@ -56,7 +56,7 @@ class Local:
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")  # fork would copy locks that threads hold
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(self._works, theirs), daemon=True)
+        process = spawn.Process(target=_work, args=(self.works, theirs), daemon=True)
         process.start()
         theirs.close()  # so that the process has its only end
         self._processes[ours] = process
@@ -88,7 +88,7 @@ def _work(works: Works, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all: the first process ends the others
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # One thread each: there is a process for each core.
-    os.environ |= {name: "1" for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "RAYON_RS_NUM_CPUS")}
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "RAYON_RS_NUM_CPUS"), "1")
     with suppress(EOFError, ConnectionError):  # the first process is gone
         serve(works, pipe.recv_bytes, pipe.send_bytes)
 

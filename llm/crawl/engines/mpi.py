@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from llm.crawl.engines.worker import STOP, Given, Works, run_here, serve
-from llm.crawl.tasks import Task
+from llm.crawl.engines.worker import STOP, Given, run_here, serve
+from llm.crawl.tasks import Task, Works
 from llm.errors import InputError
 
 PAUSE = 0.01  # seconds between two looks for a message: MPI's own waiting would take a core
@@ -27,21 +27,25 @@ class Mpi:
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library was found
-            raise InputError(f"engine.kind mpi needs mpi4py and an MPI library: {error}; pip install 'ingot[mpi]'") from error
+            raise InputError(
+                f"engine.kind mpi needs mpi4py and an MPI library: {error}; pip install 'ingot[mpi]'"
+            ) from error
         self._mpi: Any = MPI
         self._comm: Any = MPI.COMM_WORLD
-        self._works, self._schedule = works, schedule
+        self.works, self._schedule = works, schedule
 
     def __enter__(self) -> Mpi | None:
         if self._comm.rank == 0:
             return self
-        serve(self._works, lambda: self._receive()[1], lambda message: self._send(0, message))
+        serve(self.works, lambda: self._receive()[1], lambda message: self._send(0, message))
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None:  # the others are at work, or wait for it: they are ended with this one
             known = isinstance(error, InputError)
-            print(f"error: {error}" if known else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+            print(
+                f"error: {error}" if known else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True
+            )
             self._comm.Abort(2 if known else 1)
         if self._comm.rank == 0:
             for rank in range(1, self._comm.size):
@@ -51,7 +55,7 @@ class Mpi:
         """As llm.crawl.tasks.Engine says."""
         size = self._comm.size
         if size == 1:
-            run_here(self._works(stage), tasks, progress)
+            run_here(self.works(stage), tasks, progress)
             return
         given = Given(stage, progress)
 
@@ -77,7 +81,7 @@ class Mpi:
         size = self._comm.size
         messages = [(rank, given.give(rank, task)) for rank in range(1, size) for task in tasks[rank::size]]
         sent = [self._comm.Isend([message, self._mpi.BYTE], rank) for rank, message in messages]
-        run_here(self._works(stage), tasks[::size], lambda done: given.moved(0, done))
+        run_here(self.works(stage), tasks[::size], lambda done: given.moved(0, done))
         while given:
             given.heard(*self._receive())
         self._mpi.Request.Waitall(sent)

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from llm.crawl.tasks import Task, Work, run_task
+from llm.crawl.tasks import Task, Work, Works, run_task
 from llm.errors import InputError
 
-Works = Callable[[str], Work]  # a stage by its name
 SECONDS = 0.2  # between two reports of progress
 STOP = b""  # the message that sends a worker home
 

