@@ -66,6 +66,8 @@ setup(
             "publicsuffixlist>=1.1",
             "resiliparse>=2.0.1",
         ],
+        # extract.extractor: trafilatura.
+        "trafilatura": ["trafilatura>=2.0"],
         # To export a checkpoint as a Hugging Face folder, which is compared with transformers before it is finished.
         "hf": ["transformers>=5.0"],
         # Tasks of EleutherAI's lm-evaluation-harness in launch/evaluate.py.
