@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
     "llm/page.py": set(),
     "llm/profile": {"torch", "llm.errors", "llm.files", "llm.page", "llm.sinks", "llm.typed", "llm.profile"},
+    "llm/crawl/report": {"llm.crawl.counts", "llm.crawl.report", "llm.errors", "llm.files", "llm.page"},
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },

@@ -141,6 +141,15 @@ def test_a_folder_without_reports_is_refused(tmp_path: Path) -> None:
         write(tmp_path)
 
 
+def test_tokens_per_byte_are_told(tmp_path: Path) -> None:
+    (tmp_path / "tokenize").mkdir()
+    for task in range(2):
+        counts = {"tokens": {"train": 150, "validation": 10}, "bytes": {"train": 600, "validation": 20}}
+        (tmp_path / f"tokenize/{task:05}.json").write_text(json.dumps(toy_report("tokenize", task, histograms=counts)))
+    cells = re.findall(r"<td>([^<]*)</td>", write(tmp_path).read_text())
+    assert [*cells[-10:]] == ["train", "300", "1.2 KB", "0.25", "4", "validation", "20", "40 B", "0.5", "2"]
+
+
 def measured() -> dict[str, Any]:
     bins = [{"from": i / 10, "pairs": i, "expected": i / 20, "found": i / 16} for i in range(10)]
     line = [(i / 10, (i / 10) ** 2) for i in range(11)]
