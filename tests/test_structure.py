@@ -48,8 +48,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},
     "llm/data/prepare/console.py": {"rich", "llm.config", "llm.data"},
     "llm/crawl/extract": {
-        "backports.zstd", "fastwarc", "ftfy", "pyarrow", "resiliparse", "trafilatura", "llm.config.sections", "llm.crawl",
-        "llm.data.corpus", "llm.errors",
+        "backports.zstd", "fastwarc", "ftfy", "pyarrow", "resiliparse", "trafilatura", "llm.config.sections",
+        "llm.crawl", "llm.data.corpus", "llm.errors",
     },
     "llm/checkpoint": {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed", "llm.parallel",
