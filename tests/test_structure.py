@@ -17,7 +17,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 17_500, "kernels": 4_389, "csrc": 2_397, "launch": 887, "benchmarks": 5_830}
+BUDGETS = {"llm": 17_500, "kernels": 4_389, "csrc": 2_397, "launch": 887, "benchmarks": 7_150}
 MAX_PRODUCT_LINES = 25_173  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
 MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_320
@@ -41,12 +41,30 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
     "llm/page.py": set(),
     "llm/profile": {"torch", "llm.errors", "llm.files", "llm.page", "llm.sinks", "llm.typed", "llm.profile"},
+    "llm/crawl/report": {"llm.crawl.counts", "llm.crawl.report", "llm.errors", "llm.files", "llm.page"},
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },
     "llm/data/corpus": {"backports.zstd", "compression", "pyarrow", "llm.errors", "llm.data.corpus"},
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},
-    "llm/data/prepare/console.py": {"rich", "llm.config", "llm.data"},
+    "llm/data/prepare/console.py": {"llm.config", "llm.data", "llm.progress"},
+    "llm/data/prepare/commands.py": {"llm.config", "llm.data", "llm.errors", "llm.progress"},
+    "llm/progress.py": {"rich"},
+    "llm/crawl": {
+        "fsspec", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files", "llm.locks", "llm.progress",
+        "llm.typed",
+    },
+    "llm/crawl/engines": {"llm.crawl", "llm.errors"},
+    "llm/crawl/engines/mpi.py": {"mpi4py", "llm.crawl", "llm.errors"},
+    "llm/crawl/engines/datatrove.py": {"datatrove", "llm.crawl", "llm.errors"},
+    "llm/crawl/extract": {
+        "backports.zstd", "fastwarc", "ftfy", "pyarrow", "resiliparse", "trafilatura", "llm.config.sections", "llm.crawl",
+        "llm.data.corpus", "llm.errors",
+    },
+    "llm/crawl/tokens": {
+        "awkward", "gigatoken", "numpy", "pyarrow", "tokenizers", "xxhash", "llm.config", "llm.crawl", "llm.data",
+        "llm.errors", "llm.files",
+    },
     "llm/checkpoint": {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed", "llm.parallel",
         "llm.checkpoint",

@@ -29,9 +29,9 @@ UNUSUAL = (
     "\u65e5\u672c\u8a9e\u306e\u6587\u3067\u3059\u3002\uff41 \u1112\u1161\u11ab\ud55c \u05e9\u05dc \u0645\u0631",
     "https://a.b/c?d=e&f#g <p>--==**//\\\\..!!?? {[(_)]} $x_1 @\u20ac\n//\n",
     "\ufffd\ufffe\uffff\ue000\U000f0000\U0010ffff\U000e0001\U0001f9ff\u0378",
-    "word" * LONGEST_PIECE,
-    " \n\t" * LONGEST_PIECE,
-    "\u0e04\u0e33" * LONGEST_PIECE,
+    "word" * 5_000,
+    " \n\t" * 6_000,
+    "\u0e04\u0e33" * 9_000,
 )
 
 

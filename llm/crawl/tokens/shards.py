@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from llm.crawl.counts import Counts
 from llm.crawl.dedup.clusters import split_of_cluster
-from llm.crawl.dedup.signatures import opened
 from llm.crawl.tasks import Task, hash_of, read_report, write_report
 from llm.crawl.tokens.encode import Encoder, bounds
+from llm.crawl.tokens.tables import tables
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.hashes import file_entry, sampled_hash
 from llm.data.tokens.manifest import FORMAT, SPLITS, Manifest, Shards, Split
@@ -44,13 +44,10 @@ def write_part(task: Task, documents: Path, encoder: Encoder, validation_fractio
 
     Raises InputError where the file is damaged, and, naming the document, where gigatoken and the reference differ.
     """
-    with opened(documents) as file, ExitStack() as stack:
+    with ExitStack() as stack:
         files = {split: _Files(task.path(f".{split}"), encoder.tokenizer, stack) for split in SPLITS}
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, ["id", "text", "source", "offset"], use_threads=False)
+        for table in tables(documents, "id", "text", *ORIGINS.names):
             texts, ids = table["text"].combine_chunks(), table["id"].to_pylist()
-            if not ids:
-                continue
             found, sizes = encoder.encode(texts), np.diff(bounds(texts))
             for row in range(-counts.documents_in % CHECKED, len(ids), CHECKED):
                 name = f"document {ids[row]} ({table['source'][row]}, offset {table['offset'][row]})"
@@ -60,7 +57,7 @@ def write_part(task: Task, documents: Path, encoder: Encoder, validation_fractio
                 chosen[split_of_cluster(id, validation_fraction)].append(row)
             for split, rows in chosen.items():
                 files[split].tokens.add_documents([found[row] for row in rows], encoder.tokenizer.eod_id)
-                files[split].origin.write_table(table.select(ORIGINS.names).take(rows))
+                files[split].origin.write_table(table.select(ORIGINS.names).take(pa.array(rows, pa.int64())))
                 files[split].bytes += int(sizes[rows].sum())
             counts.documents_in += len(ids)
             counts.bytes_in += int(sizes.sum())
@@ -84,10 +81,9 @@ def join(task: Task, reports: Sequence[Path], tokenizer: Tokenizer, origin: str,
                     prefix = path.with_suffix(f".{split}")
                     files.tokens.append(prefix)
                     files.bytes += report["bytes"][split]
-                    with opened(prefix.with_name(prefix.name + ORIGIN)) as parts:
-                        table = parts.read(use_threads=False)
-                    files.origin.write_table(table)
-                    sources |= dict.fromkeys(table["source"].unique().to_pylist())
+                    for table in tables(prefix.with_name(prefix.name + ORIGIN), *ORIGINS.names):
+                        files.origin.write_table(table)
+                        sources |= dict.fromkeys(table["source"].unique().to_pylist())
             advice = "use more text, or another tokenize.validation_fraction"
             require(files.tokens.documents > 0, f"the {split} split is empty; {advice}")
         ids, tokens = folder / f"{split}.bin", files.tokens

@@ -17,6 +17,7 @@ from llm.crawl.dedup.clusters import split_of_cluster
 from llm.crawl.dedup.signatures import opened
 from llm.crawl.tokens.encode import imported
 from llm.crawl.tokens.settings import TokenizerConfig
+from llm.crawl.tokens.tables import tables
 from llm.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from llm.data.tokenizer.cuts import LONGEST_WORD, pieces
 from llm.data.tokenizer.ranks import ENCODINGS
@@ -60,15 +61,12 @@ def sample(parts: Sequence[Path], max_bytes: int, validation_fraction: float, co
     total = sum(map(_text_bytes, parts))
     share = min(1.0, max_bytes / max(1, total))
     for path in parts:
-        with opened(path) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, ["id", "text"], use_threads=False)
-                for id, text in zip(table["id"].to_pylist(), table["text"], strict=True):
-                    chosen = share == 1 or xxhash.xxh3_64_intdigest(id.to_bytes(8, "little"), SEED) < share * 2**64
-                    if chosen and split_of_cluster(id, validation_fraction) == "train":
-                        size = text.as_buffer().size
-                        if counts.bytes_in + size > max_bytes:
-                            return
+        for table in tables(path, "id", "text"):
+            for id, text in zip(table["id"].to_pylist(), table["text"], strict=True):
+                chosen = share == 1 or xxhash.xxh3_64_intdigest(id.to_bytes(8, "little"), SEED) < share * 2**64
+                if chosen and split_of_cluster(id, validation_fraction) == "train":
+                    size = text.as_buffer().size
+                    if counts.bytes_in + size <= max_bytes:
                         counts.documents_in, counts.bytes_in = counts.documents_in + 1, counts.bytes_in + size
                         yield text.as_py()
 
