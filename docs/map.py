@@ -18,7 +18,18 @@ ROOMS = (
     *("launch", "benchmarks", "kernels", "llm"),
     *(
         f"llm/{name}"
-        for name in ("parity", "train", "cluster", "checkpoint", "parallel", "data", "model", "plan", "profile")
+        for name in (
+            "parity",
+            "train",
+            "cluster",
+            "checkpoint",
+            "parallel",
+            "crawl",
+            "data",
+            "model",
+            "plan",
+            "profile",
+        )
     ),
 )
 READ_BY_ALL = ("llm/config", "llm/errors", "llm/files", "llm/locks", "llm/page", "llm/sinks", "llm/slices", "llm/typed")

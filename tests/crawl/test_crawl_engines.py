@@ -89,7 +89,7 @@ def test_progress_rises_to_all_bytes(expected, tmp_path: Path) -> None:
     for number in (0, 1):
         tasks[number].path(".json").unlink()
     told.clear()
-    run_stage("lines", tasks, Local(toys, 1), told.append)
+    run_stage("lines", tasks, Local(slow_toys, 1), told.append)
     assert told[0] == sum(task.size for task in tasks[2:]) and told[-1] == total
 
 

@@ -137,5 +137,12 @@ def content(out: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":  # in a process of its own, to be killed
-    with Local(slow_toys, int(sys.argv[3])) as local:
-        run_toys(sys.argv[1], Path(sys.argv[2]), local)
+    if sys.argv[3].isdecimal():
+        with Local(slow_toys, int(sys.argv[3])) as local:
+            run_toys(sys.argv[1], Path(sys.argv[2]), local)
+    else:
+        from llm.crawl.engines.mpi import Mpi
+
+        with Mpi(toys, sys.argv[3]) as lead:
+            if lead is not None:
+                run_toys(sys.argv[1], Path(sys.argv[2]), lead)
