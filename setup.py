@@ -2,8 +2,10 @@
 
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+
+ParallelCompile(default=0).install()  # a process for each core
 
 
 def extension(name: str, folder: str, bind: str) -> Pybind11Extension:

@@ -32,7 +32,17 @@ ROOMS = (
         )
     ),
 )
-READ_BY_ALL = ("llm/config", "llm/errors", "llm/files", "llm/locks", "llm/page", "llm/sinks", "llm/slices", "llm/typed")
+READ_BY_ALL = (
+    "llm/config",
+    "llm/errors",
+    "llm/files",
+    "llm/locks",
+    "llm/page",
+    "llm/progress",
+    "llm/sinks",
+    "llm/slices",
+    "llm/typed",
+)
 BOX, GAP, MARGIN, LINE = 236, 28, 20, 15  # pixels
 
 
