@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/data/corpus": {"backports.zstd", "compression", "pyarrow", "llm.errors", "llm.data.corpus"},
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},
     "llm/data/prepare/console.py": {"rich", "llm.config", "llm.data"},
+    "llm/crawl/dedup": {"numpy", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files"},
     "llm/checkpoint": {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed", "llm.parallel",
         "llm.checkpoint",
