@@ -22,6 +22,8 @@ import yaml
 
 from llm.config import ModelConfig, RunConfig
 from llm.config.parse import from_dict, parse_config, to_yaml
+from llm.crawl.settings import CorpusConfig
+from llm.typed import read
 from pool import free_port
 from runs import BIN, ROOT, Workspace, succeeded
 from trained_run import write_run
@@ -36,6 +38,13 @@ COMMAND = re.compile(
     r"^(?:[A-Z_]+=\S+ )*(?:make|python|deepspeed|torchrun|mpirun|srun|pip|launch/\w+\.sh)\b", re.MULTILINE
 )
 CONFIGS = ("C", "FILE", "my.yaml")  # what the pages call the reader's own config
+CRAWL = """
+out: data/my-crawl
+input: {source: crawl}
+filter: {rules: [length]}
+tokenizer: {vocab_size: 261}
+tokenize: {validation_fraction: 0.5}
+"""
 # Scripts read their arguments before they import torch (tests/launch/test_launch_help.py): this ends them there.
 PARSE_ONLY = """
 import runpy, sys
@@ -82,6 +91,10 @@ def checkout(folder: Path, *, trained: bool) -> Workspace:
         (folder / "launch" / script.name).symlink_to(script)
     for path in (folder / "launch/configs/tiny-cpu.yaml", *(folder / name for name in CONFIGS)):
         path.write_text(config)
+    (folder / "my-crawl.yaml").write_text(CRAWL)
+    (folder / "crawl").mkdir()
+    for module in (re, shutil, subprocess, sys, pytest, yaml, shlex.shlex, Path):
+        (folder / f"crawl/{module.__name__}.txt").write_text(f"{module.__doc__}")
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").write_text(f"PATH={shlex.quote(str(BIN))}:$PATH\n")
     (folder / "constraints.txt").symlink_to(ROOT / "constraints.txt")
@@ -149,7 +162,7 @@ def check_command(words: list[str], space: Workspace) -> None:
         script, words = words[at], words[at + 1 :]
     else:
         module = words[2] if words[:2] == ["python", "-m"] else None
-        assert find_spec(module) if module else words[0] in ("source", "pip", "echo"), words
+        assert find_spec(module) if module else Path(words[0]).name in ("source", "pip", "echo"), words
         return
     assert (ROOT / script).is_file(), script
     script = script if script.endswith(".py") else "launch/pretrain.py"  # to which the shell scripts pass everything
@@ -191,7 +204,9 @@ def test_a_wrong_command_is_seen(line: str, space: Workspace) -> None:
 @pytest.mark.parametrize("block", of_kind("yaml"), ids=str)
 def test_yaml_is_a_config(block: Block) -> None:
     mapping = yaml.safe_load(block.text)
-    if block.needs is None:
+    if block.page.name == "corpus.md":
+        read(CorpusConfig, mapping, "")
+    elif block.needs is None:
         model = {"max_seq_len": 1 << 20, **mapping.get("model", {})}  # data alone says nothing of the model
         from_dict({**mapping, "model": model})
 
