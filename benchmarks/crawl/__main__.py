@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crawl", description=__doc__)
     parser.add_argument("--datatrove", help="the Python of an environment with datatrove 0.10.1")
     parser.add_argument("--daft", help="the Python of an environment with daft 0.7")
-    parser.add_argument("--megabytes", type=float, default=4, help="of HTML, beside datatrove")
+    parser.add_argument("--megabytes", type=float, default=6, help="of HTML, beside datatrove")
     parser.add_argument("--texts", type=int, default=20_000, help="short ones, whose clustering is timed")
     parser.add_argument("--pages", type=int, default=3000, help="beside Daft")
     parser.add_argument("--rounds", type=int, default=3)

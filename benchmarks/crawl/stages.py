@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS, DATATROVE, DAFT = "Ingot", "datatrove", "Daft"
 SCRIPTS = {DATATROVE: "datatrove_stages.py", DAFT: "daft_stages.py"}
 CHAIN = "extract,filter,signatures,cluster,dedup,tokenizer,tokenize,tokens"
-VOCABULARY = 8192
+VOCABULARY = 4096
 SHORT_WORDS = 60  # of a text in the comparison of clusterings
 SEED = 1
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.crawl import pages as module_of_pages
 from benchmarks.crawl import score
 from benchmarks.crawl.noise import (
     BLOCKED,
@@ -27,10 +28,11 @@ from benchmarks.crawl.noise import (
     write_truth,
     write_warcs,
 )
-from benchmarks.crawl.pages import Page, docstrings, page
+from benchmarks.crawl.pages import Page, load_pages, page
 from benchmarks.crawl.stages import CASES, DATATROVE, OURS, up_to, write_texts
 from benchmarks.crawl.tables import growth_table, scale_table, stage_table
 from llm.crawl.documents import Document
+from llm.data.corpus import stdlib_files
 
 TEXT = " ".join(f"word{i} of the sentence number {i} & more." for i in range(60))
 
@@ -131,10 +133,18 @@ def test_a_page_is_cut_out_of_its_file(tmp_path: Path) -> None:
     assert list(page("book/x", "en", tmp_path / "x.html", "<article>", "</main>")) == []
 
 
-def test_docstrings_are_pages() -> None:
-    found = list(docstrings())
-    assert len({each.name for each in found}) == len(found) > 100
+def test_docstrings_are_pages_where_no_package_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*command: str, cwd: Path) -> None:
+        raise FileNotFoundError(2, "No such file or directory", command[0])
+
+    some = [path for path in stdlib_files() if path.parent.name in ("json", "logging", "email")]
+    monkeypatch.setattr(module_of_pages, "run", refuse)
+    monkeypatch.setattr(module_of_pages, "stdlib_files", lambda: some)
+    said: list[str] = []
+    found = load_pages(tmp_path, said.append)
+    assert len({each.name for each in found}) == len(found) > 5
     assert any("json" in each.name and "JSON" in each.main for each in found)
+    assert "anarchism cannot be had" in said[0] and "using the docstrings" in said[-1]
 
 
 def by_name(scores: list[score.Score]) -> dict[str, score.Score]:
