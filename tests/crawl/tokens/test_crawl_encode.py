@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
-from chosen import slow_but
-from conftest import texts
 from tokenizers import Tokenizer as Reference
 from tokenizers import models, pre_tokenizers
+from tokens_corpus import texts
 
+from chosen import slow_but
 from llm.crawl.tokens import encode
 from llm.crawl.tokens.encode import UNUSUAL, Encoder
 from llm.crawl.tokens.settings import TokenizerConfig
@@ -21,7 +21,9 @@ from llm.crawl.tokens.train import train
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 
-POOL = "  \n\r\t'sStTdDmMrReEvVlLaA12\u0663\u00bd\u017fK\u0301\u200d\u00a0\u3000\u2028éßǅʰ中がक्🎉_-/.!\x85\x1c\ufeff\ufffd"
+POOL = (
+    "  \n\r\t'sStTdDmMrReEvVlLaA12\u0663\u00bd\u017fK\u0301\u200d\u00a0\u3000\u2028éßǅʰ中がक्🎉_-/.!\x85\x1c\ufeff\ufffd"
+)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "o200k"])
@@ -92,13 +94,13 @@ def test_the_place_of_a_difference_is_named(tokenizer: Tokenizer):
 
 def test_a_tokenizer_that_gigatoken_takes_otherwise_is_refused(tokenizer: Tokenizer):
     parts = json.loads(tokenizer.raw)
-    parts["added_tokens"].append(dict(parts["added_tokens"][0], id=512, content=" more", special=True))
-    parts["model"]["vocab"][" more"] = 512  # never found by the library, and found by a library that takes it for text
-    parts["model"]["vocab"]["\u0120then"] = 512
-    raw = json.dumps(parts).encode()
-    encoder = Encoder(Tokenizer(tokenizer.raw), "gigatoken")
-    encoder.tokenizer = Tokenizer(raw)  # both differ in nothing that occurs
-    encoder.check("text", encoder.encode(pa.array(["text"], pa.large_string()))[0], "text")
+    parts["model"] |= {"ignore_merges": True, "vocab": parts["model"]["vocab"] | {"PAD": 512}}
+    parts["added_tokens"].append(dict(parts["added_tokens"][0], id=512, content="PAD"))
+    special = Tokenizer(json.dumps(parts).encode())
+    assert 512 not in special.encode("PAD")  # but gigatoken finds the word
+    with pytest.raises(InputError, match=r"every tokenizer is tried with: from character 0 on \('PAD'\).*\[512\]"):
+        Encoder(special, "gigatoken")
+    assert encoded(Encoder(special, "tokenizers"), ["PAD"]) == [special.encode("PAD")]
 
 
 def test_what_gigatoken_cannot_read_is_refused():

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from chosen import slow_but
-from conftest import ROOT, STRANGE, Corpus
+from tokens_corpus import ROOT, STRANGE, Corpus
 
+from chosen import slow_but
 from llm.config.parse import parse_config
 from llm.crawl.dedup.clusters import split_of_cluster
 from llm.crawl.tasks import Task, run_task
@@ -112,7 +112,9 @@ def a_tokenizer(corpus: Corpus, size: int) -> TokenizerConfig:
     return TokenizerConfig(path=str(path), end_token=size - 1)
 
 
-@pytest.mark.parametrize(("size", "dtype"), slow_but([(65_537, "int32")], [(65_536, "uint16"), (65_537, "int32")], several=True))
+@pytest.mark.parametrize(
+    ("size", "dtype"), slow_but([(65_537, "int32")], [(65_536, "uint16"), (65_537, "int32")], several=True)
+)
 def test_the_smallest_dtype_that_holds_the_vocabulary(corpus: Corpus, size: int, dtype: str):
     folder = corpus.tokenise(tokenizer=a_tokenizer(corpus, size))
     manifest = read_manifest(folder)

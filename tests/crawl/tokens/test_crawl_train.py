@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from conftest import Corpus, texts
+from tokens_corpus import Corpus, texts
 
 from llm.crawl.counts import Counts
 from llm.crawl.dedup.clusters import split_of_cluster

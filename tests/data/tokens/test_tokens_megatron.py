@@ -160,3 +160,36 @@ def test_no_byte_sequence_confuses_the_reader(tmp_path: Path, data: st.DataObjec
         return
     assert index.tokens * np.dtype(index.dtype).itemsize == 12
     assert int(index.lengths.sum()) == index.tokens
+
+
+def test_many_documents_at_once_are_as_one_by_one(tmp_path: Path):
+    documents = [[1, 2, 3], [], [65535], [7, 8]]
+    write(tmp_path / "a", [[*document, 9] for document in documents])
+    with TokenWriter.open(tmp_path / "b", "uint16") as writer:
+        writer.add_documents([], 9)
+        writer.add_documents([np.array(document, np.uint32) for document in documents[:3]], 9)
+        writer.add_documents([np.array(documents[3], np.uint32)], 9)
+        assert (writer.tokens, writer.documents) == (10, 4)
+        with pytest.raises(ValueError, match="do not fit"):
+            writer.add_documents([np.array([65536], np.uint32)], 9)
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"b.{suffix}").read_bytes() == (tmp_path / f"a.{suffix}").read_bytes()
+
+
+def test_files_are_appended(tmp_path: Path):
+    whole = [[1, 2, 3], [4], [5, 6], [7]]
+    write(tmp_path / "whole", whole)
+    write(tmp_path / "a", whole[:1])
+    write(tmp_path / "b", whole[1:3])
+    with TokenWriter.open(tmp_path / "joined", "uint16") as writer:
+        writer.append(tmp_path / "a")
+        writer.append(tmp_path / "b")
+        writer.add(np.array(whole[3]))
+        assert (writer.tokens, writer.documents) == (7, 4)
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"joined.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
+    with (
+        pytest.raises(DamagedFile, match="ids of uint16, expected int32"),
+        TokenWriter.open(tmp_path / "c", "int32") as other,
+    ):
+        other.append(tmp_path / "a")
