@@ -17,7 +17,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 17_500, "kernels": 4_389, "csrc": 2_397, "launch": 887, "benchmarks": 5_830}
+BUDGETS = {"llm": 17_500, "kernels": 4_389, "csrc": 2_397, "launch": 887, "benchmarks": 7_150}
 MAX_PRODUCT_LINES = 25_173  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
 MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_320
@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
     "llm/page.py": set(),
     "llm/profile": {"torch", "llm.errors", "llm.files", "llm.page", "llm.sinks", "llm.typed", "llm.profile"},
+    "llm/crawl/report": {"llm.crawl.counts", "llm.crawl.report", "llm.errors", "llm.files", "llm.page"},
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },

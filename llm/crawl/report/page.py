@@ -30,7 +30,11 @@ def render(stages: Sequence[Totals], measured: Mapping[str, Any]) -> str:
     passed = [stage for stage in stages if stage.documents_out or stage.removed]  # not those that pass nothing on
     sections = ["<h2>What is left</h2>" + left(passed)]
     sections += [f"<h2>Removed by {escape(stage.stage)}</h2>" + removed(stage) for stage in stages if stage.removed]
-    sections += [histogram(stage, name) for stage in stages for name in sorted(stage.histograms)]
+    for stage in stages:
+        names = sorted(stage.histograms.keys() - {"tokens", "bytes"})
+        sections += [histogram(stage, name) for name in names]
+        if "tokens" in stage.histograms:
+            sections.append("<h2>Tokens</h2>" + tokens(stage.histograms["tokens"], stage.histograms["bytes"]))
     if measured:
         sections.append("<h2>How likely duplicates are found</h2>" + duplicates(measured))
     return document("From raw pages to documents", "\n".join([*sections, "<h2>Damage</h2>" + damage(stages)]))
@@ -68,6 +72,15 @@ def removed(stage: Totals) -> str:
         for reason, count in reasons
     ]
     return chart + "\n".join(samples)
+
+
+def tokens(count: Mapping[str, int], size: Mapping[str, int]) -> str:
+    """Of each split, with the end-of-document tokens; `size` is of its text, in bytes."""
+    rows = [
+        (split, number(n), in_bytes(size[split]), number(n / max(1, size[split])), number(size[split] / max(1, n)))
+        for split, n in count.items()
+    ]
+    return table(("split", "tokens", "text", "tokens per byte", "bytes per token"), rows)
 
 
 def histogram(stage: Totals, name: str) -> str:

@@ -34,7 +34,7 @@ def toy_reports(out: Path) -> None:
         for stage, changed in {
             "filter": {
                 "removed": {"gopher.words": 30 + task, "url.blocked": 9}, "samples": samples,
-                "histograms": {"language": {"en": 5, "de": 7, NASTY: 1}, "length": {"1024": 3, "256": 4, "65536": 2}},
+                "histograms": {"language": {"en": 7, "de": 5, NASTY: 1}, "length": {"1024": 3, "256": 4, "65536": 2}},
             },
             "extract": {"damage": damage, "damage_count": 1, "documents_out": 100, "removed": {"empty": 2}},
         }.items():  # fmt: skip
@@ -76,7 +76,7 @@ def test_tasks_are_added_up_in_the_order_of_the_chain(tmp_path: Path) -> None:
     assert (extract.damage_count, len(extract.damage)) == (2, 2)
     assert filtered.removed == {"gopher.words": 61, "url.blocked": 18}
     assert filtered.samples["gopher.words"] == ["sample 0 0", "sample 0 1", "sample 1 0"]
-    assert filtered.histograms["language"] == {"en": 10, "de": 14, NASTY: 2}
+    assert filtered.histograms["language"] == {"en": 14, "de": 10, NASTY: 2}
 
 
 def test_only_the_first_damage_is_listed(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_page_says_what_the_reports_say(tmp_path: Path) -> None:
     lengths = page.text.index("filter: length")
     places = [page.text.index(f"\n{key}\n", lengths) for key in ("256", "1024", "65536")]
     assert places == sorted(places), "lengths in their order"
-    assert page.text.index("\nde\n") < page.text.index("\nen\n"), "languages by their counts"
+    assert page.text.index("\nen\n") < page.text.index("\nde\n"), "languages by their counts"
 
 
 def test_text_from_the_crawl_is_only_text(tmp_path: Path) -> None:
@@ -139,6 +139,15 @@ def test_what_is_no_report_is_named(tmp_path: Path, content: str) -> None:
 def test_a_folder_without_reports_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no reports"):
         write(tmp_path)
+
+
+def test_tokens_per_byte_are_told(tmp_path: Path) -> None:
+    (tmp_path / "tokenize").mkdir()
+    for task in range(2):
+        counts = {"tokens": {"train": 150, "validation": 10}, "bytes": {"train": 600, "validation": 20}}
+        (tmp_path / f"tokenize/{task:05}.json").write_text(json.dumps(toy_report("tokenize", task, histograms=counts)))
+    cells = re.findall(r"<td>([^<]*)</td>", write(tmp_path).read_text())
+    assert [*cells[-10:]] == ["train", "300", "1.2 KB", "0.25", "4", "validation", "20", "40 B", "0.5", "2"]
 
 
 def measured() -> dict[str, Any]:
