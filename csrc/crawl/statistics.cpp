@@ -41,10 +41,6 @@ std::string_view stripped(std::string_view text) {
   return text.substr(begin, end - begin);
 }
 
-bool ends_with(std::string_view text, std::string_view end) {
-  return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
-}
-
 // How often each of at most `most` different hashes has come. What has the same hash is taken for the same.
 class Counts {
  public:
@@ -87,8 +83,9 @@ std::vector<size_t> count_lines(std::string_view text) {
     if (!breaks && at < text.size()) continue;
     const std::string_view line = stripped(text.substr(begin, (breaks ? end : at) - begin));
     ++all;
+    const std::string_view last = line.substr(line.size() - std::min<size_t>(3, line.size()));
     bullets += line.substr(0, 1) == "-" || line.substr(0, 3) == "•";
-    ellipses += ends_with(line, "...") || ends_with(line, "…");
+    ellipses += last == "..." || last == "…";
     if (point == '\r' && at < text.size() && text[at] == '\n') ++at;
     begin = at;
   }
@@ -151,6 +148,7 @@ size_t top_characters(const std::vector<uint64_t>& grams, const std::vector<size
   Counts counts(grams.size());
   size_t most = 0, first = 0;
   for (const uint64_t gram : grams) most = std::max(most, ++counts[gram]);
+  if (most == 0) return 0;
   while (counts[grams[first]] != most) ++first;
   return most * (starts[first + n] - starts[first] + n - 1);
 }
@@ -181,37 +179,31 @@ Views words_of(std::string_view text) {
   return words;
 }
 
+// Statistics of llm/crawl/filter/page.py, in its order; then the n-grams of Gopher's table A1, if asked for.
 py::tuple statistics(const py::str& string, const std::optional<std::vector<py::str>>& tokens,
-                     const std::vector<std::string>& stop_words, size_t short_line, const std::vector<size_t>& top,
-                     const std::vector<size_t>& duplicate) {
+                     const std::vector<std::string>& stop_words, size_t short_line, bool ngrams) {
   const std::string_view text = utf8(string);
   const auto times = [&](std::string_view part) {
     size_t count = 0;
     for (size_t at = 0; (at = text.find(part, at)) != text.npos; at += part.size()) ++count;
     return count;
   };
+  Views words = tokens ? Views() : words_of(text);
+  if (tokens) for (const py::str& token : *tokens) words.push_back(utf8(token));
   const size_t newlines = times("\n");
-  Views words;
-  if (!tokens) words = words_of(text);
-  else for (const py::str& token : *tokens) words.push_back(utf8(token));
-  std::vector<size_t> starts{0}, tops(top.size()), duplicates(duplicate.size());
+  std::vector<size_t> found{length(text), newlines, times("#"), times("...") + times("…")}, starts{0}, repeated;
   std::vector<uint64_t> hashes;
-  std::vector<size_t> found{length(text), newlines, times("#"), times("...") + times("…")};
   for (const auto& counts : {count_words(words, stop_words, starts, hashes), count_lines(text),
                              count_chunks(text, newlines, short_line), count_paragraphs(text, newlines)})
     found.insert(found.end(), counts.begin(), counts.end());
   for (size_t i = 1; i < starts.size(); ++i) starts[i] += starts[i - 1];  // characters of the words before each
   std::vector<uint64_t> grams(hashes.size());
-  size_t longest = 0;
-  for (const auto& sizes : {top, duplicate}) for (const size_t n : sizes) longest = std::max(longest, n);
-  for (size_t n = 1; n <= std::min(longest, hashes.size()); ++n) {
-    grams.resize(hashes.size() + 1 - n);
+  for (size_t n = 1; ngrams && n <= 10; ++n) {
+    grams.resize(hashes.size() < n ? 0 : hashes.size() + 1 - n);
     for (size_t i = 0; i < grams.size(); ++i) grams[i] = mix(grams[i], hashes[i + n - 1]);
-    for (size_t i = 0; i < top.size(); ++i) if (top[i] == n) tops[i] = top_characters(grams, starts, n);
-    for (size_t i = 0; i < duplicate.size(); ++i)
-      if (duplicate[i] == n) duplicates[i] = duplicate_characters(grams, starts, n);
+    if (n > 1) repeated.push_back(n < 5 ? top_characters(grams, starts, n) : duplicate_characters(grams, starts, n));
   }
-  return py::make_tuple(found, tops, duplicates);
+  return py::make_tuple(found, repeated);
 }
 
 // As spaCy's sentencizer: a sentence ends after a mark, and what is neither mark nor sign begins the next.
@@ -256,7 +248,7 @@ void bind_statistics(py::module_& module) {
     for (const std::string_view word : words_of(utf8(text))) words.append(py::str(word.data(), word.size()));
     return words;
   }, "text"_a);
-  module.def("statistics", &statistics, "text"_a, "words"_a, "stop_words"_a, "short_line"_a, "top"_a, "duplicate"_a);
+  module.def("statistics", &statistics, "text"_a, "words"_a, "stop_words"_a, "short_line"_a, "ngrams"_a);
   module.def("sentences", &sentences, "text"_a);
   module.def("ngrams", &ngrams, "text"_a, "n"_a);
 }

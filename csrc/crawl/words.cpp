@@ -100,15 +100,14 @@ void split(std::string_view text, size_t begin, size_t end, std::vector<Word>& w
 
 }  // namespace
 
-uint8_t kind_of(char32_t point) {
+const uint8_t* kinds_of_points() {
   static const std::vector<uint8_t> kinds = table_of_kinds();
-  return kinds[point];
+  return kinds.data();
 }
 
-char32_t decode(std::string_view text, size_t& at) {
+char32_t decode_long(std::string_view text, size_t& at) {
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
   const char32_t first = byte(at++);
-  if (first < 0x80) return first;
   const size_t more = first >= 0xF0 ? 3 : first >= 0xE0 ? 2 : 1;
   if (first < 0xC2 || first > 0xF4 || text.size() - at < more) return kReplacement;
   char32_t point = first & (0x3F >> more);

@@ -20,10 +20,17 @@ enum Kind : uint8_t {
   kBreak = 128,  // str.splitlines() splits here
 };
 
-uint8_t kind_of(char32_t point);
+const uint8_t* kinds_of_points();
+inline uint8_t kind_of(char32_t point) {
+  static const uint8_t* const kinds = kinds_of_points();
+  return kinds[point];
+}
 
 // The code point that begins at byte `at`, which moves on to the next. A byte that begins none reads as U+FFFD.
-char32_t decode(std::string_view text, size_t& at);
+char32_t decode_long(std::string_view text, size_t& at);
+inline char32_t decode(std::string_view text, size_t& at) {
+  return static_cast<unsigned char>(text[at]) < 0x80 ? static_cast<char32_t>(text[at++]) : decode_long(text, at);
+}
 inline char32_t point_at(std::string_view text, size_t at) { return decode(text, at); }
 
 // Where the code point begins that ends before byte `end`, at `begin` or after it.

@@ -58,6 +58,11 @@ class Statistics(NamedTuple):
     duplicate: tuple[int, ...]
     """Characters of the runs of n words that have come before, for each n of DUPLICATE."""
 
+    @classmethod
+    def of(cls, counts: list[int], repeated: list[int]) -> Statistics:
+        """What the extension returns; `repeated` is empty where n-grams were not asked for."""
+        return cls(*counts, tuple(repeated[: len(TOP)]), tuple(repeated[len(TOP) :]))
+
 
 class Tokenizer(NamedTuple):
     """Splits text. Another one than ours is for comparisons."""
@@ -88,8 +93,7 @@ class Page:
         """Of the present text. `ngrams`: top and duplicate are needed, which costs as much as all else."""
         if self._statistics is None or (ngrams and not self._statistics.top):
             words = self.tokenizer.words(self.text) if self.tokenizer.words else None
-            sizes = (TOP, DUPLICATE) if ngrams else ((), ())
             stop_words, short_line = self._config.gopher_quality.stop_words, self._config.fineweb.short_line
-            counts, top, duplicate = _native.statistics(self.text, words, stop_words, short_line, *sizes)
-            self._statistics = Statistics(*counts, tuple(top), tuple(duplicate))
+            counts, repeated = _native.statistics(self.text, words, stop_words, short_line, ngrams)
+            self._statistics = Statistics.of(counts, repeated)
         return self._statistics

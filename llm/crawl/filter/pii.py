@@ -21,8 +21,9 @@ def mask(page: Page, config: PiiRule) -> str:
     """Mask what is found. No text is removed: returns ""."""
     text = page.text
     if "@" in text:
-        text, found = EMAIL.subn(config.email.replace("\\", r"\\"), text)
-        page.counts.histograms["masked"]["email"] += found
+        text, found = EMAIL.subn(lambda _: config.email, text)
+        if found:
+            page.counts.count("masked", "email", found)
     for kind, pattern, instead, sign in (("ipv4", IPV4, config.ipv4, "."), ("ipv6", IPV6, config.ipv6, ":")):
         if sign in text:
             text = _mask_public(page, kind, pattern, instead, text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from llm.crawl.filter.settings import FilterConfig, LengthRule
 from llm.crawl.filter.urls import Urls
 from llm.crawl.tasks import Task
 from llm.data.corpus.files import list_files
+from llm.files import sha256_of
 
 Rule = Callable[[Page], str]
 """Why a document is refused, "" if it stays; it may change the document's text."""
@@ -70,7 +70,8 @@ class Filter:
             self._rules["lines"] = self._rule("lines")  # knows the lines of one task
         for document in documents:
             counts.documents_in += 1
-            counts.bytes_in += len(document.text.encode())
+            text = document.text
+            counts.bytes_in += len(text) if text.isascii() else len(text.encode())
             if not self.refusal(document, counts):
                 counts.count("length", str(1 << max(0, len(document.text) - 1).bit_length()))
                 yield document
@@ -99,5 +100,5 @@ def _digests(config: FilterConfig) -> dict[str, str]:
     digests = dict[str, str]()
     for source in sorted(source for rule in config.rules for source in used.get(rule, ()) if source):
         for path in [Path(source)] if Path(source).is_file() else list_files(source)[0]:
-            digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[str(path)] = sha256_of(path)
     return digests

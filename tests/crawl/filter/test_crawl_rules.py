@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm.crawl.counts import Counts
 from llm.crawl.documents import Document, write_documents
 from llm.crawl.filter.settings import (
+    RULES,
     C4Rule,
     ContaminationRule,
     FilterConfig,
@@ -36,10 +39,10 @@ def document(text: str, url: str = "") -> Document:
     return Document(id=0, text=text, url=url, source="a.warc.gz", offset=0)
 
 
-def asked(rule: str, text: str, url: str = "", **settings: object) -> tuple[str, Document, Counts]:
+def asked(rule: str, text: str, url: str = "", **values: object) -> tuple[str, Document, Counts]:
     """The refusal of one rule with settings of its own, the document as it left it, and the counts."""
     config = replace(FilterConfig(), rules=())
-    section = replace(getattr(config, rule), **settings)
+    section = replace(getattr(config, rule), **values)
     found, counts = document(text, url), Counts()
     refusal = Filter(replace(config, **{rule: section}, rules=(rule,))).refusal(found, counts)
     assert counts.removed == ({refusal: 1} if refusal else {})
@@ -221,6 +224,21 @@ def test_quality_learns_the_users_examples(tmp_path: Path) -> None:
     assert asked("quality", LINES[4] + " the wall of the town", **files)[0] == ""
     assert asked("quality", "click here to buy pills at the best price", **files)[0] == "low_score"
     assert asked("quality", "", min_score=0.0, **files)[0] == ""
+
+
+PLAIN_RULES = tuple(rule for rule in RULES if rule not in ("contamination", "quality"))
+EACH = [Filter(FilterConfig(rules=(rule,))) for rule in PLAIN_RULES]
+ODD = st.lists(st.sampled_from([*PROSE.split(), *"\n{@[1]….", "\x00", "\x85", "İ"])).map(" ".join)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(st.text(max_size=60), ODD))
+def test_no_text_breaks_a_rule(text: str) -> None:
+    for stage in EACH:
+        found, counts = document(text), Counts()
+        refusal = stage.refusal(found, counts)
+        assert sum(counts.removed.values()) == bool(refusal)
+        assert found.text == text or stage.settings.config.rules[0] in ("c4", "lines", "pii")
 
 
 def test_the_identity_covers_the_files_of_the_rules(tmp_path: Path) -> None:

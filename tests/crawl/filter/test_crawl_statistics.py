@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slow_statistics import ENDS, SYMBOLS, slow_statistics
 
 from llm.crawl import _native
-from llm.crawl.filter.page import DUPLICATE, TOP, Statistics
+from llm.crawl.filter.page import Statistics
 
 STOP_WORDS, SHORT = ("the", "be", "to"), 12
 # Few different pieces, so that they repeat; and what is odd: several spaces and line breaks, bullets, marks, digits of
@@ -26,8 +26,7 @@ TEXTS = st.one_of(st.lists(st.sampled_from(PIECES), max_size=40).map("".join), s
 
 
 def counted(text: str, words: list[str] | None) -> Statistics:
-    counts, top, duplicate = _native.statistics(text, words, STOP_WORDS, SHORT, TOP, DUPLICATE)
-    return Statistics(*counts, tuple(top), tuple(duplicate))
+    return Statistics.of(*_native.statistics(text, words, STOP_WORDS, SHORT, True))
 
 
 @settings(max_examples=200, deadline=None)
