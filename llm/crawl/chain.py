@@ -17,6 +17,7 @@ from llm.config.parse import parse
 from llm.crawl.engines.local import Local
 from llm.crawl.inputs import input_tasks
 from llm.crawl.report import page
+from llm.crawl.report.totals import read_curve
 from llm.crawl.restart import reports_of, run_stage
 from llm.crawl.settings import CorpusConfig
 from llm.crawl.tasks import Engine, Task, Work, disk_errors, hash_of, identity_of
@@ -118,7 +119,12 @@ def _run_link(config: CorpusConfig, link: Link, engine: Engine) -> str:
     total = sum(task.size for task in tasks)
     with progress_bar() as bar:
         notes = run_stage(link.stage, tasks, engine, lambda done: bar(link.stage, done, total))
-    return "\n".join([*notes, _summary(link.stage, reports_of(tasks[0].folder))])
+    notes.append(_summary(link.stage, reports_of(tasks[0].folder)))
+    if link.stage == "cluster":
+        from llm.crawl.dedup import curve
+
+        notes.append(curve.table(read_curve(Path(config.out))))
+    return "\n".join(notes)
 
 
 def _summary(stage: str, reports: Sequence[dict[str, Any]]) -> str:

@@ -25,9 +25,7 @@ def join_bands(files: Sequence[SignatureFile], memory: int, folder: Path) -> tup
     Raises InputError.
     """
     documents = sum(file.size for file in files)
-    require(
-        documents < DOCUMENTS, f"{documents} documents; {DOCUMENTS - 1} can be clustered: deduplicate parts of them"
-    )
+    require(documents < DOCUMENTS, f"{documents} documents; expected at most {DOCUMENTS - 1}: deduplicate in parts")
     roots, exact = np.arange(documents, dtype=np.uint32), np.empty(0, np.uint8)
     for band in range(-1, files[0].shape.bands if files else 0):
         runs, base = list[Run](), 0

@@ -156,11 +156,7 @@ class SignatureFile:
         offset = 0
         for count in self.blocks:
             yield offset, count
-            offset += count * _bytes_per_document(self.shape)
-
-
-def _bytes_per_document(shape: Shape) -> int:
-    return 16 + PAIR.itemsize * (shape.bands + 1)
+            offset += count * (16 + PAIR.itemsize * (self.shape.bands + 1))
 
 
 def open_signatures(path: Path, shape: Shape) -> SignatureFile:
