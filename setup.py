@@ -6,7 +6,6 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 
-
 def extension(name: str, folder: str, bind: str) -> Pybind11Extension:
     """The C++ of a folder of csrc/ as a module of Python."""
     return Pybind11Extension(
@@ -18,7 +17,6 @@ def extension(name: str, folder: str, bind: str) -> Pybind11Extension:
         extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
         extra_link_args=["-pthread"],
     )
-
 
 
 setup(
@@ -66,6 +64,10 @@ setup(
             "publicsuffixlist>=1.1",
             "resiliparse>=2.0.1",
         ],
+        # engine.kind: datatrove.
+        "datatrove": ["datatrove>=0.10"],
+        # extract.extractor: trafilatura.
+        "trafilatura": ["trafilatura>=2.0"],
         # To export a checkpoint as a Hugging Face folder, which is compared with transformers before it is finished.
         "hf": ["transformers>=5.0"],
         # Tasks of EleutherAI's lm-evaluation-harness in launch/evaluate.py.

@@ -47,7 +47,24 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/data/corpus": {"backports.zstd", "compression", "pyarrow", "llm.errors", "llm.data.corpus"},
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},
-    "llm/data/prepare/console.py": {"rich", "llm.config", "llm.data"},
+    "llm/data/prepare/console.py": {"llm.config", "llm.data", "llm.progress"},
+    "llm/data/prepare/commands.py": {"llm.config", "llm.data", "llm.errors", "llm.progress"},
+    "llm/progress.py": {"rich"},
+    "llm/crawl": {
+        "fsspec", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files", "llm.locks", "llm.progress",
+        "llm.typed",
+    },
+    "llm/crawl/engines": {"llm.crawl", "llm.errors"},
+    "llm/crawl/engines/mpi.py": {"mpi4py", "llm.crawl", "llm.errors"},
+    "llm/crawl/engines/datatrove.py": {"datatrove", "llm.crawl", "llm.errors"},
+    "llm/crawl/extract": {
+        "backports.zstd", "fastwarc", "ftfy", "pyarrow", "resiliparse", "trafilatura", "llm.config.sections", "llm.crawl",
+        "llm.data.corpus", "llm.errors",
+    },
+    "llm/crawl/tokens": {
+        "awkward", "gigatoken", "numpy", "pyarrow", "tokenizers", "xxhash", "llm.config", "llm.crawl", "llm.data",
+        "llm.errors", "llm.files",
+    },
     "llm/checkpoint": {
         "torch", "safetensors", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.typed", "llm.parallel",
         "llm.checkpoint",

@@ -51,7 +51,7 @@ def extraction(truth: Sequence[Planted], texts: Texts) -> Iterator[Score]:
         elif planted.kind == "charset":
             name = f"words of other charsets, declared {planted.detail.partition('declared ')[2]}"
             groups.setdefault(name, []).append(planted)
-    for name, group in groups.items():
+    for name, group in sorted(groups.items()):
         found = [overlap(texts.get(planted.url, ""), planted.text) for planted in group]
         yield Score(name, len(group), mean(recall for recall, _ in found), mean(precision for _, precision in found))
     pages = [texts[planted.url] for planted in truth if planted.kind == "page" and planted.url in texts]
@@ -124,7 +124,7 @@ def duplicates(
         original = originals.get(planted.original, "")
         if planted.kind == "copy" and planted.url in by_url and original in by_url:
             pairs.setdefault(planted.detail, []).append((by_url[planted.url], by_url[original]))
-    for detail, group in pairs.items():
+    for detail, group in sorted(pairs.items(), key=lambda item: float(item[0].rstrip("%"))):
         likeness = [jaccard(a.text, b.text) for a, b in group]
         found = mean(roots.get(a.id, a.id) == roots.get(b.id, b.id) for a, b in group)
         said = f"Jaccard {mean(likeness):.2f}, expected {mean(map(expected, likeness)):.0%}"

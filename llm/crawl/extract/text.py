@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
+from collections.abc import Iterator
 
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
@@ -36,18 +37,30 @@ def decode(body: bytes, declared: str, is_html: bool) -> tuple[str, str, bool]:
     for mark, name in BOMS.items():
         if body.startswith(mark):
             return _decode(body[len(mark) :], name)
-    is_unusual = b"\0" in body or b"\x1b" in body  # UTF-16 and ISO-2022-JP look like ASCII else
-    if not is_unusual:
-        text, _, valid = _decode(body, "utf-8")
-        if valid:
-            return text, "utf-8", True
-    named = map_encoding_to_html5(declared, fallback_utf8=False) if declared else None
-    for name in (named, detect_encoding(body, from_html_meta=is_html), detect_encoding(body)):
-        if name:
-            found = _decode(body, name)
-            if found[2]:
-                return found
-    return _decode(body, named or detect_encoding(body) or "utf-8")
+    if b"\0" not in body and b"\x1b" not in body:  # UTF-16 and ISO-2022-JP look like ASCII else
+        text, _, valid = found = _decode(body, "utf-8")
+        if valid or len(body) - len(text) > text.count("\ufffd"):  # more is valid than is not, ASCII apart
+            return found
+    first = None
+    for name in _names(body, declared, is_html):
+        found = _decode(body, name)
+        if found[2]:
+            return found
+        first = first or found
+    assert first
+    return first
+
+
+def _names(body: bytes, declared: str, is_html: bool) -> Iterator[str]:
+    """Character sets to try, in their order, as Python calls them."""
+    if b"\x1b$" in body:
+        yield "iso2022_jp"  # else those who declare UTF-8 are believed: it is ASCII
+    if named := map_encoding_to_html5(declared, fallback_utf8=False):
+        yield named
+    if is_html:
+        yield detect_encoding(body, from_html_meta=True) or "utf-8"
+    found = detect_encoding(body, html5_compatible=False) or "utf-8"  # Korean has no name in HTML 5 else
+    yield map_encoding_to_html5(found, fallback_utf8=False) or found
 
 
 def _decode(body: bytes, name: str) -> tuple[str, str, bool]:
@@ -70,7 +83,7 @@ def to_text(html: str, settings: ExtractConfig) -> str:
 
 
 def _trafilatura(html: str) -> str:
-    import trafilatura  # an extra of its own
+    import trafilatura  # an extra of its own  # pyright: ignore[reportMissingImports]
 
     return trafilatura.extract(html, favor_precision=True, include_comments=False) or ""
 

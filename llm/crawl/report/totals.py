@@ -44,7 +44,8 @@ def read_totals(out: Path) -> list[Totals]:
     Raises InputError where there are none, or one cannot be read.
     """
     found: dict[str, Totals] = {}
-    for path in sorted(path for path in out.glob("*/*.json") if path.stem.isdecimal()):
+    paths = [path for path in out.glob("*/*.json") if path.stem.isdecimal()]  # a tokenizer is NNNNN.tokenizer.json
+    for path in sorted(paths):
         try:
             report = json.loads(path.read_bytes())
             stage = str(report["stage"])

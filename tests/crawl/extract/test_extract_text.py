@@ -16,6 +16,7 @@ from llm.crawl.extract.text import NODES, VISITS, Unreadable, decode, normalise,
 
 RUSSIAN = "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 5
 JAPANESE = "日本語の文字コードを判定するための文章です。よろしくお願いします。" * 5
+KOREAN = "문자 집합을 알아내기 위한 문장입니다. 잘 부탁드립니다. " * 5
 GERMAN = "Größere Äpfel fallen früher über die Mauer, heißt es. " * 5
 
 
@@ -24,6 +25,7 @@ GERMAN = "Größere Äpfel fallen früher über die Mauer, heißt es. " * 5
     [
         (GERMAN, "utf-8"), (GERMAN, "windows-1252"), (RUSSIAN, "windows-1251"), (RUSSIAN, "koi8-r"),
         (JAPANESE, "shift_jis"), (JAPANESE, "euc-jp"), (JAPANESE, "iso-2022-jp"), (JAPANESE, "utf-16"),
+        (KOREAN, "euc-kr"), (KOREAN, "cp949"),
     ],
 )  # fmt: skip
 def test_character_sets(text: str, charset: str) -> None:
@@ -41,12 +43,14 @@ def test_valid_utf8_is_utf8_whatever_is_declared(declared: str) -> None:
 
 
 def test_other_bytes_declared_as_utf8_are_looked_at() -> None:
+    assert decode(JAPANESE.encode("iso-2022-jp"), "utf-8", False) == (JAPANESE, "iso2022_jp", True)
     assert decode(RUSSIAN.encode("cp1251"), "utf-8", False) == (RUSSIAN, "cp1251", True)
 
 
 def test_invalid_bytes_are_replaced_and_told() -> None:
-    text, charset, valid = decode(GERMAN.encode() * 20 + b"\xff end", "utf-8", False)
-    assert (text, charset, valid) == (GERMAN * 20 + "\ufffd end", "utf-8", False)
+    for declared in ("utf-8", "windows-1252", ""):
+        found = decode(b"\xff " + GERMAN.encode() + b"\xfe end", declared, False)
+        assert found == ("\ufffd " + GERMAN + "\ufffd end", "utf-8", False)
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,6 +76,13 @@ def test_the_main_content_alone() -> None:
     text = to_text(html, ExtractConfig())
     assert text.strip() == body[3:].strip()
     assert "Imprint" in to_text(html, ExtractConfig(main_content=False))
+
+
+def test_trafilatura() -> None:
+    pytest.importorskip("trafilatura")
+    body = "<p>" + "A long sentence of the article itself. " * 20 + "</p>"
+    text = to_text(f"<body><nav>Home</nav><article>{body}</article></body>", ExtractConfig(extractor="trafilatura"))
+    assert text.strip() == body[3:-4].strip()
 
 
 def test_normalisation() -> None:

@@ -29,8 +29,8 @@ SPACY = Tokenizer(text_tools.split_into_words, lambda line: len(text_tools.split
 
 def documents() -> list[str]:
     """The language reference that Python carries along, whole, in parts, and spoilt in ways that the rules look for."""
-    draw, texts = random.Random(0), [text[:4000] for text in topics.values()]
-    texts += [text[start : start + 900] for text in texts for start in range(0, len(text) - 300, 900)]
+    draw, texts = random.Random(0), [text[:2000] for text in topics.values()]
+    texts += [text[start : start + 700] for text in texts for start in range(0, len(text) - 300, 700)]
     spoils = [
         lambda text: text + "\n" + text[: draw.randrange(len(text))],
         lambda text: "\n".join("- " + line for line in text.splitlines()),

@@ -41,6 +41,8 @@ def toy_reports(out: Path) -> None:
             folder = out / stage
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{task:05}.json").write_text(json.dumps(toy_report(stage, task, **changed)))
+            (folder / f"{task:05}.other.json").write_text("{}")
+        (folder / "settings.json").write_text("{}")
 
 
 class Page(HTMLParser):
