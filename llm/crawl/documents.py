@@ -75,9 +75,7 @@ def tables(path: Path, *columns: str) -> Iterator[pa.Table]:
     """Columns of a file, none: all; as many rows at a time as were written at once. InputError where it is damaged."""
     with opened(path) as file:
         for group in range(file.num_row_groups):  # iter_batches would join groups, however large their texts are
-            table = file.read_row_group(group, columns or None, use_threads=False)
-            if table.num_rows:
-                yield table
+            yield file.read_row_group(group, columns or None, use_threads=False)
 
 
 @contextmanager
