@@ -70,7 +70,7 @@ def scores(truth: list[Planted], data: Path) -> Iterator[Score]:
     extracted = {document.url: document.text for document in documents(data / "extract")}
     filtered = list(documents(data / "filter"))
     reported = {totals.stage: totals for totals in read_totals(data)}
-    cut = sum("no record can be read" in found["what"] for found in reported["extract"].damage)
+    cut = sum("no record can be read" in str(found["what"]) for found in reported["extract"].damage)
     yield from damage(truth, extracted, cut)
     yield from extraction(truth, extracted)
     rule = Filter(FilterConfig(rules=("language",), language=LanguageRule(languages=(), min_score=0.0)))

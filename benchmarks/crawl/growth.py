@@ -34,7 +34,7 @@ def grow(
             shutil.rmtree(out / "data", ignore_errors=True)
             settings = {
                 "input.source": out / "warc", "out": out / "data", "tokenizer.vocab_size": VOCABULARY,
-                "engine.workers": processes,
+                "tokenize.validation_fraction": 0.05, "engine.workers": processes,
             }  # fmt: skip
             (out / "config.yaml").write_text("{}\n")
             facts = {"gigabytes": html / 1e9, "warc_bytes": warc, "pages": count, "workers": processes}

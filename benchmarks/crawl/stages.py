@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -63,9 +62,11 @@ class Stages:
         shutil.rmtree(self.out, ignore_errors=True)
         for corpus in dict.fromkeys(case.corpus for case in self.cases):
             self._say(f"preparing {corpus}")
-            folder, rules = self.out / corpus, ""
+            folder = self.out / corpus
             folder.mkdir(parents=True)
+            config: Record = {"out": str(folder / "ours"), "input": {"source": str(folder / "warc")}}
             if corpus == "pages":
+                config |= {"tokenizer": {"vocab_size": VOCABULARY}, "tokenize": {"validation_fraction": 0.2}}
                 whole = (sent for sent in plant(pages, SEED) if sent.planted.kind != "truncated")  # datatrove's end
                 sent = list(up_to(whole, int(megabytes * 1e6)))
                 list(write_warcs(sent, folder / "warc"))
@@ -73,12 +74,9 @@ class Stages:
             elif corpus == "thousands":
                 list(write_warcs(islice(inflated(pages, SEED), thousands), folder / "warc"))
             else:
+                config |= {"input": {"source": str(folder / "texts.jsonl")}, "filter": {"rules": ["length"]}}
                 write_texts(pages, texts, folder / "texts.jsonl")
-                rules = "  rules: [length]\n"
-            source = folder / ("texts.jsonl" if corpus == "short" else "warc")
-            tokenizer = "" if corpus != "pages" else f"tokenizer: {{vocab_size: {VOCABULARY}}}\n"
-            config = f"out: {folder}/ours\ninput: {{source: {source}}}\n{tokenizer}"
-            (folder / "config.yaml").write_text(config + (f"filter:\n{rules}" if rules else ""))
+            (folder / "config.yaml").write_text(json.dumps(config))
             self._measure(OURS, self._ours(corpus, CHAIN if corpus == "pages" else "extract,filter,signatures,cluster"))
             self._dump(folder)
 
@@ -89,9 +87,9 @@ class Stages:
         corpus = folder.name
         if corpus == "pages":  # both chains take the same tokenizer
             shutil.copy(next((folder / "ours").glob("tokenizer/*tokenizer.json")), folder / "tokenizer.json")
-            config = (folder / "config.yaml").read_text()
-            given = f"tokenizer: {{path: {folder}/tokenizer.json}}\n"
-            (folder / "config.yaml").write_text(re.sub(r"tokenizer: .*\n", given, config))
+            config = json.loads((folder / "config.yaml").read_text())
+            config["tokenizer"] = {"path": str(folder / "tokenizer.json")}
+            (folder / "config.yaml").write_text(json.dumps(config))
         for case in self.cases:
             if case.corpus == corpus and case.reads.endswith("/signatures"):
                 source = "filter.jsonl" if DATATROVE in case.systems else "ours/filter"

@@ -14,6 +14,7 @@ from llm.page import COLOURS, LETTER, WIDTH, bars, document, in_bytes, number, p
 LONGEST = 330  # pixels: of a chart's names
 MOST = 30  # bars of a chart: the largest
 HEIGHT = 200  # pixels of a curve
+TITLES = {"length": "length, in characters at most", "cluster_size": "documents of a cluster of duplicates, at most"}
 
 
 def write(out: Path) -> Path:
@@ -27,7 +28,8 @@ def write(out: Path) -> Path:
 
 def render(stages: Sequence[Totals], measured: Mapping[str, Any]) -> str:
     """The page, from the totals of the stages in order, and what the clustering has measured."""
-    passed = [stage for stage in stages if stage.documents_out or stage.removed]  # not those that pass nothing on
+    # Not those that pass no document on, nor the one that joins what tokenize wrote.
+    passed = [stage for stage in stages if (stage.documents_out or stage.removed) and stage.stage != "tokens"]
     sections = ["<h2>What is left</h2>" + left(passed)]
     sections += [f"<h2>Removed by {escape(stage.stage)}</h2>" + removed(stage) for stage in stages if stage.removed]
     for stage in stages:
@@ -93,16 +95,16 @@ def histogram(stage: Totals, name: str) -> str:
     shown = [(key or "not known", [count]) for key, count in rows[:MOST]]
     rest = sum(count for _, count in rows[MOST:])
     more = f"<p>{len(rows) - MOST} more, with {number(rest)}.</p>" if len(rows) > MOST else ""
-    return f"<h2>{escape(stage.stage)}: {escape(name)}</h2>" + bars(shown, (), "") + more
+    return f"<h2>{escape(stage.stage)}: {escape(TITLES.get(name, name))}</h2>" + bars(shown, (), "") + more
 
 
 def duplicates(measured: Mapping[str, Any]) -> str:
     """The bands' S-curve, and what a sample of pairs, compared exactly, says of it."""
     found = [(bin["from"] + 0.05, bin["found"]) for bin in measured["recall"] if bin["pairs"]]
-    rows = [
-        (f"{bin['from']:.1f}", number(bin["pairs"]), percent(bin["expected"]), percent(bin["found"]), number(dropped))
-        for bin, dropped in zip(measured["recall"], measured["dropped"], strict=True)
-    ]
+    rows = list[Sequence[str]]()
+    for bin, dropped in zip(measured["recall"], measured["dropped"], strict=True):
+        shares = [percent(bin[key]) if bin["pairs"] else "" for key in ("expected", "found")]
+        rows.append((f"{bin['from']:.1f}", number(bin["pairs"]), *shares, number(dropped)))
     head = (
         "Jaccard similarity from",
         "pairs compared",

@@ -97,7 +97,7 @@ def test_the_page_says_what_the_reports_say(tmp_path: Path) -> None:
     page = Page(write(tmp_path).read_text())
     for words in ("gopher.words: 61 (30.5%)", "sample 1 0", "gzip member ends early", "123456789", "65536", "60.0%"):
         assert words in page.text
-    lengths = page.text.index("filter: length")
+    lengths = page.text.index("filter: length, in")
     places = [page.text.index(f"\n{key}\n", lengths) for key in ("256", "1024", "65536")]
     assert places == sorted(places), "lengths in their order"
     assert page.text.index("\nen\n") < page.text.index("\nde\n"), "languages by their counts"
