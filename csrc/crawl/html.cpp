@@ -2,17 +2,26 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace ingot {
 namespace {
 
 // Elements that the parser opens anew in each later block where they were left open.
 constexpr std::string_view kFormatting[] = {"b", "big", "code", "em", "font", "i", "s", "small", "strike", "strong", "tt", "u"};
-// Elements whose whole content is looked at to find the main content.
-constexpr std::string_view kBlocks[] = {"article", "div"};
+// Elements that are looked at again for each that is opened in them: by the parser, or to find the main content.
+constexpr std::string_view kBlocks[] = {"article", "div", "optgroup"};
+// Elements that no end tag of another kind goes beyond: always, or unless it is of the second kind itself.
+constexpr std::string_view kFences[] = {"applet", "marquee", "object", "table", "template"};
+constexpr std::string_view kCells[] = {"caption", "tbody", "td", "tfoot", "th", "thead", "tr"};
+// Elements that are never open for long: they have no end tag, or the next of their kind ends them.
+constexpr std::string_view kLeaves[] = {"br", "dd", "dt", "embed", "hr", "img", "input", "li", "link", "meta", "option", "p", "source", "wbr"};
+// More visits than any page is worth: the count ends there, since it takes the square of the nesting itself.
+constexpr std::uint64_t kEnough = 100'000'000;
 
 bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
@@ -32,7 +41,7 @@ class Scan {
 
   // Elements that the parser makes, at most; and steps that it and the search for the main content take.
   std::pair<std::uint64_t, std::uint64_t> run() {
-    while ((at_ = html_.find('<', at_)) < html_.size()) {
+    while (visits_ < kEnough && (at_ = html_.find('<', at_)) < html_.size()) {
       const char next = peek(1);
       const bool is_end = next == '/' && is_letter(peek(2));
       if (is_end || is_letter(next)) {
@@ -48,6 +57,11 @@ class Scan {
   }
 
  private:
+  struct Open {
+    std::uint64_t name;  // its characters, which are quick to compare
+    bool is_block, is_fence, is_cell;
+  };
+
   char peek(std::size_t ahead) const { return at_ + ahead < html_.size() ? html_[at_ + ahead] : '\0'; }
 
   void tag(bool is_end) {
@@ -56,17 +70,33 @@ class Scan {
       if (name.size() < 8) name += lower(html_[at_]);  // longer than any name that matters
     }
     const std::uint64_t attributes = skip_attributes();
-    const bool is_formatting = among(name, kFormatting), is_block = among(name, kBlocks);
+    const bool is_formatting = among(name, kFormatting);
+    Open tag{0, among(name, kBlocks), among(name, kFences), among(name, kCells)};
+    std::memcpy(&tag.name, name.data(), name.size());
     if (is_end) {
       formatting_ -= is_formatting && formatting_ > 0;
-      blocks_ -= is_block && blocks_ > 0;
-      return;
+      return close(tag);
     }
     nodes_ += 1 + formatting_;
     visits_ += 1 + blocks_ + attributes * attributes / 16;  // each is compared with those before, which is quick
     formatting_ += is_formatting;
-    blocks_ += is_block;
+    blocks_ += tag.is_block;
+    if (!among(name, kLeaves)) open_.push_back(tag);
     if (name == "script" || name == "style") skip_raw("</" + name);
+  }
+
+  // The parser goes from the last open element to the one that ends here, which ends those in between too.
+  void close(const Open& tag) {
+    std::uint64_t blocks = 0;
+    for (std::size_t at = open_.size(); at > 0;) {
+      const Open& one = open_[--at];
+      blocks += one.is_block;
+      const bool found = one.name == tag.name;
+      if (!found && !one.is_fence && (!one.is_cell || tag.is_cell || tag.is_fence) && at > 0) continue;
+      visits_ += (open_.size() - at) / 8;  // a step takes less time than a visit
+      if (found) blocks_ -= blocks, open_.resize(at);
+      return;
+    }
   }
 
   // Go past the tag's end; how many attributes it has.
@@ -100,6 +130,7 @@ class Scan {
   std::string_view html_;
   std::size_t at_ = 0;
   std::uint64_t nodes_ = 0, visits_ = 0, formatting_ = 0, blocks_ = 0;
+  std::vector<Open> open_;
 };
 
 }  // namespace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from llm.files import complete_file
 
 ROWS = 1024  # documents that are in memory at a time, at most
 BYTES = 16 << 20  # of text, likewise
+ADVICE = "delete it and its .json, and run its stage again"
 SCHEMA = pa.schema((
     ("id", pa.int64()), ("text", pa.large_string()), ("url", pa.string()), ("source", pa.string()),
     ("offset", pa.int64()), ("language", pa.string()), ("metadata", pa.string()),
@@ -62,9 +64,25 @@ def _batch(rows: list[Document]) -> pa.RecordBatch:
 def read_documents(path: Path) -> Iterator[Document]:
     """The documents of a file, in order. Raises InputError where it is damaged."""
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(ROWS, use_threads=False):
-                for row in batch.to_pylist():
-                    yield Document(**(row | {"metadata": json.loads(row["metadata"])}))
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read: {error}; delete it and its .json, and run its stage again") from error
+        for table in tables(path):
+            for row in table.to_pylist():
+                yield Document(**(row | {"metadata": json.loads(row["metadata"])}))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} cannot be read: {error}; {ADVICE}") from error
+
+
+def tables(path: Path, *columns: str) -> Iterator[pa.Table]:
+    """Columns of a file, none: all; as many rows at a time as were written at once. InputError where it is damaged."""
+    with opened(path) as file:
+        for group in range(file.num_row_groups):  # iter_batches would join groups, however large their texts are
+            yield file.read_row_group(group, columns or None, use_threads=False)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; raises InputError where it is damaged."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read: {error}; {ADVICE}") from error

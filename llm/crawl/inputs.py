@@ -26,19 +26,24 @@ def input_tasks(config: InputConfig, folder: Path) -> list[Task]:
     try:
         system, path = fsspec.core.url_to_fs(config.source)
         root, found = _listed(system, path)
-    except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
+        named = ((name[len(root) :].lstrip("/"), name) for name in sorted(found))
+        seen = [pair for pair in named if not any(part.startswith(".") for part in pair[0].split("/"))]
+        limit = config.limit
+        files = min(limit or len(seen), len(seen))
+        tasks = [
+            _task(system, name, Task(i, (), folder, _text(source), limit and limit // files + (i < limit % files)))
+            for i, (source, name) in enumerate(seen[:files])
+        ]
+    # OSError: a file or bucket cannot be read; the others: the protocol's package is missing, or there is none.
+    except (OSError, ImportError, ValueError) as error:
         raise InputError(f"input.source {config.source} cannot be opened: {error}") from error
-    sources = {name[len(root) :].lstrip("/"): name for name in sorted(found)}
-    sources = {
-        source: name for source, name in sources.items() if not any(part[0] == "." for part in source.split("/"))
-    }
-    require(bool(sources), f"input.source {config.source}: found no file; expected a file, a folder, a glob or a URL")
-    limit = config.limit
-    files = min(limit or len(sources), len(sources))
-    return [
-        _task(system, name, Task(i, (), folder, source, limit and limit // files + (i < limit % files)))
-        for i, (source, name) in enumerate(list(sources.items())[:files])
-    ]
+    require(bool(tasks), f"input.source {config.source}: found no file; expected a file, a folder, a glob or a URL")
+    return tasks
+
+
+def _text(source: str) -> str:
+    """The name as text that can be written: of a file's name, any bytes, those that are not UTF-8 are spelled."""
+    return source.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _listed(system: Any, path: str) -> tuple[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import fsspec
@@ -90,3 +91,24 @@ def test_a_remote_input_gives_the_same_and_leaves_no_copy(tmp_path: Path) -> Non
     ]
     assert parts[0] == parts[1]
     assert not list((tmp_path / "far").glob("*/*.tmp"))
+
+
+def test_a_name_that_is_no_text_is_spelled(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9\n.warc")).write_text("content")
+    (task,) = input_tasks(InputConfig(str(tmp_path)), Path("out"))
+    assert task.source == "caf\\xe9\n.warc" and task.inputs[0].read_text() == "content"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lost.warc").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"input.source .* cannot be opened: .*lost.warc"):
+        sources(tmp_path)
+
+
+def test_a_store_may_have_empty_folder_names() -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe("/twice//1.warc", b"content")
+    try:
+        assert sources("memory://twice") == ["1.warc"]
+    finally:
+        system.rm("/twice", recursive=True)

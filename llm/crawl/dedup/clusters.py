@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from llm.crawl.counts import Counts
-from llm.crawl.dedup.signatures import Array, SignatureFile, groups_with, opened
+from llm.crawl.dedup.signatures import Array, SignatureFile, groups_with
+from llm.crawl.documents import opened
 from llm.errors import InputError, require
 from llm.files import complete_file
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from llm.crawl.dedup.curve import curve, midpoint, probability
-from llm.crawl.dedup.signatures import Array, Shape, SignatureFile, groups_with, opened
+from llm.crawl.dedup.signatures import Array, Shape, SignatureFile, groups_with
+from llm.crawl.documents import opened
 
 BINS = 10  # of the similarity, from 0 to 1
 GROUP = 10  # documents of a group whose pairs are compared

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from llm.crawl._native import Signer
 from llm.crawl.counts import Counts
+from llm.crawl.documents import ADVICE, tables
 from llm.errors import InputError
 from llm.files import CHUNK, complete_file
 
 FORMAT = 1
-ROWS = 1024  # documents that are signed at a time
 BLOCK = 1 << 18  # documents whose runs are sorted at a time
 PAIR = np.dtype([("hash", "<u8"), ("document", "<u4")])  # document: its number in the block
 CHECKSUM = 16  # bytes of XXH3-128 at the end of a file, before them 8 with the size of the footer
-ADVICE = "delete it and its .json, and run its stage again"
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -43,19 +40,8 @@ class Shape:
 
 def read_texts(path: Path) -> Iterator[tuple[Array, list[str]]]:
     """Ids and texts of a part, some documents at a time. Raises InputError where it is damaged."""
-    with opened(path) as file:
-        for batch in file.iter_batches(ROWS, columns=["id", "text"], use_threads=False):
-            yield batch["id"].to_numpy(), batch["text"].to_pylist()
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; raises InputError where it is damaged."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            yield file
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read: {error}; {ADVICE}") from error
+    for table in tables(path, "id", "text"):
+        yield table["id"].to_numpy(), table["text"].to_pylist()
 
 
 def groups_with(file: pq.ParquetFile, ids: Array) -> Iterator[int]:

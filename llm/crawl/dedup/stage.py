@@ -10,8 +10,8 @@ from llm.crawl.dedup.bands import join_bands
 from llm.crawl.dedup.clusters import read_dropped, read_ids, write_clusters
 from llm.crawl.dedup.measure import measure
 from llm.crawl.dedup.settings import DedupConfig
-from llm.crawl.dedup.signatures import Shape, open_signatures, opened, read_texts, write_signatures
-from llm.crawl.documents import Document, read_documents
+from llm.crawl.dedup.signatures import Shape, open_signatures, read_texts, write_signatures
+from llm.crawl.documents import Document, opened, read_documents
 from llm.crawl.tasks import Task, write_report
 
 CLUSTERS = "clusters.parquet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 import unicodedata
 from collections.abc import Iterator
 
@@ -18,6 +19,9 @@ BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_U
 WIDER = {"big5": "big5hkscs", "euc_kr": "cp949", "gbk": "gb18030", "shift_jis": "cp932"}
 # What a page may cost, about a second and 400 MB each (docs/corpus.md); real pages need a hundredth of it.
 NODES, VISITS = 1_000_000, 30_000_000
+# Python's normalisation takes the square of the number of marks on a letter; Unicode's Stream-Safe Text Format has 30.
+_MARK = "".join(point for point in map(chr, range(0x300, 0x1F000)) if unicodedata.combining(point))
+MARKS = re.compile(f"([{_MARK}][{_MARK}]{{29}})[{_MARK}]+")
 
 
 class Unreadable(ValueError):
@@ -85,8 +89,13 @@ def _trafilatura(html: str) -> str:
 
 
 def normalise(text: str, how: str) -> str:
-    """The text in Unicode's form NFC, repaired by ftfy before where `how` says so; lines end in LF, NULs are gone."""
+    """The text in Unicode's form NFC, repaired by ftfy before where `how` says so.
+
+    Lines end in LF; NULs, and what marks a letter has beyond 30, are gone.
+    """
     text = text.replace("\0", "").replace("\r\n", "\n")
+    if how != "none" and not text.isascii():
+        text = MARKS.sub(r"\1", text)
     if how == "ftfy":
         import ftfy  # half a second, which the others can save
 

@@ -106,11 +106,12 @@ def _next(content: mmap.mmap, at: int, magic: bytes) -> int | None:
         return found and found.start()
     while (at := content.find(magic, at)) >= 0:
         try:
-            head = content[at : at + HEAD]
-            if magic == GZIP:
-                text = zlib.decompressobj(31).decompress(head, 5)
-            else:
-                text = zstd.ZstdDecompressor().decompress(head, 5)
+            # Not a copy: a hostile file may hold the magic number millions of times.
+            with memoryview(content) as whole, whole[at : at + HEAD] as head:
+                if magic == GZIP:
+                    text = zlib.decompressobj(31).decompress(head, 5)
+                else:
+                    text = zstd.ZstdDecompressor().decompress(head, 5)
             if text == PLAIN:
                 return at
         except (zlib.error, zstd.ZstdError):

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from llm.crawl.counts import Counts
 from llm.crawl.dedup.clusters import split_of_cluster
+from llm.crawl.documents import tables
 from llm.crawl.tasks import Task, hash_of, read_report, write_report
 from llm.crawl.tokens.encode import Encoder, bounds
-from llm.crawl.tokens.tables import tables
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.hashes import file_entry, sampled_hash
 from llm.data.tokens.manifest import FORMAT, SPLITS, Manifest, Shards, Split

@@ -14,10 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm.crawl.counts import Counts
 from llm.crawl.dedup.clusters import split_of_cluster
-from llm.crawl.dedup.signatures import opened
+from llm.crawl.documents import opened, tables
 from llm.crawl.tokens.encode import imported
 from llm.crawl.tokens.settings import TokenizerConfig
-from llm.crawl.tokens.tables import tables
 from llm.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from llm.data.tokenizer.cuts import LONGEST_WORD, pieces
 from llm.data.tokenizer.ranks import ENCODINGS

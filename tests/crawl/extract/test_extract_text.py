@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +60,13 @@ def test_any_bytes_are_decoded(body: bytes, declared: str, is_html: bool) -> Non
     text.encode()
     if valid and not {0, 0x1B} & set(body) and not body.startswith((b"\xfe\xff", b"\xff\xfe", b"\xef\xbb\xbf")):
         assert "\ufffd" not in text or "\ufffd".encode() in body or declared
+
+
+@pytest.mark.parametrize("how", ["nfc", "ftfy"])
+def test_marks_without_end_are_cut_before_they_are_sorted(how: Literal["nfc", "ftfy"]) -> None:
+    marks = "\u0323\u0301" * 15
+    assert normalise(f"a{marks}b", how) == unicodedata.normalize("NFC", f"a{marks}b"), "30 are left"
+    assert normalise(f"a{marks * 100_000}b", how) == unicodedata.normalize("NFC", f"a{marks}b")  # else an hour
 
 
 def test_the_main_content_alone() -> None:
@@ -137,9 +145,10 @@ def test_any_markup_is_scanned_and_extracted(html: str) -> None:
     "html",
     [
         "<div>" * 10**6, "<div>" * 10**6 + "</div>" * 10**6, "".join(f"<font color={i}><p>x" for i in range(2000)),
-        "<p " + "a=1 " * 30_000 + ">", "<ARTICLE\n>" * 10_000,
+        "<p " + "a=1 " * 30_000 + ">", "<ARTICLE\n>" * 10_000, "<optgroup>" * 10**5,
+        "<span>" * 10**5 + "</a>" * 10**5, "<div><object></div>" * 10**4,
     ],
-    ids=["div", "closed", "font", "attributes", "article"],
+    ids=["div", "closed", "font", "attributes", "article", "optgroup", "not open", "fence"],
 )  # fmt: skip
 def test_pages_that_would_take_minutes_are_refused(html: str) -> None:
     with pytest.raises(Unreadable, match="would cost too much"):
@@ -147,7 +156,11 @@ def test_pages_that_would_take_minutes_are_refused(html: str) -> None:
 
 
 def test_long_and_flat_pages_are_not() -> None:
-    for html in ("<p>" + "a" * 5_000_000, "<div><p>x</p></div>" * 100_000, f"<img src='data:{'A ' * 10**6}'>"):
+    flat = (
+        "<p>" + "a" * 5_000_000, "<div><p>x</p></div>" * 100_000, f"<img src='data:{'A ' * 10**6}'>",
+        "<ul>" + "<li><a>x</a><br></i>" * 5_000, "<table><tr><td><div>x</div><td></b></table>" * 20_000,
+    )  # fmt: skip
+    for html in flat:
         nodes, visits = html_cost(html)
         assert nodes < NODES / 4 and visits < VISITS / 40
     assert len(to_text("<p>" + "a" * 5_000_000, ExtractConfig())) == 5_000_000
