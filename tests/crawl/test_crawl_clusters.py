@@ -151,8 +151,8 @@ def test_a_job_of_slurm_is_waited_for(
 @pytest.mark.slow
 def test_our_stages_stand_among_steps_of_datatrove(source: Path, alone: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("datatrove")
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.filters import LambdaFilter
+    from datatrove.executor import LocalPipelineExecutor  # pyright: ignore[reportMissingImports]
+    from datatrove.pipeline.filters import LambdaFilter  # pyright: ignore[reportMissingImports]
 
     from llm.crawl.engines.datatrove import Sink, Source, Through
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from datatrove.data import Document as TheirDocument
-from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
+from datatrove.data import Document as TheirDocument  # pyright: ignore[reportMissingImports]
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor  # pyright: ignore[reportMissingImports]
+from datatrove.pipeline.base import PipelineStep  # pyright: ignore[reportMissingImports]
 
 from llm.crawl.counts import Counts
 from llm.crawl.documents import Document, write_documents
