@@ -16,23 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SVG = ROOT / "docs/architecture.svg"
 ROOMS = (
     *("launch", "benchmarks", "kernels", "llm"),
-    *(
-        f"llm/{name}"
-        for name in (
-            "parity",
-            "train",
-            "cluster",
-            "checkpoint",
-            "parallel",
-            "crawl",
-            "data",
-            "model",
-            "plan",
-            "profile",
-        )
-    ),
+    *(f"llm/{name}" for name in ("parity", "train", "cluster", "checkpoint", "parallel", "crawl", "data")),
+    *("llm/model", "llm/plan", "llm/profile"),
 )
-READ_BY_ALL = ("llm/config", "llm/errors", "llm/files", "llm/locks", "llm/page", "llm/sinks", "llm/slices", "llm/typed")
+READ_BY_ALL = (
+    *("llm/config", "llm/errors", "llm/files", "llm/locks", "llm/page", "llm/progress", "llm/sinks", "llm/slices"),
+    "llm/typed",
+)
 BOX, GAP, MARGIN, LINE = 236, 28, 20, 15  # pixels
 
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import KernelError, cdiv, choose, empty_like, padded, readable, rounded, wide
 from kernels.plan import Plan, planned
@@ -185,26 +186,6 @@ def rope_qkv_op(
     return rounded(q, qkv.dtype), rounded(k, qkv.dtype), rounded(v, qkv.dtype)
 
 
-def _save(ctx, inputs, output) -> None:
-    _, positions, ctx.theta, ctx.inverse = inputs
-    ctx.save_for_backward(positions)
-
-
-def _backward(ctx, dy):
-    return call(rope_op, dy, *ctx.saved_tensors, ctx.theta, not ctx.inverse)
-
-
-@operator("rope", fake=lambda x, *_: x.new_empty(x.shape), save=_save, backward=_backward)
-def rope_op(x: Tensor, positions: Tensor, theta: float, inverse: bool) -> Tensor:
-    """x [B, T, heads, D] -> the same shape, contiguous."""
-    (source,) = readable(x)
-    B, T, heads, D = x.shape
-    packed = source.new_empty((B, T, heads * D))
-    # A tensor of query heads alone: no k, no v.
-    run(packed, source, source, source, positions, theta, heads, heads, unpack=False, inverse=inverse)
-    return rounded(packed, x.dtype).view(x.shape)
-
-
 def frequencies_of(D: int, theta: float, device: torch.device) -> Tensor:
     """theta^(-2i/D), fp32 [D/2]. All forms use these: at position 10^6 a frequency that is rounded
     differently in its last bit turns by 0.06 more or less.
@@ -221,15 +202,19 @@ def kept_frequencies(D: int, theta: float, device: torch.device) -> Tensor:
     return frequencies
 
 
-def rope_reference(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tensor:
-    """Turn pair i of heads of x [B, T, ..., D] by position * theta^(-2i/D), in fp32; positions [T] or [B, T].
-
-    The torch form too: PyTorch has no operator for it.
+def angles_of(x: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles of the pairs in heads of x [B, T, ..., D], in the dtype that x is turned in: each
+    [(B,) T, 1 ..., D/2].
     """
     D = x.shape[-1]
-    angles = (positions.float()[..., None] * frequencies_of(D, theta, x.device)).to(wide(x).dtype)  # [(B,) T, D/2]
+    angles = (positions.float()[..., None] * frequencies_of(D, theta, x.device)).to(wide(x).dtype)
     angles = angles.view(*positions.shape, *[1] * (x.dim() - 3), D // 2)
-    cos, sin = angles.cos(), angles.sin()
+    return angles.cos(), angles.sin()
+
+
+def rope_reference(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> Tensor:
+    """Turn pair i of heads of x [B, T, ..., D] by position * theta^(-2i/D), in fp32; positions [T] or [B, T]."""
+    cos, sin = angles_of(x, positions, theta)
     a, b = wide(x).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -237,7 +222,7 @@ def rope_reference(x: Tensor, positions: Tensor, *, theta: float = 10000.0) -> T
 def rope_qkv_reference(
     qkv: Tensor, positions: Tensor, *, n_kv_head: int, head_dim: int, theta: float = 10000.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [B, T, (R + 2) K D] -> q [B, T, K R, D], k, v [B, T, K, D]; k and v are views. The torch form too."""
+    """qkv [B, T, (R + 2) K D] -> q [B, T, K R, D], k, v [B, T, K, D]; k and v are views."""
     R = qkv.shape[-1] // (n_kv_head * head_dim) - 2
     heads = qkv.unflatten(-1, (n_kv_head, R + 2, head_dim))
     qk, v = heads[:, :, :, : R + 1], heads[:, :, :, R + 1]
@@ -245,17 +230,41 @@ def rope_qkv_reference(
     return qk[:, :, :, :R].flatten(2, 3), qk[:, :, :, R], v
 
 
-def check(name: str, x: Tensor, positions: Tensor, head_dim: int) -> None:
-    """Raise KernelError unless the arguments that rope and rope_qkv share fit together."""
-    if head_dim <= 0 or head_dim % 2:
-        found = f"found heads of width {head_dim}"
-        raise KernelError(f"{name}: {found}, expected an even width: channels turn in pairs")
-    B, T = x.shape[:2]
-    if positions.dtype != torch.int64 or positions.shape not in ((T,), (B, T)) or positions.device != x.device:
-        raise KernelError(
-            f"{name}: found positions {positions.dtype} {tuple(positions.shape)} on {positions.device}, expected int64 "
-            f"({T},), or ({B}, {T}) for each token its own, on {x.device}"
+def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """x [B, T, K, R, D], turned, into out of the same shape; cos, sin [(B,) T, 1, 1, D/2]."""
+    (a, b), (left, right) = x.to(out.dtype).chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=left).sub_(b * sin)
+    torch.mul(b, cos, out=right).add_(a * sin)
+
+
+class StockRope(torch.autograd.Function):
+    """The torch form: rope_qkv_reference to the bit, without autograd's copies of what it splits and joins."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, positions: Tensor, theta: float, K: int, D: int) -> tuple[Tensor, ...]:
+        heads = qkv.unflatten(-1, (K, -1, D))
+        B, T, _, R, _ = heads[:, :, :, 2:].shape
+        angles = angles_of(heads, positions, theta)
+        ctx.save_for_backward(*angles)
+        q, k = (wide(qkv.new_empty(B, T, K, n, D)) for n in (R, 1))
+        turn(heads[:, :, :, :R], *angles, q)
+        turn(heads[:, :, :, R : R + 1], *angles, k)
+        return (
+            q.flatten(2, 3).to(qkv.dtype),
+            k.squeeze(3).to(qkv.dtype),
+            heads[:, :, :, R + 1].clone(memory_format=torch.contiguous_format),
         )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        (B, T, K, D), R = dk.shape, dq.shape[2] // dk.shape[2]
+        heads = wide(dk.new_empty(B, T, K, R + 2, D))
+        turn(dq.unflatten(2, (K, R)), cos, -sin, heads[:, :, :, :R])
+        turn(dk.unsqueeze(3), cos, -sin, heads[:, :, :, R : R + 1])
+        heads[:, :, :, R + 1] = dv
+        return heads.flatten(2).to(dk.dtype), None, None, None, None
 
 
 def rope_qkv(
@@ -267,24 +276,23 @@ def rope_qkv(
     last dimension that is not contiguous costs a copy).
     positions int64 [T], or [B, T] for each token its own (packed documents). Angles are position theta^(-2i/D) in
     fp32, and channels i and i + D/2 are turned in fp32. Returns q [B, T, K R, D], k, v [B, T, K, D] in the dtype of
-    qkv; torch and reference are the same, and their k and v are views. Differentiable once. impl: see
-    kernels/dispatch.py. Raises KernelError on arguments that do not fit together or a form that cannot run.
+    qkv; of the reference k and v are views. Differentiable once. impl: see kernels/dispatch.py. Raises KernelError on
+    arguments that do not fit together or a form that cannot run.
     """
     group = n_kv_head * head_dim
     if qkv.dim() != 3 or n_kv_head < 1 or head_dim < 1 or qkv.shape[-1] % group or qkv.shape[-1] < 3 * group:
         sizes = f"K = {n_kv_head}, D = {head_dim} and R at least 1"
         raise KernelError(f"rope_qkv: found qkv {tuple(qkv.shape)}, expected [B, T, (R + 2) K D] with {sizes}")
-    check("rope_qkv", qkv, positions, head_dim)
-    if choose(impl, "rope_qkv", device=qkv.device, dtype=qkv.dtype) == "triton":
+    if head_dim % 2:
+        raise KernelError(f"rope_qkv: found heads of width {head_dim}, expected an even width: channels turn in pairs")
+    B, T = qkv.shape[:2]
+    if positions.dtype != torch.int64 or positions.shape not in ((T,), (B, T)) or positions.device != qkv.device:
+        found = f"{positions.dtype} {tuple(positions.shape)} on {positions.device}"
+        expected = f"int64 ({T},), or ({B}, {T}) for each token its own, on {qkv.device}"
+        raise KernelError(f"rope_qkv: found positions {found}, expected {expected}")
+    form = choose(impl, "rope_qkv", device=qkv.device, dtype=qkv.dtype)
+    if form == "triton":
         return call(rope_qkv_op, qkv, positions, float(theta), n_kv_head, head_dim)
+    if form == "torch" and not torch.compiler.is_compiling():  # which makes one kernel of the reference by itself
+        return StockRope.apply(qkv, positions, theta, n_kv_head, head_dim)  # pyright: ignore[reportReturnType]
     return rope_qkv_reference(qkv, positions, n_kv_head=n_kv_head, head_dim=head_dim, theta=theta)
-
-
-def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, impl: str = "auto") -> Tensor:
-    """x [B, T, heads, D], any strides, turned as `rope_qkv` turns queries -> the same shape and dtype."""
-    if x.dim() != 4:
-        raise KernelError(f"rope: found x {tuple(x.shape)}, expected [B, T, heads, D]")
-    check("rope", x, positions, x.shape[-1])
-    if choose(impl, "rope", device=x.device, dtype=x.dtype) == "triton":
-        return call(rope_op, x, positions, float(theta), False)
-    return rope_reference(x, positions, theta=theta)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import KernelError, cdiv, choose, empty_like, interpretable, padded, readable, rounded, wide
 from kernels.plan import Plan, planned
@@ -135,10 +136,28 @@ def swiglu_op(x: Tensor) -> Tensor:
     return run_forward(x, shape=(*x.shape[:-1], x.shape[-1] // 2))
 
 
+class EvenAndOdd(torch.autograd.Function):
+    """x [..., 2 F] -> its even and its odd channels, [..., F] each and contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(c.clone(memory_format=torch.contiguous_format) for c in x.unflatten(-1, (-1, 2)).unbind(-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, even: Tensor, odd: Tensor) -> Tensor:
+        if even.dtype in (torch.float32, torch.float64):  # four times as fast as torch.stack on a CPU
+            return torch.view_as_real(torch.complex(even, odd)).flatten(-2)
+        return torch.stack((even, odd), dim=-1).flatten(-2)
+
+
 def stock(x: Tensor) -> Tensor:
     """PyTorch's own operators."""
-    gate, up = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return F.silu(gate.contiguous()) * up  # contiguous: twice as fast on a CPU
+    if torch.compiler.is_compiling():  # which joins these by itself
+        gate, up = x.unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        gate, up = EvenAndOdd.apply(x)  # pyright: ignore[reportGeneralTypeIssues]
+    return F.silu(gate) * up
 
 
 def swiglu_reference(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from llm.cluster.script import run_alone
+from llm.cluster.script import own_options, run_alone
 from llm.config import RunConfig
 from llm.config.parse import parse_config
 from llm.errors import InputError, require
@@ -30,10 +30,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--gpu", default="NVIDIA H100 80GB HBM3")
     parser.add_argument("--peak-tflops", type=float)
     parser.add_argument("--mfu", type=float, default=0.4)
-    try:
-        own, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error}; --help lists the options") from error
+    own, rest = own_options(parser, argv)
     require(own.gpus >= 1, f"--gpus is {own.gpus}; expected at least 1")
     require(0 < own.mfu <= 1, f"--mfu is {own.mfu}; expected above 0 and at most 1, such as 0.4")
     require(own.peak_tflops is None or own.peak_tflops > 0, f"--peak-tflops is {own.peak_tflops}; expected above 0")

@@ -17,11 +17,11 @@ from dataclasses import replace
 
 from llm.cluster.preflight import check_machine
 from llm.cluster.ranks import Ranks, choose_device, export, strip_local_rank
-from llm.cluster.script import run_script
+from llm.cluster.script import own_options, run_script
 from llm.cluster.signals import Stop
 from llm.config.parse import parse_config
 from llm.config.sections import CheckpointConfig, LoggingConfig, ProfileConfig
-from llm.errors import InputError, require
+from llm.errors import require
 
 WARM_UP = 3
 
@@ -36,10 +36,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="Folders of profiles; runs nothing.")
     if "--help" in argv or "-h" in argv:
         parser.print_help()
-    try:
-        own, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error}; --help lists the options") from error
+    own, rest = own_options(parser, argv)
     require(1 <= own.steps <= 100, f"--steps is {own.steps}; expected 1 to 100")
     return own, rest
 

@@ -18,7 +18,7 @@ import os
 
 from llm.cluster.hostfile import read_hostfile
 from llm.cluster.ranks import strip_local_rank
-from llm.cluster.script import run_alone
+from llm.cluster.script import own_options, run_alone
 from llm.config import RunConfig
 from llm.config.parse import parse_config
 from llm.errors import InputError, require
@@ -36,10 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--restarts", type=int, default=3, metavar="N", help="in a row that bring no newer checkpoint (default: 3)")
     add("--wait", type=float, default=5, metavar="S", help="seconds before a restart, doubled up to 300 (default: 5)")
     add("--host-wait", type=float, default=300, metavar="S", help="seconds for a host to answer (default: 300)")
-    try:
-        options, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error}; --help lists the options") from error
+    options, rest = own_options(parser, argv)
     require(not rest, f"{' '.join(rest)} is no option; --help lists them; the command comes after --")
     require(min(vars(options).values()) >= 0, f"a number is below 0 in {' '.join(argv)}; expected 0 or more")
     return options

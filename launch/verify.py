@@ -18,9 +18,9 @@ import os
 
 from llm.cluster.preflight import check_machine
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
-from llm.cluster.script import run_script
+from llm.cluster.script import own_options, run_script
 from llm.config.parse import parse_config
-from llm.errors import InputError, require
+from llm.errors import require
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -31,10 +31,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", type=Path, metavar="PATH", help="The report (default: runs/<name>/verify.json).")
     if "--help" in argv or "-h" in argv:
         parser.print_help()
-    try:
-        own, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error}; --help lists the options") from error
+    own, rest = own_options(parser, argv)
     require(own.steps >= 1, f"--steps is {own.steps}; expected at least 1")
     return own, rest
 

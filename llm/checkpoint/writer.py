@@ -15,9 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llm import files
 from llm.checkpoint.manifest import FileEntry, Manifest, Piece, Stored, TensorEntry, merge
@@ -192,28 +192,30 @@ def _write_rank(partial: Path, step: int, rank: int, pieces: Iterable[Piece]) ->
     """Write this rank's pieces in files of about SHARD_BYTES, and its report."""
     prefix = f"rank-{rank:05d}"
     parts = [Manifest(step, {}, {})]
-    some = (_finite(piece, partial.parent, step, rank) for piece in pieces if len(piece.data))
+    some = (piece for piece in pieces if len(piece.data))
     for number, shard in enumerate(files.by_size(some, lambda piece: piece.data.nbytes, SHARD_BYTES)):
-        parts.append(_write_shard(partial, f"{prefix}-{number:05d}.safetensors", step, shard))
+        # Each is looked at right before it is hashed and written: while it is in the processor's cache.
+        finite = (_finite(piece, partial.parent, step, rank) for piece in shard)
+        parts.append(_write_shard(partial, f"{prefix}-{number:05d}.safetensors", step, shard, finite))
         shard.clear()  # before the next one is gathered
     files.create_bytes(partial / f"{prefix}.json", merge(parts).to_json().encode())
 
 
-def _finite(piece: Piece, root: Path, step: int, rank: int) -> Piece:
-    """The piece, on the CPU; CheckpointError if a value of it is not finite."""
-    piece = replace(piece, data=piece.data.cpu())
-    low, high = map(float, piece.data.aminmax())  # both NaN if any value is
+def _finite(piece: Piece, root: Path, step: int, rank: int) -> Tensor:
+    """The piece's data on the CPU; CheckpointError if a value of it is not finite."""
+    data = piece.data.cpu()
+    low, high = map(float, data.aminmax())  # both NaN if any value is
     if not -inf < low <= high < inf:
         raise CheckpointError(
             f"step {step} is not saved: rank {rank} has values of {piece.name} ({piece.kind}) that are not finite; "
             f"{last_good(root, step)}: start again, with a lower optim.lr or optim.grad_clip if it comes back; "
             "if always on one rank, suspect its GPU or memory"
         )
-    return piece
+    return data
 
 
-def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Manifest:
-    """Write one safetensors file of the pieces."""
+def _write_shard(partial: Path, file: str, step: int, shard: list[Piece], tensors: Iterator[Tensor]) -> Manifest:
+    """Write one safetensors file of the pieces, whose data are `tensors`."""
     shapes: dict[str, list[int]] = {}
     parts = []
     for piece in shard:
@@ -222,7 +224,7 @@ def _write_shard(partial: Path, file: str, step: int, shard: list[Piece]) -> Man
         stored = Stored(file, key, part.dim, part.start, part.stop, offset=piece.start, length=len(piece.data))
         shapes[key] = [stored.length]
         parts.append(Manifest(step, {}, {(piece.name, piece.kind): TensorEntry(part.global_shape, (stored,))}))
-    entry = FileEntry(*files.create_safetensors(partial / file, torch.float32, shapes, (p.data for p in shard)))
+    entry = FileEntry(*files.create_safetensors(partial / file, torch.float32, shapes, tensors))
     return merge([Manifest(step, {file: entry}, {}), *parts])
 
 

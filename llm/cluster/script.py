@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -75,3 +76,14 @@ def run_alone(action: Callable[[list[str]], None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def own_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """A script's own options, and its other arguments. Raises InputError on a value that an option cannot have.
+
+    parser: made with exit_on_error=False.
+    """
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}; --help lists the options") from error

@@ -7,7 +7,7 @@ function states the model of its estimate. Gains are of the profiled step, and o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from statistics import median_low
+from statistics import mean, median_low
 from typing import NamedTuple, TypeAlias
 
 from llm.page import in_bytes
@@ -96,30 +96,32 @@ def roofline_ms(record: Record, name: str) -> float:
     return max(ratio(part.flops, machine.matmul_tflops * 1e9), ratio(part.bytes, machine.copy_gbs * 1e6))
 
 
-def busy_ms(record: Record) -> float:
-    """The rank's step without what it waits for: other ranks and its loader."""
-    waits = sum(collective.exposed_ms for collective in record.collectives) + record.loader.wait_ms
-    return max(0.0, record.step_ms - waits)
-
-
 def overhead_ms(record: Record) -> float:
     """What the profiler adds to a step: to the host's time for each operation."""
     return max(0.0, record.step_ms - record.unprofiled_step_ms)
 
 
 def slow_rank(records: Records) -> Iterator[Finding]:
-    """A rank is busy for longer than the others, which wait for it. Gain: the difference from the lower median."""
-    slowest = max(records, key=busy_ms)
-    excess = busy_ms(slowest) - usual(records, busy_ms)
+    """A rank is busy for longer than the others, which wait for it.
+
+    Gain: the difference from the lower median, of three in four steps at least: what is slow once is chance.
+    """
+
+    def excess(record: Record) -> float:
+        usually = map(median_low, zip(*(other.busy_ms for other in records), strict=True))
+        over = sorted(own - other for own, other in zip(record.busy_ms, usually, strict=True))
+        return over[len(over) // 4]
+
+    slowest = max(records, key=excess)
 
     def over(name: str) -> float:
         return part_ms(slowest, name) - usual(records, lambda record: part_ms(record, name))
 
-    if excess > 0:
+    if (gain := excess(slowest)) > 0:
         part = max(part_names(records), key=over, default="all parts")
         where = f"rank {slowest.rank} on {slowest.host}, most of all in {part}"
         advice = "compare this host's clocks, temperature and other processes; leave it out of the hostfile if it stays"
-        yield finding(records, "slow rank", where, busy_ms(slowest), excess, advice)
+        yield finding(records, "slow rank", where, mean(slowest.busy_ms), gain, advice)
 
 
 def slow_loader(records: Records) -> Iterator[Finding]:

@@ -146,6 +146,9 @@ class Record:
     """Mean wall time of the profiled steps."""
     unprofiled_step_ms: float
     """That of as many steps right before; the profiler's overhead is the ratio less 1."""
+    busy_ms: tuple[float, ...]
+    """Of each profiled step, without what the rank waited for: other ranks and its loader. On a GPU one mean of all,
+    since the host's steps are not the GPU's."""
     machine: Machine
     parts: tuple[Part, ...]
     unattributed_ms: float

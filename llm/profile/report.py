@@ -13,7 +13,6 @@ from llm.errors import CheckpointError, InputError, require
 from llm.profile.bottlenecks import (
     Records,
     bottlenecks,
-    busy_ms,
     overhead_ms,
     part_ms,
     part_names,
@@ -92,7 +91,7 @@ def summary(records: Records) -> dict[str, Any]:
             {
                 "rank": record.rank,
                 "host": record.host,
-                "busy_ms": busy_ms(record),
+                "busy_ms": fmean(record.busy_ms),
                 "collectives_ms": sum(collective.exposed_ms for collective in record.collectives),
                 "loader_ms": record.loader.wait_ms,
             }

@@ -249,6 +249,8 @@ class Analysis:
     ops: tuple[Op, ...]
     wall_ms: float
     """Of the steps' ranges."""
+    exposed_ms: tuple[float, ...]
+    """Of all collectives that began in a step, for each step."""
 
 
 def analyse(
@@ -282,9 +284,10 @@ def analyse(
     ops = [Op(n, p or "none", c / count, ms * per) for (n, p), (c, ms) in sweep.ops.items() if not n.startswith(PREFIX)]
     unattributed = sum(passed for (part, _), passed in sweep.times.items() if part is None)
     wall = sum(end - start for start, end in sweep.steps)
+    collectives, exposed = _collectives(under_way, sweep, kernels)
     return Analysis(
-        parts, unattributed * per, _collectives(under_way, sweep, kernels, count), _host(sweep, kernels, hidden),
-        _syncs(sweep, places), tuple(sorted(ops, key=lambda op: -op.ms)[:20]), wall * per,
+        parts, unattributed * per, collectives, _host(sweep, kernels, hidden), _syncs(sweep, places),
+        tuple(sorted(ops, key=lambda op: -op.ms)[:20]), wall * per, exposed,
     )  # fmt: skip
 
 
@@ -330,19 +333,23 @@ def _nccl(kernels: list[Event]) -> list[UnderWay]:
     return found
 
 
-def _collectives(under_way: list[UnderWay], sweep: Sweep, kernels: list[Event], count: int) -> tuple[Collective, ...]:
+def _collectives(
+    under_way: list[UnderWay], sweep: Sweep, kernels: list[Event]
+) -> tuple[tuple[Collective, ...], tuple[float, ...]]:
+    """What they take in a step by kind, and the exposed time of all of them in each step."""
     idle = union((start, end) for start, end, _, _ in sweep.idle)
     voting = union((start, end) for start, end, part, _ in sweep.idle if part == "collectives")
     busy = union((k["ts"], k["ts"] + k["dur"]) for k in kernels if not k["name"].startswith("nccl"))
     sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0] * 4)
+    exposed = [0.0] * len(sweep.steps)
     for c in under_way:
         length, hidden = c.end - c.start, overlap(busy, c.start, c.end)
         free = overlap(voting if c.vote else idle, c.start, c.end) if c.on_host else length - hidden
+        exposed[max(0, bisect_right(sweep.steps, (c.start, float("inf"))) - 1)] += free * 1e-3
         for i, value in enumerate((1.0, length * 1e-3, free * 1e-3, c.bytes)):
             sums[c.name, c.group_size][i] += value
-    return tuple(
-        Collective(name, size, *(value / count for value in values)) for (name, size), values in sorted(sums.items())
-    )
+    per_step = [(kind, [value / len(exposed) for value in values]) for kind, values in sorted(sums.items())]
+    return tuple(Collective(name, size, *values) for (name, size), values in per_step), tuple(exposed)
 
 
 def _host(sweep: Sweep, kernels: list[Event], hidden: list[Span]) -> Host:

@@ -10,8 +10,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeVar
 
 import torch
@@ -47,9 +48,10 @@ class Window:
     before: int = 0
     """Steps timed before the first."""
     before_seconds: float = 0.0
-    profiled_seconds: float = 0.0
-    waited: float = 0.0
-    """For the loader."""
+    profiled: list[float] = field(default_factory=list[float])
+    """Of each step."""
+    waited: list[float] = field(default_factory=list[float])
+    """For the loader, in each profiled step."""
     recording: profile | None = None
     machine: Machine | None = None
 
@@ -113,8 +115,8 @@ class Profiler:
         first, last = number == window.first, number == window.last
         with self._ranges():
             result, seconds = self._timed(lambda: self._in_step(number, action, wait=last), first=first, last=last)
-        window.profiled_seconds += seconds
-        window.waited += run.feed.wait_seconds - waited
+        window.profiled.append(seconds)
+        window.waited.append(run.feed.wait_seconds - waited)
         if last and window.recording is not None:
             run.heartbeat.enter("profile")
             recording, window.recording = window.recording, None
@@ -207,13 +209,15 @@ class Profiler:
         found = analyse(events, sizes, self._attention_flops(phase), places)
         assert window.machine is not None
         tokens = phase.global_batch_size * phase.seq_len
+        steps = zip(window.profiled, window.waited, found.exposed_ms, strict=True)
+        busy = [max(0.0, (seconds - waited) * 1e3 - exposed) for seconds, waited, exposed in steps]
         return Record(
             run.mesh.rank, run.mesh.world_size, socket.gethostname(),
             torch.cuda.get_device_name(run.device) if self.on_gpu else "cpu",
             self._layout(phase), (window.first, window.last), Tokens(tokens // run.mesh.dp_size, tokens),
-            window.profiled_seconds / window.steps * 1e3, window.before_seconds / window.before * 1e3,
-            window.machine, found.parts, found.unattributed_ms, found.collectives, found.host, found.syncs, found.ops,
-            Loader(window.waited / window.steps * 1e3), memory,
+            mean(window.profiled) * 1e3, window.before_seconds / window.before * 1e3,
+            (mean(busy),) if self.on_gpu else tuple(busy), window.machine, found.parts, found.unattributed_ms,
+            found.collectives, found.host, found.syncs, found.ops, Loader(mean(window.waited) * 1e3), memory,
         )  # fmt: skip
 
     def _layout(self, phase: Phase) -> dict[str, str | int]:

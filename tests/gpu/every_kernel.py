@@ -41,7 +41,6 @@ def of_rows(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             yield activations.case(device, dtype, function, 66, C)
             yield activations.case(device, dtype, function, 66, C, strided=True)
     yield rope.case(device, dtype, 2, 33, 2, 3, 40)
-    yield rope.of_queries(device, dtype, 2, 33, 5, 40)
 
 
 def of_vocabulary(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:

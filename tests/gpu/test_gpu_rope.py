@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.rope import case
-from kernels.rope import rope, rope_qkv
+from kernels.rope import rope_qkv
 from rounding import DTYPES, GPU, GPU_ONLY, check, check_repeats_and_compiles
 
 pytestmark = GPU_ONLY
@@ -18,9 +18,7 @@ pytestmark = GPU_ONLY
 @pytest.mark.parametrize("first", [0, 1_000_000])
 def test_rope_qkv(first: int, B: int, T: int, K: int, R: int, D: int, dtype: torch.dtype) -> None:
     example = case(GPU, dtype, B, T, K, R, D, first=first)
-    turned, *_ = check(example, dtype)
-    q = example.tensors[0].unflatten(-1, (K, R + 2, D))[:, :, :, :R].flatten(2, 3)
-    assert torch.equal(rope(q, torch.arange(T, device=GPU) + first, impl="triton"), turned)
+    check(example, dtype)
 
 
 def test_repeats_and_compiles_whole() -> None:

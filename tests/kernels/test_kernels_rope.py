@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.dispatch import KernelError
-from kernels.rope import HEADS, rope, rope_op, rope_qkv, rope_qkv_backward_op, rope_qkv_op, rope_qkv_reference
+from kernels.rope import HEADS, rope_qkv, rope_qkv_backward_op, rope_qkv_op, rope_qkv_reference, rope_reference
 
 # B, T, K, R, D: one token, an odd half width, more heads than a program takes, tiles of tokens across samples, grouped
 # queries, one key/value head, none at all.
@@ -71,7 +71,7 @@ def test_turning_is_what_the_paper_says() -> None:
     q, k = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
 
     def at(x: Tensor, p: int) -> Tensor:
-        return rope(x, torch.tensor([p]), theta=100.0, impl="reference")
+        return rope_reference(x, torch.tensor([p]), theta=100.0)
 
     torch.testing.assert_close((at(q, 9) * at(k, 4)).sum(), (at(q, 25) * at(k, 20)).sum(), rtol=1e-5, atol=1e-5)
     one = torch.zeros(8).double()
@@ -144,24 +144,23 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("which", ["transposed", "heads first", "last dimension strided", "rows of a wider tensor"])
-def test_strides_change_nothing(which: str) -> None:
+def test_strides_change_nothing(which: str, impl: str) -> None:
     qkv, positions, gradients, sizes = inputs((2, 5, 2, 2, 12))
-    function = form("triton", torch.stack([positions, positions], -1)[:, 0], sizes)
+    function = form(impl, torch.stack([positions, positions], -1)[:, 0], sizes)
     plain = run(function, qkv, gradients)
     for n in range(3):
         mixed = [layouts(g)[which] if i <= n else g for i, g in enumerate(gradients)]
         for mine, theirs in zip(run(function, layouts(qkv)[which], mixed), plain, strict=True):
             assert torch.equal(mine, theirs)
-    x = gradients[0]
-    turned = rope(layouts(x)[which], positions, impl="triton")
-    assert torch.equal(turned, rope(x, positions, impl="triton"))
 
 
-def test_expanded_and_missing_gradients() -> None:
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_expanded_and_missing_gradients(impl: str) -> None:
     qkv, positions, gradients, sizes = inputs((2, 5, 2, 2, 12))
     qkv.requires_grad_()
-    out = form("triton", positions, sizes)(qkv)
+    out = form(impl, positions, sizes)(qkv)
     for scale in (torch.tensor(0.5), torch.randn(12)):
         expanded = [scale.expand(o.shape) for o in out]
         mine = torch.autograd.grad(out, qkv, expanded, retain_graph=True)[0]
@@ -172,17 +171,6 @@ def test_expanded_and_missing_gradients() -> None:
         zeros = [g if i == n else torch.zeros_like(g) for i, g in enumerate(gradients)]
         (theirs,) = torch.autograd.grad(out, qkv, zeros, retain_graph=True)
         assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_rope_alone_is_that_of_the_queries(impl: str) -> None:
-    qkv, positions, gradients, sizes = inputs((2, 9, 4, 2, 10))
-    q = qkv.unflatten(-1, (4, 4, 10))[:, :, :, :2].flatten(2, 3).requires_grad_()
-    alone = rope(q, positions, impl=impl)
-    whole = run(form(impl, positions, sizes), qkv, gradients)
-    assert torch.equal(alone, whole[0])
-    (dq,) = torch.autograd.grad(alone, q, gradients[0])
-    assert torch.equal(dq, whole[3].unflatten(-1, (4, 4, 10))[:, :, :, :2].flatten(2, 3))
 
 
 def test_random_shapes() -> None:
@@ -199,15 +187,14 @@ def test_opcheck() -> None:
     qkv, positions, gradients, _ = inputs((2, 5, 2, 2, 12))
     torch.library.opcheck(rope_qkv_backward_op, (*gradients, positions, 1e4))
     torch.library.opcheck(rope_qkv_op, (qkv.requires_grad_(), positions, 1e4, 2, 12))
-    torch.library.opcheck(rope_op, (gradients[0].requires_grad_(), positions, 1e4, False))
 
 
-def test_compiles_whole_and_recomputes() -> None:
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_compiles_whole_and_recomputes(impl: str) -> None:
     qkv, positions, gradients, sizes = inputs((2, 5, 2, 2, 12))
 
     def function(qkv: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = rope_qkv(qkv, positions, **sizes, impl="triton")
-        return rope(q, positions, impl="triton"), k, v
+        return rope_qkv(qkv, positions, **sizes, impl=impl)
 
     eager = run(function, qkv, gradients)
     others = {
@@ -237,5 +224,3 @@ def test_wrong_arguments_are_named() -> None:
         rope_qkv(qkv, positions.int(), **sizes)
     with pytest.raises(KernelError, match="float64, expected float32"):
         rope_qkv(qkv.double(), positions, **sizes, impl="triton")
-    with pytest.raises(KernelError, match=r"found x \(2, 5, 96\), expected \[B, T, heads, D\]"):
-        rope(qkv, positions)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kernels.rope import rope
+from kernels.rope import rope_reference
 from llm.config import ModelConfig
 from llm.model.cache import KVCache
 from llm.model.gpt import GPT, Recompute
@@ -110,11 +110,11 @@ def test_rotation_depends_on_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 32).unbind(0)
 
     def product(i: int, j: int) -> torch.Tensor:
-        at = lambda x, p: rope(x, torch.tensor([p]))  # noqa: E731
+        at = lambda x, p: rope_reference(x, torch.tensor([p]))  # noqa: E731
         return (at(q, i) * at(k, j)).sum()
 
     torch.testing.assert_close(product(3, 1), product(103, 101), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(rope(q, torch.tensor([0])), q)
+    torch.testing.assert_close(rope_reference(q, torch.tensor([0])), q)
 
 
 def gradients(model: GPT, samples: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

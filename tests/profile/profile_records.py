@@ -19,8 +19,9 @@ def record(rank: int = 0, world: int = 2, **changed: Any) -> Record:
     parts += [Part(name, ms, 0, 0, 0, 0, ms * 8e6) for name, ms in STEP.items()]
     whole = Record(
         rank=rank, world=world, host=f"node{rank}", device="cpu", layout=dict(LAYOUT), steps=(5, 9),
-        tokens_per_step=Tokens(512, 512 * world), step_ms=75.0, unprofiled_step_ms=73.0, machine=Machine(1.0, 10.0),
-        parts=tuple(parts), unattributed_ms=0.5, collectives=(Collective("all_reduce", 2, 3, 5.0, 1.0, 4e6),),
+        tokens_per_step=Tokens(512, 512 * world), step_ms=75.0, unprofiled_step_ms=73.0,
+        busy_ms=(73.8,) * 5, machine=Machine(1.0, 10.0), parts=tuple(parts),
+        unattributed_ms=0.5, collectives=(Collective("all_reduce", 2, 3, 5.0, 1.0, 4e6),),
         host_time=Host(900, 4.0, 3.0), syncs=(Sync("llm/train/engines/shared.py:60", 1, 0.1),),
         ops=(Op("aten::addmm", "feed_forward", 32, 20.0), Op("aten::native_layer_norm", "norm", 9, 2.0),
              Op("aten::add_", "qkv", 100, 0.3)),
@@ -36,7 +37,10 @@ def longer(part: str, ms: float, found: Record, field: str = "forward_ms") -> Re
     parts = tuple(
         replace(each, **{field: getattr(each, field) + ms}) if each.name == part else each for each in found.parts
     )
-    return replace(found, parts=parts, step_ms=found.step_ms + ms, unprofiled_step_ms=found.unprofiled_step_ms + ms)
+    busy = tuple(each + ms for each in found.busy_ms)
+    return replace(
+        found, parts=parts, step_ms=found.step_ms + ms, unprofiled_step_ms=found.unprofiled_step_ms + ms, busy_ms=busy
+    )
 
 
 def waiting(ms: float, found: Record) -> Record:

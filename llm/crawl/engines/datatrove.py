@@ -50,7 +50,8 @@ class Datatrove:
         while left := [task for task in tasks if not task.path(".json").exists()]:
             progress(sum(task.size for task in tasks) - sum(task.size for task in left))
             if kind != "slurm" or (ended is not None and time.monotonic() - ended > LATE):
-                raise InputError(f"{left[0]} and {len(left) - 1} more did not finish: see {self._logs / stage}")
+                more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+                raise InputError(f"{left[0]}{more} did not finish: see {self._logs / stage}")
             time.sleep(POLL)
             queued = subprocess.run(["squeue", "-h", "-j", str(executor.job_id)], capture_output=True, text=True)
             ended = None if queued.stdout.strip() else ended or time.monotonic()

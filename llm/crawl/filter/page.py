@@ -61,7 +61,7 @@ class Statistics(NamedTuple):
     @classmethod
     def of(cls, counts: list[int], repeated: list[int]) -> Statistics:
         """What the extension returns; `repeated` is empty where n-grams were not asked for."""
-        return cls(*counts, tuple(repeated[: len(TOP)]), tuple(repeated[len(TOP) :]))
+        return cls._make([*counts, tuple(repeated[: len(TOP)]), tuple(repeated[len(TOP) :])])
 
 
 class Tokenizer(NamedTuple):

@@ -19,18 +19,13 @@ class Urls:
 
     def __init__(self, config: UrlRule) -> None:
         """Raises InputError where a list cannot be read, or publicsuffixlist is missing."""
-        try:
-            from publicsuffixlist import PublicSuffixList
-        except ImportError as error:
-            raise InputError(f"filter.rules has url: pip install 'ingot[crawl]' ({error})") from error
-        # The snapshot that the package brings along. Registries' suffixes only: blogs.example.com is example.com's.
-        self._suffixes: Any = PublicSuffixList(only_icann=True)
         self._most = config.max_soft_words
         self._domains, self._urls = _entries(config.domains), _entries(config.urls)
         plain = (
             {OTHER.sub("", entry.lower()) for entry in _entries(path)} for path in (config.words, config.soft_words)
         )
         self._words, self._soft_words = plain
+        self._suffixes = _suffixes() if self._domains else None
         parts = sorted({OTHER.sub("", entry.lower()) for entry in _entries(config.parts)} - {""})
         self._parts = re.compile("|".join(parts)) if parts else None
 
@@ -43,7 +38,7 @@ class Urls:
             host = (urlsplit(url if "//" in url else f"//{url}").hostname or "").rstrip(".")
         except ValueError:  # a broken IPv6 address
             host = ""
-        if self._domains and self._suffixes.privatesuffix(host) in self._domains:
+        if self._suffixes and self._suffixes.privatesuffix(host) in self._domains:
             return "domain"
         if host in self._domains:
             return "host"
@@ -56,6 +51,15 @@ class Urls:
         if len(words & self._soft_words) > self._most:
             return "soft_words"
         return "part" if self._parts and self._parts.search(OTHER.sub("", lower)) else ""
+
+
+def _suffixes() -> Any:
+    """The public suffix list that the package brings along, the registries' part: all of blogspot.com is one domain."""
+    try:
+        from publicsuffixlist import PublicSuffixList
+    except ImportError as error:
+        raise InputError(f"filter.url.domains is given: pip install 'ingot[crawl]' ({error})") from error
+    return PublicSuffixList(only_icann=True)
 
 
 def _entries(path: str) -> set[str]:

@@ -14,6 +14,4 @@ def tables(path: Path, *columns: str) -> Iterator[pa.Table]:
     """The documents of a part, as many at a time as were written at once. Raises InputError where it is damaged."""
     with opened(path) as file:
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns, use_threads=False)
-            if table.num_rows:
-                yield table
+            yield file.read_row_group(group, columns, use_threads=False)

@@ -101,7 +101,7 @@ def _merged(merges: list[tuple[bytes, bytes]]) -> tokenizers.Tokenizer:
     """The tokenizer of these merges, its ids in the order of `tokenizers`: the end token, bytes, merges."""
     characters = {byte: character for character, byte in BYTES.items()}
     spelled = [("".join(characters[byte] for byte in a), "".join(characters[byte] for byte in b)) for a, b in merges]
-    vocabulary = dict.fromkeys([END_OF_DOCUMENT, *sorted(BYTES), *(a + b for a, b in spelled)])
+    vocabulary = dict.fromkeys([END_OF_DOCUMENT, *BYTES, *(a + b for a, b in spelled)])
     inner = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, spelled))
     inner.add_special_tokens([END_OF_DOCUMENT])
     return inner

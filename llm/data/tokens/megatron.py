@@ -62,7 +62,7 @@ class TokenWriter:
             raise InputError(f"a document has {self._open} tokens; expected between 1 and 2^31 - 1")
         if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(self.dtype).max):
             raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
-        self._ids.write(tokens.astype(self.dtype).tobytes())
+        self._ids.write(np.ascontiguousarray(tokens, self.dtype).data)
         self.tokens += int(tokens.size)
         if ends:
             self._lengths.write(struct.pack("<i", self._open))

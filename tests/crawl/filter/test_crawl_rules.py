@@ -113,6 +113,13 @@ def test_c4_leaves_lines_out() -> None:
     assert asked("c4", PROSE + "\na " + "b" * 1001 + " c d.")[1].text == PROSE
 
 
+def test_rules_see_what_earlier_ones_left_of_a_text() -> None:
+    found = document(PROSE + "\nThe menu" * 20)
+    assert Filter(FilterConfig(rules=("gopher_quality", "fineweb"))).refusal(document(found.text), Counts())
+    assert not Filter(FilterConfig(rules=("gopher_quality", "c4", "fineweb"))).refusal(found, Counts())
+    assert found.text == PROSE
+
+
 @pytest.mark.parametrize(
     ("text", "reason", "language"),
     [
@@ -177,7 +184,15 @@ def test_pii_is_masked() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a" * 500_000 + "@", "@" * 500_000, "a@" + "b." * 250_000, "1." * 250_000, "2001:" * 100_000]
+    "text",
+    [
+        "a" * 500_000 + "@",
+        "@" * 500_000,
+        "a@" + "b." * 250_000,
+        "1." * 250_000,
+        "a." * 100_000 + "@ x@y.org",
+        "2001:" * 100_000,
+    ],
 )
 def test_pii_takes_a_moment_on_any_text(text: str) -> None:
     assert asked("pii", text)[0] == ""

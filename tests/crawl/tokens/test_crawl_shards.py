@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tokens_corpus import ROOT, STRANGE, Corpus
 from chosen import slow_but
 from llm.config.parse import parse_config
 from llm.crawl.dedup.clusters import split_of_cluster
+from llm.crawl.documents import SCHEMA, write_documents
 from llm.crawl.tasks import Task, run_task
 from llm.crawl.tokens.encode import Encoder
 from llm.crawl.tokens.settings import TokenizeConfig, TokenizerConfig
@@ -152,14 +154,18 @@ def test_a_mismatch_stops_the_job_and_names_the_document(corpus: Corpus, monkeyp
 
 def test_documents_are_checked_across_row_groups(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
     work, task = prepared(corpus)
-    table = pq.read_table(corpus.parts[0])
+    table = pq.read_table(corpus.parts[0]).slice(1)  # the first is long now
     pq.write_table(table, corpus.parts[0], row_group_size=4)
+    work._encoder(task.inputs[1])  # with what every tokenizer is tried with
     seen = list[str]()
     monkeypatch.setattr(Encoder, "check", lambda self, text, found, name: seen.append(text))
     monkeypatch.setattr("llm.crawl.tokens.shards.CHECKED", 3)
+    monkeypatch.setattr("llm.crawl.tokens.shards.LARGEST", 2_000)
     run_task(work, task)
-    every = [d.text for d in corpus.documents if d.id >> 32 == 0]
-    assert seen[-len(every[::3]) :] == every[::3]  # after those that every tokenizer is tried with
+    every = [d.text for d in corpus.documents if d.id >> 32 == 0][1:]
+    expected = [text for text in every[::3] if len(text.encode()) <= 2_000]
+    assert len(expected) < len(every[::3])
+    assert seen == expected
 
 
 def test_a_full_disk_leaves_nothing(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
@@ -172,6 +178,15 @@ def test_a_full_disk_leaves_nothing(corpus: Corpus, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="is full; make room"):
         run_task(work, task)
     assert not [path for path in task.folder.iterdir() if path.suffix in (".tmp", ".json")]
+
+
+def test_parts_without_documents(corpus: Corpus):
+    usual = corpus.tokenise("usual")
+    empty = tuple(corpus.out / f"{name}.parquet" for name in ("nothing", "no-row-group"))
+    write_documents(empty[0], [])
+    pq.ParquetWriter(empty[1], SCHEMA).close()
+    more = replace(corpus, parts=(empty[0], *corpus.parts, empty[1])).tokenise("more")
+    assert contents(more) == contents(usual)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.9])

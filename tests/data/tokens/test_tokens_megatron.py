@@ -164,14 +164,14 @@ def test_no_byte_sequence_confuses_the_reader(tmp_path: Path, data: st.DataObjec
 
 def test_many_documents_at_once_are_as_one_by_one(tmp_path: Path):
     documents = [[1, 2, 3], [], [65535], [7, 8]]
-    write(tmp_path / "a", [[*document, 9] for document in documents])
+    write(tmp_path / "a", [[*document, 300] for document in documents])
     with TokenWriter.open(tmp_path / "b", "uint16") as writer:
-        writer.add_documents([], 9)
-        writer.add_documents([np.array(document, np.uint32) for document in documents[:3]], 9)
-        writer.add_documents([np.array(documents[3], np.uint32)], 9)
+        writer.add_documents([], 300)
+        writer.add_documents([np.array(document, np.uint32) for document in documents[:3]], 300)
+        writer.add_documents([np.array(documents[3], np.uint32)], 300)
         assert (writer.tokens, writer.documents) == (10, 4)
         with pytest.raises(ValueError, match="do not fit"):
-            writer.add_documents([np.array([65536], np.uint32)], 9)
+            writer.add_documents([np.array([65536], np.uint32)], 300)
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"b.{suffix}").read_bytes() == (tmp_path / f"a.{suffix}").read_bytes()
 
