@@ -1,18 +1,24 @@
 """The whole chain on more and more HTML, with one process and with several: seconds of each stage, and memory."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from benchmarks.crawl.noise import inflated, write_warcs
 from benchmarks.crawl.pages import Page
 from benchmarks.crawl.stages import ROOT, SEED, VOCABULARY, up_to
 from benchmarks.report import Record
 from llm.crawl.report.totals import read_totals
+
+SAMPLED = 0.1  # seconds between two looks at the memory
 
 
 def grow(
@@ -58,15 +64,23 @@ def write_counted(folder: Path, pages: Sequence[Page], size: int) -> Iterator[in
 
 
 def chain(arguments: list[str]) -> Record:
-    """Run it; wall and CPU seconds, and MB of the largest process."""
-    began = time.perf_counter()
+    """Run it; wall and CPU seconds, and MB of the largest of its processes."""
+    began, cpu, peak = time.perf_counter(), children_seconds(), 0.0
     process = subprocess.Popen([sys.executable, "launch/prepare_data.py", "all", *arguments], cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess, OSError):
+            for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+                peak = max(peak, one.memory_info().rss / 1e6)
+        time.sleep(SAMPLED)
     if process.returncode:
         raise RuntimeError(f"prepare_data.py all {' '.join(arguments)} ended with {process.returncode}")
-    cpu = usage.ru_utime + usage.ru_stime
-    return {"wall_s": time.perf_counter() - began, "cpu_s": cpu, "peak_mb": usage.ru_maxrss / 1e3}
+    return {"wall_s": time.perf_counter() - began, "cpu_s": children_seconds() - cpu, "peak_mb": peak}
+
+
+def children_seconds() -> float:
+    """CPU seconds of all processes that were started from here, or from these, and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def stages(data: Path) -> dict[str, Record]:

@@ -29,8 +29,14 @@ def main(stages: str, *arguments: str) -> None:
         for key, seconds in timed(config, link).items():
             found[key] += seconds
     report = json.loads(next(iter(sorted((Path(config.out) / links[0].stage).glob("0*.json")))).read_bytes())
-    found |= {"documents": report["documents_in"], "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    found |= {"documents": report["documents_in"], "peak_mb": peak_mb()}
     print(json.dumps(found))
+
+
+def peak_mb() -> float:
+    """Of this process's memory. Not ru_maxrss, in which that of the process it was forked from is counted."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1e3
 
 
 def cpu_seconds() -> float:

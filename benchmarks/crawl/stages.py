@@ -68,11 +68,9 @@ class Stages:
             if corpus == "pages":
                 config |= {"tokenizer": {"vocab_size": VOCABULARY}, "tokenize": {"validation_fraction": 0.2}}
                 whole = (sent for sent in plant(pages, SEED) if sent.planted.kind != "truncated")  # datatrove's end
-                sent = list(up_to(whole, int(megabytes * 1e6)))
-                list(write_warcs(sent, folder / "warc"))
-                (folder / "bytes").write_text(str(sum(len(one.body) for one in sent)))
+                write_html(up_to(whole, int(megabytes * 1e6)), folder)
             elif corpus == "thousands":
-                list(write_warcs(islice(inflated(pages, SEED), thousands), folder / "warc"))
+                write_html(islice(inflated(pages, SEED), thousands), folder)
             else:
                 config |= {"input": {"source": str(folder / "texts.jsonl")}, "filter": {"rules": ["length"]}}
                 write_texts(pages, texts, folder / "texts.jsonl")
@@ -111,9 +109,10 @@ class Stages:
     def bytes_of(self, case: Case) -> int:
         """What the stage reads: HTML for extract and chain, else text."""
         folder = self.out / case.corpus
-        if case.stage in ("extract", "chain") and (folder / "bytes").exists():
+        if case.stage in ("extract", "chain"):
             return int((folder / "bytes").read_text())
-        return sum(path.stat().st_size for path in (folder / "filter.jsonl").glob("*"))
+        source = folder / ("extract.jsonl" if case.stage == "filter" else "filter.jsonl")
+        return sum(path.stat().st_size for path in source.glob("*"))
 
     def _ours(self, corpus: str, stages: str) -> list[str]:
         return ["-m", "benchmarks.crawl.ours", stages, "--config", str(self.out / corpus / "config.yaml")]
@@ -133,6 +132,19 @@ class Stages:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
         return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_html(sent: Iterable[Sent], folder: Path) -> None:
+    """Write FOLDER/warc, and in FOLDER/bytes how much HTML it holds."""
+    sizes = list[int]()
+
+    def noted() -> Iterator[Sent]:
+        for each in sent:
+            sizes.append(len(each.body))
+            yield each
+
+    list(write_warcs(noted(), folder / "warc"))
+    (folder / "bytes").write_text(str(sum(sizes)))
 
 
 def up_to(sent: Iterable[Sent], size: int) -> Iterator[Sent]:
