@@ -22,7 +22,7 @@ from llm.crawl.documents import Document, read_documents
 from llm.crawl.report.totals import read_totals
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "launch/configs/corpus-demo.yaml"
+CONFIG = "launch/configs/corpus/demo.yaml"
 MODEL = "launch/configs/tiny-cpu.yaml"
 SEED = 0
 
