@@ -42,6 +42,11 @@ class Document:
     """Date, MIME type, charset and the like."""
 
 
+def size_of(text: str) -> int:
+    """Bytes of UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
     """Write a file of documents, completely or not at all, the same bytes for the same documents."""
     with complete_file(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd", compression_level=1) as writer:

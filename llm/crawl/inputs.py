@@ -26,6 +26,9 @@ def input_tasks(config: InputConfig, folder: Path) -> list[Task]:
     try:
         system, path = fsspec.core.url_to_fs(config.source)
         root, found = _listed(system, path)
+        inside = isinstance(system, LocalFileSystem) and folder.resolve().is_relative_to(Path(root).resolve())
+        if inside and (system.isdir(path) or "**" in path):
+            raise InputError(f"out {folder.parent} lies in input.source {config.source}: choose another out")
         named = ((name[len(root) :].lstrip("/"), name) for name in sorted(found))
         seen = [pair for pair in named if not any(part.startswith(".") for part in pair[0].split("/"))]
         limit = config.limit

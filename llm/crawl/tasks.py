@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llm.crawl.counts import Counts
-from llm.crawl.documents import Document, write_documents
+from llm.crawl.documents import Document, size_of, write_documents
 from llm.crawl.fetch import fetched
 from llm.errors import CheckpointError, InputError
 from llm.files import complete_file, parse_json, sync_folder
@@ -130,7 +130,7 @@ def _counted(documents: Iterable[Document], counts: Counts, tell: Tell) -> Itera
     for document in documents:
         yield document
         counts.documents_out += 1
-        counts.bytes_out += len(document.text) if document.text.isascii() else len(document.text.encode())
+        counts.bytes_out += size_of(document.text)
         tell(counts.bytes_in)
 
 

@@ -73,6 +73,16 @@ def test_one_process_names_the_task_that_fails(tmp_path: Path) -> None:
         run_toys(source, tmp_path / "out", Local(toys, 1))
 
 
+def test_a_process_that_died_between_two_stages_is_noticed(expected, tmp_path: Path) -> None:
+    with Local(toys, 2) as engine:
+        run_toys(expected[0], tmp_path / "one", engine)
+        for process in engine._processes.values():
+            process.kill()
+            process.join()
+        with pytest.raises(InputError, match=r"lines task \d .*: its process was killed by SIGKILL"):
+            run_toys(expected[0], tmp_path / "other", engine)
+
+
 def test_progress_rises_to_all_bytes(expected, tmp_path: Path) -> None:
     from toy_stages import LINKS
 

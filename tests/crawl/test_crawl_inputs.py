@@ -112,3 +112,10 @@ def test_a_store_may_have_empty_folder_names() -> None:
         assert sources("memory://twice") == ["1.warc"]
     finally:
         system.rm("/twice", recursive=True)
+
+
+def test_the_output_is_never_input(crawl: Path) -> None:
+    for source in (crawl, f"{crawl}/**/*.gz"):
+        with pytest.raises(InputError, match=r"out .* lies in input.source .*: choose another out"):
+            input_tasks(InputConfig(str(source)), crawl / "out/extract")
+    assert len(input_tasks(InputConfig(f"{crawl}/*.gz"), crawl / "out/extract")) == 1

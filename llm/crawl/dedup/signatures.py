@@ -15,7 +15,7 @@ import xxhash
 
 from llm.crawl._native import Signer
 from llm.crawl.counts import Counts
-from llm.crawl.documents import ADVICE, tables
+from llm.crawl.documents import ADVICE, size_of, tables
 from llm.errors import InputError
 from llm.files import CHUNK, complete_file
 
@@ -83,7 +83,7 @@ def _blocks(signer: Signer, texts: Iterator[tuple[Array, list[str]]], counts: Co
     ids, signatures, size = list[Array](), list[Array](), 0
     for some, documents in texts:
         counts.documents_in += len(documents)
-        counts.bytes_in += sum(len(text) if text.isascii() else len(text.encode()) for text in documents)
+        counts.bytes_in += sum(map(size_of, documents))
         ids.append(some)
         signatures.append(signer.sign([text.lower() for text in documents]))
         size += len(some)

@@ -11,7 +11,7 @@ from llm.crawl.dedup.clusters import read_dropped, read_ids, write_clusters
 from llm.crawl.dedup.measure import measure
 from llm.crawl.dedup.settings import DedupConfig
 from llm.crawl.dedup.signatures import Shape, open_signatures, read_texts, write_signatures
-from llm.crawl.documents import Document, opened, read_documents
+from llm.crawl.documents import Document, opened, read_documents, size_of
 from llm.crawl.tasks import Task, write_report
 
 CLUSTERS = "clusters.parquet"
@@ -84,7 +84,7 @@ class Drop:
         dropped = read_dropped(clusters, ids)
         for document in read_documents(part):
             counts.documents_in += 1
-            counts.bytes_in += len(document.text.encode())
+            counts.bytes_in += size_of(document.text)
             if reason := dropped.get(document.id):
                 counts.remove(f"dedup.{reason}", document)
             else:

@@ -43,12 +43,12 @@ class Local:
                 self._start()
             for pipe in self._processes:
                 if waiting:
-                    pipe.send_bytes(given.give(pipe, waiting.popleft()))
+                    self._give(pipe, given, waiting.popleft())
             while given:
                 for pipe in wait(list(self._processes)):
                     assert isinstance(pipe, Connection)
                     if given.heard(pipe, self._message(pipe, given)) and waiting:
-                        pipe.send_bytes(given.give(pipe, waiting.popleft()))
+                        self._give(pipe, given, waiting.popleft())
         except BaseException:
             self._stop()  # now: what they have begun is removed after this
             raise
@@ -65,13 +65,22 @@ class Local:
         try:
             return pipe.recv_bytes()
         except (EOFError, ConnectionError):
-            process = self._processes[pipe]
-            process.join(SECONDS)
-            code = process.exitcode or 0
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            memory = " (by the system, if nobody else: too little memory)" if code == -signal.SIGKILL else ""
-            advice = "run the same command again, with fewer engine.workers if memory ran out: finished tasks are kept"
-            raise InputError(f"{given.in_hand(pipe)}: its process {how}{memory}; {advice}") from None
+            raise self._death(pipe, given) from None
+
+    def _give(self, pipe: Connection, given: Given, task: Task) -> None:
+        try:
+            pipe.send_bytes(given.give(pipe, task))
+        except ConnectionError:  # it has died since the last stage
+            raise self._death(pipe, given) from None
+
+    def _death(self, pipe: Connection, given: Given) -> InputError:
+        process = self._processes[pipe]
+        process.join(SECONDS)
+        code = process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        memory = " (by the system, if nobody else: too little memory)" if code == -signal.SIGKILL else ""
+        advice = "run the same command again, with fewer engine.workers if memory ran out: finished tasks are kept"
+        return InputError(f"{given.in_hand(pipe)}: its process {how}{memory}; {advice}")
 
     def _stop(self) -> None:
         for process in self._processes.values():

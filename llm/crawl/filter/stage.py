@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from llm.crawl.counts import Counts
-from llm.crawl.documents import Document, read_documents
+from llm.crawl.documents import Document, read_documents, size_of
 from llm.crawl.filter import c4, fineweb, gopher, pii
 from llm.crawl.filter.contamination import Contamination
 from llm.crawl.filter.language import Language
@@ -70,8 +70,7 @@ class Filter:
             self._rules["lines"] = self._rule("lines")  # knows the lines of one task
         for document in documents:
             counts.documents_in += 1
-            text = document.text
-            counts.bytes_in += len(text) if text.isascii() else len(text.encode())
+            counts.bytes_in += size_of(document.text)
             if not self.refusal(document, counts):
                 counts.count("length", str(1 << max(0, len(document.text) - 1).bit_length()))
                 yield document
