@@ -62,8 +62,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.errors", "llm.files",
     },
     "llm/crawl/extract": {
-        "backports.zstd", "fastwarc", "ftfy", "pyarrow", "resiliparse", "trafilatura", "llm.config.sections",
-        "llm.crawl", "llm.data.corpus", "llm.errors",
+        "backports.zstd", "fastwarc", "ftfy", "numpy", "pyarrow", "resiliparse", "trafilatura",
+        "llm.config.sections", "llm.crawl", "llm.data.corpus", "llm.errors",
     },
     "llm/crawl/tokens": {
         "awkward", "gigatoken", "numpy", "pyarrow", "tokenizers", "xxhash", "llm.config", "llm.crawl", "llm.data",
