@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -52,11 +51,10 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
         if not shared and not isinstance(error, (InputError, RendezvousError)):
             traceback.print_exception(error)
         else:
-            if ranks is not None and ranks.rank and (shared or ranks.local_rank):
-                if stop is not None:
-                    stop.give_up()
-                time.sleep(PATIENCE_SECONDS)  # a launcher ends all ranks once one has gone: not the one that tells
-            print(f"error: {error}", file=sys.stderr)
+            # A launcher ends all ranks once one has gone: not the one that tells.
+            other = ranks is not None and ranks.rank > 0 and (shared or ranks.local_rank > 0)
+            if not (other and (stop or Stop()).await_end(PATIENCE_SECONDS)):
+                print(f"error: {error}", file=sys.stderr)
         _leave(code)
     done.set()  # only the exit is left
 
