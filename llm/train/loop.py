@@ -98,7 +98,8 @@ class Trainer:
         options = {"each": partial(run.heartbeat.each, "save"), "failed": run.ballot.save_failed}
         self.mirror = None
         if kept.copy_to is not None and run.lead:
-            self.mirror = mirror = Mirror(Remote(kept.copy_to, run.config.name), **keep)
+            remote, patience = Remote(kept.copy_to, run.config.name), run.config.train.stall_seconds
+            self.mirror = mirror = Mirror(remote, patience=patience, **keep)
             options |= {"saved": mirror.begin, "copying": lambda: mirror.copying}
         self.saver = Saver(run.folder.checkpoints, asynchronous=kept.asynchronous, **options, **keep)
         run.heartbeat.groups.append(self.saver.group)
@@ -192,7 +193,7 @@ class Trainer:
         """Return when all is saved. Raises CheckpointError where a save has failed."""
         self.run.heartbeat.enter("save")
         self.saver.close()
-        self.run.heartbeat.close()  # a copy takes as long as its store does
+        self.run.heartbeat.close()  # a copy takes as long as its store does, and watches itself
 
     def finish_copying(self) -> None:
         """Return when the copy under way is made, or has failed."""
