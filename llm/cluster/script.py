@@ -23,9 +23,9 @@ PATIENCE_SECONDS = 10.0
 def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
     """Run `action(ranks)`, or `action(ranks, stop)`, on this rank, watched; if it fails, say why and end the process.
 
-    What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0,
-    what one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too, unless they
-    were told to end before they failed. Exit codes: 75 for Stopped (0 under torchrun, which starts again what ends with
+    What a user can mend or must know is said in one line, the rest by a traceback. What every rank knows is said by
+    rank 0, what one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too,
+    unless they were told to end before they failed. Exit codes: 75 for Stopped (0 under torchrun, which starts again what ends with
     another code), else those of llm/cluster/failure.py. stop: is asked by signals and the launcher's death; None: they
     end the process.
     """
