@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.backends.nvidia.driver import make_tensordesc_arg
+from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST, make_tensordesc_arg
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -63,23 +63,33 @@ class Layout(NamedTuple):
 
 
 class Described(NamedTuple):
-    """What Triton reads of a TensorDescriptor on a launch, without what it checks when one is made."""
+    """What Triton's launcher makes of a descriptor: `fill` of the tensor's address and `fields` (without TMA, fill is
+    None, the tensor itself), then `rest`.
+    """
 
-    base: Tensor
-    shape: Sequence[int]
-    strides: Sequence[int]
-    padding: str = "zero"
-    round_f32_to_tf32: bool = False
+    fill: Callable[..., Any] | None
+    fields: Sequence[Any]
+    rest: Sequence[Any]
+
+    @classmethod
+    def of(cls, descriptor: TensorDescriptor, metadata: dict[str, Any] | None) -> "Described":
+        _, *rest = make_tensordesc_arg(descriptor, metadata)
+        if metadata is None:
+            return cls(None, (), rest)
+        utils: Any = driver.active.utils
+        fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # the latter: Triton 3.6
+        form = metadata["swizzle"], metadata["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]]
+        return cls(fill, (*form, metadata["block_size"], descriptor.shape, descriptor.strides, 0), rest)
 
 
-def unwrapped(run: Any) -> tuple[Any, Sequence[Any]]:
+def unwrapped(run: Any, descriptors: Sequence[TensorDescriptor]) -> tuple[Any, Sequence[Described]]:
     """(Triton's launcher `run` of a kernel that takes descriptors, without its search for them among all arguments,
-    which takes longer than all else of a launch; what make_tensordesc_arg needs to know of each).
+    which takes longer than all else of a launch; what it makes of each).
     """
     wrapper = inspect.getclosurevars(run.launch).nonlocals
     run = copy.copy(run)
     run.launch = wrapper["launcher"]
-    return run, wrapper["tensordesc_meta"]
+    return run, [Described.of(*pair) for pair in zip(descriptors, wrapper["tensordesc_meta"], strict=True)]
 
 
 class Plan:
@@ -95,9 +105,9 @@ class Plan:
         self.kernel, self.programs, self.device, self.last = kernel, programs, device, last
         self.options = {"num_warps": warps, "num_stages": stages}
         self.layouts = layouts
-        # (launcher, its function, its metadata, what it knows of descriptors) by which addresses are multiples of 16
+        # (launcher, its function, its metadata, what it makes of descriptors) by which addresses are multiples of 16
         # (0: all are), since Triton's code differs.
-        self.ready: dict[Any, tuple[Any, Any, Any, Sequence[Any]]] = {}
+        self.ready: dict[Any, tuple[Any, Any, Any, Sequence[Described]]] = {}
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
@@ -134,9 +144,9 @@ class Plan:
         run, function, metadata, descriptors = ready
         if descriptors:
             described: list[Any] = []
-            given: Any = tensors  # none of these is None
-            for x, layout, descriptor in zip(given, self.layouts, descriptors, strict=False):
-                described += make_tensordesc_arg(Described(x, layout.shape, layout.strides), descriptor)
+            for i, (fill, fields, rest) in enumerate(descriptors):
+                described.append(tensors[i] if fill is None else fill(arguments[i], *fields))
+                described += rest
             arguments[: len(descriptors)] = described
         stream = active.get_current_stream(here)
         run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *numbers, *self.last)
@@ -153,7 +163,7 @@ class Plan:
         if isinstance(compiled, CompiledKernel):
             used = self.kernel.used_global_vals
             self.globals = [(used[key][1], key[0], used[key][1].get(key[0])) for key in used]
-            run, descriptors = unwrapped(compiled.run) if self.layouts else (compiled.run, ())
+            run, descriptors = unwrapped(compiled.run, described) if described else (compiled.run, ())
             self.ready[aligned] = run, compiled.function, compiled.packed_metadata, descriptors
 
     def is_stale(self) -> bool:

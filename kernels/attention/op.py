@@ -64,8 +64,10 @@ def fit(Tq: int, H: int, Tk: int, K: int) -> bool:
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    ranked = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
-    if ranked and fit(*q.shape[1:3], *k.shape[1:3]) and q.dtype == k.dtype == v.dtype:
+    queries, keys = q.shape, k.shape
+    ranked = len(queries) == len(keys) == 4 and keys == v.shape
+    ranked = ranked and queries[0] == keys[0] and queries[3] == keys[3]
+    if ranked and fit(queries[1], queries[2], keys[1], keys[2]) and q.dtype == k.dtype == v.dtype:
         return
     found = f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     expect(ranked, f"{found}, expected [B, Tq, H, D] and twice [B, Tk, K, D]")
@@ -234,9 +236,10 @@ def attention(
     Returns [B, Tq, H, D] in the dtype of q. Differentiable once. impl: see kernels/dispatch.py; the stock operator has
     no sparse, softcap or dropout. Raises KernelError on arguments that do not fit together or a form that cannot run.
     """
-    options = {"window": window, "sparse": sparse, "cu_seqlens": cu_seqlens, "bounds": bounds, "softcap": softcap}
-    options |= {"dropout": dropout, "samples": samples, "head_offset": head_offset, "deterministic": deterministic}
-    return _attention((q, k, v), **options, impl=impl)[0]
+    return _attention(
+        (q, k, v), window=window, sparse=sparse, cu_seqlens=cu_seqlens, bounds=bounds, softcap=softcap, dropout=dropout,
+        samples=samples, head_offset=head_offset, deterministic=deterministic, impl=impl,
+    )[0]  # fmt: skip
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
