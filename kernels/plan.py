@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST, make_tensordesc_arg
+from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -62,34 +62,31 @@ class Layout(NamedTuple):
     block: Sequence[int]
 
 
-class Described(NamedTuple):
-    """What Triton's launcher makes of a descriptor: `fill` of the tensor's address and `fields` (without TMA, fill is
-    None, the tensor itself), then `rest`.
-    """
+class Descriptor(NamedTuple):
+    """What Triton's launcher makes of a descriptor: a map by `fill(address, *fields)`, then `sizes`."""
 
-    fill: Callable[..., Any] | None
-    fields: Sequence[Any]
-    rest: Sequence[Any]
+    fill: Callable[..., Any]
+    fields: tuple[Any, ...]
+    sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, descriptor: TensorDescriptor, metadata: dict[str, Any] | None) -> "Described":
-        _, *rest = make_tensordesc_arg(descriptor, metadata)
-        if metadata is None:
-            return cls(None, (), rest)
-        utils: Any = driver.active.utils
-        fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # the latter: Triton 3.6
-        form = metadata["swizzle"], metadata["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]]
-        return cls(fill, (*form, metadata["block_size"], descriptor.shape, descriptor.strides, 0), rest)
+    def of(cls, layout: Layout, metadata: dict[str, Any]) -> "Descriptor":
+        active: Any = driver.active
+        utils = active.utils  # the other name is that of Triton 3.6
+        fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
+        element = TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]]
+        form = metadata["swizzle"], metadata["elem_size"], element, metadata["block_size"]
+        return cls(fill, (*form, layout.shape, layout.strides, 0), (*layout.shape, *layout.strides))
 
 
-def unwrapped(run: Any, descriptors: Sequence[TensorDescriptor]) -> tuple[Any, Sequence[Described]]:
+def unwrapped(run: Any, layouts: Sequence[Layout]) -> tuple[Any, Sequence[Descriptor]]:
     """(Triton's launcher `run` of a kernel that takes descriptors, without its search for them among all arguments,
     which takes longer than all else of a launch; what it makes of each).
     """
     wrapper = inspect.getclosurevars(run.launch).nonlocals
     run = copy.copy(run)
     run.launch = wrapper["launcher"]
-    return run, [Described.of(*pair) for pair in zip(descriptors, wrapper["tensordesc_meta"], strict=True)]
+    return run, [Descriptor.of(*pair) for pair in zip(layouts, wrapper["tensordesc_meta"], strict=True)]
 
 
 class Plan:
@@ -107,7 +104,7 @@ class Plan:
         self.layouts = layouts
         # (launcher, its function, its metadata, what it makes of descriptors) by which addresses are multiples of 16
         # (0: all are), since Triton's code differs.
-        self.ready: dict[Any, tuple[Any, Any, Any, Sequence[Described]]] = {}
+        self.ready: dict[Any, tuple[Any, Any, Any, Sequence[Descriptor]]] = {}
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
@@ -144,9 +141,8 @@ class Plan:
         run, function, metadata, descriptors = ready
         if descriptors:
             described: list[Any] = []
-            for i, (fill, fields, rest) in enumerate(descriptors):
-                described.append(tensors[i] if fill is None else fill(arguments[i], *fields))
-                described += rest
+            for address, (fill, fields, sizes) in zip(arguments, descriptors, strict=False):
+                described += fill(address, *fields), *sizes
             arguments[: len(descriptors)] = described
         stream = active.get_current_stream(here)
         run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *numbers, *self.last)
@@ -163,7 +159,7 @@ class Plan:
         if isinstance(compiled, CompiledKernel):
             used = self.kernel.used_global_vals
             self.globals = [(used[key][1], key[0], used[key][1].get(key[0])) for key in used]
-            run, descriptors = unwrapped(compiled.run, described) if described else (compiled.run, ())
+            run, descriptors = unwrapped(compiled.run, self.layouts) if self.layouts else (compiled.run, ())
             self.ready[aligned] = run, compiled.function, compiled.packed_metadata, descriptors
 
     def is_stale(self) -> bool:

@@ -65,8 +65,7 @@ def fit(Tq: int, H: int, Tk: int, K: int) -> bool:
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     queries, keys = q.shape, k.shape
-    ranked = len(queries) == len(keys) == 4 and keys == v.shape
-    ranked = ranked and queries[0] == keys[0] and queries[3] == keys[3]
+    ranked = len(queries) == len(keys) == 4 and keys == v.shape and queries[::3] == keys[::3]
     if ranked and fit(queries[1], queries[2], keys[1], keys[2]) and q.dtype == k.dtype == v.dtype:
         return
     found = f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -182,13 +181,13 @@ def attention_backward_op(
 
 
 def _attention(
-    heads: tuple[Tensor, ...], lse: bool = False, *, window: int | None = None, sparse: Strided | None = None,
+    heads: tuple[Any, ...], lse: bool = False, *, window: int | None = None, sparse: Strided | None = None,
     cu_seqlens: Tensor | None = None, bounds: Tensor | None = None, softcap: float = 0.0,
     dropout: DropoutKey | None = None, samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(o, lse in natural logarithm; None if not asked for). heads: q, k and v, or one tensor of them."""
-    q, k, v = heads if len(heads) == 3 else heads[0].unbind(3)
+    """(o, lse in natural logarithm; None if not asked for). heads: q, k and v, or one tensor of them and twice None."""
+    q, k, v = parts_of(*heads)
     check_shapes(q, k, v)
     wrong = wrong_options(q, k, window, sparse, cu_seqlens, softcap, dropout, samples)
     if wrong is not None:
@@ -208,7 +207,7 @@ def _attention(
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
     rest = (samples if key else None, bounds, window or 0, pattern, float(softcap), *drop, deterministic)
-    o, base_2 = call(attention_op, *(heads if len(heads) == 3 else (*heads, None, None)), *rest)
+    o, base_2 = call(attention_op, *heads, *rest)
     return o, base_2 * math.log(2) if lse else None
 
 
@@ -251,4 +250,4 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple
 
 def attention_packed(qkv: Tensor, **options: Any) -> Tensor:
     """Return attention(*qkv.unbind(3), **options) of qkv [B, T, H, 3, D]: the same bits, its gradient in one piece."""
-    return _attention((qkv,), **options)[0]
+    return _attention((qkv, None, None), **options)[0]
