@@ -25,9 +25,9 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
 
     What a user can mend or must know is said in one line, the rest by a traceback. What every rank knows is said by
     rank 0, what one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too,
-    unless they were told to end before they failed. Exit codes: 75 for Stopped (0 under torchrun, which starts again what ends with
-    another code), else those of llm/cluster/failure.py. stop: is asked by signals and the launcher's death; None: they
-    end the process.
+    unless they were told to end before they failed. Exit codes: 75 for Stopped (0 under torchrun, which starts again
+    what ends with another code), else those of llm/cluster/failure.py. stop: is asked by signals and the launcher's
+    death; None: they end the process.
     """
     if code := start_is_over(os.environ):
         _leave(code if code == STOPPED else 0)  # 0: torchrun does not start it once more
