@@ -35,7 +35,9 @@ def write_crawl(folder: Path) -> Path:
     (folder / "a.warc.gz").write_bytes(b"".join(pages))
     changed = [_changed(text, draw) for text in texts[4:12]]
     plain = [page(f"https://b.example/{i}", _html(text)) for i, text in enumerate([*changed, *texts[16:24]])]
-    plain.append(page("https://b.example/latin", _html("Où est-il\u00a0? " * 60).decode().encode("latin-1"), "text/html"))
+    plain.append(
+        page("https://b.example/latin", _html("Où est-il\u00a0? " * 60).decode().encode("latin-1"), "text/html")
+    )
     (folder / "b.warc").write_bytes(b"".join(plain))
     lines = [json.dumps({"text": text, "url": f"https://c.example/{i}"}) for i, text in enumerate(texts[10:28])]
     (folder / "c.jsonl").write_text("\n".join([*lines, "{broken", json.dumps({"text": "buy cheap pills " * 300})]))

@@ -17,18 +17,26 @@ from conftest import Made
 from small_corpus import STAGES, arguments, command, environment, left_by
 
 from llm.crawl.chain import CHAIN, main
+from llm.crawl.documents import read_documents
+from llm.crawl.extract.settings import ExtractConfig
+from llm.crawl.extract.stage import Extract
+from llm.crawl.filter.settings import FilterConfig
+from llm.crawl.filter.stage import Filter
+from llm.crawl.inputs import input_tasks
+from llm.crawl.restart import reports_of
+from llm.crawl.settings import InputConfig
 
 SECONDS = 300  # that a chain may take, at most
 
 
 def test_the_small_crawl_has_something_for_every_stage(made: Made) -> None:
     assert tuple(link.stage for link in CHAIN) == STAGES
-    reports = {stage: [json.loads(path.read_text()) for path in (made.out / stage).glob("0*[0-9].json")] for stage in STAGES}
-    assert [len(reports[stage]) for stage in STAGES] == [7, 7, 7, 1, 7, 1, 7, 1]
-    removed = {reason for found in reports.values() for report in found for reason in report["removed"]}
+    found = {stage: reports_of(made.out / stage) for stage in STAGES}
+    assert [len(found[stage]) for stage in STAGES] == [7, 7, 7, 1, 7, 1, 7, 1]
+    removed = {reason for reports in found.values() for report in reports for reason in report["removed"]}
     assert removed >= {"extract.status", "language.fr", "dedup.exact", "dedup.near"}
-    assert sum(report["damage_count"] for report in reports["extract"]) == 3
-    assert reports["tokens"][0]["documents_out"] > 30
+    assert sum(report["damage_count"] for report in found["extract"]) == 3
+    assert found["tokens"][0]["documents_out"] > 30
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -60,6 +68,39 @@ def test_executors_of_datatrove_leave_the_same_bytes(made: Made, tmp_path: Path,
     assert left_by(tmp_path / "out") == made.files
 
 
+@pytest.mark.slow
+def test_real_stages_stand_among_steps_of_datatrove(made: Made, tmp_path: Path) -> None:
+    """Ours, theirs, ours, theirs, ours: what comes out is what our filter leaves of what their filter left."""
+    pytest.importorskip("datatrove", reason="needs the extra: pip install 'ingot[datatrove]'")
+    from datatrove.executor import LocalPipelineExecutor  # pyright: ignore[reportMissingImports]
+    from datatrove.pipeline.filters import LambdaFilter  # pyright: ignore[reportMissingImports]
+    from datatrove.pipeline.writers import JsonlWriter  # pyright: ignore[reportMissingImports]
+
+    from llm.crawl.engines.datatrove import Sink, Source, Through
+
+    parts, copies = tmp_path / "parts", tmp_path / "copies"
+    tasks = input_tasks(InputConfig(str(made.source)), parts)
+    writer = JsonlWriter(str(copies), compression=None)
+    steps = [Source(Extract(ExtractConfig()), tasks), LambdaFilter(is_even), Through(Filter(FilterConfig())), writer]
+    LocalPipelineExecutor(
+        [*steps, Sink(str(parts))], tasks=len(tasks), workers=2, logging_dir=str(tmp_path / "logs")
+    ).run()
+    left = [
+        one for i in range(7) for one in read_documents(made.out / f"filter/{i:05d}.parquet") if len(one.text) % 2 == 0
+    ]
+    found = [one for i in range(7) if (part := parts / f"{i:05d}.parquet").exists() for one in read_documents(part)]
+    assert [(one.id, one.text, one.url, one.source, one.offset, one.language) for one in found] == [
+        (one.id, one.text, one.url, one.source, one.offset, one.language) for one in left
+    ]
+    lines = [json.loads(line) for path in sorted(copies.iterdir()) for line in path.read_text().splitlines()]
+    assert [(line["id"], line["text"]) for line in lines] == [(str(one.id), one.text) for one in left]
+    assert len(left) > 20
+
+
+def is_even(document) -> bool:
+    return len(document.text) % 2 == 0
+
+
 def succeeded(line: list[str]) -> None:
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=SECONDS)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
@@ -79,15 +120,14 @@ def test_killed_in_every_stage_it_goes_on_to_the_same_bytes(made: Made, tmp_path
         try:
             if wait_for_work(process, out / stage):
                 time.sleep(chance.choice([0, 0, chance.uniform(0, 0.3)]))
-                kills[stage] = chance.choice(["first", "all", "worker"])
-                family = kill(process, kills[stage], chance)
+                kills[stage], family = kill(process, chance)
             code = process.wait(SECONDS)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         _gone, alive = psutil.wait_procs(family, timeout=15)
         assert not alive
-        assert code in ((-signal.SIGKILL,) if kills.get(stage) in ("first", "all") else (0, 2))
+        assert code in (0, 2) if kills.get(stage) in (None, "worker") else code == -signal.SIGKILL
         assert before.items() <= reports(out).items()  # no finished task is repeated
         assert left_by(out).items() <= made.files.items() | unfinished(out)
     assert len(kills) >= 5
@@ -119,14 +159,15 @@ def wait_for_work(process: subprocess.Popen[bytes], folder: Path) -> bool:
     return False
 
 
-def kill(process: subprocess.Popen[bytes], whom: str, chance: random.Random) -> list[psutil.Process]:
-    """Kill the run's first process, all of them, or a worker; the run's children."""
+def kill(process: subprocess.Popen[bytes], chance: random.Random) -> tuple[str, list[psutil.Process]]:
+    """Kill the run's first process, all of them, or a worker: which of these, and the run's children."""
     family = psutil.Process(process.pid).children(recursive=True)
     workers = [one for one in family if "spawn_main" in " ".join(one.cmdline())]
-    if whom == "worker" and workers:
+    whom = chance.choice(["first", "all", "worker"] if workers else ["first", "all"])
+    if whom == "worker":
         chance.choice(workers).kill()
     elif whom == "all":
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
-    return family
+    return whom, family
