@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +48,15 @@ def leave_room(disk: Path, pages: int) -> None:
     assert mounted(disk, f"remount,size={used + pages * PAGE}") == 0
 
 
+def failure(run: Callable[[], object]) -> str:
+    """What is said of a failure, if there is one."""
+    try:
+        run()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def rooms() -> Iterator[int]:
     """Few pages, then more and more."""
     pages = 1
@@ -66,11 +75,9 @@ def test_a_stage_stops_cleanly_and_goes_on_with_more_room(made: Made, disk: Path
     tasks, engine, failures = tasks_of(config, link), Local(partial(work_of, config), 1), 0
     for pages in rooms():
         leave_room(disk, pages)
-        try:
-            run_stage(stage, tasks, engine, lambda done: None)
-        except InputError as error:
+        if message := failure(lambda: run_stage(stage, tasks, engine, lambda done: None)):
             advice = "make room, then run the same command again: finished tasks are kept"
-            assert re.fullmatch(rf"({stage} task \d+ \(.+\): )?the disk of {out / stage} is full; {advice}", str(error))
+            assert re.fullmatch(rf"({stage} task \d+ \(.+\): )?the disk of {out / stage} is full; {advice}", message)
             assert not [path for path in out.rglob("*") if ".tmp" in path.name]
             assert left_by(out).items() <= made.files.items()  # what is there is whole
             failures += 1
