@@ -37,6 +37,9 @@ def test_the_small_crawl_has_something_for_every_stage(made: Made) -> None:
     assert removed >= {"extract.status", "language.fr", "dedup.exact", "dedup.near"}
     assert sum(report["damage_count"] for report in found["extract"]) == 3
     assert found["tokens"][0]["documents_out"] > 30
+    for stage in ("extract", "filter", "dedup"):
+        texts = [one.text for path in made.out.glob(f"{stage}/*.parquet") for one in read_documents(path)]
+        assert sum(report["bytes_out"] for report in found[stage]) == sum(len(text.encode()) for text in texts)
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
