@@ -155,6 +155,8 @@ def engine_of(config: CorpusConfig) -> Iterator[Engine | None]:
         require(
             find_spec("datatrove") is not None, "engine.kind datatrove needs datatrove; pip install 'ingot[datatrove]'"
         )
+        ray = settings.executor != "ray" or find_spec("ray") is not None
+        require(ray, "engine.executor ray needs ray; pip install ray")
         from llm.crawl.engines.datatrove import Datatrove
 
         engine = Datatrove(works, settings, workers, Path(config.out) / ".datatrove")
