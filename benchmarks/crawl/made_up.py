@@ -31,7 +31,8 @@ def original_of(document: int) -> int:
     """An earlier document that this one is a copy of, and that is none itself; or this one."""
     if document % COPIES or not document:
         return document
-    return document * 7919 % (document // COPIES) * COPIES + 1 + document * 31 % (COPIES - 1)
+    drawn = document * 2_654_435_761 % 2**32
+    return drawn % (document // COPIES) * COPIES + 1 + drawn % (COPIES - 1)
 
 
 def edit_of(document: int) -> float:

@@ -234,6 +234,7 @@ def test_made_up_copies_are_of_earlier_documents(tmp_path: Path, monkeypatch: py
         assert 0 < original < copy and original % made_up.COPIES and made_up.original_of(original) == original
         replaced = sum(a != b for a, b in zip(words, made_up.text_of(original).split(), strict=True))
         assert replaced <= round(made_up.edit_of(copy) * made_up.WORDS) < replaced + 2
+    assert len({made_up.original_of(copy) for copy in range(made_up.COPIES, 600, made_up.COPIES)}) > 30
     stages = list(deduplication.measure(600, 1, tmp_path))
     assert [record["documents"] for record in stages] == [600] * 4
     assert sum(len(made_up.text_of(i)) for i in range(600)) == stages[0]["text_bytes"]
