@@ -41,8 +41,8 @@ def edit_of(document: int) -> float:
 
 def text_of(document: int) -> str:
     original = original_of(document)
-    # Few words are frequent, as in a language.
-    words = (VOCABULARY * np.random.default_rng((1, original)).random(WORDS) ** 3).astype(int)
+    drawn = np.random.default_rng((1, original)).random(WORDS)
+    words = (VOCABULARY * drawn * drawn * drawn).astype(int)  # few are frequent, as in a language
     if original != document:
         rng = np.random.default_rng((2, document))
         places = rng.choice(WORDS, round(edit_of(document) * WORDS), replace=False)
