@@ -17,11 +17,13 @@ for link in CHAIN:
     work_of(CorpusConfig("out"), link.stage)
 from llm.crawl.counts import Counts
 from llm.crawl.documents import Document
-assert not work_of(CorpusConfig("out"), "filter").refusal(Document(0, "word " * 9, "", "", 0), Counts()).startswith("url")
+document = Document(0, "word " * 9, "", "", 0)
+assert work_of(CorpusConfig("out"), "filter").refusal(document, Counts()) and document.language
 print([name for name in %r if name in sys.modules])
 """
 
 
 def test_no_stage_imports_what_takes_long() -> None:
-    done = subprocess.run([sys.executable, "-c", CODE % (HEAVY,)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", CODE % (HEAVY,)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
