@@ -16,7 +16,7 @@ import pytest
 from conftest import Made
 from small_corpus import STAGES, arguments, command, environment, left_by
 
-from llm.crawl.chain import CHAIN, main
+from llm.crawl.chain import main
 from llm.crawl.documents import Document, read_documents
 from llm.crawl.extract.settings import ExtractConfig
 from llm.crawl.extract.stage import Extract
@@ -25,6 +25,7 @@ from llm.crawl.filter.stage import Filter
 from llm.crawl.inputs import input_tasks
 from llm.crawl.restart import reports_of
 from llm.crawl.settings import InputConfig
+from llm.crawl.stages import CHAIN
 
 SECONDS = 300  # that a chain may take, at most
 

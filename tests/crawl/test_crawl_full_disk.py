@@ -15,10 +15,11 @@ from conftest import Made
 from small_corpus import STAGES, arguments, command, environment, left_by
 
 from llm.config.parse import parse
-from llm.crawl.chain import CHAIN, tasks_of, work_of
+from llm.crawl.chain import tasks_of
 from llm.crawl.engines.local import Local
 from llm.crawl.restart import run_stage
 from llm.crawl.settings import CorpusConfig
+from llm.crawl.stages import CHAIN, work_of
 from llm.errors import InputError
 
 PAGE = 4096  # bytes: what a tmpfs gives out
