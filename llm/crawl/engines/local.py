@@ -25,7 +25,7 @@ class Local:
 
     def __init__(self, works: Works, workers: int) -> None:
         self._works, self._workers = works, workers
-        self.works = lru_cache(1)(works)  # the stage that is looked at, and then run, here
+        self.works: Works = lru_cache(1)(works)  # the stage that is looked at, and then run, here
         self._processes = dict[Connection, BaseProcess]()
 
     def __enter__(self) -> Local:
