@@ -108,7 +108,10 @@ def test_the_model_and_the_tokenizer_are_those_of_the_weights(found: dict[str, A
     assert config.model == replace(chat_config(tmp_path).model, dropout=0.5)
     assert config.data.tokenizer == str(base / "tokenizer.json") and config.data.source == "a.jsonl"
     assert finetune_config([*words, "--data.tokenizer=t.json"]).data.tokenizer == "t.json"
-    for wrong, message in (("--train.init_from=nowhere", "train.init_from: .*nowhere"), ("--finetune.task=none", "none")):
+    for wrong, message in (
+        ("--train.init_from=nowhere", "train.init_from: .*nowhere"),
+        ("--finetune.task=none", "none"),
+    ):
         with pytest.raises(InputError, match=message):
             finetune_config([*words, wrong] if "task" in wrong else [*words[:-1], wrong])
 
