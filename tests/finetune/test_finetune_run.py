@@ -84,7 +84,8 @@ def test_tuning_lowers_the_loss_of_answers_and_keeps_the_template(found: dict[st
     assert [step for step, _ in losses] == [0, 2, 4, 6, 8] and losses[-1][1] < 0.9 * losses[0][1]
     assert (found["learns"], found["again"]) == (8, None)
     chat = Chat.load(folder, Tokenizer.load(folder / "tokenizer.json"))
-    assert chat.tokenizer.decode(chat.prompt(turn("1", "")[:1])) == "### user\n1\n### assistant\n"
+    asked = chat.prompt(turn("1", "")[:1])
+    assert chat.tokenizer.decode(asked) == "### user\n1\n### assistant\n"
 
 
 def test_the_best_checkpoint_is_kept_and_read_and_patience_ends_a_run(found: dict[str, Any]) -> None:
