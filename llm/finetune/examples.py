@@ -72,8 +72,9 @@ class Samples:
         for i, row in enumerate(pieces):
             slots = np.concatenate([np.arange(first, first + count) for first, count in row.tolist()])
             tokens[i, : len(slots)], learnt[i, : len(slots)] = self.tokens[slots], self.learnt[slots]
-        position_ids, cu_seqlens, counted = lay_out_pieces(pieces, self.seq_len)
-        return batch_of(tokens, sample_ids, position_ids, cu_seqlens, counted & learnt[:, 1:])
+        # What lay_out_pieces does not count is not learnt either: a piece's first token, and padding.
+        position_ids, cu_seqlens, _ = lay_out_pieces(pieces, self.seq_len)
+        return batch_of(tokens, sample_ids, position_ids, cu_seqlens, learnt[:, 1:].copy())
 
 
 class ExampleLoader(Loader):

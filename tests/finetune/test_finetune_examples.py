@@ -82,6 +82,17 @@ def test_an_example_does_not_see_its_neighbours(data: Conversations) -> None:
     torch.testing.assert_close(together[0, first : first + count], apart[0, : T - first])
 
 
+@pytest.mark.parametrize("consumed", [0, 8])
+def test_ranks_share_a_step_and_know_its_count_of_targets(data: Conversations, consumed: int) -> None:
+    (whole,) = [data.loader(dp_rank=0, dp_size=1, consumed=consumed, widen=True).next_step()]
+    ranks = [data.loader(dp_rank=rank, dp_size=2, consumed=consumed, widen=True).next_step() for rank in range(2)]
+    batches = [batch for step in ranks for batch in step.batches]
+    for one, shared in zip(whole.batches, batches, strict=True):
+        assert torch.equal(one.tokens, shared.tokens) and torch.equal(one.sample_ids, shared.sample_ids)
+    counted = sum(int((micro_batch(batch, CPU).targets != IGNORED_TARGET).sum()) for batch in batches)
+    assert [step.target_count for step in (whole, *ranks)] == [counted] * 3
+
+
 def step_of(config: RunConfig, folder: Path, consumed: int) -> dict[str, Any]:
     """The loss and the gradients of one step, and the validation loss, on this rank of a pool. Collective."""
     mesh = Mesh.create(config.parallel, "cpu")
