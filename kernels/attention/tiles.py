@@ -107,7 +107,7 @@ AMPERE = tables_of(40 << 20, False, """
     plain    dq      128x64x8x2  128x64x8x2  128x64x8x2  64x64x8x2   64x32x8x1
     plain    fused   32x64x8x2   32x64x8x2   32x64x4x2   64x64x8x1   16x32x8x1
     crowded  forward 128x64x8x3  128x64x8x3  128x32x8x3  64x64x8x2   64x32x8x2
-    crowded  dkdv    32x64x8x2   32x64x8x2   32x64x8x1   32x32x8x1   16x16x8x1
+    crowded  dkdv    32x64x8x2   32x64x8x2   16x64x8x1   16x64x8x1   16x16x8x1
     crowded  dq      64x64x8x2   64x64x8x2   64x32x8x2   64x64x8x2   32x32x8x1
     crowded  fused   32x64x8x1   32x64x8x1   32x64x8x2   32x32x8x1   16x16x8x1
     small    forward 64x64x4x2   64x64x4x2   64x64x8x2   64x64x8x2   64x32x8x2
