@@ -17,10 +17,10 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 21_800, "kernels": 4_412, "csrc": 3_330, "launch": 875, "benchmarks": 7_600}
-MAX_PRODUCT_LINES = 30_417  # all of these but the benchmarks
+BUDGETS = {"llm": 22_600, "kernels": 4_412, "csrc": 3_330, "launch": 945, "benchmarks": 7_600}
+MAX_PRODUCT_LINES = 31_300  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
-MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_350
+MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_420
 
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },
+    "llm/data/chat.py": {"jinja2", "llm.data", "llm.errors", "llm.files"},
     "llm/data/corpus": {"backports.zstd", "compression", "pyarrow", "llm.errors", "llm.data.corpus"},
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},
     "llm/data/prepare/console.py": {"llm.config", "llm.data", "llm.progress"},
@@ -87,6 +88,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/train/gpu_state.py": {"torch", "pynvml", "llm.sinks"},
     "llm/train/wandb_run.py": {"wandb", "llm.config", "llm.errors", "llm.files"},
+    "llm/finetune": {
+        "numpy", "llm.checkpoint", "llm.config", "llm.data", "llm.errors", "llm.files", "llm.train", "llm.finetune",
+    },
     "llm/parity": {
         "torch", "psutil", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.model",
         "llm.parallel", "llm.data", "llm.checkpoint", "llm.plan", "llm.train", "llm.parity",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm.config.phases import Phase
-from llm.config.sections import ModelConfig, ParallelConfig, TrainConfig
+from llm.config.sections import DataConfig, FinetuneConfig, ModelConfig, ParallelConfig, TrainConfig
 from llm.errors import InputError, require
 
 
@@ -71,6 +71,18 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
     require(
         engine != "fsdp" or offload != "optimizer",
         "train.engine fsdp offloads parameters with the optimizer's state; use parallel.offload=all",
+    )
+
+
+def check_finetune(finetune: FinetuneConfig, data: DataConfig) -> None:
+    """Refuse settings of token files for a task that reads examples from data.source alone."""
+    if finetune.task in ("none", "continue"):
+        return
+    read = f"finetune.task {finetune.task} reads data.source"
+    for name in ("path", "blend", "phases"):
+        require(not getattr(data, name), f"{read} alone; found data.{name}: remove it")
+    require(
+        data.packing == "best_fit", f"{read} by whole examples; use data.packing=best_fit, data.document_masks=true"
     )
 
 

@@ -30,6 +30,7 @@ class RunConfig:
     train: sections.TrainConfig = field(default_factory=sections.TrainConfig)
     checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
     logging: sections.LoggingConfig = field(default_factory=sections.LoggingConfig)
+    finetune: sections.FinetuneConfig = field(default_factory=sections.FinetuneConfig)
     profile: sections.ProfileConfig = field(default_factory=sections.ProfileConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for the DeepSpeed config; those that Ingot owns are refused."""
@@ -47,6 +48,7 @@ class RunConfig:
         found = f"profile.steps ends with {last}, the run with train.max_steps {self.train.max_steps}"
         require(last < self.train.max_steps, f"{found}; expected less: the step after a profile measures memory")
         checks.check_engine(self.train, self.parallel, self.deepspeed)
+        checks.check_finetune(self.finetune, self.data)
         checks.check_tensor_parallel(self.model, self.parallel, self.phases)
 
     @cached_property
