@@ -9,6 +9,7 @@ from llm.config import RunConfig
 from llm.model.forms import Forms
 from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, give_memory
+from llm.model.lora import freeze
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import Engine, WeightSource
@@ -17,7 +18,10 @@ from llm.train.engines.base import Engine, WeightSource
 def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None) -> GPT:
     """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none)."""
     recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
-    return GPT(config.model, choose_layers(config, mesh, forms), recompute=recompute, recompute_every=every)
+    model = GPT(config.model, choose_layers(config, mesh, forms), recompute=recompute, recompute_every=every)
+    if config.lora.rank:
+        freeze(model)
+    return model
 
 
 def build_engine(
