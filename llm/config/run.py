@@ -32,6 +32,7 @@ class RunConfig:
     train: sections.TrainConfig = field(default_factory=sections.TrainConfig)
     checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
     logging: sections.LoggingConfig = field(default_factory=sections.LoggingConfig)
+    finetune: sections.FinetuneConfig = field(default_factory=sections.FinetuneConfig)
     profile: sections.ProfileConfig = field(default_factory=sections.ProfileConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for the DeepSpeed config; those that Ingot owns are refused."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from llm.checkpoint.reader import CheckpointReader
@@ -25,11 +27,19 @@ def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None
 
 
 def build_engine(
-    config: RunConfig, mesh: Mesh, device: torch.device, source: WeightSource | None = None, forms: Forms | None = None
+    config: RunConfig,
+    mesh: Mesh,
+    device: torch.device,
+    source: WeightSource | None = None,
+    forms: Forms | None = None,
+    build: Callable[[RunConfig, Mesh | None, Forms | None], GPT] = build_model,
 ) -> Engine:
-    """The engine of the config, in the state of a checkpoint, or new on other weights (None: initial). Collective."""
+    """The engine of the config, in the state of a checkpoint, or new on other weights (None: initial). Collective.
+
+    build: builds the model, as build_model does.
+    """
     with torch.device("meta"):  # load_pieces fills the weights: they are drawn, or read, once
-        model = build_model(config, mesh, forms)
+        model = build(config, mesh, forms)
     # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
     if config.train.engine == "plain" or (config.train.engine == "deepspeed" and config.parallel.zero_stage < 3):
         for parameter in model.parameters():

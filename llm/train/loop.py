@@ -160,11 +160,11 @@ class Trainer:
         run = self.run
         run.heartbeat.enter("validation")
         batches = run.heartbeat.each("validation", run.validation_batches())
-        total, count = self.engine.evaluate(run.ballot.until_stopped(batches))
+        measures = run.source.evaluate(self.engine, run.ballot.until_stopped(batches))
         if run.ballot.agreed:
             return False
-        loss = total / count
-        self.reporter.validation(loss)
+        self.reporter.validation(measures)
+        loss = measures["val_loss"]
         if not math.isfinite(loss):
             raise self._diverged(f"validation loss {loss}", run.step)
         return True
@@ -184,7 +184,7 @@ class Trainer:
         """validation_due: that of this step was left for a stop, so the next start begins with it."""
         self.run.heartbeat.enter("save")
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
-        state = checkpoint_state(run.config, run.corpora, run.step, skipped_samples, scalars)
+        state = checkpoint_state(run.config, run.source.identity(), run.step, skipped_samples, scalars)
         state |= {"validation_due": True} if validation_due else {}
         self.saver.save(run.step, self.engine.state_pieces(), state)
 

@@ -20,7 +20,7 @@ class Reporter:
     """Measures the steps of a run; rank 0 alone writes and prints."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.feed, self.data = run, run.feed, run.corpora.manifest
+        self.run, self.feed = run, run.feed
         tensorboard = run.folder.tensorboard if run.config.logging.tensorboard else None
         self.console = Console(run.config.train.max_steps, run.step, enabled=run.lead)
         self.say = self.console.say
@@ -60,10 +60,14 @@ class Reporter:
         self.metrics.write(record)
         self.console.step(record)
 
-    def validation(self, loss: float) -> None:
-        """Report the validation loss, nats per token, after the steps made so far."""
-        bits = self.data.bits_per_byte(loss)
+    def validation(self, measures: dict[str, float]) -> None:
+        """Report what was measured after the steps made so far: `val_loss`, in nats per token, and maybe more."""
+        loss, *others = measures.values()
+        bits = self.run.source.bits_per_byte(loss)
         known = {} if bits is None else {"val_bits_per_byte": bits}
-        self.metrics.write({"step": self.run.step, "val_loss": loss} | known)
+        self.metrics.write({"step": self.run.step} | measures | known)
         in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
-        self.say(f"step {self.run.step}: validation loss {loss:.4f} nats per token{in_bits}")
+        more = "".join(
+            f", {name.removeprefix('val_')} {x:.4f}" for name, x in zip([*measures][1:], others, strict=True)
+        )
+        self.say(f"step {self.run.step}: validation loss {loss:.4f} nats per token{in_bits}{more}")

@@ -22,22 +22,25 @@ from llm.errors import CheckpointError, InputError, require
 from llm.train.optim import learning_rate
 
 # What a restart may not change, beside the model, the phases that have begun and their data.
-FIXED = ("seed", "lora.rank", "lora.alpha", "lora.targets", "data.seq_len", "data.packing", "data.document_masks")
+FIXED = (
+    "seed", "finetune.task", "lora.rank", "lora.alpha", "lora.targets",
+    "data.seq_len", "data.packing", "data.document_masks",
+)  # fmt: skip
 # Fields of the model that do not say what its weights mean.
 FREE = ("dropout", "init_std")
 JUMP = 0.1  # relative change of the learning rate that is warned about
 
 
 def checkpoint_state(
-    config: RunConfig, corpora: Corpora, step: int, skipped_samples: int, engine: dict[str, Any]
+    config: RunConfig, data: dict[str, Any], step: int, skipped_samples: int, engine: dict[str, Any]
 ) -> dict[str, Any]:
-    """state.json of a checkpoint after `step` steps; engine: its scalar_state."""
+    """state.json of a checkpoint after `step` steps; data: their identity (Source); engine: its scalar_state."""
     return {
         "step": step,
         "consumed_samples": consumed_samples(config.phases, step),
         "skipped_samples": skipped_samples,
         "config": to_dict(config),
-        "data": corpora.identity(),
+        "data": data,
         "engine": engine,
     }
 
@@ -75,15 +78,20 @@ def _resume_step(checkpoint: Path) -> int | None:
 
 def check_resumable(config: RunConfig, corpora: Corpora, state: dict[str, Any]) -> Corpora:
     """The corpora in the checkpoint's order, the same on every rank; InputError if its run cannot go on so."""
-    run, saved = f"runs/{config.name}", check_settings(config, state)
-    corpora = _check_phases(config, saved, corpora, state)
+    corpora = _check_phases(config, check_settings(config, state), corpora, state)
+    check_steps(config, state)
+    return corpora
+
+
+def check_steps(config: RunConfig, state: dict[str, Any]) -> None:
+    """InputError unless the steps of a checkpoint are so many samples by `config` too, and not too many for it."""
+    run = f"runs/{config.name}"
     step, taken, most = state["step"], state["consumed_samples"], config.train.max_steps
     consumed = consumed_samples(config.phases, step)
     found = f"{run} has taken {taken} samples in {step} steps, by the config they are {consumed}"
     require(taken == consumed, f"{found}; restore train.global_batch_size and data.phases, or choose another --name")
     found = f"{run} has done {step} steps, beyond train.max_steps {most}"
     require(step <= most, f"{found}; raise it, or choose another --name")
-    return corpora
 
 
 def check_settings(config: RunConfig, state: dict[str, Any]) -> RunConfig:

@@ -25,8 +25,7 @@ from llm.cluster.signals import Stop
 from llm.config import RunConfig
 from llm.config.parse import to_yaml
 from llm.config.phases import consumed_samples
-from llm.data.corpora import Corpora, unprepared
-from llm.data.loader import open_loader, validation_batches
+from llm.data.corpora import unprepared
 from llm.data.prepare.console import prepare_all
 from llm.errors import Stopped
 from llm.files import write_json
@@ -35,14 +34,14 @@ from llm.parallel.agreement import broadcast, exchange, lead_first, together
 from llm.parallel.mesh import Mesh
 from llm.train.ballot import Ballot
 from llm.train.build import build_engine
-from llm.train.checks import check_kernels, check_tokenizer, remarks
+from llm.train.checks import check_kernels
 from llm.train.choice import forms_of
 from llm.train.engines.base import Engine, MicroBatch, micro_batch
 from llm.train.engines.deepspeed_log import divert
 from llm.train.feed import Feed
-from llm.train.init_from import open_weights
-from llm.train.resume import check_resumable, check_settings, find_step, resume_report, saved_config
+from llm.train.resume import check_settings, find_step, resume_report, saved_config
 from llm.train.run_folder import RUNS, RunFolder, truncate_metrics
+from llm.train.source import Pretraining, Say, Source
 from llm.train.wandb_run import check_wandb
 
 
@@ -52,7 +51,7 @@ class Run:
 
     config: RunConfig
     folder: RunFolder
-    corpora: Corpora
+    source: Source
     mesh: Mesh
     device: torch.device
     step: int
@@ -71,7 +70,7 @@ class Run:
 
     def validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share of the validation samples. Raises InputError at once where the split cannot be used."""
-        batches = validation_batches(self.corpora, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
+        batches = self.source.validation_batches(dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
         return (micro_batch(batch, self.device, rows) for batch, rows in batches)
 
 
@@ -83,11 +82,13 @@ def start(
     *,
     prepare: bool = False,
     stop: Stop | None = None,
+    open_source: Callable[[RunConfig, Say], Source] = Pretraining.open,
 ) -> Run | None:
     """Check, open the data, resume; None when every step is done, for which no data is needed. Collective.
 
     ranks: where they have met; None for a run that is not watched. prepare: the data too, first, where that is not
     done. stop: raises Stopped between any two of these when a rank was asked, and is asked by the run as it trains.
+    open_source: opens the data, on every rank.
     Whatever is wrong with the request raises Agreed on every rank, and then the run's folder is as rank 0 found it
     before `RunFolder.claim`.
     """
@@ -119,7 +120,7 @@ def start(
         if prepare:
             lead_first(lambda: _prepare(config, say, stop) if unprepared(config) else None)
             ballot.leave_if_asked(folder, step)
-        run = _ready(config, folder, mesh, device, checkpoint, forms, say)
+        run = _ready(config, folder, mesh, device, checkpoint, forms, say, open_source)
         run.ballot = ballot
         if ranks is not None:
             hosts = [name or "" for name in exchange(socket.gethostname())]
@@ -158,30 +159,31 @@ def _ready(
     device: torch.device,
     checkpoint: CheckpointReader | None,
     forms: Forms,
-    say: Callable[[str], None],
+    say: Say,
+    open_source: Callable[[RunConfig, Say], Source],
 ) -> Run:
     """The run, with its data open and its engine built. Only then its own files are written."""
-    corpora = together(lambda: Corpora.open(config, say))
+    source = together(lambda: open_source(config, say))
     step = skipped_samples = 0
     weights = None
     if checkpoint is not None:
-        corpora = together(lambda: check_resumable(config, corpora, checkpoint.state))
+        source = together(lambda: source.resumed(checkpoint.state))
         step, skipped_samples = checkpoint.state["step"], checkpoint.state["skipped_samples"]
     elif config.train.init_from is not None:
-        weights = open_weights(config, corpora.folder / "tokenizer.json", say)
-    say(f"vocabulary: {together(lambda: check_tokenizer(corpora))}")
+        weights = source.weights(say)
+    say(f"vocabulary: {together(source.describe)}")
     ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
-    together(lambda: validation_batches(corpora, **ranks))
+    together(lambda: source.validation_batches(**ranks))
     consumed = consumed_samples(config.phases, step)
-    loader = together(lambda: open_loader(corpora, **ranks, consumed=consumed, widen=device.type == "cpu"))
-    hash_check = together(lambda: corpora.hash_check(**ranks))
-    for remark in together(lambda: remarks(corpora) if mesh.rank == 0 else []):
+    loader = together(lambda: source.loader(**ranks, consumed=consumed, widen=device.type == "cpu"))
+    hash_check = together(lambda: source.hash_check(**ranks))
+    for remark in together(lambda: source.remarks() if mesh.rank == 0 else []):
         say(remark)
     left = config.train.max_steps - step
     feed = Feed(loader, device, left, mesh.dp_group, hash_check=hash_check, skipped_samples=skipped_samples)
     with redirect_stdout(_engine_output(config, folder, mesh.rank, device, say)):
-        engine = build_engine(config, mesh, device, checkpoint or weights, forms)
-    run = Run(config, folder, corpora, mesh, device, step, feed, engine)
+        engine = build_engine(config, mesh, device, checkpoint or weights, forms, source.build_model)
+    run = Run(config, folder, source, mesh, device, step, feed, engine)
     run.validation_due = checkpoint is not None and checkpoint.state.get("validation_due", False)
     together(lambda: _write_folder(run) if run.lead else None)
     if checkpoint is not None:
@@ -203,5 +205,5 @@ def _engine_output(
 
 def _write_folder(run: Run) -> None:
     run.folder.config.write_text(to_yaml(run.config))
-    shutil.copyfile(run.corpora.folder / "tokenizer.json", run.folder.tokenizer)
+    shutil.copyfile(run.source.tokenizer, run.folder.tokenizer)
     truncate_metrics(run.folder.metrics, run.step)

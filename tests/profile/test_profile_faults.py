@@ -166,8 +166,8 @@ def profiled(config: RunConfig, plant: Callable[[Patch, int], None], folder: Pat
         mesh = Mesh.create(config.parallel, "cpu")
         engine, loader = build_engine(config, mesh, CPU), RandomTokens(config, mesh)
         feed = Feed(loader, CPU, config.train.max_steps, mesh.dp_group)
-        corpora: Any = None
-        run = Run(config, RunFolder(folder, "run"), corpora, mesh, CPU, 0, feed, engine)
+        source: Any = None
+        run = Run(config, RunFolder(folder, "run"), source, mesh, CPU, 0, feed, engine)
 
         def step() -> None:
             micro_batches, target_count = feed.next_step()

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +30,7 @@ from llm.train.engines.base import micro_batch
 from llm.train.feed import Feed
 from llm.train.loop import Trainer, train
 from llm.train.run_folder import RunFolder
+from llm.train.source import Pretraining
 from llm.train.start import Run
 from pool import RankPool
 from tiny_run import V, case, plain
@@ -100,18 +100,21 @@ def trained(config: RunConfig, root: Path, step: int = 0, stop: Stop | None = No
     dist.barrier()
     loader, engine = MadeUp(config, mesh, step), build_engine(config, mesh, CPU, reader)
     feed = Feed(loader, CPU, config.train.max_steps - step, mesh.dp_group, skipped_samples=skipped)
-    corpora: Any = MadeUpCorpora()
     due = reader is not None and reader.state.get("validation_due", False)
-    run = MadeUpRun(config, folder, corpora, mesh, CPU, step, feed, engine, Ballot(stop), validation_due=due)
+    run = MadeUpRun(config, folder, MadeUpSource(), mesh, CPU, step, feed, engine, Ballot(stop), validation_due=due)
     train(run)
     engine.close()
     return loader.closed
 
 
-class MadeUpCorpora:
+class MadeUpSource(Pretraining):
     """Text whose bytes were not counted."""
 
-    manifest = SimpleNamespace(bits_per_byte=lambda nats: None)
+    def __init__(self) -> None:
+        """Without a corpus."""
+
+    def bits_per_byte(self, loss: float) -> None:
+        return None
 
     def identity(self) -> dict[str, str]:
         return {"made up": "1"}

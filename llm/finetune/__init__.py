@@ -1,0 +1,1 @@
+"""What fine-tuning adds to pretraining (llm/train): data of examples, of which the answers alone are learnt."""
