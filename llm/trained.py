@@ -13,7 +13,7 @@ from llm.checkpoint.reader import CheckpointReader, find_named, open_checkpoint,
 from llm.config import ParallelConfig, RunConfig
 from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
-from llm.errors import CheckpointError, InputError
+from llm.errors import CheckpointError, InputError, require
 from llm.model.gpt import GPT
 from llm.model.init import fill, give_memory
 from llm.parallel.mesh import Mesh
@@ -45,6 +45,8 @@ def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
         reader = open_checkpoint(checkpoint)
     except CheckpointError as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
+    task = from_dict(reader.state["config"]).finetune.task
+    require(task != "classify", f"{checkpoint} is a classifier; expected a language model")
     reader, config = without_lora(reader, from_dict(reader.state["config"]))
     return reader, config, Tokenizer.load(tokenizer, config.data.end_token)
 

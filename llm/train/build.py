@@ -17,12 +17,18 @@ from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import Engine, WeightSource
 
 
-def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None) -> GPT:
-    """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none)."""
+def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None, labels: int | None = None) -> GPT:
+    """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none).
+
+    labels: how many a classifier tells apart; None: a language model.
+    """
     recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
-    model = GPT(config.model, choose_layers(config, mesh, forms), recompute=recompute, recompute_every=every)
+    layers = choose_layers(config, mesh, forms)
+    model = GPT(config.model, layers, recompute=recompute, recompute_every=every, labels=labels)
     if config.lora.rank:
         freeze(model)
+        if labels is not None:  # nothing has trained the head
+            model.head.requires_grad_()
     return model
 
 
