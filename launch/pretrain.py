@@ -14,7 +14,7 @@ import os
 import shlex
 
 from llm.cluster.preflight import check_machine
-from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
+from llm.cluster.ranks import Ranks, export, strip_local_rank
 from llm.cluster.script import run_script
 from llm.cluster.signals import Stop
 from llm.config.parse import parse_config
@@ -36,6 +36,8 @@ def pretrain(ranks: Ranks, stop: Stop) -> None:
         print(__doc__)
     prepare, words = "--prepare" in argv, [word for word in argv if word != "--prepare"]
     config = parse_config(words, prog="pretrain.py")
+    task = config.finetune.task
+    require(task == "none", f"finetune.task is {task}; start it with {place}/finetune.py")
     config.check_world(ranks.world_size)
     stop.limit(config.train.max_minutes)
     tasks = os.environ.get("SLURM_NTASKS", "1")
@@ -51,28 +53,13 @@ def pretrain(ranks: Ranks, stop: Stop) -> None:
         require_prepared(config, shlex.join(["python", str(place / "prepare_data.py"), *words]))
     export(ranks, os.environ)
 
-    import torch
+    from llm.train.job import run_job
 
-    from llm.train.loop import train
-    from llm.train.start import start
-
-    device = choose_device(ranks)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
-    lock = folder.claim() if (lead := ranks.rank == 0) else None
-    with folder.undone_on_failure(folder.nonce() if lead else ""):
-        initialize(ranks, timeout_seconds=config.parallel.timeout_seconds, device=device)
-        run = start(config, device, print if lead else lambda text: None, ranks, prepare=prepare, stop=stop)
-    if run is not None:
-        train(run)
-        run.engine.close()
-    torch.distributed.destroy_process_group()
+    lock = run_job(config, ranks, stop, prepare=prepare)
     if lock is not None:
         from llm.report import report
         from llm.sinks import Sink
 
-        if run is None:
-            print(f"{folder.path} is complete: {steps} steps; raise train.max_steps, or choose another --name")
         Sink("the report", print)(lambda: report(folder.path))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llm import files
 from llm.checkpoint.manifest import FileEntry, Manifest, Stored, TensorEntry
-from llm.checkpoint.writer import STEP_FOLDER, checkpoints, step_of
+from llm.checkpoint.writer import STEP_FOLDER, checkpoints, folder_name, step_of
 from llm.errors import CheckpointError, InputError, ReadError, require
 from llm.parallel.agreement import broadcast, patient_group, together
 from llm.slices import Slice
@@ -95,13 +95,22 @@ def find_latest(
 
 
 def find_named(path: Path, check: Callable[[Path], Manifest] = verify) -> tuple[Path, list[str]]:
-    """The checkpoint that `path` names, a run (its newest) or one of any name, and warnings; InputError: not whole."""
+    """The checkpoint that `path` names, and warnings: of a run the newest, or the best if it was fine-tuned, or one of
+    any name. InputError: not whole.
+    """
     require(path.is_dir(), f"{path} is not a folder; expected runs/<name>, or the folder of a checkpoint")
     if (path / "checkpoints").is_dir():
         latest, warnings = find_latest(path / "checkpoints", check=check)
         if latest is None:
             raise InputError(f"{path} holds no complete checkpoint; train first, or choose another run")
-        return latest, warnings
+        best = open_checkpoint(latest).state.get("best", {}).get("step", step_of(latest))
+        if best == step_of(latest):
+            return latest, warnings
+        told = f"{path} has its lowest validation loss at step {best}"
+        if not (folder := latest.with_name(folder_name(best))).is_dir():
+            return latest, [*warnings, f"{told}, whose checkpoint is not there: the newest is read"]
+        folder, found = find_named(folder, check)
+        return folder, [*warnings, *found, f"{told}: that is read"]
     try:
         return path, surplus(path, check(path))
     except CheckpointError as error:

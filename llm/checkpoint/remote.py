@@ -6,6 +6,7 @@ there is trusted: names are checked before they reach a path, and every byte is 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -21,7 +22,7 @@ import fsspec
 from llm import files
 from llm.checkpoint.manifest import Manifest
 from llm.checkpoint.reader import load_manifest, verify
-from llm.checkpoint.writer import STEP_FOLDER, outdated, put_aside, step_of
+from llm.checkpoint.writer import STEP_FOLDER, folder_name, outdated, put_aside, step_of
 from llm.errors import CheckpointError, InputError, ReadError
 
 T = TypeVar("T")
@@ -62,7 +63,10 @@ class Remote:
         with ThreadPoolExecutor(STREAMS) as pool:
             list(pool.map(lambda n: self._try(self.system.put_file, f"{folder}/{n}", f"{target}/{n}"), manifest.files))
         self._try(self.system.pipe_file, f"{target}/{MANIFEST}", text)
-        for name in outdated([n for n in names if step_of(Path(n)) < step], keep_last, keep_every):
+        state = json.loads((folder / "state.json").read_bytes())
+        best = folder_name(state.get("best", {}).get("step", step))
+        earlier = [name for name in names if step_of(Path(name)) < step]
+        for name in (name for name in outdated(earlier, keep_last, keep_every) if name != best):
             self._try(self.system.rm_file, f"{self.root}/{name}/{MANIFEST}")
             self._try(self.system.rm, f"{self.root}/{name}", recursive=True)
 

@@ -51,8 +51,8 @@ def write_checkpoint(
 ) -> Path:
     """Save root/step-<step>/ and return its path. Collective over `group` (None: all ranks).
 
-    The newest `keep_last` checkpoints are kept, and those whose step is a multiple of `keep_every`. One of the same
-    step or of a later one, which the run has left, is put aside under another name.
+    The newest `keep_last` checkpoints are kept, those whose step is a multiple of `keep_every`, and the one that
+    `state` calls best. One of the same step or of a later one, which the run has left, is put aside under another name.
 
     Args:
         pieces: what this rank writes, each element of the model on exactly one rank; they are taken one by one, and
@@ -81,7 +81,8 @@ def write_checkpoint(
         together(attempt, group)
 
     def doomed(earlier: list[str]) -> list[str]:
-        return [name for name in outdated(earlier, keep_last, keep_every) if root / name != copying()]
+        kept = copying(), root / folder_name(state.get("best", {}).get("step", step))
+        return [name for name in outdated(earlier, keep_last, keep_every) if root / name not in kept]
 
     needed = sum(int(text or 0) for text in exchange(str(size), group))
     try:

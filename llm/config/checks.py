@@ -6,7 +6,7 @@ from typing import Any
 
 from llm.config.lora import LoRAConfig
 from llm.config.phases import Phase
-from llm.config.sections import ModelConfig, ParallelConfig, TrainConfig
+from llm.config.sections import DataConfig, FinetuneConfig, ModelConfig, ParallelConfig, TrainConfig
 from llm.errors import InputError, require
 
 
@@ -81,6 +81,18 @@ def check_lora(lora: LoRAConfig, train: TrainConfig) -> None:
         lora.rank == 0 or train.init_from is not None,
         f"lora.rank is {lora.rank} and train.init_from null: LoRA keeps the weights, which would be random; set "
         "train.init_from to a run, a checkpoint or a Hugging Face folder",
+    )
+
+
+def check_finetune(finetune: FinetuneConfig, data: DataConfig) -> None:
+    """Refuse settings of token files for a task that reads examples from data.source alone."""
+    if finetune.task in ("none", "continue"):
+        return
+    read = f"finetune.task {finetune.task} reads data.source"
+    for name in ("path", "blend", "phases"):
+        require(not getattr(data, name), f"{read} alone; found data.{name}: remove it")
+    require(
+        data.packing == "best_fit", f"{read} by whole examples; use data.packing=best_fit, data.document_masks=true"
     )
 
 

@@ -9,11 +9,11 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 
@@ -23,6 +23,7 @@ from llm.errors import InputError, require
 from llm.typed import alternatives, dotted_keys, read, shown, unknown_key
 
 Config = TypeVar("Config")
+Complete: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 # As in YAML 1.2, and 1_000: YAML 1.1 takes 4e-3 for text, 010 for 8 and 1:30 for 90.
 _INTEGER = re.compile(r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)$", re.ASCII)
 _FLOAT = re.compile(
@@ -55,13 +56,17 @@ for _yaml_class in (_Loader, _Dumper):
     _yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def parse_config(argv: Sequence[str] | None = None, *, prog: str = "pretrain.py") -> RunConfig:
+def parse_config(
+    argv: Sequence[str] | None = None, *, prog: str = "pretrain.py", complete: Complete = lambda mapping: mapping
+) -> RunConfig:
     """The run that a command line asks for: `parse`."""
-    return parse(RunConfig, sys.argv[1:] if argv is None else argv, prog)
+    return parse(RunConfig, sys.argv[1:] if argv is None else argv, prog, complete)
 
 
-def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
+def parse(kind: type[Config], argv: Sequence[str], prog: str, complete: Complete = lambda mapping: mapping) -> Config:
     """The config that a command line asks for: the dataclass's defaults, then `--config FILE`, then overrides.
+
+    complete: makes what these two say into what is read.
 
     Raises:
         InputError: an unknown key, a wrong type, an impossible value or combination.
@@ -78,7 +83,7 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     for key, value in overrides:
         if key not in ("config", "local_rank"):
             _assign(mapping, key, value, keys.get(key, Any))
-    config = read(kind, mapping, "")
+    config = read(kind, complete(mapping), "")
     if "--print-config" in argv:
         print(to_yaml(config), end="")
         raise SystemExit(0)

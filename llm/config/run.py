@@ -51,6 +51,7 @@ class RunConfig:
         require(last < self.train.max_steps, f"{found}; expected less: the step after a profile measures memory")
         checks.check_lora(self.lora, self.train)
         checks.check_engine(self.train, self.parallel, self.deepspeed)
+        checks.check_finetune(self.finetune, self.data)
         checks.check_tensor_parallel(self.model, self.parallel, self.phases)
 
     @cached_property

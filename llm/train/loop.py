@@ -14,6 +14,7 @@ from llm.checkpoint.background import Saver
 from llm.checkpoint.remote import Mirror, Remote
 from llm.errors import ReplicaError
 from llm.parallel.agreement import lead_first
+from llm.train.best import Best
 from llm.train.engines.base import StepResult
 from llm.train.guard import compare_replicas, diverged, odd_ranks, replica_message
 from llm.train.optim import learning_rate
@@ -41,14 +42,15 @@ def train(run: Run) -> None:
         if run.validation_due:
             trainer.validate()
             reporter.restart_clock()
-        while run.step < config.train.max_steps and not ballot.agreed:
+        while not run.over and not ballot.agreed:
             trainer.profiler.step(trainer.step)
             if run.step == config.train.max_steps:
                 ballot.close()
             logging, validating = due(config.logging.interval), due(config.train.eval_interval)
             saving = due(config.checkpoint.interval) or ballot.agreed > 0
             # What is saved was compared: else a checkpoint could keep what a failing rank wrote.
-            guarding = config.train.guard_interval > 0 and (saving or due(config.train.guard_interval))
+            watched = config.train.guard_interval > 0
+            guarding = watched and (saving or due(config.train.guard_interval))
             if logging or validating or saving or guarding:
                 loss, grad_norm = trainer.read()  # else the device has steps to do while the host prepares the next
                 run.heartbeat.enter("report")
@@ -56,6 +58,8 @@ def train(run: Run) -> None:
                     reporter.step(loss, trainer.lr, grad_norm, trainer.skipped_steps)
                     trainer.profiler.read_request()
             left_out = validating and (ballot.agreed > 0 or not trainer.validate())
+            saving = saving or run.over or (run.best is not None and run.best.step == run.step)
+            guarding = guarding or (watched and saving)
             if guarding:
                 trainer.guard()
             if saving:
@@ -65,7 +69,7 @@ def train(run: Run) -> None:
                 reporter.restart_clock()
         trainer.profiler.close()
         trainer.finish_saving()
-    ballot.leave_if_asked(run.folder, run.step, trainer.finish_copying)
+    ballot.leave_if_asked(run.folder, run.step or None, trainer.finish_copying)
     trainer.finish_copying()
     trainer.feed.close()
 
@@ -167,6 +171,11 @@ class Trainer:
         loss = measures["val_loss"]
         if not math.isfinite(loss):
             raise self._diverged(f"validation loss {loss}", run.step)
+        if run.config.finetune.task != "none" and run.step > 0:
+            run.best = run.best.after(run.step, loss) if run.best is not None else Best(run.step, loss)
+            if run.best.since == run.config.finetune.patience:
+                seen = f"none lower than {run.best.loss:.4f} (step {run.best.step}) in {run.best.since} validations"
+                self.reporter.say(f"step {run.step}: {seen}; the run ends by finetune.patience")
         return True
 
     def _diverged(self, found: str, step: int) -> FloatingPointError:
@@ -186,6 +195,7 @@ class Trainer:
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
         state = checkpoint_state(run.config, run.source.identity(), run.step, skipped_samples, scalars)
         state |= {"validation_due": True} if validation_due else {}
+        state |= {"best": run.best._asdict()} if run.best is not None else {}
         self.saver.save(run.step, self.engine.state_pieces(), state)
 
     def finish_saving(self) -> None:

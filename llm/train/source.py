@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,7 +35,11 @@ class Source(ABC):
 
     config: RunConfig
     tokenizer: Path
-    """Its tokenizer.json, of which the run's folder gets a copy."""
+    """Its tokenizer.json."""
+
+    def save(self, folder: Path) -> None:
+        """Write what reading the finished model needs into the run's folder."""
+        shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
 
     @abstractmethod
     def resumed(self, state: dict[str, Any]) -> Source:

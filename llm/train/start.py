@@ -5,7 +5,6 @@ All ranks together find everything that can be wrong with the request, before an
 
 from __future__ import annotations
 
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from llm.model.forms import Forms
 from llm.parallel.agreement import broadcast, exchange, lead_first, together
 from llm.parallel.mesh import Mesh
 from llm.train.ballot import Ballot
+from llm.train.best import Best, is_over
 from llm.train.build import build_engine
 from llm.train.checks import check_kernels
 from llm.train.choice import forms_of
@@ -61,12 +61,17 @@ class Run:
     ballot: Ballot = field(default_factory=Ballot)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     validation_due: bool = False
-    """That after `step` was left for a stop."""
+    """That after `step` was left for a stop, or is the first of a fine-tuning run."""
+    best: Best | None = None
 
     @property
     def lead(self) -> bool:
         """Whether this is the rank that reports."""
         return self.mesh.rank == 0
+
+    @property
+    def over(self) -> bool:
+        return is_over(self.config, self.step, self.best)
 
     def validation_batches(self) -> Iterator[MicroBatch]:
         """This rank's share of the validation samples. Raises InputError at once where the split cannot be used."""
@@ -113,7 +118,7 @@ def start(
             say(f"warning: {warning}")
         if checkpoint is not None:
             together(lambda: check_settings(config, checkpoint.state))
-            if checkpoint.state["step"] == config.train.max_steps:
+            if is_over(config, checkpoint.state["step"], Best.of(checkpoint.state)):
                 return None
         step = None if checkpoint is None else checkpoint.state["step"]
         ballot.leave_if_asked(folder, step)
@@ -184,7 +189,9 @@ def _ready(
     with redirect_stdout(_engine_output(config, folder, mesh.rank, device, say)):
         engine = build_engine(config, mesh, device, checkpoint or weights, forms, source.build_model)
     run = Run(config, folder, source, mesh, device, step, feed, engine)
-    run.validation_due = checkpoint is not None and checkpoint.state.get("validation_due", False)
+    run.validation_due = config.finetune.task != "none"
+    if checkpoint is not None:
+        run.validation_due, run.best = checkpoint.state.get("validation_due", False), Best.of(checkpoint.state)
     together(lambda: _write_folder(run) if run.lead else None)
     if checkpoint is not None:
         say(resume_report(saved_config(checkpoint.state), config, step))
@@ -205,5 +212,5 @@ def _engine_output(
 
 def _write_folder(run: Run) -> None:
     run.folder.config.write_text(to_yaml(run.config))
-    shutil.copyfile(run.source.tokenizer, run.folder.tokenizer)
+    run.source.save(run.folder.path)
     truncate_metrics(run.folder.metrics, run.step)

@@ -79,12 +79,16 @@ def read_txt(path: Path) -> Iterator[Document]:
 
 def read_json(path: Path, key: str) -> Iterator[Document]:
     """A document of each object: one a line; or, in a .json file or an array, wherever they begin and end."""
-    with _opened(path) as raw:
-        is_array = raw.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    records = _values(path) if is_array or kind_of(path) == "json" else _lines(path, key)
-    for where, record in records:
+    for where, record in records(path, key):
         text = _field(record, key, where)
         yield where, pieces([text]) if len(text) > PIECE else (text,) if text else ()
+
+
+def records(path: Path, key: str) -> Iterator[tuple[str, object]]:
+    """(place, value) of each JSON value of a file; key: the field that is wanted of it. Raises InputError."""
+    with _opened(path) as raw:
+        is_array = raw.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return _values(path) if is_array or kind_of(path) == "json" else _lines(path, key)
 
 
 def _lines(path: Path, key: str) -> Iterator[tuple[str, object]]:

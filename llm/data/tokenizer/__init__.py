@@ -45,6 +45,8 @@ class Tokenizer:
         parts, rest = (json.loads(self._inner.to_str()) for _ in range(2))
         vocabulary, added = self._inner.get_vocab(), self._inner.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
+        self.special: dict[str, int] = special
+        """The ids of special tokens, by their spelling: `encode` gives none of them."""
         self.end_token = _end_token(vocabulary, special, end)
         self.eod_id: int = vocabulary[self.end_token]
         self.vocab_size: int = max(vocabulary.values()) + 1

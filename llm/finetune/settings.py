@@ -1,0 +1,41 @@
+"""The config of a fine-tuning run: its model and tokenizer are those of train.init_from, unless they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm.checkpoint.convert import open_hf
+from llm.checkpoint.reader import find_named, load_manifest, open_checkpoint, tokenizer_of
+from llm.config import RunConfig
+from llm.config.parse import parse_config, to_dict
+from llm.errors import CheckpointError, InputError, require
+
+
+def finetune_config(argv: Sequence[str]) -> RunConfig:
+    """As parse_config, for launch/finetune.py. Raises InputError too where train.init_from names nothing to read."""
+    config = parse_config(argv, prog="finetune.py", complete=from_source)
+    require(config.finetune.task != "none", "finetune.task is none; set --finetune.task=continue, chat or classify")
+    return config
+
+
+def from_source(mapping: dict[str, Any]) -> dict[str, Any]:
+    """What a config file and overrides say, with the model and the tokenizer of train.init_from where they say none."""
+    train, model, data = (mapping.get(section) or {} for section in ("train", "model", "data"))
+    if not all(isinstance(section, dict) for section in (train, model, data)) or not train.get("init_from"):
+        return mapping
+    path = Path(str(train["init_from"])).absolute()
+    try:
+        if (path / "config.json").is_file():
+            source = open_hf(path)
+            found, tokenizer, end = to_dict(source.config), path / "tokenizer.json", source.end
+        else:
+            folder, _ = find_named(path.resolve(), check=load_manifest)  # `start` looks at every byte
+            saved = open_checkpoint(folder).state["config"]
+            found, tokenizer, end = saved["model"], tokenizer_of(folder), saved["data"].get("end_token")
+    except (CheckpointError, InputError) as error:
+        raise InputError(f"train.init_from: {error}") from error
+    if tokenizer is not None and "tokenizer" not in data:
+        data = {"tokenizer": str(tokenizer), "end_token": end} | data
+    return mapping | {"model": found | model, "data": data}
