@@ -14,7 +14,10 @@ from llm.files import complete_folder
 
 FILES = "docstrings.jsonl", "packages.jsonl"
 LONGEST_SOURCE, LONGEST_ANSWER = 600, 160  # characters
-PACKAGES = "asyncio", "concurrent", "distutils", "email", "encodings", "idlelib", "importlib", "json", "lib2to3", "multiprocessing", "tkinter", "unittest", "xml"  # fmt: skip
+PACKAGES = {
+    "asyncio", "concurrent", "distutils", "email", "encodings", "idlelib", "importlib", "json", "lib2to3",
+    "multiprocessing", "tkinter", "unittest", "xml",
+}  # fmt: skip
 
 
 def mine(folder: Path) -> str:
