@@ -26,6 +26,7 @@ from llm.model.forms import Forms
 from llm.model.gpt import GPT
 from llm.model.init import initial_tensor
 from llm.model.layers import IGNORED_TARGET
+from llm.parallel.collectives import Waits
 from llm.parallel.mesh import Mesh
 from llm.slices import Slice
 from llm.train.build import build_model
@@ -82,8 +83,8 @@ class Classification(Examples):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"labels": self.labels}
 
-    def build_model(self, config: RunConfig, mesh: Mesh | None, forms: Forms | None) -> GPT:
-        return build_model(config, mesh, forms, len(self.labels))
+    def build_model(self, config: RunConfig, mesh: Mesh | None, forms: Forms | None, waits: Waits) -> GPT:
+        return build_model(config, mesh, forms, waits, len(self.labels))
 
     def weights(self, say: Say) -> WeightSource:
         return UnderNewHead(super().weights(say), self.config)

@@ -63,7 +63,7 @@ class RowParallelLoRA(RowParallelLinear):
 
     def partial(self, x_tp: Tensor) -> Tensor:
         # Each rank's gradient of B is of its own part of x: f sums it.
-        low = F.linear(F.linear(x_tp, self.lora_a), f(self.lora_b, self.tp.name))
+        low = F.linear(F.linear(x_tp, self.lora_a), f(self.lora_b, self.tp.name, self.tp.waits))
         return super().partial(x_tp) + self.scale * low
 
 

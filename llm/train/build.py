@@ -12,18 +12,27 @@ from llm.model.forms import Forms
 from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, give_memory
 from llm.model.lora import freeze
+from llm.parallel.collectives import UNTIMED, Waits
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import Engine, WeightSource
+from llm.train.stragglers import Stopwatch
 
 
-def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None, labels: int | None = None) -> GPT:
+def build_model(
+    config: RunConfig,
+    mesh: Mesh | None,
+    forms: Forms | None = None,
+    waits: Waits = UNTIMED,
+    labels: int | None = None,
+) -> GPT:
     """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none).
 
-    labels: how many a classifier tells apart; None: a language model.
+    waits: a context of the waits for tensor-parallel ranks. labels: how many a classifier tells apart; None: a language
+    model.
     """
     recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
-    layers = choose_layers(config, mesh, forms)
+    layers = choose_layers(config, mesh, forms, waits)
     model = GPT(config.model, layers, recompute=recompute, recompute_every=every, labels=labels)
     if config.lora.rank:
         freeze(model)
@@ -38,14 +47,15 @@ def build_engine(
     device: torch.device,
     source: WeightSource | None = None,
     forms: Forms | None = None,
-    build: Callable[[RunConfig, Mesh | None, Forms | None], GPT] = build_model,
+    build: Callable[[RunConfig, Mesh | None, Forms | None, Waits], GPT] = build_model,
 ) -> Engine:
     """The engine of the config, in the state of a checkpoint, or new on other weights (None: initial). Collective.
 
     build: builds the model, as build_model does.
     """
+    waits = Stopwatch(device, running=False)
     with torch.device("meta"):  # load_pieces fills the weights: they are drawn, or read, once
-        model = build(config, mesh, forms)
+        model = build(config, mesh, forms, waits)
     # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
     if config.train.engine == "plain" or (config.train.engine == "deepspeed" and config.parallel.zero_stage < 3):
         for parameter in model.parameters():
@@ -58,6 +68,8 @@ def build_engine(
     else:
         from llm.train.engines.deepspeed import DeepSpeedEngine as Kind
     engine = Kind(config, model, mesh, device)
+    if mesh.tp_size > 1:
+        engine.waits["tp"] = waits
     if isinstance(source, CheckpointReader):
         engine.load_scalar_state(source.state["engine"])
         engine.load_pieces(source, source.state["engine"]["optimizer_step"])

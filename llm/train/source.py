@@ -18,6 +18,7 @@ from llm.data.loader import open_loader, validation_batches
 from llm.data.tokens.hashes import HashCheck
 from llm.model.forms import Forms
 from llm.model.gpt import GPT
+from llm.parallel.collectives import Waits
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_model
 from llm.train.checks import check_tokenizer, remarks
@@ -73,9 +74,9 @@ class Source(ABC):
         """A validation loss in nats per token as bits per byte of text; None where that is not known."""
         return None
 
-    def build_model(self, config: RunConfig, mesh: Mesh | None, forms: Forms | None) -> GPT:
+    def build_model(self, config: RunConfig, mesh: Mesh | None, forms: Forms | None, waits: Waits) -> GPT:
         """The model that these data train, as llm.train.build.build_model."""
-        return build_model(config, mesh, forms)
+        return build_model(config, mesh, forms, waits)
 
     def weights(self, say: Say) -> WeightSource:
         """Those that train.init_from names. Collective."""

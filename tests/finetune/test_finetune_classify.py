@@ -20,6 +20,7 @@ from llm.errors import InputError
 from llm.finetune.classify import HEAD, Classification, UnderNewHead, loss_count_and_right
 from llm.model.init import InitialWeights
 from llm.model.layers import IGNORED_TARGET
+from llm.parallel.collectives import UNTIMED
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
 from llm.train.engines.base import Engine, micro_batch
@@ -77,7 +78,7 @@ def trained(source: Classification, engine: Engine, ranks: dict[str, int], steps
 def in_one_process(config: RunConfig, steps: int) -> list[float]:
     config = plain(config)
     source = opened(config)
-    engine = PlainEngine(config, source.build_model(config, None, None), None, CPU)
+    engine = PlainEngine(config, source.build_model(config, None, None, UNTIMED), None, CPU)
     engine.load_pieces(UnderNewHead(InitialWeights(config.model, config.seed), config), 0)
     return trained(source, engine, {"dp_rank": 0, "dp_size": 1}, steps)
 
@@ -152,7 +153,7 @@ def test_the_state_of_the_last_token_decides_and_nothing_after_it(tmp_path: Path
     """Each text alone, with no label behind it and no other text beside it, gives what its sample gives."""
     config = plain(prepared(tmp_path))
     source = opened(config)
-    model = source.build_model(config, None, None)
+    model = source.build_model(config, None, None, UNTIMED)
     assert model.get_parameter(HEAD).shape == (3, 32)
     (batch, _), *_ = source.validation_batches(dp_rank=0, dp_size=1)
     found = micro_batch(batch, CPU)

@@ -131,6 +131,10 @@ class Engine(ABC):
         self.trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         """Those that steps change: all, or with LoRA few of them."""
         self.forward_time = Stopwatch(device)  # of steps, not of validations
+        self.waits: dict[str, Stopwatch] = {}
+        """Of the groups, "dp" and "tp", all of whose collectives are issued by Ingot: this rank's waits in them.
+
+        They run while a step of the training loop does."""
 
     @property
     @abstractmethod
