@@ -84,6 +84,10 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.sinks", "llm.slices", "llm.typed", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
         "llm.cluster", "llm.plan", "llm.profile", "llm.train",
     },
+    "llm/finetune": {
+        "numpy", "torch", "llm.checkpoint", "llm.config", "llm.data", "llm.errors", "llm.files", "llm.finetune",
+        "llm.model", "llm.parallel", "llm.slices", "llm.train", "llm.typed",
+    },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/train/gpu_state.py": {"torch", "pynvml", "llm.sinks"},
     "llm/train/wandb_run.py": {"wandb", "llm.config", "llm.errors", "llm.files"},
