@@ -40,6 +40,7 @@ setup(
         "backports.zstd>=1.0; python_version < '3.14'",
         "numpy>=2.0",
         "filelock>=3.30",
+        "jinja2>=3.1",
         "fsspec>=2024.6",
         "ninja>=1.11",
         # Power, clock and temperature of NVIDIA GPUs: a thin wrapper of the driver's library, in Python alone.

@@ -18,6 +18,7 @@ from llm.cluster.ranks import Ranks, export, strip_local_rank
 from llm.cluster.script import run_script
 from llm.cluster.signals import Stop
 from llm.errors import require
+from llm.finetune.settings import finetune_config
 
 
 def finetune(ranks: Ranks, stop: Stop) -> None:
@@ -25,8 +26,6 @@ def finetune(ranks: Ranks, stop: Stop) -> None:
     require(bool(argv), f"no config is given, such as --config {place}/configs/finetune/chat.yaml; --help lists all")
     if {"--help", "-h"} & set(argv):
         print(__doc__)
-    from llm.finetune.settings import finetune_config
-
     prepare, words = "--prepare" in argv, [word for word in argv if word != "--prepare"]
     config = finetune_config(words)
     config.check_world(ranks.world_size)

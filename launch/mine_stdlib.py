@@ -13,7 +13,6 @@ import argparse
 
 from llm.cluster.script import run_alone
 from llm.errors import require
-from llm.finetune.stdlib import mine
 
 
 def main(argv: list[str]) -> None:
@@ -21,6 +20,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/finetune"), help="a new folder (default: data/finetune)")
     folder = parser.parse_args(argv).out
     require(not folder.exists(), f"{folder} exists; remove it, or give another --out")
+    from llm.finetune.stdlib import mine
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(mine(folder))
 

@@ -30,7 +30,8 @@ def report(run: Path, say: Say = print) -> None:
     require(metrics.is_file(), f"{run} is not a run's folder; expected runs/<name>")
     config = parse_config([f"--config={run / 'config.yaml'}"])
     step = max(map(step_of, checkpoints(run / "checkpoints")), default=0)
-    manifest = Sink("what is known of the data", say)(lambda: load_manifest(config))
+    tokens_are_files = config.finetune.task in ("none", "continue")
+    manifest = Sink("what is known of the data", say)(lambda: load_manifest(config)) if tokens_are_files else None
     bigram = manifest and manifest.bigram_nats_per_token
     drawn = Sink(str(picture), say)(lambda: plot_loss(metrics, picture, config.name, bigram))
     say(f"run {config.name}: {step} of {config.train.max_steps} steps" + (f", {drawn}" if drawn else ""))

@@ -18,9 +18,9 @@ MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
 BUDGETS = {"llm": 23_100, "kernels": 4_412, "csrc": 3_330, "launch": 945, "benchmarks": 7_600}
-MAX_PRODUCT_LINES = 31_790  # all of these but the benchmarks
+MAX_PRODUCT_LINES = 31_800  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
-MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_410
+MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_450
 
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },
+    "llm/data/chat.py": {"jinja2", "llm.data", "llm.errors", "llm.files"},
     "llm/data/corpus": {"backports.zstd", "compression", "pyarrow", "llm.errors", "llm.data.corpus"},
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},
     "llm/data/prepare/console.py": {"llm.config", "llm.data", "llm.progress"},

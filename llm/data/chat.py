@@ -24,7 +24,7 @@ Message: TypeAlias = dict[str, str]
 ROLES = ("system", "user", "assistant")
 DEFAULT = (
     "{% for message in messages %}### {{ message.role }}\n{{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}### assistant\n{% endif %}"
 )
 """Of a tokenizer that has no template."""

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm.checkpoint.convert import open_hf
-from llm.checkpoint.reader import find_named, load_manifest, open_checkpoint, tokenizer_of
 from llm.config import RunConfig
 from llm.config.parse import parse_config, to_dict
 from llm.errors import CheckpointError, InputError, require
@@ -25,6 +23,10 @@ def from_source(mapping: dict[str, Any]) -> dict[str, Any]:
     train, model, data = (mapping.get(section) or {} for section in ("train", "model", "data"))
     if not all(isinstance(section, dict) for section in (train, model, data)) or not train.get("init_from"):
         return mapping
+    # Here, for they import torch: what is wrong with the arguments is said before.
+    from llm.checkpoint.convert import open_hf
+    from llm.checkpoint.reader import find_named, load_manifest, open_checkpoint, tokenizer_of
+
     path = Path(str(train["init_from"])).absolute()
     try:
         if (path / "config.json").is_file():

@@ -85,7 +85,7 @@ class Source(ABC):
     def evaluate(self, engine: Engine, batches: Iterable[MicroBatch]) -> dict[str, float]:
         """What a validation measures, `val_loss` (mean over the counted targets) first. Collective."""
         total, count = engine.evaluate(batches)
-        return {"val_loss": total / max(count, 1)}
+        return {"val_loss": total / max(count, 1)}  # none counts where a stop was agreed on before the first batch
 
 
 class Pretraining(Source):
