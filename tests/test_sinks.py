@@ -151,7 +151,7 @@ def fake_run(root: Path, tensorboard: bool) -> Any:
         config=config, folder=RunFolder(root, "run"), step=0, lead=True, device=torch.device("cpu"),
         feed=SimpleNamespace(wait_seconds=0.0, record=dict), mesh=SimpleNamespace(world_size=1),
         engine=object(),
-        corpora=SimpleNamespace(manifest=SimpleNamespace(bits_per_byte=lambda nats: None)),
+        source=SimpleNamespace(bits_per_byte=lambda nats: None),
         ballot=Ballot(), heartbeat=Heartbeat(),
     )  # fmt: skip
 
@@ -163,7 +163,7 @@ def reported(run: Any, steps: int) -> None:
         for _ in range(steps):
             run.step += 1
             reporter.step(3.0, 1e-3, 0.5, 0)
-        reporter.validation(3.0)
+        reporter.validation({"val_loss": 3.0})
 
 
 @settings(deadline=None, max_examples=60)

@@ -98,7 +98,7 @@ def reporter(tmp_path: Path, **logging: Any) -> Reporter:
     run: Any = SimpleNamespace(
         config=replace(CONFIG, logging=LoggingConfig(tensorboard=False, **logging)), folder=RunFolder(tmp_path, ""),
         step=7, lead=True, device=CPU, feed=SimpleNamespace(wait_seconds=0.0), engine=object(),
-        corpora=SimpleNamespace(manifest=SimpleNamespace(bits_per_byte=lambda nats: nats / 2)), ballot=Ballot(),
+        source=SimpleNamespace(bits_per_byte=lambda nats: nats / 2), ballot=Ballot(),
         heartbeat=Heartbeat(),
     )  # fmt: skip
     return Reporter(run)
@@ -110,11 +110,11 @@ def test_a_peak_may_be_given_for_a_device_that_is_not_known(tmp_path: Path) -> N
 
 
 def test_a_validation_is_reported_in_bits_per_byte_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reported = reporter(tmp_path)
+    reported, measures = reporter(tmp_path), {"val_loss": 6.0, "val_accuracy": 0.5}
     with reported.metrics:
-        reported.validation(6.0)
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 7, "val_loss": 6.0, "val_bits_per_byte": 3.0}]
-    assert "validation loss 6.0000 nats per token, 3.0000 bits per byte" in capsys.readouterr().out
+        reported.validation(measures)
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 7, **measures, "val_bits_per_byte": 3.0}]
+    assert "validation loss 6.0000 nats per token, 3.0000 bits per byte, accuracy 0.5000" in capsys.readouterr().out
 
 
 def test_a_line_reads_back_to_the_last_bit_and_at_once(tmp_path: Path) -> None:
