@@ -73,8 +73,8 @@ def publish(
     if stage in (1, 2):
         optimizer.update_lp_params()
     elif stage == 3:
-        for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        for number in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
         persistent = optimizer.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
