@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from llm.checkpoint.merged import without_lora
 from llm.checkpoint.reader import CheckpointReader, find_named, open_checkpoint, tokenizer_of
 from llm.config import ParallelConfig, RunConfig
 from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
-from llm.errors import CheckpointError, InputError
+from llm.errors import CheckpointError, InputError, require
 from llm.model.gpt import GPT
 from llm.model.init import fill, give_memory
 from llm.parallel.mesh import Mesh
@@ -30,7 +31,10 @@ class Trained:
 
 
 def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
-    """The checkpoint that `path` names, every byte of it verified, with its config and tokenizer; else InputError."""
+    """The checkpoint that `path` names, every byte of it verified, with its config and tokenizer; else InputError.
+
+    One of a run with LoRA reads as the model without it, its products added to the weights.
+    """
     checkpoint, warnings = find_named(path.resolve() if path.is_symlink() else path)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -41,7 +45,9 @@ def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
         reader = open_checkpoint(checkpoint)
     except CheckpointError as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
-    config = from_dict(reader.state["config"])
+    task = from_dict(reader.state["config"]).finetune.task
+    require(task != "classify", f"{checkpoint} is a classifier; expected a language model")
+    reader, config = without_lora(reader, from_dict(reader.state["config"]))
     return reader, config, Tokenizer.load(tokenizer, config.data.end_token)
 
 

@@ -17,10 +17,10 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 22_600, "kernels": 4_412, "csrc": 3_330, "launch": 945, "benchmarks": 7_600}
-MAX_PRODUCT_LINES = 31_300  # all of these but the benchmarks
+BUDGETS = {"llm": 23_100, "kernels": 4_412, "csrc": 3_330, "launch": 945, "benchmarks": 7_600}
+MAX_PRODUCT_LINES = 31_800  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
-MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_420
+MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_450
 
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
@@ -85,12 +85,13 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.sinks", "llm.slices", "llm.typed", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
         "llm.cluster", "llm.plan", "llm.profile", "llm.train",
     },
+    "llm/finetune": {
+        "numpy", "torch", "llm.checkpoint", "llm.config", "llm.data", "llm.errors", "llm.files", "llm.finetune",
+        "llm.model", "llm.parallel", "llm.slices", "llm.train", "llm.typed",
+    },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/train/gpu_state.py": {"torch", "pynvml", "llm.sinks"},
     "llm/train/wandb_run.py": {"wandb", "llm.config", "llm.errors", "llm.files"},
-    "llm/finetune": {
-        "numpy", "llm.checkpoint", "llm.config", "llm.data", "llm.errors", "llm.files", "llm.train", "llm.finetune",
-    },
     "llm/parity": {
         "torch", "psutil", "rich", "kernels", "llm.config", "llm.errors", "llm.files", "llm.slices", "llm.model",
         "llm.parallel", "llm.data", "llm.checkpoint", "llm.plan", "llm.train", "llm.parity",

@@ -65,8 +65,7 @@ def write_checkpoint(
         each: yields the pieces, and the files that are looked at or deleted, one by one as they are dealt with.
 
     Raises:
-        CheckpointError: the same on every rank if any fails, or has a value that is not finite; then the previous
-            checkpoints are as they were and the partial folder is gone.
+        CheckpointError: on every rank if any fails, or has a value that is not finite; no checkpoint was touched then.
     """
     partial = root / f"{folder_name(step)}.tmp"
     rank, world = dist.get_rank(group), dist.get_world_size(group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm.config.lora import LoRAConfig
 from llm.config.phases import Phase
 from llm.config.sections import DataConfig, FinetuneConfig, ModelConfig, ParallelConfig, TrainConfig
 from llm.errors import InputError, require
@@ -71,6 +72,15 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
     require(
         engine != "fsdp" or offload != "optimizer",
         "train.engine fsdp offloads parameters with the optimizer's state; use parallel.offload=all",
+    )
+
+
+def check_lora(lora: LoRAConfig, train: TrainConfig) -> None:
+    """Refuse to adapt weights that nothing has trained."""
+    require(
+        lora.rank == 0 or train.init_from is not None,
+        f"lora.rank is {lora.rank} and train.init_from null: LoRA keeps the weights, which would be random; set "
+        "train.init_from to a run, a checkpoint or a Hugging Face folder",
     )
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from llm.config import checks, sections
+from llm.config.lora import LoRAConfig
 from llm.config.phases import Phase, phases_of
 from llm.errors import require
 
@@ -25,6 +26,7 @@ class RunConfig:
     """Of initial weights, sample order and dropout."""
     model: sections.ModelConfig = field(default_factory=sections.ModelConfig)
     data: sections.DataConfig = field(default_factory=sections.DataConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: sections.OptimConfig = field(default_factory=sections.OptimConfig)
     parallel: sections.ParallelConfig = field(default_factory=sections.ParallelConfig)
     train: sections.TrainConfig = field(default_factory=sections.TrainConfig)
@@ -47,6 +49,7 @@ class RunConfig:
         last = (self.profile.steps or (0, 0))[1]
         found = f"profile.steps ends with {last}, the run with train.max_steps {self.train.max_steps}"
         require(last < self.train.max_steps, f"{found}; expected less: the step after a profile measures memory")
+        checks.check_lora(self.lora, self.train)
         checks.check_engine(self.train, self.parallel, self.deepspeed)
         checks.check_finetune(self.finetune, self.data)
         checks.check_tensor_parallel(self.model, self.parallel, self.phases)

@@ -112,6 +112,7 @@ class GPT(nn.Module):
     recompute: what the backward pass of every `recompute_every`-th block computes again (activation checkpointing): the
     whole block, of which only the input is kept ("full", Chen et al. 2016), or attention between its two matrix
     products ("selective", Korthikanti et al. 2022, section 5).
+    labels: rows of the head of a classifier, which stands in the place of the vocabulary's.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class GPT(nn.Module):
         blocks: range | None = None,
         recompute: Recompute = "none",
         recompute_every: int = 1,
+        labels: int | None = None,
     ) -> None:
         super().__init__()
         C, layers = config.d_model, layers or DenseLayers()
@@ -133,8 +135,8 @@ class GPT(nn.Module):
         for i in blocks or range(config.n_layer):
             self.blocks[str(i)] = Block(config, layers, i, "none" if i % recompute_every else recompute)
         self.norm = layers.norm(config.norm, C, bias=config.bias, eps=config.norm_eps)
-        tied = self.embedding if config.tie_embeddings else None
-        self.head = layers.lm_head(C, config.vocab_size, tied)
+        tied = self.embedding if config.tie_embeddings and labels is None else None
+        self.head = layers.lm_head(C, labels or config.vocab_size, tied)
         init_weights(self, config, layers.seed)
 
     def states(

@@ -16,14 +16,16 @@ def initial_tensor(config: ModelConfig, seed: int, name: str, shape: tuple[int, 
     """The whole initial value of a parameter, fp32 on the CPU whatever the defaults are, keyed by (seed, name).
 
     As GPT-2's: normal with `init_std`, which is divided by sqrt(2 n_layer) for the linears that end a residual branch
-    (Radford et al. 2019, 2.3).
+    (Radford et al. 2019, 2.3). LoRA's are its own (llm/model/lora.py).
     """
-    if name.endswith("bias"):
+    if name.endswith(("bias", "lora_b")):
         return torch.zeros(shape, dtype=torch.float32, device="cpu")
     if "norm" in name:
         return torch.ones(shape, dtype=torch.float32, device="cpu")
     ends_branch = name.endswith(("attention_output.weight", "down.weight"))
     std = config.init_std / math.sqrt(2 * config.n_layer) if ends_branch else config.init_std
+    if name.endswith("lora_a"):
+        std = 1 / math.sqrt(shape[1])
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)

@@ -161,8 +161,12 @@ class RowParallelLinear(nn.Module):
             self.bias = nn.Parameter(torch.zeros(out_features))
             mark(self.bias, Slice.full((out_features,)))
 
+    def partial(self, x_tp: Tensor) -> Tensor:
+        """This rank's summand of y - b."""
+        return F.linear(x_tp, self.weight)
+
     def forward(self, x_tp: Tensor) -> Tensor:
-        y = self.tp.leave(F.linear(x_tp, self.weight))
+        y = self.tp.leave(self.partial(x_tp))
         return y if self.bias is None else y + self.tp.on_weight(self.bias)
 
 

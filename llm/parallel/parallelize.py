@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llm.config import RunConfig
 from llm.model.forms import Forms
 from llm.model.layers import DenseLayers
+from llm.model.lora import LoRALayers
 from llm.parallel.collectives import UNTIMED, Waits
 from llm.parallel.layers import TensorParallel, TensorParallelLayers
+from llm.parallel.lora import TensorParallelLoRALayers
 from llm.parallel.mesh import Mesh
 
 
@@ -15,10 +19,12 @@ def choose_layers(
 ) -> DenseLayers:
     """The dense factory on one tensor-parallel rank (or without a mesh), else Megatron's, which waits in `waits`.
 
-    forms None: those of train.impl.
+    With lora.rank, that of LoRA. forms None: those of train.impl.
     """
     forms = forms or Forms.of(config.train.impl)
+    options: dict[str, Any] = dict(seed=config.seed, forms=forms, z_loss=config.train.z_loss)
+    lora = config.lora if config.lora.rank else None
     if mesh is None or mesh.tp_size == 1:
-        return DenseLayers(seed=config.seed, forms=forms, z_loss=config.train.z_loss)
+        return DenseLayers(**options) if lora is None else LoRALayers(lora, **options)
     tp = TensorParallel.of(mesh.tp_group, config.parallel.sequence_parallel, waits)
-    return TensorParallelLayers(tp, seed=config.seed, forms=forms, z_loss=config.train.z_loss)
+    return TensorParallelLayers(tp, **options) if lora is None else TensorParallelLoRALayers(lora, tp, **options)

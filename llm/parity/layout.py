@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
@@ -15,13 +15,11 @@ from torch import Tensor
 
 from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
-from llm.model.gpt import GPT
-from llm.model.layers import DenseLayers
 from llm.parallel.agreement import backend_device, exchange
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import micro_batches, target_count
 from llm.slices import Slice, slice_of
-from llm.train.build import build_engine
+from llm.train.build import build_engine, build_model
 from llm.train.engines.base import MOMENTS, MicroBatch
 from llm.train.guard import compare_replicas
 
@@ -47,11 +45,12 @@ class StepRecord:
     after: State
 
 
-def global_shapes(config: RunConfig) -> Shapes:
-    """The global shape of every parameter, by name."""
+def global_shapes(config: RunConfig, *, trained: bool = False) -> Shapes:
+    """The global shape of every parameter, by name; or of those that are trained."""
     with torch.device("meta"):
-        model = GPT(config.model, DenseLayers(seed=config.seed))
-    return {name: slice_of(parameter).global_shape for name, parameter in model.named_parameters()}
+        model = build_model(config, None)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained}
+    return {name: slice_of(parameter).global_shape for name, parameter in parameters.items()}
 
 
 class Layout:
@@ -65,6 +64,7 @@ class Layout:
         self.engine.set_lr(config.optim.lr)
         self.problems: list[str] = []
         """What is wrong beyond numbers, the same on every rank."""
+        self.frozen = self.shapes.keys() - global_shapes(config, trained=True).keys()
         self.names, missing = shared_names(self.engine.parameters, self.shapes)
         self.note(missing)
         self.updates = 0
@@ -78,6 +78,8 @@ class Layout:
         loss = float(self.engine.forward_backward(self._batches(number), target_count(self.config)))
         gradients = {}
         for name in self.names:
+            if name in self.frozen:
+                continue
             gradient = self.engine.gradient(name)  # every rank has a part in it
             if self.mesh.rank == 0:
                 gradients[name] = gradient.detach().float().clone()
@@ -102,7 +104,7 @@ class Layout:
 
     def _gather(self) -> State:
         kinds = ("master", *MOMENTS) if self.updates else ("master",)
-        state, problems = gather_state(self.engine.state_pieces(), self.shapes, kinds)
+        state, problems = gather_state(self.engine.state_pieces(), self.shapes, kinds, self.frozen)
         self.note(problems)
         return state
 
@@ -133,9 +135,12 @@ def shared_names(names: Iterable[str], expected: Iterable[str]) -> tuple[list[st
     return [name for name in expected if name not in missing], _of_all_ranks(problems)
 
 
-def gather_state(pieces: Iterable[Piece], shapes: Shapes, kinds: Sequence[str]) -> tuple[State, list[str]]:
+def gather_state(
+    pieces: Iterable[Piece], shapes: Shapes, kinds: Sequence[str], frozen: Collection[str] = ()
+) -> tuple[State, list[str]]:
     """Master weights and moments on rank 0 (nothing on the others), and what is wrong with the ranks' pieces of them.
 
+    frozen: the parameters that are not trained and have no moments.
     Every element of every tensor must be in exactly one piece. A sum over ranks of tensors that are zero elsewhere is
     then exact; a second sum counts. Collective.
     """
@@ -144,6 +149,8 @@ def gather_state(pieces: Iterable[Piece], shapes: Shapes, kinds: Sequence[str]) 
         held[piece.name, piece.kind].append(piece)
     state, problems = State(), list[str]()
     for name, kind in product(shapes, kinds):
+        if kind != "master" and name in frozen:
+            continue
         values, counts = torch.zeros(shapes[name]), torch.zeros(shapes[name], dtype=torch.uint8)
         for piece in held.pop((name, kind), []):
             problem = _add_piece(piece, values, counts)

@@ -11,6 +11,7 @@ from llm.config import RunConfig
 from llm.model.forms import Forms
 from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, give_memory
+from llm.model.lora import freeze
 from llm.parallel.collectives import UNTIMED, Waits
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
@@ -18,13 +19,26 @@ from llm.train.engines.base import Engine, WeightSource
 from llm.train.stragglers import Stopwatch
 
 
-def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None, waits: Waits = UNTIMED) -> GPT:
+def build_model(
+    config: RunConfig,
+    mesh: Mesh | None,
+    forms: Forms | None = None,
+    waits: Waits = UNTIMED,
+    labels: int | None = None,
+) -> GPT:
     """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none).
 
-    waits: a context of the waits for tensor-parallel ranks.
+    waits: a context of the waits for tensor-parallel ranks. labels: how many a classifier tells apart; None: a language
+    model.
     """
     recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
-    return GPT(config.model, choose_layers(config, mesh, forms, waits), recompute=recompute, recompute_every=every)
+    layers = choose_layers(config, mesh, forms, waits)
+    model = GPT(config.model, layers, recompute=recompute, recompute_every=every, labels=labels)
+    if config.lora.rank:
+        freeze(model)
+        if labels is not None:  # nothing has trained the head
+            model.head.requires_grad_()
+    return model
 
 
 def build_engine(

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from llm import files
 from llm.checkpoint.convert import HuggingFaceReader, open_hf
+from llm.checkpoint.merged import without_lora
 from llm.checkpoint.reader import CheckpointReader, find_named, open_agreed, tokenizer_of
 from llm.config import ModelConfig, RunConfig
+from llm.config.lora import is_factor
 from llm.config.parse import changed_fields
 from llm.errors import CheckpointError, InputError, require
 from llm.model.gpt import GPT
@@ -36,7 +38,7 @@ class OtherWeights:
 
     A table that is too long loses its last rows. To one that is too short come, for the vocabulary, rows that are the
     mean of the others: the softmax's denominator grows at most as the number of rows does (Jensen), so the first loss
-    rises by at most ln(new / old). New positions are initial ones.
+    rises by at most ln(new / old). New positions are initial ones, and so are LoRA's factors.
     """
 
     def __init__(self, source: CheckpointReader | HuggingFaceReader, model: ModelConfig, config: RunConfig) -> None:
@@ -47,6 +49,8 @@ class OtherWeights:
             parameters = dict(GPT(config.model, choose_layers(config, None)).named_parameters())
         for name, parameter in parameters.items():
             shape = slice_of(parameter).global_shape
+            if is_factor(name):
+                continue
             expected = (getattr(model, TABLES[name]), *shape[1:]) if name in TABLES else shape
             found = source.shape(self._stored(name))
             require(found == expected, f"train.init_from: {name} is {found}; expected {expected} by its config")
@@ -56,6 +60,8 @@ class OtherWeights:
 
     def read_slice(self, name: str, kind: str, part: Slice) -> Tensor:
         """`part` of parameter `name`, fp32; `kind` is "master": moments begin at zero."""
+        if is_factor(name):
+            return part.take(initial_tensor(self.config.model, self.config.seed, name, part.global_shape))
         shape = self.source.shape(self._stored(name))
         if shape == part.global_shape:
             return self.source.read_slice(self._stored(name), kind, part)
@@ -81,7 +87,9 @@ def open_weights(config: RunConfig, tokenizer: Path, say: Callable[[str], None])
     else:
         source, warnings = open_agreed(path, find_named)
         assert source is not None, "find_named raises where it finds nothing"
-        model, found = together(lambda: saved_config(source.state).model), tokenizer_of(source.folder)
+        reader = source
+        source, saved = together(lambda: without_lora(reader, saved_config(reader.state)))
+        model, found = saved.model, tokenizer_of(source.folder)
     weights = together(lambda: OtherWeights(source, model, config))
     warnings += together(lambda: compare_tokenizers(found, tokenizer, config.model.vocab_size) if found else [])
     changed = changed_fields(model, config.model).items()

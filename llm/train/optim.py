@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from kernels.adamw import adamw_
 from kernels.dispatch import why_not_triton
 from llm.config import OptimConfig
+from llm.config.lora import FACTORS
 
 
 def decays(name: str) -> bool:
     """Whether weight decay applies to the parameter of this name: matrices, not norms and biases.
 
     Decided by name, because under ZeRO 3 every parameter looks one-dimensional: the weights of
-    linears, embeddings and the head decay; `bias` and what belongs to a `norm` does not.
+    linears, embeddings and the head decay, and LoRA's factors; `bias` and what belongs to a `norm` does not.
     """
     *owners, kind = name.split(".")
-    return kind == "weight" and not (owners and owners[-1].startswith("norm"))
+    return kind in ("weight", *FACTORS) and not (owners and owners[-1].startswith("norm"))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

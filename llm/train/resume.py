@@ -22,7 +22,10 @@ from llm.errors import CheckpointError, InputError, require
 from llm.train.optim import learning_rate
 
 # What a restart may not change, beside the model, the phases that have begun and their data.
-FIXED = ("seed", "finetune.task", "data.seq_len", "data.packing", "data.document_masks")
+FIXED = (
+    "seed", "finetune.task", "lora.rank", "lora.alpha", "lora.targets",
+    "data.seq_len", "data.packing", "data.document_masks",
+)  # fmt: skip
 # Fields of the model that do not say what its weights mean.
 FREE = ("dropout", "init_std")
 JUMP = 0.1  # relative change of the learning rate that is warned about

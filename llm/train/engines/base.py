@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,14 @@ def micro_batch(batch: Batch, device: torch.device, rows: int | None = None) -> 
     return MicroBatch(tokens[:, :-1], positions, samples, targets, documents)
 
 
+Measure: TypeAlias = Callable[[nn.Module, MicroBatch], Tensor]
+
+
+def loss_and_count(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """The sum of the losses of a batch and the count of its targets, fp64 [2]."""
+    return torch.stack([model(*batch).double(), (batch.targets != IGNORED_TARGET).sum().double()])
+
+
 class StepResult(NamedTuple):
     """Tensors [] on a device: reading one waits for the step."""
 
@@ -82,17 +90,19 @@ class Fragment(NamedTuple):
     """`numel` elements from `offset` of `flat` are those from `start` of the flattened slice of a parameter.
 
     `flat` holds fp32 weights and is a key of the optimizer's state. A vocabulary's padding rows are not counted.
+    trained: else there are no moments.
     """
 
     flat: Tensor
     offset: int
     start: int
     numel: int
+    trained: bool = True
 
     def tensors(self, optimizer: Optimizer, *, moments: bool) -> dict[str, Tensor]:
         """Views [numel] of the master weights, and of the moments if asked for."""
         tensors = {"master": self.flat.detach()}
-        if moments:
+        if moments and self.trained:
             tensors |= {kind: optimizer.state[self.flat][kind] for kind in MOMENTS}
         return {kind: tensor.view(-1).narrow(0, self.offset, self.numel) for kind, tensor in tensors.items()}
 
@@ -118,6 +128,8 @@ class Engine(ABC):
         self.parameters: dict[str, Any] = dict(model.named_parameters())
         """The model's parameters by name; under ZeRO 3 they are partitioned."""
         self.slices = {name: slice_of(parameter) for name, parameter in self.parameters.items()}
+        self.trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        """Those that steps change: all, or with LoRA few of them."""
         self.forward_time = Stopwatch(device)  # of steps, not of validations
         self.waits: dict[str, Stopwatch] = {}
         """Of the groups, "dp" and "tp", all of whose collectives are issued by Ingot: this rank's waits in them.
@@ -148,12 +160,20 @@ class Engine(ABC):
         """Clip by the global norm and update the weights, unless that norm is not finite."""
 
     @abstractmethod
+    def measure(self, micro_batches: Iterable[MicroBatch], of: Measure, numbers: int) -> list[float]:
+        """The sums over all ranks and batches of what `of` gives of the model and a batch, fp64 [numbers].
+
+        Without dropout; every rank passes as many batches.
+        """
+
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        """Sum of losses and count of targets over all ranks, without dropout; every rank passes as many batches."""
+        """Sum of losses and count of targets over all ranks, as `measure`."""
+        loss, count = self.measure(micro_batches, loss_and_count, 2)
+        return loss, int(count)
 
     @abstractmethod
     def gradient(self, name: str) -> Tensor:
-        """The accumulated gradient of a parameter in its global shape, fp32; between forward_backward and step."""
+        """The accumulated gradient of a trained parameter, fp32 [global shape]; between forward_backward and step."""
 
     @abstractmethod
     def scalar_state(self) -> dict[str, Any]:
@@ -201,7 +221,7 @@ class Engine(ABC):
     def _read_pieces(self, source: WeightSource, optimizer_step: int) -> None:
         for name, fragment in self._fragments().items():
             flat, state = fragment.flat, self.optimizer.state
-            if optimizer_step:
+            if optimizer_step and fragment.trained:
                 if flat not in state:  # several fragments may lie in one tensor
                     state[flat] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
                 state[flat]["step"] = torch.tensor(float(optimizer_step), device=flat.device)

@@ -21,10 +21,10 @@ from llm.errors import InputError
 from llm.model.gpt import GPT
 from llm.model.init import give_memory
 from llm.parallel.mesh import Mesh
-from llm.train.engines.base import DTYPES, Engine, Fragment, MicroBatch, StepResult, sum_over
+from llm.train.engines.base import DTYPES, Engine, Fragment, Measure, MicroBatch, StepResult, sum_over
 from llm.train.engines.deepspeed_config import deepspeed_config
-from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches, gather_slices, global_norm
-from llm.train.engines.zero_state import fragments, publish
+from llm.train.engines.shared import DynamicLossScale, clip, gather_slices, global_norm, measure_batches
+from llm.train.engines.zero_state import fragments, frozen_parts, publish
 from llm.train.optim import adamw, parameter_groups, skip_where
 
 
@@ -56,6 +56,7 @@ class DeepSpeedEngine(Engine):
             )
         except ValidationError as error:  # a key of the `deepspeed` section is the user's to mend
             raise InputError(f"DeepSpeed refuses its part of the config (deepspeed.*): {error}") from error
+        self.frozen = frozen_parts(self.stage, self.parameters, mesh.dp_size)
 
     @property
     def updates(self) -> int:
@@ -98,8 +99,8 @@ class DeepSpeedEngine(Engine):
             norm = torch.full((), norm, device=self.device)
         return StepResult(norm, torch.full((), self.fp16 and not applied, device=self.device))
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        return evaluate_batches(self.engine, micro_batches, self.dp_group, self.device)
+    def measure(self, micro_batches: Iterable[MicroBatch], of: Measure, numbers: int) -> list[float]:
+        return measure_batches(self.engine, micro_batches, of, numbers, self.dp_group, self.device)
 
     def gradient(self, name: str) -> Tensor:
         parameter = self.parameters[name]
@@ -115,10 +116,10 @@ class DeepSpeedEngine(Engine):
         return part.detach()[: max(0, parameter.ds_numel - self.dp_rank * part.numel())]
 
     def _fragments(self) -> dict[str, Fragment]:
-        return fragments(self.stage, self.zero, self.parameters, self.dp_rank)
+        return fragments(self.stage, self.zero, self.parameters, self.frozen, self.dp_rank)
 
     def _publish(self) -> None:
-        publish(self.stage, self.zero)
+        publish(self.stage, self.zero, self.parameters, self.frozen, self.mesh.dp_group)
 
     def scalar_state(self) -> dict[str, Any]:
         scale = None

@@ -21,7 +21,7 @@ from llm.model.gpt import GPT
 from llm.model.init import give_memory
 from llm.parallel.mesh import Mesh
 from llm.slices import mark, slice_of
-from llm.train.engines.base import DTYPES, Fragment, MicroBatch, sum_over
+from llm.train.engines.base import DTYPES, Fragment, Measure, MicroBatch, sum_over
 from llm.train.engines.masters import MasterWeightsEngine
 from llm.train.engines.shared import gather_slices, sum_of_squares
 
@@ -49,7 +49,10 @@ class FSDPEngine(MasterWeightsEngine):
         self.units = shard(model, config, mesh, device)
         # Plain tensors in the shards' memory: AdamW over DTensors would pay their dispatch for every parameter.
         parameters: dict[str, Any] = dict(model.named_parameters())
-        masters = {name: parameter.to_local().detach().requires_grad_() for name, parameter in parameters.items()}
+        masters = {
+            name: parameter.to_local().detach().requires_grad_(parameter.requires_grad)
+            for name, parameter in parameters.items()
+        }
         for name, parameter in parameters.items():
             mark(parameter, slices[name])
             parameter.tensor_model_parallel = self.split[name]
@@ -61,13 +64,14 @@ class FSDPEngine(MasterWeightsEngine):
             rows, *rest = self.parameters[name].shape
             start = self.mesh.dp_rank * -(-rows // self.mesh.dp_size) * torch.Size(rest).numel()
             numel = max(0, min(master.numel(), self.slices[name].numel - start))
-            found[name] = Fragment(master, 0, start, numel)
+            found[name] = Fragment(master, 0, start, numel, master.requires_grad)
         return found
 
     @torch.no_grad()  # which spares each parameter an autograd function
     def _reduce(self) -> None:
         """The backward passes have reduced: the masters take the gradients' shards."""
-        for name, master in self.masters.items():
+        for name in self.trained:
+            master = self.masters[name]
             local = self.parameters[name].to_local()
             assert local.data_ptr() == master.data_ptr(), f"FSDP moved the shard of {name}: AdamW would not reach it"
             master.grad = self._sharded_gradient(name).to_local()
@@ -92,8 +96,8 @@ class FSDPEngine(MasterWeightsEngine):
     def _publish(self) -> None:
         """FSDP casts the masters' memory whenever it gathers it."""
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        result = super().evaluate(micro_batches)
+    def measure(self, micro_batches: Iterable[MicroBatch], of: Measure, numbers: int) -> list[float]:
+        result = super().measure(micro_batches, of, numbers)
         for unit in self.units:  # no backward pass followed, which would have done it
             unit.reshard()
         return result

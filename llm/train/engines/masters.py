@@ -14,8 +14,8 @@ from llm.config import RunConfig
 from llm.model.gpt import GPT
 from llm.parallel.collectives import UNTIMED
 from llm.parallel.mesh import Mesh
-from llm.train.engines.base import Engine, MicroBatch, StepResult, sum_over
-from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches
+from llm.train.engines.base import Engine, Measure, MicroBatch, StepResult, sum_over
+from llm.train.engines.shared import DynamicLossScale, clip, measure_batches
 from llm.train.optim import adamw, parameter_groups, skip_where
 
 
@@ -83,8 +83,8 @@ class MasterWeightsEngine(Engine):
         self.model.zero_grad()
         return StepResult(norm, skipped)
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        return evaluate_batches(self.model, micro_batches, self.dp_group, self.device)
+    def measure(self, micro_batches: Iterable[MicroBatch], of: Measure, numbers: int) -> list[float]:
+        return measure_batches(self.model, micro_batches, of, numbers, self.dp_group, self.device)
 
     def scalar_state(self) -> dict[str, Any]:
         return {"optimizer_step": self.updates, "loss_scale": self.scale.state() if self.scale else None}

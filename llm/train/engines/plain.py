@@ -27,22 +27,24 @@ class PlainEngine(MasterWeightsEngine):
         masters: dict[str, Tensor] = dict(model.named_parameters())
         self.copied = config.train.precision != "fp32"
         if self.copied:
-            masters = {name: p.detach().float().requires_grad_() for name, p in masters.items()}
+            masters = {name: p.detach().float().requires_grad_(p.requires_grad) for name, p in masters.items()}
         super().__init__(config, model, masters, mesh, device)
         if self.dp_group is not None and self.dp_group.size() > 1:
             self.waits["dp"] = Stopwatch(device, running=False)
 
     def _fragments(self) -> dict[str, Fragment]:
-        return {name: Fragment(master, 0, 0, master.numel()) for name, master in self.masters.items()}
+        return {
+            name: Fragment(master, 0, 0, master.numel(), master.requires_grad) for name, master in self.masters.items()
+        }
 
     def _accumulate(self) -> None:
         """Add the low-precision gradients of one micro-batch to the fp32 ones of the masters."""
         if self.copied:
-            masters: list[Any] = list(self.masters.values())
+            masters: list[Any] = [self.masters[name] for name in self.trained]
             first = all(master.grad is None for master in masters)
             for master in masters if first else ():
                 master.grad = torch.empty_like(master)
-            gradients: list[Any] = [parameter.grad for parameter in self.parameters.values()]
+            gradients: list[Any] = [self.parameters[name].grad for name in self.trained]
             join = torch._foreach_copy_ if first else torch._foreach_add_
             join([master.grad for master in masters], gradients)
             self.model.zero_grad()
@@ -50,8 +52,8 @@ class PlainEngine(MasterWeightsEngine):
     def _reduce(self) -> None:
         if self.dp_group is None or self.dp_group.size() == 1:
             return
-        masters = list(self.masters.values())
-        flat = torch.cat([master.grad.flatten() for master in masters if master.grad is not None])
+        masters: list[Any] = [self.masters[name] for name in self.trained]
+        flat = torch.cat([master.grad.flatten() for master in masters])
         with self.waits["dp"]:
             dist.all_reduce(flat, group=self.dp_group)
         for master, reduced in zip(masters, flat.split([master.numel() for master in masters]), strict=True):

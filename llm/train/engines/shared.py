@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm.model.layers import IGNORED_TARGET
 from llm.parallel.collectives import all_gather
 from llm.parallel.mesh import Mesh
 from llm.slices import Slice
-from llm.train.engines.base import MicroBatch, sum_over
+from llm.train.engines.base import Measure, MicroBatch, sum_over
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,22 @@ class DynamicLossScale:
         return after, stays | falls & (scale > self.minimum)
 
 
-def evaluate_batches(
-    model: nn.Module, micro_batches: Iterable[MicroBatch], group: dist.ProcessGroup | None, device: torch.device
-) -> tuple[float, int]:
-    """Engine.evaluate for a model that is called directly; `group`: the data-parallel ranks, None if alone."""
+def measure_batches(
+    model: nn.Module,
+    micro_batches: Iterable[MicroBatch],
+    of: Measure,
+    numbers: int,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> list[float]:
+    """Engine.measure for a model that is called directly; `group`: the data-parallel ranks, None if alone."""
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(numbers, dtype=torch.float64, device=device)
     with torch.no_grad():
         for batch in micro_batches:
-            total[0] += model(*batch)
-            total[1] += (batch.targets != IGNORED_TARGET).sum()
+            total += of(model, batch)
     model.train()
-    loss, count = sum_over(total, group).tolist()
-    return loss, int(count)
+    return sum_over(total, group).tolist()
 
 
 def global_norm(parameters: Sequence[Tensor], mesh: Mesh | None) -> Tensor:
