@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llm.errors import require
+from llm.model.build import Model, cache_of
 from llm.model.cache import KVCache
-from llm.model.gpt import GPT
+from llm.model.lstm import LSTMState
 from llm.sampling import SamplingConfig, sample
 from llm.sinks import Say
 from llm.trained import Trained
@@ -19,7 +20,7 @@ from llm.trained import Trained
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -46,7 +47,7 @@ def generate(
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, device=device)
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = KVCache(max(limits)) if use_cache else None
+    cache = cache_of(model, max(limits)) if use_cache else None
     start, position = 0, min(lengths)
     while position < max(limits):
         logits = model.head(hidden(model, rows[:, start:position], start, cache)[:, -1])
@@ -63,7 +64,7 @@ def generate(
         yield new
 
 
-def hidden(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
+def hidden(model: Model, tokens: Tensor, start: int, cache: KVCache | LSTMState | None) -> Tensor:
     """The states [B, T, C] before the head, of `tokens` int64 [B, T], the first of which stands at position `start`."""
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)

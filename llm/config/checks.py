@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm.config.phases import Phase
-from llm.config.sections import ModelConfig, ParallelConfig, TrainConfig
+from llm.config.sections import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from llm.errors import InputError, require
 
 
@@ -72,6 +72,22 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
         engine != "fsdp" or offload != "optimizer",
         "train.engine fsdp offloads parameters with the optimizer's state; use parallel.offload=all",
     )
+
+
+def check_lstm(model: ModelConfig, data: DataConfig, parallel: ParallelConfig, train: TrainConfig) -> None:
+    """Refuse an LSTM under what only a transformer has."""
+    refused = {
+        f"parallel.tensor_parallel {parallel.tensor_parallel}: each position waits for the whole state before it; use "
+        "parallel.tensor_parallel=1": parallel.tensor_parallel > 1,
+        "parallel.zero_stage 3 of DeepSpeed, which gathers the weights of layers that are called one by one; use "
+        "parallel.zero_stage=2, or train.engine=fsdp": train.engine == "deepspeed" and parallel.zero_stage == 3,
+        "data.document_masks: its state runs on through a row; use data.document_masks=false": data.document_masks,
+        f"train.activation_checkpointing {train.activation_checkpointing}; use train.activation_checkpointing=none": (
+            train.activation_checkpointing != "none"
+        ),
+    }
+    for found, given in refused.items():
+        require(model.family != "lstm" or not given, f"model.family lstm does not go with {found}")
 
 
 def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:

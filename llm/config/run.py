@@ -47,6 +47,7 @@ class RunConfig:
         found = f"profile.steps ends with {last}, the run with train.max_steps {self.train.max_steps}"
         require(last < self.train.max_steps, f"{found}; expected less: the step after a profile measures memory")
         checks.check_engine(self.train, self.parallel, self.deepspeed)
+        checks.check_lstm(self.model, self.data, self.parallel, self.train)
         checks.check_tensor_parallel(self.model, self.parallel, self.phases)
 
     @cached_property

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
-from llm.model.gpt import GPT
+from llm.model.build import model_of
 from llm.model.layers import DenseLayers
 from llm.parallel.agreement import backend_device, exchange
 from llm.parallel.mesh import Mesh
@@ -50,7 +50,7 @@ class StepRecord:
 def global_shapes(config: RunConfig) -> Shapes:
     """The global shape of every parameter, by name."""
     with torch.device("meta"):
-        model = GPT(config.model, DenseLayers(seed=config.seed))
+        model = model_of(config.model, DenseLayers(seed=config.seed))
     return {name: slice_of(parameter).global_shape for name, parameter in model.named_parameters()}
 
 

@@ -22,6 +22,7 @@ LAYERS = {
     "qkv": "qkv", "attention": "attention", "attention_output": "attention_output",
     "up": "feed_forward", "down": "feed_forward", "down_dropout": "feed_forward",
     "head": "head_loss",
+    "lstm": "lstm",  # of an LSTM's block (llm/model/lstm.py), which has none of the others
 }  # fmt: skip
 # gradients: accumulation, what the engine does around the model, and autograd's own time between operations.
 # clip and publish: the update before and after the optimizer's step.

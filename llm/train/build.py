@@ -7,17 +7,17 @@ import torch
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.model.forms import Forms
-from llm.model.gpt import GPT
+from llm.model.build import Model, model_of
 from llm.model.init import InitialWeights, give_memory
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import Engine, WeightSource
 
 
-def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None) -> GPT:
+def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None) -> Model:
     """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none)."""
     recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
-    return GPT(config.model, choose_layers(config, mesh, forms), recompute=recompute, recompute_every=every)
+    return model_of(config.model, choose_layers(config, mesh, forms), recompute, every)
 
 
 def build_engine(
