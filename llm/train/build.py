@@ -6,8 +6,8 @@ import torch
 
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
-from llm.model.forms import Forms
 from llm.model.build import Model, model_of
+from llm.model.forms import Forms
 from llm.model.init import InitialWeights, give_memory
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers

@@ -44,12 +44,9 @@ def candidates(config: RunConfig) -> dict[str, tuple[str, ...]]:
     masked = any([*masks, model.attention_softcap, model.dropout, config.data.document_masks])
     left_out = ["flash", "cudnn"] * (masked or config.train.precision == "fp32")
     left_out += ["atomic", "cudnn"] * config.train.deterministic
-    absent = dict.fromkeys(("attention", "norm", "activation"), model.family == "lstm")
-    absent |= {
-        "rope": model.position != "rope",
-        "norm": absent["norm"] or model.dropout > 0,
-        "adamw": config.parallel.offload != "none",
-    }
+    recurrent = model.family == "lstm"  # of which only the loss and AdamW have several forms
+    absent = {"attention": recurrent, "activation": recurrent, "norm": recurrent or model.dropout > 0}
+    absent |= {"rope": model.position != "rope", "adamw": config.parallel.offload != "none"}
     found = {op: tuple(form for form in forms if form not in left_out) for op, forms in FORMS.items()}
     return {op: forms for op, forms in found.items() if len(forms) > 1 and not absent.get(op, False)}
 

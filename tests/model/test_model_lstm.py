@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm.checkpoint.forms import form_of
 from llm.config import ModelConfig
@@ -19,7 +20,7 @@ from llm.model.gpt import GPT
 from llm.model.layers import IGNORED_TARGET, DenseLayers
 from llm.model.lstm import LSTM, LSTMState
 from llm.parity.shrink import smaller
-from llm.plan.flops import flops_by_part
+from llm.plan.flops import flops_by_part, flops_per_token
 from llm.plan.memory import block_parameters, parameters, parameters_by_part
 from llm.profile.ranges import Ranges
 from llm.sampling import SamplingConfig
@@ -129,6 +130,17 @@ def test_the_formulas_count_its_parameters(fields: dict[str, Any]) -> None:
     assert work.keys() == parameters_by_part(model.config).keys()
 
 
+def test_flops_are_those_of_its_products() -> None:
+    """Forward and backward, as PyTorch counts them; without biases, and the gradient by the first, constant h."""
+    (B, T, C, L), (tokens, targets) = (3, 9, 12, 2), batch()
+    model = build(bias=False)
+    with FlopCounterMode(display=False) as counter:
+        states = by_the_equations(model, tokens, torch.arange(B))
+        F.cross_entropy(F.linear(states, model.head.weight).flatten(0, 1), targets.flatten()).backward()
+    expected = B * (T * flops_per_token(model.config, T) - L * 2 * 4 * C * C)
+    assert counter.get_total_flops() == expected
+
+
 def test_a_profile_finds_its_parts() -> None:
     ranges, seen = Ranges(build(), [], nvtx=False), list[str]()
     ranges.begin = seen.append
@@ -157,8 +169,10 @@ def test_a_layout_that_it_does_not_have_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("position", "rope"), ("n_head", 2), ("d_ff", 64), ("norm", "rmsnorm"), ("activation", "swiglu")]
-    + [("attention_window", 4), ("attention_softcap", 2.0), ("n_kv_head", 2)],
+    [
+        *[("position", "rope"), ("n_head", 2), ("d_ff", 64), ("norm", "rmsnorm"), ("activation", "swiglu")],
+        *[("attention_window", 4), ("attention_softcap", 2.0), ("n_kv_head", 2)],
+    ],
 )
 def test_a_field_of_a_transformer_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"model.family lstm has none of what model.{field} {value} sets"):
@@ -178,7 +192,7 @@ def test_it_has_no_form_of_hugging_face() -> None:
 def test_it_is_another_model_than_a_gpt() -> None:
     gpt = replace(CONFIG, family="gpt")
     assert isinstance(model_of(gpt), GPT)
-    with pytest.raises(InputError, match="model.family: the checkpoint has gpt, the config has lstm"):
+    with pytest.raises(InputError, match=r"model\.family: the checkpoint has gpt, the config has lstm"):
         check_same_model(gpt, CONFIG)
 
 
