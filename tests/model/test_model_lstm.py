@@ -126,7 +126,7 @@ def test_the_formulas_count_its_parameters(fields: dict[str, Any]) -> None:
     assert parameters(model.config) == sum(sizes.values())
     assert block_parameters(model.config) == sum(n for name, n in sizes.items() if name.startswith("blocks."))
     work = flops_by_part(model.config, 16)
-    assert work == {"embedding": 0, "lstm": 6 * block_parameters(model.config), "head": 6 * 40 * 12}
+    assert work == {"embedding": 0, "lstm": 6 * block_parameters(model.config), "head_loss": 6 * 40 * 12}
     assert work.keys() == parameters_by_part(model.config).keys()
 
 

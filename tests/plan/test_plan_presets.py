@@ -37,8 +37,6 @@ PUBLISHED = {
 }
 # The FLOPs of the LSTM: tests/model/test_model_lstm.py.
 SMALL = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - PUBLISHED.keys() - {"lstm-cpu"})
-    {path.stem for path in CONFIGS.glob("*.yaml")} - PUBLISHED.keys() - {"lstm-cpu"}
-)  # tests/model/test_model_lstm.py counts its own
 GPUS = (1, 8, 64)
 
 

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -23,7 +24,8 @@ class Local:
     """`workers` processes, which are started when they are needed and live until the block ends."""
 
     def __init__(self, works: Works, workers: int) -> None:
-        self.works, self._workers = works, workers
+        self._works, self._workers = works, workers
+        self.works: Works = lru_cache(1)(works)  # the stage that is looked at, and then run, here
         self._processes = dict[Connection, BaseProcess]()
 
     def __enter__(self) -> Local:
@@ -56,7 +58,7 @@ class Local:
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")  # fork would copy locks that threads hold
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(self.works, theirs), daemon=True)
+        process = spawn.Process(target=_work, args=(self._works, theirs), daemon=True)
         process.start()
         theirs.close()  # so that the process has its only end
         self._processes[ours] = process
