@@ -40,7 +40,7 @@ def test_the_parts_add_up_to_the_step(whole: Taken) -> None:
     found = analyse(whole.events, ALONE)
     assert total(found) == pytest.approx(whole.wall_ms, rel=0.03)
     assert found.unattributed_ms < 0.1 * whole.wall_ms
-    assert [part.name for part in found.parts] == [*PARTS]
+    assert [part.name for part in found.parts] == [name for name in PARTS if name != "lstm"]  # of another family
 
 
 def test_every_part_of_the_model_has_its_passes(whole: Taken) -> None:
