@@ -119,8 +119,8 @@ gpu-cache: $(OLD_TRITON)/.packages ## compile here what gpu-proof launches there
 gpu-report: $(SETUP) ## what gpu-proof has found, into docs/benchmarks.md (FILE=runs/gpu-proof/results.jsonl)
 	@$(PY) -m benchmarks.gpu_proof.page $(FILE)
 
-fuzz: setup ## csrc/ under the sanitizers, then libFuzzer over headers, indexes and plans (clang, libclang-rt; FUZZ_SECONDS=60)
-	@$(PYTEST) -s tests/data/test_data_sanitizers.py tests/data/test_data_fuzz.py -k "core_is_clean or libfuzzer" --fuzz-seconds $(FUZZ_SECONDS)
+fuzz: setup ## csrc/ under the sanitizers, then libFuzzer over token files, plans and pages (clang, libclang-rt; FUZZ_SECONDS=60)
+	@$(PYTEST) -s tests/data/test_data_sanitizers.py tests/data/test_data_fuzz.py tests/crawl/test_crawl_fuzz.py -k "core_is_clean or libfuzzer" --fuzz-seconds $(FUZZ_SECONDS)
 FUZZ_SECONDS ?= 60
 
 SECONDS ?= 600

@@ -59,7 +59,12 @@ class Local:
         spawn = multiprocessing.get_context("spawn")  # fork would copy locks that threads hold
         ours, theirs = spawn.Pipe()
         process = spawn.Process(target=_work, args=(self._works, theirs), daemon=True)
-        process.start()
+        # A terminal's Ctrl-C goes to all, from their first moment on: the first process ends the others.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()  # so that the process has its only end
         self._processes[ours] = process
 
@@ -96,7 +101,6 @@ class Local:
 
 
 def _work(works: Works, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all: the first process ends the others
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # One thread each: there is a process for each core.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "RAYON_RS_NUM_CPUS"), "1")
