@@ -116,8 +116,8 @@ def verdict(records: list[Record]) -> list[str]:
     last = {name: next(r for r in reversed(records) if r["name"] == name) for name in FAMILIES}
     equal = min(record["seconds"] for record in last.values())
     for name, record in last.items():
-        timed = of(records, name, "seconds", "loss")
-        then = float(np.interp(equal, *map(np.asarray, zip(*timed, strict=True))))
+        seconds, losses = zip(*of(records, name, "seconds", "loss"), strict=True)
+        then = float(np.interp(equal, seconds, losses))
         rate = record["tokens"] / record["seconds"]
         cells = [f"{record['parameters']:,}", f"{record['lr']:g}", f"{record['loss']:.3f}", f"{then:.3f}"]
         rows.append([name, *cells, number(rate)])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm.errors import require
 from llm.model.build import Model, cache_of
-from llm.model.cache import KVCache
-from llm.model.lstm import LSTMState
 from llm.sampling import SamplingConfig, sample
 from llm.sinks import Say
 from llm.trained import Trained
@@ -64,8 +63,11 @@ def generate(
         yield new
 
 
-def hidden(model: Model, tokens: Tensor, start: int, cache: KVCache | LSTMState | None) -> Tensor:
-    """The states [B, T, C] before the head, of `tokens` int64 [B, T], the first of which stands at position `start`."""
+def hidden(model: Model, tokens: Tensor, start: int, cache: Any) -> Tensor:
+    """The states [B, T, C] before the head, of `tokens` int64 [B, T], the first of which stands at position `start`.
+
+    cache: of `cache_of` for this model, or None.
+    """
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     return model.states(tokens, positions, samples, None, cache)
