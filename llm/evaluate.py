@@ -28,7 +28,7 @@ from llm import __version__
 from llm.errors import require
 from llm.files import write_json
 from llm.generate import hidden
-from llm.model.cache import KVCache
+from llm.model.build import cache_of
 from llm.model.layers import IGNORED_TARGET
 from llm.parallel.agreement import backend_device, together
 from llm.parallel.mesh import Mesh
@@ -115,7 +115,7 @@ class Scorer:
         if start:
             prefixes: dict[tuple[int, ...], int] = {}
             owner = [prefixes.setdefault(tuple(r.context[:start]), len(prefixes)) for r in requests]
-            cache = KVCache(start + tokens.shape[1])
+            cache = cache_of(self.model, start + tokens.shape[1])
             hidden(self.model, torch.tensor([*prefixes], device=self.device), 0, cache)
             cache = cache.select(torch.tensor(owner, device=self.device))
         counted = targets != IGNORED_TARGET

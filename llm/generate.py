@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llm.errors import require
-from llm.model.cache import KVCache
-from llm.model.gpt import GPT
+from llm.model.build import Model, cache_of
 from llm.sampling import SamplingConfig, sample
 from llm.sinks import Say
 from llm.trained import Trained
@@ -19,7 +19,7 @@ from llm.trained import Trained
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -46,7 +46,7 @@ def generate(
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, device=device)
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = KVCache(max(limits)) if use_cache else None
+    cache = cache_of(model, max(limits)) if use_cache else None
     start, position = 0, min(lengths)
     while position < max(limits):
         logits = model.head(hidden(model, rows[:, start:position], start, cache)[:, -1])
@@ -63,8 +63,11 @@ def generate(
         yield new
 
 
-def hidden(model: GPT, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
-    """The states [B, T, C] before the head, of `tokens` int64 [B, T], the first of which stands at position `start`."""
+def hidden(model: Model, tokens: Tensor, start: int, cache: Any) -> Tensor:
+    """The states [B, T, C] before the head, of `tokens` int64 [B, T], the first of which stands at position `start`.
+
+    cache: of `cache_of` for this model, or None.
+    """
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
     samples = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     return model.states(tokens, positions, samples, None, cache)

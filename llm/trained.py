@@ -14,7 +14,7 @@ from llm.config import ParallelConfig, RunConfig
 from llm.config.parse import from_dict
 from llm.data.tokenizer import Tokenizer
 from llm.errors import CheckpointError, InputError, require
-from llm.model.gpt import GPT
+from llm.model.build import Model, model_of
 from llm.model.init import fill, give_memory
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
@@ -24,7 +24,7 @@ from llm.parallel.parallelize import choose_layers
 class Trained:
     """A model with its weights from a checkpoint, and the tokenizer it was trained with."""
 
-    model: GPT
+    model: Model
     tokenizer: Tokenizer
     config: RunConfig
     step: int
@@ -63,7 +63,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu", mesh: Mes
     train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
     config = replace(config, parallel=parallel, train=train)
     with torch.device("meta"):
-        model = GPT(config.model, choose_layers(config, mesh))
+        model = model_of(config.model, choose_layers(config, mesh))
     for name, parameter in model.named_parameters():
         give_memory(parameter, device)
         fill(parameter, reader.read(name, "master"))

@@ -105,6 +105,7 @@ def form_of(config: ModelConfig) -> Form:
     windows = {config.layer_window(layer) for layer in layers}
     found = ", ".join(f"{name} {getattr(config, name)}" for name in GPT2.model)
     reasons = {
+        "family lstm": config.family == "lstm",
         f"{found} (GPT-2's form has {', '.join(GPT2.model.values())}; Llama's {', '.join(LLAMA.model.values())})": (
             form is None
         ),

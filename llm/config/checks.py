@@ -75,8 +75,12 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
     )
 
 
-def check_lora(lora: LoRAConfig, train: TrainConfig) -> None:
-    """Refuse to adapt weights that nothing has trained."""
+def check_lora(lora: LoRAConfig, model: ModelConfig, train: TrainConfig) -> None:
+    """Refuse to adapt an LSTM, or weights that nothing has trained."""
+    require(
+        lora.rank == 0 or model.family == "gpt",
+        f"lora.rank is {lora.rank} and model.family {model.family}, which has none of lora.targets; use lora.rank=0",
+    )
     require(
         lora.rank == 0 or train.init_from is not None,
         f"lora.rank is {lora.rank} and train.init_from null: LoRA keeps the weights, which would be random; set "
@@ -94,6 +98,22 @@ def check_finetune(finetune: FinetuneConfig, data: DataConfig) -> None:
     require(
         data.packing == "best_fit", f"{read} by whole examples; use data.packing=best_fit, data.document_masks=true"
     )
+
+
+def check_lstm(model: ModelConfig, data: DataConfig, parallel: ParallelConfig, train: TrainConfig) -> None:
+    """Refuse an LSTM under what only a transformer has."""
+    refused = {
+        f"parallel.tensor_parallel {parallel.tensor_parallel}: each position waits for the whole state before it; use "
+        "parallel.tensor_parallel=1": parallel.tensor_parallel > 1,
+        "parallel.zero_stage 3 of DeepSpeed, which gathers the weights of layers that are called one by one; use "
+        "parallel.zero_stage=2, or train.engine=fsdp": train.engine == "deepspeed" and parallel.zero_stage == 3,
+        "data.document_masks: its state runs on through a row; use data.document_masks=false": data.document_masks,
+        f"train.activation_checkpointing {train.activation_checkpointing}; use train.activation_checkpointing=none": (
+            train.activation_checkpointing != "none"
+        ),
+    }
+    for found, given in refused.items():
+        require(model.family != "lstm" or not given, f"model.family lstm does not go with {found}")
 
 
 def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:

@@ -49,9 +49,10 @@ class RunConfig:
         last = (self.profile.steps or (0, 0))[1]
         found = f"profile.steps ends with {last}, the run with train.max_steps {self.train.max_steps}"
         require(last < self.train.max_steps, f"{found}; expected less: the step after a profile measures memory")
-        checks.check_lora(self.lora, self.train)
+        checks.check_lora(self.lora, self.model, self.train)
         checks.check_engine(self.train, self.parallel, self.deepspeed)
         checks.check_finetune(self.finetune, self.data)
+        checks.check_lstm(self.model, self.data, self.parallel, self.train)
         checks.check_tensor_parallel(self.model, self.parallel, self.phases)
 
     @cached_property

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from llm.errors import require
+
+# Fields of the model that an LSTM has.
+LSTM_FIELDS = (
+    "family", "n_layer", "d_model", "vocab_size", "max_seq_len", "tie_embeddings", "bias", "init_std", "dropout",
+)  # fmt: skip
 
 
 def check_at_least(low: int, key: str, section: object, *names: str) -> None:
@@ -39,14 +44,16 @@ class SparseAttention:
 class ModelConfig:
     """The architecture: all that must agree between a checkpoint and the run that reads it."""
 
+    family: Literal["gpt", "lstm"] = "gpt"
+    """A transformer, or the recurrent network before it, which has only the fields of LSTM_FIELDS (docs/lstm.md)."""
     n_layer: int = 4
-    """Number of transformer blocks."""
+    """Number of transformer blocks, or of LSTM layers."""
     n_head: int = 4
     """Number of query heads."""
     n_kv_head: int | None = None
     """Number of key/value heads (grouped-query attention); null: as many as query heads."""
     d_model: int = 128
-    """Width of the residual stream."""
+    """Width of the residual stream; of an LSTM, of its states and of the embedding."""
     d_ff: int | None = None
     """Width of the feed-forward layer; null: 4 d_model for gelu, 8/3 d_model (to a multiple of 32) for swiglu."""
     vocab_size: int = 1024
@@ -81,6 +88,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_at_least(1, "model.", self, "n_layer", "n_head", "n_kv_head", "d_model", "d_ff")
         check_at_least(1, "model.", self, "vocab_size", "max_seq_len")
+        require(self.init_std > 0, f"model.init_std is {self.init_std}; expected above 0")
+        require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
+        if self.family == "lstm":
+            given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+            extra = ", ".join(f"model.{name} {getattr(self, name)}" for name in given if name not in LSTM_FIELDS)
+            require(not extra, f"model.family lstm has none of what {extra} sets; leave it at its default")
+            return
         width, heads, kv_heads = self.d_model, self.n_head, self.kv_heads
         require(width % heads == 0, f"model.d_model {width} is not a multiple of model.n_head {heads}")
         require(heads <= 256, f"model.n_head is {heads}; attention takes at most 256 heads")
@@ -91,8 +105,6 @@ class ModelConfig:
         )
         require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; expected above 0")
         require(self.rope_theta > 0, f"model.rope_theta is {self.rope_theta}; expected above 0")
-        require(self.init_std > 0, f"model.init_std is {self.init_std}; expected above 0")
-        require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; expected 0 <= dropout < 1")
         check_at_least(0, "model.", self, "attention_softcap")
         period = 1
         for name in ("attention_window", "attention_sparse"):

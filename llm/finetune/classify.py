@@ -22,8 +22,8 @@ from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.manifest import SPLITS
 from llm.errors import InputError, require
 from llm.finetune.examples import Example, Examples
+from llm.model.build import Model
 from llm.model.forms import Forms
-from llm.model.gpt import GPT
 from llm.model.init import initial_tensor
 from llm.model.layers import IGNORED_TARGET
 from llm.parallel.collectives import Waits
@@ -83,7 +83,7 @@ class Classification(Examples):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"labels": self.labels}
 
-    def build_model(self, config: RunConfig, mesh: Mesh | None, forms: Forms | None, waits: Waits) -> GPT:
+    def build_model(self, config: RunConfig, mesh: Mesh | None, forms: Forms | None, waits: Waits) -> Model:
         return build_model(config, mesh, forms, waits, len(self.labels))
 
     def weights(self, say: Say) -> WeightSource:

@@ -1,1 +1,1 @@
-"""The GPT and the layers it is made of. It knows no rank, group or device."""
+"""The GPT, the layers it is made of, and the LSTM that came before. It knows no rank, group or device."""

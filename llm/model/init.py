@@ -16,10 +16,14 @@ def initial_tensor(config: ModelConfig, seed: int, name: str, shape: tuple[int, 
     """The whole initial value of a parameter, fp32 on the CPU whatever the defaults are, keyed by (seed, name).
 
     As GPT-2's: normal with `init_std`, which is divided by sqrt(2 n_layer) for the linears that end a residual branch
-    (Radford et al. 2019, 2.3). LoRA's are its own (llm/model/lora.py).
+    (Radford et al. 2019, 2.3). LoRA's are its own (llm/model/lora.py). Of an LSTM the biases of the forget gates are 1
+    (Jozefowicz et al. 2015).
     """
     if name.endswith(("bias", "lora_b")):
-        return torch.zeros(shape, dtype=torch.float32, device="cpu")
+        bias = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        if config.family == "lstm":
+            bias[config.d_model : 2 * config.d_model] = 1
+        return bias
     if "norm" in name:
         return torch.ones(shape, dtype=torch.float32, device="cpu")
     ends_branch = name.endswith(("attention_output.weight", "down.weight"))

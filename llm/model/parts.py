@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-ModelPart = Literal["embedding", "norm", "qkv", "attention", "attention_output", "feed_forward", "head_loss"]
-MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
+GPTPart = Literal["embedding", "norm", "qkv", "attention", "attention_output", "feed_forward", "head_loss"]
+ModelPart = GPTPart | Literal["lstm"]
+GPT_PARTS: tuple[GPTPart, ...] = get_args(GPTPart)
+# An LSTM's are embedding, lstm and head_loss.
+MODEL_PARTS: tuple[ModelPart, ...] = (*GPT_PARTS, "lstm")
 # By the name of the layer (llm/model/gpt.py). What the model does after a layer, such as the activation after `up`,
 # belongs to that layer's part.
 PART_OF_LAYER: dict[str, ModelPart] = {
@@ -14,4 +17,5 @@ PART_OF_LAYER: dict[str, ModelPart] = {
     "qkv": "qkv", "attention": "attention", "attention_output": "attention_output",
     "up": "feed_forward", "down": "feed_forward", "down_dropout": "feed_forward",
     "head": "head_loss",
+    "lstm": "lstm",  # of llm/model/lstm.py
 }  # fmt: skip

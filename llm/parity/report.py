@@ -13,7 +13,7 @@ from rich.table import Table
 from llm.config import ModelConfig, RunConfig
 from llm.parity.compare import SCALARS, Check, worst
 
-GROUPS = ("embedding", "position table", "norms", "qkv", "attention output", "up", "down", "head")
+GROUPS = ("embedding", "position table", "norms", "qkv", "attention output", "up", "down", "input", "recurrent", "head")
 # A fault of this code itself is on both sides, and is for the tests to find.
 ORACLE = "train.engine=plain in one process, of the same code"
 # Lines of failures on the console.

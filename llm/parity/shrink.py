@@ -91,10 +91,13 @@ def smaller(model: ModelConfig, tp: int) -> Iterator[ModelConfig]:
         # The padding that the ranks' vocabulary needs stays too.
         model = replace(model, vocab_size=half - (half - model.vocab_size) % tp)
         yield model
-    while model.kv_heads > tp:
+    while model.family == "lstm" and model.d_model >= 2 * SMALLEST_HEAD:
+        model = replace(model, d_model=model.d_model // 2)
+        yield model
+    while model.family == "gpt" and model.kv_heads > tp:
         model = _narrower(model, max(tp, model.kv_heads // 2 // tp * tp), model.head_dim, tp)
         yield model
-    while model.head_dim >= 2 * SMALLEST_HEAD:
+    while model.family == "gpt" and model.head_dim >= 2 * SMALLEST_HEAD:
         model = _narrower(model, model.kv_heads, model.head_dim // 4 * 2, tp)
         yield model
 

@@ -50,12 +50,14 @@ def flops_by_part(model: ModelConfig, seq_len: int, formula: Formula = "causal")
     non-causal: 12 L C T (Chowdhery et al. 2022, appendix B), attention to all T positions, whatever the mask.
     causal: 12 C (sum over layers of P / T - 1/2) with P of `visible_pairs`: 6 L C T where all layers are dense, half of
     the non-causal one. A query's own key counts half in it.
+    An LSTM has none of it: its parameters are multiplied once per token.
     Activations that are computed again do not count: `recomputed_flops`.
     """
     multiplied = parameters_by_part(model)
     multiplied["embedding"], multiplied["head_loss"] = 0, model.vocab_size * model.d_model
     flops: dict[ModelPart, float] = {name: 6.0 * count for name, count in multiplied.items()}
-    flops["attention"] = attention_flops(model, seq_len, formula, range(model.n_layer))
+    if model.family == "gpt":
+        flops["attention"] = attention_flops(model, seq_len, formula, range(model.n_layer))
     return flops
 
 

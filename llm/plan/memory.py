@@ -26,6 +26,9 @@ def parameters_by_part(model: ModelConfig, tp: int = 1) -> dict[ModelPart, int]:
     L, C, F, bias = model.n_layer, model.d_model, model.ff_dim, int(model.bias)
     qkv = (model.n_head + 2 * model.kv_heads) * model.head_dim
     table = -(-model.vocab_size // tp) * C
+    if model.family == "lstm":
+        head = 0 if model.tie_embeddings else table
+        return {"embedding": table, "lstm": L * 4 * C * (2 * C + bias), "head_loss": head}
     return {
         "embedding": table + position_parameters(model),
         "norm": (2 * L + 1) * norm_parameters(model),
@@ -45,6 +48,8 @@ def parameters(model: ModelConfig, tp: int = 1) -> int:
 def block_parameters(model: ModelConfig, tp: int = 1) -> int:
     """N_L: elements of the blocks' parameters on one of `tp` ranks."""
     parts = parameters_by_part(model, tp)
+    if model.family == "lstm":
+        return parts["lstm"]
     inside = parts["qkv"] + parts["attention_output"] + parts["feed_forward"]
     return inside + 2 * model.n_layer * norm_parameters(model)
 
@@ -143,6 +148,7 @@ def activations(config: RunConfig) -> Activations:
     w (2 C + 2 K D + 2 F) + 4 H between the products, which tensor parallelism divides: q, k and v, attention's output
     and its log-sum-exps in fp32, and the feed-forward layer's before and after gelu (of swiglu 3 F). Selective
     recomputation spares none of these where attention is fused; full recomputation leaves the w C of a block's input.
+    An LSTM's layer keeps w (7 C): its input, four gates, the cell and its output.
     """
     model, train, tp = config.model, config.train, config.parallel.tensor_parallel
     w, C = weight_bytes(config), model.d_model
@@ -150,6 +156,7 @@ def activations(config: RunConfig) -> Activations:
     stream = tokens * w * C // (tp if config.parallel.sequence_parallel else 1)
     inside = 2 * C + 2 * model.kv_heads * model.head_dim + _up_width(model) + model.ff_dim
     block = 4 * stream + tokens * (w * inside + FP32 * model.n_head) // tp
+    block = 7 * stream if model.family == "lstm" else block
     again = -(-model.n_layer // train.checkpoint_every) if train.activation_checkpointing == "full" else 0
     blocks = (model.n_layer - again) * block + again * stream + (block if again else 0)
     vocabulary = -(-model.vocab_size // tp)

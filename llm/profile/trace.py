@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from llm.profile.costs import bytes_moved, fused_attention, matmul_flops, shapes_of
-from llm.profile.ranges import CONTAINERS, PARTS, PREFIX
+from llm.profile.ranges import CONTAINERS, PARTS, PREFIX, STEP_PARTS
 from llm.profile.record import Collective, Host, Op, Part, Sync
 
 Event: TypeAlias = dict[str, Any]
@@ -270,7 +270,7 @@ def analyse(
     for kernel in kernels:
         nccl = kernel["name"].startswith("nccl")
         device["collectives" if nccl else sweep.launched_in[kernel["args"]["correlation"]]] += kernel["dur"]
-    per = 1e-3 / count
+    per, seen = 1e-3 / count, {part for (part, _), passed in sweep.times.items() if passed}  # others: another family's
     parts = tuple(
         Part(
             name,
@@ -280,6 +280,7 @@ def analyse(
             bytes=sweep.bytes[name] / count,
         )
         for name in PARTS
+        if name in seen or name in STEP_PARTS
     )
     ops = [Op(n, p or "none", c / count, ms * per) for (n, p), (c, ms) in sweep.ops.items() if not n.startswith(PREFIX)]
     unattributed = sum(passed for (part, _), passed in sweep.times.items() if part is None)

@@ -8,8 +8,8 @@ import torch
 
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
+from llm.model.build import Model, model_of
 from llm.model.forms import Forms
-from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, give_memory
 from llm.model.lora import freeze
 from llm.parallel.collectives import UNTIMED, Waits
@@ -25,7 +25,7 @@ def build_model(
     forms: Forms | None = None,
     waits: Waits = UNTIMED,
     labels: int | None = None,
-) -> GPT:
+) -> Model:
     """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none).
 
     waits: a context of the waits for tensor-parallel ranks. labels: how many a classifier tells apart; None: a language
@@ -33,7 +33,7 @@ def build_model(
     """
     recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
     layers = choose_layers(config, mesh, forms, waits)
-    model = GPT(config.model, layers, recompute=recompute, recompute_every=every, labels=labels)
+    model = model_of(config.model, layers, recompute, every, labels)
     if config.lora.rank:
         freeze(model)
         if labels is not None:  # nothing has trained the head
@@ -47,7 +47,7 @@ def build_engine(
     device: torch.device,
     source: WeightSource | None = None,
     forms: Forms | None = None,
-    build: Callable[[RunConfig, Mesh | None, Forms | None, Waits], GPT] = build_model,
+    build: Callable[[RunConfig, Mesh | None, Forms | None, Waits], Model] = build_model,
 ) -> Engine:
     """The engine of the config, in the state of a checkpoint, or new on other weights (None: initial). Collective.
 

@@ -35,6 +35,8 @@ def check_kernels(config: RunConfig, device: torch.device, forms: Forms | None =
     asked = {"attention": forms.attention, "embedding": forms.embedding} | ({"rope": forms.rope} if rope else {})
     asked |= {norm: forms.norm} | ({"dropout": forms.dropout} if dropout else {})
     asked |= {model.activation: forms.activation, "cross_entropy": forms.loss}
+    if model.family == "lstm":  # its layers are PyTorch's own
+        asked = {op: form for op, form in asked.items() if op in ("embedding", "dropout", "cross_entropy")}
     chosen: dict[str, list[str]] = {}
     try:
         for op, form in asked.items():

@@ -44,7 +44,9 @@ def candidates(config: RunConfig) -> dict[str, tuple[str, ...]]:
     masked = any([*masks, model.attention_softcap, model.dropout, config.data.document_masks])
     left_out = ["flash", "cudnn"] * (masked or config.train.precision == "fp32")
     left_out += ["atomic", "cudnn"] * config.train.deterministic
-    absent = {"rope": model.position != "rope", "norm": model.dropout > 0, "adamw": config.parallel.offload != "none"}
+    recurrent = model.family == "lstm"  # of which only the loss and AdamW have several forms
+    absent = {"attention": recurrent, "activation": recurrent, "norm": recurrent or model.dropout > 0}
+    absent |= {"rope": model.position != "rope", "adamw": config.parallel.offload != "none"}
     found = {op: tuple(form for form in forms if form not in left_out) for op, forms in FORMS.items()}
     return {op: forms for op, forms in found.items() if len(forms) > 1 and not absent.get(op, False)}
 
@@ -63,6 +65,7 @@ def operation(op: str, config: RunConfig, tp: int, dp: int, device: torch.device
     N, on = min(B * T, MOST_TOKENS), dict[str, Any](device=device)
     if op == "adamw":
         sizes = [rows * C for rows in ((H + 2 * K) * D, H * D, up, F, 1, 1)]
+        sizes = [4 * C * C, 4 * C * C] if model.family == "lstm" else sizes
         sizes = sizes if config.parallel.zero_stage == 0 else [sum(sizes) // dp]  # ZeRO updates one flat tensor
         weights = [torch.zeros(min(size, MOST_ELEMENTS // len(sizes)), **on) for size in sizes]
         for weight in weights:

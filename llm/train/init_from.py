@@ -16,7 +16,7 @@ from llm.config import ModelConfig, RunConfig
 from llm.config.lora import is_factor
 from llm.config.parse import changed_fields
 from llm.errors import CheckpointError, InputError, require
-from llm.model.gpt import GPT
+from llm.model.build import model_of
 from llm.model.init import initial_tensor
 from llm.parallel.agreement import broadcast, together
 from llm.parallel.parallelize import choose_layers
@@ -46,7 +46,7 @@ class OtherWeights:
         self.source, self.config, self.tied = source, config, model.tie_embeddings
         check_same_model(model, config.model, ("vocab_size", "max_seq_len", *["tie_embeddings"] * self.tied))
         with torch.device("meta"):
-            parameters = dict(GPT(config.model, choose_layers(config, None)).named_parameters())
+            parameters = dict(model_of(config.model, choose_layers(config, None)).named_parameters())
         for name, parameter in parameters.items():
             shape = slice_of(parameter).global_shape
             if is_factor(name):

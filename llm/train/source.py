@@ -16,8 +16,8 @@ from llm.data.batch import Batch, Loader
 from llm.data.corpora import Corpora
 from llm.data.loader import open_loader, validation_batches
 from llm.data.tokens.hashes import HashCheck
+from llm.model.build import Model
 from llm.model.forms import Forms
-from llm.model.gpt import GPT
 from llm.parallel.collectives import Waits
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_model
@@ -74,7 +74,7 @@ class Source(ABC):
         """A validation loss in nats per token as bits per byte of text; None where that is not known."""
         return None
 
-    def build_model(self, config: RunConfig, mesh: Mesh | None, forms: Forms | None, waits: Waits) -> GPT:
+    def build_model(self, config: RunConfig, mesh: Mesh | None, forms: Forms | None, waits: Waits) -> Model:
         """The model that these data train, as llm.train.build.build_model."""
         return build_model(config, mesh, forms, waits)
 

@@ -14,7 +14,7 @@ from kernels.attention import Strided
 from kernels.attention.reference import visible
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig, TrainConfig
 from llm.config.sections import SparseAttention
-from llm.model.parts import MODEL_PARTS, PART_OF_LAYER
+from llm.model.parts import GPT_PARTS, PART_OF_LAYER
 from llm.plan.flops import flops_by_part, flops_of_steps, flops_per_token, peak_tflops, recomputed_flops, visible_pairs
 from llm.train.build import build_model
 from meta_model import flops_of_step, meta_model
@@ -76,7 +76,7 @@ def test_the_parts_are_those_of_the_model_and_sum_to_it() -> None:
         owner = name.split(".")[-2]
         sizes[PART_OF_LAYER[owner]] += p.numel()
     parts = flops_by_part(model, 20)
-    assert tuple(parts) == MODEL_PARTS
+    assert tuple(parts) == GPT_PARTS
     del sizes["embedding"]  # looked up
     assert {name: 6 * count for name, count in sizes.items()} == {name: parts[name] for name in sizes}
     assert parts["head_loss"] == 6 * 50 * 32 and parts["embedding"] == 0

@@ -18,7 +18,7 @@ from torch.utils import cpp_extension
 
 from llm.config import RunConfig
 from llm.errors import InputError
-from llm.model.gpt import GPT
+from llm.model.build import Model
 from llm.model.init import give_memory
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import DTYPES, Engine, Fragment, Measure, MicroBatch, StepResult, sum_over
@@ -31,7 +31,7 @@ from llm.train.optim import adamw, parameter_groups, skip_where
 class DeepSpeedEngine(Engine):
     """AdamW under ZeRO, with gradients, norms and checkpoints in terms of global tensors."""
 
-    def __init__(self, config: RunConfig, model: GPT, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, model: Model, mesh: Mesh, device: torch.device) -> None:
         super().__init__(config, model, mesh, device)
         self.mesh = mesh
         self.stage = config.parallel.zero_stage

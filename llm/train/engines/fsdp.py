@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from llm.config import RunConfig
 from llm.errors import require
-from llm.model.gpt import GPT
+from llm.model.build import Model
 from llm.model.init import give_memory
 from llm.parallel.mesh import Mesh
 from llm.slices import mark, slice_of
@@ -36,7 +36,7 @@ class FSDPEngine(MasterWeightsEngine):
 
     replicated = False
 
-    def __init__(self, config: RunConfig, model: GPT, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, model: Model, mesh: Mesh, device: torch.device) -> None:
         """`model` is on the meta device: units are given memory one by one, right before they are cut."""
         require(
             config.parallel.offload == "none" or device.type != "cpu",
@@ -111,7 +111,7 @@ class FSDPEngine(MasterWeightsEngine):
         return self.masters[name].detach()
 
 
-def shard(model: GPT, config: RunConfig, mesh: Mesh, device: torch.device) -> list[FSDPModule]:
+def shard(model: Model, config: RunConfig, mesh: Mesh, device: torch.device) -> list[FSDPModule]:
     """Cut a model on the meta device into shards of zeros on `device`, each block a unit, then the rest; the units."""
     low = None if config.train.precision == "fp32" else DTYPES[config.train.precision]
     # Floating-point activations have the parameters' precision from the embedding on: none is an input to cast.

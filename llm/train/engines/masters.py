@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm.config import RunConfig
-from llm.model.gpt import GPT
+from llm.model.build import Model
 from llm.parallel.collectives import UNTIMED
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import Engine, Measure, MicroBatch, StepResult, sum_over
@@ -23,7 +23,7 @@ class MasterWeightsEngine(Engine):
     """AdamW on fp32 masters; a subclass adds how gradients are reduced, their norm, and which shards it holds."""
 
     def __init__(
-        self, config: RunConfig, model: GPT, masters: Mapping[str, Tensor], mesh: Mesh | None, device: torch.device
+        self, config: RunConfig, model: Model, masters: Mapping[str, Tensor], mesh: Mesh | None, device: torch.device
     ) -> None:
         """masters: fp32, by parameter; the parameters themselves, shards of them, or copies."""
         super().__init__(config, model, mesh, device)

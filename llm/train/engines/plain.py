@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.config import RunConfig
-from llm.model.gpt import GPT
+from llm.model.build import Model
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import DTYPES, Fragment
 from llm.train.engines.masters import MasterWeightsEngine
@@ -22,7 +22,7 @@ class PlainEngine(MasterWeightsEngine):
 
     replicated = True
 
-    def __init__(self, config: RunConfig, model: GPT, mesh: Mesh | None, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, model: Model, mesh: Mesh | None, device: torch.device) -> None:
         model = model.to(device=device, dtype=DTYPES[config.train.precision])
         masters: dict[str, Tensor] = dict(model.named_parameters())
         self.copied = config.train.precision != "fp32"
