@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,14 +11,13 @@ import torch
 from torch import Tensor
 
 from llm import files
-from llm.checkpoint.convert import DTYPES, open_hf, write_hf, write_plain
+from llm.checkpoint.convert import DTYPES, write_hf, write_plain
 from llm.checkpoint.forms import form_of
 from llm.checkpoint.writer import write_checkpoint
-from llm.config import DataConfig, RunConfig
 from llm.config.parse import to_dict, to_yaml
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError, require
-from llm.trained import load_trained, open_trained
+from llm.trained import load_trained, open_hf_folder, open_trained
 
 TOLERANCE = 1e-4  # of logits, in fp32; where one is above 1, of the largest
 ROWS, POSITIONS = 4, 128  # of the tokens that both models read
@@ -55,13 +55,9 @@ def import_folder(folder: Path, name: str, runs: Path) -> str:
     Needs a process group of this process. Raises InputError for a folder that is not one of the forms, has no tokenizer
     that Ingot reads, or of whose model Ingot computes other logits; then nothing is written.
     """
-    source = open_hf(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", source.end)
-    found, expected = tokenizer.vocab_size, source.config.vocab_size
-    require(found <= expected, f"{folder}: the tokenizer has {found} tokens and the model {expected}")
-    own = str(runs / name / "tokenizer.json")
-    data = DataConfig(tokenizer=own, end_token=source.end, seq_len=source.config.max_seq_len)
-    config = RunConfig(name=name, model=source.config, data=data)
+    source, config, tokenizer = open_hf_folder(folder)
+    data = replace(config.data, tokenizer=str(runs / name / "tokenizer.json"))
+    config = replace(config, name=name, data=data)
     state = {"step": 0, "consumed_samples": 0, "skipped_samples": 0, "config": to_dict(config), "data": {}}
     state["engine"] = {"optimizer_step": 0, "loss_scale": None}
     with files.complete_folder(runs / name) as partial:

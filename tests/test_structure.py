@@ -89,9 +89,11 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/sampling.py": {"torch", "llm.config", "llm.errors"},
     "llm/trained.py": {
-        "torch", "llm.config", "llm.errors", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint",
+        "torch", "llm.config", "llm.errors", "llm.model", "llm.parallel", "llm.data", "llm.checkpoint", "llm.slices",
     },
-    "llm/generate.py": {"torch", "llm.config", "llm.errors", "llm.model", "llm.sampling", "llm.sinks", "llm.trained"},
+    "llm/generate.py": {
+        "torch", "llm.config", "llm.data", "llm.errors", "llm.model", "llm.sampling", "llm.sinks", "llm.trained",
+    },
     "llm/evaluate.py": {
         "torch", "rich", "llm.__version__", "llm.config", "llm.errors", "llm.files", "llm.model", "llm.parallel",
         "llm.data", "llm.generate", "llm.trained",
