@@ -1,7 +1,6 @@
 """Continue text with a trained model: `python launch/generate.py --checkpoint runs/<name> --prompt "def "`.
 
-Several prompts are continued together; --chat answers line by line. Started by torchrun or deepspeed, all ranks share the
-model (tensor parallel). Exit codes: 0 finished, 2 wrong arguments, prompt or checkpoint, 1 anything else.
+Under torchrun or deepspeed ranks share the model. Exit codes: 0 finished, 2 wrong input or checkpoint, 1 anything else.
 """
 
 import sys
@@ -11,7 +10,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
 from argparse import ArgumentParser, Namespace
-from functools import partial
 
 from llm.cluster.ranks import Ranks, choose_device, export, initialize, strip_local_rank
 from llm.cluster.script import run_script
@@ -36,34 +34,22 @@ OPTIONS = {
 
 def arguments(argv: list[str]) -> Namespace:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="runs/<name>, a checkpoint or Hugging Face folder"
-    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run, a checkpoint or a Hugging Face folder")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue, or '' for none; repeatable")
-    parser.add_argument(
-        "--prompt-file", action="append", default=[], help="file with a prompt, - for stdin; repeatable"
-    )
+    parser.add_argument("--prompt-file", action="append", default=[], help="one in a file, - for stdin; repeatable")
     parser.add_argument("--chat", action="store_true", help="answer each line of stdin, after all lines before it")
-    parser.add_argument(
-        "--stop", dest="stops", action="append", default=[], help="text that ends it, left out; repeatable"
-    )
-    parser.add_argument(
-        "--log-probs", action="store_true", help="then a line of JSON with tokens and log-probabilities"
-    )
+    parser.add_argument("--stop", action="append", default=[], help="a text before which the new one ends; repeatable")
+    parser.add_argument("--log-probs", action="store_true", help="at the end, tokens and log-probabilities as JSON")
     parser.add_argument("--speed", action="store_true", help="say the tokens per second of prefill and decode")
     for name, (kind, default, text) in OPTIONS.items():
-        option, text = "--" + name.replace("_", "-"), f"{text} (default: {default})"
-        parser.add_argument(option, type=kind, default=default, help=text)
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text + " (%(default)s)")
     return parser.parse_args(strip_local_rank(argv))
 
 
 def main(ranks: Ranks) -> None:
     args = arguments(sys.argv[1:])
-    given, stdin = bool(args.prompt or args.prompt_file), args.chat or "-" in args.prompt_file
-    require(given != args.chat, "expected a prompt (--prompt TEXT or --prompt-file FILE) or --chat, and not both")
-    require(
-        not stdin or ranks.world_size == 1, "several ranks have no common stdin; give --prompt or --prompt-file FILE"
-    )
+    require(bool(args.prompt or args.prompt_file) != args.chat, "expected --prompt or --prompt-file, or --chat alone")
+    require(ranks.world_size == 1 or not (args.chat or "-" in args.prompt_file), "ranks share no stdin: give --prompt")
     export(ranks, os.environ)
     import torch
 
@@ -71,15 +57,14 @@ def main(ranks: Ranks) -> None:
     from llm.parallel.mesh import Mesh
     from llm.trained import load_trained
 
-    options = {name: getattr(args, name) for name in ("max_new_tokens", "samples", "stops", "log_probs")}
-    options["sampling"] = SamplingConfig(**{field: getattr(args, field) for field in vars(SamplingConfig())})
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "samples", "stop", "log_probs", "speed")}
+    options["sampling"] = SamplingConfig(**{name: getattr(args, name) for name in vars(SamplingConfig())})
+    options["say"] = lambda note: print(note, file=sys.stderr) if ranks.rank == 0 else None
     prompts, device, mesh = args.prompt + [read_prompt(path) for path in args.prompt_file], choose_device(ranks), None
     if ranks.world_size > 1:
         initialize(ranks, timeout_seconds=600, device=device)
         mesh = Mesh.create(ParallelConfig(tensor_parallel=ranks.world_size), device.type)
     trained = load_trained(args.checkpoint, device, mesh)
-    say = partial(print, file=sys.stderr) if ranks.rank == 0 else lambda note: None
-    options |= {"say": say, "say_speed": say if args.speed else lambda note: None}
     for text in chat(trained, sys.stdin, **options) if args.chat else stream(trained, prompts, **options):
         if ranks.rank == 0:
             print(text, end="", flush=True)

@@ -104,7 +104,7 @@ def begin(model: GPT, tokens: Tensor, cache: KVCache | None) -> tuple[Tensor, KV
 
 @torch.inference_mode()
 def log_probabilities(model: GPT, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
-    """log p of each of `tokens`, in nats, after `prompt` and those before it: the model's, before cuts and penalties."""
+    """The model's log p of each of `tokens`, in nats, after `prompt` and those before it: before cuts and penalties."""
     ids = torch.tensor([*prompt, *tokens], device=next(model.parameters()).device)
     states, targets = hidden(model, ids[None, :-1], 0, None)[0, len(prompt) - 1 :], ids[len(prompt) :]
     pairs = zip(states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
@@ -187,27 +187,27 @@ def stream(
     say: Say = lambda note: None,
     *,
     samples: int = 1,
-    stops: Sequence[str] = (),
+    stop: Sequence[str] = (),
     log_probs: bool = False,
-    say_speed: Say = lambda note: None,
+    speed: bool = False,
 ) -> Iterator[str]:
     """The prompts and what follows them, as text: one prompt piece by piece, several one after the other at the end.
 
     An empty prompt is the start of a document; one of token ids is not shown. `say` gets a note of each text that the
-    model's longest sequence ended, `say_speed` one of the tokens per second. samples: texts of each prompt. stops:
+    model's longest sequence ended and, with `speed`, of the tokens per second. samples: texts of each prompt. stop:
     strings before which a text ends. log_probs: at the end a line of JSON for each text, with the ids of its new tokens
     and their log-probabilities.
     """
     require(samples >= 1, f"samples is {samples}; expected at least 1")
-    tokenizer, model, speed = trained.tokenizer, trained.model, Speed()
+    tokenizer, model, clock = trained.tokenizer, trained.model, Speed()
     typed = [as_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts for _ in range(samples)]
     begun = [tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt] for prompt in typed]
     texts = [prompt if isinstance(prompt, str) else "" for prompt in typed]
     ids = [tokens or [tokenizer.eod_id] for tokens in begun]  # which in training stands before the next document
-    rows, ended, alone = [Growing(tokenizer.stream(tokens), stops) for tokens in begun], set[int](), len(texts) == 1
+    rows, ended, alone = [Growing(tokenizer.stream(tokens), stop) for tokens in begun], set[int](), len(texts) == 1
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end": tokenizer.eod_id, "sampling": sampling}
     options |= {"banned": tokenizer.unused(trained.config.model.vocab_size), "ended": ended}
-    for step in chain([[]], speed.timed(generate(model, ids, **options))):  # first there is the prompt to show
+    for step in chain([[]], clock.timed(generate(model, ids, **options))):  # first there is the prompt to show
         for i, token in enumerate(step):
             if token is not None:
                 texts[i] += rows[i].push(token)
@@ -227,7 +227,8 @@ def stream(
         if count < max_new_tokens and len(tokens) + count == longest and not row.stopped:
             limit = f"at the model's longest sequence, {longest} tokens (model.max_seq_len)"
             say(f"note: text {number} ends {limit}, after {count} of {max_new_tokens} new tokens")
-    say_speed(speed.note(len({*map(tuple, ids)}) * min(map(len, ids))))
+    if speed:
+        say(clock.note(len(ids) * min(map(len, ids))))
 
 
 def chat(trained: Trained, lines: Iterable[str], max_new_tokens: int, **options: Any) -> Iterator[str]:
