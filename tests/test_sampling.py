@@ -99,7 +99,8 @@ def test_the_arguments_are_not_changed() -> None:
         ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf),
         ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("top_p", math.nan),
         ("min_p", 1.5), ("min_p", -0.1), ("presence_penalty", math.nan), ("frequency_penalty", 101.0),
-        ("no_repeat_ngram", 0), ("repetition_penalty", 0.0), ("repetition_penalty", math.inf), ("seed", 2**64), ("seed", -(2**63) - 1),
+        ("no_repeat_ngram", 0), ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf), ("seed", 2**64), ("seed", -(2**63) - 1),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(field: str, value: Any) -> None:
