@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.checkpoint.reader import open_checkpoint
@@ -278,6 +278,7 @@ def test_samples_of_a_prompt_differ_and_repeat(run: Path) -> None:
 
 
 @given(st.lists(st.text("abc", max_size=3), max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
+@settings(deadline=None)
 def test_a_text_grows_to_its_first_stop(pieces: list[str], stops: list[str]) -> None:
     class Pieces:
         def push(self, token: int) -> str:

@@ -162,6 +162,7 @@ tokens = st.lists(st.integers(0, 4), min_size=1, max_size=14)
 
 
 @given(tokens, st.integers(1, 5))
+@settings(deadline=None)
 def test_no_run_of_tokens_comes_twice(history: list[int], n: int) -> None:
     if n > len(history):
         return
@@ -181,6 +182,7 @@ def test_a_row_without_another_token_may_repeat() -> None:
 
 
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=9), st.floats(0.001, 1))
+@settings(deadline=None)
 def test_min_p_keeps_what_has_that_share_of_the_likeliest(logits: list[float], p: float) -> None:
     probabilities = [math.exp(x - max(logits)) for x in logits]
     kept = keep_min_p(torch.tensor([logits]), p).isfinite().tolist()[0]
@@ -189,6 +191,7 @@ def test_min_p_keeps_what_has_that_share_of_the_likeliest(logits: list[float], p
 
 
 @given(tokens, st.integers(0, 14), st.floats(-3, 3), st.floats(-3, 3))
+@settings(deadline=None)
 def test_presence_and_frequency_count_what_was_drawn(
     history: list[int], begins: int, presence: float, frequency: float
 ) -> None:
