@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip
 # Of what pip prints, a line for each package. Its errors go past this, to the terminal.
 BRIEFLY := | sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking them/p'
 
-.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster soak fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-checkpoint bench-crawl bench-generate bench-parallel corpus-demo gpu-proof gpu-cache gpu-report clean
+.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster soak fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-checkpoint bench-crawl bench-dedup bench-generate bench-parallel corpus-demo gpu-proof gpu-cache gpu-report clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -96,6 +96,9 @@ bench-crawl: setup ## the corpus pipeline, alone or beside datatrove and Daft (A
 bench-generate: setup ## decoding on a CPU beside transformers, in turns (ARGS="--sizes tiny"; docs/generate.md)
 	@OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.generate $(ARGS)
 
+bench-dedup: setup ## de-duplication alone, of 10 GB of made-up text (ARGS="--gigabytes 1"; docs/corpus.md)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.crawl.deduplication $(ARGS)
+
 bench-parallel: setup ## what ZeRO stages and recomputation cost (results: docs/benchmarks.md)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc_per_node $(if $(filter 0,$(GPUS)),4,$(GPUS)) -m benchmarks.layout \
 	  --config $(CONFIG) --train.micro_batch_size=4 $(ARGS)
@@ -116,8 +119,8 @@ gpu-cache: $(OLD_TRITON)/.packages ## compile here what gpu-proof launches there
 gpu-report: $(SETUP) ## what gpu-proof has found, into docs/benchmarks.md (FILE=runs/gpu-proof/results.jsonl)
 	@$(PY) -m benchmarks.gpu_proof.page $(FILE)
 
-fuzz: setup ## csrc/ under the sanitizers, then libFuzzer over headers, indexes and plans (clang, libclang-rt; FUZZ_SECONDS=60)
-	@$(PYTEST) -s tests/data/test_data_sanitizers.py tests/data/test_data_fuzz.py -k "core_is_clean or libfuzzer" --fuzz-seconds $(FUZZ_SECONDS)
+fuzz: setup ## csrc/ under the sanitizers, then libFuzzer over token files, plans and pages (clang, libclang-rt; FUZZ_SECONDS=60)
+	@$(PYTEST) -s tests/data/test_data_sanitizers.py tests/data/test_data_fuzz.py tests/crawl/test_crawl_fuzz.py -k "core_is_clean or libfuzzer" --fuzz-seconds $(FUZZ_SECONDS)
 FUZZ_SECONDS ?= 60
 
 SECONDS ?= 600

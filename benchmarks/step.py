@@ -35,6 +35,7 @@ from benchmarks.contenders import (
     config_of,
     make,
 )  # fmt: skip
+from benchmarks.host import by_package
 from benchmarks.layout.counters import LiveStorages
 from benchmarks.report import NONE, header, heading, table
 from llm.cluster.ranks import Ranks, export, free_port, initialize
@@ -105,6 +106,10 @@ class Contenders:
         for _ in range(WARM_UP):
             float(self.steps[name]())
         return Made(found[0], in_collectives(self.steps[name]) if self.ranks > 1 else 0.0)
+
+    def host(self, name: str, count: int) -> dict[str, float]:
+        """Seconds of a step in the code of each package (benchmarks/overhead.py)."""
+        return by_package(self.steps[name], count)
 
     def turn(self, name: str, count: int) -> Turn:
         step, loss = self.steps[name], 0.0

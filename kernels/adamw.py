@@ -7,6 +7,7 @@ The pass reads p, m, v, g and writes p, m, v, and a 16-bit copy of p if the call
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -149,10 +150,9 @@ def adamw_op(
             target.copy_(written)
 
 
-def check(
-    parameter: Tensor, others: dict[str, Tensor], scalars: dict[str, Tensor], low: Tensor | None, seed: int | None
-) -> None:
+def check(parameter: Tensor, others: dict[str, Tensor], scalars: dict[str, Tensor], seed: int | None) -> None:
     """Raise KernelError unless shapes, devices and what is to be rounded fit `adamw_`."""
+    low = others.get("low_precision")
     for name, tensor in (others | scalars).items():
         shape = () if name in scalars else tuple(parameter.shape)
         expect(
@@ -173,6 +173,10 @@ def check(
             "stochastically: leave out the seed",
         )
         expect(0 <= seed <= WORD, f"adamw_: found seed {seed}, expected 0 to 2^32 - 1")
+
+
+def given(**found: Any) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
 def no_kernel(parameter: Tensor, others: dict[str, Tensor]) -> str | None:
@@ -213,34 +217,25 @@ def adamw_(
     kernels/dispatch.py; "torch" is PyTorch's fused AdamW.
     Raises KernelError on tensors that do not fit or a form that cannot run.
     """
-    others = {"gradient": gradient, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    if low_precision is not None:
-        others["low_precision"] = low_precision
-    scalars = {"step": step} if isinstance(step, Tensor) else {}
-    given = {"grad_scale": grad_scale, "skip": skip}
-    scalars |= {name: tensor for name, tensor in given.items() if tensor is not None}
-    check(parameter, others, scalars, low_precision, seed)
+    others = given(gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, low_precision=low_precision)
+    check(parameter, others, given(step=step, grad_scale=grad_scale, skip=skip), seed)
     form = choose(
         impl, "adamw_", device=parameter.device, dtype=parameter.dtype,
         no_triton=no_kernel(parameter, others), no_torch=no_stock(parameter, others, seed),
     )  # fmt: skip
+    state = parameter, gradient, exp_avg, exp_avg_sq
     if form == "triton":
         number, tensor = (0.0, step) if isinstance(step, Tensor) else (float(step), None)
-        adamw_op(
-            parameter, gradient, exp_avg, exp_avg_sq, low_precision, grad_scale, tensor, skip, number,
-            lr, *betas, eps, weight_decay, seed,
-        )  # fmt: skip
+        adamw_op(*state, low_precision, grad_scale, tensor, skip, number, lr, *betas, eps, weight_decay, seed)
         return
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step, "skip": skip}
+    options["grad_scale"] = grad_scale
     if form == "torch":
-        stock_adamw_(parameter, gradient, exp_avg, exp_avg_sq, grad_scale=grad_scale, **options)
+        stock_adamw_(*state, **options)
         if low_precision is not None:
             low_precision.copy_(parameter)
     else:
-        adamw_reference_(
-            parameter, gradient, exp_avg, exp_avg_sq,
-            grad_scale=grad_scale, low_precision=low_precision, seed=seed, **options,
-        )  # fmt: skip
+        adamw_reference_(*state, low_precision=low_precision, seed=seed, **options)
 
 
 def stock_adamw_(

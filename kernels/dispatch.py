@@ -60,7 +60,7 @@ def choose(
         if device.type == "cuda" and no_triton is None:
             return "triton"
         return "torch" if no_torch is None else "reference"
-    reason = {"triton": no_triton, "torch": no_torch, "reference": None}[impl]
+    reason = no_triton if impl == "triton" else no_torch if impl == "torch" else None
     if reason is not None:
         raise KernelError(f"{op} with impl={impl}: {reason}")
     return impl
@@ -93,7 +93,8 @@ def interpretable(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 def readable(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """`interpretable`, and copies of those whose last dimension is not contiguous, as every kernel wants it."""
-    return interpretable(*[t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors])
+    found: Any = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    return interpretable(*found) if INTERPRETED else found
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -65,12 +65,7 @@ def _backward(ctx, grad):
     return grad_x, grad if ctx.has_residual else None
 
 
-@operator(
-    "dropout",
-    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    save=_save,
-    backward=_backward,
-)
+@operator("dropout", fake=lambda x, *_: empty_like(x), save=_save, backward=_backward)
 def dropout_op(
     x: Tensor, residual: Tensor | None, samples: Tensor, positions: Tensor, p: float, seed: int, site: int
 ) -> Tensor:

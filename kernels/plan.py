@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.backends.nvidia.driver import make_tensordesc_arg
+from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -62,24 +62,31 @@ class Layout(NamedTuple):
     block: Sequence[int]
 
 
-class Described(NamedTuple):
-    """What Triton reads of a TensorDescriptor on a launch, without what it checks when one is made."""
+class Descriptor(NamedTuple):
+    """What Triton's launcher makes of a descriptor: a map by `fill(address, *fields)`, then `sizes`."""
 
-    base: Tensor
-    shape: Sequence[int]
-    strides: Sequence[int]
-    padding: str = "zero"
-    round_f32_to_tf32: bool = False
+    fill: Callable[..., Any]
+    fields: tuple[Any, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: Layout, metadata: dict[str, Any]) -> "Descriptor":
+        active: Any = driver.active
+        utils = active.utils  # the other name is that of Triton 3.6
+        fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
+        element = TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]]
+        form = metadata["swizzle"], metadata["elem_size"], element, metadata["block_size"]
+        return cls(fill, (*form, layout.shape, layout.strides, 0), (*layout.shape, *layout.strides))
 
 
-def unwrapped(run: Any) -> tuple[Any, Sequence[Any]]:
+def unwrapped(run: Any, layouts: Sequence[Layout]) -> tuple[Any, Sequence[Descriptor]]:
     """(Triton's launcher `run` of a kernel that takes descriptors, without its search for them among all arguments,
-    which takes longer than all else of a launch; what make_tensordesc_arg needs to know of each).
+    which takes longer than all else of a launch; what it makes of each).
     """
     wrapper = inspect.getclosurevars(run.launch).nonlocals
     run = copy.copy(run)
     run.launch = wrapper["launcher"]
-    return run, wrapper["tensordesc_meta"]
+    return run, [Descriptor.of(*pair) for pair in zip(layouts, wrapper["tensordesc_meta"], strict=True)]
 
 
 class Plan:
@@ -95,9 +102,9 @@ class Plan:
         self.kernel, self.programs, self.device, self.last = kernel, programs, device, last
         self.options = {"num_warps": warps, "num_stages": stages}
         self.layouts = layouts
-        # (launcher, its function, its metadata, what it knows of descriptors) by which addresses are multiples of 16
+        # (launcher, its function, its metadata, what it makes of descriptors) by which addresses are multiples of 16
         # (0: all are), since Triton's code differs.
-        self.ready: dict[Any, tuple[Any, Any, Any, Sequence[Any]]] = {}
+        self.ready: dict[Any, tuple[Any, Any, Any, Sequence[Descriptor]]] = {}
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:
@@ -134,9 +141,8 @@ class Plan:
         run, function, metadata, descriptors = ready
         if descriptors:
             described: list[Any] = []
-            given: Any = tensors  # none of these is None
-            for x, layout, descriptor in zip(given, self.layouts, descriptors, strict=False):
-                described += make_tensordesc_arg(Described(x, layout.shape, layout.strides), descriptor)
+            for address, (fill, fields, sizes) in zip(arguments, descriptors, strict=False):
+                described += fill(address, *fields), *sizes
             arguments[: len(descriptors)] = described
         stream = active.get_current_stream(here)
         run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *numbers, *self.last)
@@ -153,7 +159,7 @@ class Plan:
         if isinstance(compiled, CompiledKernel):
             used = self.kernel.used_global_vals
             self.globals = [(used[key][1], key[0], used[key][1].get(key[0])) for key in used]
-            run, descriptors = unwrapped(compiled.run) if self.layouts else (compiled.run, ())
+            run, descriptors = unwrapped(compiled.run, self.layouts) if self.layouts else (compiled.run, ())
             self.ready[aligned] = run, compiled.function, compiled.packed_metadata, descriptors
 
     def is_stale(self) -> bool:

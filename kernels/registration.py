@@ -5,6 +5,7 @@ would do the same with more host time per call.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def operator(
             # The class's method in C++: Python's only looks for torch.func's transforms, which nodes refuse.
             parent: Any = super(torch.autograd.Function, node_of(op, function, save, backward))
             FUNCTIONS[id(op)] = function, parent.apply
-            LIBRARY.impl(name, node_of(op, op, save, backward).apply, "Autograd")
+            LIBRARY.impl(name, node_of(op, partial(below_autograd, op), save, backward).apply, "Autograd")
         return op
 
     return register
@@ -89,8 +90,12 @@ def call(op: OpOverload, *inputs: Any) -> Any:
     if torch.compiler.is_compiling() or not is_plain(inputs):
         return op(*inputs)
     function, differentiable = FUNCTIONS[id(op)]
-    if differentiable is not None and torch.is_grad_enabled():
-        return differentiable(*inputs)
+    if not torch.is_grad_enabled():  # then autograd records nothing, and need not be kept out
+        return function(*inputs)
+    return below_autograd(function, *inputs) if differentiable is None else differentiable(*inputs)
+
+
+def below_autograd(function: Callable[..., Any], *inputs: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return function(*inputs)
 
@@ -98,16 +103,13 @@ def call(op: OpOverload, *inputs: Any) -> Any:
 def node_of(
     op: OpOverload, function: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
 ) -> Any:
-    """The torch.autograd.Function that runs `function`, which is op's or op itself, below autograd, and records
-    `backward`.
-    """
+    """The torch.autograd.Function that runs `function`, without gradients as they all do, and records `backward`."""
     twice = f"{op}: found create_graph=True, but the operator is differentiable once"
     nothing = (None,) * len(op._schema.arguments)
 
     # Not with setup_context, for which torch binds the arguments to a signature on every call.
     def forward(ctx: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = function(*inputs)
+        output = function(*inputs)
         output = tuple(output) if isinstance(output, list) else output  # of a list torch records nothing
         ctx.set_materialize_grads(False)
         save(ctx, inputs, output)

@@ -148,9 +148,7 @@ def rope_qkv_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, 
     return rounded(packed, dq.dtype)
 
 
-def _fake_qkv(
-    qkv: Tensor, positions: Tensor, theta: float, n_kv_head: int, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_qkv(qkv: Tensor, _: Tensor, __: float, n_kv_head: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     B, T, W = qkv.shape
     k = qkv.new_empty(B, T, n_kv_head, head_dim)
     return qkv.new_empty(B, T, W // head_dim - 2 * n_kv_head, head_dim), k, torch.empty_like(k)

@@ -27,7 +27,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import argparse
 
 from llm.cluster.script import run_alone
-from llm.config.parse import parse_config
 from llm.errors import require
 
 OPTIONS = {"prepare": [], "register": ["train", "validation", "dtype"], "verify": [], "show": ["sample"], "stats": []}
@@ -50,6 +49,8 @@ def main(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     if {"--help", "-h"} & set(rest):
         print(__doc__)
+    from llm.config.parse import parse_config
+
     config = parse_config(rest, prog="prepare_data.py")
     from llm.data.prepare.commands import run
 

@@ -15,6 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from llm.errors import InputError, require
 
+QUOTES = "'\""
+
 
 def read(kind: Any, value: Any, where: str) -> Any:
     """Read `value` as `kind`: a scalar, Literal, tuple, dict, dataclass or NamedTuple, a union of these, or Any.
@@ -127,6 +129,8 @@ def _advice(kind: Any, value: Any) -> str:
     if get_origin(kind) is Literal and isinstance(value, str):
         near = difflib.get_close_matches(value, map(str, get_args(kind)), n=1)
         return f" (nearest: {near[0]})" if near else ""
+    if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis and isinstance(value, str | int | float):
+        return f" (in brackets: [{shown(value).strip(QUOTES)}])"
     return " (in quotes)" if str in alternatives(kind) else ""
 
 

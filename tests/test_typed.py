@@ -110,6 +110,7 @@ def test_each_type_of_a_union_is_read(value: Any, expected: Any) -> None:
         ({"inners": [{}, {"count": 13}]}, "inners[1]: count is 13; expected luck"),
         ({"inners": {}}, "inners: found {}; expected tuple[{count, share, kind}, ...]"),
         ({"limits": [1]}, "limits: found [1]; expected tuple[int, float]"),
+        ({"inners": "x"}, "inners: found 'x'; expected tuple[{count, share, kind}, ...] (in brackets: [x])"),
         ({"limits": [1.5, 2]}, "limits[0]: found 1.5; expected int"),
         ({"pairs": {"p": {"second": "c"}}}, "found no pairs.p.first; expected {first, second}"),
         ({"pairs": {"p": [1, "c"]}}, "pairs.p: found [1, 'c']; expected {first, second}"),

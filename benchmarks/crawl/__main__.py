@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pages", type=int, default=3000, help="beside Daft")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=float, nargs="*", default=[0.02, 0.1], help="GB of HTML for the growth")
+    parser.add_argument("--prepare", action="store_true", help="write the pages for the growth, which stay, and end")
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="of the growth")
     parser.add_argument("--packages", type=Path, default=Path("runs/corpus-demo/packages"), help="where pages are kept")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-crawl"))
@@ -26,12 +27,17 @@ def main(arguments: list[str] | None = None) -> int:
     # Imported here, so that --help does not wait for torch.
     import torch
 
-    from benchmarks.crawl.growth import grow
+    from benchmarks.crawl.growth import grow, prepare
     from benchmarks.crawl.pages import load_pages
     from benchmarks.crawl.stages import DAFT, DATATROVE, Stages
     from benchmarks.crawl.tables import growth_table, plot_growth, scale_table, stage_table
     from benchmarks.report import append, begin, header, heading
 
+    if options.prepare:
+        pages = load_pages(options.packages)
+        for size in options.sizes:
+            prepare(options.out.resolve() / f"growth/{size}", pages, size, print)
+        return 0
     given = sys.argv[1:] if arguments is None else arguments
     head = header("benchmarks.crawl", given, torch.device("cpu"), ("fastwarc", "resiliparse", "gigatoken", "pyarrow"))
     out = options.out.resolve()

@@ -1,5 +1,6 @@
 """The whole chain on more and more HTML, with one process and with several: seconds of each stage, and memory."""
 
+import json
 import os
 import resource
 import shutil
@@ -18,7 +19,7 @@ from benchmarks.crawl.stages import ROOT, SEED, VOCABULARY, up_to
 from benchmarks.report import Record
 from llm.crawl.report.totals import read_totals
 
-SAMPLED = 0.1  # seconds between two looks at the memory
+SAMPLED = 0.5  # seconds between two looks at the memory
 
 
 def grow(
@@ -28,18 +29,15 @@ def grow(
     workers: Sequence[int],
     say: Callable[[str], None] = print,
 ) -> Iterator[Record]:
-    """A record for each size (GB of HTML) and number of processes."""
+    """A record for each size (GB of HTML) and number of processes. The pages of each size stay in OUT/SIZE."""
     for size in sizes:
-        shutil.rmtree(out, ignore_errors=True)
-        say(f"preparing {size} GB of HTML")
-        count = html = 0
-        for sent in write_counted(out / "warc", pages, int(size * 1e9)):
-            count, html = count + 1, html + sent
-        warc = sum(path.stat().st_size for path in (out / "warc").iterdir())
+        folder = out / str(size)
+        count, html = prepare(folder, pages, size, say)
+        warc = sum(path.stat().st_size for path in (folder / "warc").iterdir())
         for processes in workers:
             shutil.rmtree(out / "data", ignore_errors=True)
             settings = {
-                "input.source": out / "warc", "out": out / "data", "tokenizer.vocab_size": VOCABULARY,
+                "input.source": folder / "warc", "out": out / "data", "tokenizer.vocab_size": VOCABULARY,
                 "tokenize.validation_fraction": 0.05, "engine.workers": processes,
             }  # fmt: skip
             (out / "config.yaml").write_text("{}\n")
@@ -47,7 +45,19 @@ def grow(
             facts["load"] = os.getloadavg()[0]
             arguments = ["--config", str(out / "config.yaml"), *(f"--{key}={value}" for key, value in settings.items())]
             yield facts | chain(arguments) | {"stages": stages(out / "data")}
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out / "data", ignore_errors=True)
+
+
+def prepare(folder: Path, pages: Sequence[Page], size: float, say: Callable[[str], None]) -> tuple[int, int]:
+    """Write FOLDER/warc, so many GB of HTML, unless that has been done: the pages, and their bytes."""
+    facts = folder / "facts.json"
+    if not facts.exists():
+        say(f"preparing {size} GB of HTML")
+        shutil.rmtree(folder, ignore_errors=True)
+        sizes = list(write_counted(folder / "warc", pages, int(size * 1e9)))
+        facts.write_text(json.dumps([len(sizes), sum(sizes)]))
+    count, html = json.loads(facts.read_text())
+    return count, html
 
 
 def write_counted(folder: Path, pages: Sequence[Page], size: int) -> Iterator[int]:
@@ -71,7 +81,8 @@ def chain(arguments: list[str]) -> Record:
         with suppress(psutil.NoSuchProcess, OSError):
             for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
                 peak = max(peak, one.memory_info().rss / 1e6)
-        time.sleep(SAMPLED)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SAMPLED)
     if process.returncode:
         raise RuntimeError(f"prepare_data.py all {' '.join(arguments)} ended with {process.returncode}")
     return {"wall_s": time.perf_counter() - began, "cpu_s": children_seconds() - cpu, "peak_mb": peak}

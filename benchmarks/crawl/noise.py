@@ -161,27 +161,33 @@ def plant(pages: Sequence[Page], seed: int) -> list[Sent]:
 
 
 def inflated(pages: Sequence[Page], seed: int) -> Iterator[Sent]:
-    """The pages again and again without end, in random order, with edits: one in ten stays a near-duplicate."""
+    """The pages again and again without end, in random order, with edits: one in ten stays a near-duplicate.
+
+    What should be extracted of them is left out: to find it takes most of the time.
+    """
     rng = random.Random(seed)  # noqa: S311
     for turn in count():
         for page in rng.sample(pages, len(pages)):
             share = 0.0 if turn == 0 else rng.choice((0.02, *(0.3,) * 9))
             again = Page(f"{page.name}-{turn}", page.language, edited(page.main, share, rng))
-            yield send(again, "page", f"{share:.0%}", rng)
+            yield send(again, "page", f"{share:.0%}", rng, text="")
 
 
 def drawn(pages: Sequence[Page], share: float, rng: random.Random) -> list[Page]:
     return rng.sample(pages, min(len(pages), max(2, int(share * len(pages)))))
 
 
-def send(page: Page, kind: str, detail: str, rng: random.Random, main: str | None = None) -> Sent:
-    """A page in UTF-8, as its header says. main: instead of the page's own."""
+def send(
+    page: Page, kind: str, detail: str, rng: random.Random, main: str | None = None, text: str | None = None
+) -> Sent:
+    """A page in UTF-8, as its header says. main: instead of the page's own; text: of what is visible in that."""
     main = page.main if main is None else main
+    text = visible(main) if text is None else text
     site = rng.randrange(SITES)
     path = page.name if kind == "page" else f"{kind}/{detail.rstrip('%')}/{page.name}".replace(" ", "-")
     host = BLOCKED if detail == "blocked site" else ""
     original = "" if kind != "copy" else page.name
-    planted = Planted(url(site, path, host), page.name, kind, detail, page.language, visible(main), original)
+    planted = Planted(url(site, path, host), page.name, kind, detail, page.language, text, original)
     html = around(main, page.name, site, '<meta charset="utf-8">', rng)
     return Sent(planted, "text/html; charset=utf-8", html.encode())
 

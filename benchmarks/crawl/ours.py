@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm.config.parse import parse
-from llm.crawl.chain import CHAIN, Link, tasks_of, work_of
+from llm.crawl.chain import tasks_of
 from llm.crawl.restart import unfinished
 from llm.crawl.settings import CorpusConfig
+from llm.crawl.stages import CHAIN, Link, work_of
 from llm.crawl.tasks import run_task
 
 

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/clones.h"
+#include "crawl/utf8.h"
 #include "crawl/words.h"
 
 namespace py = pybind11;
@@ -45,7 +46,7 @@ bool without_spaces(char32_t point) {
 
 // The hashes of a text's words, in order and without signs. Where words are written without spaces each character is
 // one. A text that has none is a word as a whole.
-std::vector<uint64_t> words_of(std::string_view text) {
+std::vector<uint64_t> word_hashes(std::string_view text) {
   std::vector<uint64_t> hashes;
   const auto add = [&](size_t begin, size_t end) { hashes.push_back(hash_of(text.substr(begin, end - begin))); };
   for (const Word word : word_bounds(text)) {
@@ -94,13 +95,6 @@ void find_minima(const std::vector<uint32_t>& shingles, const std::vector<uint32
   }
 }
 
-std::string_view utf8(py::handle text) {
-  Py_ssize_t size = 0;
-  const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-  if (!bytes) throw py::error_already_set();
-  return {bytes, static_cast<size_t>(size)};
-}
-
 class Signer {
  public:
   Signer(size_t words, size_t bands, size_t rows) : words_(words), bands_(bands), rows_(rows) {
@@ -122,13 +116,13 @@ class Signer {
   }
 
   py::array_t<uint64_t> shingles(const py::str& text) const {
-    const std::vector<uint64_t> hashes = shingles_of(words_of(utf8(text)), words_);
+    const std::vector<uint64_t> hashes = shingles_of(word_hashes(utf8(text)), words_);
     return py::array_t<uint64_t>(static_cast<py::ssize_t>(hashes.size()), hashes.data());
   }
 
  private:
   void sign(std::string_view text, uint64_t* signature) const {
-    const std::vector<uint64_t> words = words_of(text), shingles = shingles_of(words, words_);
+    const std::vector<uint64_t> words = word_hashes(text), shingles = shingles_of(words, words_);
     std::vector<uint32_t> upper(shingles.size()), minima(factors_.size());
     // The permutations see the upper half of a hash and the witness the lower one: they are independent.
     uint32_t witness = kMost;

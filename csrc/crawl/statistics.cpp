@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
+#include "crawl/utf8.h"
 #include "crawl/words.h"
 
 namespace py = pybind11;
@@ -143,34 +145,36 @@ std::vector<size_t> count_words(const Views& words, const std::vector<std::strin
   return {words.size(), plain_words, plain_characters, letter_words, stop_words.size() - missing.size()};
 }
 
-// Characters of the most frequent n-gram, the first of equals, with the spaces between its words.
-size_t top_characters(const std::vector<uint64_t>& grams, const std::vector<size_t>& starts, size_t n) {
-  Counts counts(grams.size());
-  size_t most = 0, first = 0;
-  for (const uint64_t gram : grams) most = std::max(most, ++counts[gram]);
-  if (most == 0) return 0;
-  while (counts[grams[first]] != most) ++first;
-  return most * (starts[first + n] - starts[first] + n - 1);
+// Leaves of the places of the (n - 1)-grams that repeat those of the n-grams that do: both parts of such a one repeat.
+// Returns how often the most frequent n-gram comes, and the place of the first of equals.
+std::pair<size_t, size_t> keep_repeated(const std::vector<uint64_t>& grams, std::vector<size_t>& places) {
+  size_t kept = 0, most = !grams.empty(), first = 0;
+  for (size_t i = 0; i + 1 < places.size(); ++i)
+    if (places[i + 1] == places[i] + 1) places[kept++] = places[i];
+  places.resize(kept);
+  Counts counts(kept);
+  for (const size_t place : places) ++counts[grams[place]];
+  kept = 0;
+  for (const size_t place : places) {
+    const size_t count = counts[grams[place]];
+    if (count > most) most = count, first = place;
+    if (count > 1) places[kept++] = place;
+  }
+  places.resize(kept);
+  return {most, first};
 }
 
-// Characters of the n-grams that have come before, none of them counted twice.
-size_t duplicate_characters(const std::vector<uint64_t>& grams, const std::vector<size_t>& starts, size_t n) {
-  Counts counts(grams.size());
-  size_t characters = 0;
-  for (size_t at = 0; at < grams.size();) {
-    const bool again = counts[grams[at]]++;
-    characters += again ? starts[at + n] - starts[at] : 0;
-    at += again ? n : 1;
+// Characters of the n-grams that have come before, none of them counted twice. places: of those that repeat.
+size_t duplicate_characters(const std::vector<uint64_t>& grams, const std::vector<size_t>& places,
+                            const std::vector<size_t>& starts, size_t n) {
+  Counts counts(places.size());
+  size_t characters = 0, next = 0;
+  for (const size_t place : places) {
+    if (place < next || !counts[grams[place]]++) continue;
+    characters += starts[place + n] - starts[place];
+    next = place + n;
   }
   return characters;
-}
-
-// The UTF-8 of a str; UnicodeEncodeError where it has a lone surrogate.
-std::string_view utf8(py::handle text) {
-  Py_ssize_t size = 0;
-  const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-  if (!bytes) throw py::error_already_set();
-  return {bytes, static_cast<size_t>(size)};
 }
 
 Views words_of(std::string_view text) {
@@ -198,10 +202,16 @@ py::tuple statistics(const py::str& string, const std::optional<std::vector<py::
     found.insert(found.end(), counts.begin(), counts.end());
   for (size_t i = 1; i < starts.size(); ++i) starts[i] += starts[i - 1];  // characters of the words before each
   std::vector<uint64_t> grams(hashes.size());
+  std::vector<size_t> places(hashes.size());  // of the n-grams that repeat; of words all
+  std::iota(places.begin(), places.end(), 0);
   for (size_t n = 1; ngrams && n <= 10; ++n) {
     grams.resize(hashes.size() < n ? 0 : hashes.size() + 1 - n);
     for (size_t i = 0; i < grams.size(); ++i) grams[i] = mix(grams[i], hashes[i + n - 1]);
-    if (n > 1) repeated.push_back(n < 5 ? top_characters(grams, starts, n) : duplicate_characters(grams, starts, n));
+    if (n == 1) continue;
+    const auto [most, first] = keep_repeated(grams, places);
+    // Of the most frequent: all its occurrences, with the spaces between its words.
+    const size_t top = most ? most * (starts[first + n] - starts[first] + n - 1) : 0;
+    repeated.push_back(n < 5 ? top : duplicate_characters(grams, places, starts, n));
   }
   return py::make_tuple(found, repeated);
 }

@@ -19,15 +19,17 @@ std::vector<uint8_t> table_of_kinds() {
   std::vector<uint8_t> kinds(kPoints);
   for (char32_t point = 0; point < kPoints; ++point) {
     const bool wordlike = Py_UNICODE_ISALNUM(point) || Py_UNICODE_ISSPACE(point);
-    const bool ends = kEnds.find(point) != kEnds.npos;
-    bool sign = point < 0x80 && kAsciiSigns.find(static_cast<char>(point)) != kAsciiSigns.npos;
+    bool sign = false;
     for (const auto& [first, last] : kSigns) sign |= !wordlike && first <= point && point <= last;
-    const bool symbol = ends || (point < 0xA0 && !wordlike) || kSymbols.find(point) != kSymbols.npos;
     kinds[point] = static_cast<uint8_t>(
         (Py_UNICODE_ISSPACE(point) ? kSpace : 0) | (Py_UNICODE_ISALPHA(point) ? kLetter : 0) |
         (Py_UNICODE_ISUPPER(point) ? kCapital : 0) | ('0' <= point && point <= '9' ? kDigit : 0) |
-        (sign ? kSign : 0) | (symbol ? kSymbol : 0) | (ends ? kEnd : 0) | (Py_UNICODE_ISLINEBREAK(point) ? kBreak : 0));
+        (sign ? kSign : 0) | (point < 0xA0 && !wordlike ? kSymbol : 0) | (Py_UNICODE_ISLINEBREAK(point) ? kBreak : 0));
   }
+  // Not looked up for each of a million code points: every process waits for this table.
+  for (const char sign : kAsciiSigns) kinds[static_cast<size_t>(sign)] |= kSign;
+  for (const char32_t symbol : kSymbols) kinds[symbol] |= kSymbol;
+  for (const char32_t end : kEnds) kinds[end] |= kSymbol | kEnd;
   return kinds;
 }
 

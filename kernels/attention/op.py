@@ -64,8 +64,9 @@ def fit(Tq: int, H: int, Tk: int, K: int) -> bool:
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    ranked = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
-    if ranked and fit(*q.shape[1:3], *k.shape[1:3]) and q.dtype == k.dtype == v.dtype:
+    queries, keys = q.shape, k.shape
+    ranked = len(queries) == len(keys) == 4 and keys == v.shape and queries[::3] == keys[::3]
+    if ranked and fit(queries[1], queries[2], keys[1], keys[2]) and q.dtype == k.dtype == v.dtype:
         return
     found = f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     expect(ranked, f"{found}, expected [B, Tq, H, D] and twice [B, Tk, K, D]")
@@ -180,13 +181,13 @@ def attention_backward_op(
 
 
 def _attention(
-    heads: tuple[Tensor, ...], lse: bool = False, *, window: int | None = None, sparse: Strided | None = None,
+    heads: tuple[Any, ...], lse: bool = False, *, window: int | None = None, sparse: Strided | None = None,
     cu_seqlens: Tensor | None = None, bounds: Tensor | None = None, softcap: float = 0.0,
     dropout: DropoutKey | None = None, samples: Tensor | None = None, head_offset: int = 0, deterministic: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(o, lse in natural logarithm; None if not asked for). heads: q, k and v, or one tensor of them."""
-    q, k, v = heads if len(heads) == 3 else heads[0].unbind(3)
+    """(o, lse in natural logarithm; None if not asked for). heads: q, k and v, or one tensor of them and twice None."""
+    q, k, v = parts_of(*heads)
     check_shapes(q, k, v)
     wrong = wrong_options(q, k, window, sparse, cu_seqlens, softcap, dropout, samples)
     if wrong is not None:
@@ -206,7 +207,7 @@ def _attention(
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
     rest = (samples if key else None, bounds, window or 0, pattern, float(softcap), *drop, deterministic)
-    o, base_2 = call(attention_op, *(heads if len(heads) == 3 else (*heads, None, None)), *rest)
+    o, base_2 = call(attention_op, *heads, *rest)
     return o, base_2 * math.log(2) if lse else None
 
 
@@ -234,9 +235,10 @@ def attention(
     Returns [B, Tq, H, D] in the dtype of q. Differentiable once. impl: see kernels/dispatch.py; the stock operator has
     no sparse, softcap or dropout. Raises KernelError on arguments that do not fit together or a form that cannot run.
     """
-    options = {"window": window, "sparse": sparse, "cu_seqlens": cu_seqlens, "bounds": bounds, "softcap": softcap}
-    options |= {"dropout": dropout, "samples": samples, "head_offset": head_offset, "deterministic": deterministic}
-    return _attention((q, k, v), **options, impl=impl)[0]
+    return _attention(
+        (q, k, v), window=window, sparse=sparse, cu_seqlens=cu_seqlens, bounds=bounds, softcap=softcap, dropout=dropout,
+        samples=samples, head_offset=head_offset, deterministic=deterministic, impl=impl,
+    )[0]  # fmt: skip
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -248,4 +250,4 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple
 
 def attention_packed(qkv: Tensor, **options: Any) -> Tensor:
     """Return attention(*qkv.unbind(3), **options) of qkv [B, T, H, 3, D]: the same bits, its gradient in one piece."""
-    return _attention((qkv,), **options)[0]
+    return _attention((qkv, None, None), **options)[0]

@@ -71,14 +71,14 @@ HOPPER = tables_of(50 << 20, True, """
     crowded  dkdv    64x128x8x2  64x128x8x2  32x64x8x2   16x64x8x2   16x16x8x1
     crowded  dq      128x64x8x2  128x64x8x2  128x64x8x2  128x64x8x2  64x32x8x2
     crowded  fused   32x64x8x2   32x64x8x2   32x64x8x1   32x32x8x2   16x16x8x1
-    pointers forward 128x64x4x3  128x64x8x3  128x64x8x3  128x64x8x3  64x32x8x2
+    pointers forward 128x64x4x3  128x64x8x3  64x64x4x3   128x64x8x3  64x32x8x2
     pointers dkdv    32x64x8x2   32x64x8x2   32x64x8x2   32x64x8x1   32x32x8x1
-    pointers dq      128x64x8x2  128x64x8x2  128x64x8x2  128x32x8x2  32x32x8x2
+    pointers dq      128x64x8x2  128x64x8x2  64x32x8x2   128x32x8x2  32x32x8x2
     pointers fused   32x64x8x2   32x64x8x2   32x64x8x2   32x32x8x1   16x16x8x2
     small    forward 64x64x4x2   64x64x4x2   64x64x4x2   64x64x8x2   64x32x8x2
-    small    dkdv    32x64x8x2   32x64x8x2   32x64x8x2   32x32x8x1   16x16x8x1
+    small    dkdv    32x64x8x2   32x64x8x2   32x64x8x1   16x64x8x2   16x16x4x1
     small    dq      64x64x4x2   64x64x4x2   64x64x8x2   64x32x8x2   16x32x8x1
-    small    fused   32x64x8x2   32x64x8x2   32x64x8x1   32x32x8x2   16x16x8x1
+    small    fused   32x64x8x2   32x64x8x2   32x64x8x1   16x32x8x1   16x16x8x1
 """)  # fmt: skip
 
 BLACKWELL = tables_of(100 << 20, True, """

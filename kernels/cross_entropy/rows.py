@@ -46,9 +46,7 @@ def tile_of(columns: int) -> tuple[int, int]:
     Wide rows have many warps: the rows under way on 132 SMs, three of 50k or one of 128k 16-bit logits each, are 40 MB
     or less, and their second reading finds them in the cache.
     """
-    warps = (
-        1 if columns <= 1024 else 4 if columns <= 4096 else 8 if columns <= 16384 else 16 if columns <= 65536 else 32
-    )
+    warps = next((few for widest, few in ((1024, 1), (4096, 4), (16384, 8), (65536, 16)) if columns <= widest), 32)
     return min(padded(cdiv(columns, 8), 32), (64 if warps in (1, 32) else 32) * warps), warps
 
 

@@ -36,16 +36,15 @@ class Saver:
         *,
         asynchronous: bool,
         say: Callable[[str], None],
-        each: Callable[[Iterable[Piece]], Iterable[Piece]] = iter,
         saved: Callable[[Path], None] = lambda path: None,
         failed: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> None:
-        """each: yields the pieces as they are written. saved: called on every rank once a checkpoint is whole; failed:
-        once a save has failed, by its thread. options: more of `write_checkpoint`.
+        """saved: called on every rank once a checkpoint is whole; failed: once a save has failed, by its thread.
+        options: more of `write_checkpoint`.
         """
         self.root, self.asynchronous, self.say = root, asynchronous, say
-        self.each, self.saved, self.failed, self.options = each, saved, failed, options
+        self.saved, self.failed, self.options = saved, failed, options
         self.buffers: list[Tensor] = []
         """Copies of the pieces, each of several: the memory is the same from save to save."""
         self.pending: Future[None] | None = None
@@ -104,7 +103,7 @@ class Saver:
         size = sum(piece.data.nbytes for piece in pieces)
         try:
             path = write_checkpoint(
-                self.root, step, self.each(pieces), state, **self.options, size=size, say=self.say, group=self.group
+                self.root, step, pieces, state, **self.options, size=size, say=self.say, group=self.group
             )
         except BaseException:
             self.failed()

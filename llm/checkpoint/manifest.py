@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,10 @@ class Manifest:
         _expect(found == _digest(body), "the manifest does not match its own sha256")
         return parse(body)
 
-    def check_sizes(self, folder: Path) -> None:
-        """Raise CheckpointError unless each file is a regular one in `folder`, of its size."""
-        for name, entry in self.files.items():
+    def check_sizes(self, folder: Path, each: Callable[[Iterable[str]], Iterable[str]] = iter) -> None:
+        """Raise CheckpointError unless each file is a regular one in `folder`, of its size; each: yields names."""
+        for name in each(self.files):
+            entry = self.files[name]
             size = regular_size(folder / name)
             _expect(size == entry.size, f"{folder / name} has {size} bytes; expected {entry.size}")
 

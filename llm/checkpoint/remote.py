@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.callbacks import Callback
+from fsspec.implementations.local import LocalFileSystem
 
 from llm import files
 from llm.checkpoint.manifest import Manifest
@@ -29,6 +34,18 @@ PIECE = 16 << 20  # bytes of one request
 STREAMS = 8  # files under way at a time
 WAITS = (1.0, 5.0, 25.0)  # seconds before a request that failed is made again
 MANIFEST = "manifest.json"
+POLL_SECONDS = 1.0
+
+
+class Answered(Callback):
+    """Notes when a remote has answered: a request, or of a file a piece, where its file system tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = time.monotonic()
+
+    def call(self, *hook: Any, **options: Any) -> None:
+        self.last = time.monotonic()
 
 
 class Remote:
@@ -41,6 +58,7 @@ class Remote:
         except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
             raise InputError(f"checkpoint.copy_to {url} cannot be opened: {error}") from error
         self.root, self.url = f"{root.rstrip('/')}/{name}", f"{url.rstrip('/')}/{name}"
+        self.answered = Answered()
 
     def names(self) -> list[str]:
         """Of the checkpoints there that have a manifest, newest first. Raises ReadError."""
@@ -59,12 +77,17 @@ class Remote:
                 aside = next(free for n in count(1) if not self._is_there(free := f"{name}.aside-{n}"))
                 self._try(self.system.mv, f"{self.root}/{name}", f"{self.root}/{aside}", recursive=True)
         self._try(self.system.makedirs, target, exist_ok=True)
-        with ThreadPoolExecutor(STREAMS) as pool:
-            list(pool.map(lambda n: self._try(self.system.put_file, f"{folder}/{n}", f"{target}/{n}"), manifest.files))
+        in_daemons(lambda file: self._try(self.put_file, f"{folder}/{file}", f"{target}/{file}"), manifest.files)
         self._try(self.system.pipe_file, f"{target}/{MANIFEST}", text)
         for name in outdated([n for n in names if step_of(Path(n)) < step], keep_last, keep_every):
             self._try(self.system.rm_file, f"{self.root}/{name}/{MANIFEST}")
             self._try(self.system.rm, f"{self.root}/{name}", recursive=True)
+
+    def put_file(self, here: str, there: str) -> None:
+        """Copy a file, of every piece of which `answered` is told."""
+        local = isinstance(self.system, LocalFileSystem)  # its own tells nothing before the file is whole
+        put: Any = partial(fsspec.AbstractFileSystem.put_file, self.system) if local else self.system.put_file
+        put(here, there, callback=self.answered)
 
     def get(self, name: str, root: Path, say: Callable[[str], None]) -> None:
         """Copy a checkpoint to root/name. Raises CheckpointError where it is damaged there, ReadError."""
@@ -126,44 +149,93 @@ class Remote:
         waits = list(WAITS)
         while True:
             try:
-                return request(*arguments, **options)
+                result = request(*arguments, **options)
+                self.answered.call()
+                return result
             except FileNotFoundError:
                 raise
             except Exception as error:  # each file system raises classes of its own
                 if not waits:
                     why = f"{request.__name__} failed: {type(error).__name__}: {error}"
                     raise ReadError(f"{self.url}: {why}") from error
+            self.answered.call()
             time.sleep(waits.pop(0))
+
+
+def in_daemons(action: Callable[[T], object], items: Iterable[T]) -> None:
+    """Call `action` on each item, STREAMS at a time, and raise what the first that failed has raised.
+
+    Not by a pool: the end of a process waits for its threads, and a request may never return.
+    """
+    waiting, errors = iter([*items]), list[Exception]()
+
+    def work() -> None:
+        for item in waiting:
+            try:
+                action(item)
+            except Exception as error:  # noqa: BLE001 - raised below
+                errors.append(error)
+            if errors:
+                return
+
+    threads = [threading.Thread(target=work, name="copy", daemon=True) for _ in range(STREAMS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 class Mirror:
     """Copies checkpoints to a Remote, beside the run, one at a time."""
 
-    def __init__(self, remote: Remote, *, say: Callable[[str], None], **keep: Any) -> None:
-        """keep: as of `Remote.put`."""
-        self.remote, self.say, self.keep = remote, say, keep
+    def __init__(
+        self, remote: Remote, *, say: Callable[[str], None], patience: float | None = None, **keep: Any
+    ) -> None:
+        """patience: seconds without an answer until a copy is not waited for; None: any. keep: as `Remote.put`'s."""
+        self.remote, self.say, self.patience, self.keep = remote, say, patience, keep
         self.newest: Path | None = None
         self.copying: Path | None = None
         """The checkpoint that must not be deleted now."""
-        self.thread = ThreadPoolExecutor(1, "copy")
+        self.waiting: SimpleQueue[Path | None] = SimpleQueue()
+        self.thread = threading.Thread(target=self._copy_all, name="copy", daemon=True)
+        self.thread.start()
 
     def begin(self, folder: Path) -> None:
         """Copy a checkpoint when the one before is copied; one that waits is left out when a newer one comes."""
         self.newest = folder
-        self.thread.submit(self._copy, folder)
+        self.waiting.put(folder)
+        self._hangs()
 
     def close(self) -> None:
-        """Wait for the copy under way."""
-        self.thread.shutdown()
+        """Wait for the copy under way, unless it hangs."""
+        self.waiting.put(None)
+        while self.thread.is_alive() and not self._hangs():
+            self.thread.join(POLL_SECONDS)
+
+    def _hangs(self) -> bool:
+        """Whether the copy under way has had no answer for `patience`, which is said."""
+        folder, silent = self.copying, time.monotonic() - self.remote.answered.last
+        hangs = folder is not None and self.patience is not None and silent > self.patience
+        if hangs:
+            what = f"{self.remote.url} has not answered for {silent:.0f} s"
+            self.say(f"warning: {folder} is not copied: {what}; no other is copied before it answers")
+        return hangs
+
+    def _copy_all(self) -> None:
+        while (folder := self.waiting.get()) is not None:
+            if folder == self.newest:
+                self._copy(folder)
 
     def _copy(self, folder: Path) -> None:
+        self.remote.answered.call()  # not yet asked
         self.copying = folder
-        if folder == self.newest:
-            try:
-                self.remote.put(folder, **self.keep)
-                self.say(f"{folder.name} is copied to {self.remote.url}")
-            except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on, and the next one is tried
-                self.say(f"warning: {folder} is not copied: {error}")
+        try:
+            self.remote.put(folder, **self.keep)
+            self.say(f"{folder.name} is copied to {self.remote.url}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on, and the next one is tried
+            self.say(f"warning: {folder} is not copied: {error}")
         self.copying = None
 
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from itertools import count
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from llm.checkpoint.manifest import FileEntry, Manifest, Piece, Stored, TensorEn
 from llm.errors import CheckpointError
 from llm.parallel.agreement import exchange, together
 
+Each: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
 # Pieces are gathered up to this many bytes before they are written: the most that a rank holds.
 SHARD_BYTES = 1 << 29
 STEP_FOLDER = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})(\.old)?")
@@ -47,24 +48,25 @@ def write_checkpoint(
     size: int = 0,
     say: Callable[[str], None] = lambda text: None,
     copying: Callable[[], Path | None] = lambda: None,
+    each: Each = iter,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Save root/step-<step>/ and return its path. Collective over `group` (None: all ranks).
 
-    The newest `keep_last` checkpoints are kept, and those whose step is a multiple of `keep_every`. One of the same
-    step or of a later one, which the run has left, is put aside under another name.
+    The newest `keep_last` checkpoints are kept, and those whose step is a multiple of `keep_every`. One of this step or
+    a later one, which the run has left, is put aside.
 
     Args:
-        pieces: what this rank writes, each element of the model on exactly one rank; they are taken one by one, and
-            taking them must not communicate.
+        pieces: what this rank writes, each element of the model on exactly one rank; taking one must not communicate.
         state: JSON, written as rank 0 gives it.
         size: bytes of this rank's pieces, if known: nothing is written where there is no room for those of all ranks.
         say: told by rank 0 what was put aside, and what could not be.
         copying: the checkpoint that is being copied elsewhere, which is left for a later save to delete.
+        each: yields the pieces, and the files that are looked at or deleted, one by one as they are dealt with.
 
     Raises:
-        CheckpointError: the same on every rank if any of them fails, or has a value that is not finite; then the
-            previous checkpoints are as they were and the partial folder is gone.
+        CheckpointError: the same on every rank if any fails, or has a value that is not finite; then the previous
+            checkpoints are as they were and the partial folder is gone.
     """
     partial = root / f"{folder_name(step)}.tmp"
     rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -85,10 +87,10 @@ def write_checkpoint(
 
     needed = sum(int(text or 0) for text in exchange(str(size), group))
     try:
-        on_all_ranks(lambda: _prepare(root, step, needed, say) if rank == 0 else None)
-        on_all_ranks(lambda: _write_rank(partial, step, rank, pieces))
-        on_all_ranks(lambda: _seal(partial, world, state) if rank == 0 else None)
-        on_all_ranks(lambda: _commit(root, step, doomed, say) if rank == 0 else None)
+        on_all_ranks(lambda: _prepare(root, step, needed, say, each) if rank == 0 else None)
+        on_all_ranks(lambda: _write_rank(partial, step, rank, each(pieces)))
+        on_all_ranks(lambda: _seal(partial, world, state, each) if rank == 0 else None)
+        on_all_ranks(lambda: _commit(root, step, doomed, say, each) if rank == 0 else None)
     except CheckpointError:
         # No rank writes any more: the ranks met after everybody's work.
         if rank == 0:
@@ -141,10 +143,10 @@ def _is_checkpoint(path: Path) -> bool:
     return os.path.isfile(path / "manifest.json") and not os.path.islink(path)
 
 
-def _prepare(root: Path, step: int, needed: int, say: Callable[[str], None]) -> None:
+def _prepare(root: Path, step: int, needed: int, say: Callable[[str], None], each: Each) -> None:
     """Make the empty folder; what a crash left goes first, so that it does not take room, and so do strangers."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _remove_leftovers(root, say)
+    _remove_leftovers(root, say, each)
     final = root / folder_name(step)
     files.check_room(final, needed)  # beside all that is kept until the new one is whole
     partial, old = (final.with_name(final.name + end) for end in (".tmp", ".old"))
@@ -155,12 +157,12 @@ def _prepare(root: Path, step: int, needed: int, say: Callable[[str], None]) -> 
     partial.mkdir(mode=0o700)
 
 
-def _remove_leftovers(root: Path, say: Callable[[str], None]) -> None:
+def _remove_leftovers(root: Path, say: Callable[[str], None], each: Each) -> None:
     """Delete half-written and half-deleted folders, and put replaced checkpoints aside whose heir exists."""
     for path in _entries(root):
         name = path.name
         if name.endswith(".tmp") and STEP_FOLDER.fullmatch(name.removesuffix(".tmp")) and os.path.isdir(path):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path, each, ignore_errors=True)
         elif name.endswith(".old") and STEP_FOLDER.fullmatch(name) and _is_checkpoint(path.with_suffix("")):
             put_aside(path, f"step {step_of(path)} was saved again", say)
 
@@ -177,13 +179,22 @@ def put_aside(path: Path, why: str, say: Callable[[str], None]) -> None:
         say(f"{path} is kept as {target.name} ({why}): delete it when you do not need it")
 
 
-def _delete(path: Path, say: Callable[[str], None]) -> None:
+def _remove(folder: Path, each: Each, *, ignore_errors: bool = False) -> None:
+    """Delete a folder, file by file; links are not followed. Raises OSError where something stays."""
+    with suppress(OSError):
+        for _, _, names, descriptor in os.fwalk(folder):
+            for name in each(names):
+                os.unlink(name, dir_fd=descriptor)
+    shutil.rmtree(folder, ignore_errors=ignore_errors)
+
+
+def _delete(path: Path, say: Callable[[str], None], each: Each) -> None:
     """Delete a checkpoint, or say that it cannot be done."""
     # Renamed first: a crash while deleting must not leave a broken checkpoint behind.
     doomed = path.with_name(f"{path.name}.tmp")
     try:
         os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        _remove(doomed, each)
     except OSError as error:
         say(f"warning: {path} cannot be deleted: {error}")
 
@@ -228,21 +239,23 @@ def _write_shard(partial: Path, file: str, step: int, shard: list[Piece], tensor
     return merge([Manifest(step, {file: entry}, {}), *parts])
 
 
-def _seal(partial: Path, world: int, state: dict[str, Any]) -> None:
+def _seal(partial: Path, world: int, state: dict[str, Any], each: Each) -> None:
     """Merge the ranks' reports into the manifest; then all of the folder is on the disk."""
     reports = [partial / f"rank-{rank:05d}.json" for rank in range(world)]
-    merged = merge(Manifest.from_json(files.read_regular(path)) for path in reports)
+    merged = merge(Manifest.from_json(files.read_regular(path)) for path in each(reports))
     merged.check_coverage()
-    merged.check_sizes(partial)
+    merged.check_sizes(partial, each)
     entry = FileEntry(*files.create_bytes(partial / "state.json", json.dumps(state, indent=1).encode()))
     manifest = Manifest(merged.step, {**merged.files, "state.json": entry}, merged.tensors)
     files.create_bytes(partial / "manifest.json", manifest.to_json().encode())
-    for path in reports:
+    for path in each(reports):
         path.unlink()
     files.sync_folder(partial)
 
 
-def _commit(root: Path, step: int, doomed: Callable[[list[str]], list[str]], say: Callable[[str], None]) -> None:
+def _commit(
+    root: Path, step: int, doomed: Callable[[list[str]], list[str]], say: Callable[[str], None], each: Each
+) -> None:
     """Rename, point to it, put aside what comes after it, and delete what is not kept of those before it."""
     final = root / folder_name(step)
     if final.exists():
@@ -251,12 +264,12 @@ def _commit(root: Path, step: int, doomed: Callable[[list[str]], list[str]], say
     os.rename(root / f"{final.name}.tmp", final)
     files.sync_folder(root)
     files.replace(root / "latest", f"{final.name}\n".encode())
-    _remove_leftovers(root, say)
+    _remove_leftovers(root, say, each)
     found = checkpoints(root)
     for path in found:
         if step_of(path) > step:  # from a history that was left: a run that resumed would go back to it
             put_aside(path, f"the run went back, and has saved step {step} since", say)
     earlier = [path for path in found if step_of(path) < step and _is_checkpoint(path)]
     for name in doomed([path.name for path in earlier]):
-        _delete(root / name, say)
+        _delete(root / name, say, each)
     files.sync_folder(root)

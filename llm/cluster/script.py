@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,10 +23,11 @@ PATIENCE_SECONDS = 10.0
 def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
     """Run `action(ranks)`, or `action(ranks, stop)`, on this rank, watched; if it fails, say why and end the process.
 
-    What a user can mend or must know is said in one line, the rest by a traceback; what every rank knows by rank 0,
-    what one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too. Exit
-    codes: 75 for Stopped (0 under torchrun, which starts again what ends with another code), else those of
-    llm/cluster/failure.py. stop: is asked by signals and the launcher's death; None: they end the process.
+    What a user can mend or must know is said in one line, the rest by a traceback. What every rank knows is said by
+    rank 0, what one host knows by its first rank: the others wait PATIENCE_SECONDS to be ended, and then say it too,
+    unless they were told to end before they failed. Exit codes: 75 for Stopped (0 under torchrun, which starts again
+    what ends with another code), else those of llm/cluster/failure.py. stop: is asked by signals and the launcher's
+    death; None: they end the process.
     """
     if code := start_is_over(os.environ):
         _leave(code if code == STOPPED else 0)  # 0: torchrun does not start it once more
@@ -52,11 +52,10 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
         if not shared and not isinstance(error, (InputError, RendezvousError)):
             traceback.print_exception(error)
         else:
-            if ranks is not None and ranks.rank and (shared or ranks.local_rank):
-                if stop is not None:
-                    stop.give_up()
-                time.sleep(PATIENCE_SECONDS)  # a launcher ends all ranks once one has gone: not the one that tells
-            print(f"error: {error}", file=sys.stderr)
+            # A launcher ends all ranks once one has gone: not the one that tells.
+            other = ranks is not None and ranks.rank > 0 and (shared or ranks.local_rank > 0)
+            if not (other and (stop or Stop()).await_end(PATIENCE_SECONDS)):
+                print(f"error: {error}", file=sys.stderr)
         _leave(code)
     done.set()  # only the exit is left
 

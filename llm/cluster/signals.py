@@ -42,6 +42,8 @@ class Stop:
         self.failed: Path | None = None
         """Where the run records why it failed; None as long as its folder is not known."""
         self.signalled: float | None = None
+        self.noted = threading.Event()
+        """Set by the first of SIGNALS."""
 
     def limit(self, minutes: float | None) -> None:
         """Ask for the stop `minutes` after this object was made; None: never."""
@@ -52,6 +54,7 @@ class Stop:
         if reason in SIGNALS:
             now = self.clock()
             self.signalled = self.signalled or now
+            self.noted.set()
             if now - self.signalled > SAME_SECONDS:
                 self.leave(128 + reason)
         self.reason = self.reason or reason
@@ -62,12 +65,15 @@ class Stop:
             self.ask(TIME_LIMIT)
         return self.reason
 
-    @staticmethod
-    def give_up() -> None:
-        """Let SIGNALS end the process at once again, which has nothing to save. In the main thread."""
+    def await_end(self, seconds: float) -> bool:
+        """Wait to be ended by one of SIGNALS, of a process that has nothing to save. In the main thread.
+
+        Whether one had come before, and was only noted: then it returns at once, else after `seconds`.
+        """
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
+        return self.noted.wait(seconds)
 
     def listen(self) -> None:
         """Let SIGNALS ask from now on, but not those that this process was started to ignore. In the main thread."""

@@ -1,4 +1,4 @@
-"""The chain from raw pages to token shards: its stages, what each reads, and the commands that run them."""
+"""The commands that run the stages from raw pages to token shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,56 +19,11 @@ from llm.crawl.report import page
 from llm.crawl.report.totals import read_curve
 from llm.crawl.restart import reports_of, run_stage
 from llm.crawl.settings import CorpusConfig
-from llm.crawl.tasks import Engine, Task, Work, disk_errors, hash_of, identity_of
+from llm.crawl.stages import CHAIN, Link, work_of
+from llm.crawl.tasks import Engine, Task, disk_errors, hash_of, identity_of
 from llm.errors import require
 from llm.locks import lock
 from llm.progress import progress_bar
-
-
-@dataclass(frozen=True)
-class Link:
-    """A stage, by the name that its folder has too, and the stages that it reads."""
-
-    stage: str
-    command: str
-    each: str | None = None
-    """A task of that stage is a task of this one; None: this one is one task."""
-    whole: tuple[str, ...] = ()
-    """Stages of which every task reads all output."""
-    output: str = ".parquet"
-    """What follows NNNNN in the name of a task's output; of a stage that is one task also a whole name."""
-
-
-CHAIN = (
-    Link("extract", "extract"),
-    Link("filter", "filter", each="extract"),
-    Link("signatures", "dedup", each="filter", output=".signatures"),
-    Link("cluster", "dedup", whole=("signatures", "filter"), output="clusters.parquet"),
-    Link("dedup", "dedup", each="filter", whole=("cluster",)),
-    Link("tokenizer", "tokenizer", whole=("dedup",), output=".tokenizer.json"),
-    Link("tokenize", "tokenize", each="dedup", whole=("tokenizer",), output=".json"),
-    Link("tokens", "tokenize", whole=("tokenizer", "tokenize"), output="manifest.json"),
-)
-
-
-def work_of(config: CorpusConfig, stage: str) -> Work:
-    """A stage by its name. Its libraries are imported here, in the process that needs them."""
-    if stage == "extract":
-        from llm.crawl.extract.stage import Extract
-
-        return Extract(config.extract)
-    if stage == "filter":
-        from llm.crawl.filter.stage import Filter
-
-        return Filter(config.filter)
-    if stage in ("signatures", "cluster", "dedup"):
-        from llm.crawl.dedup.stage import Cluster, Drop, Signatures
-
-        return {"signatures": Signatures, "cluster": Cluster, "dedup": Drop}[stage](config.dedup)
-    from llm.crawl.tokens.stage import Join, Tokenize, TrainTokenizer
-
-    step = {"tokenizer": TrainTokenizer, "tokenize": Tokenize, "tokens": Join}[stage]
-    return step(config.tokenizer, config.tokenize)
 
 
 def tasks_of(config: CorpusConfig, link: Link, chain: Sequence[Link] = CHAIN) -> list[Task]:
@@ -155,6 +109,8 @@ def engine_of(config: CorpusConfig) -> Iterator[Engine | None]:
         require(
             find_spec("datatrove") is not None, "engine.kind datatrove needs datatrove; pip install 'ingot[datatrove]'"
         )
+        ray = settings.executor != "ray" or find_spec("ray") is not None
+        require(ray, "engine.executor ray needs ray; pip install ray")
         from llm.crawl.engines.datatrove import Datatrove
 
         engine = Datatrove(works, settings, workers, Path(config.out) / ".datatrove")

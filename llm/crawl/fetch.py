@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fsspec
-
 from llm.errors import InputError
 
 
 @contextmanager
 def fetched(url: str, folder: Path) -> Iterator[Path]:
     """A copy of the file at a URL, in a folder that is made for it and removed with it. Raises InputError."""
+    import fsspec  # a tenth of a second, which tasks with files on disk can save
+
     folder.mkdir(exist_ok=True)
     try:
         try:

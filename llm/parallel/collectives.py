@@ -2,7 +2,8 @@
 
 They are made of torch's functional collectives, operators with fake kernels that torch.compile can trace. Each one
 starts at once, and `wait` waits for its result, so that arithmetic can be put between the two. A process group is given
-by its name, so that all are functions of tensors and constants.
+by its name, so that all are functions of tensors and constants. `waits`: a context, such as a stopwatch, in which this
+rank waits.
 
 The autograd functions are the conjugate pairs of Shoeybi et al. 2019 (f, g) and Korthikanti et al. 2022
 (`gather_sequence`, `scatter_sequence`).
@@ -10,13 +11,17 @@ The autograd functions are the conjugate pairs of Shoeybi et al. 2019 (f, g) and
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 # Registers the operators torch.ops._c10d_functional.
 from torch.distributed import _functional_collectives  # noqa: F401
+
+Waits: TypeAlias = AbstractContextManager[object]
+UNTIMED = nullcontext()
 
 
 def start_all_reduce_(x: Tensor, group: str) -> Tensor:
@@ -34,19 +39,20 @@ def start_reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
     return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
 
 
-def wait(pending: Tensor) -> Tensor:
+def wait(pending: Tensor, waits: Waits = UNTIMED) -> Tensor:
     """The result of a collective that was started: it may be used from here on."""
-    return torch.ops._c10d_functional.wait_tensor(pending)
+    with waits:
+        return torch.ops._c10d_functional.wait_tensor(pending)
 
 
-def all_reduce(x: Tensor, reduction: str, group: str) -> Tensor:
+def all_reduce(x: Tensor, reduction: str, group: str, waits: Waits = UNTIMED) -> Tensor:
     """x reduced ("sum" or "max") over the ranks of `group`; same shape and dtype."""
-    return wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), reduction, group))
+    return wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), reduction, group), waits)
 
 
-def all_gather(x: Tensor, size: int, group: str) -> Tensor:
+def all_gather(x: Tensor, size: int, group: str, waits: Waits = UNTIMED) -> Tensor:
     """[...] on each of the `size` ranks of `group` -> [size, ...] in rank order."""
-    return wait(start_all_gather(x.unsqueeze(0), size, group))
+    return wait(start_all_gather(x.unsqueeze(0), size, group), waits)
 
 
 def sequence_first(x: Tensor, size: int) -> Tensor:
@@ -67,68 +73,70 @@ class CopyToTensorParallel(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: str, waits: Waits) -> Tensor:
+        ctx.group, ctx.waits = group, waits
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, "sum", ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_reduce(grad, "sum", ctx.group, ctx.waits), None, None
 
 
 class ReduceFromTensorParallel(torch.autograd.Function):
     """g: all-reduce forward, identity backward, for an activation of which each rank holds a partial sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        return all_reduce(x, "sum", group)
+    def forward(ctx: Any, x: Tensor, group: str, waits: Waits) -> Tensor:
+        return all_reduce(x, "sum", group, waits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 class GatherSequence(torch.autograd.Function):
     """All-gather along the sequence forward, reduce-scatter backward: f for activations that are split by T."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
-        ctx.size, ctx.group = size, group
-        return batch_first(wait(start_all_gather(x, size, group)), size)
+    def forward(ctx: Any, x: Tensor, size: int, group: str, waits: Waits) -> Tensor:
+        ctx.size, ctx.group, ctx.waits = size, group, waits
+        return batch_first(wait(start_all_gather(x, size, group), waits), size)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return wait(start_reduce_scatter(sequence_first(grad, ctx.size), ctx.size, ctx.group)), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        pending = start_reduce_scatter(sequence_first(grad, ctx.size), ctx.size, ctx.group)
+        return wait(pending, ctx.waits), None, None, None
 
 
 class ScatterSequence(torch.autograd.Function):
     """Reduce-scatter along the sequence forward, all-gather backward: g for activations that are split by T."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
-        ctx.size, ctx.group = size, group
-        return wait(start_reduce_scatter(sequence_first(x, size), size, group))
+    def forward(ctx: Any, x: Tensor, size: int, group: str, waits: Waits) -> Tensor:
+        ctx.size, ctx.group, ctx.waits = size, group, waits
+        return wait(start_reduce_scatter(sequence_first(x, size), size, group), waits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return batch_first(wait(start_all_gather(grad, ctx.size, ctx.group)), ctx.size), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        pending = start_all_gather(grad, ctx.size, ctx.group)
+        return batch_first(wait(pending, ctx.waits), ctx.size), None, None, None
 
 
-def f(x: Tensor, group: str) -> Tensor:
+def f(x: Tensor, group: str, waits: Waits = UNTIMED) -> Tensor:
     """x; its gradient is summed over the ranks of `group`."""
-    return CopyToTensorParallel.apply(x, group)  # pyright: ignore[reportReturnType]
+    return CopyToTensorParallel.apply(x, group, waits)  # pyright: ignore[reportReturnType]
 
 
-def g(x: Tensor, group: str) -> Tensor:
+def g(x: Tensor, group: str, waits: Waits = UNTIMED) -> Tensor:
     """The sum of x over the ranks of `group`."""
-    return ReduceFromTensorParallel.apply(x, group)  # pyright: ignore[reportReturnType]
+    return ReduceFromTensorParallel.apply(x, group, waits)  # pyright: ignore[reportReturnType]
 
 
-def gather_sequence(x: Tensor, size: int, group: str) -> Tensor:
+def gather_sequence(x: Tensor, size: int, group: str, waits: Waits = UNTIMED) -> Tensor:
     """[B, T / size, C] on each of the `size` ranks of `group` -> [B, T, C]."""
-    return GatherSequence.apply(x, size, group)  # pyright: ignore[reportReturnType]
+    return GatherSequence.apply(x, size, group, waits)  # pyright: ignore[reportReturnType]
 
 
-def scatter_sequence(x: Tensor, size: int, group: str) -> Tensor:
+def scatter_sequence(x: Tensor, size: int, group: str, waits: Waits = UNTIMED) -> Tensor:
     """The sum of x [B, T, C] over the `size` ranks of `group`, of which each keeps its [B, T / size, C]."""
-    return ScatterSequence.apply(x, size, group)  # pyright: ignore[reportReturnType]
+    return ScatterSequence.apply(x, size, group, waits)  # pyright: ignore[reportReturnType]

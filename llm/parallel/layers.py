@@ -28,6 +28,8 @@ from llm.config import ModelConfig
 from llm.model.forms import Forms
 from llm.model.layers import CausalAttention, DenseLayers, Embedding, LanguageModelHead, LinearRole, replicated
 from llm.parallel.collectives import (
+    UNTIMED,
+    Waits,
     all_gather,
     batch_first,
     f,
@@ -51,10 +53,12 @@ class TensorParallel:
     size: int
     name: str
     sequence_parallel: bool = False
+    waits: Waits = UNTIMED
+    """In which this rank waits for the others."""
 
     @staticmethod
-    def of(group: dist.ProcessGroup, sequence_parallel: bool = False) -> TensorParallel:
-        return TensorParallel(group.rank(), group.size(), group.group_name, sequence_parallel)
+    def of(group: dist.ProcessGroup, sequence_parallel: bool = False, waits: Waits = UNTIMED) -> TensorParallel:
+        return TensorParallel(group.rank(), group.size(), group.group_name, sequence_parallel, waits)
 
     def slice(self, shape: tuple[int, ...], dim: int) -> Slice:
         """This rank's slice along `dim`: equal parts, of which the last are shorter where `dim` does not divide."""
@@ -68,18 +72,22 @@ class TensorParallel:
 
     def enter(self, x: Tensor) -> Tensor:
         """The input [B, T, C] of a split layer, from an activation between the split layers."""
-        return gather_sequence(x, self.size, self.name) if self.sequence_parallel else f(x, self.name)
+        if self.sequence_parallel:
+            return gather_sequence(x, self.size, self.name, self.waits)
+        return f(x, self.name, self.waits)
 
     def leave(self, partial: Tensor) -> Tensor:
         """The sum over ranks of [B, T, C], as activations are held between the split layers."""
-        return scatter_sequence(partial, self.size, self.name) if self.sequence_parallel else g(partial, self.name)
+        if self.sequence_parallel:
+            return scatter_sequence(partial, self.size, self.name, self.waits)
+        return g(partial, self.name, self.waits)
 
     def on_weight(self, weight: Tensor) -> Tensor:
         """A replicated weight, as a layer between the split ones applies it.
 
         With sequence parallelism each rank's gradient of it covers a part of the sequence: f sums it over ranks.
         """
-        return f(weight, self.name) if self.sequence_parallel else weight
+        return f(weight, self.name, self.waits) if self.sequence_parallel else weight
 
 
 def split(tensor: Tensor, held: Slice) -> nn.Parameter:
@@ -103,7 +111,7 @@ class ColumnLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.tp = tp
         if tp.sequence_parallel:
-            x = batch_first(wait(start_all_gather(x, tp.size, tp.name)), tp.size)
+            x = batch_first(wait(start_all_gather(x, tp.size, tp.name), tp.waits), tp.size)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -119,11 +127,11 @@ class ColumnLinear(torch.autograd.Function):
             else:
                 grad_x = start_all_reduce_(partial, tp.name)
         if needs_weight:
-            whole_x = x if gathered is None else batch_first(wait(gathered), tp.size)
+            whole_x = x if gathered is None else batch_first(wait(gathered, tp.waits), tp.size)
             grad_weight = grad.flatten(0, -2).t() @ whole_x.flatten(0, -2)
         if needs_bias:
             grad_bias = grad.flatten(0, -2).sum(dim=0)
-        return None if grad_x is None else wait(grad_x), grad_weight, grad_bias, None
+        return None if grad_x is None else wait(grad_x, tp.waits), grad_weight, grad_bias, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -196,7 +204,8 @@ class VocabularyPart:
         self.tp = tp
 
     def join(self, log_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-        parts = all_gather(torch.stack([log_sum, target_logit]), self.tp.size, self.tp.name)  # [tp, 2, n]
+        both = torch.stack([log_sum, target_logit])
+        parts = all_gather(both, self.tp.size, self.tp.name, self.tp.waits)  # [tp, 2, n]
         return parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from llm.config import ModelConfig, RunConfig
 from llm.config.phases import steps_by_phase
 from llm.config.sections import SparseAttention
+from llm.model.parts import ModelPart
 from llm.plan.memory import block_parameters, parameters_by_part
 
 Formula = Literal["causal", "non-causal"]
@@ -40,7 +41,7 @@ PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
 }
 
 
-def flops_by_part(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> dict[str, float]:
+def flops_by_part(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> dict[ModelPart, float]:
     """FLOPs of forward and backward for one token of a sequence of `seq_len`, by part of the model.
 
     A part with parameters has 6 of them each, biases and norms included: 2 in the forward pass and 4 in the backward
@@ -51,9 +52,11 @@ def flops_by_part(model: ModelConfig, seq_len: int, formula: Formula = "causal")
     the non-causal one. A query's own key counts half in it.
     Activations that are computed again do not count: `recomputed_flops`.
     """
-    multiplied = parameters_by_part(model) | {"embedding": 0, "positions": 0, "head": model.vocab_size * model.d_model}
-    attention = attention_flops(model, seq_len, formula, range(model.n_layer))
-    return {name: 6.0 * count for name, count in multiplied.items()} | {"attention": attention}
+    multiplied = parameters_by_part(model)
+    multiplied["embedding"], multiplied["head_loss"] = 0, model.vocab_size * model.d_model
+    flops: dict[ModelPart, float] = {name: 6.0 * count for name, count in multiplied.items()}
+    flops["attention"] = attention_flops(model, seq_len, formula, range(model.n_layer))
+    return flops
 
 
 def attention_flops(model: ModelConfig, seq_len: int, formula: Formula, layers: range) -> float:

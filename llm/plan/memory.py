@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from llm.config import ModelConfig, RunConfig
+from llm.model.parts import ModelPart
 
 FP32 = 4  # bytes
 # DeepSpeed's default of stage3_max_live_parameters: so many elements stay gathered under ZeRO 3.
@@ -17,7 +18,7 @@ LIVE_PARAMETERS = 10**9
 LOGITS = 4096
 
 
-def parameters_by_part(model: ModelConfig, tp: int = 1) -> dict[str, int]:
+def parameters_by_part(model: ModelConfig, tp: int = 1) -> dict[ModelPart, int]:
     """Elements of the parameters by part of the model on one of `tp` ranks, the vocabulary padded to a multiple of tp.
 
     Attention between the two products has none, nor has a tied head.
@@ -26,14 +27,13 @@ def parameters_by_part(model: ModelConfig, tp: int = 1) -> dict[str, int]:
     qkv = (model.n_head + 2 * model.kv_heads) * model.head_dim
     table = -(-model.vocab_size // tp) * C
     return {
-        "embedding": table,
-        "positions": position_parameters(model),
+        "embedding": table + position_parameters(model),
         "norm": (2 * L + 1) * norm_parameters(model),
         "qkv": L * qkv * (C + bias) // tp,
         "attention": 0,
-        "attention output": L * (C * C // tp + bias * C),
-        "feed-forward": L * ((_up_width(model) * (C + bias) + F * C) // tp + bias * C),
-        "head": 0 if model.tie_embeddings else table,
+        "attention_output": L * (C * C // tp + bias * C),
+        "feed_forward": L * ((_up_width(model) * (C + bias) + F * C) // tp + bias * C),
+        "head_loss": 0 if model.tie_embeddings else table,
     }
 
 
@@ -45,7 +45,7 @@ def parameters(model: ModelConfig, tp: int = 1) -> int:
 def block_parameters(model: ModelConfig, tp: int = 1) -> int:
     """N_L: elements of the blocks' parameters on one of `tp` ranks."""
     parts = parameters_by_part(model, tp)
-    inside = parts["qkv"] + parts["attention output"] + parts["feed-forward"]
+    inside = parts["qkv"] + parts["attention_output"] + parts["feed_forward"]
     return inside + 2 * model.n_layer * norm_parameters(model)
 
 
@@ -169,5 +169,5 @@ def rank_memory(config: RunConfig, world_size: int) -> dict[str, int]:
         "the last micro-batch's": weight_bytes(config) * parameters(config.model, tp) if first else 0,
         "gathered weights": gathered(config),
         "activations": kept.blocks,
-        "head and loss": kept.head,
+        "head_loss": kept.head,
     }

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm.profile.ranges import LAYERS, PREFIX
+from llm.model.parts import MODEL_PARTS
+from llm.profile.ranges import PREFIX
 from llm.profile.record import Memory, Owner
 from llm.profile.trace import Event, Frame, Sweep, host_events
 
 CATEGORIES: tuple[str, ...] = ("weights", "gradients", "moments", "activations", "temporary")
-LAYER_RANGES = {PREFIX + name for name in (*LAYERS.values(), "model", "block")}
+LAYER_RANGES = {PREFIX + name for name in (*MODEL_PARTS, "model", "block")}
 SAMPLES = 200
 OURS = ("/llm/", "/launch/", "/kernels/", "/benchmarks/", "/tests/")
 

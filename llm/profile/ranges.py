@@ -13,20 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm.model.parts import MODEL_PARTS, PART_OF_LAYER
+
 PREFIX = "ingot/"
-# The parts of the model, by the name of the layer (llm/model/gpt.py). What the model does after a layer, such as the
-# activation after `up`, belongs to that layer's part.
-LAYERS = {
-    "embedding": "embedding", "position_table": "embedding", "embedding_dropout": "embedding",
-    "norm_1": "norm", "norm_2": "norm", "norm": "norm",
-    "qkv": "qkv", "attention": "attention", "attention_output": "attention_output",
-    "up": "feed_forward", "down": "feed_forward", "down_dropout": "feed_forward",
-    "head": "head_loss",
-}  # fmt: skip
 # gradients: accumulation, what the engine does around the model, and autograd's own time between operations.
 # clip and publish: the update before and after the optimizer's step.
 STEP_PARTS = ("data", "gradients", "clip", "optimizer", "publish", "collectives")
-PARTS = (*dict.fromkeys(LAYERS.values()), *STEP_PARTS)
+PARTS = (*MODEL_PARTS, *STEP_PARTS)
 # Ranges that are no part, with the part of what lies in no range within them; None: what came before.
 CONTAINERS = {"model": None, "block": None, "forward_backward": "gradients", "update": "clip", "vote": "collectives"}
 
@@ -52,7 +45,7 @@ class Ranges:
     def __enter__(self) -> Ranges:
         for path, module in self.model.named_modules():
             name = path.rpartition(".")[2]
-            found = "block" if path.rpartition(".")[0] == "blocks" else LAYERS.get(name)
+            found = "block" if path.rpartition(".")[0] == "blocks" else PART_OF_LAYER.get(name)
             if path == "":
                 found = "model"
             if found is not None and (path.count(".") in (0, 2) or found == "block"):

@@ -9,23 +9,29 @@ from llm.config import RunConfig
 from llm.model.forms import Forms
 from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, give_memory
+from llm.parallel.collectives import UNTIMED, Waits
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 from llm.train.engines.base import Engine, WeightSource
+from llm.train.stragglers import Stopwatch
 
 
-def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None) -> GPT:
-    """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none)."""
+def build_model(config: RunConfig, mesh: Mesh | None, forms: Forms | None = None, waits: Waits = UNTIMED) -> GPT:
+    """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none).
+
+    waits: a context of the waits for tensor-parallel ranks.
+    """
     recompute, every = config.train.activation_checkpointing, config.train.checkpoint_every
-    return GPT(config.model, choose_layers(config, mesh, forms), recompute=recompute, recompute_every=every)
+    return GPT(config.model, choose_layers(config, mesh, forms, waits), recompute=recompute, recompute_every=every)
 
 
 def build_engine(
     config: RunConfig, mesh: Mesh, device: torch.device, source: WeightSource | None = None, forms: Forms | None = None
 ) -> Engine:
     """The engine of the config, in the state of a checkpoint, or new on other weights (None: initial). Collective."""
+    waits = Stopwatch(device, running=False)
     with torch.device("meta"):  # load_pieces fills the weights: they are drawn, or read, once
-        model = build_model(config, mesh, forms)
+        model = build_model(config, mesh, forms, waits)
     # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
     if config.train.engine == "plain" or (config.train.engine == "deepspeed" and config.parallel.zero_stage < 3):
         for parameter in model.parameters():
@@ -38,6 +44,8 @@ def build_engine(
     else:
         from llm.train.engines.deepspeed import DeepSpeedEngine as Kind
     engine = Kind(config, model, mesh, device)
+    if mesh.tp_size > 1:
+        engine.waits["tp"] = waits
     if isinstance(source, CheckpointReader):
         engine.load_scalar_state(source.state["engine"])
         engine.load_pieces(source, source.state["engine"]["optimizer_step"])

@@ -78,6 +78,8 @@ class Unread(NamedTuple):
     waited: float
     forward: Callable[[], float]
     update: Callable[[], float]
+    exposed: dict[str, Callable[[], float]]
+    """Waits in collectives, by group (Engine.waits)."""
 
 
 class Trainer:
@@ -98,7 +100,8 @@ class Trainer:
         options = {"each": partial(run.heartbeat.each, "save"), "failed": run.ballot.save_failed}
         self.mirror = None
         if kept.copy_to is not None and run.lead:
-            self.mirror = mirror = Mirror(Remote(kept.copy_to, run.config.name), **keep)
+            remote, patience = Remote(kept.copy_to, run.config.name), run.config.train.stall_seconds
+            self.mirror = mirror = Mirror(remote, patience=patience, **keep)
             options |= {"saved": mirror.begin, "copying": lambda: mirror.copying}
         self.saver = Saver(run.folder.checkpoints, asynchronous=kept.asynchronous, **options, **keep)
         run.heartbeat.groups.append(self.saver.group)
@@ -112,6 +115,8 @@ class Trainer:
         self.engine.set_lr(self.lr)
         micro_batches, target_count = self.feed.next_step()
         heartbeat.enter("forward_backward")
+        for watch in self.engine.waits.values():
+            watch.running = True
         loss = self.engine.forward_backward(micro_batches, target_count)
         heartbeat.enter("update")
         run.ballot.begin()
@@ -120,7 +125,10 @@ class Trainer:
         run.ballot.end()
         run.step += 1
         times = self.engine.forward_time.take(), self.update_time.take()
-        self.unread.append(Unread(loss, result, self.feed.wait_seconds - waited, *times))
+        exposed = {group: watch.take() for group, watch in self.engine.waits.items()}
+        self.unread.append(Unread(loss, result, self.feed.wait_seconds - waited, *times, exposed))
+        for watch in self.engine.waits.values():  # validations are no steps
+            watch.running = False
         heartbeat.watch()
 
     def read(self) -> tuple[float, float]:
@@ -139,6 +147,7 @@ class Trainer:
                 raise self._diverged(f"loss {loss}, gradient norm {grad_norm}", step)
         for step in unread:
             self.reporter.stragglers.step(step.waited, step.forward(), step.update())
+            self.reporter.exposed.update({group: seconds() for group, seconds in step.exposed.items()})
         return values[-1][0], values[-1][1]
 
     def guard(self) -> None:
@@ -192,7 +201,7 @@ class Trainer:
         """Return when all is saved. Raises CheckpointError where a save has failed."""
         self.run.heartbeat.enter("save")
         self.saver.close()
-        self.run.heartbeat.close()  # a copy takes as long as its store does
+        self.run.heartbeat.close()  # a copy takes as long as its store does, and watches itself
 
     def finish_copying(self) -> None:
         """Return when the copy under way is made, or has failed."""

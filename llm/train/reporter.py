@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from functools import partial
 
 import torch
@@ -36,6 +37,8 @@ class Reporter:
     def restart_clock(self) -> None:
         """Measure from here on: what came between steps is not part of the next one's time."""
         self.start, self.waited, self.since = time.perf_counter(), self.feed.wait_seconds, self.run.step
+        self.exposed = Counter[str]()
+        """Seconds of waits in collectives, by group, of the steps that were read."""
 
     def step(self, loss: float, lr: float, grad_norm: float, skipped_steps: int) -> None:
         """Report the step just made, and the rates of all steps since the clock was started. Collective.
@@ -54,6 +57,9 @@ class Reporter:
             "data_wait_share": (self.feed.wait_seconds - self.waited) / seconds,
             "memory_bytes": peak_memory(run.device),
         }
+        if self.exposed:
+            steps = run.step - self.since
+            record["exposed_collective_seconds"] = {group: seconds / steps for group, seconds in self.exposed.items()}
         record |= self.stragglers.report(run.step, record["step_seconds"], self.gpu.read())
         self.restart_clock()
         record |= self.feed.record() | self.gpu.record()

@@ -28,10 +28,12 @@ FACTOR, SHARE = 1.5, 0.1
 class Stopwatch:
     """Adds up the seconds of the blocks `with stopwatch:`, on a GPU as its events tell, for which nothing waits."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, running: bool = True) -> None:
         self.on_gpu = device.type == "cuda"
         self.count = 0
         """Blocks begun."""
+        self.running = running
+        """Whether blocks are timed, which must not change within one."""
         self.marks: list[Any] = []
 
     def _mark(self) -> None:
@@ -42,10 +44,12 @@ class Stopwatch:
 
     def __enter__(self) -> None:
         self.count += 1
-        self._mark()
+        if self.running:
+            self._mark()
 
     def __exit__(self, *error: object) -> None:
-        self._mark()
+        if self.running:
+            self._mark()
 
     def take(self) -> Callable[[], float]:
         """What gives the seconds of the blocks since the last call, once all of them have ended on the GPU."""

@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +182,26 @@ def test_what_cannot_be_cleaned_up_stops_nothing(
     assert any(words in text and "busy" in text for text in said)
     assert same(open_checkpoint(tmp_path / "step-00000004"), NEW)
     assert not any(isinstance(found, CheckpointError) for found in save(tmp_path, 5, NEW))
+
+
+def test_each_file_that_is_read_or_deleted_is_told(tmp_path: Path) -> None:
+    """On a slow disk each may take a second, of thousands: a save that gets on must not look like one that hangs."""
+    save(tmp_path, 1, OLD, dp=2)
+    deleted = {path.name for path in (tmp_path / "step-00000001").iterdir()}
+    (tmp_path / "step-00000009.tmp").mkdir()
+    (tmp_path / "step-00000009.tmp/half").write_text("of a crash")
+    told: list[str] = []
+
+    def each(items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            told.append(Path(item).name if isinstance(item, str | Path) else "piece")
+            yield item
+
+    save(tmp_path, 2, NEW, dp=2, keep_last=1, each=each)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "latest"}
+    assert told[0] == "half" and "piece" in told
+    assert told.count("rank-00000.json") == told.count("rank-00001.json") == 2  # read, and deleted
+    # The size of each shard is asked for, and the old ones, of the same names, are deleted.
+    assert {name: told.count(name) for name in deleted} == {
+        name: 2 if name.endswith(".safetensors") else 1 for name in deleted
+    }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 from checkpoint_helpers import make_tensors, same, save
+from fsspec.callbacks import Callback
 
 from llm.checkpoint import remote
 from llm.checkpoint.manifest import FileEntry, Manifest
@@ -19,6 +23,7 @@ from llm.checkpoint.remote import Mirror, Remote, find_or_fetch
 from llm.errors import CheckpointError, InputError, ReadError
 from llm.train.resume import find_step
 
+ROOT = Path(__file__).resolve().parents[2]
 OLD, NEW = make_tensors(1), make_tensors(2)
 KEEP = {"keep_last": 2, "keep_every": None}
 NAMES = [f"step-{step:08}" for step in range(6)]
@@ -193,11 +198,11 @@ def test_a_checkpoint_is_not_deleted_while_it_is_copied(
     said: list[str] = []
     put_file, mirror = copies.system.put_file, Mirror(copies, **KEEP, say=said.append)
 
-    def saves_before(*arguments: Any) -> None:
+    def saves_before(*arguments: Any, **options: Any) -> None:
         if not (tmp_path / NAMES[3]).exists():
             for step in (2, 3):
                 save(tmp_path, step, NEW, keep_last=1, copying=lambda: mirror.copying)
-        put_file(*arguments)
+        put_file(*arguments, **options)
 
     monkeypatch.setattr(copies.system, "put_file", saves_before)
     monkeypatch.setattr(remote, "STREAMS", 1)
@@ -224,12 +229,12 @@ def test_a_copy_that_fails_is_tried_again_then_warned_about(
     said: list[str] = []
     fast, fails = copies.system.put_file, 0
 
-    def put_file(*arguments: Any) -> None:
+    def put_file(*arguments: Any, **options: Any) -> None:
         nonlocal fails
         fails += 1
         if fails in (1, *range(3, 99)):
             raise ConnectionError("no route")
-        fast(*arguments)
+        fast(*arguments, **options)
 
     monkeypatch.setattr(copies.system, "put_file", put_file)
     monkeypatch.setattr(remote, "STREAMS", 1)
@@ -276,3 +281,63 @@ def test_what_is_fetched_is_as_durable_as_what_is_saved(copies: Remote, tmp_path
         copies.get(NAMES[2], tmp_path / "there", lambda text: None)
     assert find_latest(tmp_path / "there") == (tmp_path / "there" / NAMES[1], [])
     assert all(isinstance(entry, FileEntry) for entry in here.files.values())
+
+
+# A copy to a store of which no request returns, in a process of its own: it must end.
+HANGING = """
+import sys, threading
+from pathlib import Path
+from llm.checkpoint import remote
+remote.POLL_SECONDS = 0.1
+copies = remote.Remote("memory://bucket", "a")
+copies.system.put_file = lambda *arguments, **options: threading.Event().wait()
+mirror = remote.Mirror(copies, patience=0.5, keep_last=2, keep_every=None, say=print)
+mirror.begin(Path(sys.argv[1]))
+mirror.close()
+"""
+
+
+def test_a_copy_that_hangs_keeps_no_process(tmp_path: Path) -> None:
+    save(tmp_path, 1, OLD)
+    command = [sys.executable, "-c", HANGING, str(tmp_path / NAMES[1])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    (said,) = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said.startswith(f"warning: {tmp_path / NAMES[1]} is not copied: memory://bucket/a has not answered for ")
+
+
+def slow_copy(system: Any, piece_seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of three pieces, which take so long each."""
+    fast = system.put_file
+
+    def put_file(here: str, there: str, callback: Callback) -> None:
+        for _ in range(3):
+            time.sleep(piece_seconds)
+            callback.relative_update(1)
+        fast(here, there)
+
+    monkeypatch.setattr(system, "put_file", put_file)
+
+
+def test_a_copy_of_which_pieces_come_is_waited_for(
+    copies: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a file takes longer than its patience."""
+    said: list[str] = []
+    slow_copy(copies.system, 1.5, monkeypatch)
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.1)
+    save(tmp_path, 1, OLD)
+    mirror = Mirror(copies, **KEEP, patience=4, say=said.append)
+    mirror.begin(tmp_path / NAMES[1])
+    mirror.close()
+    assert said == [f"{NAMES[1]} is copied to memory://bucket/runs/a"]
+
+
+def test_a_local_folder_tells_of_every_piece(tmp_path: Path) -> None:
+    copies = Remote(f"file://{tmp_path}/copies", "a")
+    copies.system.makedirs(copies.root)
+    copies.system.blocksize, calls = 10, []  # of the instance
+    copies.answered.call = lambda *hook, **options: calls.append(hook)  # pyright: ignore[reportAttributeAccessIssue]
+    (tmp_path / "file").write_bytes(bytes(95))
+    copies.put_file(str(tmp_path / "file"), f"{copies.root}/file")
+    assert len(calls) > 9 and (tmp_path / "copies/a/file").read_bytes() == bytes(95)

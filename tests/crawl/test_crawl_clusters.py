@@ -74,10 +74,19 @@ def test_a_rank_that_fails_ends_all_and_names_its_task(
     assert not list(out.glob("*/.*"))
 
 
-def test_a_missing_datatrove_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(chain, "find_spec", lambda name: None)
-    config = CorpusConfig(str(tmp_path), engine=EngineConfig(kind="datatrove"))
-    with pytest.raises(InputError, match=r"engine.kind datatrove needs datatrove; pip install 'ingot\[datatrove\]'"):
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("datatrove", r"engine.kind datatrove needs datatrove; pip install 'ingot\[datatrove\]'"),
+        ("ray", "engine.executor ray needs ray; pip install ray"),
+    ],
+)
+def test_a_missing_library_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str, message: str
+) -> None:
+    monkeypatch.setattr(chain, "find_spec", lambda name: None if name == missing else name)
+    config = CorpusConfig(str(tmp_path), engine=EngineConfig(kind="datatrove", executor="ray"))
+    with pytest.raises(InputError, match=message):
         chain.engine_of(config).__enter__()
 
 
@@ -87,9 +96,26 @@ def test_datatrove_leaves_the_same_bytes(source: Path, alone: dict[str, str], tm
     pytest.importorskip("datatrove")
     from llm.crawl.engines.datatrove import Datatrove
 
-    engine = Datatrove(toys, EngineConfig(kind="datatrove"), workers, tmp_path / "logs")
-    run_toys(source, tmp_path / "out", engine)
-    assert content(tmp_path / "out") == alone
+    engine, out = Datatrove(toys, EngineConfig(kind="datatrove"), workers, tmp_path / "logs"), tmp_path / "out"
+    for _ in range(
+        2
+    ):  # what is done is known by our reports: the second time datatrove's logs are there, and no output
+        run_toys(source, out, engine)
+        assert content(out) == alone
+        assert sorted((out / "lines/log").read_text().split()) == list("01234")  # each task once
+        shutil.rmtree(out)
+
+
+def test_documents_of_other_readers_get_ids_by_their_place() -> None:
+    pytest.importorskip("datatrove")
+    from llm.crawl.engines.datatrove import TheirDocument, ours, theirs
+
+    found = list(
+        ours([TheirDocument("a", "file/0", metadata={"url": "u", "date": 3}), TheirDocument("b", "file/1")], 3)
+    )
+    assert [one.id for one in found] == [3 << 32, 3 << 32 | 1]
+    assert (found[0].url, found[0].offset, found[0].metadata) == ("u", 0, {"date": "3"})
+    assert list(ours(map(theirs, found), 9)) == found
 
 
 @pytest.mark.slow

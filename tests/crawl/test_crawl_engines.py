@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,8 @@ import pytest
 from toy_stages import content, run_toys, slow_toys, toys, write_input
 
 from llm.crawl.engines.local import Local
+from llm.crawl.engines.worker import Given
+from llm.crawl.tasks import Task
 from llm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +86,23 @@ def test_a_process_that_died_between_two_stages_is_noticed(expected, tmp_path: P
             run_toys(expected[0], tmp_path / "other", engine)
 
 
+def test_a_single_task_starts_no_process(tmp_path: Path) -> None:
+    with Local(toys, 2) as engine:
+        run_toys(write_input(tmp_path / "in", files=1), tmp_path / "out", engine)
+        assert not engine._processes
+
+
+def test_a_task_is_never_shown_as_more_than_its_bytes(tmp_path: Path) -> None:
+    told = list[int]()
+    given = Given("lines", told.append)
+    for worker in (0, 1):
+        given.give(worker, Task(worker, (), tmp_path, size=10))
+    given.heard(0, b'{"done": 12}')
+    given.heard(1, b'{"done": 4}')
+    assert given.heard(0, b'{"finished": true}')
+    assert told == [10, 14, 14]
+
+
 def test_progress_rises_to_all_bytes(expected, tmp_path: Path) -> None:
     from toy_stages import LINKS
 
@@ -132,6 +152,21 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(expected, tmp_pat
             assert done.items() <= now.items()
     assert kills >= 2
     assert content(out) == found_with_pause(found, tmp_path, source)
+
+
+@pytest.mark.slow
+def test_what_a_terminal_interrupts_is_told_once(expected, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, str(Path(__file__).with_name("toy_stages.py")), str(expected[0]), str(out), "2"]
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not (out / "lines/log").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode and errors.count("Traceback") == 1
+    assert not list(out.glob("*/.*"))
 
 
 def found_with_pause(found: dict[str, str], folder: Path, source: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from llm.crawl.chain import tasks_of
 from llm.crawl.engines.local import Local
 from llm.crawl.restart import reports_of
 from llm.crawl.settings import CorpusConfig, InputConfig
-from llm.crawl.tasks import config_of
+from llm.crawl.tasks import Task, config_of, disk_errors
 from llm.errors import InputError
 
 HERE = Local(toys, 1)
@@ -164,6 +165,31 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     assert not [path for path in (out / "lines").iterdir() if path.name.startswith((".", "00002"))]
     run_toys(source, out, HERE)
     assert starts(out).count(2) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_and_a_full_quota_are_told_alike(tmp_path: Path, number: int) -> None:
+    with pytest.raises(InputError, match=r"the disk of .* is full; make room"), disk_errors(tmp_path):
+        raise OSError(number, "no room")
+
+
+def test_another_error_of_a_disk_is_not_taken_for_a_full_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="a broken disk"), disk_errors(tmp_path):
+        raise OSError(errno.EIO, "a broken disk")
+
+
+def test_the_largest_tasks_come_first_and_only_those_that_are_left(done: Path) -> None:
+    class Noting:
+        works, order = staticmethod(toys), list[int]()
+
+        def run(self, stage: str, tasks: Sequence[Task], progress: object) -> None:
+            self.order += [task.number for task in tasks]
+
+    for number in (0, 3, 4):  # of files that grow with their number
+        (done / f"out/lines/{number:05d}.json").unlink()
+    with pytest.raises(InputError, match=r"3 of 5 tasks of .*/lines are not done"):
+        run_toys(done / "in", done / "out", Noting(), LINKS[:2])
+    assert Noting.order == [4, 3, 0]
 
 
 def test_tasks_that_read_whole_stages_are_known_by_all_of_them(done: Path) -> None:

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llm.crawl.chain import Link, tasks_of
+from llm.crawl.chain import tasks_of
 from llm.crawl.counts import Counts
 from llm.crawl.documents import Document, read_documents
 from llm.crawl.engines.local import Local
 from llm.crawl.restart import run_stage
 from llm.crawl.settings import CorpusConfig, InputConfig
+from llm.crawl.stages import Link
 from llm.crawl.tasks import Engine, Task
 from llm.errors import InputError
 from llm.files import complete_file

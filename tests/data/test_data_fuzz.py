@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import struct
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzzing import build, fuzz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from token_files import CORPORA, KINDS, corpus_of, failure, write_file
@@ -21,7 +17,6 @@ from llm.data.tokens.headers import index_path
 from llm.data.tokens.shards import check_file, document_lengths, inspect_files
 from llm.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 10
 FORMATS = ["raw", "megatron", "llm.c", "datatrove"]  # as in csrc/core/token_file.h
 PLAN = len(FORMATS)  # as in csrc/tests/fuzz_headers.cpp
@@ -42,50 +37,16 @@ def write_seeds(folder: Path) -> None:
     (folder / "plan").write_bytes(struct.pack("<BBBqH", PLAN, 3, 3, 8, len(plan)) + plan)
 
 
-def build(folder: Path) -> str:
-    """Compile the target with libFuzzer and the sanitizers; why that cannot be done here, else nothing."""
-    compiler = shutil.which("clang++")
-    if compiler is None:
-        return "clang++ was not found"
-    flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-I{ROOT / 'csrc'}", "-D_GLIBCXX_ASSERTIONS"]
-    flags += ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
-    empty = 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }\n'
-    (folder / "empty.cpp").write_text(empty)
-    for command in ([compiler, *flags, "empty.cpp", "-o", "empty"], ["./empty", "-runs=1"]):
-        probe = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-        if probe.returncode != 0:  # no libraries, or a kernel that they cannot run on
-            return f"libFuzzer does not work here: {probe.stderr.strip()[-200:]}"
-    names = ("core/token_file.cpp", "core/corpus.cpp", "core/packing.cpp", "tests/fuzz_headers.cpp")
-    subprocess.run(
-        [compiler, *flags, *(str(ROOT / "csrc" / name) for name in names), "-o", "fuzz"], check=True, cwd=folder
-    )
-    return ""
-
-
 @pytest.mark.slow
 def test_headers_and_indexes_under_libfuzzer(tmp_path: Path, request: pytest.FixtureRequest):
     wanted = request.config.getoption("--fuzz-seconds", default=None)
-    why_not = build(tmp_path)
+    names = ("core/token_file.cpp", "core/corpus.cpp", "core/packing.cpp", "tests/fuzz_headers.cpp")
+    why_not = build(tmp_path, names)
     if why_not:
         assert wanted is None, why_not
         pytest.skip(why_not)
     write_seeds(tmp_path / "seeds")
-    seconds = int(wanted or SECONDS)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:  # no disk
-        result = subprocess.run(
-            ["./fuzz", f"-max_total_time={seconds}", "-max_len=2048", "-print_final_stats=1", "seeds"],
-            cwd=tmp_path,  # an input that fails is left there
-            env={**os.environ, "TMPDIR": folder},
-            capture_output=True,
-            text=True,
-            timeout=60 + 2 * seconds,
-        )
-    failed = [path.read_bytes().hex() for path in tmp_path.glob("*-*") if path.is_file()]  # crash-<hash>, oom-<hash>
-    assert result.returncode == 0, f"{result.stderr[-4000:]}\ninputs: {failed}"
-    counted = re.search(r"number_of_executed_units: (\d+)", result.stderr)
-    runs = int(counted[1]) if counted else 0
-    print(f"{runs} inputs in {seconds} s")
-    assert runs > 1000
+    assert fuzz(tmp_path, int(wanted or SECONDS)) > 1000
 
 
 @given(data=st.data())

@@ -30,10 +30,10 @@ class Launcher:
     """Stands for Triton's, whose `launch` looks for descriptors among all arguments unless that has been taken off."""
 
     def __init__(self, launcher: Callable[..., None]) -> None:
-        tensordesc_meta = [None]
+        tensordesc_meta = [{"swizzle": 3, "elem_size": 4, "elem_type": 8, "block_size": [2, 16]}]
 
         def launch(*arguments: Any) -> None:
-            launcher("wrapped", tensordesc_meta, *arguments)
+            launcher("wrapped", len(tensordesc_meta), *arguments)
 
         self.launch = launch
 
@@ -76,8 +76,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         state.device = before
 
     active = SimpleNamespace(
-        get_current_device=lambda: state.device, get_current_stream=lambda device: state.stream + device
-    )
+        get_current_device=lambda: state.device, get_current_stream=lambda device: state.stream + device,
+        utils=SimpleNamespace(fill_tma_descriptor=lambda *fields: fields),
+    )  # fmt: skip
     monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(driver, "_active", active)
     monkeypatch.setattr(torch.cuda, "device", entered)
@@ -98,7 +99,7 @@ def test_later_calls_hand_addresses_to_the_compiled_kernel(gpu: SimpleNamespace)
     assert first == ("triton", (5,), (x, None, y, 0.5, 9, 3, 16), {"num_warps": 8, "num_stages": 2})
     addresses = y.data_ptr(), None, x.data_ptr()
     launch = 5, 1, 1, 10, 7, (4, 1, 0), None, None, None, *addresses, 0.25, -9, 3, 16
-    assert second == ("plan", 1, ("wrapped", [None], *launch))
+    assert second == ("plan", 1, ("wrapped", 1, *launch))
 
 
 def test_nothing_is_launched_for_no_programs(gpu: SimpleNamespace) -> None:
@@ -170,11 +171,9 @@ def test_descriptors_are_checked_once_and_then_take_the_new_address(gpu: SimpleN
     assert (described.base is x, described.shape, described.strides, described.block_shape, tensor is y) == (
         True, [4, 16], [16, 1], [2, 16], True,
     )  # fmt: skip
-    base, *shape_and_strides, address = kernel.calls[1][2][9:]
-    assert base is y
-    assert shape_and_strides[:4] == shape_and_strides[-4:] == [4, 16, 16, 1]
-    assert not any(shape_and_strides[4:-4])  # padding with NaN, and rounding to TF32
-    assert address == x.data_ptr()
+    filled, *sizes, address = kernel.calls[1][2][9:]
+    assert filled == (y.data_ptr(), 3, 4, 10, [2, 16], (4, 16), (16, 1), 0)  # 10: the host's number of the type
+    assert (sizes, address) == ([4, 16, 16, 1], x.data_ptr())
 
 
 def test_plans_are_made_once_for_equal_keys_by_any_thread() -> None:

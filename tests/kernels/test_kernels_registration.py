@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.dispatch import KernelError
-from kernels.registration import operator
+from kernels.registration import call, operator
 
 
 def save(ctx, inputs, output) -> None:
@@ -50,6 +50,21 @@ def test_a_second_derivative_is_refused() -> None:
     x = torch.tensor([2.0], requires_grad=True)
     with pytest.raises(KernelError, match=r"ingot.test_square.default: found create_graph=True"):
         torch.autograd.grad(square(x).sum(), x, create_graph=True)
+
+
+@operator("test_double", fake=torch.empty_like)
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def test_a_call_records_what_the_operator_would() -> None:
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(call(square, x), x, torch.ones(2))
+    assert torch.equal(gradient, 2 * x)
+    assert not call(double, x).requires_grad  # it has no backward pass; its function's own product would have one
+    with torch.no_grad():
+        assert not call(square, x).requires_grad
+        assert not call(double, x).requires_grad
 
 
 @pytest.mark.parametrize("second", [False, True])

@@ -14,6 +14,7 @@ from kernels.attention import Strided
 from kernels.attention.reference import visible
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig, TrainConfig
 from llm.config.sections import SparseAttention
+from llm.model.parts import MODEL_PARTS, PART_OF_LAYER
 from llm.plan.flops import flops_by_part, flops_of_steps, flops_per_token, peak_tflops, recomputed_flops, visible_pairs
 from llm.train.build import build_model
 from meta_model import flops_of_step, meta_model
@@ -73,12 +74,12 @@ def test_the_parts_are_those_of_the_model_and_sum_to_it() -> None:
     sizes: Counter[str] = Counter()
     for name, p in build_model(RunConfig(model=model), None).named_parameters():
         owner = name.split(".")[-2]
-        words = {"position_table": "positions", "up": "feed-forward", "down": "feed-forward"}
-        sizes["norm" if "norm" in owner else words.get(owner, owner.replace("_", " "))] += p.numel()
+        sizes[PART_OF_LAYER[owner]] += p.numel()
     parts = flops_by_part(model, 20)
-    del sizes["embedding"], sizes["positions"]  # looked up
+    assert tuple(parts) == MODEL_PARTS
+    del sizes["embedding"]  # looked up
     assert {name: 6 * count for name, count in sizes.items()} == {name: parts[name] for name in sizes}
-    assert parts["head"] == 6 * 50 * 32 and parts["embedding"] == parts["positions"] == 0
+    assert parts["head_loss"] == 6 * 50 * 32 and parts["embedding"] == 0
     assert sum(parts.values()) == flops_per_token(model, 20)
 
 

@@ -108,4 +108,4 @@ def test_a_tensor_parallel_rank_has_its_slices() -> None:
     model = case(model=dict(n_kv_head=4, vocab_size=51)).model
     whole, half = parameters_by_part(model), parameters_by_part(model, 2)
     assert half["embedding"] == 26 * 32 and half["norm"] == whole["norm"] and half["qkv"] == whole["qkv"] // 2
-    assert half["feed-forward"] == (whole["feed-forward"] - 2 * 32) // 2 + 2 * 32  # its last bias is on every rank
+    assert half["feed_forward"] == (whole["feed_forward"] - 2 * 32) // 2 + 2 * 32  # its last bias is on every rank

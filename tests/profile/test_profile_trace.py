@@ -11,14 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from chosen import slow_but
+from llm.model.parts import MODEL_PARTS
 from llm.profile.costs import bytes_moved, matmul_flops
-from llm.profile.ranges import LAYERS, PARTS
+from llm.profile.ranges import PARTS
 from llm.profile.record import Part
 from llm.profile.trace import Analysis, analyse, overlap, union
 from tiny_run import G, T, batches
 
 ALONE = {"tp": 1, "dp": 1, "world": 1}
-MODEL_PARTS = {*LAYERS.values()}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_parts_add_up_to_the_step(whole: Taken) -> None:
 def test_every_part_of_the_model_has_its_passes(whole: Taken) -> None:
     parts = by_name(analyse(whole.events, ALONE))
     assert all(parts[name].forward_ms > 0 and parts[name].backward_ms > 0 for name in MODEL_PARTS)
-    within_blocks = MODEL_PARTS - {"embedding", "head_loss"}
+    within_blocks = {*MODEL_PARTS} - {"embedding", "head_loss"}
     assert all(parts[name].recompute_ms > 0 for name in within_blocks)
     assert parts["embedding"].recompute_ms == parts["head_loss"].recompute_ms == 0
     assert all(parts[name].forward_ms > 0 for name in ("data", "gradients", "clip", "optimizer", "publish"))

@@ -66,6 +66,7 @@ def test_further_keys_pass_through_beside_ingot_s(parse) -> None:
             "overlap_comm": False,
         },
         "wall_clock_breakdown": True,
+        "timers": {"throughput": {"enabled": True}},
     }
     before = copy.deepcopy(section)
     found = parse(deepspeed_config(run(stage=3, section=section), dp_size=4, device="cpu"))
@@ -73,7 +74,7 @@ def test_further_keys_pass_through_beside_ingot_s(parse) -> None:
     assert found.zero_config.param_persistence_threshold == 0
     assert found.zero_config.overlap_comm is False
     assert found.zero_config.stage == 3
-    assert found.wall_clock_breakdown is True
+    assert found.wall_clock_breakdown is True and found.timers_config.enabled is True
     assert section == before
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from concurrent import futures
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -98,12 +99,13 @@ def test_a_run_beside_whose_steps_is_saved_is_the_same(two_ranks: RankPool, tmp_
         assert found == expected
 
 
-def slowly(config: RunConfig, root: Path) -> tuple[str, float]:
-    """As with_disk, for `broken`, with steps of 0.3 s."""
+def failing_early(config: RunConfig, root: Path) -> tuple[str, float]:
+    """As with_disk, for `broken`, where a step begins once the save before it has ended, however busy the machine."""
     real = Trainer.step
 
     def step(trainer: Trainer) -> Any:
-        time.sleep(0.3)
+        if trainer.saver.pending is not None:
+            futures.wait([trainer.saver.pending], timeout=60)
         return real(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -112,7 +114,7 @@ def slowly(config: RunConfig, root: Path) -> tuple[str, float]:
 
 
 def test_a_save_that_failed_beside_the_steps_ends_all_ranks_after_the_next(two_ranks: RankPool, tmp_path: Path) -> None:
-    (message, _), (other, _) = two_ranks.run(slowly, settings(asynchronous=True), tmp_path)
+    (message, _), (other, _) = two_ranks.run(failing_early, settings(asynchronous=True), tmp_path)
     assert message == other and "Input/output error" in message
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3]
     assert list((tmp_path / "run/checkpoints").iterdir()) == []

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chosen import slow_but
 from llm.config import OptimConfig, RunConfig
 from llm.config.sections import CheckpointConfig, LoggingConfig
 from llm.parallel.mesh import Mesh
-from llm.train.build import build_model
+from llm.train.build import build_engine, build_model
 from llm.train.engines.fsdp import FSDPEngine
 from llm.train.engines.plain import PlainEngine
 from llm.train.feed import Feed
@@ -65,6 +66,29 @@ def test_a_step_of_the_plain_engine_reads_nothing(precision: str, monkeypatch: p
         assert {loss.device, result.grad_norm.device, result.skipped.device} == {META}
     with pytest.raises(RuntimeError, match="meta"):
         float(loss)
+
+
+def synchronised(stage: int) -> int:
+    """How often DeepSpeed waits for all of the device's work in 4 steps of 4 micro-batches. Collective."""
+    from deepspeed.accelerator import get_accelerator
+
+    config, calls = case(parallel=dict(zero_stage=stage)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "synchronize", lambda *device: calls.append(device))
+        engine = build_engine(config, Mesh.create(config.parallel, "cpu"), torch.device("cpu"))
+        before = len(calls)
+        for step in range(4):
+            engine.forward_backward(batches(config, step, 0, 1, False), target_count(False))
+            engine.step()
+        found = len(calls) - before
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", slow_but([1], range(4)))
+def test_deepspeed_does_not_wait_for_all_of_a_gpu(stage: int, one_rank: RankPool) -> None:
+    """As its timers would: what else its source shows that it reads is in docs/parallelism.md."""
+    assert one_rank.run(synchronised, stage) == [0]
 
 
 def reads(interval: int, root: Path) -> list[int]:

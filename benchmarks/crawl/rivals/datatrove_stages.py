@@ -39,7 +39,7 @@ class Counted:
     """Documents that went by, and their text."""
 
     def __init__(self) -> None:
-        self.documents, self.bytes = 0, 0
+        self.documents, self.bytes, self.failed = 0, 0, 0
 
     def through(self, data: Iterator[Any]) -> Iterator[Any]:
         for document in data:
@@ -48,12 +48,13 @@ class Counted:
             yield document
 
 
-def extracted(data: Iterator[Any]) -> Iterator[Any]:
+def extracted(counted: Counted, data: Iterator[Any]) -> Iterator[Any]:
     extractor = Trafilatura(favour_precision=True)
     for document in data:
         try:
             document.text = extractor.extract(document.text)
-        except Exception:  # noqa: BLE001, S112 - as the library's own loop does
+        except Exception:  # noqa: BLE001 - as the library's own loop does
+            counted.failed += 1
             continue
         if document.text:
             yield document
@@ -98,7 +99,7 @@ def work(stage: str, source: Path, out: Path, model: str, tokenizer: str) -> Cal
 
     def chain(counted: Counted) -> None:
         documents = counted.through(WarcReader(str(source)).run())
-        written(filtered(extracted(documents)), out / "filter")
+        written(filtered(extracted(counted, documents)), out / "filter")
         signatures(out / "filter", out / "signatures")
         clusters(out / "signatures", out / "clusters")
         written(MinhashDedupFilter(str(out / "clusters/remove")).run(read(out / "filter")), out / "dedup")
@@ -107,7 +108,7 @@ def work(stage: str, source: Path, out: Path, model: str, tokenizer: str) -> Cal
         )
 
     stages: dict[str, Callable[[Counted], None]] = {
-        "extract": lambda counted: written(extracted(counted.through(WarcReader(str(source)).run())), out),
+        "extract": lambda counted: written(extracted(counted, counted.through(WarcReader(str(source)).run())), out),
         "filter": lambda counted: written(filtered(counted.through(read(source))), out),
         "signatures": lambda counted: signatures(source, out),
         "cluster": lambda counted: clusters(source, out),
@@ -142,7 +143,7 @@ def main(stage: str, source: str, out: str, model: str = "", tokenizer: str = ""
     began, cpu = time.perf_counter(), cpu_seconds()
     run(counted)
     found = {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - began}
-    found |= {"documents": counted.documents, "peak_mb": peak_mb()}
+    found |= {"documents": counted.documents, "failed": counted.failed, "peak_mb": peak_mb()}
     print(json.dumps(found))
 
 

@@ -91,7 +91,8 @@ def _shingles(parts: Sequence[Path], ids: Array, numbers: Sequence[int], shape: 
             for group in groups_with(file, order):
                 table = file.read_row_group(group, columns=["id", "text"], use_threads=False)
                 for row in np.flatnonzero(np.isin(table["id"].to_numpy(), order)).tolist():
-                    found = np.unique(signer.shingles(table["text"][row].as_py().lower()))
+                    found = np.sort(signer.shingles(table["text"][row].as_py().lower()))
+                    found = found[np.append(True, found[1:] != found[:-1])]  # np.unique takes three times as long
                     size += found.nbytes
                     if size > TEXT:
                         return sets

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -23,7 +24,8 @@ class Local:
     """`workers` processes, which are started when they are needed and live until the block ends."""
 
     def __init__(self, works: Works, workers: int) -> None:
-        self.works, self._workers = works, workers
+        self._works, self._workers = works, workers
+        self.works: Works = lru_cache(1)(works)  # the stage that is looked at, and then run, here
         self._processes = dict[Connection, BaseProcess]()
 
     def __enter__(self) -> Local:
@@ -56,8 +58,13 @@ class Local:
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")  # fork would copy locks that threads hold
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(self.works, theirs), daemon=True)
-        process.start()
+        process = spawn.Process(target=_work, args=(self._works, theirs), daemon=True)
+        # A terminal's Ctrl-C goes to all, from their first moment on: the first process ends the others.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()  # so that the process has its only end
         self._processes[ours] = process
 
@@ -94,7 +101,6 @@ class Local:
 
 
 def _work(works: Works, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all: the first process ends the others
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # One thread each: there is a process for each core.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "RAYON_RS_NUM_CPUS"), "1")

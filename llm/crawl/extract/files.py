@@ -1,4 +1,4 @@
-"""Which reader reads a file, by its name; and the readers of HTML, text, JSON lines and tables."""
+"""Which reader reads a file, by its name; and the readers of HTML, text, JSON and tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from functools import partial
 from io import BufferedIOBase
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,18 +24,19 @@ from llm.data.corpus.texts import OPENERS, zstd
 from llm.errors import InputError
 
 WARC = re.compile(r"(?i).+\.(?:warc|wet)(?:\.wet)?(?:\.gz|\.zst)?")
-OTHER = re.compile(r"(?i).+\.(?:(html?|xhtml|txt|jsonl|ndjson)(?:\.(?:gz|bz2|xz|zst))?|(parquet|arrow|feather))")
+OTHER = re.compile(r"(?i).+\.(?:(html?|xhtml|txt|jsonl?|ndjson)(?:\.(?:gz|bz2|xz|zst))?|(parquet|arrow|feather))")
 
 
 def kind_of(name: str) -> str | None:
-    """warc, html, text, json or table, by a file's name; None: it is passed over."""
+    """warc, html, text, json (of one value), lines (of JSON) or table, by a file's name; None: it is passed over."""
     if WARC.fullmatch(name):
         return "warc"
     match = OTHER.fullmatch(name)
     if not match:
         return None
-    kinds = {"htm": "html", "html": "html", "xhtml": "html", "txt": "text", "jsonl": "json", "ndjson": "json"}
-    return kinds.get((match[1] or "").lower(), "table")
+    kinds = {"htm": "html", "xhtml": "html", "txt": "text", "jsonl": "lines", "ndjson": "lines"}
+    found = (match[1] or "table").lower()
+    return kinds.get(found, found)
 
 
 def records(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterator[Record]:
@@ -50,8 +52,10 @@ def records(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterator[R
         yield from read_warc(path, settings.max_bytes, damaged)
     elif kind == "table":
         yield from _table(path, settings, damaged)
-    elif kind == "json":
+    elif kind == "lines":
         yield from _json_lines(path, settings, damaged)
+    elif kind == "json":
+        yield from _json_values(path, settings, damaged)
     else:
         yield from _whole(path, kind == "html", settings.max_bytes, damaged)
 
@@ -86,15 +90,36 @@ def _json_lines(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterat
                     line = file.readline(limit)
             elif line.strip():
                 try:
-                    yield _json_record(line, number, settings)
+                    yield _json_record(_parsed(line), number, settings)
                 except (ValueError, RecursionError) as error:
                     damaged(number, f"the line cannot be used: {error}")
             place[0] += 1
 
 
-def _json_record(line: bytes, number: int, settings: ExtractConfig) -> Record:
-    """The text and URL of a line; ValueError where it has no text."""
-    found = json.loads(line.decode("utf-8-sig"), parse_int=float)
+def _json_values(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterator[Record]:
+    """The object that a file holds, or those of its array; what is neither, or too long, is read line by line."""
+    with _opened(path, lambda place, what: None, [1]) as file:
+        body = file.read(settings.max_bytes + 1)
+        try:
+            found = _parsed(body) if len(body) <= settings.max_bytes else None
+        except (ValueError, RecursionError):
+            found = None
+        if found is not None:
+            for number, value in enumerate(found if isinstance(found, list) else [found], 1):
+                try:
+                    yield _json_record(value, number, settings)
+                except ValueError as error:
+                    damaged(number, f"the value cannot be used: {error}")
+            return
+    yield from _json_lines(path, settings, damaged)
+
+
+def _parsed(text: bytes) -> Any:
+    return json.loads(text.decode("utf-8-sig"), parse_int=float)  # int() refuses long numbers, which no one reads
+
+
+def _json_record(found: object, number: int, settings: ExtractConfig) -> Record:
+    """The text and URL of a value; ValueError where it has no text."""
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
     text, url = _field(found, settings.text_key), _field(found, settings.url_key)

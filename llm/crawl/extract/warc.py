@@ -19,6 +19,7 @@ from llm.data.corpus.texts import zstd
 GZIP, ZSTD, PLAIN = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"WARC/"  # what a member, or a record, begins with
 RECORD = re.compile(rb"WARC/1\.\d\r?\n[!-9;-~]+:")  # stands behind whatever a record before it was cut at
 HEAD = 132 << 10  # compressed bytes that surely hold the first five of a member: a block of zstd has up to 128 KiB
+SKIPPED = 64  # times the limit: up to that a compressed record is read through to its end
 PAGES = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 HTML, TEXT = {"", "text/html", "application/xhtml+xml"}, {"text/plain"}
 HEADERS_END = re.compile(rb"\r?\n\r?\n")
@@ -70,9 +71,13 @@ def _read_on(
             size = record.content_length
             if size > limit:
                 damaged(offset, f"the record has {size} bytes; extract.max_bytes is {limit}")
-                following = _next(content, offset + 1, magic)
-                if following is not None:
-                    return following
+                told.add(offset)
+                end = -1  # nobody knows whether it is whole
+                # What it holds is skipped, which may look like records; a length that is wrong would skip others.
+                if size > (SKIPPED * limit if members else len(content) - offset):
+                    following = _next(content, offset + 1, magic)
+                    if following is not None:
+                        return following
             elif record.record_type & PAGES:
                 body = record.reader.read(size)
                 if len(body) < size:

@@ -21,7 +21,7 @@ def clean(page: Page, config: C4Rule) -> str:
         words = line.split()
         if len(words) < config.min_line_words or (len(line) > longest and max(map(len, words)) > longest):
             continue
-        if citations:
+        if citations and "[" in line:
             line = CITATION.sub("", line)
         if config.end_marks and (not line.endswith(MARKS) or line.endswith("...")):
             continue

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llm.crawl.counts import DAMAGES, SAMPLES, Counts
+from llm.crawl.stages import CHAIN
 from llm.errors import InputError, require
-
-ORDER = ("extract", "filter", "signatures", "cluster", "dedup", "tokenizer", "tokenize", "tokens")
 
 
 @dataclass
@@ -54,8 +53,8 @@ def read_totals(out: Path) -> list[Totals]:
             what = f"{type(error).__name__}: {error}; delete it and run its stage again"
             raise InputError(f"{path} is no report of a task: {what}") from error
     require(bool(found), f"{out} holds no reports of stages (extract/00000.json and so on): run prepare_data.py all")
-    others = sorted(found.keys() - set(ORDER))
-    return [found[stage] for stage in (*ORDER, *others) if stage in found]
+    order = [link.stage for link in CHAIN]
+    return [found[stage] for stage in (*order, *sorted(found.keys() - set(order))) if stage in found]
 
 
 def read_curve(out: Path) -> dict[str, Any]:

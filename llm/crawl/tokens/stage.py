@@ -58,7 +58,6 @@ class TrainTokenizer:
             tokenizer = train(config, texts, self._library, task.folder)
         else:
             tokenizer = Tokenizer.load(Path(config.path), config.end_token)
-        Encoder(tokenizer, self._library)  # is tried before any shard is made
         with complete_file(task.path(TOKENIZER)) as file:
             file.write(tokenizer.raw)
 

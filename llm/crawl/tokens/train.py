@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,12 +87,15 @@ def _splitter(pattern: str) -> pre_tokenizers.PreTokenizer:
 def _merges(words: Iterable[str], vocab_size: int, folder: Path) -> list[tuple[bytes, bytes]]:
     """What gigatoken learns: the merges of `tokenizers`, ties included."""
     gigatoken = imported()
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
-        for word in words:
-            file.write(word.encode() + SEPARATOR)
-        file.flush()
+    path = folder / "words.tmp"
+    try:
+        with path.open("wb") as file:
+            for word in words:
+                file.write(word.encode() + SEPARATOR)
         with _silence():
-            return gigatoken.train_bpe(Path(file.name), vocab_size, [END_OF_DOCUMENT], separator=SEPARATOR)[1]
+            return gigatoken.train_bpe(path, vocab_size, [END_OF_DOCUMENT], separator=SEPARATOR)[1]
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _merged(merges: list[tuple[bytes, bytes]]) -> tokenizers.Tokenizer:

@@ -119,6 +119,10 @@ class Engine(ABC):
         """The model's parameters by name; under ZeRO 3 they are partitioned."""
         self.slices = {name: slice_of(parameter) for name, parameter in self.parameters.items()}
         self.forward_time = Stopwatch(device)  # of steps, not of validations
+        self.waits: dict[str, Stopwatch] = {}
+        """Of the groups, "dp" and "tp", all of whose collectives are issued by Ingot: this rank's waits in them.
+
+        They run while a step of the training loop does."""
 
     @property
     @abstractmethod

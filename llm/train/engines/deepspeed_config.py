@@ -86,6 +86,8 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, device: str) -> dict[st
         "zero_force_ds_cpu_optimizer": False,  # offloading keeps torch's AdamW
         "steps_per_print": 2**62,  # Ingot reports
         "wall_clock_breakdown": False,
+        # It waits for the GPU before and after each micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         **_precision(train.precision),
     }
     return _merged(generated, config.deepspeed)

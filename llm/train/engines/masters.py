@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llm.config import RunConfig
 from llm.model.gpt import GPT
+from llm.parallel.collectives import UNTIMED
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import Engine, MicroBatch, StepResult, sum_over
 from llm.train.engines.shared import DynamicLossScale, clip, evaluate_batches
@@ -63,7 +64,8 @@ class MasterWeightsEngine(Engine):
         if self.scale:
             grads = [master.grad for master in self.masters.values() if master.grad is not None]
             torch._foreach_div_(grads, scale.to(grads[0]) if isinstance(scale, Tensor) else scale)
-        return sum_over(total, self.dp_group)
+        with self.waits.get("dp", UNTIMED):
+            return sum_over(total, self.dp_group)
 
     def step(self) -> StepResult:
         """As Engine.step. Whether to update is decided on the device, so that nothing waits for it."""

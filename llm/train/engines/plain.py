@@ -14,6 +14,7 @@ from llm.parallel.mesh import Mesh
 from llm.train.engines.base import DTYPES, Fragment
 from llm.train.engines.masters import MasterWeightsEngine
 from llm.train.engines.shared import global_norm
+from llm.train.stragglers import Stopwatch
 
 
 class PlainEngine(MasterWeightsEngine):
@@ -28,6 +29,8 @@ class PlainEngine(MasterWeightsEngine):
         if self.copied:
             masters = {name: p.detach().float().requires_grad_() for name, p in masters.items()}
         super().__init__(config, model, masters, mesh, device)
+        if self.dp_group is not None and self.dp_group.size() > 1:
+            self.waits["dp"] = Stopwatch(device, running=False)
 
     def _fragments(self) -> dict[str, Fragment]:
         return {name: Fragment(master, 0, 0, master.numel()) for name, master in self.masters.items()}
@@ -49,7 +52,8 @@ class PlainEngine(MasterWeightsEngine):
             return
         masters = list(self.masters.values())
         flat = torch.cat([master.grad.flatten() for master in masters if master.grad is not None])
-        dist.all_reduce(flat, group=self.dp_group)
+        with self.waits["dp"]:
+            dist.all_reduce(flat, group=self.dp_group)
         for master, reduced in zip(masters, flat.split([master.numel() for master in masters]), strict=True):
             master.grad = reduced.view_as(master)
 

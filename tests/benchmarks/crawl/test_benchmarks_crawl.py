@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.crawl import deduplication, made_up, score
 from benchmarks.crawl import pages as module_of_pages
-from benchmarks.crawl import score
 from benchmarks.crawl.noise import (
     BLOCKED,
     EDITS,
@@ -224,3 +224,22 @@ def test_tables_have_the_ratio_and_the_scale() -> None:
     text = "\n".join(scale_table([grown]))
     assert "| extract | 10,000 | 200 | 1.0 |" in text, "80 TB are a million times 80 MB"
     assert "1.5e+09 reach the signatures, with 2000 bytes" in text
+
+
+def test_made_up_copies_are_of_earlier_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made_up, "PART", 250)
+    monkeypatch.setattr(deduplication, "PART", 250)
+    for copy in range(made_up.COPIES, 600, made_up.COPIES):
+        original, words = made_up.original_of(copy), made_up.text_of(copy).split()
+        assert 0 < original < copy and original % made_up.COPIES and made_up.original_of(original) == original
+        replaced = sum(a != b for a, b in zip(words, made_up.text_of(original).split(), strict=True))
+        assert replaced <= round(made_up.edit_of(copy) * made_up.WORDS) < replaced + 2
+    assert len({made_up.original_of(copy) for copy in range(made_up.COPIES, 600, made_up.COPIES)}) > 30
+    stages = list(deduplication.measure(600, 1, tmp_path))
+    assert [record["documents"] for record in stages] == [600] * 4
+    assert sum(len(made_up.text_of(i)) for i in range(600)) == stages[0]["text_bytes"]
+    *edits, wrong = deduplication.recall(tmp_path, 600)
+    assert wrong == {"wrong": 0} and sum(record["copies"] for record in edits) == 59
+    assert all(record["found"] == record["copies"] for record in edits[:2]) and edits[-1]["found"] < 4
+    text = "\n".join(deduplication.tables([*stages, *edits, wrong]))
+    assert "600 documents, 1 processes" in text and "| 0.0% | 9 | 100.0% | 100.0% |" in text

@@ -25,8 +25,9 @@ from llm.errors import InputError
     ("name", "kind"),
     [
         ("CC-MAIN-1.warc.gz", "warc"), ("CC-MAIN-1.warc.wet.gz", "warc"), ("a.WARC.zst", "warc"), ("a.wet", "warc"),
-        ("a.html", "html"), ("a.htm.gz", "html"), ("a.txt.zst", "text"), ("a.jsonl.gz", "json"), ("a.ndjson", "json"),
-        ("a.parquet", "table"), ("a.arrow", "table"), ("a.png", None), ("warc", None), ("a.json", None), ("a.gz", None),
+        ("a.html", "html"), ("a.htm.gz", "html"), ("a.txt.zst", "text"), ("a.jsonl.gz", "lines"), ("a.ndjson", "lines"),
+        ("a.parquet", "table"), ("a.arrow", "table"), ("a.png", None), ("warc", None), ("a.json", "json"),
+        ("a.gz", None),
     ],
 )  # fmt: skip
 def test_kinds_of_files(name: str, kind: str | None) -> None:
@@ -61,6 +62,26 @@ def test_json_lines_go_on_behind_damage(tmp_path: Path) -> None:
         ("deep", ""),
         ("dotted", "u"),
     ]
+
+
+def test_a_json_file_of_one_value_an_array_or_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for content in (
+        '{\n "text": "one"\n}',
+        '[{"text": "one"},\n {"text": 1}, 5, {"text": "two"}]',
+        '{"text": "one"}\n{"text": "two"}',
+    ):
+        path.write_text(content)
+        documents, counts = extract(path)
+        assert [d.text for d in documents] == ["one", "two"][: 1 + ("two" in content)]
+        assert [one["offset"] for one in counts.damage] == [2, 3] * content.startswith("[")
+    assert [d.offset for d in documents] == [1, 2]
+    path.write_text(json.dumps([{"text": "x" * 99}] * 99))
+    documents, counts = extract(path, max_bytes=1000)
+    assert not documents and [one["offset"] for one in counts.damage] == [1]
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'{"text": "one"}')[:-9])
+    documents, counts = extract(tmp_path / "a.json.gz")
+    assert counts.damage_count == 1  # told once
 
 
 def test_a_torn_file_gives_what_stands_before(tmp_path: Path) -> None:

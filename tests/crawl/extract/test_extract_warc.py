@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import tempfile
 import zlib
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from warc_files import KINDS, extract, html, page, record
 
 from llm.crawl.extract.warc import read_warc
+from llm.data.corpus.texts import zstd
 
 URLS = [f"http://example.org/{i}" for i in range(5)]
 PAGES = [page(url, html(i)) for i, url in enumerate(URLS)]
@@ -110,6 +112,25 @@ def test_a_great_record_is_passed_over(tmp_path: Path) -> None:
         assert [d.url for d in documents] == URLS[:2]
         assert "extract.max_bytes is 1048576" in str(counts.damage[0]["what"])
     assert counts.damage_count == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_great_record_holds_is_no_record(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{kind}"
+    great = page("http://great.org", (bytes(9) + gzip.compress(PAGES[3], 0) + b"\r\n\r\n" + PAGES[2]) * 3000)
+    stored = {".warc.gz": partial(gzip.compress, compresslevel=0), ".warc.zst": partial(zstd.compress, level=-50)}
+    path.write_bytes(b"".join([KINDS[kind](PAGES[0]), stored.get(kind, bytes)(great), KINDS[kind](PAGES[1])]))
+    documents, counts = extract(path, max_bytes=LIMIT)
+    assert [d.url for d in documents] == URLS[:2] and counts.damage_count == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_great_record_that_does_not_end_costs_no_other(kind: str, tmp_path: Path) -> None:
+    path, great = tmp_path / f"a{kind}", page("http://great.org", b"a" * 3_000_000)
+    cut = KINDS[kind](great)[: 1000 if kind == ".warc" else -20].replace(b": 3000070", b": 9000000")
+    path.write_bytes(b"".join([KINDS[kind](PAGES[0]), cut, KINDS[kind](PAGES[1])]))
+    documents, counts = extract(path, max_bytes=LIMIT)
+    assert [d.url for d in documents] == URLS[:2] and counts.damage_count == 1
 
 
 def test_codings_of_http(tmp_path: Path) -> None:
