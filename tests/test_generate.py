@@ -257,7 +257,7 @@ def test_prompts_that_are_alike_are_read_once(run: Path, monkeypatch: pytest.Mon
     model, read = load_trained(run, CPU).model, list[int]()
     monkeypatch.setattr("llm.generate.hidden", lambda m, t, *rest: read.append(len(t)) or hidden(m, t, *rest))
     rows = continuations(model, [PROMPTS[0], PROMPTS[2], PROMPTS[0]], n=4)
-    assert read == [3] and rows[0] == rows[2]
+    assert read == [2] and rows[0] == rows[2]
     read.clear()
     assert continuations(model, [PROMPTS[0]] * 3, n=4) == [rows[0]] * 3 and read == [1]
 
@@ -304,6 +304,7 @@ def test_a_text_grows_to_its_first_stop(pieces: list[str], stops: list[str]) -> 
 
 def test_a_stop_ends_the_text(run: Path) -> None:
     trained = load_trained(run, CPU)
+    trained.tokenizer.eod_id = 260  # which this model draws late
     whole = "".join(stream(trained, ["def f"], 20, GREEDY))[len("def f") :]
     stop = whole[4:6]
     text = "".join(stream(trained, ["def f"], 20, GREEDY, stop=[stop, ""]))
@@ -312,6 +313,7 @@ def test_a_stop_ends_the_text(run: Path) -> None:
 
 def test_log_probabilities_are_those_of_the_model(run: Path) -> None:
     trained, notes = load_trained(run, CPU), list[str]()
+    trained.tokenizer.eod_id = 260  # as `continuations` has it
     text = "".join(stream(trained, ["def f"], 5, GREEDY, notes.append, log_probs=True, speed=True))
     found, prompt = json.loads(text.splitlines()[-1]), trained.tokenizer.encode("def f")
     assert found["tokens"] == continuations(trained.model, [prompt], n=5)[0]
