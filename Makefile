@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip
 # Of what pip prints, a line for each package. Its errors go past this, to the terminal.
 BRIEFLY := | sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking them/p'
 
-.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster soak fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-checkpoint bench-crawl bench-dedup bench-lstm bench-parallel corpus-demo gpu-proof gpu-cache gpu-report clean
+.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster soak fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-checkpoint bench-crawl bench-dedup bench-generate bench-lstm bench-parallel corpus-demo gpu-proof gpu-cache gpu-report clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -92,6 +92,9 @@ bench-checkpoint: setup ## saves and loads beside torch DCP, DeepSpeed and safet
 
 bench-crawl: setup ## the corpus pipeline, alone or beside datatrove and Daft (ARGS="--datatrove PYTHON --daft PYTHON"; docs/corpus.md)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.crawl $(ARGS)
+
+bench-generate: setup ## decoding on a CPU beside transformers, in turns (ARGS="--sizes tiny"; docs/generate.md)
+	@OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.generate $(ARGS)
 
 bench-dedup: setup ## de-duplication alone, of 10 GB of made-up text (ARGS="--gigabytes 1"; docs/corpus.md)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.crawl.deduplication $(ARGS)

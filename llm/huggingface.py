@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,14 +11,13 @@ import torch
 from torch import Tensor
 
 from llm import files
-from llm.checkpoint.convert import DTYPES, open_hf, write_hf, write_plain
+from llm.checkpoint.convert import DTYPES, write_hf, write_plain
 from llm.checkpoint.forms import form_of
 from llm.checkpoint.writer import write_checkpoint
-from llm.config import DataConfig, RunConfig
 from llm.config.parse import to_dict, to_yaml
-from llm.data.tokenizer import Tokenizer
+from llm.data.chat import Chat
 from llm.errors import InputError, require
-from llm.trained import load_trained, open_trained
+from llm.trained import load_trained, open_hf_folder, open_trained
 
 TOLERANCE = 1e-4  # of logits, in fp32; where one is above 1, of the largest
 ROWS, POSITIONS = 4, 128  # of the tokens that both models read
@@ -34,17 +34,17 @@ def export(path: Path, target: Path, *, dtype: str, plain: bool) -> str:
         "an export is compared with transformers, which is not installed; install it "
         "(pip install 'ingot[hf]') or export the weights under Ingot's own names (--plain)",
     )
-    source, config, tokenizer = open_trained(path)
+    source, config, chat = open_trained(path)
     if not plain:
         form_of(config.model)
     with files.complete_folder(target) as folder:
         if plain:
             write_plain(source, folder, dtype=dtype)
             files.create_bytes(folder / "config.yaml", to_yaml(config).encode())
-            files.create_bytes(folder / "tokenizer.json", tokenizer.raw)
+            files.create_bytes(folder / "tokenizer.json", chat.tokenizer.raw)
             return f"{target}: the weights of step {source.state['step']} under Ingot's names, in {dtype}"
-        write_hf(source, config.model, folder, end=tokenizer.eod_id, dtype=dtype)
-        _write_tokenizer(tokenizer, folder, config.model.max_seq_len)
+        write_hf(source, config.model, folder, end=chat.tokenizer.eod_id, dtype=dtype)
+        _write_tokenizer(chat, folder, config.model.max_seq_len)
         found = _compare(source.folder, folder, dtype)
         return f"{target}: the weights of step {source.state['step']} in {dtype}; {found}"
 
@@ -55,31 +55,32 @@ def import_folder(folder: Path, name: str, runs: Path) -> str:
     Needs a process group of this process. Raises InputError for a folder that is not one of the forms, has no tokenizer
     that Ingot reads, or of whose model Ingot computes other logits; then nothing is written.
     """
-    source = open_hf(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", source.end)
-    found, expected = tokenizer.vocab_size, source.config.vocab_size
-    require(found <= expected, f"{folder}: the tokenizer has {found} tokens and the model {expected}")
-    own = str(runs / name / "tokenizer.json")
-    data = DataConfig(tokenizer=own, end_token=source.end, seq_len=source.config.max_seq_len)
-    config = RunConfig(name=name, model=source.config, data=data)
+    source, config, chat = open_hf_folder(folder)
+    data = replace(config.data, tokenizer=str(runs / name / "tokenizer.json"))
+    config = replace(config, name=name, data=data)
     state = {"step": 0, "consumed_samples": 0, "skipped_samples": 0, "config": to_dict(config), "data": {}}
     state["engine"] = {"optimizer_step": 0, "loss_scale": None}
     with files.complete_folder(runs / name) as partial:
         checkpoint = write_checkpoint(partial / "checkpoints", 0, source.pieces(), state, keep_last=1)
         files.create_bytes(partial / "config.yaml", to_yaml(config).encode())
-        files.create_bytes(partial / "tokenizer.json", tokenizer.raw)
+        files.create_bytes(partial / "tokenizer.json", chat.tokenizer.raw)
+        if chat.template:
+            chat.save(partial)
         if find_spec("transformers") is None:
             return f"{runs / name}: not compared with transformers, which is not installed (pip install 'ingot[hf]')"
         return f"{runs / name}: {_compare(checkpoint, folder, 'float32')}"
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
+def _write_tokenizer(chat: Chat, folder: Path, longest: int) -> None:
     """tokenizer.json, and what AutoTokenizer needs beside it to give the same ids: no token is added to a text."""
+    tokenizer = chat.tokenizer
     parts = json.loads(tokenizer.raw) | {"truncation": None, "padding": None}
     if (parts.get("post_processor") or {}).get("type") != "ByteLevel":
         parts["post_processor"] = None
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {"eos_token": tokenizer.end_token, "model_max_length": longest}
+    if chat.template:
+        settings |= {"chat_template": chat.template} | ({"bos_token": chat.bos_token} if chat.bos_token else {})
     files.create_bytes(folder / "tokenizer.json", json.dumps(parts).encode())
     files.create_bytes(folder / "tokenizer_config.json", json.dumps(settings, indent=2).encode())
 

@@ -8,30 +8,42 @@ from pathlib import Path
 
 import torch
 
+from llm.checkpoint.convert import HuggingFaceReader, open_hf
 from llm.checkpoint.merged import without_lora
 from llm.checkpoint.reader import CheckpointReader, find_named, open_checkpoint, tokenizer_of
-from llm.config import ParallelConfig, RunConfig
+from llm.config import DataConfig, ParallelConfig, RunConfig
 from llm.config.parse import from_dict
+from llm.data.chat import Chat
 from llm.data.tokenizer import Tokenizer
 from llm.errors import CheckpointError, InputError, require
 from llm.model.build import Model, model_of
-from llm.model.init import fill, give_memory
+from llm.model.decode import column_major
+from llm.model.gpt import GPT
+from llm.model.init import give_memory
+from llm.model.layers import Linear
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
+from llm.slices import slice_of
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with its weights from a checkpoint, and the tokenizer it was trained with."""
+    """A model with its weights from a checkpoint, and the tokenizer it was trained with, in its chat template."""
 
     model: Model
-    tokenizer: Tokenizer
+    chat: Chat
     config: RunConfig
     step: int
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.chat.tokenizer
 
-def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
-    """The checkpoint that `path` names, every byte of it verified, with its config and tokenizer; else InputError.
+
+def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Chat]:
+    """The checkpoint that `path` names, every byte of it verified, with its config, tokenizer and chat template.
+
+    Raises InputError if there is no such checkpoint.
 
     One of a run with LoRA reads as the model without it, its products added to the weights.
     """
@@ -48,23 +60,45 @@ def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Tokenizer]:
     task = from_dict(reader.state["config"]).finetune.task
     require(task != "classify", f"{checkpoint} is a classifier; expected a language model")
     reader, config = without_lora(reader, from_dict(reader.state["config"]))
-    return reader, config, Tokenizer.load(tokenizer, config.data.end_token)
+    return reader, config, Chat.load(tokenizer.parent, Tokenizer.load(tokenizer, config.data.end_token))
+
+
+def open_hf_folder(folder: Path) -> tuple[HuggingFaceReader, RunConfig, Chat]:
+    """The weights of a Hugging Face folder with a config, tokenizer and chat template; else InputError."""
+    source = open_hf(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", source.end)
+    found, expected = tokenizer.vocab_size, source.config.vocab_size
+    require(found <= expected, f"{folder}: the tokenizer has {found} tokens and the model {expected}")
+    own = str(folder / "tokenizer.json")
+    data = DataConfig(tokenizer=own, end_token=source.end, seq_len=source.config.max_seq_len)
+    return source, RunConfig(model=source.config, data=data), Chat.load(folder, tokenizer)
 
 
 def load_trained(path: Path | str, device: torch.device | str = "cpu", mesh: Mesh | None = None) -> Trained:
     """Read a model written under any layout: fp32, for evaluation; with a mesh, this tensor-parallel rank's part of it.
 
-    path: runs/<name>, or the folder of a checkpoint with its tokenizer.json in it or up to two folders above.
-    Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's heads can be cut for.
+    path: runs/<name>, the folder of a checkpoint with its tokenizer.json in it or up to two folders above, or a
+    Hugging Face folder. Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's
+    heads can be cut for. The weights of linears on a CPU lie in memory by columns (llm/model/decode.py).
     """
-    reader, config, tokenizer = open_trained(Path(path))
+    path = Path(path)
+    theirs = (path / "config.json").is_file()
+    reader, config, chat = open_hf_folder(path) if theirs else open_trained(path)
     # The layout and kernels of the training run do not matter here.
     parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
     train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
     config = replace(config, parallel=parallel, train=train)
     with torch.device("meta"):
         model = model_of(config.model, choose_layers(config, mesh))
+        if isinstance(model, GPT) and mesh is None and torch.device(device).type == "cpu":
+            for module in model.modules():
+                if type(module) is Linear:
+                    column_major(module.weight)
     for name, parameter in model.named_parameters():
         give_memory(parameter, device)
-        fill(parameter, reader.read(name, "master"))
-    return Trained(model.eval(), tokenizer, config, reader.state["step"])
+        part = slice_of(parameter)
+        with torch.no_grad():
+            held = parameter.narrow(part.dim, 0, part.stop - part.start)  # the rest is padding, of zeros
+            held.copy_(reader.read_slice(name, "master", part))
+    step = 0 if isinstance(reader, HuggingFaceReader) else reader.state["step"]
+    return Trained(model.eval(), chat, config, step)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from llm.checkpoint.reader import open_checkpoint
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from llm.config.sections import SparseAttention
+from llm.data.chat import Chat
 from llm.errors import InputError
-from llm.generate import generate, stream
+from llm.generate import Growing, chat, generate, hidden, stream
+from llm.model.cache import KVCache
+from llm.model.decode import Decoder, fits
 from llm.model.gpt import GPT
 from llm.parallel.mesh import Mesh
 from llm.sampling import SamplingConfig
@@ -213,3 +220,119 @@ def test_a_character_cut_short_by_the_end_is_shown(run: Path) -> None:
     others = [i for i in range(261) if i != token]
     trained.tokenizer.unused = lambda size: others  # type: ignore[method-assign]
     assert "".join(stream(trained, ["ab"], 1, GREEDY)) == "ab\ufffd\n"
+
+
+def test_decoding_is_the_model_s_forward_pass(run: Path) -> None:
+    """The logits of a step, for one row and for several with packed weights, beside those of the whole sequence."""
+    model = load_trained(run, CPU).model
+    assert fits(model)
+    for position, rows, large in (("rope", 1, False), ("rope", 3, True), ("learned", 3, False)):
+        config = replace(CONFIG.model, position=position, attention_window=(None, 6))
+        model = build_model(replace(CONFIG, model=config), None).eval()
+        tokens = torch.randint(261, (rows, 20), generator=torch.Generator().manual_seed(1))
+        cache = KVCache(20)
+        with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llm.model.decode.PACKED_FROM", 0 if large else 1 << 40)
+            expected = model(tokens)
+            hidden(model, tokens[:, :5], 0, cache)
+            decoder = Decoder(model, cache, rows)
+            for t in range(5, 20):
+                torch.testing.assert_close(decoder(tokens[:, t], t), expected[:, t], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_is_not_plain_is_not_decoded_by_the_short_way() -> None:
+    for options in ({"attention_softcap": 1.0}, {"attention_sparse": SparseAttention(64, 1, 2)}):
+        model = build_model(replace(CONFIG, model=replace(CONFIG.model, **options)), None).eval()
+        assert not fits(model)
+    model = build_model(CONFIG, None)
+    assert not fits(model.train()) and fits(model.eval()) and not fits(model.double())
+
+
+def test_weights_by_columns_are_the_same_weights(run: Path) -> None:
+    weight = load_trained(run, CPU).model.blocks["0"].qkv.weight
+    expected = open_checkpoint(run / "checkpoints/step-00000005").read("blocks.0.qkv.weight", "master")
+    assert torch.equal(weight, expected) and weight.stride() == (1, weight.shape[0])
+
+
+def test_prompts_that_are_alike_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = load_trained(run, CPU).model, list[int]()
+    monkeypatch.setattr("llm.generate.hidden", lambda m, t, *rest: read.append(len(t)) or hidden(m, t, *rest))
+    rows = continuations(model, [PROMPTS[0], PROMPTS[2], PROMPTS[0]], n=4)
+    assert read == [2] and rows[0] == rows[2]
+    read.clear()
+    assert continuations(model, [PROMPTS[0]] * 3, n=4) == [rows[0]] * 3 and read == [1]
+
+
+def test_the_caller_ends_a_row(run: Path) -> None:
+    model, ended = load_trained(run, CPU).model, {1}
+    steps = generate(model, PROMPTS[:2], max_new_tokens=6, end=260, sampling=GREEDY, ended=ended)
+    counts = [[token is not None for token in step] for step in steps]
+    assert sum(row[1] for row in counts) <= 1 and sum(row[0] for row in counts) == 6
+
+
+def test_samples_of_a_prompt_differ_and_repeat(run: Path) -> None:
+    trained, sampling = load_trained(run, CPU), SamplingConfig(seed=5)
+    text = "".join(stream(trained, ["def f"], 12, sampling, samples=3))
+    parts = [part.split("\n", 1)[1] for part in text.split("--- ")[1:]]
+    assert len({*parts}) == 3 and all(part.startswith("def f") for part in parts)
+    assert text == "".join(stream(trained, ["def f"], 12, sampling, samples=3))
+
+
+@given(st.lists(st.text("abc", max_size=3), max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3))
+@settings(deadline=None)
+def test_a_text_grows_to_its_first_stop(pieces: list[str], stops: list[str]) -> None:
+    class Pieces:
+        def push(self, token: int) -> str:
+            return pieces[token]
+
+        def finish(self) -> str:
+            return "ab"
+
+    row, shown, read = Growing(Pieces(), stops), "", ""  # pyright: ignore[reportArgumentType]
+    for token, piece in enumerate(pieces):
+        read += piece
+        shown += row.push(token)
+        assert read.startswith(shown)
+        if row.stopped:
+            break
+    else:
+        read += "ab"
+    shown += row.finish()
+    places = [read.index(stop) for stop in stops if stop in read]
+    assert shown == read[: min(places, default=len(read))]
+    assert row.stopped == bool(places)
+
+
+def test_a_stop_ends_the_text(run: Path) -> None:
+    trained = load_trained(run, CPU)
+    trained.tokenizer.eod_id = 260  # which this model draws late
+    whole = "".join(stream(trained, ["def f"], 20, GREEDY))[len("def f") :]
+    stop = whole[4:6]
+    text = "".join(stream(trained, ["def f"], 20, GREEDY, stop=[stop, ""]))
+    assert text == "def f" + whole[: whole.index(stop)] + "\n"
+
+
+def test_log_probabilities_are_those_of_the_model(run: Path) -> None:
+    trained, notes = load_trained(run, CPU), list[str]()
+    trained.tokenizer.eod_id = 260  # as `continuations` has it
+    text = "".join(stream(trained, ["def f"], 5, GREEDY, notes.append, log_probs=True, speed=True))
+    found, prompt = json.loads(text.splitlines()[-1]), trained.tokenizer.encode("def f")
+    assert found["tokens"] == continuations(trained.model, [prompt], n=5)[0]
+    with torch.no_grad():
+        logits = trained.model(torch.tensor([prompt + found["tokens"]]))[0].log_softmax(-1)
+    expected = [float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(found["tokens"])]
+    assert found["log_probs"] == pytest.approx(expected, abs=1e-3)
+    assert "prefill" in notes[-1] and "decode 4 tokens" in notes[-1]
+
+
+def test_a_chat_answers_after_all_turns(run: Path) -> None:
+    trained = load_trained(run, CPU)
+    lines = "{% for message in messages %}{{ message.content }}{{ '\\n' }}{% endfor %}"
+    trained = replace(trained, chat=Chat(trained.tokenizer, lines))
+    first = "".join(chat(trained, ["ab\n"], 4, sampling=GREEDY))
+    assert first == "".join(stream(trained, [trained.tokenizer.encode("ab\n")], 4, GREEDY))
+    both = "".join(chat(trained, ["ab\n", "c\n"], 4, sampling=GREEDY))
+    history = trained.tokenizer.encode("ab\n" + first.removesuffix("\n") + "\nc\n")
+    assert both == first + "".join(stream(trained, [history], 4, GREEDY))
+    with pytest.raises(InputError, match="longest sequence is 48"):
+        "".join(chat(trained, ["ab" * 40], 4, sampling=GREEDY))

@@ -14,6 +14,7 @@ from thread_ranks import ranks_in_threads
 from llm.checkpoint.writer import write_checkpoint
 from llm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from llm.config.parse import to_dict
+from llm.data.chat import Chat
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.evaluate import Scorer
@@ -103,7 +104,7 @@ def trained_of(weights: dict[str, torch.Tensor], folder: Path) -> Trained:
         for name, parameter in gpt.named_parameters():
             parameter.copy_(torch.as_tensor(weights[name]))
     config = RunConfig(data=DataConfig(seq_len=T), model=model)
-    return Trained(gpt, Tokenizer.load(folder / "tokenizer.json"), config, 1)
+    return Trained(gpt, Chat(Tokenizer.load(folder / "tokenizer.json")), config, 1)
 
 
 @pytest.fixture(scope="module")

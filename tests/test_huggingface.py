@@ -117,6 +117,18 @@ def test_an_imported_run_is_read_like_any(imported: tuple[Path, Path], tmp_path:
         import_folder(folder, "../x", run.parent)
 
 
+def test_a_folder_is_read_as_it_is(imported: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without an import: the same text as the run that was made of it."""
+    folder, run = imported
+    expected, found = load_trained(run, CPU), load_trained(folder, CPU)
+    assert found.step == 0 and found.tokenizer.eod_id == expected.tokenizer.eod_id
+    assert continuations(found.model, [[1, 2, 3]], n=9) == continuations(expected.model, [[1, 2, 3]], n=9)
+    shutil.copytree(folder, tmp_path / "damaged")
+    (tmp_path / "damaged/model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot be read as a Hugging Face model"):
+        load_trained(tmp_path / "damaged", CPU)
+
+
 def test_the_documented_lines_load_the_plain_file(
     imported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import InputError
-from llm.sampling import SamplingConfig, keep_top_k, keep_top_p, penalise, sample
+from llm.sampling import SamplingConfig, ban_repeats, discourage, keep_min_p, keep_top_k, keep_top_p, penalise, sample
 
 LOGITS = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
 
@@ -98,7 +98,9 @@ def test_the_arguments_are_not_changed() -> None:
     [
         ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf),
         ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("top_p", math.nan),
-        ("repetition_penalty", 0.0), ("repetition_penalty", math.inf), ("seed", 2**64), ("seed", -(2**63) - 1),
+        ("min_p", 1.5), ("min_p", -0.1), ("presence_penalty", math.nan), ("frequency_penalty", 101.0),
+        ("no_repeat_ngram", 0), ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf), ("seed", 2**64), ("seed", -(2**63) - 1),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(field: str, value: Any) -> None:
@@ -131,3 +133,72 @@ def test_whatever_is_allowed_draws_a_token_that_can_be(
     generator = torch.Generator().manual_seed(config.seed)
     ids = sample(logits, config, history=torch.tensor([[1, 2], [3, 5], [6, 7], [8, 8]]), generator=generator)
     assert not set(ids.tolist()) & {0, 4}
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Pearson's chi-squared over 16 tokens, drawn with every cut and penalty: below the 99.9th percentile."""
+    logits = torch.randn(1, 16, generator=torch.Generator().manual_seed(2))
+    config = SamplingConfig(1.2, 0.8, 12, 0.95, seed=7, min_p=0.02, presence_penalty=0.3, frequency_penalty=0.1)
+    history, count = torch.tensor([[3, 3, 5, 1]]), 50000
+    expected = logits[0].tolist()
+    for i in {3, 5, 1}:
+        expected[i] = expected[i] / 1.2 if expected[i] > 0 else expected[i] * 1.2
+        expected[i] -= 0.3 + 0.1 * history[0].tolist().count(i)
+    weights = [math.exp(x / 0.8) for x in expected]
+    order = sorted(range(16), key=lambda i: -weights[i])[:12]
+    before, kept = 0.0, list[int]()
+    for i in order:
+        if before < 0.95 * sum(weights[j] for j in order) and weights[i] >= 0.02 * weights[order[0]]:
+            kept.append(i)
+        before += weights[i]
+    found = draw(config, count, logits, history=history.expand(count, -1))
+    assert {i for i, share in enumerate(found) if share} <= {*kept} and len(kept) > 5
+    shares = [weights[i] / sum(weights[j] for j in kept) for i in kept]
+    chi_squared = sum(count * (found[i] - p) ** 2 / p for i, p in zip(kept, shares, strict=True))
+    assert chi_squared < len(kept) - 1 + 3.1 * math.sqrt(2 * (len(kept) - 1)) + 6, chi_squared
+
+
+tokens = st.lists(st.integers(0, 4), min_size=1, max_size=14)
+
+
+@given(tokens, st.integers(1, 5))
+@settings(deadline=None)
+def test_no_run_of_tokens_comes_twice(history: list[int], n: int) -> None:
+    if n > len(history):
+        return
+    logits = torch.zeros(1, 6)
+    found = ban_repeats(logits, torch.tensor([history]), n)[0].tolist()
+    runs = {tuple(history[i : i + n]) for i in range(len(history) - n + 1)}
+    expected = [tuple([*history, token][-n:]) in runs for token in range(6)]
+    assert [x == -math.inf for x in found] == expected
+    config = SamplingConfig(temperature=0, no_repeat_ngram=n)
+    assert not expected[sample(logits, config, history=torch.tensor([history])).item()]
+
+
+def test_a_row_without_another_token_may_repeat() -> None:
+    logits = torch.tensor([[1.0, 2.0, -math.inf]])
+    assert ban_repeats(logits, torch.tensor([[0, 1]]), 1).tolist() == logits.tolist()
+    assert ban_repeats(logits, torch.tensor([[1]]), 1).tolist() == [[1.0, -math.inf, -math.inf]]
+
+
+@given(st.lists(st.floats(-20, 20), min_size=2, max_size=9), st.floats(0.001, 1))
+@settings(deadline=None)
+def test_min_p_keeps_what_has_that_share_of_the_likeliest(logits: list[float], p: float) -> None:
+    probabilities = [math.exp(x - max(logits)) for x in logits]
+    kept = keep_min_p(torch.tensor([logits]), p).isfinite().tolist()[0]
+    for probability, stays in zip(probabilities, kept, strict=True):
+        assert stays == (probability >= p) or abs(probability / p - 1) < 1e-4
+
+
+@given(tokens, st.integers(0, 14), st.floats(-3, 3), st.floats(-3, 3))
+@settings(deadline=None)
+def test_presence_and_frequency_count_what_was_drawn(
+    history: list[int], begins: int, presence: float, frequency: float
+) -> None:
+    logits = torch.zeros(1, 6)
+    config = SamplingConfig(temperature=0, presence_penalty=presence, frequency_penalty=frequency)
+    drawn = history[begins:]
+    expected = [-presence * (i in drawn) - frequency * drawn.count(i) for i in range(6)]
+    options = {"history": torch.tensor([history]), "begins": torch.tensor([[begins]])}
+    assert discourage(logits, config, **options)[0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert expected[sample(logits, config, **options).item()] == pytest.approx(max(expected), abs=1e-5)

@@ -35,8 +35,8 @@ MARK = "\ufdd0"  # in front of each character of a message that would spell a sp
 class Chat:
     """A tokenizer with its chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str = DEFAULT, bos_token: str = "") -> None:
-        """Raises InputError where the template is no Jinja."""
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None, bos_token: str = "") -> None:
+        """template: None for DEFAULT. Raises InputError where it is no Jinja."""
         self.tokenizer, self.template, self.bos_token = tokenizer, template, bos_token
         spellings = sorted((*tokenizer.special, tokenizer.end_token), key=len, reverse=True)
         self._special = re.compile(f"(?<!{MARK})(?:{'|'.join(map(re.escape, spellings))})")
@@ -46,7 +46,7 @@ class Chat:
         world.globals["raise_exception"] = _refuse
         world.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
-            self._template = world.from_string(template)
+            self._template = world.from_string(template or DEFAULT)
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template is no Jinja: {error}") from error
 
@@ -61,13 +61,17 @@ class Chat:
         if (folder / FILES[0]).is_file():
             template = (folder / FILES[0]).read_text(encoding="utf-8")
         try:
-            return cls(tokenizer, template or DEFAULT, bos["content"] if isinstance(bos, dict) else bos)
+            return cls(tokenizer, template, bos["content"] if isinstance(bos, dict) else bos)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
 
     def save(self, folder: Path) -> None:
         """Write tokenizer_config.json, from which `load` makes the same."""
-        settings = {"chat_template": self.template, "bos_token": self.bos_token, "eos_token": self.tokenizer.end_token}
+        settings = {
+            "chat_template": self.template or DEFAULT,
+            "bos_token": self.bos_token,
+            "eos_token": self.tokenizer.end_token,
+        }
         files.replace(folder / FILES[1], json.dumps(settings, indent=2).encode())
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values [2, B, S, K, D] of earlier positions, for each block; grows as blocks append.
+    """Keys and values [2, B, K, S, D] of earlier positions, for each block, in memory that is taken once.
 
     A block with a window W has room for 2 W positions at most. When they are full, what no later query sees goes: the
     last W - 1 move to the front, once in W tokens.
@@ -22,21 +22,23 @@ class KVCache:
 
         S: all before them, or of these the last window - 1, which the first of the T queries sees.
         """
-        new = torch.stack((k, v))
+        B, T, K, D = k.shape
         if block not in self._blocks:
             room = self.capacity if window is None else min(self.capacity, 2 * window)
-            self._blocks[block] = new.new_empty(*new.shape[:2], room, *new.shape[3:]), 0
+            self._blocks[block] = k.new_empty(2, B, K, room, D), 0  # a head's positions are neighbours: it reads them
         held, length = self._blocks[block]
-        end, first = length + new.shape[2], 0 if window is None else max(0, length + 1 - window)
-        if window is not None and end > held.shape[2]:
-            seen = torch.cat((held[:, :, first:length], new), dim=2)
-            end = min(window - 1, seen.shape[2])
-            held[:, :, :end] = seen[:, :, seen.shape[2] - end :]
+        end, first = length + T, 0 if window is None else max(0, length + 1 - window)
+        if window is not None and end > held.shape[3]:
+            new = torch.stack((k, v)).transpose(2, 3)
+            seen = torch.cat((held[:, :, :, first:length], new), dim=3)
+            end = min(window - 1, seen.shape[3])
+            held[:, :, :, :end] = seen[:, :, :, seen.shape[3] - end :]
         else:
-            held[:, :, length:end] = new
-            seen = held[:, :, first:end]
+            held[0, :, :, length:end] = k.transpose(1, 2)
+            held[1, :, :, length:end] = v.transpose(1, 2)
+            seen = held[:, :, :, first:end]
         self._blocks[block] = held, end
-        return seen[0], seen[1]
+        return seen[0].transpose(1, 2), seen[1].transpose(1, 2)
 
     def select(self, rows: Tensor) -> KVCache:
         """The cache of a batch that is made of these rows of this one, int64 [R]: a row may come several times."""

@@ -111,7 +111,7 @@ def test_the_picture_is_of_the_log() -> None:
 
 
 def test_every_command_of_the_readme_has_a_journey() -> None:
-    assert len(COMMANDS) == 13, sorted(COMMANDS)
+    assert len(COMMANDS) == 14, sorted(COMMANDS)
     asked = set(re.findall(r'COMMANDS\["([^"]+)"\]', Path(__file__).read_text()))
     # tests/gpu and tests/launch; tests/train/test_train_profiling.py; tests/benchmarks/crawl
     others = {"use several GPUs, or another launcher", "find out what slows a step", "make a corpus of raw web pages"}
@@ -214,6 +214,8 @@ def test_generate(checkout: Checkout) -> None:
     told = checkout.run(COMMANDS["write text"])
     assert told.startswith("def ") and len(told) > len("def \n")
     assert told == checkout.run(COMMANDS["write text"])
+    told = checkout.run(COMMANDS["write several texts at once"])
+    assert told.startswith("--- 1 of 3\nimport ") and "--- 3 of 3\nimport " in told
 
 
 def test_evaluate(checkout: Checkout) -> None:

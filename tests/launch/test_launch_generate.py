@@ -47,7 +47,21 @@ bytes_typed = st.binary(max_size=60).map(lambda raw: raw.decode("utf-8", "surrog
 prompts = st.lists(st.text(max_size=60) | bytes_typed | st.text("x ", min_size=30, max_size=60), min_size=1, max_size=3)
 odd = st.sampled_from(["1e-39", "1e-300", "5e-324", "1e308", "-0", "1_0", "", "x", "٣", "nan"])
 number = st.one_of(st.integers(), st.floats(), odd).map(str)
-names = st.sampled_from(["max-new-tokens", "temperature", "top-k", "top-p", "repetition-penalty", "seed"])
+names = st.sampled_from(
+    [
+        "max-new-tokens",
+        "temperature",
+        "top-k",
+        "top-p",
+        "repetition-penalty",
+        "seed",
+        "min-p",
+        "samples",
+        "no-repeat-ngram",
+        "presence-penalty",
+        "frequency-penalty",
+    ]
+)
 options = st.dictionaries(names, number, max_size=4)
 
 
@@ -60,7 +74,7 @@ def test_text_or_one_clear_error(
     run: Path, trained: Trained, main: Any, texts: list[str], typed: dict[str, str]
 ) -> None:
     argv = [f"--checkpoint={run}", *(f"--prompt={text}" for text in texts)]
-    argv += [f"--{name}={value}" for name, value in typed.items()]
+    argv += [f"--{name}={value}" for name, value in typed.items() if name != "samples" or len(value) < 2]
     said, stopped = list[str](), None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["generate.py", *argv])
@@ -98,3 +112,20 @@ def test_text_for_a_full_disk_is_a_failure_and_for_a_closed_pipe_is_none(run: Pa
         result = subprocess.run(["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True, check=False)
         assert result.returncode == code, result.stderr
         assert "standard output is left out from here on" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_prompts_come_from_files_and_stdin(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("import")
+    command = [sys.executable, SCRIPT, f"--checkpoint={run}", "--max-new-tokens=4", "--prompt-file=-"]
+    command += [f"--prompt-file={tmp_path / 'prompt'}", "--speed"]
+    result = subprocess.run(command, input=b"def f", capture_output=True, check=False)
+    assert result.returncode == 0 and b"1 of 2\ndef f" in result.stdout and b"2 of 2\nimport" in result.stdout
+    assert b"speed: prefill" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_wrong_prompt_is_one_clear_error(run: Path, tmp_path: Path) -> None:
+    for arguments in ([], ["--chat", "--prompt=a"], [f"--prompt-file={tmp_path / 'none'}"], ["--prompt=" + "ab" * 60]):
+        result = typed(run, *arguments)
+        assert result.returncode == 2 and result.stdout == b"" and result.stderr.count(b"\n") == 1
+        assert b"expected" in result.stderr or b"longest sequence" in result.stderr
