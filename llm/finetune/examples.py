@@ -84,12 +84,8 @@ class ExampleLoader(Loader):
         """widen: tokens are int64, else int32."""
         n_samples, name = len(samples), config.data.source
         super().__init__(Curriculum(config.phases, [{name: 1.0}], lambda *_: n_samples), consumed)
-        self._samples, self._seed, self._share, self._dtype = (
-            samples,
-            config.seed,
-            share,
-            np.int64 if widen else np.int32,
-        )
+        self._samples, self._seed, self._share = samples, config.seed, share
+        self._dtype = np.int64 if widen else np.int32
 
     def _assemble(self) -> tuple[Step, int]:
         phase, share = self._curriculum.phases[0], self._share
