@@ -7,12 +7,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <iostream>
 #include <map>
 #include <set>
 
 #include "crawl/words.h"
+#include "must.h"
 
 namespace py = pybind11;
 using namespace ingot;
@@ -30,14 +29,6 @@ PYBIND11_EMBEDDED_MODULE(_native, module) {  // as csrc/bind_crawl.cpp
 }
 
 namespace {
-
-#define MUST(condition)                                                      \
-  do {                                                                       \
-    if (!(condition)) {                                                      \
-      std::cerr << __FILE__ << ":" << __LINE__ << ": " << #condition << "\n"; \
-      std::abort();                                                          \
-    }                                                                        \
-  } while (false)
 
 py::module_ native() {
   static const py::module_ module = [] {

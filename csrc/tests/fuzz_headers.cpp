@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <iostream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,19 +18,12 @@
 #include "core/corpus.h"
 #include "core/packing.h"
 #include "core/token_file.h"
+#include "must.h"
 
 using namespace ingot;
 using Bytes = std::vector<uint8_t>;
 
 namespace {
-
-#define MUST(condition)                                                      \
-  do {                                                                       \
-    if (!(condition)) {                                                      \
-      std::cerr << __FILE__ << ":" << __LINE__ << ": " << #condition << "\n"; \
-      std::abort();                                                          \
-    }                                                                        \
-  } while (false)
 
 struct Case {
   bool is_plan;

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Made
 from small_corpus import STAGES, arguments, command, environment, left_by
+from small_disk import resize, small_disk
 
 from llm.config.parse import parse
 from llm.crawl.chain import tasks_of
@@ -31,22 +32,15 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or mounted(folder, f"size={LARGE}") != 0:
-        pytest.skip("mounting a small disk takes root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def mounted(folder: Path, options: str) -> int:
-    line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    return subprocess.run(line, capture_output=True, check=False).returncode
+    with small_disk(folder, str(LARGE)):
+        yield folder
 
 
 def leave_room(disk: Path, pages: int) -> None:
     """Let there be so many free pages on the disk."""
     found = os.statvfs(disk)
     used = (found.f_blocks - found.f_bfree) * found.f_frsize
-    assert mounted(disk, f"remount,size={used + pages * PAGE}") == 0
+    resize(disk, str(used + pages * PAGE))
 
 
 def failure(run: Callable[[], object]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from chosen import slow_but
 from runs import Workspace
+from small_disk import resize, small_disk
 from test_faults_stop import SETTINGS, checkpoints, command, goes_on, log
 
 Row = Callable[..., None]
@@ -104,26 +104,19 @@ def test_a_disk_that_fails_stops_all_ranks(
 
 
 @pytest.fixture
-def small_disk(request: pytest.FixtureRequest, workspace: Workspace) -> Iterator[Path]:
+def full_disk(request: pytest.FixtureRequest, workspace: Workspace) -> Iterator[Path]:
     """A disk of 1,000 KiB, which two checkpoints nearly fill, for those of the run disk-<launcher>."""
     folder = workspace.path / "runs" / f"disk-{request.node.callspec.params['launcher']}" / "checkpoints"
     folder.mkdir(parents=True)
-    if os.geteuid() != 0 or mounted(folder, "size=1000k") != 0:
-        pytest.skip("mounting a small disk takes root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def mounted(folder: Path, options: str) -> int:
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    return subprocess.run(command, capture_output=True, check=False).returncode
+    with small_disk(folder, "1000k"):
+        yield folder
 
 
 @pytest.mark.slow
 @pytest.mark.row(10)
 @pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_a_full_disk_is_made_larger(
-    launcher: str, small_disk: Path, whole: dict[str, str], workspace: Workspace, row: Row
+    launcher: str, full_disk: Path, whole: dict[str, str], workspace: Workspace, row: Row
 ) -> None:
     space, name = workspace, f"disk-{launcher}"
     start = command(space, launcher, name=name, checkpoint__keep_last=9, checkpoint__interval=50)
@@ -134,7 +127,7 @@ def test_a_full_disk_is_made_larger(
     detected = time.monotonic() - near
     assert f"the disk is full: runs/{name}/checkpoints" in told(space), log(space)
     assert checkpoints(space, name) == ["step-00000050", "step-00000100"]
-    assert mounted(small_disk, "remount,size=20m") == 0
+    resize(full_disk, "20m")
     again = goes_on(space, name, whole[launcher], start)
     assert again.step == 100
     row(10, launcher, detected=detected, lost=150 - again.step, restart=again.seconds)
