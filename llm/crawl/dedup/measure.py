@@ -90,11 +90,12 @@ def _shingles(parts: Sequence[Path], ids: Array, numbers: Sequence[int], shape: 
         with opened(part) as file:
             for group in groups_with(file, order):
                 table = file.read_row_group(group, columns=["id", "text"], use_threads=False)
-                for row in np.flatnonzero(np.isin(table["id"].to_numpy(), order)).tolist():
-                    found = np.sort(signer.shingles(table["text"][row].as_py().lower()))
+                table = table.filter(np.isin(table["id"].to_numpy(), order))
+                for one, text in zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
+                    found = np.sort(signer.shingles(text.lower()))
                     found = found[np.append(True, found[1:] != found[:-1])]  # np.unique takes three times as long
                     size += found.nbytes
                     if size > TEXT:
                         return sets
-                    sets[wanted[table["id"][row].as_py()]] = found
+                    sets[wanted[one]] = found
     return sets
