@@ -19,6 +19,7 @@ from llm.data.chat import Message
 from llm.data.tokenizer import TextStream
 from llm.errors import InputError, require
 from llm.model.build import Cache, Model, cache_of
+from llm.model.cache import KVCache
 from llm.model.decode import Decoder, fits
 from llm.sampling import SamplingConfig, sample
 from llm.sinks import Say
@@ -55,7 +56,7 @@ def generate(
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache = cache_of(model, max(limits)) if use_cache else None
     logits, cache = begin(model, rows[:, :position], cache)
-    decoder, decodes = None, fits(model)
+    decoder, fitting = None, model if fits(model) else None
     while True:
         logits.index_fill_(-1, unused, -torch.inf)
         history = rows[:, :position]
@@ -73,8 +74,8 @@ def generate(
         limits = [position if i in ended and position < limit else limit for i, limit in enumerate(limits)]
         if position >= max(limits):
             return
-        if cache is not None and decodes:
-            decoder = decoder or Decoder(model, cache, len(rows))
+        if isinstance(cache, KVCache) and fitting is not None:
+            decoder = decoder or Decoder(fitting, cache, len(rows))
             logits = decoder(rows[:, position - 1], position - 1)
         else:
             start = 0 if cache is None else position - 1
@@ -109,7 +110,7 @@ def log_probabilities(model: Model, prompt: Sequence[int], tokens: Sequence[int]
     return [x for s, t in pairs for x in (-F.cross_entropy(model.head(s), t, reduction="none")).tolist()]
 
 
-def hidden(model: Model, tokens: Tensor, start: int, cache: Cache | None) -> Tensor:
+def hidden(model: Model, tokens: Tensor, start: int, cache: Any) -> Tensor:
     """The states [B, T, C] before the head, of `tokens` int64 [B, T], the first of which stands at position `start`.
 
     cache: of `cache_of` for this model, or None.

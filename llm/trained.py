@@ -17,10 +17,9 @@ from llm.data.chat import Chat
 from llm.data.tokenizer import Tokenizer
 from llm.errors import CheckpointError, InputError, require
 from llm.model.build import Model, model_of
-from llm.model.decode import column_major
+from llm.model.decode import store_by_columns
 from llm.model.gpt import GPT
 from llm.model.init import give_memory
-from llm.model.layers import Linear
 from llm.parallel.mesh import Mesh
 from llm.parallel.parallelize import choose_layers
 from llm.slices import slice_of
@@ -91,9 +90,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu", mesh: Mes
     with torch.device("meta"):
         model = model_of(config.model, choose_layers(config, mesh))
         if isinstance(model, GPT) and mesh is None and torch.device(device).type == "cpu":
-            for module in model.modules():
-                if type(module) is Linear:
-                    column_major(module.weight)
+            store_by_columns(model)
     for name, parameter in model.named_parameters():
         give_memory(parameter, device)
         part = slice_of(parameter)

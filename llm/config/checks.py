@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm.config.finetune import FinetuneConfig
 from llm.config.lora import LoRAConfig
 from llm.config.phases import Phase
-from llm.config.sections import DataConfig, FinetuneConfig, ModelConfig, ParallelConfig, TrainConfig
+from llm.config.sections import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from llm.errors import InputError, require
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from llm.config import checks, sections
+from llm.config.finetune import FinetuneConfig
 from llm.config.lora import LoRAConfig
 from llm.config.phases import Phase, phases_of
 from llm.errors import require
@@ -32,7 +33,7 @@ class RunConfig:
     train: sections.TrainConfig = field(default_factory=sections.TrainConfig)
     checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
     logging: sections.LoggingConfig = field(default_factory=sections.LoggingConfig)
-    finetune: sections.FinetuneConfig = field(default_factory=sections.FinetuneConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     profile: sections.ProfileConfig = field(default_factory=sections.ProfileConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for the DeepSpeed config; those that Ingot owns are refused."""

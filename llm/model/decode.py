@@ -9,7 +9,7 @@ Shapes: B rows, C model width, K key/value heads, R query heads for each, D head
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 PACKED_FROM = 1 << 20  # elements of a weight; below, a call of oneDNN's costs more than its product saves
 
 
-def fits(model: nn.Module) -> bool:
+def fits(model: nn.Module) -> TypeGuard[GPT]:
     """Whether `Decoder` computes what the model does: a GPT of plain layers in fp32 on a CPU, in evaluation."""
     if not isinstance(model, GPT) or model.training:
         return False
@@ -54,9 +54,11 @@ def normalised(norm: Norm) -> Product:
     return lambda x: F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def column_major(weight: nn.Parameter) -> None:
-    """Store a weight [out, in] by columns, with the same shape and values: on a CPU one row is multiplied faster."""
-    weight.data = weight.data.t().contiguous().t()
+def store_by_columns(model: GPT) -> None:
+    """Let the weights [out, in] of linears lie in memory by columns: on a CPU one row is multiplied faster."""
+    for module in model.modules():
+        if type(module) is Linear:
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 class Decoder:
@@ -67,19 +69,20 @@ class Decoder:
 
     def __init__(self, model: GPT, cache: KVCache, rows: int) -> None:
         config = model.config
-        self.model, self.cache, self.rows = model, cache, rows
-        self.table = model.position_table.weight if config.position == "learned" else None
+        self.cache, self.rows = cache, rows
+        self.embedding = cast(Embedding, model.embedding).weight
+        self.table = cast(Tensor, model.position_table.weight) if config.position == "learned" else None
         if self.table is None:
-            like = model.embedding.weight.new_empty(1, 1, config.head_dim)
+            like = self.embedding.new_empty(1, 1, config.head_dim)
             cos, sin = angles_of(like, torch.arange(cache.capacity), config.rope_theta)  # [capacity, D / 2]
             self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         self.blocks = [self._block(block) for block in cast("Iterable[Block]", model.blocks.values())]
         self.norm = normalised(cast(Norm, model.norm))
-        self.head = product(model.head.weight, None, rows)
+        self.head = product(cast(Tensor, model.head.weight), None, rows)
 
     def __call__(self, tokens: Tensor, position: int) -> Tensor:
         """Logits fp32 [B, V] after `tokens` int64 [B], which stand at `position`; their keys go into the cache."""
-        x = F.embedding(tokens, self.model.embedding.weight)
+        x = F.embedding(tokens, self.embedding)
         if self.table is not None:
             x = x + self.table[position]
         for block in self.blocks:

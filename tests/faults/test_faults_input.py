@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from chosen import slow_but
 from runs import Workspace, contents, succeeded
-from small_disk import small_disk
 
 
 def refused(result: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:

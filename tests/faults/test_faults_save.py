@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from small_disk import resize, small_disk
 
 from chosen import slow_but
 from runs import Workspace
-from small_disk import resize, small_disk
 from test_faults_stop import SETTINGS, checkpoints, command, goes_on, log
 
 Row = Callable[..., None]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llm.config import DataConfig, RunConfig
-from llm.config.sections import CheckpointConfig, FinetuneConfig, LoggingConfig
+from llm.config.finetune import FinetuneConfig
+from llm.config.sections import CheckpointConfig, LoggingConfig
 from llm.data.tokenizer import Tokenizer
 from tiny_run import case, plain
 

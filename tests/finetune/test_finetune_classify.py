@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from llm.config import RunConfig
-from llm.config.sections import FinetuneConfig
+from llm.config.finetune import FinetuneConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.finetune.classify import HEAD, Classification, UnderNewHead, loss_count_and_right

@@ -17,8 +17,8 @@ from chat_cases import chat_config, sums, turn, write
 from llm.checkpoint.reader import find_named, open_checkpoint
 from llm.checkpoint.writer import checkpoints, step_of
 from llm.config import RunConfig
+from llm.config.finetune import FinetuneConfig
 from llm.config.parse import to_yaml
-from llm.config.sections import FinetuneConfig
 from llm.data.chat import Chat
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
