@@ -35,7 +35,7 @@ from llm.train.optim import learning_rate
 
 CPU = torch.device("cpu")
 FAMILIES = {"GPT": "tiny-cpu", "LSTM": "lstm-cpu"}
-SWEEP = {"GPT": (2e-3, 4e-3, 8e-3), "LSTM": (4e-3, 8e-3, 1.6e-2)}
+SWEEP = {"GPT": (1e-3, 2e-3, 4e-3), "LSTM": (1.6e-2, 2.4e-2, 3.2e-2)}
 POINTS = 20  # validations, evenly over the run
 PARAMETERS_APART = 0.01  # at most
 
