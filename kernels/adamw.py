@@ -152,7 +152,6 @@ def adamw_op(
 
 def check(parameter: Tensor, others: dict[str, Tensor], scalars: dict[str, Tensor], seed: int | None) -> None:
     """Raise KernelError unless shapes, devices and what is to be rounded fit `adamw_`."""
-    low = others.get("low_precision")
     for name, tensor in (others | scalars).items():
         shape = () if name in scalars else tuple(parameter.shape)
         expect(
@@ -160,9 +159,9 @@ def check(parameter: Tensor, others: dict[str, Tensor], scalars: dict[str, Tenso
             f"adamw_: found {name} of shape {tuple(tensor.shape)} on {tensor.device}, expected {shape} on "
             f"{parameter.device}, as the parameter",
         )
-    rounded = parameter.dtype if low is None else low.dtype
+    rounded = others.get("low_precision", parameter).dtype
     expect(
-        low is None or (parameter.dtype not in DROPPED_BITS and rounded in DROPPED_BITS),
+        "low_precision" not in others or (parameter.dtype not in DROPPED_BITS and rounded in DROPPED_BITS),
         f"adamw_: found parameter {parameter.dtype} with low_precision {rounded}, expected a wider parameter and a "
         "16-bit copy: 16-bit parameters need no copy",
     )
@@ -223,61 +222,41 @@ def adamw_(
         impl, "adamw_", device=parameter.device, dtype=parameter.dtype,
         no_triton=no_kernel(parameter, others), no_torch=no_stock(parameter, others, seed),
     )  # fmt: skip
-    state = parameter, gradient, exp_avg, exp_avg_sq
+    number, tensor = (0.0, step) if isinstance(step, Tensor) else (float(step), None)
     if form == "triton":
-        number, tensor = (0.0, step) if isinstance(step, Tensor) else (float(step), None)
+        state = parameter, gradient, exp_avg, exp_avg_sq
         adamw_op(*state, low_precision, grad_scale, tensor, skip, number, lr, *betas, eps, weight_decay, seed)
-        return
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step, "skip": skip}
-    options["grad_scale"] = grad_scale
-    if form == "torch":
-        stock_adamw_(*state, **options)
+    elif form == "torch":
+        scaled = gradient.to(parameter.dtype)
+        scaled = scaled if grad_scale is None else scaled * grad_scale
+        tensor = torch.full((), number, device=parameter.device) if tensor is None else tensor
+        torch._fused_adamw_(
+            [parameter], [scaled], [exp_avg], [exp_avg_sq], [], [tensor.float()], lr=lr, beta1=betas[0], beta2=betas[1],
+            weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, found_inf=skip,
+        )  # fmt: skip
         if low_precision is not None:
             low_precision.copy_(parameter)
-    else:
-        adamw_reference_(*state, low_precision=low_precision, seed=seed, **options)
+    elif skip is None or not skip:
+        scaled = wide(gradient) if grad_scale is None else wide(gradient) * grad_scale
+        state = wide(parameter), scaled, wide(exp_avg), wide(exp_avg_sq)
+        p, m, v = adamw_reference(*state, int(step), lr, betas, eps, weight_decay)
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        parameter.copy_(p)
+        target = parameter if low_precision is None else low_precision
+        target.copy_(p if seed is None else stochastic(p, target.dtype, seed, int(step)))
 
 
-def stock_adamw_(
-    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int | Tensor,
-    grad_scale: Tensor | None, skip: Tensor | None = None,
-) -> None:  # fmt: skip
-    """What torch.optim.AdamW(fused=True) does with one parameter."""
-    gradient = gradient.to(parameter.dtype)
-    if grad_scale is not None:
-        gradient = gradient * grad_scale
-    if not isinstance(step, Tensor):
-        step = torch.full((), float(step), dtype=torch.float32, device=parameter.device)
-    torch._fused_adamw_(
-        [parameter], [gradient], [exp_avg], [exp_avg_sq], [], [step.float()],
-        lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-        found_inf=skip,
-    )  # fmt: skip
-
-
-def adamw_reference_(
-    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int | Tensor,
-    grad_scale: Tensor | None = None, low_precision: Tensor | None = None, seed: int | None = None,
-    skip: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Algorithm 2 of Loshchilov & Hutter (2019)."""
-    if skip is not None and skip:
-        return
-    g = wide(gradient) if grad_scale is None else wide(gradient) * grad_scale
-    m = wide(exp_avg) + (1 - betas[0]) * (g - wide(exp_avg))
-    v = betas[1] * wide(exp_avg_sq) + (1 - betas[1]) * g.square()
-    t = int(step)
+def adamw_reference(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Algorithm 2 of Loshchilov & Hutter (2019): p, m and v after update number t."""
+    m = m + (1 - betas[0]) * (g - m)
+    v = betas[1] * v + (1 - betas[1]) * g.square()
     root = (1 - betas[1] ** t) ** 0.5
     step_size = lr / (1 - betas[0] ** t)
-    p = (1 - lr * weight_decay) * wide(parameter) - step_size * (m / (v.sqrt() / root + eps))
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    target = parameter if low_precision is None else low_precision
-    if target is not parameter:
-        parameter.copy_(p)
-    target.copy_(p if seed is None else stochastic(p, target.dtype, seed, t))
+    return (1 - lr * weight_decay) * p - step_size * (m / (v.sqrt() / root + eps)), m, v
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, seed: int, step: int) -> Tensor:

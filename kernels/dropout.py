@@ -59,9 +59,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    samples, positions = ctx.saved_tensors
     # The mask is symmetric: the gradient passes through the same operation.
-    grad_x = call(dropout_op, grad, None, samples, positions, *ctx.key)
+    grad_x = call(dropout_op, grad, None, *ctx.saved_tensors, *ctx.key)
     return grad_x, grad if ctx.has_residual else None
 
 

@@ -121,23 +121,16 @@ def _backward(ctx, dy):
     return None, call(embedding_backward_op, dy, *ctx.saved_tensors, ctx.V)
 
 
-@operator(
-    "embedding",
-    fake=lambda tokens, weight, _: weight.new_empty((*tokens.shape, weight.shape[1])),
-    save=_save,
-    backward=_backward,
-)
-def embedding_op(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
-    """[..., C] in the dtype of weight. See `embedding`."""
-    return stock_embedding(tokens, weight, zero_outside)
-
-
 def stock_embedding(tokens: Tensor, weight: Tensor, zero_outside: bool) -> Tensor:
     """F.embedding, with rows of zeros for tokens outside of the table where asked for."""
     if not zero_outside:
         return F.embedding(tokens, weight)
     outside = (tokens < 0) | (tokens >= weight.shape[0])
     return F.embedding(tokens.masked_fill(outside, 0), weight).masked_fill(outside.unsqueeze(-1), 0.0)
+
+
+# The Triton form: only its backward pass is a kernel.
+embedding_op = operator("embedding", fake=stock_embedding, save=_save, backward=_backward)(stock_embedding)
 
 
 def embedding(tokens: Tensor, weight: Tensor, *, zero_outside: bool = False, impl: str = "auto") -> Tensor:

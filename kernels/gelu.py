@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import KernelError, choose, wide
-from kernels.registration import call, operator
+from kernels.registration import call
 from kernels.swiglu import elementwise, sigmoids
 
 TWICE_SLOPE: tl.constexpr = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -55,23 +55,7 @@ def gelu_backward_kernel(
     tl.store(dx_ptr + rows * stride_y + cols, dx.to(dx_ptr.dtype.element_ty), inside)
 
 
-run_forward, run_backward = elementwise(gelu_forward_kernel, False), elementwise(gelu_backward_kernel, False)
-
-
-@operator("gelu_backward", fake=lambda dy, x: x.new_empty(x.shape))
-def gelu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
-    """dy, x [..., F] -> dx [..., F]."""
-    return run_backward(dy, x)
-
-
-def _backward(ctx, dy):
-    return call(gelu_backward_op, dy, *ctx.saved_tensors)
-
-
-@operator("gelu", fake=lambda x: x.new_empty(x.shape), backward=_backward)
-def gelu_op(x: Tensor) -> Tensor:
-    """x [..., F] -> y [..., F]."""
-    return run_forward(x)
+gelu_op, gelu_backward_op = elementwise("gelu", gelu_forward_kernel, gelu_backward_kernel)
 
 
 def gelu_reference(x: Tensor) -> Tensor:

@@ -62,31 +62,24 @@ class Layout(NamedTuple):
     block: Sequence[int]
 
 
-class Descriptor(NamedTuple):
-    """What Triton's launcher makes of a descriptor: a map by `fill(address, *fields)`, then `sizes`."""
-
-    fill: Callable[..., Any]
-    fields: tuple[Any, ...]
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, layout: Layout, metadata: dict[str, Any]) -> "Descriptor":
-        active: Any = driver.active
-        utils = active.utils  # the other name is that of Triton 3.6
-        fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
-        element = TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]]
-        form = metadata["swizzle"], metadata["elem_size"], element, metadata["block_size"]
-        return cls(fill, (*form, layout.shape, layout.strides, 0), (*layout.shape, *layout.strides))
+def descriptor_of(layout: Layout, metadata: dict[str, Any]) -> tuple[Callable[..., Any], tuple, tuple[int, ...]]:
+    """(fill, fields, sizes): Triton's launcher makes of a descriptor a map by fill(address, *fields), then sizes."""
+    active: Any = driver.active
+    utils = active.utils  # the other name is that of Triton 3.6
+    fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
+    element = TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]]
+    form = metadata["swizzle"], metadata["elem_size"], element, metadata["block_size"]
+    return fill, (*form, layout.shape, layout.strides, 0), (*layout.shape, *layout.strides)
 
 
-def unwrapped(run: Any, layouts: Sequence[Layout]) -> tuple[Any, Sequence[Descriptor]]:
+def unwrapped(run: Any, layouts: Sequence[Layout]) -> tuple[Any, Sequence[tuple]]:
     """(Triton's launcher `run` of a kernel that takes descriptors, without its search for them among all arguments,
     which takes longer than all else of a launch; what it makes of each).
     """
     wrapper = inspect.getclosurevars(run.launch).nonlocals
     run = copy.copy(run)
     run.launch = wrapper["launcher"]
-    return run, [Descriptor.of(*pair) for pair in zip(layouts, wrapper["tensordesc_meta"], strict=True)]
+    return run, [descriptor_of(*pair) for pair in zip(layouts, wrapper["tensordesc_meta"], strict=True)]
 
 
 class Plan:
@@ -104,7 +97,7 @@ class Plan:
         self.layouts = layouts
         # (launcher, its function, its metadata, what it makes of descriptors) by which addresses are multiples of 16
         # (0: all are), since Triton's code differs.
-        self.ready: dict[Any, tuple[Any, Any, Any, Sequence[Descriptor]]] = {}
+        self.ready: dict[Any, tuple[Any, Any, Any, Sequence[tuple]]] = {}
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
 
     def __call__(self, *tensors: Tensor | None, numbers: tuple[float, ...] = ()) -> None:

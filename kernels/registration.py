@@ -21,10 +21,6 @@ FUNCTIONS: dict[int, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list})
 
 
-def save_inputs(ctx: Any, inputs: tuple, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def operator(
     name: str,
     *,
@@ -32,7 +28,7 @@ def operator(
     schema: str | None = None,
     mutates: Sequence[str] = (),
     backward: Callable[..., Any] | None = None,
-    save: Callable[..., None] = save_inputs,
+    save: Callable[..., None] = lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 ) -> Callable[[Callable[..., Any]], OpOverload]:
     """Decorator that registers a function as ingot::name, for every device, and returns the operator.
 

@@ -107,51 +107,49 @@ def rope_kernel(
 
 @planned
 def plan_of(
-    heads: int, R: int, unpack: bool, inverse: bool, shape: torch.Size, strides: tuple[tuple[int, ...], ...],
-    dtype: torch.dtype, device: torch.device,
+    unpack: bool, shape: torch.Size, K: int, strides: tuple[tuple[int, ...], ...], dtype: torch.dtype,
+    device: torch.device,
 ) -> Plan:  # fmt: skip
-    """rope_kernel on x [B, T, heads D], q of `shape` [B, T, H, D], k, v [B, T, K, D], all with contiguous rows.
+    """rope_kernel on x [B, T, (R + 2) K D], q of `shape` [B, T, R K, D], k, v [B, T, K, D], all with contiguous rows.
 
     strides: of these and of the positions.
     """
-    (B, T, _, D), (x, q, k, v, positions) = shape, strides
-    PAIRS = padded(D // 2)
+    (B, T, H, D), (x, q, k, v, positions) = shape, strides
+    heads, PAIRS = H + 2 * K, padded(D // 2)
     TOKENS = max(1, TILE_PAIRS // PAIRS)
     return Plan(
         rope_kernel, cdiv(B * T, TOKENS) * cdiv(heads, HEADS), device, *x[:2], *q[:3], *k[:3], *v[:3],
-        *(0, *positions)[-2:], B * T, T, R, heads, D, TOKENS, PAIRS, HEADS, unpack, inverse,
+        *(0, *positions)[-2:], B * T, T, H // K, heads, D, TOKENS, PAIRS, HEADS, unpack, not unpack,
     )  # fmt: skip
 
 
-def run(
-    packed: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float,
-    R: int, heads: int, *, unpack: bool, inverse: bool,
-) -> None:  # fmt: skip
-    strides = packed.stride(), q.stride(), k.stride(), v.stride(), positions.stride()
-    plan = plan_of(heads, R, unpack, inverse, q.shape, strides, packed.dtype, packed.device)
-    plan(packed, q, k, v, positions, kept_frequencies(q.shape[3], theta, packed.device))
+def run(packed: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float, *, unpack: bool) -> None:
+    """rope_kernel from packed to q, k and v if `unpack`, else back, turned back."""
+    shape, strides = q.shape, (packed.stride(), q.stride(), k.stride(), v.stride(), positions.stride())
+    plan = plan_of(unpack, shape, k.shape[2], strides, packed.dtype, packed.device)
+    plan(packed, q, k, v, positions, kept_frequencies(shape[3], theta, packed.device))
 
 
-def _fake_qkv_backward(dq: Tensor, dk: Tensor, *_: Any) -> Tensor:
-    B, T, H, D = dq.shape
-    return dq.new_empty(B, T, (H + 2 * dk.shape[2]) * D)
+def empty_packed(q: Tensor, k: Tensor, *_: Any) -> Tensor:
+    """Room for q, k and v together."""
+    B, T, H, D = q.shape
+    return q.new_empty(B, T, (H + 2 * k.shape[2]) * D)
 
 
-@operator("rope_qkv_backward", fake=_fake_qkv_backward)
+@operator("rope_qkv_backward", fake=empty_packed)
 def rope_qkv_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, positions: Tensor, theta: float) -> Tensor:
     """dq [B, T, H, D], dk and dv [B, T, K, D] with any strides -> dqkv [B, T, (R + 2) K D]."""
     q, k, v = readable(dq, dk, dv)
-    B, T, H, D = q.shape
-    K = k.shape[2]
-    packed = q.new_empty(B, T, (H + 2 * K) * D)
-    run(packed, q, k, v, positions, theta, H // K, H + 2 * K, unpack=False, inverse=True)
+    packed = empty_packed(q, k)
+    run(packed, q, k, v, positions, theta, unpack=False)
     return rounded(packed, dq.dtype)
 
 
-def _fake_qkv(qkv: Tensor, _: Tensor, __: float, n_kv_head: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def empty_split(qkv: Tensor, _: Tensor, __: float, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for q, k and v."""
     B, T, W = qkv.shape
-    k = qkv.new_empty(B, T, n_kv_head, head_dim)
-    return qkv.new_empty(B, T, W // head_dim - 2 * n_kv_head, head_dim), k, torch.empty_like(k)
+    k = qkv.new_empty(B, T, K, D)
+    return qkv.new_empty(B, T, W // D - 2 * K, D), k, empty_like(k)
 
 
 def _save_qkv(ctx, inputs, output) -> None:
@@ -169,18 +167,12 @@ def _backward_qkv(ctx, dq, dk, dv):
     return call(rope_qkv_backward_op, dq, dk, dv, *ctx.saved_tensors, ctx.theta)
 
 
-@operator("rope_qkv", fake=_fake_qkv, save=_save_qkv, backward=_backward_qkv)
-def rope_qkv_op(
-    qkv: Tensor, positions: Tensor, theta: float, n_kv_head: int, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
+@operator("rope_qkv", fake=empty_split, save=_save_qkv, backward=_backward_qkv)
+def rope_qkv_op(qkv: Tensor, positions: Tensor, theta: float, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [B, T, (R + 2) K D] -> q [B, T, H, D], k and v [B, T, K, D], contiguous."""
     (packed,) = readable(qkv)
-    B, T, W = qkv.shape
-    heads = W // head_dim
-    q = packed.new_empty(B, T, heads - 2 * n_kv_head, head_dim)
-    k = packed.new_empty(B, T, n_kv_head, head_dim)
-    v = empty_like(k)
-    run(packed, q, k, v, positions, theta, heads // n_kv_head - 2, heads, unpack=True, inverse=False)
+    q, k, v = empty_split(packed, positions, theta, K, D)
+    run(packed, q, k, v, positions, theta, unpack=True)
     return rounded(q, qkv.dtype), rounded(k, qkv.dtype), rounded(v, qkv.dtype)
 
 
@@ -228,11 +220,12 @@ def rope_qkv_reference(
     return qk[:, :, :, :R].flatten(2, 3), qk[:, :, :, R], v
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """x [B, T, K, R, D], turned, into out of the same shape; cos, sin [(B,) T, 1, 1, D/2]."""
+def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """Return x [B, T, K, R, D], turned, in `out` of the same shape; cos, sin [(B,) T, 1, 1, D/2]."""
     (a, b), (left, right) = x.to(out.dtype).chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(a, cos, out=left).sub_(b * sin)
     torch.mul(b, cos, out=right).add_(a * sin)
+    return out
 
 
 class StockRope(torch.autograd.Function):
@@ -241,17 +234,12 @@ class StockRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, positions: Tensor, theta: float, K: int, D: int) -> tuple[Tensor, ...]:
         heads = qkv.unflatten(-1, (K, -1, D))
-        B, T, _, R, _ = heads[:, :, :, 2:].shape
         angles = angles_of(heads, positions, theta)
         ctx.save_for_backward(*angles)
-        q, k = (wide(qkv.new_empty(B, T, K, n, D)) for n in (R, 1))
-        turn(heads[:, :, :, :R], *angles, q)
-        turn(heads[:, :, :, R : R + 1], *angles, k)
-        return (
-            q.flatten(2, 3).to(qkv.dtype),
-            k.squeeze(3).to(qkv.dtype),
-            heads[:, :, :, R + 1].clone(memory_format=torch.contiguous_format),
-        )
+        *turned, v = heads.split((heads.shape[3] - 2, 1, 1), dim=3)
+        q, k = (turn(x, *angles, wide(x.new_empty(x.shape))) for x in turned)
+        v = v.squeeze(3).clone(memory_format=torch.contiguous_format)
+        return q.flatten(2, 3).to(qkv.dtype), k.squeeze(3).to(qkv.dtype), v
 
     @staticmethod
     @once_differentiable

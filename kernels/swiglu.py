@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import KernelError, cdiv, choose, empty_like, interpretable, padded, readable, rounded, wide
 from kernels.plan import Plan, planned
-from kernels.registration import call, operator
+from kernels.registration import OpOverload, call, operator
 
 TILE_ELEMENTS = 2048  # of the result
 TILE_WIDTH = 512  # of tiles with rows; narrow, so that little of the last one lies beyond the row
@@ -90,9 +90,9 @@ def swiglu_backward_kernel(
     tl.store(dx_ptr + rows * (2 * tl.cast(stride_y, tl.int64)) + pairs, dx, pairs_inside)
 
 
-def elementwise(kernel: Any, pairs: bool) -> Callable[..., Tensor]:
+def over_tiles(kernel: Any, pairs: bool, halved: bool) -> Callable[..., Tensor]:
     """What runs `kernel` over tiles of a result [M, width]. pairs: it takes VECTOR, and its last input has a gate and
-    an up channel for each column of a tile.
+    an up channel for each column of a tile. halved: the result has half the channels of that input, else as many.
     """
 
     # Of this kernel alone: Triton's kernels as keys would be hashed in Python on every call.
@@ -102,38 +102,39 @@ def elementwise(kernel: Any, pairs: bool) -> Callable[..., Tensor]:
         vector = [8 // dtype.itemsize] * pairs  # results that a thread holds after loading 16 bytes of pairs
         return Plan(kernel, cdiv(M, ROWS) * cdiv(width, COLS), device, *strides, width, M, ROWS, COLS, *vector)
 
-    def run(*inputs: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The result in the dtype of the last input, and its shape unless `shape` is given."""
+    def run(*inputs: Tensor) -> Tensor:
+        """The result in the dtype of the last input."""
         x = inputs[-1]
         if all([t.is_contiguous() for t in inputs]):  # noqa: C419 - half the time of a generator; one row
             rows, M, strides = interpretable(*inputs), 1, (0,) * len(inputs)
         else:
             rows = readable(*[t.reshape(-1, t.shape[-1]) for t in inputs])
             M, strides = rows[0].shape[0], tuple([t.stride(0) for t in rows])
-        out = empty_like(x, rows[-1].dtype) if shape is None else rows[-1].new_empty(shape)
+        given = rows[-1]
+        out = given.new_empty(*x.shape[:-1], x.shape[-1] // 2) if halved else empty_like(x, given.dtype)
         plan_of(M, x.numel() // (M * (1 + pairs)), strides, out.dtype, x.device)(*rows, out)
         return rounded(out, x.dtype)
 
     return run
 
 
-run_forward, run_backward = elementwise(swiglu_forward_kernel, True), elementwise(swiglu_backward_kernel, True)
+def elementwise(name: str, forward: Any, backward: Any, *, pairs: bool = False) -> tuple[OpOverload, OpOverload]:
+    """Register and return two operators that run these kernels: ingot::name, x [..., F] -> y [..., F], or if `pairs`
+    x [..., 2 F] -> y [..., F]; and name_backward, (dy, x) -> dx.
+    """
+    backward_op = operator(
+        f"{name}_backward", schema="(Tensor dy, Tensor x) -> Tensor", fake=lambda dy, x: x.new_empty(x.shape)
+    )(over_tiles(backward, pairs, False))
+    op = operator(
+        name,
+        schema="(Tensor x) -> Tensor",
+        fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // (1 + pairs)),
+        backward=lambda ctx, dy: call(backward_op, dy, *ctx.saved_tensors),
+    )(over_tiles(forward, pairs, pairs))
+    return op, backward_op
 
 
-@operator("swiglu_backward", fake=lambda dy, x: x.new_empty(x.shape))
-def swiglu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
-    """dy [..., F], x [..., 2 F] -> dx [..., 2 F]."""
-    return run_backward(dy, x)
-
-
-def _backward(ctx, dy):
-    return call(swiglu_backward_op, dy, *ctx.saved_tensors)
-
-
-@operator("swiglu", fake=lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2), backward=_backward)
-def swiglu_op(x: Tensor) -> Tensor:
-    """x [..., 2 F] -> [..., F]."""
-    return run_forward(x, shape=(*x.shape[:-1], x.shape[-1] // 2))
+swiglu_op, swiglu_backward_op = elementwise("swiglu", swiglu_forward_kernel, swiglu_backward_kernel, pairs=True)
 
 
 class EvenAndOdd(torch.autograd.Function):

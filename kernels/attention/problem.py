@@ -90,7 +90,8 @@ class Problem(NamedTuple):
 
     def section(self, head_bytes: int, group: int) -> int:
         """How many heads run together, a multiple of `group`: those whose `head_bytes` fit the device's L2 cache."""
-        fit = max(1, tiles.l2_bytes(self.device) // max(1, head_bytes))
+        l2 = tiles.INTERPRETER_L2 if INTERPRETED else tiles.tables_for(tiles.capability(self.device)).l2
+        fit = max(1, l2 // max(1, head_bytes))
         return (1 << (fit.bit_length() - 1)) * group
 
     def layouts(self, tile: Tile) -> list[Layout]:

@@ -1,11 +1,10 @@
 """Chooses the tiles of attention on each architecture."""
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.dispatch import INTERPRETED, padded
+from kernels.dispatch import padded
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,6 @@ def tile_width(D: int) -> int:
 
 KINDS = ("forward", "dkdv", "dq", "fused")
 WIDTHS = (16, 32, 64, 128, 256)  # padded
-Table = dict[tuple[str, int], Tile]
 
 
 @dataclass(frozen=True)
@@ -36,30 +34,26 @@ class Tables:
     """The tiles of one architecture, chosen from the compiler's report (`python -m benchmarks.kernels.aot`): no spills,
     and shared memory within the architecture's.
 
-    plain: causal attention, also with a window or documents. crowded: with dropout or softcap, which take registers.
-    pointers: any of these, for tensors that no TMA descriptor stands for (padded heads among them), whose addresses
-    take registers. small: any of these, for short sequences, which want many tiles, and block-sparse patterns, which
-    want them inside their blocks: at most 64 by 64. l2: bytes of the least GPU's cache, for the order of the programs.
+    tiles: by name of the table, kind and width. plain: causal attention, also with a window or documents. crowded: with
+    dropout or softcap, which take registers. pointers: any of these, for tensors that no TMA descriptor stands for
+    (padded heads among them), whose addresses take registers. small: any of these, for short sequences, which want many
+    tiles, and block-sparse patterns, which want them inside their blocks: at most 64 by 64.
+    tma: whether the GPUs have it. l2: bytes of the least GPU's cache, for the order of the programs.
     """
 
-    plain: Table
-    crowded: Table
-    pointers: Table
-    small: Table
+    tiles: dict[tuple[str, str, int], Tile]
+    tma: bool
     l2: int
 
 
 def tables_of(l2: int, tma: bool, text: str) -> Tables:
-    """Tables from a line per table and kind: for each of WIDTHS, block_m x block_n x warps x stages.
-
-    tma: of the tiles in all tables but `pointers`.
-    """
-    tables: dict[str, Table] = {"plain": {}, "crowded": {}, "pointers": {}, "small": {}}
+    """Tables from a line per table and kind: for each of WIDTHS, block_m x block_n x warps x stages."""
+    tiles = {}
     for line in text.strip().splitlines():
         name, kind, *cells = line.split()
         for width, cell in zip(WIDTHS, cells, strict=True):
-            tables[name][kind, width] = Tile(*map(int, cell.split("x")), tma=tma and name != "pointers")
-    return Tables(**tables, l2=l2)
+            tiles[name, kind, width] = Tile(*map(int, cell.split("x")), tma=tma)
+    return Tables(tiles, tma, l2)
 
 
 HOPPER = tables_of(50 << 20, True, """
@@ -116,11 +110,6 @@ AMPERE = tables_of(40 << 20, False, """
     small    fused   32x64x8x1   32x64x8x1   32x64x8x2   16x32x8x1   16x16x8x1
 """)  # fmt: skip
 
-
-# fp32 products are exact fp32 (no TF32) and run without tensor cores: right, not fast.
-ANY_32_BIT = {
-    (kind, width): Tile(16, 16, 4, 1) if width == 256 else Tile(32, 32, 4, 1) for kind in KINDS for width in WIDTHS
-}
 INTERPRETER = Tile(64, 32, 4, 1)
 INTERPRETER_L2 = 1 << 14  # so that tests see several sections of heads
 SHORT = 512  # queries: up to here tiles are small
@@ -138,22 +127,18 @@ def tile_for(
 
     itemsize: bytes per element. major: of the compute capability. described: whether inputs fit TMA descriptors.
     """
-    key = kind, tile_width(D)
-    if itemsize == 4:
-        return ANY_32_BIT[key]
-    tables = tables_for(major)
-    if not described and tables.plain[key].tma:
-        return replace((tables.small if small else tables.pointers)[key], tma=False)
+    width, tables = tile_width(D), tables_for(major)
+    if itemsize == 4:  # products are exact fp32 (no TF32) and run without tensor cores: right, not fast
+        return Tile(16, 16, 4, 1) if width == 256 else Tile(32, 32, 4, 1)
     if small:
-        return tables.small[key]
-    return (tables.crowded if crowded or tile_width(D) != D else tables.plain)[key]
+        name = "small"
+    elif tables.tma and not described:
+        name = "pointers"
+    else:
+        name = "crowded" if crowded or width != D else "plain"
+    return replace(tables.tiles[name, kind, width], tma=tables.tma and described)
 
 
-@functools.cache
 def capability(device: torch.device) -> int:
     """The major compute capability."""
     return torch.cuda.get_device_capability(device)[0]
-
-
-def l2_bytes(device: torch.device) -> int:
-    return INTERPRETER_L2 if INTERPRETED else tables_for(capability(device)).l2

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.cross_entropy import reference
-from kernels.cross_entropy.rows import IGNORED, Terms, stock, triton_forward
-from kernels.cross_entropy.vocabulary import FullVocabulary, Vocabulary, check
+from kernels.cross_entropy.rows import IGNORED, stock, triton_forward
+from kernels.cross_entropy.vocabulary import FullVocabulary, Terms, Vocabulary, check
 from kernels.dispatch import KernelError, cdiv, choose
 from kernels.registration import operator
 
@@ -69,9 +69,8 @@ def _(total_shape, a_shape, b_shape, *_: Any, **__: Any) -> int:
 
 
 def loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary,
-    chunk: int | None, form: str, differentiate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weight: Tensor, targets: Tensor, terms: Terms, chunk: int | None, form: str, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of the losses fp32 [], dL/dx [N, C], dL/dW [V, C]); without `differentiate` two empty ones.
 
     chunk: None for all tokens at once. dL/dW is then no sum and in weight's dtype, as the torch form's always is; else
@@ -92,9 +91,9 @@ def loss_and_gradients(
         if form == "triton":
             logits = torch.mm(x[part], weight.t(), out=space[: min(chunk, N - start), :V])
             grad = logits if differentiate else None
-            losses, _ = triton_forward(logits, targets[part], terms, vocabulary, grad)
+            losses, _ = triton_forward(logits, targets[part], terms, grad)
         else:
-            losses, _, grad = stock(F.linear(x[part], weight), targets[part], terms, vocabulary, differentiate)
+            losses, _, grad = stock(F.linear(x[part], weight), targets[part], terms, differentiate)
             grad = None if grad is None else grad.to(x.dtype)
         total += losses.sum()
         if grad is not None:
@@ -103,7 +102,7 @@ def loss_and_gradients(
     return total, grad_x, grad_weight.to(weight.dtype) if form == "torch" else grad_weight
 
 
-def _fake(x, weight, targets, rows, start, ignore_index, z_loss, softcap, chunk, form, differentiate):
+def _fake(x, weight, targets, rows, ignore_index, z_loss, softcap, chunk, form, differentiate):
     loss = x.new_empty((), dtype=torch.float32)
     if not differentiate:
         return loss, x.new_empty(0), weight.new_empty(0)
@@ -111,35 +110,29 @@ def _fake(x, weight, targets, rows, start, ignore_index, z_loss, softcap, chunk,
     return loss, torch.empty_like(x), torch.empty_like(weight, dtype=dtype)
 
 
-def scaled(grad_x: Tensor, grad_weight: Tensor, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return both gradients times grad [], the weight's rounded once to `dtype`."""
-    # Not in place: this takes less memory than a chunk's logits, which are gone by now.
-    if grad_weight.dtype == dtype:
-        return grad_x * grad, grad_weight * grad
-    return grad_x * grad, torch.mul(grad_weight, grad, out=torch.empty_like(grad_weight, dtype=dtype))
-
-
 def _save(ctx, inputs, output) -> None:
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.save_for_backward(*gradients)
-    ctx.dtype = inputs[1].dtype
 
 
 def _backward(ctx, grad, *_):
+    """Both gradients times grad [], the weight's rounded once to its dtype, which is that of x."""
     grad_x, grad_weight = ctx.saved_tensors
-    return scaled(grad_x, grad_weight, grad, ctx.dtype)
+    # Not in place: this takes less memory than a chunk's logits, which are gone by now.
+    if grad_weight.dtype == grad_x.dtype:
+        return grad_x * grad, grad_weight * grad
+    return grad_x * grad, torch.mul(grad_weight, grad, out=torch.empty_like(grad_weight, dtype=grad_x.dtype))
 
 
 @operator("linear_cross_entropy", fake=_fake, save=_save, backward=_backward)
 def linear_cross_entropy_op(
-    x: Tensor, weight: Tensor, targets: Tensor,
-    rows: int, start: int, ignore_index: int, z_loss: float, softcap: float,
+    x: Tensor, weight: Tensor, targets: Tensor, rows: int, ignore_index: int, z_loss: float, softcap: float,
     chunk: int | None, form: str, differentiate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`loss_and_gradients` of a whole vocabulary: one node for torch.compile, however many chunks."""
-    terms = Terms(rows, start, ignore_index, z_loss, softcap)
-    return loss_and_gradients(x, weight, targets, terms, FullVocabulary(rows), chunk, form, differentiate)
+    terms = Terms(FullVocabulary(rows), ignore_index, z_loss, softcap)
+    return loss_and_gradients(x, weight, targets, terms, chunk, form, differentiate)
 
 
 @register_flop_formula(torch.ops.ingot.linear_cross_entropy)
@@ -152,19 +145,14 @@ class DividedLinearCrossEntropy(torch.autograd.Function):
     """`loss_and_gradients` of a vocabulary that ranks share: the chunks' ranks talk to each other in the forward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary,
-        chunk: int | None, form: str, differentiate: bool,
-    ) -> Tensor:  # fmt: skip
-        loss, *gradients = loss_and_gradients(x, weight, targets, terms, vocabulary, chunk, form, differentiate)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        loss, *gradients = loss_and_gradients(*inputs)
         ctx.save_for_backward(*gradients)
-        ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return *scaled(grad_x, grad_weight, grad, ctx.dtype), *(None,) * 6
+        return *_backward(ctx, grad), *(None,) * 5
 
 
 def linear_cross_entropy(
@@ -188,17 +176,15 @@ def linear_cross_entropy(
         raise KernelError(f"linear_cross_entropy: found {found}, expected {x.dtype} (V, {x.shape[-1]}), as x has it")
     if chunk is not None and chunk < 1:
         raise KernelError(f"linear_cross_entropy: found chunk = {chunk}, expected at least 1")
-    check("linear_cross_entropy", (rows.shape[0], weight.shape[0]), flat, vocabulary)
+    check("linear_cross_entropy", rows.shape[0], weight.shape[0], flat, vocabulary)
     form = choose(impl, "linear_cross_entropy", device=x.device, dtype=x.dtype)
+    terms = Terms(vocabulary, ignore_index, z_loss, softcap)
     if form == "reference":
-        return reference.linear_cross_entropy(
-            rows, weight, flat, z_loss=z_loss, ignore_index=ignore_index, softcap=softcap, vocabulary=vocabulary
-        )
-    terms = Terms(vocabulary.rows, vocabulary.start, ignore_index, z_loss, softcap)
+        return reference.linear_cross_entropy(rows, weight, flat, **terms._asdict())
     # The torch form has three fp32 tensors of a chunk's logits at once.
     size = chunk or chunk_tokens(x.device, len(weight) * (x.itemsize if form == "triton" else 12))
     chunks = None if form == "triton" and 0 < rows.shape[0] <= size else size
     differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if isinstance(vocabulary, FullVocabulary):
-        return linear_cross_entropy_op(rows, weight, flat, *terms, chunks, form, differentiate)[0]
-    return DividedLinearCrossEntropy.apply(rows, weight, flat, terms, vocabulary, chunks, form, differentiate)  # pyright: ignore[reportReturnType]
+        return linear_cross_entropy_op(rows, weight, flat, vocabulary.rows, *terms[1:], chunks, form, differentiate)[0]
+    return DividedLinearCrossEntropy.apply(rows, weight, flat, terms, chunks, form, differentiate)  # pyright: ignore[reportReturnType]

@@ -10,7 +10,7 @@ One program works on a row. It reads the row for an online log-sum-exp. If the g
 row again, then from the cache, and writes the gradient. All sums have a fixed order: the same bits on every run.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cross_entropy import reference
-from kernels.cross_entropy.vocabulary import FullVocabulary, Vocabulary, check
+from kernels.cross_entropy.vocabulary import FullVocabulary, Terms, Vocabulary, check
 from kernels.dispatch import KernelError, cdiv, choose, padded, readable
 from kernels.plan import Plan, planned
 from kernels.registration import operator
@@ -30,14 +30,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
-class Terms(NamedTuple):
-    """What a row's loss depends on beyond its logits and target, in the order in which the kernels take it."""
+def writable(out: Tensor, like: Tensor) -> Tensor:
+    """`out`, or what the kernels write instead and must be copied to it (which refuses rows that share memory)."""
+    return out if out.dtype == like.dtype and out.stride(-1) == 1 and out.stride(0) > 0 else torch.empty_like(like)
 
-    rows: int
-    start: int
-    ignore_index: int
-    z_loss: float
-    softcap: float
+
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    value = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return value, torch.empty_like(value)
 
 
 def tile_of(columns: int) -> tuple[int, int]:
@@ -186,36 +186,27 @@ def scale_rows_kernel(x_ptr, factor_ptr, stride_row, columns, LANES: tl.constexp
             tl.store(x_ptr + cols, (x * factor).to(x_ptr.dtype.element_ty), cols < columns)
 
 
-def writable(out: Tensor, like: Tensor) -> Tensor:
-    """`out`, or what the kernels write instead and must be copied to it (which refuses rows that share memory)."""
-    return out if out.dtype == like.dtype and out.stride(-1) == 1 and out.stride(0) > 0 else torch.empty_like(like)
-
-
-def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    value = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return value, torch.empty_like(value)
-
-
 @planned
 def plan_of(
-    kernel: Any, shape: torch.Size, strides: tuple[int, ...], terms: tuple, flags: tuple[bool, ...],
+    kernel: Any, shape: torch.Size, strides: tuple[int, ...], numbers: tuple, flags: tuple[bool, ...],
     dtype: torch.dtype, device: torch.device,
 ) -> Plan:  # fmt: skip
-    """`kernel` on each row of [N, V]. terms, flags: what it takes after the width, and after LANES."""
+    """`kernel` on each row of [N, V]. numbers, flags: what it takes after the width, and after LANES."""
     lanes, warps = tile_of(shape[1])
-    return Plan(kernel, shape[0], device, *strides, shape[1], *terms, lanes, *flags, warps=warps)
+    return Plan(kernel, shape[0], device, *strides, shape[1], *numbers, lanes, *flags, warps=warps)
 
 
 def run(
     logits: Tensor, targets: Tensor, grad: Tensor | None, value: Tensor | None, log_sum: Tensor,
-    gradient: Tensor | None, terms: Terms, loss: bool,
+    gradient: Tensor | None, numbers: tuple, loss: bool,
 ) -> None:  # fmt: skip
-    """cross_entropy_kernel, forward if `value` is given; `gradient` may be the logits."""
+    """cross_entropy_kernel, forward if `value` is given; `gradient` may be the logits. numbers: of Terms."""
     (seen,) = readable(logits)
     out = seen if gradient is None else writable(gradient, seen)
-    flags = terms.softcap > 0, value is not None, loss, gradient is not None, grad is not None
+    *_, softcap = numbers
+    flags = softcap > 0, value is not None, loss, gradient is not None, grad is not None
     strides = seen.stride(0), out.stride(0)
-    plan = plan_of(cross_entropy_kernel, seen.shape, strides, terms, flags, seen.dtype, seen.device)
+    plan = plan_of(cross_entropy_kernel, seen.shape, strides, numbers, flags, seen.dtype, seen.device)
     plan(seen, targets.contiguous(), None if grad is None else grad.contiguous(), value, log_sum, out)
     if gradient is not None and out is not gradient:
         gradient.copy_(out)
@@ -228,7 +219,7 @@ def cross_entropy_forward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(losses, or else the targets' logits; log-sum-exp) fp32 [N] each; the losses' gradient goes to `gradient`."""
     value, log_sum = _fake(logits)
-    run(logits, targets, None, value, log_sum, gradient, Terms(rows, start, ignore_index, z_loss, softcap), loss)
+    run(logits, targets, None, value, log_sum, gradient, (rows, start, ignore_index, z_loss, softcap), loss)
     return value, log_sum
 
 
@@ -238,7 +229,7 @@ def cross_entropy_backward_op(
     rows: int, start: int, ignore_index: int, z_loss: float, softcap: float,
 ) -> None:  # fmt: skip
     """To `gradient` [N, V], which may be the logits: that of the losses, times grad fp32 [N] if there is one."""
-    run(logits, targets, grad, None, log_sum, gradient, Terms(rows, start, ignore_index, z_loss, softcap), False)
+    run(logits, targets, grad, None, log_sum, gradient, (rows, start, ignore_index, z_loss, softcap), False)
 
 
 @operator("scale_rows", fake=lambda *_: None, mutates=("x",))
@@ -251,31 +242,27 @@ def scale_rows_op(x: Tensor, factor: Tensor) -> None:
         x.copy_(seen)
 
 
-def combine(
-    log_sum: Tensor, target_logit: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary
-) -> tuple[Tensor, Tensor]:
+def combine(log_sum: Tensor, target_logit: Tensor, targets: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """(losses, log-sum-exp) fp32 [n] each over all columns, from the log-sum-exp and target's logit of this rank's."""
-    log_sum, target_logit = vocabulary.join(log_sum, target_logit)
+    log_sum, target_logit = terms.vocabulary.join(log_sum, target_logit)
     losses = log_sum - target_logit + terms.z_loss * log_sum.square()
     return losses.masked_fill(targets == terms.ignore_index, 0.0), log_sum
 
 
-def stock(
-    logits: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary, differentiate: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def stock(logits: Tensor, targets: Tensor, terms: Terms, differentiate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """(losses, log-sum-exp, fp32 [N] each; the losses' gradient fp32 [N, V]); overwrites logits that are fp32."""
     z = logits.float()
     if terms.softcap > 0:
         z = z.div_(terms.softcap).tanh_()
         slope = 1.0 - z.square()
         z = z.mul_(terms.softcap)
-    z[:, terms.rows :] = float("-inf")
+    z[:, terms.vocabulary.rows :] = float("-inf")
     counted = targets != terms.ignore_index
-    local = targets - terms.start
-    owned = counted & (local >= 0) & (local < terms.rows)
+    local = targets - terms.vocabulary.start
+    owned = counted & (local >= 0) & (local < terms.vocabulary.rows)
     column = local.masked_fill(~owned, 0).unsqueeze(-1)
     target_logit = z.gather(-1, column).squeeze(-1).masked_fill(~owned, 0.0)
-    losses, log_sum = combine(z.logsumexp(dim=-1), target_logit, targets, terms, vocabulary)
+    losses, log_sum = combine(z.logsumexp(dim=-1), target_logit, targets, terms)
     if not differentiate:
         return losses, log_sum, None
     grad = z.sub_(log_sum.unsqueeze(-1)).exp_()  # softmax, in the logits' memory
@@ -284,16 +271,14 @@ def stock(
     return losses, log_sum, grad.mul_(slope) if terms.softcap > 0 else grad
 
 
-def triton_forward(
-    logits: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary, gradient: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def triton_forward(logits: Tensor, targets: Tensor, terms: Terms, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
     """(losses, log-sum-exp) fp32 [N] each, and the losses' gradient in `gradient`, which may be the logits."""
-    if isinstance(vocabulary, FullVocabulary):
-        return cross_entropy_forward_op(logits, targets, gradient, *terms, True)
-    target_logit, log_sum = cross_entropy_forward_op(logits, targets, None, *terms, False)
-    losses, log_sum = combine(log_sum, target_logit, targets, terms, vocabulary)
+    if isinstance(terms.vocabulary, FullVocabulary):
+        return cross_entropy_forward_op(logits, targets, gradient, *terms.numbers, True)
+    target_logit, log_sum = cross_entropy_forward_op(logits, targets, None, *terms.numbers, False)
+    losses, log_sum = combine(log_sum, target_logit, targets, terms)
     if gradient is not None:
-        cross_entropy_backward_op(None, logits, targets, log_sum, gradient, *terms)
+        cross_entropy_backward_op(None, logits, targets, log_sum, gradient, *terms.numbers)
     return losses, log_sum
 
 
@@ -302,24 +287,23 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, terms: Terms, vocabulary: Vocabulary,
-        differentiate: bool, inplace: bool, form: str,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any, logits: Tensor, targets: Tensor, terms: Terms, differentiate: bool, inplace: bool, form: str
+    ) -> tuple[Tensor, Tensor]:
         ctx.terms, ctx.inplace, ctx.form, ctx.dtype = terms, inplace, form, logits.dtype
         inplace = differentiate and inplace
         if form == "torch":
             z = logits if inplace else logits.to(torch.float32, copy=True)
-            losses, log_sum, gradient = stock(z, targets, terms, vocabulary, differentiate)
+            losses, log_sum, gradient = stock(z, targets, terms, differentiate)
             ctx.save_for_backward(gradient)
         else:
-            losses, log_sum = triton_forward(logits, targets, terms, vocabulary, logits if inplace else None)
+            losses, log_sum = triton_forward(logits, targets, terms, logits if inplace else None)
             ctx.save_for_backward(logits, *(() if inplace else (targets, log_sum)))
         log_sum = log_sum.masked_fill(targets == terms.ignore_index, 0.0)
         ctx.mark_non_differentiable(log_sum)
         return losses, log_sum
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         if ctx.form == "torch":
             gradient = (ctx.saved_tensors[0] * grad.unsqueeze(-1)).to(ctx.dtype)
         elif ctx.inplace:
@@ -328,8 +312,8 @@ class CrossEntropy(torch.autograd.Function):
         else:
             logits, targets, log_sum = ctx.saved_tensors
             gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-            cross_entropy_backward_op(grad, logits, targets, log_sum, gradient, *ctx.terms)
-        return gradient, None, None, None, None, None, None
+            cross_entropy_backward_op(grad, logits, targets, log_sum, gradient, *ctx.terms.numbers)
+        return gradient, None, None, None, None, None
 
 
 def cross_entropy(
@@ -352,12 +336,10 @@ def cross_entropy(
     vocabulary = vocabulary or FullVocabulary(logits.shape[-1])
     if logits.ndim != 2:
         raise KernelError(f"cross_entropy: found logits of shape {tuple(logits.shape)}, expected two dimensions")
-    check("cross_entropy", (logits.shape[0], logits.shape[1]), targets, vocabulary)
+    check("cross_entropy", logits.shape[0], logits.shape[1], targets, vocabulary)
     form = choose(impl, "cross_entropy", device=logits.device, dtype=logits.dtype)
+    terms = Terms(vocabulary, ignore_index, z_loss, softcap)
     if form == "reference":
-        return reference.cross_entropy(
-            logits, targets, z_loss=z_loss, ignore_index=ignore_index, softcap=softcap, vocabulary=vocabulary
-        )
-    terms = Terms(vocabulary.rows, vocabulary.start, ignore_index, z_loss, softcap)
+        return reference.cross_entropy(logits, targets, **terms._asdict())
     differentiate = torch.is_grad_enabled() and logits.requires_grad
-    return CrossEntropy.apply(logits, targets, terms, vocabulary, differentiate, inplace, form)
+    return CrossEntropy.apply(logits, targets, terms, differentiate, inplace, form)

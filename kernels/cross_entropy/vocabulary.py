@@ -1,6 +1,6 @@
 """The part of the vocabulary that a rank's logits cover, and how ranks join their parts."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +11,8 @@ from kernels.dispatch import KernelError
 class Vocabulary(Protocol):
     """The columns of the logits [n, V] that this rank has."""
 
-    start: int
-    """Token id of the first column."""
-    rows: int
-    """Columns that are token ids; those after them are padding."""
+    start: int  # token id of the first column
+    rows: int  # columns that are token ids; those after them are padding
 
     def join(self, log_sum: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
         """log sum_j exp(z_j) and the target's logit (0 if elsewhere) of this rank -> of all; fp32 [n] each."""
@@ -32,9 +30,22 @@ class FullVocabulary:
         return log_sum, target_logit
 
 
-def check(op: str, shape: tuple[int, int], targets: Tensor, vocabulary: Vocabulary) -> None:
-    """KernelError unless targets and vocabulary fit logits of `shape` [N, V]."""
-    N, V = shape
+class Terms(NamedTuple):
+    """What a row's loss depends on beyond its logits and target."""
+
+    vocabulary: Vocabulary
+    ignore_index: int
+    z_loss: float
+    softcap: float
+
+    @property
+    def numbers(self) -> tuple[int, int, int, float, float]:
+        """(rows, start, ignore_index, z_loss, softcap), in which order the kernels take them."""
+        return self.vocabulary.rows, self.vocabulary.start, self.ignore_index, self.z_loss, self.softcap
+
+
+def check(op: str, N: int, V: int, targets: Tensor, vocabulary: Vocabulary) -> None:
+    """KernelError unless targets and vocabulary fit logits [N, V]."""
     # Not by `expect`: torch.compile cannot make a message of sizes that it does not know.
     if targets.shape != (N,) or targets.dtype != torch.int64:
         found = f"targets {targets.dtype} of shape {tuple(targets.shape)}"

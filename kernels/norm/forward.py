@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import cdiv, empty_like, readable, rounded
+from kernels.dispatch import cdiv, empty_like, readable, rounded, wide
 from kernels.norm.tiles import forward_tile, rows_of
 from kernels.philox import DropoutKey, keep_tile
 from kernels.plan import Plan, planned
@@ -141,3 +141,11 @@ def forward(
     if residual is None or stream is None:
         return [rounded(y, x.dtype), statistics]
     return [rounded(y, residual.dtype), statistics, rounded(stream, residual.dtype)]
+
+
+def norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; the mean is 0 if `rms`."""
+    rows = wide(x)  # once: each cast would round its own part of the gradient
+    centred = rows if rms else rows - rows.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * wide(weight)
+    return (y if bias is None else y + wide(bias)).to(x.dtype)

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from kernels import philox
 from kernels.dispatch import KernelError, choose, expect, wide
-from kernels.norm import reference
 from kernels.norm.backward import backward
-from kernels.norm.forward import forward
+from kernels.norm.forward import forward, norm_reference
 from kernels.norm.tiles import MAX_WIDTH
 from kernels.philox import DropoutKey
 from kernels.registration import call, operator
@@ -63,7 +62,7 @@ norm_op = operator("norm", fake=_fake, save=_save, backward=_backward)(forward)
 def normalised(form: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
     """The reference, or with form "torch" PyTorch's own operator."""
     if form == "reference":
-        return reference.rms_norm(x, weight, eps) if rms else reference.layer_norm(x, weight, bias, eps)
+        return norm_reference(x, weight, bias, eps, rms)
     if rms:
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)

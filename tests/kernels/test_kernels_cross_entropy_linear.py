@@ -23,8 +23,7 @@ from kernels.cross_entropy.linear import (
     linear_cross_entropy_op,
     loss_and_gradients,
 )
-from kernels.cross_entropy.rows import Terms
-from kernels.cross_entropy.vocabulary import FullVocabulary
+from kernels.cross_entropy.vocabulary import FullVocabulary, Terms
 from kernels.dispatch import KernelError
 
 C, V = 12, 37
@@ -126,10 +125,10 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("differentiate", [True, False])
 def test_the_logits_of_the_batch_never_exist(differentiate: bool, form: str) -> None:
     x, weight, targets = example(100)
-    vocabulary = FullVocabulary(V)
+    terms = Terms(FullVocabulary(V), -100, 0.0, 0.0)
     # The body of the operator: nothing sees inside the operator itself.
     with Largest() as largest, torch.no_grad():
-        loss_and_gradients(x, weight, targets, Terms(V, 0, -100, 0.0, 0.0), vocabulary, 16, form, differentiate)
+        loss_and_gradients(x, weight, targets, terms, 16, form, differentiate)
     assert largest.numel < 100 * V / 2
     with Largest() as largest:
         reference.linear_cross_entropy(x, weight, targets)
@@ -208,7 +207,7 @@ def test_compiles_whole_and_recomputes(chunk: int, impl: str) -> None:
 @pytest.mark.parametrize(("form", "chunk"), [("torch", 2), ("triton", 2), ("triton", None)])
 def test_opcheck(chunk: int | None, form: str) -> None:
     x, weight, targets = example(5)
-    options = (targets, V, 0, -100, 0.1, 2.0, chunk, form)
+    options = (targets, V, -100, 0.1, 2.0, chunk, form)
     torch.library.opcheck(linear_cross_entropy_op, (x, weight, *options, True))
     torch.library.opcheck(linear_cross_entropy_op, (x.detach(), weight.detach(), *options, False))
 

@@ -49,7 +49,7 @@ def test_a_ranking_and_a_line_of_every_kind(
         lines = [text for text in printed if re.fullmatch(rf"    {kind} +(\d+x\d+x4x1 ){{4}}\d+x\d+x4x1", text)]
         assert len(lines) == 2
         # The other widths keep their tile; all tables take the lines.
-        assert tables_of(0, False, f"plain {lines[0]}").plain[kind, 256] == INTERPRETER
+        assert tables_of(0, False, f"plain {lines[0]}").tiles["plain", kind, 256] == INTERPRETER
 
 
 def test_a_tile_with_other_results_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
