@@ -16,8 +16,12 @@ import pyarrow.parquet as pq
 VALUE = 16  # bytes that Arrow has for each value of a page, at most: of a dictionary, or the lengths of two parts
 DEEPEST = 8  # structures within one another
 BOOLS, BYTE, INTEGERS, I32, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 5, 7, 8, (9, 10), 12
-SIZE, STORED, HEADERS = (2, I32), (3, I32), [(5, STRUCT), (7, STRUCT), (8, STRUCT)]  # of a page: fields and their types
-VALUES = (1, I32)  # of a header of a data page, of version 1 or 2, or of a dictionary page
+SIZE, STORED = (2, I32), (3, I32)  # fields of a page's header: their numbers and types
+# Its header as a data page, as a dictionary, and as a data page of version 2, each with the field of the encoding.
+HEADERS = {(5, STRUCT): (2, I32), (7, STRUCT): (2, I32), (8, STRUCT): (4, I32)}
+VALUES = (1, I32)
+# PLAIN and dictionaries. Of differences (DELTA_BYTE_ARRAY) 30 bytes can claim 2^31 lengths, which Arrow makes room for.
+BOUNDED = {0, 2, 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +63,13 @@ def pages(content: bytes | mmap, start: int, stop: int) -> Iterator[Page]:
         except IndexError as error:
             raise ValueError(f"the header of the page at byte {start} has no end") from error
         size, stored = found.get(SIZE, -1), found.get(STORED, -1)
-        values = max((found[key].get(VALUES, -1) for key in HEADERS if key in found), default=0)
+        heads = [(found[key], encoding) for key, encoding in HEADERS.items() if key in found]
+        values = max((head.get(VALUES, -1) for head, _ in heads), default=0)
         end = reader.at + stored
         if min(size, stored, values) < 0 or end > len(content):
             raise ValueError(f"the page at byte {start} is said to have {stored} bytes, {size} and {values} values")
+        if unbounded := {head.get(encoding) for head, encoding in heads} - BOUNDED:
+            raise ValueError(f"the page at byte {start} has the encoding {unbounded}; expected PLAIN or a dictionary")
         yield Page(size, values, reader.at, end)
         start = end
 
