@@ -1,8 +1,9 @@
 """`python -m benchmarks.crawl`: the corpus pipeline beside datatrove and Daft, and on more and more pages.
 
 Writes results.jsonl (a line for each measurement), results.md and results.png. Without --datatrove and --daft, each the
-Python of an environment with that library, Ingot grows alone. docs/corpus.md says how to make them, and how long it
-takes. CPU seconds are those of all threads and child processes; what a stage loads once is not timed.
+Python of an environment with that library, Ingot grows alone, beside gigatoken in the stage that it encodes for.
+docs/corpus.md says how to make them, and how long it takes. CPU seconds are those of all threads and child processes;
+what a stage loads once is not timed.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from benchmarks.crawl.growth import grow, prepare
     from benchmarks.crawl.pages import load_pages
-    from benchmarks.crawl.stages import DAFT, DATATROVE, Stages
+    from benchmarks.crawl.stages import DAFT, DATATROVE, GIGATOKEN, Stages
     from benchmarks.crawl.tables import growth_table, plot_growth, scale_table, stage_table
     from benchmarks.report import append, begin, header, heading
 
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         print({key: value for key, value in record.items() if key != "stages"}, flush=True)
 
     pages = load_pages(options.packages)
-    pythons = {name: path for name, path in ((DATATROVE, options.datatrove), (DAFT, options.daft)) if path}
+    rivals = {DATATROVE: options.datatrove, DAFT: options.daft, GIGATOKEN: options.rounds and sys.executable}
+    pythons = {name: path for name, path in rivals.items() if path}
     stages = Stages(out / "stages", pythons)
     if pythons:
         stages.prepare(pages, options.megabytes, options.pages, options.texts)

@@ -74,18 +74,19 @@ def write_counted(folder: Path, pages: Sequence[Page], size: int) -> Iterator[in
 
 
 def chain(arguments: list[str]) -> Record:
-    """Run it; wall and CPU seconds, and MB of the largest of its processes."""
-    began, cpu, peak = time.perf_counter(), children_seconds(), 0.0
+    """Run it; wall and CPU seconds, and MB of the largest of its processes and of all together, at most."""
+    began, cpu, peak, total = time.perf_counter(), children_seconds(), 0.0, 0.0
     process = subprocess.Popen([sys.executable, "launch/prepare_data.py", "all", *arguments], cwd=ROOT)
     while process.poll() is None:
         with suppress(psutil.NoSuchProcess, OSError):
-            for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
-                peak = max(peak, one.memory_info().rss / 1e6)
+            first = psutil.Process(process.pid)
+            sizes = [one.memory_info().rss / 1e6 for one in (first, *first.children(recursive=True))]
+            peak, total = max(peak, *sizes), max(total, sum(sizes))
         with suppress(subprocess.TimeoutExpired):
             process.wait(SAMPLED)
     if process.returncode:
         raise RuntimeError(f"prepare_data.py all {' '.join(arguments)} ended with {process.returncode}")
-    return {"wall_s": time.perf_counter() - began, "cpu_s": children_seconds() - cpu, "peak_mb": peak}
+    return {"wall_s": time.perf_counter() - began, "cpu_s": children_seconds() - cpu, "peak_mb": peak, "all_mb": total}
 
 
 def children_seconds() -> float:

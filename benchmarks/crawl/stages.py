@@ -17,11 +17,12 @@ from benchmarks.report import Record
 from llm.crawl.documents import read_documents
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS, DATATROVE, DAFT = "Ingot", "datatrove", "Daft"
-SCRIPTS = {DATATROVE: "datatrove_stages.py", DAFT: "daft_stages.py"}
+OURS, DATATROVE, DAFT, GIGATOKEN = "Ingot", "datatrove", "Daft", "gigatoken"
+SCRIPTS = {DATATROVE: "datatrove_stages.py", DAFT: "daft_stages.py", GIGATOKEN: "gigatoken_stages.py"}
 CHAIN = "extract,filter,signatures,cluster,dedup,tokenizer,tokenize,tokens"
 VOCABULARY = 4096
 SHORT_WORDS = 60  # of a text in the comparison of clusterings
+TO_ENCODE = 40_000_000  # characters of text in the comparison with gigatoken, as one task
 SEED = 1
 
 
@@ -45,6 +46,7 @@ CASES = (
     Case("thousands", "extract", (OURS, DAFT), "warc"),
     Case("thousands", "signatures", (OURS, DAFT), "ours/filter"),
     Case("thousands", "cluster", (OURS, DAFT), "daft/signatures"),
+    Case("documents", "tokenize", (OURS, GIGATOKEN), "ours/dedup"),
 )
 DAFT_STAGES = {"extract": "read"}  # it reads records, and extracts nothing
 
@@ -64,6 +66,7 @@ class Stages:
             self._say(f"preparing {corpus}")
             folder = self.out / corpus
             folder.mkdir(parents=True)
+            stages = CHAIN if corpus in ("pages", "documents") else "extract,filter,signatures,cluster"
             config: Record = {"out": str(folder / "ours"), "input": {"source": str(folder / "warc")}}
             if corpus == "pages":
                 config |= {"tokenizer": {"vocab_size": VOCABULARY}, "tokenize": {"validation_fraction": 0.2}}
@@ -73,9 +76,11 @@ class Stages:
                 write_html(islice(inflated(pages, SEED), thousands), folder)
             else:
                 config |= {"input": {"source": str(folder / "texts.jsonl")}, "filter": {"rules": ["length"]}}
-                write_texts(pages, texts, folder / "texts.jsonl")
+                config |= {"tokenizer": {"vocab_size": VOCABULARY}}
+                found = short_texts(pages, texts) if corpus == "short" else long_texts(pages, TO_ENCODE)
+                write_texts(found, folder / "texts.jsonl")
             (folder / "config.yaml").write_text(json.dumps(config))
-            self._measure(OURS, self._ours(corpus, CHAIN if corpus == "pages" else "extract,filter,signatures,cluster"))
+            self._measure(OURS, self._ours(corpus, stages))
             self._dump(folder)
 
     def _dump(self, folder: Path) -> None:
@@ -83,7 +88,7 @@ class Stages:
         for stage in ("extract", "filter"):
             to_jsonl(folder / "ours" / stage, folder / f"{stage}.jsonl")
         corpus = folder.name
-        if corpus == "pages":  # both chains take the same tokenizer
+        if corpus in ("pages", "documents"):  # both sides take the same tokenizer
             shutil.copy(next((folder / "ours").glob("tokenizer/*tokenizer.json")), folder / "tokenizer.json")
             config = json.loads((folder / "config.yaml").read_text())
             config["tokenizer"] = {"path": str(folder / "tokenizer.json")}
@@ -111,6 +116,8 @@ class Stages:
         folder = self.out / case.corpus
         if case.stage in ("extract", "chain"):
             return int((folder / "bytes").read_text())
+        if case.stage == "tokenize":
+            return sum(json.loads(path.read_bytes())["bytes_in"] for path in (folder / "ours/tokenize").glob("0*.json"))
         source = folder / ("extract.jsonl" if case.stage == "filter" else "filter.jsonl")
         return sum(path.stat().st_size for path in source.glob("*"))
 
@@ -121,7 +128,9 @@ class Stages:
         system, folder = case.systems[1], self.out / case.corpus
         stage = DAFT_STAGES.get(case.stage, case.stage) if system == DAFT else case.stage
         command = [f"benchmarks/crawl/rivals/{SCRIPTS[system]}", stage, str(folder / case.reads), str(out)]
-        return command if system == DAFT else [*command, language_model(), str(folder / "tokenizer.json")]
+        if system == DATATROVE:
+            command.append(language_model())
+        return command if system == DAFT else [*command, str(folder / "tokenizer.json")]
 
     def _measure(self, system: str, command: Sequence[str]) -> Record:
         """Run a command; the JSON that it prints last."""
@@ -156,21 +165,35 @@ def up_to(sent: Iterable[Sent], size: int) -> Iterator[Sent]:
         yield each
 
 
-def write_texts(pages: Sequence[Page], count: int, path: Path) -> None:
-    """Short texts as JSON lines: pieces of the pages, one in ten twice with a word changed."""
+def short_texts(pages: Sequence[Page], count: int) -> Iterator[str]:
+    """So many pieces of the pages, or one more: one in ten twice with a word changed."""
+    number = 0
+    while number < count:
+        for page in pages:
+            words = visible(page.main).split()
+            for start in range(number % SHORT_WORDS, len(words) - SHORT_WORDS, SHORT_WORDS):
+                piece = words[start : start + SHORT_WORDS]
+                copies = [piece, [*piece[:-1], "changed"]] if number % 10 == 0 else [piece]
+                yield from map(" ".join, copies)
+                number += len(copies)
+                if number >= count:
+                    return
+
+
+def long_texts(pages: Sequence[Page], size: int) -> Iterator[str]:
+    """The texts of the pages again and again, with edits, until they have so many characters."""
+    for sent in inflated(pages, SEED):
+        if size <= 0:
+            return
+        text = visible(sent.body.decode())
+        size -= len(text)
+        yield text
+
+
+def write_texts(texts: Iterable[str], path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
-        number = 0
-        while number < count:
-            for page in pages:
-                words = visible(page.main).split()
-                for start in range(number % SHORT_WORDS, len(words) - SHORT_WORDS, SHORT_WORDS):
-                    piece = words[start : start + SHORT_WORDS]
-                    copies = [piece, [*piece[:-1], "changed"]] if number % 10 == 0 else [piece]
-                    for copy in copies:
-                        file.write(json.dumps({"text": " ".join(copy)}, ensure_ascii=False) + "\n")
-                    number += len(copies)
-                    if number >= count:
-                        return
+        for text in texts:
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
 def to_jsonl(folder: Path, out: Path) -> None:

@@ -87,7 +87,8 @@ def tables(path: Path, *columns: str) -> Iterator[pa.Table]:
 def opened(path: Path) -> Iterator[pq.ParquetFile]:
     """A Parquet file; raises InputError where it is damaged."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        # Row groups are small: to fetch them in advance costs a copy, and threads.
+        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} cannot be read: {error}; {ADVICE}") from error

@@ -1,4 +1,4 @@
-"""Which reader reads a file, by its name; and the readers of HTML, text, JSON and tables."""
+"""Which reader reads a file, by its name; and the readers of HTML, text and JSON."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from io import BufferedIOBase
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from llm.crawl.extract.records import Damaged, Record
 from llm.crawl.extract.settings import ExtractConfig
-from llm.data.corpus.tables import read_table
+from llm.crawl.extract.tables import read_rows
 from llm.data.corpus.texts import OPENERS, zstd
-from llm.errors import InputError
 
 WARC = re.compile(r"(?i).+\.(?:warc|wet)(?:\.wet)?(?:\.gz|\.zst)?")
 OTHER = re.compile(r"(?i).+\.(?:(html?|xhtml|txt|jsonl?|ndjson)(?:\.(?:gz|bz2|xz|zst))?|(parquet|arrow|feather))")
@@ -51,7 +46,7 @@ def records(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterator[R
 
         yield from read_warc(path, settings.max_bytes, damaged)
     elif kind == "table":
-        yield from _table(path, settings, damaged)
+        yield from read_rows(path, settings, damaged)
     elif kind == "lines":
         yield from _json_lines(path, settings, damaged)
     elif kind == "json":
@@ -134,30 +129,3 @@ def _field(record: object, key: str) -> object:
     for name in [key] if isinstance(record, dict) and key in record else key.split("."):
         record = record.get(name) if isinstance(record, dict) else None
     return record
-
-
-def _table(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterator[Record]:
-    row, urls = 0, repeat(("", ()))
-    try:
-        if path.suffix.lower() == ".parquet" and settings.url_key in pq.read_schema(path).names:
-            urls = read_table(path, settings.url_key)
-        for (_, text), (_, url) in zip(read_table(path, settings.text_key), urls, strict=False):
-            row += 1
-            body = _joined(text, settings.max_bytes)
-            if body is None:
-                damaged(row, f"the text has more bytes than extract.max_bytes, {settings.max_bytes}")
-            else:
-                yield Record(row, body, False, "".join(url))
-    except (InputError, OSError, ValueError, pa.ArrowException) as error:
-        damaged(row + 1, f"the table cannot be read further: {error}")
-
-
-def _joined(parts: Iterable[str], limit: int) -> str | None:
-    """The text of the parts; None where it has more than `limit` characters."""
-    kept, size = list[str](), 0
-    for part in parts:
-        kept.append(part)
-        size += len(part)
-        if size > limit:
-            return None
-    return "".join(kept)

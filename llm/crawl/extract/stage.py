@@ -21,7 +21,7 @@ class Extract:
     """Reads pages and texts, and takes their text."""
 
     name = "extract"
-    version = 1
+    version = 2
 
     def __init__(self, settings: ExtractConfig) -> None:
         """Raises InputError where a library that the settings need is not installed."""

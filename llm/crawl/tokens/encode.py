@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ from llm.errors import InputError
 Ids: TypeAlias = NDArray[np.uint32]
 REMEDY = "set tokenize.library=tokenizers"
 RENEWED = 1 << 30  # bytes of text after which gigatoken's cache of words begins anew: it only grows
+BEFORE_SPACE = re.compile(rb"(?s).+[!-~\xb0-\xbf](?= )")  # a byte with which no white space of Unicode ends
 SHOWN = 8  # ids and characters that an error shows
 # Marks, joiners, cases, white space, digits, scripts, unassigned characters, and words longer than the longest piece.
 UNUSUAL = (
@@ -62,12 +64,14 @@ class Encoder:
             self._fast, self._done = _open(self._raw), 0
         letters = memoryview(texts.buffers()[2] or b"")
         # One by one: for a batch it imports awkward, which takes longer than to encode 15 MB.
-        found = [self._fast.encode(bytes(letters[start:stop])) for start, stop in pairwise(starts.tolist())]
-        for i in np.flatnonzero(np.diff(starts) > LONGEST_PIECE).tolist():
-            cut, forced = pieces(texts[i].as_py(), LONGEST_PIECE)
+        return [self._encode(bytes(letters[start:stop])) for start, stop in pairwise(starts.tolist())]
+
+    def _encode(self, text: bytes) -> Ids:
+        if not _has_cuts(text):
+            cut, forced = pieces(text.decode(), LONGEST_PIECE)
             if forced:  # the reference gets these pieces, and the cuts show
-                found[i] = np.concatenate([self._fast.encode(piece) for piece in cut])
-        return found
+                return np.concatenate([self._fast.encode(piece) for piece in cut])
+        return self._fast.encode(text)
 
     def check(self, text: str, found: Ids, name: str) -> None:
         """Raise InputError, with the place in the text called `name`, unless `found` are the reference's ids."""
@@ -80,6 +84,17 @@ class Encoder:
                 f"{name}: from character {place} on ({text[place : place + SHOWN]!r}) gigatoken gives the tokens "
                 f"{ids[at : at + SHOWN]}, tokenizers {expected[at : at + SHOWN]}; {REMEDY}"
             )
+
+
+def _has_cuts(text: bytes) -> bool:
+    """Whether `pieces` surely finds a space for each cut: bytes have one as often as the characters should."""
+    start = 0
+    while len(text) - start > LONGEST_PIECE:
+        cut = BEFORE_SPACE.match(text, start, start + LONGEST_PIECE)
+        if cut is None:
+            return False
+        start = cut.end()
+    return True
 
 
 def bounds(texts: pa.LargeStringArray) -> NDArray[np.int64]:

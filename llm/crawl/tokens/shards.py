@@ -48,7 +48,8 @@ def write_part(task: Task, documents: Path, encoder: Encoder, validation_fractio
     with ExitStack() as stack:
         files = {split: _Files(task.path(f".{split}"), encoder.tokenizer, stack) for split in SPLITS}
         for table in tables(documents, "id", "text", *ORIGINS.names):
-            texts, ids = table["text"].combine_chunks(), table["id"].to_pylist()
+            column, ids = table["text"], table["id"].to_pylist()
+            texts = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies one, too
             found, sizes = encoder.encode(texts), np.diff(bounds(texts))
             for row in range(-counts.documents_in % CHECKED, len(ids), CHECKED):
                 if sizes[row] <= LARGEST:

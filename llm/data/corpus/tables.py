@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,40 +22,41 @@ def read_table(path: Path, key: str) -> Iterator[Document]:
     """A document of each row: the column `key` (`a.b`: field b of column a, unless there is a column a.b)."""
     row = 0
     try:
-        for column, names in _parquet(path, key) if kind_of(path) == "parquet" else _arrow(path, key):
-            column.validate(full=True)  # a damaged file must not lead outside its memory
+        for column in _parquet_texts(path, key) if kind_of(path) == "parquet" else arrow_texts(path, key):
             for start in range(0, len(column), ROWS):
-                part = column.slice(start, ROWS)
-                for name in names[1:]:
-                    part = part.flatten()[part.type.get_field_index(name)]
-                for text in part.cast(pa.large_string()).to_pylist():
+                for text in column.slice(start, ROWS).cast(pa.large_string()).to_pylist():
                     row += 1
                     yield f"{path}, row {row}", pieces([text]) if text else ()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path} cannot be read, after {row} rows: {error}") from error
 
 
-def _parquet(path: Path, key: str) -> Iterator[tuple[pa.Array, list[str]]]:
-    """The column in small parts, read from one row group at a time, and the names that lead to its text."""
-    with pq.ParquetFile(path, buffer_size=BUFFER, page_checksum_verification=True) as file:
-        names = _resolve(file.schema_arrow, key, path)
-        for batch in file.iter_batches(ROWS, columns=[".".join(names)], use_threads=False):
-            yield batch.column(names[0]), names
+def _parquet_texts(path: Path, key: str) -> Iterator[pa.Array]:
+    """The texts in small parts, read from one row group at a time."""
+    with open_parquet(path) as file:
+        way = way_to(file.schema_arrow, key, path)
+        for batch in file.iter_batches(ROWS, columns=[".".join(way)], use_threads=False):
+            yield text_of(batch.column(way[0]), way)
 
 
-def _arrow(path: Path, key: str) -> Iterator[tuple[pa.Array, list[str]]]:
-    """The column as the batches of an Arrow file or stream have it, mapped into memory, and the names likewise."""
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A Parquet file, of whose columns little is in memory at a time."""
+    return pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True)
+
+
+def arrow_texts(path: Path, key: str) -> Iterator[pa.Array]:
+    """The texts as the batches of an Arrow file or stream have them, mapped into memory."""
     with pa.memory_map(str(path)) as mapped:
         is_file = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
         reader = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
-        names = _resolve(reader.schema, key, path)
+        way = way_to(reader.schema, key, path)
         for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
-            yield batch.column(names[0]), names
+            yield text_of(batch.column(way[0]), way)
 
 
-def _resolve(schema: pa.Schema, key: str, path: Path) -> list[str]:
-    """The names that lead to the column; InputError where there is none or it holds no text."""
+def way_to(schema: pa.Schema, key: str, path: Path) -> list[str]:
+    """The names that lead to the text; InputError where there is none or it is no text."""
     kind = pa.struct(list(schema))
     names = [key] if key in schema.names else key.split(".")
     for name in names:
@@ -65,3 +66,11 @@ def _resolve(schema: pa.Schema, key: str, path: Path) -> list[str]:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     require(kind in TEXT, f"{path}: `{key}` is {kind}; expected text")
     return names
+
+
+def text_of(column: pa.Array, way: Sequence[str]) -> pa.Array:
+    """The texts in the column that is the first on the way to them. Raises pa.ArrowInvalid where it is damaged."""
+    column.validate(full=True)  # a damaged file must not lead outside its memory
+    for name in way[1:]:
+        column = column.flatten()[column.type.get_field_index(name)]
+    return column

@@ -29,7 +29,7 @@ from benchmarks.crawl.noise import (
     write_warcs,
 )
 from benchmarks.crawl.pages import Page, load_pages, page
-from benchmarks.crawl.stages import CASES, DATATROVE, OURS, up_to, write_texts
+from benchmarks.crawl.stages import CASES, DATATROVE, OURS, short_texts, up_to, write_texts
 from benchmarks.crawl.tables import growth_table, scale_table, stage_table
 from llm.crawl.documents import Document
 from llm.data.corpus import stdlib_files
@@ -198,7 +198,7 @@ def test_truncation_is_scored_by_reports() -> None:
 
 
 def test_short_texts_have_near_duplicates(tmp_path: Path) -> None:
-    write_texts(pages(), 50, tmp_path / "texts.jsonl")
+    write_texts(short_texts(pages(), 50), tmp_path / "texts.jsonl")
     texts = [json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert len(texts) >= 50 and sum(text.endswith("changed") for text in texts) >= 5
 
@@ -219,8 +219,8 @@ def test_tables_have_the_ratio_and_the_scale() -> None:
         "disk_bytes": 10**6,
     }
     grown = {"gigabytes": 0.1, "pages": 1000, "workers": 1, "wall_s": 10.0, "cpu_s": 9.0, "peak_mb": 200.0}
-    grown |= {"warc_bytes": 8 * 10**7, "stages": dict.fromkeys(names, stage)}
-    assert growth_table([grown])[-1] == "| 0.1 | 1,000 | 1 | 10 | 9 | 10 | 200 |"
+    grown |= {"all_mb": 300.0, "warc_bytes": 8 * 10**7, "stages": dict.fromkeys(names, stage)}
+    assert growth_table([grown])[-1] == "| 0.1 | 1,000 | 1 | 10 | 9 | 10 | 200 | 300 |"
     text = "\n".join(scale_table([grown]))
     assert "| extract | 10,000 | 200 | 1.0 |" in text, "80 TB are a million times 80 MB"
     assert "1.5e+09 reach the signatures, with 2000 bytes" in text

@@ -19,6 +19,7 @@ from llm.crawl.tokens.encode import UNUSUAL, Encoder
 from llm.crawl.tokens.settings import TokenizerConfig
 from llm.crawl.tokens.train import train
 from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer.cuts import pieces
 from llm.errors import InputError
 
 POOL = (
@@ -118,3 +119,22 @@ def test_without_gigatoken(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match=r"pip install 'ingot\[crawl\]', or set tokenize.library=tokenizers"):
         Encoder(tokenizer, "gigatoken")
     assert encoded(Encoder(tokenizer, "tokenizers"), ["a text"]) == [tokenizer.encode("a text")]
+
+
+def test_texts_that_are_encoded_whole_need_no_forced_cut(monkeypatch: pytest.MonkeyPatch):
+    rng = random.Random(1)
+    monkeypatch.setattr(encode, "LONGEST_PIECE", 12)
+    often = ["ab ", "c ", "word ", "я ", "слово "]
+    rare = ["中 ", "x" * 9, "y" * 11, "\u00a0 ", "\u3000", "\u2009 ", "\n", "\x1f ", " "]
+    some = ["".join(rng.choices(often * 4 + rare, k=rng.randint(1, 30))) for _ in range(20_000)]
+    whole = [text for text in some if encode._has_cuts(text.encode())]
+    assert sum(len(text) > 24 for text in whole) > 500
+    assert not [text for text in whole if pieces(text, 12)[1]]
+
+
+def test_only_texts_without_spaces_are_cut(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    encoder, seen = Encoder(tokenizer, "gigatoken"), list[str]()
+    monkeypatch.setattr(encode, "pieces", lambda text, limit: seen.append(text) or pieces(text, limit))
+    some = ["a line of words " * 5_000, "x" * 20_000, "слова и слова " * 3_000]
+    assert encoded(encoder, some) == tokenizer.encode_batch(some)[0]
+    assert seen == some[1:2]
