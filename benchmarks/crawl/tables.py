@@ -29,18 +29,8 @@ def stage_table(records: Sequence[Record], sizes: dict[str, int]) -> list[str]:
         size = number(sizes[f"{case.corpus} {case.stage}"] / 1e6)
         peaks = [max(r["peak_mb"] for r in chosen(records, case, system)) for system in case.systems]
         memory = " / ".join(map(number, peaks))
-        rows.append(
-            (
-                case.stage,
-                size,
-                spread(rates),
-                rival,
-                spread(rival_rates),
-                f"{ratio:.{1 if ratio >= 3 else 2}f} x",
-                goal,
-                memory,
-            )
-        )
+        times = f"{ratio:.{1 if ratio >= 3 else 2}f} x"
+        rows.append((case.stage, size, spread(rates), rival, spread(rival_rates), times, goal, memory))
     return table(
         ("stage", "MB read", "Ingot, MB/s a core", "beside", "MB/s a core", "ratio", "goal", "MB of memory"), rows
     )
