@@ -17,8 +17,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 21_800, "kernels": 4_412, "csrc": 3_330, "launch": 875, "benchmarks": 7_600}
-MAX_PRODUCT_LINES = 30_417  # all of these but the benchmarks
+BUDGETS = {"llm": 22_040, "kernels": 4_412, "csrc": 3_330, "launch": 875, "benchmarks": 7_600}
+MAX_PRODUCT_LINES = 30_640  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
 MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_350
 
