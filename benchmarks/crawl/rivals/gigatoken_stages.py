@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # pyright: reportMissingImports=false
 import numpy as np
@@ -18,8 +19,8 @@ from gigatoken.gigatoken_rs import ParquetFileSource
 
 def tokenize(tokenizer: Tokenizer, source: Path, out: Path) -> int:
     """Encode the column `text`, and write ids and ends; returns how many documents there are."""
-    files = ParquetFileSource(sorted(source.glob("*.parquet")), "text")
-    found = tokenizer.encode_files(files, parallel=False).layout
+    paths: list[Any] = sorted(source.glob("*.parquet"))
+    found: Any = tokenizer.encode_files(ParquetFileSource(paths, "text"), parallel=False).layout
     out.mkdir(parents=True, exist_ok=True)
     np.asarray(found.content.data).astype(np.uint16).tofile(out / "ids")
     np.asarray(found.offsets.data).tofile(out / "ends")

@@ -70,7 +70,7 @@ def _parquet(path: Path, settings: ExtractConfig, damaged: Damaged) -> Iterator[
         ways = [way_to(file.schema_arrow, settings.text_key, path)]
         if settings.url_key in file.schema_arrow.names:
             ways.append(way_to(file.schema_arrow, settings.url_key, path))
-        columns = list(dict.fromkeys(".".join(way) for way in ways))
+        columns = [".".join(way) for way in ways]
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             parts = chunks(group, columns)

@@ -42,7 +42,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, library: str) -> None:
         """library: as tokenize.library. InputError where gigatoken is missing or gives other ids for UNUSUAL texts."""
-        self.tokenizer, self._done, self._fast = tokenizer, 0, None
+        self.tokenizer, self._done = tokenizer, 0
+        self._fast: Any = None
         if library == "gigatoken":
             parts = json.loads(tokenizer.raw)
             added = [token["content"] for token in parts["added_tokens"]]

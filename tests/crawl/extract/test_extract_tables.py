@@ -77,7 +77,7 @@ def test_a_header_that_says_two_things_is_refused() -> None:
     (page,) = pages(good + b"abc", 0, 1)
     assert (page.size, page.begin, page.end) == (5, len(good), len(good) + 3)
     for bad in (
-        good[:-1] + b"\x05\x04\x0a",  # field 2 again: libraries may take either
+        good[:-1] + b"\x05\x04\x0a\0",  # field 2 again: libraries may take either
         header(0, 5),  # no size
         b"\x15\x00\x15\x09" + good[4:],  # less than nothing
         b"\x1c" * (DEEPEST + 1) + b"\0" * (DEEPEST + 1) + good,
