@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chosen import slow_but
 from llm import files, huggingface
 from llm.config import OptimConfig
+from llm.data.chat import Chat
 from llm.data.tokenizer import Tokenizer
 from llm.errors import CheckpointError, InputError
 from llm.huggingface import export, import_folder
@@ -80,7 +81,7 @@ def test_a_step_on_ranks_is_exported(form: str, trained: tuple[dict[str, Any], P
 def test_tokenizers_of_other_kinds_give_the_same_ids(kind: str, tmp_path: Path) -> None:
     """Whose own files begin each text with a token."""
     tokenizer = Tokenizer(tokenizer_json(kind).encode())
-    huggingface._write_tokenizer(tokenizer, tmp_path, T)
+    huggingface._write_tokenizer(Chat(tokenizer), tmp_path, T)
     found = AutoTokenizer.from_pretrained(tmp_path)
     for text in [*TEXTS, " two  spaces\n\ttab é 漢字 🙂 ", ""]:
         assert found(text)["input_ids"] == tokenizer.encode(text)
