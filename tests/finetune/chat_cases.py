@@ -15,6 +15,7 @@ from llm.data.tokenizer import Tokenizer
 from llm.finetune.tasks import open_task
 from llm.train.loop import train
 from llm.train.run_folder import RUNS, RunFolder
+from llm.train.source import Pretraining
 from llm.train.start import start
 from tiny_run import case, plain
 
@@ -62,7 +63,8 @@ def metric(run: Path, key: str) -> list[tuple[int, float]]:
 def tuned(config: RunConfig) -> int | None:
     """Start, on the one rank of a pool, and train; the step at which the start ends, None if there is nothing to do."""
     lock = RunFolder(RUNS, config.name).claim()
-    run = start(config, torch.device("cpu"), lambda line: None, open_source=open_task)
+    opened = Pretraining.open if config.finetune.task == "none" else open_task
+    run = start(config, torch.device("cpu"), lambda line: None, open_source=opened)
     if run is not None:
         train(run)
         run.engine.close()
