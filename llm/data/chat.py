@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llm import files
 from llm.data.tokenizer import Tokenizer
-from llm.errors import InputError, require
+from llm.errors import CheckpointError, InputError, require
 
 Message: TypeAlias = dict[str, str]
 """`role`, one of ROLES, and `content`."""
@@ -29,7 +32,19 @@ DEFAULT = (
 )
 """Of a tokenizer that has no template."""
 FILES = "chat_template.jinja", "tokenizer_config.json"
+REFUSALS = TypeError, ValueError, ArithmeticError, LookupError, AttributeError
+"""What Jinja's own filters raise for values that they are not made for."""
 MARK = "\ufdd0"  # in front of each character of a message that would spell a special token; no text has it
+
+
+class _Generation(Extension):
+    """The tags with which templates of transformers mark what is generated; they render as what they enclose."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Chat:
@@ -41,7 +56,7 @@ class Chat:
         spellings = sorted((*tokenizer.special, tokenizer.end_token), key=len, reverse=True)
         self._special = re.compile(f"(?<!{MARK})(?:{'|'.join(map(re.escape, spellings))})")
         world = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         world.globals["raise_exception"] = _refuse
         world.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
@@ -52,17 +67,24 @@ class Chat:
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer) -> Chat:
-        """With the template in a folder: of chat_template.jinja or tokenizer_config.json, else DEFAULT."""
-        path = folder / FILES[1]
-        settings: dict[str, Any] = files.parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
-        template, bos = settings.get("chat_template"), settings.get("bos_token") or ""
-        if isinstance(template, list):  # several by name
-            template = next((each["template"] for each in template if each.get("name") == "default"), None)
-        if (folder / FILES[0]).is_file():
-            template = (folder / FILES[0]).read_text(encoding="utf-8")
+        """With the template in a folder: of chat_template.jinja or tokenizer_config.json, else DEFAULT.
+
+        Raises InputError where these cannot be read.
+        """
+        jinja, settings = (folder / name for name in FILES)
         try:
-            return cls(tokenizer, template, bos["content"] if isinstance(bos, dict) else bos)
-        except InputError as error:
+            found: dict[str, Any] = files.parse_json(settings.read_bytes(), FILES[1]) if settings.is_file() else {}
+            template, bos = found.get("chat_template"), found.get("bos_token") or ""
+            if isinstance(template, list):  # several by name
+                named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+                template = next(named, {}).get("template")
+            if jinja.is_file():
+                template = jinja.read_text(encoding="utf-8")
+            bos = bos.get("content") if isinstance(bos, dict) else bos
+            expected = f"expected text for chat_template and bos_token in {FILES[1]}"
+            require(isinstance(template, str | None) and isinstance(bos, str), expected)
+            return cls(tokenizer, template, bos)
+        except (CheckpointError, InputError, OSError, UnicodeDecodeError) as error:
             raise InputError(f"{folder}: {error}") from error
 
     def save(self, folder: Path) -> None:
@@ -104,7 +126,7 @@ class Chat:
         words = {"bos_token": self.bos_token, "eos_token": self.tokenizer.end_token, "add_generation_prompt": prompt}
         try:
             return self._template.render(messages=shown, **words)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (jinja2.TemplateError, *REFUSALS) as error:
             raise InputError(f"the chat template refuses the messages: {error}") from error
 
     def _guarded(self, content: str) -> str:
@@ -125,7 +147,7 @@ class Chat:
                     begins = False
                 if match:
                     out[-1].append(special[match[0]])
-                    at, begins = match.end(), False
+                    at, begins = match.end(), self.tokenizer.prefixes_all
         return out
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from llm.config import RunConfig
 from llm.data.chat import ROLES, Chat, Message
 from llm.data.corpus.files import list_files
-from llm.data.corpus.texts import records
+from llm.data.corpus.texts import check_unicode, records
 from llm.data.prepare.tokenise import given_tokenizer
 from llm.errors import InputError, require
 from llm.finetune.examples import Example, Examples
 from llm.train.source import Say
+from llm.typed import shown
 
 
 class Conversations(Examples):
@@ -51,8 +52,7 @@ def checked(record: object, where: str) -> list[Message]:
     """The messages of a record; InputError unless each has a known role and text, and the last is an answer."""
     found = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(found, list) or not found:
-        keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise InputError(f"{where}: expected an object with a list of `messages`; found {keys or 'no field'}")
+        raise InputError(f"{where}: expected an object with `messages`, a list; found {shown(record)}")
     for number, message in enumerate(found, start=1):
         at = f"{where}, message {number}"
         fields = sorted(map(str, message)) if isinstance(message, dict) else type(message).__name__
@@ -60,6 +60,7 @@ def checked(record: object, where: str) -> list[Message]:
         role, content = message["role"], message["content"]
         require(role in ROLES, f"{at}: the role is {role!r}; expected {', '.join(ROLES)}")
         require(isinstance(content, str), f"{at}: the content is {type(content).__name__}; expected text")
+        check_unicode(content, f"{at}: the content")
         require(role != "assistant" or bool(content.strip()), f"{at}: the answer is empty; leave the conversation out")
     require(
         found[-1]["role"] == "assistant", f"{where}: the last message is of the {found[-1]['role']}: no answer follows"

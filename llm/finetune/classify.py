@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llm.config import RunConfig
 from llm.data.corpus.files import list_files
-from llm.data.corpus.texts import records
+from llm.data.corpus.texts import check_unicode, records
 from llm.data.prepare.tokenise import given_tokenizer
 from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.manifest import SPLITS
@@ -123,4 +123,6 @@ def labelled(source: str) -> Iterator[tuple[str, str, str]]:
             if not (isinstance(text, str) and text.strip() and isinstance(label, str) and label.strip()):
                 expected = "expected an object with `text` and `label`, texts that are not empty"
                 raise InputError(f"{where}: {expected}; found {shown(record)}")
+            for field in (text, label):
+                check_unicode(field, f"{where}: {shown(field)}")
             yield where, text, label

@@ -12,9 +12,11 @@ from llm.errors import CheckpointError, InputError, require
 
 
 def finetune_config(argv: Sequence[str]) -> RunConfig:
-    """As parse_config, for launch/finetune.py. Raises InputError too where train.init_from names nothing to read."""
+    """As parse_config, for launch/finetune.py. Raises InputError too unless train.init_from names what can be read."""
     config = parse_config(argv, prog="finetune.py", complete=from_source)
     require(config.finetune.task != "none", "finetune.task is none; set --finetune.task=continue, chat or classify")
+    expected = "expected the run, the checkpoint or the Hugging Face folder to go on from"
+    require(config.train.init_from is not None, f"train.init_from is not set; {expected}")
     return config
 
 

@@ -13,7 +13,8 @@ from llm.data.corpus import stdlib_files
 from llm.files import complete_folder
 
 FILES = "docstrings.jsonl", "packages.jsonl"
-LONGEST_SOURCE, LONGEST_ANSWER = 600, 160  # characters
+LONGEST_FUNCTION, LONGEST_ANSWER = 150, 160  # characters; no function fills 128 tokens of a small vocabulary
+LONGEST_TEXT = 600
 PACKAGES = {
     "asyncio", "concurrent", "distutils", "email", "encodings", "idlelib", "importlib", "json", "lib2to3",
     "multiprocessing", "tkinter", "unittest", "xml",
@@ -42,7 +43,7 @@ def docstrings(source: str) -> Iterator[list[dict[str, str]]]:
         summary = " ".join(inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0].split())
         node.body = node.body[1:] if summary else node.body
         code = ast.unparse(node)
-        if 0 < len(summary) <= LONGEST_ANSWER and len(code) <= LONGEST_SOURCE and summary.isprintable():
+        if 0 < len(summary) <= LONGEST_ANSWER and len(code) <= LONGEST_FUNCTION and summary.isprintable():
             yield [{"role": "user", "content": code}, {"role": "assistant", "content": summary}]
 
 
@@ -51,8 +52,8 @@ def labelled(path: Path, source: str) -> Iterator[dict[str, str]]:
     package = path.relative_to(sysconfig.get_path("stdlib")).parts[0]
     for node in parsed(source).body if package in PACKAGES else ():
         text = ast.unparse(node)
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and len(text) > LONGEST_SOURCE // 10:
-            yield {"text": text[:LONGEST_SOURCE], "label": package}
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and len(text) > LONGEST_TEXT // 10:
+            yield {"text": text[:LONGEST_TEXT], "label": package}
 
 
 def parsed(source: str) -> ast.Module:

@@ -101,6 +101,16 @@ def bert() -> Tokenizer:
     return inner
 
 
+def bytes_alone() -> Tokenizer:
+    """A token for each byte, and three special ones, as for ChatML."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return inner
+
+
 @cache
 def ranks() -> dict[bytes, int]:
     """Of a tokenizer trained on this repository's text, in the order of its merges, and tokens that no merge makes."""

@@ -1,25 +1,20 @@
-"""Examples are packed whole, their answers alone are learnt, and no layout changes what a step computes."""
+"""Examples are packed whole, and their answers alone are learnt: each on its own would give the same gradients."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from chat_cases import T, chat_config, sums, turn, write
 
-from llm.config import RunConfig
 from llm.data.tokens.manifest import SPLITS
 from llm.errors import InputError
 from llm.finetune.chat import Conversations
 from llm.model.layers import IGNORED_TARGET
-from llm.parallel.mesh import Mesh
-from llm.train.build import build_engine, build_model
+from llm.train.build import build_model
 from llm.train.engines.base import micro_batch
-from llm.train.engines.plain import PlainEngine
-from pool import RankPool
 
 CPU = torch.device("cpu")
 
@@ -70,6 +65,27 @@ def test_what_is_given_has_no_gradient(data: Conversations) -> None:
     assert not learning[row, at:].any() and learning[row].any()
 
 
+def test_gradients_are_those_of_each_answer_after_its_prompt_alone(data: Conversations) -> None:
+    """Computed of one conversation at a time: by the template, which tokens are the answer's follows from its text."""
+    samples, chat = data.samples["train"], data.chat
+    model, rows = build_model(data.config, None), np.arange(4)
+    model(*micro_batch(samples.batch(rows, rows), CPU)).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    packed = {tuple(samples.tokens[a : a + n].tolist()) for row in rows for a, n in samples.row(row).tolist()}
+    counted = 0
+    for messages in sums():
+        prompt, answer = chat.prompt(messages[:1]), chat.tokenizer.encode(messages[1]["content"])
+        tokens = [*prompt, *answer, chat.tokenizer.eod_id]
+        if tuple(tokens) in packed:
+            states = model(torch.tensor([tokens[:-1]]))[0, len(prompt) - 1 :]
+            torch.nn.functional.cross_entropy(states, torch.tensor(tokens[len(prompt) :]), reduction="sum").backward()
+            counted += 1
+    assert counted == len(packed) > len(rows)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_an_example_does_not_see_its_neighbours(data: Conversations) -> None:
     samples, model = data.samples["train"], build_model(data.config, None)
     row = next(i for i in range(len(samples)) if len(samples.row(i)) > 1)
@@ -91,43 +107,6 @@ def test_ranks_share_a_step_and_know_its_count_of_targets(data: Conversations, c
         assert torch.equal(one.tokens, shared.tokens) and torch.equal(one.sample_ids, shared.sample_ids)
     counted = sum(int((micro_batch(batch, CPU).targets != IGNORED_TARGET).sum()) for batch in batches)
     assert [step.target_count for step in (whole, *ranks)] == [counted] * 3
-
-
-def step_of(config: RunConfig, folder: Path, consumed: int) -> dict[str, Any]:
-    """The loss and the gradients of one step, and the validation loss, on this rank of a pool. Collective."""
-    mesh = Mesh.create(config.parallel, "cpu")
-    engine, source = build_engine(config, mesh, CPU), Conversations(config)
-    result = measured(engine, config, source, consumed, mesh.dp_rank, mesh.dp_size)
-    engine.close()
-    return result
-
-
-def measured(engine: Any, config: RunConfig, source: Conversations, consumed: int, rank: int, size: int) -> Any:
-    step = source.loader(dp_rank=rank, dp_size=size, consumed=consumed, widen=True).next_step()
-    loss = engine.forward_backward([micro_batch(batch, CPU) for batch in step.batches], step.target_count)
-    gradients = {name: engine.gradient(name).clone().numpy() for name in engine.parameters}
-    found = source.validation_batches(dp_rank=rank, dp_size=size)
-    measures = source.evaluate(engine, (micro_batch(batch, CPU, rows) for batch, rows in found))
-    return {"loss": float(loss), "gradients": gradients, "validation": measures["val_loss"], "steps": len(step.batches)}
-
-
-@pytest.mark.parametrize("consumed", [0, 8])
-def test_ranks_and_micro_batches_of_unequal_answers_give_one_processs_loss(
-    two_ranks: RankPool, folder: Path, data: Conversations, consumed: int
-) -> None:
-    spread = chat_config(folder, train=dict(micro_batch_size=2))
-    whole = chat_config(folder, train=dict(micro_batch_size=8))
-    engine = PlainEngine(whole, build_model(whole, None), None, CPU)
-    expected = measured(engine, whole, Conversations(whole), consumed, 0, 1)
-    found = two_ranks.run(step_of, spread, folder, consumed)
-    counts = data.samples["train"].targets
-    assert len(set(counts.tolist())) > 2  # else a mean of means would do
-    for each in found:
-        assert each["steps"] == 2
-        assert each["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-        assert each["validation"] == pytest.approx(expected["validation"], rel=1e-6)
-        for name, gradient in expected["gradients"].items():
-            np.testing.assert_allclose(each["gradients"][name], gradient, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_an_epoch_has_every_row_once_and_the_loader_goes_on_anywhere(data: Conversations) -> None:

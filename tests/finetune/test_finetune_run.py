@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from chat_cases import chat_config, sums, turn, write
+from chat_cases import chat_config, metric, sums, tuned, turn, write
 
 from llm.checkpoint.reader import find_named, open_checkpoint
 from llm.checkpoint.writer import checkpoints, step_of
-from llm.config import RunConfig
 from llm.config.finetune import FinetuneConfig
-from llm.config.parse import to_yaml
 from llm.data.chat import Chat
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.finetune.settings import finetune_config
-from llm.finetune.tasks import open_task
-from llm.train.loop import train
-from llm.train.run_folder import RUNS, RunFolder
-from llm.train.start import start
+from llm.train.run_folder import RUNS
 from pool import RankPool
-
-ROOT = Path(__file__).resolve().parents[2]
-CPU = torch.device("cpu")
-
-
-def lines(folder: Path, key: str) -> list[tuple[int, float]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line[key]) for line in found if key in line]
-
-
-def tuned(config: RunConfig) -> int | None:
-    """The step at which a start ends; None: there was nothing to do."""
-    lock = RunFolder(RUNS, config.name).claim()
-    run = start(config, CPU, lambda line: None, open_source=open_task)
-    if run is not None:
-        train(run)
-        run.engine.close()
-    lock.release()
-    return None if run is None else run.step
 
 
 def runs(folder: Path) -> dict[str, Any]:
@@ -62,12 +34,11 @@ def runs(folder: Path) -> dict[str, Any]:
     found |= {"early": tuned(patient[0]), "early again": tuned(patient[0]), "more patience": tuned(patient[1])}
     found["kept"] = [step_of(path) for path in checkpoints(RUNS / "stays" / "checkpoints")]
     found["named"] = find_named(RUNS / "stays")
-    for change, remedy in ((lambda: write(folder, [{"messages": m} for m in sums(50)]), "data"),):
-        change()
-        try:
-            tuned(replace(learns, train=replace(learns.train, max_steps=9)))
-        except InputError as error:
-            found[remedy] = str(error)
+    write(folder, [{"messages": messages} for messages in sums(50)])
+    try:
+        tuned(replace(learns, train=replace(learns.train, max_steps=9)))
+    except InputError as error:
+        found["data"] = str(error)
     return found
 
 
@@ -80,7 +51,7 @@ def found(one_rank: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def test_tuning_lowers_the_loss_of_answers_and_keeps_the_template(found: dict[str, Any]) -> None:
     folder = found["folder"] / "runs/learns"
-    losses = lines(folder, "val_loss")
+    losses = metric(folder, "val_loss")
     assert [step for step, _ in losses] == [0, 2, 4, 6, 8] and losses[-1][1] < 0.9 * losses[0][1]
     assert (found["learns"], found["again"]) == (8, None)
     chat = Chat.load(folder, Tokenizer.load(folder / "tokenizer.json"))
@@ -109,30 +80,10 @@ def test_the_model_and_the_tokenizer_are_those_of_the_weights(found: dict[str, A
     assert config.model == replace(chat_config(tmp_path).model, dropout=0.5)
     assert config.data.tokenizer == str(base / "tokenizer.json") and config.data.source == "a.jsonl"
     assert finetune_config([*words, "--data.tokenizer=t.json"]).data.tokenizer == "t.json"
-    for wrong, message in (
-        ("--train.init_from=nowhere", "train.init_from: .*nowhere"),
-        ("--finetune.task=none", "none"),
-    ):
-        with pytest.raises(InputError, match=message):
-            finetune_config([*words, wrong] if "task" in wrong else [*words[:-1], wrong])
-
-
-@pytest.mark.slow
-def test_the_command_tunes_under_zero_and_refuses_what_it_cannot_read(tmp_path: Path) -> None:
-    write(tmp_path, [{"messages": messages} for messages in sums()])
-    config = chat_config(tmp_path, train=dict(engine="deepspeed", max_steps=2), parallel=dict(zero_stage=2))
-    (tmp_path / "c.yaml").write_text(to_yaml(config))
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-
-    def finetune(*words: str) -> subprocess.CompletedProcess[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command = [*torchrun, f"{ROOT}/launch/finetune.py", "--config", "c.yaml", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=500)
-
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": turn("a", "b")[:1]}))
-    refused = finetune("--data.source=bad.jsonl", "--name=bad")
-    assert refused.returncode and "line 1: the last message is of the user" in refused.stderr
-    assert not (tmp_path / "runs").exists()
-    done = finetune()
-    assert done.returncode == 0, done.stderr
-    assert [step for step, _ in lines(tmp_path / "runs/run", "val_loss")] == [0, 2]
+    with pytest.raises(InputError, match="train.init_from: .*nowhere"):
+        finetune_config([*words[:-1], "--train.init_from=nowhere"])
+    with pytest.raises(InputError, match="finetune.task is none"):
+        finetune_config([*words, "--finetune.task=none"])
+    (tmp_path / "t.json").write_bytes((base / "tokenizer.json").read_bytes())
+    with pytest.raises(InputError, match="train.init_from is not set; expected the run, the checkpoint or the Hugging"):
+        finetune_config([*words[:-1], f"--data.tokenizer={tmp_path}/t.json"])

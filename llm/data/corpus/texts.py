@@ -164,11 +164,16 @@ def _field(record: object, key: str, where: str) -> str:
             return ""
     if not isinstance(found, str):
         raise InputError(f"{where}: `{key}` is {type(found).__name__}; expected text")
-    try:
-        found.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-        raise InputError(f"{where}: `{key}` is not Unicode text: {error}") from error
+    check_unicode(found, f"{where}: `{key}`")
     return found
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raise InputError for half of a surrogate pair, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not Unicode text: {error}") from error
 
 
 def no_field(where: str, key: str, fields: Iterable[str]) -> InputError:

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm.data.tokenizer.cuts import LONGEST_PIECE, LONGEST_WORD, pieces
 from llm.data.tokenizer.ranks import SUFFIXES, read_ranks
-from llm.data.tokenizer.spelling import BYTE_TOKEN, bytes_of, drop_prefix, keeps_text, steps
+from llm.data.tokenizer.spelling import BYTE_TOKEN, bytes_of, drop_prefix, keeps_text, prefixes_all, steps
 from llm.errors import InputError, require
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -54,6 +54,8 @@ class Tokenizer:
         self._decoder = [step["type"] for step in steps(parts["decoder"])]
         fallback = vocabulary.items() if "ByteFallback" in self._decoder else ()
         self.byte_tokens = frozenset(i for token, i in fallback if BYTE_TOKEN.fullmatch(token))
+        self.prefixes_all = prefixes_all(parts)
+        """Whether text behind a special token begins anew: with the space, if any, that is put before a document."""
         self._keeps_text = keeps_text(parts)
         if self._keeps_text:
             drop_prefix(rest)

@@ -41,9 +41,22 @@ def keeps_text(parts: Step) -> bool:
     return all(s == spaces or (s["type"] in KEEP_TEXT and s.get("behavior") != "Removed") for s in every)
 
 
+def prefixes_all(parts: Step) -> bool:
+    """Whether a space is put before a text behind a special token too, not before the first of a document alone."""
+    return any(
+        "prepend" in step or step.get("prepend_scheme") == "always" or step.get("add_prefix_space")
+        for step in _first_steps(parts)
+    )
+
+
 def drop_prefix(parts: Step) -> None:
     """Make it the tokenizer.json for the rest of a text: no space is put before what it is given."""
-    for step in [*steps(parts["normalizer"]), *steps(parts["pre_tokenizer"])[:1]]:
+    for step in _first_steps(parts):
         for key, nothing in (("prepend", ""), ("prepend_scheme", "never"), ("add_prefix_space", False)):
             if key in step:
                 step[key] = nothing
+
+
+def _first_steps(parts: Step) -> list[Step]:
+    """Those that may put a space before a text."""
+    return [*steps(parts["normalizer"]), *steps(parts["pre_tokenizer"])[:1]]
