@@ -10,7 +10,8 @@ import pytest
 from chat_cases import chat_config, metric, tuned
 
 from chosen import slow_but
-from llm.config.sections import DataConfig, FinetuneConfig
+from llm.config.finetune import FinetuneConfig
+from llm.config.sections import DataConfig
 from llm.data.prepare.console import prepare_all
 from llm.finetune.settings import finetune_config
 from llm.huggingface import export
