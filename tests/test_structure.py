@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/finetune": {
         "numpy", "torch", "llm.checkpoint", "llm.config", "llm.data", "llm.errors", "llm.files", "llm.finetune",
-        "llm.model", "llm.parallel", "llm.slices", "llm.train", "llm.typed",
+        "llm.model", "llm.parallel", "llm.sinks", "llm.slices", "llm.train", "llm.trained", "llm.typed",
     },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/train/gpu_state.py": {"torch", "pynvml", "llm.sinks"},
