@@ -41,11 +41,13 @@ def lines(folder: Path, key: str) -> list[tuple[int, float]]:
 def tuned(config: RunConfig) -> int | None:
     """The step at which a start ends; None: there was nothing to do."""
     lock = RunFolder(RUNS, config.name).claim()
-    run = start(config, CPU, lambda line: None, open_source=open_task)
-    if run is not None:
-        train(run)
-        run.engine.close()
-    lock.release()
+    try:
+        run = start(config, CPU, lambda line: None, open_source=open_task)
+        if run is not None:
+            train(run)
+            run.engine.close()
+    finally:
+        lock.release()
     return None if run is None else run.step
 
 
