@@ -53,14 +53,14 @@ def main(ranks: Ranks) -> None:
     export(ranks, os.environ)
     import torch
 
-    from llm.generate import SamplingConfig, chat, read_prompt, stream
+    from llm.generate import SamplingConfig, chat, read_text, stream
     from llm.parallel.mesh import Mesh
     from llm.trained import load_trained
 
     options = {name: getattr(args, name) for name in ("max_new_tokens", "samples", "stop", "log_probs", "speed")}
     options["sampling"] = SamplingConfig(**{name: getattr(args, name) for name in vars(SamplingConfig())})
     options["say"] = lambda note: print(note, file=sys.stderr) if ranks.rank == 0 else None
-    prompts, device, mesh = args.prompt + [read_prompt(path) for path in args.prompt_file], choose_device(ranks), None
+    prompts, device, mesh = args.prompt + [read_text(path) for path in args.prompt_file], choose_device(ranks), None
     if ranks.world_size > 1:
         initialize(ranks, timeout_seconds=600, device=device)
         mesh = Mesh.create(ParallelConfig(tensor_parallel=ranks.world_size), device.type)

@@ -248,12 +248,12 @@ def chat(trained: Trained, lines: Iterable[str], max_new_tokens: int, **options:
         messages.append({"role": "assistant", "content": said.removesuffix("\n")})
 
 
-def read_prompt(path: str) -> str:
+def read_text(path: str) -> str:
     """The text of a file, as it is; of stdin for "-". Raises InputError where it cannot be read."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"--prompt-file {path}: expected a file that can be read: {error.strerror}") from error
+        raise InputError(f"{path}: expected a file that can be read: {error.strerror}") from error
     return raw.decode(errors="surrogateescape")
 
 

@@ -33,16 +33,19 @@ class Trained:
     chat: Chat
     config: RunConfig
     step: int
+    labels: tuple[str, ...] = ()
+    """Of a classifier: what each row of its head stands for."""
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.chat.tokenizer
 
 
-def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Chat]:
+def open_trained(path: Path, *, classifier: bool = False) -> tuple[CheckpointReader, RunConfig, Chat]:
     """The checkpoint that `path` names, every byte of it verified, with its config, tokenizer and chat template.
 
-    Raises InputError if there is no such checkpoint.
+    Raises InputError if there is no such checkpoint, or it is of a language model where a `classifier` is
+    expected, or the other way round.
 
     One of a run with LoRA reads as the model without it, its products added to the weights.
     """
@@ -56,8 +59,9 @@ def open_trained(path: Path) -> tuple[CheckpointReader, RunConfig, Chat]:
         reader = open_checkpoint(checkpoint)
     except CheckpointError as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
-    task = from_dict(reader.state["config"]).finetune.task
-    require(task != "classify", f"{checkpoint} is a classifier; expected a language model")
+    kinds = ("a language model", "a classifier")
+    found = from_dict(reader.state["config"]).finetune.task == "classify"
+    require(found == classifier, f"{checkpoint} is {kinds[found]}; expected {kinds[classifier]}")
     reader, config = without_lora(reader, from_dict(reader.state["config"]))
     return reader, config, Chat.load(tokenizer.parent, Tokenizer.load(tokenizer, config.data.end_token))
 
@@ -73,22 +77,28 @@ def open_hf_folder(folder: Path) -> tuple[HuggingFaceReader, RunConfig, Chat]:
     return source, RunConfig(model=source.config, data=data), Chat.load(folder, tokenizer)
 
 
-def load_trained(path: Path | str, device: torch.device | str = "cpu", mesh: Mesh | None = None) -> Trained:
+def load_trained(
+    path: Path | str, device: torch.device | str = "cpu", mesh: Mesh | None = None, *, classifier: bool = False
+) -> Trained:
     """Read a model written under any layout: fp32, for evaluation; with a mesh, this tensor-parallel rank's part of it.
 
     path: runs/<name>, the folder of a checkpoint with its tokenizer.json in it or up to two folders above, or a
-    Hugging Face folder. Raises InputError if there is no such checkpoint, or the mesh has more ranks than the model's
-    heads can be cut for. The weights of linears on a CPU lie in memory by columns (llm/model/decode.py).
+    Hugging Face folder. Raises InputError as `open_trained`, or if the mesh has more ranks than the model's heads can
+    be cut for. classifier: one is expected, else a language model. The weights of linears on a CPU lie in memory by
+    columns (llm/model/decode.py).
     """
     path = Path(path)
     theirs = (path / "config.json").is_file()
-    reader, config, chat = open_hf_folder(path) if theirs else open_trained(path)
+    require(not (theirs and classifier), f"{path} is a language model; expected a classifier")
+    reader, config, chat = open_hf_folder(path) if theirs else open_trained(path, classifier=classifier)
+    state = {"step": 0} if isinstance(reader, HuggingFaceReader) else reader.state
+    labels = tuple(state["data"]["labels"]) if classifier else ()
     # The layout and kernels of the training run do not matter here.
     parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
     train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
     config = replace(config, parallel=parallel, train=train)
     with torch.device("meta"):
-        model = model_of(config.model, choose_layers(config, mesh))
+        model = model_of(config.model, choose_layers(config, mesh), labels=len(labels) or None)
         if isinstance(model, GPT) and mesh is None and torch.device(device).type == "cpu":
             store_by_columns(model)
     for name, parameter in model.named_parameters():
@@ -97,5 +107,4 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu", mesh: Mes
         with torch.no_grad():
             held = parameter.narrow(part.dim, 0, part.stop - part.start)  # the rest is padding, of zeros
             held.copy_(reader.read_slice(name, "master", part))
-    step = 0 if isinstance(reader, HuggingFaceReader) else reader.state["step"]
-    return Trained(model.eval(), chat, config, step)
+    return Trained(model.eval(), chat, config, state["step"], labels)

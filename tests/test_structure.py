@@ -17,8 +17,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 23_900, "kernels": 4_300, "csrc": 3_330, "launch": 1_020, "benchmarks": 7_900}
-MAX_PRODUCT_LINES = 32_550  # all of these but the benchmarks
+BUDGETS = {"llm": 24_000, "kernels": 4_300, "csrc": 3_330, "launch": 1_020, "benchmarks": 7_900}
+MAX_PRODUCT_LINES = 32_650  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
 MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_450
 
@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     },
     "llm/finetune": {
         "numpy", "torch", "llm.checkpoint", "llm.config", "llm.data", "llm.errors", "llm.files", "llm.finetune",
-        "llm.model", "llm.parallel", "llm.slices", "llm.train", "llm.typed",
+        "llm.model", "llm.parallel", "llm.sinks", "llm.slices", "llm.train", "llm.trained", "llm.typed",
     },
     "llm/train/engines/deepspeed.py": {"torch", "deepspeed", "pydantic", "llm"},
     "llm/train/gpu_state.py": {"torch", "pynvml", "llm.sinks"},

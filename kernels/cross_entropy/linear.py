@@ -3,7 +3,7 @@
 N tokens, n those of a chunk, C model width, V rows of the weight. While the logits z = x W^T of a chunk exist, their
 gradient overwrites them (kernels/cross_entropy/rows.py), and from it come
 
-    dL/dx = dL/dz W,        dL/dW = sum over chunks of (dL/dz)^T x, in fp32
+    dL/dx = dL/dz W,        dL/dW = sum over chunks of (dL/dz)^T x, in fp32 (not of a weight without a gradient)
 
 so that no product is computed twice (as in Liger Kernel, Hsu et al. 2024). The backward pass only multiplies by the
 upstream gradient. The three products are the vendor's. docs/decisions/0006 says why.
@@ -69,19 +69,21 @@ def _(total_shape, a_shape, b_shape, *_: Any, **__: Any) -> int:
 
 
 def loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, terms: Terms, chunk: int | None, form: str, differentiate: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the losses fp32 [], dL/dx [N, C], dL/dW [V, C]); without `differentiate` two empty ones.
+    x: Tensor, weight: Tensor, targets: Tensor, terms: Terms, chunk: int | None, form: str, differentiate: bool,
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(sum of the losses fp32 [], dL/dx [N, C], dL/dW [V, C]).
 
+    Without `differentiate` both gradients are empty; with `frozen` dL/dW is, which costs a third of the products.
     chunk: None for all tokens at once. dL/dW is then no sum and in weight's dtype, as the torch form's always is; else
     it is in fp32.
     """
     N, V = len(x), len(weight)
     total = torch.zeros((), dtype=torch.float32, device=x.device)
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight, dtype=None if chunk is None else torch.float32)
-    if not differentiate:
-        grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
-    elif N == 0:
+    grad_x = torch.empty_like(x) if differentiate else x.new_empty(0)
+    wide = None if chunk is None else torch.float32
+    grad_weight = torch.empty_like(weight, dtype=wide) if differentiate and not frozen else weight.new_empty(0)
+    if N == 0:
         grad_weight.zero_()
     chunk = chunk or max(N, 1)
     space = x.new_empty(min(N, chunk) if form == "triton" else 0, cdiv(V, ALIGNMENT) * ALIGNMENT)
@@ -98,16 +100,17 @@ def loss_and_gradients(
         total += losses.sum()
         if grad is not None:
             torch.mm(grad, weight, out=grad_x[part])
-            add_product(grad_weight, grad.t(), x[part], start == 0)
+            if not frozen:
+                add_product(grad_weight, grad.t(), x[part], start == 0)
     return total, grad_x, grad_weight.to(weight.dtype) if form == "torch" else grad_weight
 
 
-def _fake(x, weight, targets, rows, ignore_index, z_loss, softcap, chunk, form, differentiate):
+def _fake(x, weight, targets, rows, ignore_index, z_loss, softcap, chunk, form, differentiate, frozen):
     loss = x.new_empty((), dtype=torch.float32)
     if not differentiate:
         return loss, x.new_empty(0), weight.new_empty(0)
     dtype = torch.float32 if form == "triton" and chunk is not None else weight.dtype
-    return loss, torch.empty_like(x), torch.empty_like(weight, dtype=dtype)
+    return loss, torch.empty_like(x), weight.new_empty(0) if frozen else torch.empty_like(weight, dtype=dtype)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -128,17 +131,17 @@ def _backward(ctx, grad, *_):
 @operator("linear_cross_entropy", fake=_fake, save=_save, backward=_backward)
 def linear_cross_entropy_op(
     x: Tensor, weight: Tensor, targets: Tensor, rows: int, ignore_index: int, z_loss: float, softcap: float,
-    chunk: int | None, form: str, differentiate: bool,
+    chunk: int | None, form: str, differentiate: bool, frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`loss_and_gradients` of a whole vocabulary: one node for torch.compile, however many chunks."""
     terms = Terms(FullVocabulary(rows), ignore_index, z_loss, softcap)
-    return loss_and_gradients(x, weight, targets, terms, chunk, form, differentiate)
+    return loss_and_gradients(x, weight, targets, terms, chunk, form, differentiate, frozen)
 
 
 @register_flop_formula(torch.ops.ingot.linear_cross_entropy)
 def _(x_shape, weight_shape, *arguments: Any, **_: Any) -> int:
-    differentiate = arguments[-1]
-    return (6 if differentiate else 2) * x_shape[0] * x_shape[1] * weight_shape[0]
+    *_, differentiate, frozen = arguments
+    return (2 + 2 * differentiate + 2 * (differentiate and not frozen)) * x_shape[0] * x_shape[1] * weight_shape[0]
 
 
 class DividedLinearCrossEntropy(torch.autograd.Function):
@@ -152,7 +155,7 @@ class DividedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, grad), *(None,) * 5
+        return *_backward(ctx, grad), *(None,) * 6
 
 
 def linear_cross_entropy(
@@ -184,7 +187,7 @@ def linear_cross_entropy(
     # The torch form has three fp32 tensors of a chunk's logits at once.
     size = chunk or chunk_tokens(x.device, len(weight) * (x.itemsize if form == "triton" else 12))
     chunks = None if form == "triton" and 0 < rows.shape[0] <= size else size
-    differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad), not weight.requires_grad
     if isinstance(vocabulary, FullVocabulary):
-        return linear_cross_entropy_op(rows, weight, flat, vocabulary.rows, *terms[1:], chunks, form, differentiate)[0]
-    return DividedLinearCrossEntropy.apply(rows, weight, flat, terms, chunks, form, differentiate)  # pyright: ignore[reportReturnType]
+        return linear_cross_entropy_op(rows, weight, flat, vocabulary.rows, *terms[1:], chunks, form, *needed)[0]
+    return DividedLinearCrossEntropy.apply(rows, weight, flat, terms, chunks, form, *needed)  # pyright: ignore[reportReturnType]

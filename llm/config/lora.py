@@ -40,6 +40,9 @@ class LoRAConfig:
         return self.alpha / self.rank
 
 
+NO_LORA = LoRAConfig()
+
+
 def is_factor(name: str) -> bool:
     """Whether a parameter of this name was added by LoRA."""
     return name.endswith(FACTORS)

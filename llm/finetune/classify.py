@@ -61,8 +61,7 @@ class Classification(Examples):
         """The tokens of a text, of which there is room for data.seq_len, and the number of its label."""
         numbers, self.longer = {label: number for number, label in enumerate(self.labels)}, 0
         for where, text, label in found:
-            ids = tokens.encode(text)
-            require(bool(ids), f"{where}: the tokenizer has no token for the text")
+            ids = text_tokens(where, text, tokens)
             self.longer += len(ids) > self.config.data.seq_len
             given = ids[: self.config.data.seq_len]
             yield where, Example([*given, numbers[label]], [False] * len(given) + [True])
@@ -113,6 +112,13 @@ def loss_count_and_right(model: nn.Module, batch: MicroBatch) -> Tensor:
     labels = batch.targets[counted]
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.stack([x.double() for x in (loss, counted.sum(), (logits.argmax(-1) == labels).sum())])
+
+
+def text_tokens(place: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text. Raises InputError, which names its place, where there is none."""
+    found = tokenizer.encode(text) if text.strip() else []
+    require(bool(found), f"{place}: the text is empty, or the tokenizer has no token for it; expected some")
+    return found
 
 
 def labelled(source: str) -> Iterator[tuple[str, str, str]]:

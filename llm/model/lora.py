@@ -28,7 +28,9 @@ class LoRALinear(Linear):
         self.scale = lora.scale
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        low = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        # Last, for a block that is computed again does without its last product (llm/plan/flops.py).
+        return super().forward(x) + self.scale * low
 
 
 class LoRALayers(DenseLayers):

@@ -11,10 +11,11 @@ from functools import cache
 from typing import Literal
 
 from llm.config import ModelConfig, RunConfig
+from llm.config.lora import NO_LORA, LoRAConfig
 from llm.config.phases import steps_by_phase
 from llm.config.sections import SparseAttention
 from llm.model.parts import ModelPart
-from llm.plan.memory import block_parameters, parameters_by_part
+from llm.plan.memory import block_parameters, factors_by_part, parameters_by_part
 
 Formula = Literal["causal", "non-causal"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -41,7 +42,9 @@ PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
 }
 
 
-def flops_by_part(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> dict[ModelPart, float]:
+def flops_by_part(
+    model: ModelConfig, seq_len: int, formula: Formula = "causal", lora: LoRAConfig = NO_LORA
+) -> dict[ModelPart, float]:
     """FLOPs of forward and backward for one token of a sequence of `seq_len`, by part of the model.
 
     A part with parameters has 6 of them each, biases and norms included: 2 in the forward pass and 4 in the backward
@@ -51,11 +54,13 @@ def flops_by_part(model: ModelConfig, seq_len: int, formula: Formula = "causal")
     causal: 12 C (sum over layers of P / T - 1/2) with P of `visible_pairs`: 6 L C T where all layers are dense, half of
     the non-causal one. A query's own key counts half in it.
     An LSTM has none of it: its parameters are multiplied once per token.
+    With LoRA the factors have 6 and the other parameters 4: those of a gradient of their own are not computed.
     Activations that are computed again do not count: `recomputed_flops`.
     """
     multiplied = parameters_by_part(model)
     multiplied["embedding"], multiplied["head_loss"] = 0, model.vocab_size * model.d_model
-    flops: dict[ModelPart, float] = {name: 6.0 * count for name, count in multiplied.items()}
+    each, factors = 4.0 if lora.rank else 6.0, factors_by_part(model, lora)
+    flops: dict[ModelPart, float] = {name: each * count + 6.0 * factors[name] for name, count in multiplied.items()}
     if model.family == "gpt":
         flops["attention"] = attention_flops(model, seq_len, formula, range(model.n_layer))
     return flops
@@ -70,9 +75,9 @@ def attention_flops(model: ModelConfig, seq_len: int, formula: Formula, layers: 
     return 12 * model.d_model * keys
 
 
-def flops_per_token(model: ModelConfig, seq_len: int, formula: Formula = "causal") -> float:
+def flops_per_token(model: ModelConfig, seq_len: int, formula: Formula = "causal", lora: LoRAConfig = NO_LORA) -> float:
     """The sum of `flops_by_part`: 6 N + attention, N all parameters but the tables that are looked up."""
-    return sum(flops_by_part(model, seq_len, formula).values())
+    return sum(flops_by_part(model, seq_len, formula, lora).values())
 
 
 def recomputed_flops(config: RunConfig, seq_len: int, formula: Formula = "causal") -> float:
@@ -89,7 +94,8 @@ def recomputed_flops(config: RunConfig, seq_len: int, formula: Formula = "causal
     if train.activation_checkpointing == "selective":
         return attention
     last = 0 if model.dropout > 0 else model.ff_dim * model.d_model + int(model.bias) * model.d_model
-    return attention + 2 * len(layers) * (block_parameters(model) / model.n_layer - last)
+    block = (block_parameters(model) + factors_by_part(model, config.lora).total()) / model.n_layer
+    return attention + 2 * len(layers) * (block - last)
 
 
 @cache
@@ -115,7 +121,9 @@ def flops_of_steps(
     """
     total = 0.0
     for phase, steps in steps_by_phase(config.phases, first, last):
-        per_token = flops_per_token(config.model, phase.seq_len, formula)
+        per_token = flops_per_token(config.model, phase.seq_len, formula, config.lora)
+        if config.finetune.task == "classify":  # its head has a row for each label, which is next to nothing
+            per_token -= flops_by_part(config.model, phase.seq_len, formula, config.lora)["head_loss"]
         per_token += recomputed_flops(config, phase.seq_len, formula) if recomputed else 0
         total += steps * phase.global_batch_size * phase.seq_len * per_token
     return total

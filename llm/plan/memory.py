@@ -6,10 +6,12 @@ section 4; docs/parallelism.md has both, and how they differ from what was measu
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from llm.config import ModelConfig, RunConfig
-from llm.model.parts import ModelPart
+from llm.config.lora import LoRAConfig
+from llm.model.parts import PART_OF_LAYER, ModelPart
 
 FP32 = 4  # bytes
 # DeepSpeed's default of stage3_max_live_parameters: so many elements stay gathered under ZeRO 3.
@@ -38,6 +40,20 @@ def parameters_by_part(model: ModelConfig, tp: int = 1) -> dict[ModelPart, int]:
         "feed_forward": L * ((_up_width(model) * (C + bias) + F * C) // tp + bias * C),
         "head_loss": 0 if model.tie_embeddings else table,
     }
+
+
+def factors_by_part(model: ModelConfig, lora: LoRAConfig, tp: int = 1) -> Counter[ModelPart]:
+    """Elements of LoRA's factors by part of the model on one of `tp` ranks, which cut one of each pair.
+
+    In qkv and up that is B [output width, rank], in the others A [rank, input width]; the whole one is d_model wide.
+    """
+    C, r = model.d_model, lora.rank * model.n_layer
+    qkv = (model.n_head + 2 * model.kv_heads) * model.head_dim
+    cut = {"qkv": qkv, "attention_output": C, "up": _up_width(model), "down": model.ff_dim}
+    found: Counter[ModelPart] = Counter()
+    for role in lora.targets:
+        found[PART_OF_LAYER[role]] += r * (C + cut[role] // tp)
+    return found
 
 
 def parameters(model: ModelConfig, tp: int = 1) -> int:
@@ -69,6 +85,13 @@ def _up_width(model: ModelConfig) -> int:
     return model.ff_dim * (2 if model.activation == "swiglu" else 1)
 
 
+def held_and_trained(config: RunConfig) -> tuple[int, int]:
+    """Elements of the weights on one tensor-parallel rank, LoRA's factors among them; and of those that are trained."""
+    tp = config.parallel.tensor_parallel
+    n, factors = parameters(config.model, tp), factors_by_part(config.model, config.lora, tp).total()
+    return n + factors, factors or n
+
+
 def weight_bytes(config: RunConfig) -> int:
     """w: bytes of a weight as the model computes with it."""
     return FP32 if config.train.precision == "fp32" else 2
@@ -96,18 +119,18 @@ def training_state(config: RunConfig, world_size: int) -> TrainingState:
         2       w N + 4 N / d    8 N / d   4 N / d
         3       (w + 4) N / d    8 N / d   4 N / d
 
-    FSDP2 has 4 N / d of weights at either stage: the masters' shards are the parameters. docs/parallelism.md says in
-    which cases DeepSpeed differs.
+    FSDP2 has 4 N / d of weights at either stage: the masters' shards are the parameters. With LoRA, moments, gradients
+    and the masters of stages 1 to 3 are the factors'. docs/parallelism.md says in which cases DeepSpeed differs.
     """
     tp, stage = config.parallel.tensor_parallel, config.parallel.zero_stage
-    n, w, d = parameters(config.model, tp), weight_bytes(config), world_size // tp
-    masters = FP32 * n // d
+    (n, trained), w, d = held_and_trained(config), weight_bytes(config), world_size // tp
+    masters = FP32 * trained // d
     if config.train.engine == "fsdp":
-        return TrainingState(masters, 2 * masters, masters)
+        return TrainingState(FP32 * n // d, 2 * masters, masters)
     if stage == 0:
-        return TrainingState(w * n + (0 if w == FP32 else FP32 * n), 2 * FP32 * n, FP32 * n)
+        return TrainingState(w * n + (0 if w == FP32 else FP32 * n), 2 * FP32 * trained, FP32 * trained)
     weights = w * n // d if stage == 3 else w * n
-    return TrainingState(weights + masters, 2 * masters, FP32 * n if stage == 1 else masters)
+    return TrainingState(weights + masters, 2 * masters, FP32 * trained if stage == 1 else masters)
 
 
 def offloaded(config: RunConfig, world_size: int) -> TrainingState:
@@ -121,10 +144,18 @@ def offloaded(config: RunConfig, world_size: int) -> TrainingState:
     return TrainingState(state.weights if offload == "all" else masters, state.moments, gradients)
 
 
+def frozen_masters(config: RunConfig, world_size: int) -> int:
+    """Bytes of a rank's part of what LoRA does not train, which ZeRO keeps in the CPU's memory in fp32."""
+    held, trained = held_and_trained(config)
+    kept = config.train.engine == "deepspeed" and config.parallel.zero_stage > 0
+    return FP32 * (held - trained) * config.parallel.tensor_parallel // world_size if kept else 0
+
+
 def gathered(config: RunConfig) -> int:
     """Bytes of the weights of other ranks that stage 3 and FSDP have at hand at once."""
     tp, w, stage = config.parallel.tensor_parallel, weight_bytes(config), config.parallel.zero_stage
-    n, blocks = parameters(config.model, tp), block_parameters(config.model, tp)
+    n, _ = held_and_trained(config)
+    blocks = n - parameters(config.model, tp) + block_parameters(config.model, tp)
     if config.train.engine == "fsdp":
         # Stage 3: what is in no block, the block that computes, and the next one, which is on its way.
         return w * (n if stage == 2 else n - blocks + 2 * blocks // config.model.n_layer)
@@ -160,20 +191,19 @@ def activations(config: RunConfig) -> Activations:
     again = -(-model.n_layer // train.checkpoint_every) if train.activation_checkpointing == "full" else 0
     blocks = (model.n_layer - again) * block + again * stream + (block if again else 0)
     vocabulary = -(-model.vocab_size // tp)
-    gradients = tokens * w * C + FP32 * vocabulary * C
+    gradients = tokens * w * C + (0 if config.lora.rank else FP32 * vocabulary * C)
     return Activations(blocks, stream + gradients + min(tokens, LOGITS) * vocabulary * w)
 
 
 def rank_memory(config: RunConfig, world_size: int) -> dict[str, int]:
     """Bytes on one rank's GPU, by what they are for; with the 16-bit gradients that DeepSpeed's stage 1 keeps."""
-    tp = config.parallel.tensor_parallel
     state, host, kept = training_state(config, world_size), offloaded(config, world_size), activations(config)
     first = config.train.engine == "deepspeed" and config.parallel.zero_stage == 1 and weight_bytes(config) < FP32
     return {
         "weights, fp32 masters": state.weights - host.weights,
         "moments": state.moments - host.moments,
         "gradients": state.gradients - host.gradients,
-        "the last micro-batch's": weight_bytes(config) * parameters(config.model, tp) if first else 0,
+        "the last micro-batch's": weight_bytes(config) * held_and_trained(config)[1] if first else 0,
         "gathered weights": gathered(config),
         "activations": kept.blocks,
         "head_loss": kept.head,

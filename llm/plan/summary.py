@@ -8,7 +8,7 @@ from llm.config import RunConfig
 from llm.config.phases import consumed_tokens
 from llm.plan.budget import OPTIMAL_TOKENS, far_off, optimal_tokens, tokens_per_parameter
 from llm.plan.flops import flops_by_part, flops_of_steps, flops_per_token, recomputed_flops
-from llm.plan.memory import offloaded, parameters, parameters_by_part, rank_memory
+from llm.plan.memory import factors_by_part, frozen_masters, offloaded, parameters, parameters_by_part, rank_memory
 
 GB = 1e9
 
@@ -47,25 +47,27 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def parts_table(config: RunConfig) -> list[str]:
     """Parameters and FLOPs of each part, and the FLOPs of the whole under each formula."""
-    model, T = config.model, config.data.seq_len
-    sizes, work = parameters_by_part(model), flops_by_part(model, T, "non-causal")
-    whole, total = sum(sizes.values()), sum(work.values())
+    model, T, lora = config.model, config.data.seq_len, config.lora
+    sizes, factors = parameters_by_part(model), factors_by_part(model, lora)
+    work = flops_by_part(model, T, "non-causal", lora)
+    whole, total = sum(sizes.values()) + factors.total(), sum(work.values())
     rows = [["part", "parameters", "share", "MFLOP per token", "share"]]
     for name, flops in work.items():
-        count = sizes[name]
+        count = sizes[name] + factors[name]
         rows.append([name, f"{count:,}", f"{count / whole:.1%}", f"{flops / 1e6:,.1f}", f"{flops / total:.1%}"])
     rows.append(["all", f"{whole:,}", "", f"{total / 1e6:,.1f}", ""])
-    causal, again = flops_per_token(model, T), recomputed_flops(config, T)
+    causal, again = flops_per_token(model, T, lora=lora), recomputed_flops(config, T)
     note = f"non-causal, forward and backward at T = {T}; causal {causal / 1e6:,.1f}"
-    return [*table(rows), note + (f", with recomputation {(causal + again) / 1e6:,.1f}" if again else "")]
+    note += f", with recomputation {(causal + again) / 1e6:,.1f}" if again else ""
+    return [*table(rows), note, *[f"trained are {factors.total():,}, the factors of LoRA"] * (lora.rank > 0)]
 
 
 def memory_table(config: RunConfig, gpus: int) -> list[str]:
     """Gigabytes on one rank, by the formulas of docs/parallelism.md."""
-    sizes, host = rank_memory(config, gpus), offloaded(config, gpus)
+    sizes, host = rank_memory(config, gpus), sum(offloaded(config, gpus)) + frozen_masters(config, gpus)
     rows = [["memory of a rank", "GB"], *([name, f"{size / GB:,.2f}"] for name, size in sizes.items() if size)]
     rows.append(["all", f"{sum(sizes.values()) / GB:,.2f}"])
-    rows += [["in the CPU's memory", f"{sum(host) / GB:,.2f}"]] if any(host) else []
+    rows += [["in the CPU's memory", f"{host / GB:,.2f}"]] if host else []
     return [*table(rows), "without CUDA's context, buckets of collectives and fragments: leave a tenth free"]
 
 

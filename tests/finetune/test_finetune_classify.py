@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from llm.config import RunConfig
 from llm.config.finetune import FinetuneConfig
+from llm.config.sections import LoggingConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.finetune.classify import HEAD, Classification, UnderNewHead, loss_count_and_right
@@ -25,8 +27,11 @@ from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
 from llm.train.engines.base import Engine, micro_batch
 from llm.train.engines.plain import PlainEngine
+from llm.trained import load_trained
 from pool import RankPool
+from test_finetune_run import tuned
 from tiny_run import case, plain
+from trained_run import write_run
 
 CPU = torch.device("cpu")
 T = 16
@@ -75,19 +80,25 @@ def trained(source: Classification, engine: Engine, ranks: dict[str, int], steps
     return [*losses, *source.evaluate(engine, found).values()]
 
 
-def in_one_process(config: RunConfig, steps: int) -> list[float]:
+def alone(config: RunConfig, steps: int) -> tuple[Classification, Engine, list[float]]:
+    """The source, the engine of this process, and what `trained` gives of it on initial weights."""
     config = plain(config)
     source = opened(config)
     engine = PlainEngine(config, source.build_model(config, None, None, UNTIMED), None, CPU)
     engine.load_pieces(UnderNewHead(InitialWeights(config.model, config.seed), config), 0)
-    return trained(source, engine, {"dp_rank": 0, "dp_size": 1}, steps)
+    return source, engine, trained(source, engine, {"dp_rank": 0, "dp_size": 1}, steps)
 
 
-def on_ranks(config: RunConfig, steps: int) -> list[float]:
+def spread(config: RunConfig, steps: int) -> tuple[Classification, Engine, list[float]]:
+    """As `alone`, over the ranks of a pool."""
     source, mesh = opened(config), Mesh.create(config.parallel, "cpu")
     weights = UnderNewHead(InitialWeights(config.model, config.seed), config)
     engine = build_engine(config, mesh, CPU, weights, build=source.build_model)
-    found = trained(source, engine, {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}, steps)
+    return source, engine, trained(source, engine, {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}, steps)
+
+
+def on_ranks(config: RunConfig, steps: int) -> list[float]:
+    _, engine, found = spread(config, steps)
     engine.close()
     return found
 
@@ -172,7 +183,7 @@ def test_the_state_of_the_last_token_decides_and_nothing_after_it(tmp_path: Path
 
 
 def test_words_that_tell_the_label_are_learnt(tmp_path: Path) -> None:
-    *losses, loss, accuracy = in_one_process(prepared(tmp_path), 30)
+    _, _, (*losses, loss, accuracy) = alone(prepared(tmp_path), 30)
     assert losses[0] == pytest.approx(1.0986, abs=0.1)
     assert losses[-1] < 0.1 and loss < 0.5 and accuracy > 0.9
 
@@ -193,6 +204,60 @@ LAYOUTS = {
 def test_every_layout_learns_the_same(name: str, two_ranks: RankPool, tmp_path: Path) -> None:
     """Three labels over two tensor-parallel ranks: the head is padded."""
     config = prepared(tmp_path, **LAYOUTS[name])
-    expected = in_one_process(config, 3)
+    _, _, expected = alone(config, 3)
     for found in two_ranks.run(on_ranks, config, 3):
         assert found == pytest.approx(expected, abs=1e-4)
+
+
+# What is wrong with the settings of LoRA, then with data, for a new run and for one that goes on.
+MESSAGES = [
+    *("runs/labels was trained with lora.rank 2, the config has 4", "lora.alpha 16.0", "lora.targets "),
+    *["has 0 texts of 0 labels"] * 2,
+    *["has 9 texts of 1 labels (x)"] * 2,
+    *["line 2: expected an object with `text` and `label`"] * 2,
+    *["262 labels; expected at most model.vocab_size, 261"] * 2,
+]
+
+
+def runs(folder: Path) -> list[str]:
+    """Train a classifier with LoRA on another run, and ask for what cannot be; the errors. On a rank of a pool."""
+    os.chdir(folder)
+    train = dict(init_from="base", engine="plain", max_steps=4, eval_interval=2)
+    config = prepared(folder, lora=dict(rank=2), model=dict(vocab_size=261), train=train)
+    config = replace(config, data=replace(config.data, tokenizer="base/tokenizer.json"))
+    config = replace(config, name="labels", logging=LoggingConfig(tensorboard=False, sample_tokens=0))
+    tuned(config)
+    errors = []
+
+    def kept() -> dict[Path, bytes]:
+        """All that lies in the runs' folders, but what every start writes."""
+        paths = [path for path in Path("runs").rglob("*") if path.is_file() and path.name not in ("lock", "nonce")]
+        return {path: path.read_bytes() for path in paths}
+
+    def refused(changed: RunConfig) -> None:
+        before = kept()
+        try:
+            tuned(changed)
+        except InputError as error:
+            errors.append(str(error))
+        errors.extend(f"it changed {path}" for path, _ in kept().items() ^ before.items())
+
+    longer = replace(config, train=replace(config.train, max_steps=6))
+    for lora in (dict(rank=4), dict(alpha=1.0), dict(targets=("up",))):
+        refused(replace(longer, lora=replace(config.lora, **lora)))
+    for lines in ([], [GOOD] * 9, [GOOD, {"text": "b"}], [{"text": "a", "label": str(i)} for i in range(262)]):
+        write_texts(folder / "other.jsonl", lines)
+        data = replace(config.data, source=str(folder / "other.jsonl"))
+        refused(replace(config, name="other", data=data))
+        refused(replace(longer, data=data))
+    return errors
+
+
+def test_a_run_is_read_and_what_cannot_be_changes_nothing(one_rank: RankPool, tmp_path: Path) -> None:
+    write_run(tmp_path / "base", plain(case(model=dict(vocab_size=261))))
+    (errors,) = one_rank.run(runs, tmp_path)
+    for error, message in zip(errors, MESSAGES, strict=True):
+        assert message in error
+    lines = [json.loads(line) for line in (tmp_path / "runs/labels/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_accuracy" in line] == [0, 2, 4]
+    assert load_trained(tmp_path / "runs/labels", classifier=True).labels == (*WORDS,)

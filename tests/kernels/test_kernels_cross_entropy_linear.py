@@ -128,7 +128,7 @@ def test_the_logits_of_the_batch_never_exist(differentiate: bool, form: str) -> 
     terms = Terms(FullVocabulary(V), -100, 0.0, 0.0)
     # The body of the operator: nothing sees inside the operator itself.
     with Largest() as largest, torch.no_grad():
-        loss_and_gradients(x, weight, targets, terms, 16, form, differentiate)
+        loss_and_gradients(x, weight, targets, terms, 16, form, differentiate, False)
     assert largest.numel < 100 * V / 2
     with Largest() as largest:
         reference.linear_cross_entropy(x, weight, targets)
@@ -142,6 +142,9 @@ def test_three_products_and_no_more(chunk: int, impl: str) -> None:
     with FlopCounterMode(display=False) as counted:
         linear_cross_entropy(x, weight, targets, chunk=chunk, impl=impl).backward()
     assert counted.get_total_flops() == 6 * 50 * C * V
+    with FlopCounterMode(display=False) as counted:
+        linear_cross_entropy(x, weight.detach(), targets, chunk=chunk, impl=impl).backward()
+    assert counted.get_total_flops() == 4 * 50 * C * V, "a weight that is not trained has no gradient"
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         linear_cross_entropy(x, weight, targets, chunk=chunk, impl=impl)
     assert counted.get_total_flops() == 2 * 50 * C * V
@@ -208,8 +211,9 @@ def test_compiles_whole_and_recomputes(chunk: int, impl: str) -> None:
 def test_opcheck(chunk: int | None, form: str) -> None:
     x, weight, targets = example(5)
     options = (targets, V, -100, 0.1, 2.0, chunk, form)
-    torch.library.opcheck(linear_cross_entropy_op, (x, weight, *options, True))
-    torch.library.opcheck(linear_cross_entropy_op, (x.detach(), weight.detach(), *options, False))
+    torch.library.opcheck(linear_cross_entropy_op, (x, weight, *options, True, False))
+    torch.library.opcheck(linear_cross_entropy_op, (x, weight.detach(), *options, True, True))
+    torch.library.opcheck(linear_cross_entropy_op, (x.detach(), weight.detach(), *options, False, True))
 
 
 @pytest.mark.parametrize("impl", FORMS)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm.config import RunConfig
 from llm.config.lora import LoRAConfig, is_factor
+from llm.config.parse import from_dict
 from llm.errors import InputError
 from llm.model.gpt import GPT
 from llm.model.init import initial_tensor
@@ -109,6 +110,11 @@ def test_initial_factors_depend_on_seed_and_name_alone() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match=r"lora\.rank is 4 and train\.init_from null"):
         case(lora=dict(rank=4))
+    lstm = dict(family="lstm", n_kv_head=None, position="learned")
+    with pytest.raises(InputError, match=r"lora\.rank is 4 and model\.family lstm, which has none"):
+        case(lora=dict(rank=4), model=lstm, train=dict(init_from="runs/base"))
+    with pytest.raises(InputError, match=r"lora\.targets.*one of qkv, attention_output, up, down"):
+        from_dict({"lora": {"targets": ["qkv", "head"]}})
     for fields, message in (
         (dict(rank=-1), "lora.rank is -1"),
         (dict(alpha=0.0), "lora.alpha is 0.0"),

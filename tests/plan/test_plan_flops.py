@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels.attention import Strided
 from kernels.attention.reference import visible
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig, TrainConfig
+from llm.config.lora import LoRAConfig
 from llm.config.sections import SparseAttention
 from llm.model.parts import GPT_PARTS, PART_OF_LAYER
 from llm.plan.flops import flops_by_part, flops_of_steps, flops_per_token, peak_tflops, recomputed_flops, visible_pairs
@@ -171,3 +173,21 @@ def test_gpt2_small_by_hand() -> None:
 )
 def test_the_peak_is_that_of_exactly_this_gpu(name: str, precision, peak: float | None) -> None:
     assert peak_tflops(name, precision) == peak
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_lora_counts_no_gradient_of_a_weight_that_is_not_trained(
+    checkpointing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(n_layer=3, n_head=4, d_model=64, vocab_size=96, max_seq_len=32, bias=False)
+    train = TrainConfig(activation_checkpointing=checkpointing, init_from="runs/base")
+    config = RunConfig(model=model, data=DataConfig(seq_len=32), train=train, lora=LoRAConfig(rank=8))
+    counted = flops_of_step(meta_model(config, monkeypatch), 2, 32) / (2 * 32)
+    formula = flops_per_token(model, 32, "non-causal", config.lora) + recomputed_flops(config, 32, "non-causal")
+    # The norms multiply no matrix, and nothing needs the gradient of what the first block's qkv and its A take in.
+    norms = 4 * 7 * 64 + (2 * 2 * 3 * 64 if checkpointing == "full" else 0)
+    first = 2 * (64 * 3 * 64 + 8 * 64)
+    assert counted == formula - norms - first
+    assert formula < 0.9 * (flops_per_token(model, 32, "non-causal") + recomputed_flops(config, 32, "non-causal"))
+    steps = flops_of_steps(config, 0, 2)
+    assert steps == 2 * 32 * 32 * flops_per_token(model, 32, "causal", config.lora)

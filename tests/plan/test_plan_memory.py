@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 
+from llm.config import RunConfig
+from llm.config.lora import is_factor
+from llm.model.parts import PART_OF_LAYER
 from llm.plan.memory import (
     LOGITS,
+    TrainingState,
     activations,
     block_parameters,
+    factors_by_part,
+    frozen_masters,
     gathered,
+    held_and_trained,
     offloaded,
     parameters,
     parameters_by_part,
@@ -109,3 +116,53 @@ def test_a_tensor_parallel_rank_has_its_slices() -> None:
     whole, half = parameters_by_part(model), parameters_by_part(model, 2)
     assert half["embedding"] == 26 * 32 and half["norm"] == whole["norm"] and half["qkv"] == whole["qkv"] // 2
     assert half["feed_forward"] == (whole["feed_forward"] - 2 * 32) // 2 + 2 * 32  # its last bias is on every rank
+
+
+def with_lora(**sections: Any) -> RunConfig:
+    given = {"lora": dict(rank=3), **sections}
+    return case(**given | {"train": given.get("train", {}) | {"init_from": "runs/base"}})
+
+
+@pytest.mark.parametrize("targets", [("qkv", "attention_output", "up", "down"), ("up",)])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_factors_are_those_of_the_model(name: str, targets: tuple[str, ...]) -> None:
+    config = with_lora(model=MODELS[name], lora=dict(rank=3, targets=targets))
+    sizes = {key: p.numel() for key, p in build_model(config, None).named_parameters()}
+    found: Counter[str] = Counter()
+    for key in filter(is_factor, sizes):
+        found[PART_OF_LAYER[key.split(".")[-2]]] += sizes[key]
+    assert factors_by_part(config.model, config.lora) == found
+    assert held_and_trained(config) == (sum(sizes.values()), found.total())
+    assert held_and_trained(case()) == (parameters(case().model), parameters(case().model))
+
+
+def test_a_tensor_parallel_rank_has_one_factor_whole() -> None:
+    """K = 4: qkv is 96 wide, up and down 128."""
+    config = with_lora(model=dict(n_kv_head=4))
+    half = factors_by_part(config.model, config.lora, 2)
+    layers, rank, C = 2, 3, 32
+    assert half["qkv"] == layers * rank * (C + 96 // 2)
+    assert half["attention_output"] == layers * rank * (C // 2 + C)
+    assert half["feed_forward"] == layers * rank * (C + 128 // 2 + 128 // 2 + C)
+
+
+def test_lora_trains_the_factors_alone() -> None:
+    """The fp32 values of the rest are in the CPU's memory under ZeRO, and are the weights elsewhere."""
+    n, trained = held_and_trained(with_lora())
+    bf16, fsdp = dict(precision="bf16"), dict(engine="fsdp", precision="bf16")
+    d, part, frozen = 4, 4 * trained // 4, 4 * (n - trained) // 4
+    expected = {
+        (0, "fp32"): (TrainingState(4 * n, 8 * trained, 4 * trained), 0),
+        (1, "bf16"): (TrainingState(2 * n + part, 2 * part, 4 * trained), frozen),
+        (2, "bf16"): (TrainingState(2 * n + part, 2 * part, part), frozen),
+        (3, "bf16"): (TrainingState(2 * n // d + part, 2 * part, part), frozen),
+    }
+    for (stage, precision), found in expected.items():
+        config = with_lora(parallel=dict(zero_stage=stage), train=dict(precision=precision))
+        assert (training_state(config, d), frozen_masters(config, d)) == found
+    config = with_lora(parallel=dict(zero_stage=3), train=fsdp)
+    assert (training_state(config, d), frozen_masters(config, d)) == (TrainingState(n, 2 * part, part), 0)
+    first = with_lora(parallel=dict(zero_stage=1), train=bf16)
+    assert rank_memory(first, d)["the last micro-batch's"] == 2 * trained
+    assert activations(case()).head - activations(with_lora()).head == 4 * 50 * 32  # the projection's gradient
+    assert frozen_masters(case(parallel=dict(zero_stage=2)), d) == 0
