@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def ours(model: Any) -> GPT:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         Tokenizer.train(["a b c d"], 257).save(Path(folder) / "tokenizer.json")
-        return load_trained(folder).model
+        return cast(GPT, load_trained(folder).model)
 
 
 def by_ingot(model: GPT, prompts: Tensor) -> Texts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def load_trained(
     theirs = (path / "config.json").is_file()
     require(not (theirs and classifier), f"{path} is a language model; expected a classifier")
     reader, config, chat = open_hf_folder(path) if theirs else open_trained(path, classifier=classifier)
-    state = {"step": 0} if isinstance(reader, HuggingFaceReader) else reader.state
+    state: dict[str, Any] = {"step": 0} if isinstance(reader, HuggingFaceReader) else reader.state
     labels = tuple(state["data"]["labels"]) if classifier else ()
     # The layout and kernels of the training run do not matter here.
     parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)

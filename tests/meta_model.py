@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def meta_model(config: RunConfig, patch: pytest.MonkeyPatch) -> GPT:
     patch.setattr(kernels.cross_entropy.linear, "chunk_tokens", lambda device, size: CHUNK)
     config = replace(config, train=replace(config.train, impl="triton"))
     with torch.device("meta"):
-        return build_model(config, None).to(DTYPES[config.train.precision])
+        return cast(GPT, build_model(config, None)).to(DTYPES[config.train.precision])
 
 
 def forward(model: GPT, B: int, T: int) -> Tensor:

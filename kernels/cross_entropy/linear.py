@@ -140,7 +140,7 @@ def linear_cross_entropy_op(
 
 @register_flop_formula(torch.ops.ingot.linear_cross_entropy)
 def _(x_shape, weight_shape, *arguments: Any, **_: Any) -> int:
-    *_, differentiate, frozen = arguments
+    differentiate, frozen = arguments[-2:]
     return (2 + 2 * differentiate + 2 * (differentiate and not frozen)) * x_shape[0] * x_shape[1] * weight_shape[0]
 
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jinja2
 from jinja2 import nodes
@@ -40,7 +40,7 @@ MARK = "\ufdd0"  # in front of each character of a message that would spell a sp
 class _Generation(Extension):
     """The tags with which templates of transformers mark what is generated; they render as what they enclose."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -80,7 +80,7 @@ class Chat:
                 template = next(named, {}).get("template")
             if jinja.is_file():
                 template = jinja.read_text(encoding="utf-8")
-            bos = bos.get("content") if isinstance(bos, dict) else bos
+            bos: Any = bos.get("content") if isinstance(bos, dict) else bos
             expected = f"expected text for chat_template and bos_token in {FILES[1]}"
             require(isinstance(template, str | None) and isinstance(bos, str), expected)
             return cls(tokenizer, template, bos)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def lora(**fields: Any) -> RunConfig:
 
 
 def base(config: RunConfig) -> GPT:
-    return build_model(replace(config, lora=LoRAConfig()), None)
+    return cast(GPT, build_model(replace(config, lora=LoRAConfig()), None))
 
 
 def merged(model: GPT, scale: float) -> dict[str, Tensor]:
