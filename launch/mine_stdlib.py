@@ -17,7 +17,7 @@ from llm.errors import require
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/finetune"), help="a new folder (default: data/finetune)")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder, such as data/finetune")
     folder = parser.parse_args(argv).out
     require(not folder.exists(), f"{folder} exists; remove it, or give another --out")
     from llm.finetune.stdlib import mine
