@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jinja2
 from jinja2 import nodes
@@ -40,7 +40,7 @@ MARK = "\ufdd0"  # in front of each character of a message that would spell a sp
 class _Generation(Extension):
     """The tags with which templates of transformers mark what is generated; they render as what they enclose."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -142,7 +142,6 @@ def test_a_template_that_cannot_be_used_is_refused(tokenizer: Tokenizer, templat
         Chat(tokenizer, template).conversation([*turn("a", "b"), *turn("c", "d")])
 
 
-
 NAMED = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
 
 

@@ -41,7 +41,9 @@ def chat_run(folder: Path) -> None:
     Path("tokenizer.json").write_text(tokenizer_json("bytes_alone"))
     settings = {"chat_template": TEMPLATE, "bos_token": "<|endoftext|>"}
     Path("tokenizer_config.json").write_text(json.dumps(settings))
-    config = chat_config(folder, model=dict(max_seq_len=256), data=dict(end_token="<|im_end|>"), train=dict(max_steps=1))
+    config = chat_config(
+        folder, model=dict(max_seq_len=256), data=dict(end_token="<|im_end|>"), train=dict(max_steps=1)
+    )
     tuned(replace(config, name="chat"))
 
 

@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[dict[str, str], list[str], str]] = {
     "a template that is none": (template("{% if %}"), [], "the chat template is no Jinja"),
     "no source": ({}, ["--data.source=nowhere.jsonl"], "data.source nowhere.jsonl does not exist"),
     "no weights": ({}, ["--train.init_from=nowhere"], "train.init_from: .*nowhere is not a folder"),
-    "no checkpoint in the run": ({"made/checkpoints/a": ""}, ["--train.init_from=made"], "holds no complete checkpoint"),
+    "no checkpoint in the run": ({"made/checkpoints/a": ""}, ["--train.init_from=made"], "no complete checkpoint"),
     "weights of another model": ({}, ["--model.n_layer=3"], "model.n_layer: the checkpoint has 2, the config has 3"),
     "a smaller vocabulary": ({}, ["--model.vocab_size=100"], "has 272 tokens, model.vocab_size is 100"),
 }  # fmt: skip
