@@ -80,12 +80,10 @@ def test_the_model_and_the_tokenizer_are_those_of_the_weights(found: dict[str, A
     assert config.model == replace(chat_config(tmp_path).model, dropout=0.5)
     assert config.data.tokenizer == str(base / "tokenizer.json") and config.data.source == "a.jsonl"
     assert finetune_config([*words, "--data.tokenizer=t.json"]).data.tokenizer == "t.json"
-    with pytest.raises(InputError, match=r"train.init_from: .*nowhere"):
+    with pytest.raises(InputError, match=r"train\.init_from: .*nowhere"):
         finetune_config([*words[:-1], "--train.init_from=nowhere"])
-    with pytest.raises(InputError, match=r"finetune.task is none"):
+    with pytest.raises(InputError, match=r"finetune\.task is none"):
         finetune_config([*words, "--finetune.task=none"])
     (tmp_path / "t.json").write_bytes((base / "tokenizer.json").read_bytes())
-    with pytest.raises(
-        InputError, match=r"train.init_from is not set; expected the run, the checkpoint or the Hugging"
-    ):
+    with pytest.raises(InputError, match=r"train\.init_from is not set; expected the run"):
         finetune_config([*words[:-1], f"--data.tokenizer={tmp_path}/t.json"])
