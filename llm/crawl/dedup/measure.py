@@ -90,7 +90,7 @@ def _shingles(parts: Sequence[Path], ids: Array, numbers: Sequence[int], shape: 
         with opened(part) as file:
             for group in groups_with(file, order):
                 table = file.read_row_group(group, columns=["id", "text"], use_threads=False)
-                table = table.filter(np.isin(table["id"].to_numpy(), order))
+                table = table.filter(np.isin(table["id"].to_numpy(), order, assume_unique=True))
                 for one, text in zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
                     found = np.sort(signer.shingles(text.lower()))
                     found = found[np.append(True, found[1:] != found[:-1])]  # np.unique takes three times as long
