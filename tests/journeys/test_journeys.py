@@ -111,7 +111,7 @@ def test_the_picture_is_of_the_log() -> None:
 
 
 def test_every_command_of_the_readme_has_a_journey() -> None:
-    assert len(COMMANDS) == 14, sorted(COMMANDS)
+    assert len(COMMANDS) == 16, sorted(COMMANDS)
     asked = set(re.findall(r'COMMANDS\["([^"]+)"\]', Path(__file__).read_text()))
     # tests/gpu and tests/launch; tests/train/test_train_profiling.py; tests/benchmarks/crawl
     others = {"use several GPUs, or another launcher", "find out what slows a step", "make a corpus of raw web pages"}
@@ -216,6 +216,30 @@ def test_generate(checkout: Checkout) -> None:
     assert told == checkout.run(COMMANDS["write text"])
     told = checkout.run(COMMANDS["write several texts at once"])
     assert told.startswith("--- 1 of 3\nimport ") and "--- 3 of 3\nimport " in told
+
+
+@pytest.mark.slow
+def test_fine_tuning(checkout: Checkout) -> None:
+    told = checkout.run(COMMANDS["teach it to answer, from conversations"])
+    assert "docstrings.jsonl" in told and (checkout.path / "data/finetune/packages.jsonl").is_file()
+    answer, labels = {"role": "assistant", "content": "1"}, ("even", "odd")
+    talks = [{"messages": [{"role": "user", "content": f"{i}"}, answer]} for i in range(60)]
+    texts = [{"text": f"def f{i}(): return {i}", "label": labels[i % 2]} for i in range(60)]
+    (checkout.path / "launch/configs/finetune").mkdir()
+    for name, records in (("chat", talks), ("classify", texts)):
+        (checkout.path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        config = yaml.safe_load((ROOT / f"launch/configs/finetune/{name}.yaml").read_text())
+        config["data"] |= {"source": f"{name}.jsonl", "seq_len": 32}
+        config["train"] |= SMALL["train"] | {"max_steps": 2}
+        for section in ("optim", "checkpoint"):
+            config[section] |= SMALL[section]
+        (checkout.path / f"launch/configs/finetune/{name}.yaml").write_text(yaml.safe_dump(config))
+    (command,) = re.findall(r"`(python launch/finetune.py --config \S*chat.yaml)`", NEXT)
+    assert "run tiny-chat: 2 of 2 steps" in checkout.run(command)
+    told = checkout.run(COMMANDS["teach it the labels of texts, and say those of others"])
+    assert "run tiny-classify: 2 of 2 steps" in told
+    (command,) = re.findall(r"`(python launch/classify.py [^`]*)`", NEXT)
+    assert re.fullmatch(r"(even|odd)\t0\.\d{3}\n", checkout.run(command))
 
 
 def test_evaluate(checkout: Checkout) -> None:

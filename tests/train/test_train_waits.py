@@ -26,7 +26,7 @@ from llm.train.loop import Trainer, train
 from llm.train.optim import adamw
 from llm.train.run_folder import RunFolder
 from pool import RankPool
-from test_train_loop import MadeUp, MadeUpCorpora, MadeUpRun, config
+from test_train_loop import MadeUp, MadeUpRun, MadeUpSource, config
 from tiny_run import batches, case, plain, target_count
 
 META = torch.device("meta")
@@ -115,8 +115,7 @@ def reads(interval: int, root: Path) -> list[int]:
         patch.setattr(PlainEngine, "updates", property(lambda engine: 0))
         engine = without_values(made)
         feed = Feed(MadeUp(made, mesh, 0), META, made.train.max_steps, mesh.dp_group)
-        corpora: Any = MadeUpCorpora()
-        train(MadeUpRun(made, folder, corpora, mesh, META, 0, feed, engine))
+        train(MadeUpRun(made, folder, MadeUpSource(), mesh, META, 0, feed, engine))
     return found
 
 
