@@ -122,6 +122,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "docs": set(),
     "docs/recording.py": {"rich"},
     "docs/profile_pictures.py": {"llm.profile"},
+    "docs/guide/pictures": None,
     "benchmarks": None,
     "tests": None,
 }  # fmt: skip
