@@ -11,7 +11,6 @@ PYTHON = '''
 REMEDY = "set HOME"
 
 def check(count, path, place, old):
-    """warning: is no message here"""
     found = f"{path} has {count} rows"
     require(count > 0, f"{found}; expected more")
     if old:
