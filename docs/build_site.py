@@ -1,8 +1,8 @@
 """Builds the site of these pages: `make docs`, or `python docs/build_site.py`, which needs docs/requirements.txt.
 
-build/site/src is written from docs/ and from the source (docs/site_reference.py), then Zensical makes build/site/html of
-it. A link out of docs/ leads to a page that shows the file. A broken link or anchor, a page that the navigation does
-not have, and anything that a browser would fetch from elsewhere are errors.
+build/site/src is written from docs/ and from the source (docs/site_reference.py), then Zensical makes build/site/html
+of it. A link out of docs/ leads to a page that shows the file. A broken link or anchor, a page that the navigation
+does not have, and anything that a browser would fetch from elsewhere are errors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".sh": "bash", ".yaml"
 # A link's end, unless it stands in code.
 LINK = re.compile(r"^(```+).*?^\1`*$|`[^`\n]+`|\]\((?P<target>[^()\s]+)\)", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^(```+).*?^\1`*$", re.MULTILINE | re.DOTALL)
-FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=[\"']?(https?:)?//[^>]*|(?:url\(|@import)[\"' ]*(https?:)?//[^)]*")
+FETCHED = re.compile(
+    r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*"
+    r"|(?:url\(|@import)[\"' ]*(?:https?:)?//[^)]*"
+)
 SETTINGS: dict[str, Any] = {
     "site_name": "Ingot",
     "site_description": "Trains GPT language models from scratch, on a laptop's CPU or many nodes of GPUs.",
@@ -57,10 +60,16 @@ SETTINGS: dict[str, Any] = {
     "theme": {
         "name": "material",
         "font": False,
-        "features": ["navigation.top", "navigation.footer", "navigation.path", "content.code.copy", "search.highlight"],
+        "features": [
+            *("navigation.tabs", "navigation.indexes", "navigation.top", "navigation.footer", "navigation.path"),
+            *("content.code.copy", "search.highlight"),
+        ],
         "palette": [
-            {"media": "(prefers-color-scheme: light)", "scheme": "default", "toggle": {"icon": "lucide/sun", "name": "Dark"}},
-            {"media": "(prefers-color-scheme: dark)", "scheme": "slate", "toggle": {"icon": "lucide/moon", "name": "Light"}},
+            {"media": f"(prefers-color-scheme: {name})", "scheme": scheme, "toggle": {"icon": icon, "name": other}}
+            for name, scheme, icon, other in (
+                ("light", "default", "lucide/sun", "To the dark palette"),
+                ("dark", "slate", "lucide/moon", "To the light palette"),
+            )
         ],
     },
     "plugins": ["search"],
@@ -75,7 +84,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def place(path: Path) -> Path:
-    """Where the site has a file of the repository, from build/site/src: pages of docs/ as they lie, others below source/."""
+    """Where build/site/src has a file of the repository: pages of docs/ as they lie, others below source/."""
     if path.parts[0] == "docs" and path.suffix in (".md", *PICTURES):
         inside = path.relative_to("docs")
         return inside.with_name("index.md") if inside.name == "README.md" else inside
@@ -84,9 +93,10 @@ def place(path: Path) -> Path:
     return Path("source", path if path.suffix == ".md" else f"{path}.md")
 
 
-def pages_of(root: Path) -> dict[Path, str]:
+def pages_of() -> dict[Path, str]:
     """The text of every page of docs/, and of the generated ones, by its path in the repository."""
-    written = {path.relative_to(root): path.read_text(encoding="utf-8") for path in sorted((root / "docs").rglob("*.md"))}
+    found = sorted((ROOT / "docs").rglob("*.md"))
+    written = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in found}
     return {**written, **{Path("docs", name): make() for name, make in PAGES.items()}}
 
 
@@ -146,10 +156,10 @@ def heading(text: str, name: str) -> str:
     return match[1].replace("`", "") if match else name
 
 
-def write_sources(root: Path, folder: Path) -> list[str]:
+def write_sources(folder: Path) -> list[str]:
     """Write the site's Markdown, pictures and settings below `folder`; what is wrong with it is returned."""
     problems: list[str] = []
-    pages = pages_of(root)
+    pages = pages_of()
     settings = json.dumps({**SETTINGS, "nav": navigation(pages, problems)}, indent=1)
     slug = '!!python/object/apply:pymdownx.slugs.slugify {"kwds": {"case": "lower"}}'
     (folder / "src").mkdir(parents=True)
@@ -161,7 +171,7 @@ def write_sources(root: Path, folder: Path) -> list[str]:
         target = folder / "src" / place(page)
         target.parent.mkdir(parents=True, exist_ok=True)
         if page.suffix in PICTURES:
-            shutil.copyfile(root / page, target)
+            shutil.copyfile(ROOT / page, target)
             continue
         text = pages[page] if page in pages else source_page(page)
         linked: set[Path] = set()
@@ -188,7 +198,7 @@ def stop(problems: list[str]) -> None:
 
 def main() -> None:
     shutil.rmtree(OUT / "src", ignore_errors=True)
-    stop(write_sources(ROOT, OUT))
+    stop(write_sources(OUT))
     zensical = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", "mkdocs.yml"]
     if subprocess.run(zensical, cwd=OUT, check=False).returncode:
         raise SystemExit("error: the site has not been built: see above")

@@ -5,20 +5,22 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 HOLE = "…"
 Names = dict[str, list[str]]
 
 
 def checks(config: type) -> list[str]:
-    """The messages of the checks of a config, its sections, and what is beside it in a file `checks.py`."""
-    files = {Path(inspect.getfile(each)) for each in sections(config)}
-    files = sorted(files | {*Path(inspect.getfile(config)).parent.glob("checks.py")})
+    """The messages of the checks of a config and its sections, and of what its folder checks between them."""
+    beside = [Path(inspect.getfile(config)).with_name(name) for name in ("checks.py", "phases.py")]
+    files = sorted(
+        {*(Path(inspect.getfile(each)) for each in sections(config)), *(each for each in beside if each.exists())}
+    )
     return messages([ast.parse(file.read_text(encoding="utf-8")) for file in files])
 
 
@@ -40,24 +42,34 @@ def named(keys: Iterable[str], message: str) -> bool:
 def messages(trees: list[ast.Module]) -> list[str]:
     """What `require`, `InputError` and `check_at_least` say in these files, in their order."""
     constants: Names = {}
-    for tree in trees:
-        bind(tree.body, constants)
+    for node in (node for tree in trees for node in tree.body):
+        bind(node, constants)
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     given = arguments(functions)
     found: list[str] = []
     for function in functions:
-        names = {**constants, **given.get(function.name, {})}
-        bind([node for node in ast.walk(function) if isinstance(node, ast.stmt | ast.comprehension)], names)
-        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+        for call, names in calls(function, {**constants, **given.get(function.name, {})}):
             match call:
                 case ast.Call(func=ast.Name("require"), args=[_, message]):
                     found += texts(message, names)
                 case ast.Call(func=ast.Name("InputError"), args=[message, *_]):
                     found += texts(message, names)
                 case ast.Call(func=ast.Name("check_at_least"), args=[ast.Constant(low), prefix, _, *rest]):
-                    pairs = [(head, tail) for each in rest for head in texts(prefix, names) for tail in texts(each, names)]
-                    found += [f"{head}{tail} is {HOLE}; expected at least {low}" for head, tail in pairs]
+                    keys = [
+                        head + tail for each in rest for head in texts(prefix, names) for tail in texts(each, names)
+                    ]
+                    found += [f"{key} is {HOLE}; expected at least {low}" for key in keys]
     return list(dict.fromkeys(text for text in found if text.strip(f"{HOLE} ;:")))
+
+
+def calls(node: ast.AST, names: Names) -> Iterator[tuple[ast.Call, Names]]:
+    """The calls in a piece of source, each with what the names mean there."""
+    names = dict(names) if isinstance(node, ast.For) else names
+    bind(node, names)
+    if isinstance(node, ast.Call):
+        yield node, names
+    for child in ast.iter_child_nodes(node):
+        yield from calls(child, names)
 
 
 def arguments(functions: list[ast.FunctionDef]) -> dict[str, Names]:
@@ -72,14 +84,13 @@ def arguments(functions: list[ast.FunctionDef]) -> dict[str, Names]:
     return found
 
 
-def bind(statements: Iterable[Any], names: Names) -> None:
-    """Add the texts that assignments and loops give to a name."""
-    for node in statements:
-        match node:
-            case ast.Assign(targets=[ast.Name(name)], value=value):
-                names[name] = [*names.get(name, []), *items(value, names)]
-            case ast.For(target=ast.Name(name) | ast.Tuple(elts=[ast.Name(name), *_]), iter=values):
-                names[name] = items(values, names)
+def bind(node: ast.AST, names: Names) -> None:
+    """Give a name the texts that an assignment, or a loop, gives it."""
+    match node:
+        case ast.Assign(targets=[ast.Name(name)], value=value):
+            names[name] = items(value, names)
+        case ast.For(target=ast.Name(name) | ast.Tuple(elts=[ast.Name(name), *_]), iter=values):
+            names[name] = items(values, names)
 
 
 def items(node: ast.expr, names: Names) -> list[str]:
@@ -93,16 +104,26 @@ def items(node: ast.expr, names: Names) -> list[str]:
 
 
 def texts(node: ast.expr, names: Names) -> list[str]:
-    """The texts that an expression may be."""
+    """The texts that an expression may be; of a choice, and of what is computed, only that there is one."""
     match node:
         case ast.Constant(str(text)):
             return [text]
         case ast.JoinedStr(parts):
-            return ["".join(each) for each in product(*(texts(part, names) for part in parts))]
-        case ast.FormattedValue(value):
-            return texts(value, names)
-        case ast.IfExp(body=body, orelse=orelse):
-            return [*texts(body, names), *texts(orelse, names)]
+            varied = dict.fromkeys(
+                each.id for each in ast.walk(node) if isinstance(each, ast.Name) and each.id in names
+            )
+            values = [dict(zip(varied, each, strict=True)) for each in product(*(names[name] for name in varied))]
+            return ["".join(part(each, value) for each in parts) for value in values]
         case ast.Name(name):
             return names.get(name) or [HOLE]
     return [HOLE]
+
+
+def part(node: ast.expr, value: dict[str, str]) -> str:
+    """A part of an f-string, where names have these values."""
+    match node:
+        case ast.Constant(str(text)):
+            return text
+        case ast.FormattedValue(ast.Name(name), conversion) if value.get(name, HOLE) != HOLE:
+            return repr(value[name]) if conversion == ord("r") else value[name]
+    return HOLE

@@ -1,7 +1,7 @@
 """The site's generated pages: every setting, and every public function, read from the source (docs/build_site.py).
 
-A function is public if a package's `__all__` lists it, or a page of docs/ imports it in a Python block or names it in full,
-as in `kernels.rope.rope_qkv`. Functions are read as syntax, so that no page needs torch.
+A function is public if a package's `__all__` lists it, or a page of docs/ imports it in a Python block or names it in
+full, as in `kernels.rope.rope_qkv`. Functions are read as syntax, so that no page needs torch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from llm.config.help import _field_docs
+from site_checks import HOLE, checks, named
+
+from llm.config.help import field_docs
 from llm.config.run import RunConfig
 from llm.crawl.settings import CorpusConfig
 from llm.typed import describe
-
-from site_checks import HOLE, checks, named
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "llm")
@@ -44,7 +44,7 @@ class Key:
 
 def keys(config: type, prefix: str = "") -> Iterator[Key]:
     """A section and its keys, then the sections in it. Raises ValueError for a key without a text."""
-    defaults, hints, texts = config(), get_type_hints(config), _field_docs(config)
+    defaults, hints, texts = config(), get_type_hints(config), field_docs(config)
     inner = [each.name for each in fields(config) if is_dataclass(hints[each.name])]
     yield Key(prefix.rstrip("."), config, None, inspect.cleandoc(config.__doc__ or ""))
     for name in (each.name for each in fields(config) if each.name not in inner):
@@ -66,7 +66,7 @@ def setting(key: Key, messages: list[str]) -> str:
     parts = [f"### `{key.name}`", f"{quoted(describe(key.kind))}, default {quoted(default)}", plain(key.meaning)]
     names = [key.name]
     for record in dict.fromkeys(records(key.kind)):
-        hints, texts = get_type_hints(record), _field_docs(record)
+        hints, texts = get_type_hints(record), field_docs(record)
         names += texts
         parts.append(plain(inspect.cleandoc(record.__doc__ or "")))
         parts.append("\n".join(f"- `{name}` (`{describe(hints[name])}`): {plain(texts[name])}" for name in texts))
@@ -96,9 +96,9 @@ def run_settings() -> str:
     return settings_page(
         RunConfig,
         "Settings of a run",
-        "Every key of a run's YAML file, which a command line overrides: `--optim.lr=1e-3`. `launch/pretrain.py --help` "
-        "prints the same. A value of another type, an unknown key and what is listed as refused end the command with "
-        "exit code 2, before anything starts. `…` stands for what was found.",
+        "Every key of a run's YAML file, which a command line overrides: `--optim.lr=1e-3`. `launch/pretrain.py "
+        "--help` prints the same. A value of another type, an unknown key and what is listed as refused end the "
+        "command with exit code 2, before anything starts. `…` stands for what was found.",
     )
 
 
@@ -153,8 +153,8 @@ def functions_page() -> str:
     """All public functions: signature and docstring, by module."""
     parts = [
         "# Public functions",
-        "What a program of yours may import ([examples](../library.md)), from the docstrings. Shapes stand in brackets: "
-        "[B, T, H, D].",
+        "What a program of yours may import ([examples](../library.md)), from the docstrings. Shapes stand in "
+        "brackets: [B, T, H, D].",
     ]
     above = ""
     for name in public_names():
@@ -200,7 +200,7 @@ def signature(node: ast.FunctionDef, source: list[str]) -> str:
 
 
 def docstring(text: str, *nodes: ast.FunctionDef) -> str:
-    """A docstring as Markdown: parameters, and what is raised and returned, begin paragraphs; indented lines are code."""
+    """A docstring as Markdown: parameters and what is raised or returned begin paragraphs; indented lines are code."""
     names = {each.arg for node in nodes for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
     lines, listed, code = list[str](), False, False
     for line in text.splitlines():
@@ -220,7 +220,9 @@ def docstring(text: str, *nodes: ast.FunctionDef) -> str:
 def plain(text: str) -> str:
     """Text of a docstring in which Markdown finds no HTML and no emphasis; code in backticks stays."""
     parts = re.split(r"(`[^`\n]*`)", text)
-    return "".join(part if i % 2 else re.sub(r"([<*_])", r"\\\1", part) for i, part in enumerate(parts))
+    return "".join(
+        part if i % 2 else re.sub(r"([*_])", r"\\\1", part).replace("<", "&lt;") for i, part in enumerate(parts)
+    )
 
 
 def quoted(message: str) -> str:
