@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip
 # Of what pip prints, a line for each package. Its errors go past this, to the terminal.
 BRIEFLY := | sed -un 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking them/p'
 
-.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster soak fuzz test-triton-3.6 check bench bench-kernels bench-loader bench-checkpoint bench-crawl bench-dedup bench-generate bench-lstm bench-parallel corpus-demo gpu-proof gpu-cache gpu-report clean
+.PHONY: help setup pretrain test test-all test-sample test-gpu test-cluster soak fuzz test-triton-3.6 check docs bench bench-kernels bench-loader bench-checkpoint bench-crawl bench-dedup bench-generate bench-lstm bench-parallel corpus-demo gpu-proof gpu-cache gpu-report clean
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -149,6 +149,16 @@ check: setup ## lint, formatting, types
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m pyright
+
+# The site's generator has an environment of its own, which `make setup` does not need.
+SITE := build/site
+$(SITE)/.packages: docs/requirements.txt
+	@test -x $(SITE)/env/bin/python || $(PYTHON) -m venv $(SITE)/env
+	@$(SITE)/env/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
+docs: $(SITE)/.packages ## the pages of docs/, and a reference made of the source, as a site with search: build/site/html
+	@$(SITE)/env/bin/python docs/build_site.py
 
 clean: ## remove what was built, never data/ or runs/
 	rm -rf build *.egg-info llm/data/_native*.so $(VENV) $(OLD_TRITON)

@@ -120,6 +120,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "launch": {"llm", "torch", "rich"},
     "setup.py": None,
     "docs": set(),
+    "docs/build_site.py": {"site_reference"},
+    "docs/site_reference.py": {"llm.config", "llm.crawl.settings", "llm.typed", "site_checks"},
     "docs/recording.py": {"rich"},
     "docs/profile_pictures.py": {"llm.profile"},
     "docs/guide/pictures": None,

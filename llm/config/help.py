@@ -23,7 +23,7 @@ def help_text(config: Any, prog: str) -> str:
 
 
 def _add_keys(parser: argparse.ArgumentParser, group: Any, prefix: str, section: Any) -> None:
-    defaults, hints, docs = section(), get_type_hints(section), _field_docs(section)
+    defaults, hints, docs = section(), get_type_hints(section), field_docs(section)
     for name in (field.name for field in fields(section)):
         hint, default = hints[name], getattr(defaults, name)
         if is_dataclass(hint):
@@ -37,7 +37,7 @@ def _add_keys(parser: argparse.ArgumentParser, group: Any, prefix: str, section:
             group.add_argument(f"--{prefix}{name}", metavar=name.upper(), help=text.replace("%", "%%"))
 
 
-def _field_docs(section: type) -> dict[str, str]:
+def field_docs(section: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, from its source."""
     docs, definition = {}, cast(ast.ClassDef, ast.parse(inspect.getsource(section)).body[0])
     for field, text in pairwise(definition.body):
