@@ -26,7 +26,7 @@ GROUPS = {
     "signs, digits, spaces": "#999999",
 }
 FREQUENT = 1000  # times in the training text, from which a token is on the map
-LABELS = 20  # of each group
+LABELS, LONGEST = 20, 7  # of each group; characters of a label
 PAIRS, HANDS = (0, 2, 4), 8  # pairs of channels that are drawn, positions of each
 D, THETA = 32, 10000.0
 Points = NDArray[np.float64]
@@ -53,13 +53,14 @@ def table(weight: Tensor, tokenizer: Tokenizer) -> Figure:
     names = [tokenizer.decode([i]) for i in range(len(weight))]
     groups = np.array([group_of(name) for name in names])
     spread = np.ptp(places[:, 1:3], axis=0)
+    taken: list[Points] = []
     for group, colour in GROUPS.items():
         shown = np.flatnonzero((groups == group) & (count >= FREQUENT))
         dots(right, places[shown, 1:3], colour, group)
-        taken: list[Points] = []
+        room = len(taken) + LABELS
         for i in shown[np.argsort(-count[shown])]:
             apart = [np.abs((places[i, 1:3] - other) / spread) for other in taken]
-            if len(taken) < LABELS and all(dx > 0.06 or dy > 0.03 for dx, dy in apart):
+            if len(names[i]) <= LONGEST and len(taken) < room and all(dx > 0.11 or dy > 0.036 for dx, dy in apart):
                 taken.append(places[i, 1:3])
                 text = names[i].replace(" ", "·").replace("\n", "↵")
                 right.annotate(text, places[i, 1:3], (2, 2), textcoords="offset points", fontsize=9, color=colour)
