@@ -60,9 +60,9 @@ def open_trained(path: Path, *, classifier: bool = False) -> tuple[CheckpointRea
         reader = open_checkpoint(checkpoint)
     except CheckpointError as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
-    kinds = ("a language model", "a classifier")
     found = from_dict(reader.state["config"]).finetune.task == "classify"
-    require(found == classifier, f"{checkpoint} is {kinds[found]}; expected {kinds[classifier]}")
+    kinds = "a classifier; expected a language model" if found else "a language model; expected a classifier"
+    require(found == classifier, f"{checkpoint} is {kinds}")
     reader, config = without_lora(reader, from_dict(reader.state["config"]))
     return reader, config, Chat.load(tokenizer.parent, Tokenizer.load(tokenizer, config.data.end_token))
 

@@ -28,7 +28,7 @@ from pool import free_port
 from runs import BIN, ROOT, Workspace, succeeded
 from trained_run import write_run
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/howto").glob("*.md")])
 BLOCK = re.compile(
     r"(?:^<!-- needs: (?P<needs>[^\n]+) -->\n+)?"
     r"(?:^```(?P<tag>\w*)\n(?P<fenced>.*?)^```$|(?<=\n\n)(?P<indented>(?:    [^\n]*\n|\n(?=    ))+))",
@@ -162,7 +162,8 @@ def check_command(words: list[str], space: Workspace) -> None:
         script, words = words[at], words[at + 1 :]
     else:
         module = words[2] if words[:2] == ["python", "-m"] else None
-        assert find_spec(module) if module else Path(words[0]).name in ("source", "pip", "echo"), words
+        others = words[:2] == ["python", "-c"] or Path(words[0]).name in ("source", "pip", "echo", "mkdir")
+        assert find_spec(module) if module else others, words
         return
     assert (ROOT / script).is_file(), script
     script = script if script.endswith(".py") else "launch/pretrain.py"  # to which the shell scripts pass everything
