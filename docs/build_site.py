@@ -32,6 +32,7 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...] | str, str], ...] = (
             *("reference/settings.md", "reference/corpus-settings.md", "reference/functions.md", "launching.md"),
             *("data.md", "corpus.md", "parallelism.md", "reliability.md", "finetune.md", "generate.md"),
             *("evaluation.md", "weights.md", "profiling.md", "lstm.md", "kernels.md", "library.md", "architecture.md"),
+            "glossary.md",
         ),
         "",
     ),
