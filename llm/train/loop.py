@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llm.checkpoint.background import Saver
 from llm.checkpoint.remote import Mirror, Remote
+from llm.config.phases import consumed_samples
 from llm.errors import ReplicaError
 from llm.parallel.agreement import lead_first
 from llm.train.best import Best
@@ -21,6 +22,8 @@ from llm.train.optim import learning_rate
 from llm.train.profiling import Profiler
 from llm.train.reporter import Reporter
 from llm.train.resume import checkpoint_state
+from llm.train.rollback import Setbacks, roll_back
+from llm.train.spikes import Spikes
 from llm.train.start import Run
 from llm.train.stragglers import Stopwatch
 
@@ -44,17 +47,20 @@ def train(run: Run) -> None:
             reporter.restart_clock()
         while not run.over and not ballot.agreed:
             trainer.profiler.step(trainer.step)
-            if run.step == config.train.max_steps:
-                ballot.close()
             logging, validating = due(config.logging.interval), due(config.train.eval_interval)
             saving = due(config.checkpoint.interval) or ballot.agreed > 0
             # What is saved was compared: else a checkpoint could keep what a failing rank wrote.
             watched = config.train.guard_interval > 0
             guarding = watched and (saving or due(config.train.guard_interval))
             if logging or validating or saving or guarding:
-                loss, grad_norm = trainer.read()  # else the device has steps to do while the host prepares the next
+                read = trainer.read()  # else the device has steps to do while the host prepares the next
+                if read is None:  # the run went back: what it has now is saved, behind the samples that it passed over
+                    logging, validating, saving, guarding = False, run.over, True, watched
+                if run.step == config.train.max_steps:
+                    ballot.close()
                 run.heartbeat.enter("report")
-                if logging:
+                if logging and read is not None:
+                    loss, grad_norm = read
                     reporter.step(loss, trainer.lr, grad_norm, trainer.skipped_steps)
                     trainer.profiler.read_request()
             left_out = validating and (ballot.agreed > 0 or not trainer.validate())
@@ -80,6 +86,8 @@ class Unread(NamedTuple):
     loss: Tensor
     result: StepResult
     waited: float
+    skipped_locally: int | None
+    """Of the feed, after this step."""
     forward: Callable[[], float]
     update: Callable[[], float]
     exposed: dict[str, Callable[[], float]]
@@ -99,6 +107,8 @@ class Trainer:
         self.skipped_steps = run.step - run.engine.scalar_state()["optimizer_step"]
         """Up to the last reading."""
         self.unread: list[Unread] = []
+        self.setbacks = Setbacks.of(run.resumed)
+        self.spikes = Spikes(run.config.train, run.device, self.setbacks.recent, self.setbacks.in_a_row)
         say, kept = self.reporter.say, run.config.checkpoint
         keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "say": say}
         options = {"each": partial(run.heartbeat.each, "save"), "failed": run.ballot.save_failed}
@@ -115,6 +125,8 @@ class Trainer:
         run, config, heartbeat = self.run, self.run.config, self.run.heartbeat
         heartbeat.enter("load", run.step + 1)
         waited = self.feed.wait_seconds
+        if any(phase.first_step == run.step for phase in config.phases):
+            self.spikes.forget()  # other data or batches have other losses and norms
         self.lr = learning_rate(config.optim, run.step, config.train.max_steps)
         self.engine.set_lr(self.lr)
         micro_batches, target_count = self.feed.next_step()
@@ -125,34 +137,62 @@ class Trainer:
         heartbeat.enter("update")
         run.ballot.begin()
         with self.update_time:
-            result = self.engine.step()
+            result = self.engine.step(partial(self.spikes.judge, loss))
         run.ballot.end()
         run.step += 1
         times = self.engine.forward_time.take(), self.update_time.take()
         exposed = {group: watch.take() for group, watch in self.engine.waits.items()}
-        self.unread.append(Unread(loss, result, self.feed.wait_seconds - waited, *times, exposed))
+        waited, skipped = self.feed.wait_seconds - waited, self.feed.skipped_locally
+        self.unread.append(Unread(loss, result, waited, skipped, *times, exposed))
         for watch in self.engine.waits.values():  # validations are no steps
             watch.running = False
         heartbeat.watch()
 
-    def read(self) -> tuple[float, float]:
+    def read(self) -> tuple[float, float] | None:
         """The loss and the gradient norm of the last step. Reads all steps since the last reading, in one transfer.
 
-        This alone waits for the device. Raises FloatingPointError, on every rank, of the first step whose loss or norm
-        is not finite and which was not skipped. No weight has such a gradient in it: the engine left out the update.
+        This alone waits for the device. Says which steps were left out. When train.spike_patience of them follow one
+        another, the run goes back to its last checkpoint, and the result is None. Raises FloatingPointError, on every
+        rank, where it cannot: no checkpoint is there, or it has gone back train.rollbacks times.
         """
         self.run.heartbeat.enter("read")
         unread, self.unread = self.unread, []
         results = [x.to(step.loss) for step in unread for x in (step.loss, *step.result)]
-        values = torch.stack(results).view(-1, 3).tolist()
-        for step, (loss, grad_norm, skipped) in enumerate(values, self.run.step - len(values) + 1):
-            self.skipped_steps += int(skipped)
-            if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise self._diverged(f"loss {loss}, gradient norm {grad_norm}", step)
+        values = torch.stack(results).view(-1, 4).tolist()
+        for step, (loss, grad_norm, skipped, left_out) in enumerate(values, self.run.step - len(values) + 1):
+            self.skipped_steps += int(skipped or left_out)
+            if left_out:
+                self.setbacks = self.setbacks._replace(in_a_row=self.setbacks.in_a_row + 1)
+                found = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}{self.spikes.usual()}"
+                if self.setbacks.in_a_row == self.run.config.train.spike_patience:
+                    self._go_back(step, found, unread[step - self.run.step - 1].skipped_locally)
+                    return None
+                self.reporter.say(f"warning: step {step} is left out: {found}")
+            elif not skipped:
+                self.setbacks = self.setbacks._replace(in_a_row=0)
         for step in unread:
             self.reporter.stragglers.step(step.waited, step.forward(), step.update())
             self.reporter.exposed.update({group: seconds() for group, seconds in step.exposed.items()})
         return values[-1][0], values[-1][1]
+
+    def _go_back(self, step: int, found: str, skipped_locally: int | None) -> None:
+        """`step` is the last of too many bad ones: go on from the last checkpoint's weights, behind its samples."""
+        run, most = self.run, self.run.config.train.rollbacks
+        self._wait_for_the_save()
+        if len(self.setbacks.passed_samples) == most:
+            raise self._diverged(found, step)
+        run.heartbeat.enter("roll back")
+        back = roll_back(run, step, skipped_locally)
+        if back is None:
+            raise self._diverged(found, step)
+        first, end = (consumed_samples(run.config.phases, each) for each in (back, step))
+        self.setbacks = Setbacks(0, (*self.setbacks.passed_samples, (first, end)))
+        self.spikes.resume()
+        self.skipped_steps = step - self.engine.updates
+        self.reporter.say(
+            f"warning: step {step} is bad, as were those before: {found}; back to the weights of step {back}, and on "
+            f"behind samples {first} to {end - 1} (number {len(self.setbacks.passed_samples)} of {most} such returns)"
+        )
 
     def guard(self) -> None:
         """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""
@@ -202,7 +242,8 @@ class Trainer:
         """validation_due: that of this step was left for a stop, so the next start begins with it."""
         self.run.heartbeat.enter("save")
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
-        state = checkpoint_state(run.config, run.source.identity(), run.step, skipped_samples, scalars)
+        setbacks = self.setbacks._replace(recent=self.spikes.state())._asdict()
+        state = checkpoint_state(run.config, run.source.identity(), run.step, skipped_samples, scalars, setbacks)
         state |= {"validation_due": True} if validation_due else {}
         state |= {"best": run.best._asdict()} if run.best is not None else {}
         self.saver.save(run.step, self.engine.state_pieces(), state)

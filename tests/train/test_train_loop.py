@@ -101,7 +101,9 @@ def trained(config: RunConfig, root: Path, step: int = 0, stop: Stop | None = No
     loader, engine = MadeUp(config, mesh, step), build_engine(config, mesh, CPU, reader)
     feed = Feed(loader, CPU, config.train.max_steps - step, mesh.dp_group, skipped_samples=skipped)
     due = reader is not None and reader.state.get("validation_due", False)
-    run = MadeUpRun(config, folder, MadeUpSource(), mesh, CPU, step, feed, engine, Ballot(stop), validation_due=due)
+    source, state = MadeUpSource(config, mesh), reader.state if reader is not None else {}
+    run = MadeUpRun(config, folder, source, mesh, CPU, step, feed, engine, Ballot(stop), validation_due=due)
+    run.resumed = state
     train(run)
     engine.close()
     return loader.closed
@@ -110,8 +112,17 @@ def trained(config: RunConfig, root: Path, step: int = 0, stop: Stop | None = No
 class MadeUpSource(Pretraining):
     """Text whose bytes were not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         """Without a corpus."""
+        self.config, self.mesh = config, mesh
+
+    def loader(self, *, consumed: int, **ranks: Any) -> MadeUp:
+        steps = range(self.config.train.max_steps + 1)
+        return MadeUp(
+            self.config,
+            self.mesh,
+            next(step for step in steps if consumed_samples(self.config.phases, step) == consumed),
+        )
 
     def bits_per_byte(self, loss: float) -> None:
         return None
