@@ -67,9 +67,9 @@ class Spikes:
             vote = bad.to(backend_device(), torch.int32)
             dist.all_reduce(vote, dist.ReduceOp.MAX)
             bad = vote.to(self.device) > 0
-        column = (torch.arange(self.size, device=self.device) == self.good % self.size) & ~bad
+        column = (torch.arange(self.size, device=self.device) == self.good % self.size) & bad.logical_not()
         self.recent = torch.where(column, found[:, None], self.recent)
-        self.good += ~bad
+        self.good += bad.logical_not()
         # A norm that overflows in fp16 is the loss scale's to mend, however often.
         counts = bad & (found[0].isfinite().logical_not() | found[1].isfinite()) if self.fp16 else bad
         self.in_a_row = torch.where(over, self.in_a_row, torch.where(bad, self.in_a_row + counts, 0))

@@ -105,7 +105,7 @@ class DeepSpeedEngine(Engine):
         # ZeRO leaves out by itself a step whose gradients are not finite, which only fp16 can mend by its loss scale.
         skipped = self.fp16 and not self.engine.was_step_applied()
         left_out = self._judge(norm) & (not skipped)
-        self.applied += ~left_out & (not skipped)
+        self.applied += left_out.logical_not() & (not skipped)
         return StepResult(self._on_device(norm), torch.full((), skipped, device=self.device), left_out)
 
     def _before_update(self, *_: Any) -> None:

@@ -81,7 +81,7 @@ class MasterWeightsEngine(Engine):
             self.scale, skipped = self.scale.update(not_finite(norm))
         self.optimizer.zero_grad()
         self.model.zero_grad()
-        return StepResult(norm, skipped, left_out & ~skipped)
+        return StepResult(norm, skipped, left_out & skipped.logical_not())
 
     def measure(self, micro_batches: Iterable[MicroBatch], of: Measure, numbers: int) -> list[float]:
         return measure_batches(self.model, micro_batches, of, numbers, self.dp_group, self.device)
