@@ -12,19 +12,22 @@ from torch import Tensor
 
 from llm.checkpoint.background import Saver
 from llm.checkpoint.remote import Mirror, Remote
+from llm.checkpoint.writer import last_good
 from llm.config.phases import consumed_samples
-from llm.errors import ReplicaError
-from llm.parallel.agreement import lead_first
+from llm.errors import CorruptError, ReplicaError
+from llm.parallel.agreement import exchange, lead_first
 from llm.train.best import Best
 from llm.train.engines.base import StepResult
 from llm.train.guard import compare_replicas, diverged, odd_ranks, replica_message
 from llm.train.optim import learning_rate
 from llm.train.profiling import Profiler
+from llm.train.replay import replay
 from llm.train.reporter import Reporter
 from llm.train.resume import checkpoint_state
 from llm.train.rollback import Setbacks, roll_back
 from llm.train.spikes import Spikes
 from llm.train.start import Run
+from llm.train.state_hashes import StateHashes
 from llm.train.stragglers import Stopwatch
 
 
@@ -106,7 +109,7 @@ class Trainer:
         self.profiler = Profiler(run, self.reporter.say)
         self.skipped_steps = run.step - run.engine.scalar_state()["optimizer_step"]
         """Up to the last reading."""
-        self.unread: list[Unread] = []
+        self.hashes, self.unread = StateHashes(run.engine), list[Unread]()
         self.setbacks = Setbacks.of(run.resumed)
         self.spikes = Spikes(run.config.train, run.device, self.setbacks.recent, self.setbacks.in_a_row)
         say, kept = self.reporter.say, run.config.checkpoint
@@ -133,13 +136,20 @@ class Trainer:
         heartbeat.enter("forward_backward")
         for watch in self.engine.waits.values():
             watch.running = True
+        number, every = run.step + 1, config.train.state_check_interval
+        if config.train.replay_interval and number % config.train.replay_interval == 0:
+            warning = replay(self.engine, micro_batches, target_count)
+            if warning is not None:
+                self.reporter.say(f"warning: step {number}: {warning}")
         loss = self.engine.forward_backward(micro_batches, target_count)
         heartbeat.enter("update")
+        self.hashes.compare()
         run.ballot.begin()
         with self.update_time:
             result = self.engine.step(partial(self.spikes.judge, loss))
         run.ballot.end()
-        run.step += 1
+        self.hashes.after_step(due=every > 0 and (number + 1) % every == 0)
+        run.step = number
         times = self.engine.forward_time.take(), self.update_time.take()
         exposed = {group: watch.take() for group, watch in self.engine.waits.items()}
         waited, skipped = self.feed.wait_seconds - waited, self.feed.skipped_locally
@@ -151,11 +161,13 @@ class Trainer:
     def read(self) -> tuple[float, float] | None:
         """The loss and the gradient norm of the last step. Reads all steps since the last reading, in one transfer.
 
-        This alone waits for the device. Says which steps were left out. When train.spike_patience of them follow one
+        This alone waits for the device. Raises CorruptError, on every rank, if masters or moments have changed between
+        two steps. Says which steps were left out. When train.spike_patience of them follow one
         another, the run goes back to its last checkpoint, and the result is None. Raises FloatingPointError, on every
         rank, where it cannot: no checkpoint is there, or it has gone back train.rollbacks times.
         """
         self.run.heartbeat.enter("read")
+        self._check_state()
         unread, self.unread = self.unread, []
         results = [x.to(step.loss) for step in unread for x in (step.loss, *step.result)]
         values = torch.stack(results).view(-1, 4).tolist()
@@ -175,6 +187,19 @@ class Trainer:
             self.reporter.exposed.update({group: seconds() for group, seconds in step.exposed.items()})
         return values[-1][0], values[-1][1]
 
+    def _check_state(self) -> None:
+        """Raise CorruptError, on every rank, if state has changed on any that no step has changed."""
+        if self.run.config.train.state_check_interval == 0:
+            return
+        self.hashes.compare()
+        told = exchange("; ".join(self.hashes.found()[:3]) or None)
+        odd = [rank for rank, text in enumerate(told) if text is not None]
+        if odd:
+            self._wait_for_the_save()
+            good = last_good(self.run.folder.checkpoints, self.run.step)
+            found = f"step {self.run.step}: bits changed that no step has written, on rank {odd[0]}: {told[odd[0]]}"
+            raise CorruptError(f"{found}; {good}: start again, and if it comes back without that host", odd)
+
     def _go_back(self, step: int, found: str, skipped_locally: int | None) -> None:
         """`step` is the last of too many bad ones: go on from the last checkpoint's weights, behind its samples."""
         run, most = self.run, self.run.config.train.rollbacks
@@ -182,6 +207,7 @@ class Trainer:
         if len(self.setbacks.passed_samples) == most:
             raise self._diverged(found, step)
         run.heartbeat.enter("roll back")
+        self.hashes.forget()
         back = roll_back(run, step, skipped_locally)
         if back is None:
             raise self._diverged(found, step)

@@ -219,6 +219,21 @@ class Engine(ABC):
             for kind, tensor in fragment.tensors(self.optimizer, moments=self.updates > 0).items():
                 yield Piece(name, kind, part, fragment.start, tensor.float())
 
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The fp32 weights that steps change and their moments, as this rank's optimizer holds them; not collective.
+
+        By what they are, such as "exp_avg of blocks.0.qkv.weight": under ZeRO a tensor has many parameters, of which
+        it is the first.
+        """
+        first = {fragment.flat: name for name, fragment in reversed(self._fragments().items()) if fragment.trained}
+        states = {flat: {"weights": flat.detach(), **self.optimizer.state.get(flat, {})} for flat in first}
+        return {
+            f"{kind} of {name}": states[flat][kind]
+            for flat, name in first.items()
+            for kind in ("weights", *MOMENTS)
+            if kind in states[flat]
+        }
+
     @torch.no_grad()
     def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
         """Fill master weights, and moments if optimizer_step > 0, from any layout's, and publish them.
