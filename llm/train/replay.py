@@ -51,6 +51,8 @@ def gradient_sums(engine: Engine, micro_batches: Sequence[MicroBatch], target_co
 def replay(engine: Engine, micro_batches: Sequence[MicroBatch], target_count: int | Tensor) -> str | None:
     """Compare two computations of a step's gradients, and if they differ two more: a warning, or None. Collective.
 
+    Tensor-parallel ranks add up gradients in their backward pass: of them all those of a group are named.
+
     Raises CorruptError, on every rank, if those differ too.
     """
     first = _odd_ranks(lambda: gradient_sums(engine, micro_batches, target_count))

@@ -117,7 +117,11 @@ def wrong_gradients(config: RunConfig, rank: int, wrong: list[int]) -> tuple[str
 
 @pytest.mark.parametrize("layout", slow_but(["zero1-bf16", "zero3", "fsdp"], LAYOUTS))
 def test_a_wrong_gradient_is_found(layout: str, two_ranks: RankPool) -> None:
-    ours, named = case(**LAYOUTS[layout]), "rank 1" if layout != "fsdp" else "a rank, or the reduction,"
+    ours, named = case(**LAYOUTS[layout]), "rank 1"
+    if layout == "fsdp":
+        named = "a rank, or the reduction,"
+    if layout == "tp2":  # whose ranks add up gradients within the backward pass
+        named = "ranks 0, 1"
     for wrong, expected in (
         ([], ""),
         ([0], f"{named} gave other gradients the second time, and the third and fourth agree: a passing fault"),
@@ -129,7 +133,7 @@ def test_a_wrong_gradient_is_found(layout: str, two_ranks: RankPool) -> None:
         told, odd, same = found[0]
         assert told.startswith(expected) and bool(told) == bool(wrong), told
         assert same
-        assert odd == (None if len(wrong) < 4 else [] if layout == "fsdp" else [1])
+        assert odd == (None if len(wrong) < 4 else {"fsdp": [], "tp2": [0, 1]}.get(layout, [1]))
 
 
 def test_a_run_with_replays_is_the_run_without(two_ranks: RankPool, tmp_path: Path) -> None:
