@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llm.checkpoint.background import Saver
@@ -15,7 +16,7 @@ from llm.checkpoint.remote import Mirror, Remote
 from llm.checkpoint.writer import last_good
 from llm.config.phases import consumed_samples
 from llm.errors import CorruptError, ReplicaError
-from llm.parallel.agreement import exchange, lead_first
+from llm.parallel.agreement import backend_device, exchange, lead_first
 from llm.train.best import Best
 from llm.train.engines.base import StepResult
 from llm.train.guard import compare_replicas, diverged, odd_ranks, replica_message
@@ -56,14 +57,14 @@ def train(run: Run) -> None:
             watched = config.train.guard_interval > 0
             guarding = watched and (saving or due(config.train.guard_interval))
             if logging or validating or saving or guarding:
-                read = trainer.read()  # else the device has steps to do while the host prepares the next
-                if read is None:  # the run went back: what it has now is saved, behind the samples that it passed over
-                    logging, validating, saving, guarding = False, run.over, True, watched
+                passed = trainer.setbacks.passed_samples
+                loss, grad_norm = trainer.read()  # else the device has steps to do while the host prepares the next
+                if trainer.setbacks.passed_samples != passed:  # the run went back: what it has now is saved
+                    logging, validating, saving, guarding = True, run.over, True, watched
                 if run.step == config.train.max_steps:
                     ballot.close()
                 run.heartbeat.enter("report")
-                if logging and read is not None:
-                    loss, grad_norm = read
+                if logging:
                     reporter.step(loss, trainer.lr, grad_norm, trainer.skipped_steps)
                     trainer.profiler.read_request()
             left_out = validating and (ballot.agreed > 0 or not trainer.validate())
@@ -158,13 +159,14 @@ class Trainer:
             watch.running = False
         heartbeat.watch()
 
-    def read(self) -> tuple[float, float] | None:
+    def read(self) -> tuple[float, float]:
         """The loss and the gradient norm of the last step. Reads all steps since the last reading, in one transfer.
 
-        This alone waits for the device. Raises CorruptError, on every rank, if masters or moments have changed between
-        two steps. Says which steps were left out. When train.spike_patience of them follow one
-        another, the run goes back to its last checkpoint, and the result is None. Raises FloatingPointError, on every
-        rank, where it cannot: no checkpoint is there, or it has gone back train.rollbacks times.
+        This alone waits for the device. Says which steps were left out. When train.spike_patience of them follow one
+        another, the run goes back (`_go_back`), and the last of them is the last step.
+
+        Raises, on every rank, CorruptError if masters or moments have changed between two steps, and FloatingPointError
+        where the run cannot go back: no checkpoint is there, or it has gone back train.rollbacks times.
         """
         self.run.heartbeat.enter("read")
         self._check_state()
@@ -178,7 +180,7 @@ class Trainer:
                 found = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}{self.spikes.usual()}"
                 if self.setbacks.in_a_row == self.run.config.train.spike_patience:
                     self._go_back(step, found, unread[step - self.run.step - 1].skipped_locally)
-                    return None
+                    return loss, grad_norm
                 self.reporter.say(f"warning: step {step} is left out: {found}")
             elif not skipped:
                 self.setbacks = self.setbacks._replace(in_a_row=0)
@@ -192,13 +194,17 @@ class Trainer:
         if self.run.config.train.state_check_interval == 0:
             return
         self.hashes.compare()
-        told = exchange("; ".join(self.hashes.found()[:3]) or None)
+        found = self.hashes.found()
+        vote = torch.tensor(len(found), device=backend_device())
+        dist.all_reduce(vote, dist.ReduceOp.MAX)
+        if not vote:
+            return
+        told = exchange("; ".join(found[:3]) or None)
         odd = [rank for rank, text in enumerate(told) if text is not None]
-        if odd:
-            self._wait_for_the_save()
-            good = last_good(self.run.folder.checkpoints, self.run.step)
-            found = f"step {self.run.step}: bits changed that no step has written, on rank {odd[0]}: {told[odd[0]]}"
-            raise CorruptError(f"{found}; {good}: start again, and if it comes back without that host", odd)
+        self._wait_for_the_save()
+        good = last_good(self.run.folder.checkpoints, self.run.step)
+        what = f"step {self.run.step}: bits changed that no step has written, on rank {odd[0]}: {told[odd[0]]}"
+        raise CorruptError(f"{what}; {good}: start again, and if it comes back without that host", odd)
 
     def _go_back(self, step: int, found: str, skipped_locally: int | None) -> None:
         """`step` is the last of too many bad ones: go on from the last checkpoint's weights, behind its samples."""
