@@ -112,7 +112,8 @@ class Trainer:
         """Up to the last reading."""
         self.hashes, self.unread = StateHashes(run.engine), list[Unread]()
         self.setbacks = Setbacks.of(run.resumed)
-        self.spikes = Spikes(run.config.train, run.device, self.setbacks.recent, self.setbacks.in_a_row)
+        streak = self.setbacks.in_a_row, self.setbacks.patience
+        self.spikes = Spikes(run.config.train, run.device, self.setbacks.recent, *streak)
         say, kept = self.reporter.say, run.config.checkpoint
         keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "say": say}
         options = {"each": partial(run.heartbeat.each, "save"), "failed": run.ballot.save_failed}
@@ -178,12 +179,13 @@ class Trainer:
             if left_out:
                 self.setbacks = self.setbacks._replace(in_a_row=self.setbacks.in_a_row + 1)
                 found = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}{self.spikes.usual()}"
-                if self.setbacks.in_a_row == self.run.config.train.spike_patience:
-                    self._go_back(step, found, unread[step - self.run.step - 1].skipped_locally)
+                if self.setbacks.in_a_row == (self.setbacks.patience or self.run.config.train.spike_patience):
+                    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+                    self._go_back(step, found, finite, unread[step - self.run.step - 1].skipped_locally)
                     return loss, grad_norm
                 self.reporter.say(f"warning: step {step} is left out: {found}")
             elif not skipped:
-                self.setbacks = self.setbacks._replace(in_a_row=0)
+                self.setbacks = self.setbacks._replace(in_a_row=0, patience=None)
         for step in unread:
             self.reporter.stragglers.step(step.waited, step.forward(), step.update())
             self.reporter.exposed.update({group: seconds() for group, seconds in step.exposed.items()})
@@ -206,11 +208,14 @@ class Trainer:
         what = f"step {self.run.step}: bits changed that no step has written, on rank {odd[0]}: {told[odd[0]]}"
         raise CorruptError(f"{what}; {good}: start again, and if it comes back without that host", odd)
 
-    def _go_back(self, step: int, found: str, skipped_locally: int | None) -> None:
-        """`step` is the last of too many bad ones: go on from the last checkpoint's weights, behind its samples."""
-        run, most = self.run, self.run.config.train.rollbacks
+    def _go_back(self, step: int, found: str, finite: bool, skipped_locally: int | None) -> None:
+        """`step` is the last of too many bad ones: go on from the last checkpoint's weights, behind its samples.
+
+        Where that was done and no step was good since, it would help no more: finite numbers are taken as they are.
+        """
+        run, most, again = self.run, self.run.config.train.rollbacks, self.setbacks.patience is not None
         self._wait_for_the_save()
-        if len(self.setbacks.passed_samples) == most:
+        if not finite if again else len(self.setbacks.passed_samples) >= most:
             raise self._diverged(found, step)
         run.heartbeat.enter("roll back")
         self.hashes.forget()
@@ -218,12 +223,17 @@ class Trainer:
         if back is None:
             raise self._diverged(found, step)
         first, end = (consumed_samples(run.config.phases, each) for each in (back, step))
-        self.setbacks = Setbacks(0, (*self.setbacks.passed_samples, (first, end)))
-        self.spikes.resume()
+        patience = None if again else run.config.train.spike_window
+        self.setbacks = Setbacks(0, patience, (*self.setbacks.passed_samples, (first, end)))
+        self.spikes.resume(patience or run.config.train.spike_patience)
+        if again:
+            self.spikes.forget()
         self.skipped_steps = step - self.engine.updates
+        count = len(self.setbacks.passed_samples)
+        told = "such numbers are no spikes from here on" if again else f"return {count} of {most}"
         self.reporter.say(
             f"warning: step {step} is bad, as were those before: {found}; back to the weights of step {back}, and on "
-            f"behind samples {first} to {end - 1} (number {len(self.setbacks.passed_samples)} of {most} such returns)"
+            f"behind samples {first} to {end - 1} ({told})"
         )
 
     def guard(self) -> None:

@@ -14,7 +14,9 @@ class Setbacks(NamedTuple):
     """What went wrong in a run; checkpoints keep it in state.json."""
 
     in_a_row: int = 0
-    """Bad steps since the last good one."""
+    """Bad steps since the last good one, or since the run went back."""
+    patience: int | None = None
+    """How many are too many, if the run went back and no step was good since; None: train.spike_patience."""
     passed_samples: tuple[tuple[int, int], ...] = ()
     """Ranges [first, end) of samples that no weight has learnt from, since the run went back: in rising order."""
     recent: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())

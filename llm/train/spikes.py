@@ -4,7 +4,8 @@ A step is bad if its loss or its gradient norm is not finite, or lies more than 
 above the mean of the last `train.spike_window` good steps of the phase (before there are as many, none is a spike).
 A bad step is left out. When `train.spike_patience` of them follow one another, all later ones are left out too, until
 the training loop has read the results: it goes back to the last checkpoint and passes over the samples in between, as
-PaLM's authors did by hand (Chowdhery et al. 2022, section 5.1).
+PaLM's authors did by hand (Chowdhery et al. 2022, section 5.1). Bad steps that go on after that are left out as well,
+up to `train.spike_window` of them. Then the numbers are taken for what they are now, and a new window begins.
 """
 
 from __future__ import annotations
@@ -31,12 +32,17 @@ class Spikes:
         device: torch.device,
         saved: Sequence[Sequence[float]] = ((), ()),
         in_a_row: int = 0,
+        patience: int | None = None,
     ) -> None:
-        """saved: what `state` gave, oldest first; in_a_row: bad steps since the last good one."""
+        """saved: what `state` gave, oldest first; in_a_row: bad steps since the last good one.
+
+        patience: how many are too many; None: as the config has it.
+        """
         self.sigmas, self.size, self.device = config.spike_sigmas, config.spike_window, device
-        self.patience, self.fp16 = config.spike_patience, config.precision == "fp16"
+        self.usual_patience, self.fp16 = config.spike_patience, config.precision == "fp16"
+        self.patience = torch.full((), patience or config.spike_patience, device=device)
         self.in_a_row = torch.full((), in_a_row, device=device)
-        """int64 []"""
+        """Both int64 []."""
         self.recent = torch.zeros(2, self.size, dtype=torch.float64, device=device)
         """Losses and norms [2, size]; good step number n of the phase is in column n % size."""
         kept = torch.tensor(saved, dtype=torch.float64)[:, -self.size :]
@@ -48,9 +54,10 @@ class Spikes:
         """Begin the window anew: the data or the batch are others from here on."""
         self.good.zero_()
 
-    def resume(self) -> None:
-        """Go on after too many bad steps."""
+    def resume(self, patience: int) -> None:
+        """Go on after too many bad steps, and suffer `patience` more if they follow at once."""
         self.in_a_row.zero_()
+        self.patience.fill_(patience)
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether a step is bad, bool [] on the device, the same on every rank; a good one joins the window.
@@ -73,6 +80,7 @@ class Spikes:
         # A norm that overflows in fp16 is the loss scale's to mend, however often.
         counts = bad & (found[0].isfinite().logical_not() | found[1].isfinite()) if self.fp16 else bad
         self.in_a_row = torch.where(over, self.in_a_row, torch.where(bad, self.in_a_row + counts, 0))
+        self.patience = torch.where(bad, self.patience, self.usual_patience)
         return bad
 
     def usual(self) -> str:

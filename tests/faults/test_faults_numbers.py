@@ -13,7 +13,7 @@ from test_faults_stop import SETTINGS, command, goes_on, validation
 
 Row = Callable[..., None]
 # So many deviations that gradient norms, which spike by themselves in a short window, do not reach them.
-WATCH = dict(train__spike_window=16, train__spike_sigmas=60, train__spike_patience=3, checkpoint__interval=50)
+WATCH = dict(train__spike_window=16, train__spike_sigmas=1000, train__spike_patience=3, checkpoint__interval=50)
 
 
 @pytest.mark.slow
@@ -44,9 +44,10 @@ def test_a_bad_stretch_is_passed_over_the_same_after_a_kill(kind: str, workspace
     seconds = time.monotonic() - begin
     assert "warning: step 62 is bad, as were those before" in done.stdout
     assert "back to the weights of step 50, and on behind samples 400 to 495" in done.stdout
-    assert done.stdout.count("back to the weights") == 3  # after 62, 65 and 68; 69 and 70 are two alone
+    assert done.stdout.count("back to the weights") == 1
     state = json.loads((space.path / f"runs/{names[0]}/checkpoints/step-00000300/state.json").read_text())
-    assert state["setbacks"]["passed_samples"] == [[400, 496], [496, 520], [520, 544]]
+    assert state["setbacks"]["passed_samples"] == [[400, 496]]
+    assert space.metrics(names[0])[-2]["skipped_steps"] == 70 - 50
     process = space.start([word.replace(names[0], names[1]) for word in start])
     space.wait_for_step(names[1], 62)
     process.kill()

@@ -95,8 +95,22 @@ def test_after_too_many_bad_steps_all_are_left_out_until_the_run_resumes() -> No
     nan = (math.nan, 0.5)
     assert judged(spikes, [nan, CALM[0], nan, nan, CALM[0], CALM[1]]) == [True, False, True, True, True, True]
     assert len(spikes.state()[0]) == 1
-    spikes.resume()
+    spikes.resume(4)
     assert judged(spikes, [CALM[0], nan, CALM[0]]) == [False, True, False]
+    assert judged(spikes, [nan, nan, CALM[0]]) == [True, True, True]  # one that is good ends the patience
+
+
+def test_bad_steps_that_go_on_are_suffered_longer() -> None:
+    spikes, nan = watch(spike_patience=2), (math.nan, 0.5)
+    assert judged(spikes, [nan, nan, CALM[0]]) == [True, True, True]
+    spikes.resume(4)
+    assert judged(spikes, [nan, nan, nan, CALM[0], nan, CALM[1]]) == [True, True, True, False, True, False]
+    again = watch(spike_patience=2)
+    again.resume(4)
+    assert judged(again, [nan] * 3) == [True] * 3
+    saved = Spikes(TrainConfig(spike_window=8, spike_patience=2), CPU, again.state(), 3, 4)
+    for each in (again, saved):
+        assert judged(each, [nan, CALM[0]]) == [True, True]
 
 
 def test_overflows_in_fp16_are_the_loss_scales() -> None:
@@ -264,6 +278,18 @@ def test_a_run_that_goes_back_too_often_ends(one_rank: RankPool, tmp_path: Path)
         (message,) = one_rank.run(poisoned, ours, tmp_path / str(most), 0, samples(*bad), math.nan)
         assert f"step {step}: loss nan" in message and f"step-{last:08}: lower optim.lr" in message
         assert open_checkpoint(tmp_path / f"{most}/run/checkpoints/step-{last:08}")
+
+
+def test_numbers_that_stay_large_are_no_spikes_in_the_end(one_rank: RankPool, tmp_path: Path) -> None:
+    """Steps 6 and 7 lead back to step 5, and 8 to 11, a whole window, to what was saved after 7; 12 is made."""
+    ours = plain(made(), micro_batch_size=4)
+    (told,) = one_rank.run(poisoned, ours, tmp_path, 0, samples(*range(6, 13)), 50.0)
+    assert "step 7 is bad, as were those before" in told and "return 1 of 10)" in told
+    assert "step 11 is bad, as were those before" in told and "such numbers are no spikes from here on" in told
+    assert steps(tmp_path)[-1]["skipped_steps"] == 6
+    assert equal(final(tmp_path), one_rank.run(without, ours, range(6, 12))[0])
+    (told,) = one_rank.run(poisoned, ours, tmp_path / "nan", 0, samples(*range(6, 13)), math.nan)
+    assert told.startswith("step 11: loss nan") and "step-00000010" in told
 
 
 def test_without_a_checkpoint_a_run_ends(one_rank: RankPool, tmp_path: Path) -> None:
