@@ -27,15 +27,19 @@ class DamagedFile(InputError):
     """
 
 
-class ReplicaError(Exception):
-    """Ranks that should hold the same weights do not (llm/train/guard.py): raised by every rank.
+class CorruptError(Exception):
+    """Weights, moments or gradients are not what they must be, bit by bit: raised by every rank.
 
-    odd: the ranks that differ from most of the others; exit code 69 if there are any, else 1.
+    odd: the ranks that are proven wrong; exit code 69 if there are any, else 1.
     """
 
     def __init__(self, message: str, odd: Collection[int] = ()) -> None:
         super().__init__(message)
         self.odd = odd
+
+
+class ReplicaError(CorruptError):
+    """Ranks that should hold the same weights do not (llm/train/guard.py)."""
 
 
 class CheckpointError(Exception):

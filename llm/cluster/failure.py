@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from llm.errors import BadHost, InputError, PeerError, ReplicaError
+from llm.errors import BadHost, CorruptError, InputError, PeerError
 
 # Exit codes. What passes may be tried again as it is; a bad input must be mended; a bad host must be left out.
 PASSING, BAD_INPUT, BAD_HOST, STOPPED = 1, 2, 69, 75
@@ -26,7 +26,7 @@ BAD_GPU = re.compile(
 
 def exit_code(error: Exception) -> int:
     """The code that a process ends with, which `error` ends."""
-    odd = isinstance(error, ReplicaError) and error.odd
+    odd = isinstance(error, CorruptError) and error.odd
     gpu = isinstance(error, RuntimeError) and not isinstance(error, PeerError) and BAD_GPU.search(str(error))
     if odd or gpu or isinstance(error, BadHost):
         return BAD_HOST
@@ -35,7 +35,7 @@ def exit_code(error: Exception) -> int:
 
 def record_error(path: Path, error: Exception, *, rank: int) -> None:
     """`record_failure` of what ends this rank, unless another one is to blame, whose host the record must name."""
-    odd = error.odd if isinstance(error, ReplicaError) else ()
+    odd = error.odd if isinstance(error, CorruptError) else ()
     if not isinstance(error, PeerError) and (not odd or rank in odd):
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         record_failure(path, exit_code(error), reason, rank=rank)

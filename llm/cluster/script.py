@@ -14,7 +14,7 @@ from llm.cluster.preflight import provide_home
 from llm.cluster.ranks import discover_ranks
 from llm.cluster.signals import Stop
 from llm.cluster.watchdog import watch_launcher
-from llm.errors import Agreed, CheckpointError, InputError, ReadError, RendezvousError, ReplicaError, Stopped
+from llm.errors import Agreed, CheckpointError, CorruptError, InputError, ReadError, RendezvousError, Stopped
 from llm.sinks import protect_streams
 
 PATIENCE_SECONDS = 10.0
@@ -48,7 +48,7 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
         tell_start(code, os.environ)
         if ranks is not None and stop is not None and stop.failed is not None:
             record_error(stop.failed, error, rank=ranks.rank)
-        shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReadError, ReplicaError))
+        shared = isinstance(error, (Agreed, CheckpointError, FloatingPointError, ReadError, CorruptError))
         if not shared and not isinstance(error, (InputError, RendezvousError)):
             traceback.print_exception(error)
         else:

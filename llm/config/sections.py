@@ -307,6 +307,18 @@ class TrainConfig:
     """Steps between comparisons of each parameter's replicas over ranks, also made before saving; 0: never."""
     guard_action: Literal["stop", "warn"] = "stop"
     """What follows when replicas differ."""
+    state_check_interval: int = 1
+    """Steps between comparisons of masters and moments with what the step before has written; 0: never."""
+    replay_interval: int = 0
+    """Steps between those whose gradients are computed twice more, to be compared bit by bit; 0: never."""
+    spike_sigmas: float = 6.0
+    """A step is left out if its loss or gradient norm is so many deviations above the mean of late; 0: never."""
+    spike_window: int = 128
+    """Steps that `of late` means; in the first so many of a phase nothing is called a spike."""
+    spike_patience: int = 3
+    """Steps left out one after the other, as spikes or as not finite, after which the run goes back to a checkpoint."""
+    rollbacks: int = 10
+    """How often it does so, passing over the samples in between, before it ends instead; 0: it ends at once."""
     init_from: str | None = None
     """A run's folder, a checkpoint or a Hugging Face folder whose weights a new run begins with; null: random ones."""
     impl: Literal["auto", "triton", "torch", "reference"] = "auto"
@@ -316,8 +328,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, "train.", self, "global_batch_size", "micro_batch_size", "max_steps", "eval_interval")
-        check_at_least(1, "train.", self, "checkpoint_every")
-        check_at_least(0, "train.", self, "z_loss", "guard_interval", "max_minutes")
+        check_at_least(1, "train.", self, "checkpoint_every", "spike_patience")
+        check_at_least(2, "train.", self, "spike_window")
+        check_at_least(0, "train.", self, "z_loss", "guard_interval", "max_minutes", "spike_sigmas", "rollbacks")
+        check_at_least(0, "train.", self, "state_check_interval", "replay_interval")
+        require(
+            self.deterministic or self.replay_interval == 0,
+            f"train.replay_interval is {self.replay_interval} and train.deterministic is false: gradients would differ "
+            "without a fault; set train.deterministic=true",
+        )
         check_at_least(10, "train.", self, "stall_seconds")
         require(
             self.checkpoint_every == 1 or self.activation_checkpointing != "none",

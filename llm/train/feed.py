@@ -98,6 +98,16 @@ class Feed:
                 copied.record()
         return Fetched(step, self.loader.epochs(), copied)
 
+    def restart(self, loader: Loader, steps: int, skipped_locally: int | None) -> None:
+        """Hand out `steps` steps of another loader from here on; the last one is closed.
+
+        skipped_locally: samples that were replaced before them.
+        """
+        if self.ahead is not None and self.ahead.copied is not None:
+            self.ahead.copied.synchronize()
+        self.loader.close()
+        self.loader, self.steps, self.ahead, self.skipped_locally = loader, steps, None, skipped_locally
+
     def skipped_samples(self) -> int:
         """Samples that were replaced since the run began, over all ranks. Collective."""
         here = self.skipped_locally

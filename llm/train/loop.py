@@ -8,20 +8,27 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llm.checkpoint.background import Saver
 from llm.checkpoint.remote import Mirror, Remote
-from llm.errors import ReplicaError
-from llm.parallel.agreement import lead_first
+from llm.checkpoint.writer import last_good
+from llm.config.phases import consumed_samples
+from llm.errors import CorruptError, ReplicaError
+from llm.parallel.agreement import backend_device, exchange, lead_first
 from llm.train.best import Best
 from llm.train.engines.base import StepResult
 from llm.train.guard import compare_replicas, diverged, odd_ranks, replica_message
 from llm.train.optim import learning_rate
 from llm.train.profiling import Profiler
+from llm.train.replay import replay
 from llm.train.reporter import Reporter
 from llm.train.resume import checkpoint_state
+from llm.train.rollback import Setbacks, roll_back
+from llm.train.spikes import Spikes
 from llm.train.start import Run
+from llm.train.state_hashes import StateHashes
 from llm.train.stragglers import Stopwatch
 
 
@@ -44,15 +51,18 @@ def train(run: Run) -> None:
             reporter.restart_clock()
         while not run.over and not ballot.agreed:
             trainer.profiler.step(trainer.step)
-            if run.step == config.train.max_steps:
-                ballot.close()
             logging, validating = due(config.logging.interval), due(config.train.eval_interval)
             saving = due(config.checkpoint.interval) or ballot.agreed > 0
             # What is saved was compared: else a checkpoint could keep what a failing rank wrote.
             watched = config.train.guard_interval > 0
             guarding = watched and (saving or due(config.train.guard_interval))
             if logging or validating or saving or guarding:
+                passed = trainer.setbacks.passed_samples
                 loss, grad_norm = trainer.read()  # else the device has steps to do while the host prepares the next
+                if trainer.setbacks.passed_samples != passed:  # the run went back: what it has now is saved
+                    logging, validating, saving, guarding = True, run.over, True, watched
+                if run.step == config.train.max_steps:
+                    ballot.close()
                 run.heartbeat.enter("report")
                 if logging:
                     reporter.step(loss, trainer.lr, grad_norm, trainer.skipped_steps)
@@ -80,6 +90,8 @@ class Unread(NamedTuple):
     loss: Tensor
     result: StepResult
     waited: float
+    skipped_locally: int | None
+    """Of the feed, after this step."""
     forward: Callable[[], float]
     update: Callable[[], float]
     exposed: dict[str, Callable[[], float]]
@@ -98,7 +110,10 @@ class Trainer:
         self.profiler = Profiler(run, self.reporter.say)
         self.skipped_steps = run.step - run.engine.scalar_state()["optimizer_step"]
         """Up to the last reading."""
-        self.unread: list[Unread] = []
+        self.hashes, self.unread = StateHashes(run.engine), list[Unread]()
+        self.setbacks = Setbacks.of(run.resumed)
+        streak = self.setbacks.in_a_row, self.setbacks.patience
+        self.spikes = Spikes(run.config.train, run.device, self.setbacks.recent, *streak)
         say, kept = self.reporter.say, run.config.checkpoint
         keep = {"keep_last": kept.keep_last, "keep_every": kept.keep_every, "say": say}
         options = {"each": partial(run.heartbeat.each, "save"), "failed": run.ballot.save_failed}
@@ -115,22 +130,32 @@ class Trainer:
         run, config, heartbeat = self.run, self.run.config, self.run.heartbeat
         heartbeat.enter("load", run.step + 1)
         waited = self.feed.wait_seconds
+        if any(phase.first_step == run.step for phase in config.phases):
+            self.spikes.forget()  # other data or batches have other losses and norms
         self.lr = learning_rate(config.optim, run.step, config.train.max_steps)
         self.engine.set_lr(self.lr)
         micro_batches, target_count = self.feed.next_step()
         heartbeat.enter("forward_backward")
         for watch in self.engine.waits.values():
             watch.running = True
+        number, every = run.step + 1, config.train.state_check_interval
+        if config.train.replay_interval and number % config.train.replay_interval == 0:
+            warning = replay(self.engine, micro_batches, target_count)
+            if warning is not None:
+                self.reporter.say(f"warning: step {number}: {warning}")
         loss = self.engine.forward_backward(micro_batches, target_count)
         heartbeat.enter("update")
+        self.hashes.compare()
         run.ballot.begin()
         with self.update_time:
-            result = self.engine.step()
+            result = self.engine.step(partial(self.spikes.judge, loss))
         run.ballot.end()
-        run.step += 1
+        self.hashes.after_step(due=every > 0 and (number + 1) % every == 0)
+        run.step = number
         times = self.engine.forward_time.take(), self.update_time.take()
         exposed = {group: watch.take() for group, watch in self.engine.waits.items()}
-        self.unread.append(Unread(loss, result, self.feed.wait_seconds - waited, *times, exposed))
+        waited, skipped = self.feed.wait_seconds - waited, self.feed.skipped_locally
+        self.unread.append(Unread(loss, result, waited, skipped, *times, exposed))
         for watch in self.engine.waits.values():  # validations are no steps
             watch.running = False
         heartbeat.watch()
@@ -138,21 +163,78 @@ class Trainer:
     def read(self) -> tuple[float, float]:
         """The loss and the gradient norm of the last step. Reads all steps since the last reading, in one transfer.
 
-        This alone waits for the device. Raises FloatingPointError, on every rank, of the first step whose loss or norm
-        is not finite and which was not skipped. No weight has such a gradient in it: the engine left out the update.
+        This alone waits for the device. Says which steps were left out. When train.spike_patience of them follow one
+        another, the run goes back (`_go_back`), and the last of them is the last step.
+
+        Raises, on every rank, CorruptError if masters or moments have changed between two steps, and FloatingPointError
+        where the run cannot go back: no checkpoint is there, or it has gone back train.rollbacks times.
         """
         self.run.heartbeat.enter("read")
+        self._check_state()
         unread, self.unread = self.unread, []
         results = [x.to(step.loss) for step in unread for x in (step.loss, *step.result)]
-        values = torch.stack(results).view(-1, 3).tolist()
-        for step, (loss, grad_norm, skipped) in enumerate(values, self.run.step - len(values) + 1):
-            self.skipped_steps += int(skipped)
-            if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise self._diverged(f"loss {loss}, gradient norm {grad_norm}", step)
+        values = torch.stack(results).view(-1, 4).tolist()
+        for step, (loss, grad_norm, skipped, left_out) in enumerate(values, self.run.step - len(values) + 1):
+            self.skipped_steps += int(skipped or left_out)
+            if left_out:
+                self.setbacks = self.setbacks._replace(in_a_row=self.setbacks.in_a_row + 1)
+                found = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}{self.spikes.usual()}"
+                if self.setbacks.in_a_row == (self.setbacks.patience or self.run.config.train.spike_patience):
+                    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+                    self._go_back(step, found, finite, unread[step - self.run.step - 1].skipped_locally)
+                    return loss, grad_norm
+                self.reporter.say(f"warning: step {step} is left out: {found}")
+            elif not skipped:
+                self.setbacks = self.setbacks._replace(in_a_row=0, patience=None)
         for step in unread:
             self.reporter.stragglers.step(step.waited, step.forward(), step.update())
             self.reporter.exposed.update({group: seconds() for group, seconds in step.exposed.items()})
         return values[-1][0], values[-1][1]
+
+    def _check_state(self) -> None:
+        """Raise CorruptError, on every rank, if state has changed on any that no step has changed."""
+        if self.run.config.train.state_check_interval == 0:
+            return
+        self.hashes.compare()
+        found = self.hashes.found()
+        vote = torch.tensor(len(found), device=backend_device())
+        dist.all_reduce(vote, dist.ReduceOp.MAX)
+        if not vote:
+            return
+        told = exchange("; ".join(found[:3]) or None)
+        odd = [rank for rank, text in enumerate(told) if text is not None]
+        self._wait_for_the_save()
+        good = last_good(self.run.folder.checkpoints, self.run.step)
+        what = f"step {self.run.step}: bits changed that no step has written, on rank {odd[0]}: {told[odd[0]]}"
+        raise CorruptError(f"{what}; {good}: start again, and if it comes back without that host", odd)
+
+    def _go_back(self, step: int, found: str, finite: bool, skipped_locally: int | None) -> None:
+        """`step` is the last of too many bad ones: go on from the last checkpoint's weights, behind its samples.
+
+        Where that was done and no step was good since, it would help no more: finite numbers are taken as they are.
+        """
+        run, most, again = self.run, self.run.config.train.rollbacks, self.setbacks.patience is not None
+        self._wait_for_the_save()
+        if not finite if again else len(self.setbacks.passed_samples) >= most:
+            raise self._diverged(found, step)
+        run.heartbeat.enter("roll back")
+        self.hashes.forget()
+        back = roll_back(run, step, skipped_locally)
+        if back is None:
+            raise self._diverged(found, step)
+        first, end = (consumed_samples(run.config.phases, each) for each in (back, step))
+        patience = None if again else run.config.train.spike_window
+        self.setbacks = Setbacks(0, patience, (*self.setbacks.passed_samples, (first, end)))
+        self.spikes.resume(patience or run.config.train.spike_patience)
+        if again:
+            self.spikes.forget()
+        self.skipped_steps = step - self.engine.updates
+        count = len(self.setbacks.passed_samples)
+        told = "such numbers are no spikes from here on" if again else f"return {count} of {most}"
+        self.reporter.say(
+            f"warning: step {step} is bad, as were those before: {found}; back to the weights of step {back}, and on "
+            f"behind samples {first} to {end - 1} ({told})"
+        )
 
     def guard(self) -> None:
         """Compare the replicas of each parameter; warn of those that differ, or raise ReplicaError on every rank."""
@@ -202,7 +284,8 @@ class Trainer:
         """validation_due: that of this step was left for a stop, so the next start begins with it."""
         self.run.heartbeat.enter("save")
         run, skipped_samples, scalars = self.run, self.feed.skipped_samples(), self.engine.scalar_state()
-        state = checkpoint_state(run.config, run.source.identity(), run.step, skipped_samples, scalars)
+        setbacks = self.setbacks._replace(recent=self.spikes.state())._asdict()
+        state = checkpoint_state(run.config, run.source.identity(), run.step, skipped_samples, scalars, setbacks)
         state |= {"validation_due": True} if validation_due else {}
         state |= {"best": run.best._asdict()} if run.best is not None else {}
         self.saver.save(run.step, self.engine.state_pieces(), state)

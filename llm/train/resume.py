@@ -32,9 +32,17 @@ JUMP = 0.1  # relative change of the learning rate that is warned about
 
 
 def checkpoint_state(
-    config: RunConfig, data: dict[str, Any], step: int, skipped_samples: int, engine: dict[str, Any]
+    config: RunConfig,
+    data: dict[str, Any],
+    step: int,
+    skipped_samples: int,
+    engine: dict[str, Any],
+    setbacks: dict[str, Any],
 ) -> dict[str, Any]:
-    """state.json of a checkpoint after `step` steps; data: their identity (Source); engine: its scalar_state."""
+    """state.json of a checkpoint after `step` steps.
+
+    data: their identity (Source); engine: its scalar_state; setbacks: of llm.train.rollback.
+    """
     return {
         "step": step,
         "consumed_samples": consumed_samples(config.phases, step),
@@ -42,6 +50,7 @@ def checkpoint_state(
         "config": to_dict(config),
         "data": data,
         "engine": engine,
+        "setbacks": setbacks,
     }
 
 

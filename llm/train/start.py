@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,8 @@ class Run:
     validation_due: bool = False
     """That after `step` was left for a stop, or is the first of a fine-tuning run."""
     best: Best | None = None
+    resumed: dict[str, Any] = field(default_factory=dict)
+    """state.json of the checkpoint that it resumed from; empty for a new run."""
 
     @property
     def lead(self) -> bool:
@@ -142,7 +144,8 @@ def _heartbeat(run: Run, ranks: Ranks, hosts: list[str], start: str) -> Heartbea
     store = connect(ranks, start, run.config.parallel.timeout_seconds)
     return Heartbeat(
         run.config.train.stall_seconds, ranks.rank, hosts, store,
-        groups=[*groups.values()], work=lambda: run.engine.forward_time.count, failed=run.folder.failed,
+        groups=[*groups.values()], work=lambda: run.engine.forward_time.count + run.engine.pieces_read,
+        failed=run.folder.failed,
     )  # fmt: skip
 
 
@@ -192,6 +195,7 @@ def _ready(
     run.validation_due = config.finetune.task != "none"
     if checkpoint is not None:
         run.validation_due, run.best = checkpoint.state.get("validation_due", False), Best.of(checkpoint.state)
+        run.resumed = checkpoint.state
     together(lambda: _write_folder(run) if run.lead else None)
     if checkpoint is not None:
         say(resume_report(saved_config(checkpoint.state), config, step))

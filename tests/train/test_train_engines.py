@@ -111,7 +111,8 @@ def poisoned_step(config: RunConfig) -> tuple[float, bool]:
         engine.model.norm.register_forward_hook(poison)
     loss = engine.forward_backward(batches(config, 0, mesh.dp_rank, mesh.dp_size, False), target_count(False))
     assert math.isfinite(loss)
-    norm, skipped = engine.step()
+    norm, skipped, left_out = engine.step()
+    assert left_out and engine.updates == 0
     engine.close()
     return float(norm), bool(skipped)
 

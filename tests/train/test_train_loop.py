@@ -101,7 +101,9 @@ def trained(config: RunConfig, root: Path, step: int = 0, stop: Stop | None = No
     loader, engine = MadeUp(config, mesh, step), build_engine(config, mesh, CPU, reader)
     feed = Feed(loader, CPU, config.train.max_steps - step, mesh.dp_group, skipped_samples=skipped)
     due = reader is not None and reader.state.get("validation_due", False)
-    run = MadeUpRun(config, folder, MadeUpSource(), mesh, CPU, step, feed, engine, Ballot(stop), validation_due=due)
+    source, state = MadeUpSource(config, mesh), reader.state if reader is not None else {}
+    run = MadeUpRun(config, folder, source, mesh, CPU, step, feed, engine, Ballot(stop), validation_due=due)
+    run.resumed = state
     train(run)
     engine.close()
     return loader.closed
@@ -110,8 +112,17 @@ def trained(config: RunConfig, root: Path, step: int = 0, stop: Stop | None = No
 class MadeUpSource(Pretraining):
     """Text whose bytes were not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         """Without a corpus."""
+        self.config, self.mesh = config, mesh
+
+    def loader(self, *, consumed: int, **ranks: Any) -> MadeUp:
+        steps = range(self.config.train.max_steps + 1)
+        return MadeUp(
+            self.config,
+            self.mesh,
+            next(step for step in steps if consumed_samples(self.config.phases, step) == consumed),
+        )
 
     def bits_per_byte(self, loss: float) -> None:
         return None
@@ -282,7 +293,7 @@ def test_what_is_not_finite_rotates_no_good_checkpoint_out(
 
 
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(one_rank: RankPool, tmp_path: Path) -> None:
-    made = replace(config(), checkpoint=CheckpointConfig(interval=3))
+    made = replace(config(train=dict(rollbacks=0, spike_patience=1)), checkpoint=CheckpointConfig(interval=3))
     ((kind, message),) = one_rank.run(stopped, made, tmp_path, 0, spoil_a_weight)
     assert kind == "FloatingPointError" and "step 5: loss nan" in message
     assert f"the last good checkpoint is {tmp_path / 'run/checkpoints/step-00000003'}: lower optim.lr" in message

@@ -63,7 +63,7 @@ def opened(config: RunConfig, digests: dict[str, str]) -> Corpora:
 
 
 def saved(step: int, config: RunConfig) -> dict[str, Any]:
-    return checkpoint_state(config, opened(config, DIGESTS).identity(), step, 5, {})
+    return checkpoint_state(config, opened(config, DIGESTS).identity(), step, 5, {}, {})
 
 
 def resume(step: int, after: RunConfig, digests: dict[str, str] = DIGESTS, before: RunConfig | None = None) -> Corpora:
@@ -155,7 +155,7 @@ def test_the_packing_plans_of_phases_that_have_begun_are_data_too() -> None:
         }  # pyright: ignore
         return replace(corpora, training=contents)
 
-    state = checkpoint_state(packed, planned().identity(), 3, 0, {})
+    state = checkpoint_state(packed, planned().identity(), 3, 0, {}, {})
     check_resumable(packed, planned(T4="1"), state)
     for changed in ("T16", "T8"):
         with pytest.raises(InputError, match=r"what a, c holds is not what runs/run was trained on"):

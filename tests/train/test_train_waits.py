@@ -115,7 +115,7 @@ def reads(interval: int, root: Path) -> list[int]:
         patch.setattr(PlainEngine, "updates", property(lambda engine: 0))
         engine = without_values(made)
         feed = Feed(MadeUp(made, mesh, 0), META, made.train.max_steps, mesh.dp_group)
-        train(MadeUpRun(made, folder, MadeUpSource(), mesh, META, 0, feed, engine))
+        train(MadeUpRun(made, folder, MadeUpSource(made, mesh), mesh, META, 0, feed, engine))
     return found
 
 

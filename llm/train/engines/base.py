@@ -68,14 +68,23 @@ def loss_and_count(model: nn.Module, batch: MicroBatch) -> Tensor:
     return torch.stack([model(*batch).double(), (batch.targets != IGNORED_TARGET).sum().double()])
 
 
+Refuse: TypeAlias = Callable[[Tensor], Tensor]
+"""Whether a step must not change the weights, bool [], by its gradient's norm []. May be collective."""
+
+
+def not_finite(norm: Tensor) -> Tensor:
+    return norm.isfinite().logical_not()
+
+
 class StepResult(NamedTuple):
-    """Tensors [] on a device: reading one waits for the step."""
+    """Tensors [] on a device: reading one waits for the step. One that is skipped or left out changes nothing."""
 
     grad_norm: Tensor
     """Global norm before clipping."""
     skipped: Tensor
-    """Whether fp16's gradients overflowed, which a smaller loss scale can mend: weights, moments and Adam's step are
-    as before."""
+    """Whether fp16's gradients overflowed, which a smaller loss scale can mend."""
+    left_out: Tensor
+    """Whether it was refused for another reason."""
 
 
 class WeightSource(Protocol):
@@ -131,6 +140,8 @@ class Engine(ABC):
         self.trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         """Those that steps change: all, or with LoRA few of them."""
         self.forward_time = Stopwatch(device)  # of steps, not of validations
+        self.pieces_read = 0
+        """By load_pieces, for who watches its progress."""
         self.waits: dict[str, Stopwatch] = {}
         """Of the groups, "dp" and "tp", all of whose collectives are issued by Ingot: this rank's waits in them.
 
@@ -156,8 +167,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self) -> StepResult:
-        """Clip by the global norm and update the weights, unless that norm is not finite."""
+    def step(self, refuse: Refuse = not_finite) -> StepResult:
+        """Clip by the global norm and update weights, moments and Adam's step, unless the norm is refused.
+
+        A norm that is not finite must be.
+        """
 
     @abstractmethod
     def measure(self, micro_batches: Iterable[MicroBatch], of: Measure, numbers: int) -> list[float]:
@@ -205,6 +219,21 @@ class Engine(ABC):
             for kind, tensor in fragment.tensors(self.optimizer, moments=self.updates > 0).items():
                 yield Piece(name, kind, part, fragment.start, tensor.float())
 
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The fp32 weights that steps change and their moments, as this rank's optimizer holds them; not collective.
+
+        By what they are, such as "exp_avg of blocks.0.qkv.weight": under ZeRO a tensor has many parameters, of which
+        it is the first.
+        """
+        first = {fragment.flat: name for name, fragment in reversed(self._fragments().items()) if fragment.trained}
+        states = {flat: {"weights": flat.detach(), **self.optimizer.state.get(flat, {})} for flat in first}
+        return {
+            f"{kind} of {name}": states[flat][kind]
+            for flat, name in first.items()
+            for kind in ("weights", *MOMENTS)
+            if kind in states[flat]
+        }
+
     @torch.no_grad()
     def load_pieces(self, source: WeightSource, optimizer_step: int) -> None:
         """Fill master weights, and moments if optimizer_step > 0, from any layout's, and publish them.
@@ -220,6 +249,7 @@ class Engine(ABC):
 
     def _read_pieces(self, source: WeightSource, optimizer_step: int) -> None:
         for name, fragment in self._fragments().items():
+            self.pieces_read += 1
             flat, state = fragment.flat, self.optimizer.state
             if optimizer_step and fragment.trained:
                 if flat not in state:  # several fragments may lie in one tensor

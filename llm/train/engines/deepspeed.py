@@ -21,7 +21,17 @@ from llm.errors import InputError
 from llm.model.build import Model
 from llm.model.init import give_memory
 from llm.parallel.mesh import Mesh
-from llm.train.engines.base import DTYPES, Engine, Fragment, Measure, MicroBatch, StepResult, sum_over
+from llm.train.engines.base import (
+    DTYPES,
+    Engine,
+    Fragment,
+    Measure,
+    MicroBatch,
+    Refuse,
+    StepResult,
+    not_finite,
+    sum_over,
+)
 from llm.train.engines.deepspeed_config import deepspeed_config
 from llm.train.engines.shared import DynamicLossScale, clip, gather_slices, global_norm, measure_batches
 from llm.train.engines.zero_state import fragments, frozen_parts, publish
@@ -34,9 +44,9 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: RunConfig, model: Model, mesh: Mesh, device: torch.device) -> None:
         super().__init__(config, model, mesh, device)
         self.mesh = mesh
-        self.stage = config.parallel.zero_stage
+        self.stage, self.offloaded = config.parallel.zero_stage, config.parallel.offload != "none"
         self.replicated, self.replicated_state = self.stage < 3, self.stage == 0
-        self.applied, self.fp16 = 0, config.train.precision == "fp16"
+        self.applied, self.fp16 = torch.zeros((), dtype=torch.int64, device=device), config.train.precision == "fp16"
         self.shapes = {name: p.shape for name, p in self.parameters.items()}  # before ZeRO 3 partitions them
         generated = deepspeed_config(config, dp_size=mesh.dp_size, device=device.type)
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; each would warn once per call site.
@@ -48,6 +58,8 @@ class DeepSpeedEngine(Engine):
             partition(model, generated, mesh, device, DTYPES[config.train.precision])
         # ZeRO will replace its parameters by flat fp32 tensors.
         self.optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim, model.forms.adamw)
+        # ZeRO computes the norm within its step, and then calls the optimizer: here alone both can be had.
+        self.optimizer.register_step_pre_hook(self._before_update)
         self.engine: deepspeed.DeepSpeedEngine
         self.zero: Any
         try:
@@ -60,7 +72,7 @@ class DeepSpeedEngine(Engine):
 
     @property
     def updates(self) -> int:
-        return self.applied
+        return int(self.applied)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], target_count: int | Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -77,27 +89,41 @@ class DeepSpeedEngine(Engine):
                 self.engine.step()  # not at the accumulation boundary: only counts
         return sum_over(total, self.dp_group) / target_count
 
-    def step(self) -> StepResult:
+    def step(self, refuse: Refuse = not_finite) -> StepResult:
         """As Engine.step. DeepSpeed reads some numbers of its own in it, for which it waits (docs/parallelism.md)."""
+        self.refuse, self.left_out = refuse, None
         if self.stage == 0:
             # DeepSpeed does not report the norm here, so Ingot computes it once and clips by it.
             parameters = list(self.parameters.values())
             norm = global_norm(parameters, self.mesh)
             clip(parameters, norm, self.grad_clip)
-            skip_where(norm.isfinite().logical_not(), self.optimizer)
+            self._judge(norm)
             self.engine.step()
         else:
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
-        applied = self.engine.was_step_applied()
-        self.applied += applied
-        # ZeRO leaves out a step whose gradients are not finite in every precision, which only fp16 can mend by its
-        # loss scale: elsewhere the norm says so, and the loop stops.
-        if norm is None or (not applied and not self.fp16):
-            norm = float("nan")
-        if not isinstance(norm, Tensor):
-            norm = torch.full((), norm, device=self.device)
-        return StepResult(norm, torch.full((), self.fp16 and not applied, device=self.device))
+        # ZeRO leaves out by itself a step whose gradients are not finite, which only fp16 can mend by its loss scale.
+        skipped = self.fp16 and not self.engine.was_step_applied()
+        left_out = self._judge(norm) & (not skipped)
+        self.applied += left_out.logical_not() & (not skipped)
+        return StepResult(self._on_device(norm), torch.full((), skipped, device=self.device), left_out)
+
+    def _before_update(self, *_: Any) -> None:
+        """Called by the optimizer, under ZeRO 3 for each of its groups."""
+        if self.left_out is None:
+            self._judge(self.zero._global_grad_norm)
+
+    def _judge(self, norm: Tensor | float | None) -> Tensor:
+        """Whether this step is refused, which the optimizer then hears: asked once a step. Collective."""
+        if self.left_out is None:
+            self.left_out = self.refuse(self._on_device(norm)).to(self.device)
+            skip_where(self.left_out.to("cpu" if self.offloaded else self.device), self.optimizer)
+        return self.left_out
+
+    def _on_device(self, norm: Tensor | float | None) -> Tensor:
+        """A norm as DeepSpeed has it, [] on the device: None and -1 stand for one that is not finite."""
+        found = torch.as_tensor(-1.0 if norm is None else norm, device=self.device)
+        return torch.where(found >= 0, found, torch.nan)
 
     def measure(self, micro_batches: Iterable[MicroBatch], of: Measure, numbers: int) -> list[float]:
         return measure_batches(self.engine, micro_batches, of, numbers, self.dp_group, self.device)
@@ -127,10 +153,10 @@ class DeepSpeedEngine(Engine):
             scaler = self.zero.loss_scaler
             good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
             scale = DynamicLossScale(scaler.cur_scale, remaining=scaler.cur_hysteresis, good_steps=good_steps).state()
-        return {"optimizer_step": self.applied, "loss_scale": scale}
+        return {"optimizer_step": self.updates, "loss_scale": scale}
 
     def load_scalar_state(self, state: dict[str, Any]) -> None:
-        self.applied = state["optimizer_step"]
+        self.applied.fill_(state["optimizer_step"])
         if self.fp16 and state["loss_scale"]:
             scaler, saved = self.zero.loss_scaler, state["loss_scale"]
             scaler.cur_scale, scaler.cur_hysteresis = saved["scale"], saved["remaining"]

@@ -14,7 +14,7 @@ from llm.config import RunConfig
 from llm.model.build import Model
 from llm.parallel.collectives import UNTIMED
 from llm.parallel.mesh import Mesh
-from llm.train.engines.base import Engine, Measure, MicroBatch, StepResult, sum_over
+from llm.train.engines.base import Engine, Measure, MicroBatch, Refuse, StepResult, not_finite, sum_over
 from llm.train.engines.shared import DynamicLossScale, clip, measure_batches
 from llm.train.optim import adamw, parameter_groups, skip_where
 
@@ -67,21 +67,21 @@ class MasterWeightsEngine(Engine):
         with self.waits.get("dp", UNTIMED):
             return sum_over(total, self.dp_group)
 
-    def step(self) -> StepResult:
+    def step(self, refuse: Refuse = not_finite) -> StepResult:
         """As Engine.step. Whether to update is decided on the device, so that nothing waits for it."""
         masters = list(self.masters.values())
         norm = self._norm().to(masters[0].device)  # which is the CPU where they are offloaded
-        overflow = norm.isfinite().logical_not()
+        left_out = refuse(norm).to(norm.device)
         clip(masters, norm, self.grad_clip)
-        skip_where(overflow, self.optimizer)
+        skip_where(left_out, self.optimizer)
         self.optimizer.step()
         self._publish()
-        skipped = torch.zeros_like(overflow)
+        skipped = torch.zeros_like(left_out)
         if self.scale:
-            self.scale, skipped = self.scale.update(overflow)
+            self.scale, skipped = self.scale.update(not_finite(norm))
         self.optimizer.zero_grad()
         self.model.zero_grad()
-        return StepResult(norm, skipped)
+        return StepResult(norm, skipped, left_out & skipped.logical_not())
 
     def measure(self, micro_batches: Iterable[MicroBatch], of: Measure, numbers: int) -> list[float]:
         return measure_batches(self.model, micro_batches, of, numbers, self.dp_group, self.device)
