@@ -20,7 +20,8 @@ from llm.cluster.ranks import Ranks, choose_device, export, strip_local_rank
 from llm.cluster.script import own_options, run_script
 from llm.cluster.signals import Stop
 from llm.config.parse import parse_config
-from llm.config.sections import CheckpointConfig, LoggingConfig, ProfileConfig
+from llm.config.reports import LoggingConfig, ProfileConfig
+from llm.config.sections import CheckpointConfig
 from llm.errors import require
 
 WARM_UP = 3

@@ -22,7 +22,7 @@ import llm.report
 import llm.train.metrics
 from llm.cluster.heartbeat import Heartbeat
 from llm.config.parse import to_yaml
-from llm.config.sections import LoggingConfig
+from llm.config.reports import LoggingConfig
 from llm.report import report
 from llm.sinks import Sink, Stream
 from llm.train.ballot import Ballot

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from llm.config import checks, sections
+from llm.config import checks, reports, sections
 from llm.config.finetune import FinetuneConfig
 from llm.config.lora import LoRAConfig
 from llm.config.phases import Phase, phases_of
@@ -32,9 +32,9 @@ class RunConfig:
     parallel: sections.ParallelConfig = field(default_factory=sections.ParallelConfig)
     train: sections.TrainConfig = field(default_factory=sections.TrainConfig)
     checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
-    logging: sections.LoggingConfig = field(default_factory=sections.LoggingConfig)
+    logging: reports.LoggingConfig = field(default_factory=reports.LoggingConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    profile: sections.ProfileConfig = field(default_factory=sections.ProfileConfig)
+    profile: reports.ProfileConfig = field(default_factory=reports.ProfileConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for the DeepSpeed config; those that Ingot owns are refused."""
 

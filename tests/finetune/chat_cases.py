@@ -11,7 +11,8 @@ import torch
 
 from llm.config import DataConfig, RunConfig
 from llm.config.finetune import FinetuneConfig
-from llm.config.sections import CheckpointConfig, LoggingConfig
+from llm.config.reports import LoggingConfig
+from llm.config.sections import CheckpointConfig
 from llm.data.tokenizer import Tokenizer
 from llm.finetune.tasks import open_task
 from llm.train.loop import train

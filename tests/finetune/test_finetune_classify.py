@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from llm.config import RunConfig
 from llm.config.finetune import FinetuneConfig
-from llm.config.sections import LoggingConfig
+from llm.config.reports import LoggingConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError
 from llm.finetune.classify import HEAD, Classification, UnderNewHead, loss_count_and_right

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from llm.checkpoint.reader import CheckpointReader, open_checkpoint
 from llm.config import RunConfig
 from llm.config.lora import LoRAConfig, is_factor
-from llm.config.sections import CheckpointConfig, LoggingConfig
+from llm.config.reports import LoggingConfig
+from llm.config.sections import CheckpointConfig
 from llm.errors import Agreed
 from llm.huggingface import export
 from llm.model.build import model_of

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from llm.config import sections
+from llm.config import reports, sections
 from llm.profile.bottlenecks import MOST, Finding, bottlenecks
 from llm.profile.record import Collective, Host, Loader, Memory, Op, Record, Sync
 from profile_records import LAYOUT, longer, record, waiting
@@ -86,7 +86,7 @@ def test_advice_names_settings_that_there_are() -> None:
         f"{prefix}.{field.name}"
         for prefix, section in (
             ("model", sections.ModelConfig), ("data", sections.DataConfig), ("parallel", sections.ParallelConfig),
-            ("train", sections.TrainConfig), ("logging", sections.LoggingConfig),
+            ("train", sections.TrainConfig), ("logging", reports.LoggingConfig),
         )
         for field in fields(section)
     }  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chosen import slow_but
 from llm.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from llm.config.sections import ProfileConfig
+from llm.config.reports import ProfileConfig
 from llm.data.batch import Batch, Step
 from llm.model.layers import AddNorm, CausalAttention, Linear, Norm
 from llm.parallel.mesh import Mesh

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llm.cluster.heartbeat import Heartbeat
 from llm.config import PhaseChange, RunConfig, TrainConfig
-from llm.config.sections import LoggingConfig
+from llm.config.reports import LoggingConfig
 from llm.plan.flops import flops_per_token, recomputed_flops
 from llm.train.ballot import Ballot
 from llm.train.metrics import MetricsWriter, peak_memory, step_rates

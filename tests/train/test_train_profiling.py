@@ -16,7 +16,8 @@ import torch.distributed as dist
 from chosen import slow_but
 from llm.cluster.signals import Stop
 from llm.config import RunConfig
-from llm.config.sections import CheckpointConfig, LoggingConfig, ProfileConfig
+from llm.config.reports import LoggingConfig, ProfileConfig
+from llm.config.sections import CheckpointConfig
 from llm.model.parts import GPT_PARTS
 from llm.profile.record import Record
 from llm.train.loop import Trainer

@@ -18,7 +18,8 @@ from llm.checkpoint.manifest import Piece
 from llm.checkpoint.writer import step_of, write_checkpoint
 from llm.config import OptimConfig, PhaseChange, RunConfig
 from llm.config.parse import to_dict
-from llm.config.sections import CheckpointConfig, LoggingConfig
+from llm.config.reports import LoggingConfig
+from llm.config.sections import CheckpointConfig
 from llm.data.corpora import Corpora, blends_of
 from llm.data.samples.schedule import corpus_names
 from llm.data.tokens.manifest import FileEntry

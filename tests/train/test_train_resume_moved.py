@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from llm.config import DataConfig, PhaseChange, RunConfig
-from llm.config.sections import CheckpointConfig, LoggingConfig
+from llm.config.reports import LoggingConfig
+from llm.config.sections import CheckpointConfig
 from llm.data.prepare.register import register
 from llm.data.tokenizer import Tokenizer
 from llm.errors import Agreed

@@ -16,7 +16,8 @@ import torch
 
 from llm.cluster.failure import BAD_INPUT, record_failure
 from llm.config import RunConfig
-from llm.config.sections import CheckpointConfig, LoggingConfig
+from llm.config.reports import LoggingConfig
+from llm.config.sections import CheckpointConfig
 from llm.data.corpora import Corpora
 from llm.data.samples.schedule import Schedule
 from llm.errors import InputError

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chosen import slow_but
 from llm.config import OptimConfig, RunConfig
-from llm.config.sections import CheckpointConfig, LoggingConfig
+from llm.config.reports import LoggingConfig
+from llm.config.sections import CheckpointConfig
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model
 from llm.train.engines.fsdp import FSDPEngine
@@ -25,6 +26,7 @@ from llm.train.feed import Feed
 from llm.train.loop import Trainer, train
 from llm.train.optim import adamw
 from llm.train.run_folder import RunFolder
+from llm.train.watch import Watch
 from pool import RankPool
 from test_train_loop import MadeUp, MadeUpRun, MadeUpSource, config
 from tiny_run import batches, case, plain, target_count
@@ -109,7 +111,7 @@ def reads(interval: int, root: Path) -> list[int]:
         allow_meta(patch)
         patch.setattr(Trainer, "read", read)
         patch.setattr(Trainer, "validate", lambda trainer: True)
-        patch.setattr(Trainer, "guard", lambda trainer: None)
+        patch.setattr(Watch, "replicas", lambda watch: None)
         patch.setattr(Feed, "record", lambda feed: {})  # reads how many samples were replaced
         patch.setattr(Trainer, "save", lambda trainer, **_: None)
         patch.setattr(PlainEngine, "updates", property(lambda engine: 0))

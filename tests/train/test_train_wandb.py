@@ -15,7 +15,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from llm.config import RunConfig
-from llm.config.sections import LoggingConfig
+from llm.config.reports import LoggingConfig
 from llm.errors import InputError
 from llm.train import wandb_run
 from llm.train.metrics import MetricsWriter

@@ -15,7 +15,7 @@ import torch
 from tokenizer_kinds import lines, ranks, real_text, tokenizer_json
 
 from llm.config import DataConfig, RunConfig
-from llm.config.sections import LoggingConfig
+from llm.config.reports import LoggingConfig
 from llm.data.prepare.inspect import show
 from llm.data.prepare.register import register
 from llm.data.prepare.tokenise import prepare
