@@ -29,7 +29,7 @@ WRITERS |= {"limits", "no_triton", "why_not_triton", "wrong_documents", "wrong_o
 SPOKEN = ("warning: ", "note: ", "error: ", "given up: ")  # a text that begins so is a message wherever it stands
 # A text without words of its own: what it is put together from is a message elsewhere.
 BARE = re.compile(rf"(?:(?:warning|note|error): )?(?:{HOLE}|\W|\b\w{{1,2}}\b)*")
-MOST, MIN_LETTERS = 6, 8  # variants of a part that are told apart; letters of a pattern
+MOST, MIN_LETTERS = 6, 6  # variants of a part that are told apart; letters of a pattern
 
 Names = dict[str, list[tuple[int, ast.expr]]]  # what a name is assigned: the statement's column, and the value
 
@@ -219,7 +219,7 @@ def patterns(pages: Path = PAGES) -> list[Line]:
             if line.startswith("```"):
                 fence = line if not fence else ""
             elif fence == "```text" and line.strip():
-                found.append(Line(f"{page.parent.name}/{page.name}", number, tidy(line)))
+                found.append(Line(str(Path(*page.parts[-3:])), number, tidy(line)))
     return found
 
 

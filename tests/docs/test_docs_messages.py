@@ -7,7 +7,7 @@ from pathlib import Path
 import messages
 from messages import Line, dead, matches, missing, of_cpp, of_python, of_shell, patterns
 
-PYTHON = '''
+PYTHON = """
 REMEDY = "set HOME"
 
 def check(count, path, place, old):
@@ -24,7 +24,7 @@ def begin(say, warnings, error):
     say("the run begins")
     warnings.append(f"{error} is left out")
     raise InputError(str(error))
-'''
+"""
 CPP = """
   if (size < 8) fail(file, "has ", size, " bytes, expected 8 "
                      "for each \\"document\\"");
