@@ -201,8 +201,9 @@ class DataConfig:
     """The C++ loader or its NumPy twin; both give the same batches."""
     damaged: Literal["stop", "skip"] = "stop"
     """What follows when a sample cannot be read: an error, or another sample of its corpus is taken and counted."""
-    verify: Literal["none", "background"] = "none"
-    """Compare the SHA-256 of the token files with the manifest while training."""
+    verify: Literal["none", "blocks", "background"] = "blocks"
+    """Compare each block of 64 KiB of the token files with its checksum when it is first read; `background`: also read
+    the whole files beside the training and compare their SHA-256 with the manifest."""
 
     def __post_init__(self) -> None:
         check_at_least(1, "data.", self, "seq_len", "validation_samples")
