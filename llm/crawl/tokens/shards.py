@@ -103,11 +103,8 @@ def join(task: Task, reports: Sequence[Path], tokenizer: Tokenizer, origin: str,
     with complete_file(folder / "tokenizer.json") as file:
         file.write(tokenizer.raw)
     write_report(folder / "provenance.json", _provenance(folder.parent))
-    names = [
-        "tokenizer.json",
-        "provenance.json",
-        *(split + end for split in SPLITS for end in (".idx", ORIGIN, ".sums")),
-    ]
+    ends = (".idx", ".sums", ORIGIN)
+    names = ["tokenizer.json", "provenance.json", *(split + end for split in SPLITS for end in ends)]
     entries = {name: file_entry(folder / name) for name in names}
     Manifest(
         format=FORMAT,
