@@ -202,8 +202,7 @@ class DataConfig:
     damaged: Literal["stop", "skip"] = "stop"
     """What follows when a sample cannot be read: an error, or another sample of its corpus is taken and counted."""
     verify: Literal["none", "blocks", "background"] = "blocks"
-    """Compare each block of 64 KiB of the token files with its checksum when it is first read; `background`: also read
-    the whole files beside the training and compare their SHA-256 with the manifest."""
+    """Compare token files with their checksums, a block as it is first read; `background`: with their SHA-256 too."""
 
     def __post_init__(self) -> None:
         check_at_least(1, "data.", self, "seq_len", "validation_samples")
