@@ -19,15 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.tokens import megatron as formats
-from llm.data.tokens.headers import (
-    Header,
-    check_header,
-    check_metadata,
-    check_request,
-    header_bytes,
-    index_path,
-    read_header,
-)
+from llm.data.tokens.headers import Header, check_header, check_metadata, check_request, index_path, read_header
 from llm.data.tokens.megatron import check_rising, read_index, token_dtype
 from llm.data.tokens.sums import BlockSums, SumsFile
 from llm.errors import DamagedFile, require
@@ -148,13 +140,12 @@ class NumpyCorpus:
     """The NumPy twin of `_native.Corpus`: reads across files, each checked when first read."""
 
     def __init__(self, shards: ShardList) -> None:
-        for path, tokens in zip(shards.paths, shards.tokens, strict=True):
-            check_request(path, shards.format, shards.dtype, tokens)
+        files = zip(shards.paths, shards.tokens, strict=True)
+        self._header, *_ = [check_request(path, shards.format, shards.dtype, tokens) for path, tokens in files]
         if not 1 <= shards.vocab_size <= 2**31:
             raise ValueError(f"vocab_size {shards.vocab_size}; expected 1 to 2^31")
         self._shards = shards
         self._width = np.dtype(shards.dtype).itemsize
-        self._header = header_bytes(shards.format)
         sizes = [self._header + tokens * self._width for tokens in shards.tokens]
         self._sums = shards.sums and BlockSums(shards.sums, sizes)
         self._open = lru_cache(OPEN_MAPS)(self._map)  # of this corpus, closed with it
