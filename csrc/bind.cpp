@@ -69,13 +69,13 @@ void bind_corpora(py::module_& module) {
   py::class_<Corpus, std::shared_ptr<Corpus>>(module, "Corpus")
       .def(py::init([](const std::string& format, int item_size, std::vector<std::string> paths,
                        std::vector<int64_t> tokens, int64_t vocab_size,
-                       std::shared_ptr<FileCache> cache) {
+                       std::shared_ptr<FileCache> cache, std::string sums) {
              return std::make_shared<Corpus>(CorpusSpec{format_named(format), item_size, std::move(paths),
-                                                        std::move(tokens), vocab_size},
+                                                        std::move(tokens), vocab_size, std::move(sums)},
                                              std::move(cache));
            }),
            py::kw_only(), "format"_a, "item_size"_a, "paths"_a, "tokens"_a, "vocab_size"_a,
-           py::arg("cache").none(false))
+           py::arg("cache").none(false), "sums"_a = "")
       .def("__len__", &Corpus::size)
       .def("read_rows", &read_rows, "starts"_a, "width"_a);
 }

@@ -11,7 +11,7 @@ import torch
 
 from llm.checkpoint.convert import HuggingFaceReader, open_hf
 from llm.checkpoint.merged import without_lora
-from llm.checkpoint.reader import CheckpointReader, find_named, open_checkpoint, tokenizer_of
+from llm.checkpoint.reader import CheckpointReader, find_named, open_checkpoint, own_tokenizer
 from llm.config import DataConfig, ParallelConfig, RunConfig
 from llm.config.parse import from_dict
 from llm.data.chat import Chat
@@ -53,13 +53,13 @@ def open_trained(path: Path, *, classifier: bool = False) -> tuple[CheckpointRea
     checkpoint, warnings = find_named(path.resolve() if path.is_symlink() else path)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    tokenizer = tokenizer_of(checkpoint)
-    if tokenizer is None:
-        raise InputError(f"no tokenizer.json in {checkpoint} or the two folders above; copy that of its run there")
     try:
         reader = open_checkpoint(checkpoint)
     except CheckpointError as error:
         raise InputError(f"{checkpoint} is not a whole checkpoint: {error}") from error
+    tokenizer = own_tokenizer(reader)
+    if tokenizer is None:
+        raise InputError(f"no tokenizer.json in {checkpoint} or the two folders above; copy that of its run there")
     found = from_dict(reader.state["config"]).finetune.task == "classify"
     kinds = "a classifier; expected a language model" if found else "a language model; expected a classifier"
     require(found == classifier, f"{checkpoint} is {kinds}")

@@ -46,6 +46,6 @@ def step_on_ranks(folders: dict[str, Path], runs: Path) -> None:
         engine.set_lr(LR)
         engine.forward_backward(batches, G * (T - 1))
         engine.step()
-        state = {"step": 1, "config": to_dict(config)}
+        state = {"step": 1, "config": to_dict(config), "data": {}}
         write_checkpoint(runs / form / "checkpoints", 1, engine.state_pieces(), state, keep_last=1)
         engine.close()

@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/data": {
         "numpy", "torch", "tokenizers", "llm.config", "llm.errors", "llm.files", "llm.locks", "llm.typed", "llm.data",
     },
+    "llm/data/tokens/sums.py": {"numpy", "xxhash", "llm.data", "llm.errors", "llm.files"},
     "llm/data/chat.py": {"jinja2", "llm.data", "llm.errors", "llm.files"},
     "llm/data/corpus": {"backports.zstd", "compression", "pyarrow", "llm.errors", "llm.data.corpus"},
     "llm/data/prepare/fetch.py": {"fsspec", "llm.config", "llm.errors", "llm.files", "llm.data"},

@@ -128,13 +128,16 @@ Corpus::Corpus(CorpusSpec spec, std::shared_ptr<FileCache> cache)
     throw std::invalid_argument(text("vocab_size ", spec_.vocab_size, "; expected 1 to 2^31"));
   ends_.reserve(spec_.tokens.size());
   int64_t end = 0, bytes = 0;
+  std::vector<int64_t> file_bytes;
   for (size_t i = 0; i < spec_.tokens.size(); ++i) {
     check_token_file(spec_.paths[i], spec_.format, spec_.item_size, spec_.tokens[i]);
     if (__builtin_add_overflow(end, spec_.tokens[i], &end) ||
         __builtin_mul_overflow(end, spec_.item_size, &bytes))
       throw std::invalid_argument(spec_.paths[i] + ": the corpus is too large");
     ends_.push_back(end);
+    file_bytes.push_back(bytes_of(spec_.format, spec_.item_size, spec_.tokens[i]));
   }
+  if (!spec_.sums.empty()) sums_ = std::make_unique<BlockSums>(spec_.sums, file_bytes);
   first_number_ = cache_->reserve(spec_.paths.size());
 }
 
@@ -153,6 +156,7 @@ void Corpus::Reader::take(size_t shard) {
   auto file = corpus_->open(shard);
   file->check_not_truncated();
   file_ = std::move(file);
+  shard_ = shard;
   begin_ = shard == 0 ? 0 : corpus_->ends_[shard - 1];
   end_ = corpus_->ends_[shard];
   first_ = file_->tokens();
@@ -168,7 +172,10 @@ void Corpus::Reader::read(int64_t start, int64_t count, void* out, bool widen) {
   while (count > 0) {
     if (start < begin_ || start >= end_) take(corpus_->shard_of(start));
     const int64_t part = std::min(count, end_ - start);
-    const unsigned char* from = first_ + (start - begin_) * size;
+    const int64_t at = start - begin_;
+    if (corpus_->sums_)
+      corpus_->sums_->verify(shard_, *file_, file_->byte_of(at), file_->byte_of(at + part));
+    const unsigned char* from = first_ + at * size;
     if (copy_ids(from, size, part, to, widen) >= corpus_->spec_.vocab_size) report(start, part);
     start += part;
     count -= part;
@@ -194,7 +201,13 @@ void Corpus::Reader::will_need(int64_t start, int64_t count) noexcept {
       const size_t shard = corpus_->shard_of(start);
       const int64_t begin = shard == 0 ? 0 : corpus_->ends_[shard - 1];
       const int64_t part = std::min(count, corpus_->ends_[shard] - start);
-      corpus_->open(shard)->will_need(start - begin, part);
+      const auto file = corpus_->open(shard);
+      int64_t from = file->byte_of(start - begin), to = file->byte_of(start - begin + part);
+      if (corpus_->sums_ && !corpus_->sums_->verified(shard, from, to)) {  // whole blocks will be read
+        from = from / BlockSums::kBlock * BlockSums::kBlock;
+        to = std::min(file->bytes(), (to - 1) / BlockSums::kBlock * BlockSums::kBlock + BlockSums::kBlock);
+      }
+      file->will_need(from, to);
       start += part;
       count -= part;
     }

@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "core/sums.h"
 #include "core/token_file.h"
 
 namespace ingot {
@@ -56,11 +57,12 @@ struct CorpusSpec {
   std::vector<std::string> paths;  // in order
   std::vector<int64_t> tokens;     // of each file
   int64_t vocab_size;              // ids lie below; at most 2^31
+  std::string sums = {};           // of the file of checksums (BlockSums); empty: there is none
 };
 
 class Corpus {
  public:
-  // Touches no file. std::invalid_argument for a specification that no files can meet.
+  // Opens no file but that of sums. std::invalid_argument for a specification that no files can meet.
   Corpus(CorpusSpec spec, std::shared_ptr<FileCache> cache);
 
   int64_t size() const { return ends_.back(); }  // tokens of all files
@@ -76,8 +78,8 @@ class Corpus {
 
     // Copies tokens [start, start + count) to `out`, as they are or as int64 (widen); `out` is
     // aligned to their size. std::out_of_range outside [0, size()); DamagedFile for a file that
-    // TokenFile refuses, that was truncated, or that holds an id >= vocab_size there (file, byte and
-    // id are named).
+    // TokenFile refuses, that was truncated, or that holds another checksum (BlockSums) or an id >=
+    // vocab_size there (file, byte and what was found are named).
     void read(int64_t start, int64_t count, void* out, bool widen = false);
 
     // Where the tokens [start, start + count) lie, in the width of their file, if they were read just
@@ -108,6 +110,7 @@ class Corpus {
 
     const Corpus* corpus_;
     std::shared_ptr<const TokenFile> file_;  // the file at hand, if any
+    size_t shard_ = 0;                       // its number
     int64_t begin_ = 0, end_ = 0;            // its tokens in the corpus
     const unsigned char* first_ = nullptr;
   };
@@ -118,8 +121,9 @@ class Corpus {
 
   const CorpusSpec spec_;
   const std::shared_ptr<FileCache> cache_;
-  std::vector<int64_t> ends_;  // of each file, in tokens of the corpus
-  uint64_t first_number_;      // of its files in the cache
+  std::unique_ptr<BlockSums> sums_;  // null: no block is verified
+  std::vector<int64_t> ends_;        // of each file, in tokens of the corpus
+  uint64_t first_number_;            // of its files in the cache
 };
 
 }  // namespace ingot

@@ -122,6 +122,10 @@ void check_token_file(const std::string& path, Format format, int item_size, int
     throw std::invalid_argument(path + ": a token file of Megatron ends in .bin");
 }
 
+int64_t bytes_of(Format format, int item_size, int64_t n_tokens) {
+  return (format == Format::llmc ? kLlmcHeader : 0) + n_tokens * item_size;
+}
+
 File::File(std::string path) : path_(std::move(path)) {
   // O_NONBLOCK: a named pipe is refused below instead of blocking the open.
   fd_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -155,8 +159,8 @@ TokenFile::TokenFile(const std::string& path, Format format, int item_size, int6
     : file_(checked(path, format, item_size, n_tokens)),
       item_size_(item_size),
       n_tokens_(n_tokens),
-      header_(format == Format::llmc ? kLlmcHeader : 0),
-      n_bytes_(header_ + n_tokens * item_size) {
+      header_(bytes_of(format, item_size, 0)),
+      n_bytes_(bytes_of(format, item_size, n_tokens)) {
   expect_size(file_, header_, item_size, n_tokens);
   if (format == Format::llmc) check_llmc(file_, item_size, n_tokens);
   if (format == Format::megatron) check_megatron(path, item_size, n_tokens);
@@ -180,11 +184,10 @@ void TokenFile::check_not_truncated() const {
     fail(file_, "was cut to ", found, " bytes while in use, expected ", n_bytes_);
 }
 
-void TokenFile::will_need(int64_t start, int64_t count) const noexcept {
+void TokenFile::will_need(int64_t begin, int64_t end) const noexcept {
   static const int64_t page = sysconf(_SC_PAGESIZE);
-  const int64_t from = byte_of(start) / page * page;
-  const auto length = static_cast<size_t>(byte_of(start + count) - from);
-  madvise(const_cast<unsigned char*>(map_) + from, length, MADV_WILLNEED);
+  const int64_t from = begin / page * page;
+  madvise(const_cast<unsigned char*>(map_) + from, static_cast<size_t>(end - from), MADV_WILLNEED);
 }
 
 }  // namespace ingot

@@ -27,6 +27,9 @@ struct DamagedFile : std::runtime_error {
 // bytes under this name. Touches no file.
 void check_token_file(const std::string& path, Format format, int item_size, int64_t n_tokens);
 
+// The bytes of such a file.
+int64_t bytes_of(Format format, int item_size, int64_t n_tokens);
+
 // A regular file, open for reading. Throws DamagedFile; std::system_error when the machine has no
 // more files to open, which says nothing of this one.
 class File {
@@ -59,14 +62,16 @@ class TokenFile {
   const std::string& path() const { return file_.path(); }
   int64_t size() const { return n_tokens_; }
   const unsigned char* tokens() const { return map_ + header_; }  // aligned to the item size
+  const unsigned char* data() const { return map_; }  // all bytes of the file
+  int64_t bytes() const { return n_bytes_; }
   int64_t byte_of(int64_t token) const { return header_ + token * item_size_; }  // in the file
 
   // Throws DamagedFile if the file became shorter than the map: a read past its new end would end
   // the process with SIGBUS.
   void check_not_truncated() const;
 
-  // Has the pages of tokens [start, start + count), which must lie in the file, read ahead.
-  void will_need(int64_t start, int64_t count) const noexcept;
+  // Has bytes [begin, end), which must lie in the file, read ahead.
+  void will_need(int64_t begin, int64_t end) const noexcept;
 
  private:
   File file_;

@@ -1,6 +1,7 @@
 // Corpora of many files: reads across edges, the cache of open files, damage.
 #include <unistd.h>
 
+#include <algorithm>
 #include <thread>
 
 #include "core/corpus.h"
@@ -72,6 +73,50 @@ void test_threads(const CorpusSpec& spec) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// One file of four blocks and a bit, of which a bit of the third is flipped.
+void test_sums(const std::string& folder) {
+  constexpr int64_t kIds = 4 * BlockSums::kBlock / 2 + 5, kFlipped = 2 * BlockSums::kBlock / 2 + 77;
+  std::vector<uint16_t> ids(kIds);
+  for (int64_t i = 0; i < kIds; ++i) ids[static_cast<size_t>(i)] = static_cast<uint16_t>(i % 60000);
+  const auto* bytes = reinterpret_cast<const unsigned char*>(ids.data());
+  std::vector<uint64_t> sums;
+  for (int64_t at = 0; at < 2 * kIds; at += BlockSums::kBlock)
+    sums.push_back(xxh64(bytes + at, static_cast<size_t>(std::min(BlockSums::kBlock, 2 * kIds - at))));
+  CHECK(xxh64(nullptr, 0) == 0xEF46DB3751D8E999 && sums.size() == 5);
+  const auto write = [&](const std::string& path, const void* from, size_t count) {
+    std::ofstream(path, std::ios::binary)
+        .write(static_cast<const char*>(from), static_cast<std::streamsize>(count));
+    return path;
+  };
+  ids[kFlipped] ^= 4;
+  const CorpusSpec spec{Format::raw, 2, {write(folder + "/summed.bin", bytes, 2 * kIds)}, {kIds}, 60000,
+                        write(folder + "/summed.sums", sums.data(), 8 * sums.size())};
+  const Corpus corpus(spec, std::make_shared<FileCache>(2));
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < 4; ++t)
+    threads.emplace_back([&corpus, t] {
+      uint16_t out[300];
+      for (int64_t i = 0; i < 300; ++i) {
+        const int64_t start = (i * 9973 + t * 501) % (kIds - 300);
+        const bool bad = start < kFlipped / 32768 * 32768 + 32768 && start + 300 > kFlipped / 32768 * 32768;
+        Corpus::Reader reader(corpus);
+        reader.will_need(start, 300);
+        const auto read = [&] { reader.read(start, 300, out); };
+        if (bad) check_throws<DamagedFile>(read, "summed.bin: the 65536 bytes from byte 131072 on");
+        else read();
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  uint16_t out[1];
+  Corpus::Reader(corpus).read(kIds - 1, 1, out);
+  CHECK(truncate(spec.sums.c_str(), 33) == 0);
+  Corpus::Reader(corpus).read(kIds - 1, 1, out);  // whose sum is not needed again
+  const Corpus again(spec, std::make_shared<FileCache>(2));
+  check_throws<DamagedFile>([&] { Corpus::Reader(again).read(kIds - 1, 1, out); }, "summed.sums: cannot");
+  CHECK(unlink(spec.sums.c_str()) == 0);
+  check_throws<DamagedFile>([&] { Corpus(spec, std::make_shared<FileCache>(2)); }, "summed.sums: cannot");
+}
+
 void test_damage(CorpusSpec spec) {
   const auto cache = std::make_shared<FileCache>(2);
   uint16_t out[300];
@@ -105,5 +150,6 @@ void test_corpus(const std::string& folder) {
   const CorpusSpec spec = make_files(folder);
   test_reads(spec);
   test_threads(spec);
+  test_sums(folder);
   test_damage(spec);
 }

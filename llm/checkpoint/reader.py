@@ -123,6 +123,16 @@ def tokenizer_of(checkpoint: Path) -> Path | None:
     return next((path for path in near if path.is_file()), None)
 
 
+def own_tokenizer(reader: CheckpointReader) -> Path | None:
+    """`tokenizer_of` its folder; InputError where that is another than the run was trained with."""
+    path, expected = tokenizer_of(reader.folder), reader.state["data"].get("tokenizer")
+    if path is not None and expected is not None:  # what was imported says nothing of it
+        found = files.sha256_of(path)
+        told = f"{path}: sha256 {found}, the run of {reader.folder} was trained with {expected}"
+        require(found == expected, f"{told}: copy that run's tokenizer.json there")
+    return path
+
+
 def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader:
     """Open a checkpoint that `find_latest`, `find_named` or `verify` found good: tensors are not hashed again.
 

@@ -201,8 +201,8 @@ class DataConfig:
     """The C++ loader or its NumPy twin; both give the same batches."""
     damaged: Literal["stop", "skip"] = "stop"
     """What follows when a sample cannot be read: an error, or another sample of its corpus is taken and counted."""
-    verify: Literal["none", "background"] = "none"
-    """Compare the SHA-256 of the token files with the manifest while training."""
+    verify: Literal["none", "blocks", "background"] = "blocks"
+    """Compare token files with their checksums, a block as it is first read; `background`: with their SHA-256 too."""
 
     def __post_init__(self) -> None:
         check_at_least(1, "data.", self, "seq_len", "validation_samples")

@@ -13,9 +13,9 @@ from llm.config import RunConfig
 from llm.data.samples.blend import BlendTable
 from llm.data.samples.packing import read_header
 from llm.data.samples.schedule import Curriculum, corpus_names
-from llm.data.tokens.folder import copy_folder, data_folder, is_url, load_manifest
+from llm.data.tokens.folder import copy_folder, data_folder, is_url, load_manifest, open_folder
 from llm.data.tokens.hashes import CHECKED_FILES, HashCheck, sampled_hash
-from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, locate, plan_name, read_manifest
+from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, locate, plan_name
 from llm.data.tokens.shards import Say, ShardList, has_documents, inspect_files
 from llm.errors import InputError, require
 
@@ -130,7 +130,7 @@ class Corpora:
             if corpus.manifest is None or corpus.folder is None:
                 raise InputError(
                     f"the files of {name} have no manifest, so their hashes are not known; "
-                    "register them with prepare_data.py, or set data.verify=none"
+                    "register them with prepare_data.py, or set data.verify=blocks"
                 )
             trained = {*corpus.manifest.splits["train"].shards.paths, *self.known(name).plans}
             entries = corpus.manifest.all_files()
@@ -139,7 +139,8 @@ class Corpora:
 
     def hash_check(self, dp_rank: int, dp_size: int) -> HashCheck | None:
         """The thread that compares this rank's share of `hashed_files` with their hashes, where data.verify asks so."""
-        return None if self.config.data.verify == "none" else HashCheck(self.hashed_files(), dp_rank, dp_size)
+        wanted = self.config.data.verify == "background"
+        return HashCheck(self.hashed_files(), dp_rank, dp_size) if wanted else None
 
 
 def blends_of(config: RunConfig) -> tuple[dict[str, float], ...]:
@@ -175,11 +176,11 @@ def _folder(config: RunConfig, name: str) -> Path:
 
 def _open_corpus(config: RunConfig, name: str, own_folder: Path, own: Manifest, say: Say) -> Corpus:
     """The corpus `name` of a run whose data.path is `own_folder`, with the manifest `own`."""
-    folder = _folder(config, name)
+    folder, sums = _folder(config, name), config.data.verify != "none"
     if folder == own_folder:
-        return Corpus(own.shard_list(folder, "train", name), folder, own)
+        return Corpus(own.shard_list(folder, "train", name, sums=sums), folder, own)
     if (folder / FILE_NAME).exists():
-        manifest = read_manifest(folder)
+        manifest = open_folder(folder)
         for key in ("vocab_size", "eod_id", "tokenizer_sha256"):
             found, expected = getattr(manifest, key), getattr(own, key)
             require(
@@ -187,7 +188,7 @@ def _open_corpus(config: RunConfig, name: str, own_folder: Path, own: Manifest, 
                 f"{name} and {own_folder} were tokenised differently: {key} {found} and {expected}; "
                 "prepare them with the same data.tokenizer",
             )
-        return Corpus(manifest.shard_list(folder, "train", name), folder, manifest)
+        return Corpus(manifest.shard_list(folder, "train", name, sums=sums), folder, manifest)
     require(
         not is_url(name),
         f"{config.data.cache} holds no copy of {name}; run python launch/prepare_data.py --config <the same config>",

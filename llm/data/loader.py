@@ -95,7 +95,7 @@ def validation_batches(corpora: Corpora, *, dp_rank: int, dp_size: int) -> Itera
     """
     require(0 <= dp_rank < dp_size, f"data-parallel rank {dp_rank} of {dp_size}")
     config = corpora.config
-    shards = corpora.manifest.shard_list(corpora.folder, "validation")
+    shards = corpora.manifest.shard_list(corpora.folder, "validation", sums=config.data.verify != "none")
     corpus = open_corpus(config, shards)
     available, seq_len = (shards.n_tokens - 1) // config.data.seq_len, config.data.seq_len
     require(

@@ -45,6 +45,7 @@ class NativeCorpus:
             tokens=shards.tokens,
             vocab_size=shards.vocab_size,
             cache=cache,
+            sums=shards.sums.checked() if shards.sums else "",
         )
 
     def read_rows(self, starts, width: int):

@@ -27,7 +27,7 @@ def from_source(mapping: dict[str, Any]) -> dict[str, Any]:
         return mapping
     # Here, for they import torch: what is wrong with the arguments is said before.
     from llm.checkpoint.convert import open_hf
-    from llm.checkpoint.reader import find_named, load_manifest, open_checkpoint, tokenizer_of
+    from llm.checkpoint.reader import find_named, load_manifest, open_checkpoint, own_tokenizer
 
     path = Path(str(train["init_from"])).absolute()
     try:
@@ -36,8 +36,9 @@ def from_source(mapping: dict[str, Any]) -> dict[str, Any]:
             found, tokenizer, end = to_dict(source.config), path / "tokenizer.json", source.end
         else:
             folder, _ = find_named(path.resolve(), check=load_manifest)  # `start` looks at every byte
-            saved = open_checkpoint(folder).state["config"]
-            found, tokenizer, end = saved["model"], tokenizer_of(folder), saved["data"].get("end_token")
+            reader = open_checkpoint(folder)
+            saved, tokenizer = reader.state["config"], own_tokenizer(reader)
+            found, end = saved["model"], saved["data"].get("end_token")
     except (CheckpointError, InputError) as error:
         raise InputError(f"train.init_from: {error}") from error
     if tokenizer is not None and "tokenizer" not in data:

@@ -11,7 +11,7 @@ from torch import Tensor
 from llm import files
 from llm.checkpoint.convert import HuggingFaceReader, open_hf
 from llm.checkpoint.merged import without_lora
-from llm.checkpoint.reader import CheckpointReader, find_named, open_agreed, tokenizer_of
+from llm.checkpoint.reader import CheckpointReader, find_named, open_agreed, own_tokenizer
 from llm.config import ModelConfig, RunConfig
 from llm.config.lora import is_factor
 from llm.config.parse import changed_fields
@@ -89,7 +89,7 @@ def open_weights(config: RunConfig, tokenizer: Path, say: Callable[[str], None])
         assert source is not None, "find_named raises where it finds nothing"
         reader = source
         source, saved = together(lambda: without_lora(reader, saved_config(reader.state)))
-        model, found = saved.model, tokenizer_of(source.folder)
+        model, found = saved.model, together(lambda: own_tokenizer(reader))
     weights = together(lambda: OtherWeights(source, model, config))
     warnings += together(lambda: compare_tokenizers(found, tokenizer, config.model.vocab_size) if found else [])
     changed = changed_fields(model, config.model).items()

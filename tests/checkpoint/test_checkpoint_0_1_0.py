@@ -14,7 +14,9 @@ import pytest
 from llm.checkpoint.manifest import KINDS
 from llm.checkpoint.reader import load_manifest, open_checkpoint, verify
 from llm.checkpoint.remote import Remote
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, InputError
+from llm.finetune.settings import from_source
+from llm.trained import open_trained
 from pool import free_port
 from runs import DEEPSPEED, ROOT, Workspace, succeeded
 
@@ -59,6 +61,19 @@ def test_damage_is_found(copied: Workspace) -> None:
             verify(folder)
         flip(folder / name)
     verify(folder)
+
+
+def test_another_tokenizer_is_refused_by_all_that_read_it(copied: Workspace) -> None:
+    run = copied.path / "runs/fixture"
+    reads = (lambda: open_trained(run), lambda: from_source({"train": {"init_from": str(run)}}))
+    for read in reads:
+        read()
+    flip(run / "tokenizer.json")
+    for read in reads:
+        with pytest.raises(
+            InputError, match=r"fixture/tokenizer\.json: sha256 \w+, the run of .*000006 was trained with"
+        ):
+            read()
 
 
 def test_it_is_copied_to_a_url_and_back(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, PlainEng
     adapted.mkdir()
     shutil.copy(base / "tokenizer.json", adapted)
     with ranks_in_threads(1):
-        state = {"step": 4, "config": to_dict(config)}
+        state = {"step": 4, "config": to_dict(config), "data": {}}
         write_checkpoint(adapted / "checkpoints", 4, engine.state_pieces(), state, keep_last=1)
     return base, adapted, engine
 

@@ -13,8 +13,8 @@ from conftest import write_shards
 
 from llm.config import DataConfig, ModelConfig, PhaseChange, RunConfig
 from llm.data.corpora import Corpora
-from llm.data.loader import open_loader
-from llm.data.tokens.folder import copy_folder, data_folder
+from llm.data.loader import open_loader, validation_batches
+from llm.data.tokens.folder import copy_folder, data_folder, load_manifest
 from llm.data.tokens.hashes import file_entry, sampled_hash
 from llm.data.tokens.manifest import plan_name, read_manifest
 from llm.errors import InputError
@@ -74,7 +74,7 @@ def test_token_files_without_a_manifest():
     for change in (lambda ids: np.append(ids, 1), lambda ids: np.append(ids[:-1], 1)):
         change(np.arange(200)).astype("<u2").tofile("b.bin")
         assert not Corpora.open(config).training["?.bin"].is_known_as(before.digest)
-    with pytest.raises(InputError, match=r"\?\.bin have no manifest.*register them.*data\.verify=none"):
+    with pytest.raises(InputError, match=r"\?\.bin have no manifest.*register them.*data\.verify=blocks"):
         corpora.hashed_files()
 
 
@@ -111,8 +111,14 @@ def test_copies_have_names_of_their_own():
 def test_corpora_must_fit_together():
     config = make_config(blend={"one": 1.0, "two": 1.0})
     other = read_manifest(Path("two"))
+    own = Path("two/tokenizer.json").read_bytes()
+    Path("two/tokenizer.json").write_text("{ }")
+    found = file_entry("two/tokenizer.json").sha256
+    dataclasses.replace(other, tokenizer_sha256=found).save(Path("two"))
+    with pytest.raises(InputError, match=f"two and one were tokenised differently: tokenizer_sha256 {found} and"):
+        Corpora.open(config)
+    Path("two/tokenizer.json").write_bytes(own)
     for changes, message in [
-        ({"tokenizer_sha256": "1"}, "two and one were tokenised differently: tokenizer_sha256 1 and"),
         ({"eod_id": 1}, "eod_id 1 and 0; prepare them with the same data.tokenizer"),
     ]:
         dataclasses.replace(other, **changes).save(Path("two"))
@@ -186,6 +192,28 @@ def test_training_refuses_other_bytes_under_the_same_manifest(loader: str):
     open_loader(Corpora.open(skipping), dp_rank=0, dp_size=1)
     manifest.save(Path("two"))  # of a version that took no sample
     open_loader(Corpora.open(config), dp_rank=0, dp_size=1)
+
+
+@pytest.mark.parametrize("folder", ["one", "two"])
+@pytest.mark.parametrize("change", ["other", "missing"])
+def test_another_tokenizer_is_refused_at_every_open(folder: str, change: str):
+    path = Path(folder, "tokenizer.json")
+    path.write_text("{ }") if change == "other" else path.unlink()
+    match = rf"{folder}/tokenizer\.json" + (": sha256 .* the manifest says" if change == "other" else " cannot be read")
+    with pytest.raises(InputError, match=match):
+        Corpora.open(make_config(blend={"one": 1.0, "two": 1.0}))
+    if folder == "one":
+        with pytest.raises(InputError, match=match):
+            load_manifest(make_config())
+
+
+@pytest.mark.parametrize("loader", ["native", "numpy"])
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "validation.bin", "validation.idx"])
+def test_a_missing_file_is_named(name: str, loader: str):
+    config, opened = make_config(loader=loader), {"train": open_loader, "validation": validation_batches}
+    Path("one", name).unlink()
+    with pytest.raises(InputError, match=rf"one/{name}: cannot be opened: No such file"):
+        opened[name.split(".")[0]](Corpora.open(config), dp_rank=0, dp_size=1)
 
 
 def test_hashed_files_are_those_of_training():

@@ -60,6 +60,7 @@ class NativeCorpus:
             tokens=list(shards.tokens),
             vocab_size=shards.vocab_size,
             cache=self.cache,
+            sums=shards.sums.checked() if shards.sums else "",
         )
 
     def __len__(self) -> int:

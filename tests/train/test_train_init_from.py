@@ -51,7 +51,7 @@ def write_tokenizer(path: Path, tokens: dict[str, int] = TOKENS) -> None:
     path.write_text(json.dumps(parts))
 
 
-def write_run(folder: Path, config: RunConfig) -> dict[str, Tensor]:
+def write_run(folder: Path, config: RunConfig, **data: str) -> dict[str, Tensor]:
     """A run of one checkpoint of random weights; returns them."""
     engine = PlainEngine(config, build_model(config, None), None, CPU)
     weights = {name: torch.randn_like(parameter) for name, parameter in engine.parameters.items()}
@@ -61,7 +61,7 @@ def write_run(folder: Path, config: RunConfig) -> dict[str, Tensor]:
     folder.mkdir()
     write_tokenizer(folder / "tokenizer.json")
     with ranks_in_threads(1):
-        state = {"step": 7, "config": to_dict(config)}
+        state = {"step": 7, "config": to_dict(config), "data": data}
         write_checkpoint(folder / "checkpoints", 7, engine.state_pieces(), state, keep_last=1)
     return weights
 
@@ -111,6 +111,12 @@ def test_every_name_for_a_checkpoint_gives_its_weights(tmp_path: Path) -> None:
         results, (said,) = opened(path, config)
         assert all(equal(read(result, config), weights) for result in results)
         assert said.startswith("the weights are those of ") and "\n" not in said
+
+
+def test_another_tokenizer_beside_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", model(), tokenizer="ab" * 32)
+    told = refused(tmp_path / "one", model())
+    assert "one/tokenizer.json: sha256 " in told and f" was trained with {'ab' * 32}: copy that run's tok" in told
 
 
 LARGER = model(vocab_size=V + 7, max_seq_len=24)

@@ -21,6 +21,7 @@ from llm.data.tokenizer import Tokenizer
 from llm.data.tokens.hashes import file_entry, sampled_hash
 from llm.data.tokens.manifest import FORMAT, SPLITS, Manifest, Shards, Split
 from llm.data.tokens.megatron import TokenWriter, token_dtype
+from llm.data.tokens.sums import sums_name, sums_of, write_sums
 from llm.errors import require
 from llm.files import complete_file
 
@@ -91,6 +92,7 @@ def join(task: Task, reports: Sequence[Path], tokenizer: Tokenizer, origin: str,
             require(files.tokens.documents > 0, f"the {split} split is empty; {advice}")
         ids, tokens = folder / f"{split}.bin", files.tokens
         size, sha256 = file_entry(ids)
+        write_sums(folder / sums_name(split), sums_of(ids))
         columns = (ids.name,), (tokens.tokens,), (size,), (sha256,), sampled_hash([str(ids)])
         splits[split] = Split(
             tokens.tokens, tokens.documents, files.bytes, Shards("megatron", tokens.dtype.name, *columns)
@@ -101,7 +103,8 @@ def join(task: Task, reports: Sequence[Path], tokenizer: Tokenizer, origin: str,
     with complete_file(folder / "tokenizer.json") as file:
         file.write(tokenizer.raw)
     write_report(folder / "provenance.json", _provenance(folder.parent))
-    names = ["tokenizer.json", "provenance.json", *(split + end for split in SPLITS for end in (".idx", ORIGIN))]
+    ends = (".idx", ".sums", ORIGIN)
+    names = ["tokenizer.json", "provenance.json", *(split + end for split in SPLITS for end in ends)]
     entries = {name: file_entry(folder / name) for name in names}
     Manifest(
         format=FORMAT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from llm.data.tokens.hashes import CHECKED_FILES, file_entry, sampled_hash
 from llm.data.tokens.headers import DTYPES, header_bytes, index_path
 from llm.data.tokens.manifest import FILE_NAME, FORMAT, SAFE_NAME, FileEntry, Manifest, Shards, Split
 from llm.data.tokens.shards import Say, ShardList, check_file, document_lengths, inspect_files
+from llm.data.tokens.sums import block_sums, sums_name, write_sums
 from llm.errors import DamagedFile, require
 from llm.files import sha256_of
 
@@ -34,6 +35,8 @@ class TokenCounts:
     """[vocab_size] how often each id was found; None: not counted."""
     done: int = 0
     """Bytes read."""
+    sums: list[bytes] = field(default_factory=list)
+    """The checksums of the blocks of each part read (`block_sums`)."""
     documents: int = 0
     """End-of-document tokens."""
     open_document: bool = False
@@ -60,6 +63,7 @@ def scan_file(counts: TokenCounts, path: str, progress: Callable[[int], None]) -
         with open(path, "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
+                counts.sums.append(block_sums(block))
                 start = max(0, header - at)
                 ids = np.frombuffer(block, dtype, offset=start)
                 counts.add(ids, lambda i, first=at + start: f"{path}: the id at byte {first + i * dtype.itemsize}")
@@ -95,13 +99,17 @@ def register(
     )
     found = _inspect(patterns, tokenizer, raw_dtype, say)
     sha256 = hashlib.sha256(tokenizer.raw).hexdigest()
-    splits, files = {}, {"tokenizer.json": FileEntry(len(tokenizer.raw), sha256)}
+    splits, sums, files = {}, {}, {"tokenizer.json": FileEntry(len(tokenizer.raw), sha256)}
     for split, shards in found.items():
         for path, tokens in zip(shards.paths, shards.tokens, strict=True):
             check_file(path, shards.format, shards.dtype, tokens)
-        splits[split] = _scan_split(split, shards, folder, tokenizer, progress)
+        splits[split], sums[sums_name(split)] = _scan_split(split, shards, folder, tokenizer, progress)
         files |= {_manifest_name(folder, path): file_entry(path) for path in _companions(shards)}
         _say_of_documents(split, shards, splits[split].documents, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, parts in sums.items():
+        write_sums(folder / name, parts)
+        files[name] = file_entry(folder / name)
     manifest = Manifest(
         format=FORMAT,
         source="token files made elsewhere: " + ", ".join(patterns.values()),
@@ -116,7 +124,6 @@ def register(
         bigram_nats_per_token=None,
         bigram_seq_len=None,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     if not beside.exists():
         tokenizer.save(beside)
     manifest.save(folder)
@@ -160,8 +167,10 @@ def _companions(shards: ShardList) -> list[str]:
     return [*indexes, *filter(os.path.exists, metadata)]
 
 
-def _scan_split(split: str, shards: ShardList, folder: Path, tokenizer: Tokenizer, progress: Progress) -> Split:
-    """Read the tokens of a split; those of validation are counted, for what they stand for in bytes of text."""
+def _scan_split(
+    split: str, shards: ShardList, folder: Path, tokenizer: Tokenizer, progress: Progress
+) -> tuple[Split, list[bytes]]:
+    """Read the tokens of a split, and sum up their blocks; those of validation are counted, for their bytes of text."""
     per_id = np.zeros(tokenizer.vocab_size, np.int64) if split == "validation" else None
     counts = TokenCounts(shards, per_id)
     sizes = [os.stat(path).st_size for path in shards.paths]
@@ -171,7 +180,8 @@ def _scan_split(split: str, shards: ShardList, folder: Path, tokenizer: Tokenize
     text_bytes = None if per_id is None else tokenizer.text_bytes(per_id, documents)
     names = tuple(_manifest_name(folder, path) for path in shards.paths)
     columns = (names, shards.tokens, tuple(sizes), tuple(hashes), sampled_hash(shards.paths[:CHECKED_FILES]))
-    return Split(shards.n_tokens, documents, text_bytes, Shards(shards.format, shards.dtype, *columns))
+    found = Split(shards.n_tokens, documents, text_bytes, Shards(shards.format, shards.dtype, *columns))
+    return found, counts.sums
 
 
 def _say_of_documents(split: str, shards: ShardList, documents: int, say: Say) -> None:

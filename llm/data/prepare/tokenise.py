@@ -21,6 +21,7 @@ from llm.data.tokens.folder import data_folder, is_url, load_manifest
 from llm.data.tokens.hashes import check_hashes, file_entry, sampled_hash
 from llm.data.tokens.manifest import FILE_NAME, FORMAT, SPLITS, Manifest, Shards, Split, TextCounts, read_manifest
 from llm.data.tokens.megatron import TokenWriter, token_dtype
+from llm.data.tokens.sums import sums_name, sums_of, write_sums
 from llm.errors import InputError, require
 from llm.files import complete_folder, sha256_of
 
@@ -178,8 +179,9 @@ def _write(
         path = folder / f"{name}.bin"
         size, sha256 = file_entry(path)
         sampled = sampled_hash([str(path)])
+        write_sums(folder / sums_name(name), sums_of(path))
         shards[name] = Shards("megatron", dtype, (path.name,), (tokens[name],), (size,), (sha256,), sampled)
-    names = ["tokenizer.json", *(f"{split}.idx" for split in SPLITS)]
+    names = ["tokenizer.json", *(f"{split}.idx" for split in SPLITS), *map(sums_name, SPLITS)]
     entries = {name: file_entry(folder / name) for name in names}
     progress("counting bigrams", text.total, text.total)
     bigram = folder_loss(folder, dtype, tokenizer.vocab_size, config.data.seq_len)

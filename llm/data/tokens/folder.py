@@ -11,7 +11,8 @@ from pathlib import Path
 from llm import locks
 from llm.config import RunConfig
 from llm.data.tokens.manifest import FILE_NAME, Manifest, read_manifest
-from llm.errors import require
+from llm.errors import InputError, require
+from llm.files import sha256_of
 
 
 def is_url(name: str) -> bool:
@@ -43,6 +44,22 @@ def source_name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "corpus"
 
 
+def open_folder(folder: Path) -> Manifest:
+    """The manifest in `folder`, whose tokenizer was compared with it; else InputError."""
+    manifest, path = read_manifest(folder), folder / "tokenizer.json"
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}; restore it or prepare the data again") from error
+    expected = f"the manifest says {manifest.tokenizer_sha256}"
+    require(
+        found == manifest.tokenizer_sha256,
+        f"{path}: sha256 {found}, {expected}; the file is not the tokenizer of these tokens: restore it or prepare the "
+        "data again",
+    )
+    return manifest
+
+
 def load_manifest(config: RunConfig) -> Manifest:
     """The manifest of the data that `config` asks for; InputError says what does not fit."""
     folder = data_folder(config)
@@ -50,7 +67,7 @@ def load_manifest(config: RunConfig) -> Manifest:
         (folder / FILE_NAME).exists(),
         f"{folder} holds no prepared data; run python launch/prepare_data.py --config <the same config>",
     )
-    manifest = read_manifest(folder)
+    manifest = open_folder(folder)
     require(
         manifest.vocab_size <= config.model.vocab_size,
         f"the data in {folder} has a vocabulary of {manifest.vocab_size}, model.vocab_size is "

@@ -40,7 +40,7 @@ DTYPES = {
 MACHINE_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # says nothing of the file
 
 
-class _File:
+class File:
     """A regular file, open for reading; DamagedFile where it cannot be."""
 
     def __init__(self, path: str) -> None:
@@ -57,7 +57,7 @@ class _File:
             os.close(self._fd)
             self.fail("is not a regular file")
 
-    def __enter__(self) -> _File:
+    def __enter__(self) -> File:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,7 +114,7 @@ def check_header(path: str, format: str, dtype: str, tokens: int) -> int:
     """
     before = check_request(path, format, dtype, tokens)
     width = np.dtype(dtype).itemsize
-    with _File(path) as file:
+    with File(path) as file:
         expected = before + tokens * width
         if file.size != expected:
             file.fail(f"has {file.size} bytes, expected {expected} ({tokens} tokens of {width} bytes)")
@@ -126,14 +126,14 @@ def check_header(path: str, format: str, dtype: str, tokens: int) -> int:
     if format == "megatron":
         _check_megatron(path, dtype, tokens)
     if format == "datatrove":
-        with _File(str(index_path(path, format))) as index:
+        with File(str(index_path(path, format))) as index:
             if index.size < 8 or index.size % 8:
                 index.fail(f"has {index.size} bytes, expected 8 for each document")
             index.expect(index.size - 8, "q", "the end of the last document", tokens)
     return before
 
 
-def _megatron_counts(file: _File, least: int) -> tuple[int, int]:
+def _megatron_counts(file: File, least: int) -> tuple[int, int]:
     """Sequences, `least` or more, and document boundaries of an .idx file that has room for exactly so many."""
     if file.read(0, len(MAGIC)) != MAGIC:
         file.fail("does not begin with MMIDIDX as an index of Megatron does")
@@ -148,7 +148,7 @@ def _megatron_counts(file: _File, least: int) -> tuple[int, int]:
 
 
 def _check_megatron(path: str, dtype: str, tokens: int) -> None:
-    with _File(str(index_path(path, "megatron"))) as file:
+    with File(str(index_path(path, "megatron"))) as file:
         sequences, _ = _megatron_counts(file, 1)
         file.expect(17, "B", "the dtype code", CODES[dtype])
         offsets = HEADER.size + 4 * sequences
@@ -166,7 +166,7 @@ def check_metadata(path: str, dtype: str, tokens: int) -> None:
     """Compare datatrove's `<name>.ds.metadata`, if there is one, with what the index says; raises DamagedFile."""
     if not os.path.exists(f"{path}.metadata"):
         return
-    with _File(f"{path}.metadata") as file:
+    with File(f"{path}.metadata") as file:
         lines = file.read(0, min(file.size, 4096)).decode("utf-8", "replace").splitlines()
         found = (lines[0].rpartition("|")[2], lines[1]) if len(lines) >= 2 else tuple(lines)
         expected = (str(np.dtype(dtype).itemsize), str(tokens))
@@ -203,7 +203,7 @@ def read_header(path: str, raw_dtype: str) -> Header:
 
 
 def _describe(path: str, raw_dtype: str) -> Header:
-    with _File(path) as file:
+    with File(path) as file:
         if path.endswith(".ds"):
             return _describe_datatrove(path, file.size)
         if os.path.exists(str(index_path(path, "megatron"))):
@@ -220,7 +220,7 @@ def _describe(path: str, raw_dtype: str) -> Header:
 
 def describe_megatron(path: str) -> Header:
     """What the .idx file beside `path` says: its dtype, and the tokens up to the end of its last sequence."""
-    with _File(str(index_path(path, "megatron"))) as index:
+    with File(str(index_path(path, "megatron"))) as index:
         sequences, _ = _megatron_counts(index, 0)
         code = index.number(17, "B")
         dtype = next((name for name, known in CODES.items() if known == code), None)
@@ -239,7 +239,7 @@ def describe_megatron(path: str) -> Header:
 
 def _describe_datatrove(path: str, size: int) -> Header:
     """The index counts tokens, so that the size gives the bytes of an id."""
-    with _File(str(index_path(path, "datatrove"))) as file:
+    with File(str(index_path(path, "datatrove"))) as file:
         tokens = file.number(file.size - 8, "q") if file.size >= 8 else 0
     widths = {2 * tokens: "uint16", 4 * tokens: "uint32"}
     if tokens < 0 or size not in widths:

@@ -19,6 +19,7 @@ import numpy as np
 
 from llm.data.tokens.headers import DTYPES, header_bytes
 from llm.data.tokens.shards import ShardList
+from llm.data.tokens.sums import SumsFile, sums_name
 from llm.errors import InputError, require
 from llm.files import complete_file
 from llm.typed import read, shown
@@ -124,7 +125,7 @@ class Manifest:
     splits: dict[str, Split]
     """train, and validation where there is one."""
     files: dict[str, FileEntry]
-    """The other files: tokenizer.json, the indexes of the shards, packing plans (`plan_name`)."""
+    """The other files: tokenizer.json, the indexes of the shards, packing plans (`plan_name`), checksums (`sums_name`)."""
     bigram_nats_per_token: float | None
     """Validation loss of an interpolated bigram model; null on corpora too large for it."""
     bigram_seq_len: int | None
@@ -159,12 +160,16 @@ class Manifest:
         rows = chain(*(zip(part.paths, part.bytes, part.sha256, strict=True) for part in shards))
         return {path: FileEntry(size, sha256) for path, size, sha256 in rows} | self.files
 
-    def shard_list(self, folder: Path, split: str, name: str | None = None) -> ShardList:
-        """The token files of a split, the manifest lying in `folder`; `name` (default: the folder) is for messages."""
+    def shard_list(self, folder: Path, split: str, name: str | None = None, *, sums: bool = False) -> ShardList:
+        """The token files of a split, the manifest lying in `folder`; `name` (default: the folder) is for messages.
+
+        sums: with their checksums, where there are any.
+        """
         require(split in self.splits, f"{folder} has no {split} split")
         shards = self.splits[split].shards
         plan = re.compile(rf"{split}\.([1-9][0-9]{{0,9}})\.plan")  # plan_name()
         planned = filter(None, map(plan.fullmatch, self.files))
+        listed = self.files.get(sums_name(split)) if sums else None
         return ShardList(
             name=name or str(folder),
             format=shards.format,
@@ -175,6 +180,7 @@ class Manifest:
             eod_id=self.eod_id,
             eod_first=shards.format == "llm.c",
             plans={int(match[1]): locate(folder, match[0]) for match in planned},
+            sums=listed and SumsFile(locate(folder, sums_name(split)), listed.sha256),
         )
 
     def save(self, folder: Path) -> None:

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from llm.data.tokens import megatron as formats
 from llm.data.tokens.headers import Header, check_header, check_metadata, check_request, index_path, read_header
 from llm.data.tokens.megatron import check_rising, read_index, token_dtype
+from llm.data.tokens.sums import BlockSums, SumsFile
 from llm.errors import DamagedFile, require
 
 SUFFIXES = (".bin", ".ds")
-COMPANIONS = (".idx", ".ds.index", ".ds.metadata", ".ds.loss")  # lie beside token files and hold no tokens
+COMPANIONS = (".idx", ".ds.index", ".ds.metadata", ".ds.loss", ".sums")  # lie beside token files and hold no tokens
 OPEN_MAPS = 64  # of a NumpyCorpus; each holds a file open
 SCANNED = 1 << 20  # tokens looked through at a time
 Say = Callable[[str], None]  # called with what the user should know
@@ -51,6 +52,8 @@ class ShardList:
     """It is the first token of its document (llm.c), not the last."""
     plans: dict[int, str] = field(default_factory=dict)
     """Sequence length -> path of its packing plan."""
+    sums: SumsFile | None = None
+    """The checksums that blocks are compared with as they are first read; None: they are not."""
 
     @property
     def n_tokens(self) -> int:
@@ -137,12 +140,14 @@ class NumpyCorpus:
     """The NumPy twin of `_native.Corpus`: reads across files, each checked when first read."""
 
     def __init__(self, shards: ShardList) -> None:
-        for path, tokens in zip(shards.paths, shards.tokens, strict=True):
-            check_request(path, shards.format, shards.dtype, tokens)
+        files = zip(shards.paths, shards.tokens, strict=True)
+        self._header, *_ = [check_request(path, shards.format, shards.dtype, tokens) for path, tokens in files]
         if not 1 <= shards.vocab_size <= 2**31:
             raise ValueError(f"vocab_size {shards.vocab_size}; expected 1 to 2^31")
         self._shards = shards
         self._width = np.dtype(shards.dtype).itemsize
+        sizes = [self._header + tokens * self._width for tokens in shards.tokens]
+        self._sums = shards.sums and BlockSums(shards.sums, sizes)
         self._open = lru_cache(OPEN_MAPS)(self._map)  # of this corpus, closed with it
 
     def __len__(self) -> int:
@@ -152,7 +157,7 @@ class NumpyCorpus:
         """Tokens [count] from position `start` on: uint8, uint16, or int32 where an id has four bytes.
 
         Raises IndexError outside the corpus; DamagedFile where a file is not what the corpus says of it, was
-        truncated, or holds an id there that is not below the vocabulary.
+        truncated, or holds there another checksum or an id that is not below the vocabulary.
         """
         if not 0 <= start <= start + count <= len(self):
             raise IndexError(f"{count} tokens from {start} lie outside the {len(self)} tokens of the corpus")
@@ -168,25 +173,26 @@ class NumpyCorpus:
         return np.stack(rows) if rows else np.empty((0, width), self.read(0, 0).dtype)
 
     def _read_file(self, shard: int, start: int, count: int) -> NDArray:
-        path, expected = self._shards.paths[shard], self._shards.tokens[shard] * self._width
-        header, ids = self._open(shard)
-        found = os.stat(path).st_size
-        if found < header + expected:
-            raise DamagedFile(f"{path}: was cut to {found} bytes while in use, expected {header + expected}")
-        row = ids[start : start + count]
+        path, data = self._shards.paths[shard], self._open(shard)
+        found, begin = os.stat(path).st_size, self._header + start * self._width
+        if found < data.size:
+            raise DamagedFile(f"{path}: was cut to {found} bytes while in use, expected {data.size}")
+        end = begin + count * self._width
+        if self._sums:
+            self._sums.verify(shard, path, data, begin, end)
+        row = data[begin:end].view(f"<u{self._width}")  # unsigned: a negative id is a large one
         if (wrong := np.flatnonzero(row >= self._shards.vocab_size)).size:
             at = int(wrong[0])
             raise DamagedFile(
-                f"{path}: the id at byte {header + (start + at) * self._width} is {row[at]}, "
+                f"{path}: the id at byte {begin + at * self._width} is {row[at]}, "
                 f"expected ids below {self._shards.vocab_size}"
             )
         return row
 
-    def _map(self, shard: int) -> tuple[int, NDArray]:
-        """Bytes before the ids, and the ids, unsigned: a negative one is a large one."""
-        path, tokens = self._shards.paths[shard], self._shards.tokens[shard]
-        header = check_header(path, self._shards.format, self._shards.dtype, tokens)
-        return header, np.memmap(path, f"<u{self._width}", "r", header, (tokens,))
+    def _map(self, shard: int) -> NDArray[np.uint8]:
+        path = self._shards.paths[shard]
+        check_header(path, self._shards.format, self._shards.dtype, self._shards.tokens[shard])
+        return np.memmap(path, np.uint8, "r")
 
 
 def check_file(path: str, format: str, dtype: str, tokens: int) -> None:

@@ -75,7 +75,7 @@ def test_the_bytes_depend_on_neither_order_nor_library(corpus: Corpus):
     assert contents(usual) == contents(reversed_) == contents(slow)
     assert set(contents(usual)) == {
         "manifest.json", "provenance.json", "tokenizer.json", "train.bin", "train.idx", "train.origin.parquet",
-        "validation.bin", "validation.idx", "validation.origin.parquet",
+        "train.sums", "validation.bin", "validation.idx", "validation.origin.parquet", "validation.sums",
     }  # fmt: skip
 
 

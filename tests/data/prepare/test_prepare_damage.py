@@ -43,7 +43,7 @@ def test_whole_corpora_and_the_progress():
     assert stages[-1] == ("verifying", total, total)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "train.idx", "validation.bin", "tokenizer.json", "train.16.plan"])
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "validation.bin", "train.16.plan"])
 def test_a_flipped_bit_of_any_file_is_found_once(name: str):
     config = make_config(blend={"two": 1.0, "one": 1.0}, packing="best_fit", document_masks=True)
     write_plans(config)

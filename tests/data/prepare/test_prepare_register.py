@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from token_files import KINDS, write_file
 
 from llm.config import DataConfig, ModelConfig, RunConfig
@@ -65,19 +66,23 @@ def test_files_of_every_format(format: str, dtype: str):
     manifest = register(make_config(), patterns, say=said.append)
     assert {path: path.read_bytes() for path in Path("elsewhere").iterdir()} == before
     assert said == []
-    assert sorted(path.name for path in Path("corpus").iterdir()) == ["manifest.json", "tokenizer.json"]
+    assert sorted(path.name for path in Path("corpus").iterdir()) == [
+        "manifest.json", "tokenizer.json", "train.sums", "validation.sums",
+    ]  # fmt: skip
 
     assert manifest == load_manifest(make_config())
     check_hashes(Path("corpus"), manifest)
     split = manifest.splits["validation"]
     assert (split.documents, split.bytes) == (3, sum(len(text.encode()) for text in TEXTS[:3]))
     assert (manifest.splits["train"].documents, manifest.splits["train"].bytes) == (10, None)
-    listed = {Path(name) for name in manifest.all_files() if name != "tokenizer.json"}
+    listed = {Path(name) for name in manifest.all_files() if Path(name).parent != Path(".")}
     assert listed == {path.absolute() for path in before}
     shards = Corpora.open(make_config()).training["corpus"].shards
     corpus = NumpyCorpus(shards)
     expected = [token for text in TEXTS for _ in range(2) for token in tokens_of(text, format == "llm.c")]
     assert corpus.read(0, len(corpus)).tolist() == expected
+    blocks = [xxhash.xxh64_intdigest(Path(path).read_bytes()) for path in shards.paths]  # each is smaller than a block
+    assert np.fromfile("corpus/train.sums", "<u8").tolist() == blocks
     assert (shards.eod_first, shards.eod_id) == (format == "llm.c", 0)
 
 
@@ -88,7 +93,7 @@ def test_a_folder_with_its_tokens_may_move():
     manifest = register(
         make_config(tokenizer="corpus/tokenizer.json"), {"train": "corpus/a.bin", "validation": "corpus/b.bin"}
     )
-    assert list(manifest.all_files()) == ["a.bin", "b.bin", "tokenizer.json"]
+    assert list(manifest.all_files()) == ["a.bin", "b.bin", "tokenizer.json", "train.sums", "validation.sums"]
     Path("corpus").rename("moved")
     check_hashes(Path("moved"), read_manifest(Path("moved")))
 
