@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from chosen import slow_but
 from llm.config import ModelConfig, RunConfig
 from llm.config.parse import from_dict, parse_config, to_yaml
 from llm.crawl.settings import CorpusConfig
@@ -28,7 +29,8 @@ from pool import free_port
 from runs import BIN, ROOT, Workspace, succeeded
 from trained_run import write_run
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/howto").glob("*.md")])
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", *(page for part in (".", "guide", "howto") for page in (DOCS / part).glob("*.md"))])
 BLOCK = re.compile(
     r"(?:^<!-- needs: (?P<needs>[^\n]+) -->\n+)?"
     r"(?:^```(?P<tag>\w*)\n(?P<fenced>.*?)^```$|(?<=\n\n)(?P<indented>(?:    [^\n]*\n|\n(?=    ))+))",
@@ -120,11 +122,15 @@ def run(block: Block, names: dict[str, Any], space: Workspace) -> None:
     succeeded(result)
 
 
-RUNNING = [block for block in of_kind("python", "bash") if block.needs is None]
+RUNNING = [block for block in of_kind("python", "bash") if block.needs is None and block.page.parent.name != "guide"]
 BY_HAND = ROOT / "docs/launching.md"  # which makes the run `first` itself
 
 
-@pytest.mark.parametrize("page", sorted({b.page for b in RUNNING} - {BY_HAND}), ids=lambda page: page.stem)
+RUN_HERE = sorted({block.page for block in RUNNING} - {BY_HAND})  # the guide: test_docs_guide.py
+FAST = [page for page in RUN_HERE if page.parent.name != "howto"]
+
+
+@pytest.mark.parametrize("page", slow_but(FAST, RUN_HERE), ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run(page: Path, space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(space.path)
     names = {"__name__": page.stem}
