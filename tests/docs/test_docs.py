@@ -100,6 +100,7 @@ def checkout(folder: Path, *, trained: bool) -> Workspace:
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").write_text(f"PATH={shlex.quote(str(BIN))}:$PATH\n")
     (folder / "constraints.txt").symlink_to(ROOT / "constraints.txt")
+    shutil.copy(ROOT / "hostfile.example", folder / "hostfile")
     if trained:
         (folder / "runs").mkdir()
         model = ModelConfig(n_layer=2, n_head=4, d_model=32, vocab_size=261, max_seq_len=128)
