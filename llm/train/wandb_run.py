@@ -54,7 +54,7 @@ def _run_id(path: Path) -> str:
     """The id that the file holds; a new one is written to it first."""
     if not path.exists():
         files.replace(path, secrets.token_hex(4).encode())
-    return path.read_text(encoding="utf-8")
+    return files.read_up_to(path, 100).decode(errors="replace")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from llm.data.tokenizer.cuts import LONGEST_PIECE, LONGEST_WORD, pieces
 from llm.data.tokenizer.ranks import SUFFIXES, read_ranks
 from llm.data.tokenizer.spelling import BYTE_TOKEN, bytes_of, drop_prefix, keeps_text, prefixes_all, steps
 from llm.errors import InputError, require
+from llm.files import complete_file
 
 END_OF_DOCUMENT = "<|endoftext|>"
 END_TOKENS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
@@ -118,7 +119,8 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json: of one that was loaded from such a file, the same bytes."""
-        path.write_bytes(self.raw)
+        with complete_file(path) as file:
+            file.write(self.raw)
 
     def unused(self, size: int) -> list[int]:
         """The ids below `size` that no token has."""
