@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hostile import bounded
 
 from llm.config.parse import LARGEST_FILE, MOST_VALUES, parse_config
 from llm.errors import InputError
-from tests.hostile import bounded
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ("model", "data", "optim", "parallel", "train", "checkpoint", "logging", "profile", "lora", "deepspeed")

@@ -164,7 +164,7 @@ class Manifest:
         """The token files of a split, the manifest lying in `folder`; `name` (default: the folder) is for messages."""
         require(split in self.splits, f"{folder} has no {split} split")
         shards = self.splits[split].shards
-        check_links(folder, [*shards.paths, *self.files])
+        check_links(folder, self.all_files())
         plan = re.compile(rf"{split}\.([1-9][0-9]{{0,9}})\.plan")  # plan_name()
         planned = filter(None, map(plan.fullmatch, self.files))
         return ShardList(
