@@ -19,6 +19,7 @@ import yaml
 
 from llm import files
 from llm.config.help import help_text
+from llm.config.redact import hidden_keys, redacted
 from llm.config.run import RunConfig
 from llm.errors import InputError, require
 from llm.typed import alternatives, dotted_keys, read, shown, unknown_key
@@ -102,6 +103,8 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str, complete: Complete
     for key, value in overrides:
         if key not in ("config", "local_rank"):
             _assign(mapping, key, value, keys.get(key, Any))
+    hidden = ", ".join(hidden_keys(mapping)[:3])
+    require(not hidden, f"{hidden}: the value was left out when this config was written; give it again: --KEY=VALUE")
     config = read(kind, complete(mapping), "")
     if "--print-config" in argv:
         print(to_yaml(config), end="")
@@ -126,8 +129,8 @@ def changed_fields(before: Any, after: Any) -> dict[str, str]:
 
 
 def to_yaml(config: Any) -> str:
-    """The config as YAML, every field written out; parsing it gives an equal config back."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
+    """The config as YAML, every field written out; parsing it gives an equal config back, or asks for its secrets."""
+    return yaml.dump(redacted(to_dict(config)), Dumper=_Dumper, sort_keys=False)
 
 
 def _overrides(argv: Sequence[str], keys: Mapping[str, Any]) -> list[tuple[str, str]]:
