@@ -25,7 +25,10 @@ gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } | wc -l) 
 options=(--nproc_per_node "${PET_NPROC_PER_NODE:-${RANKS:-$((gpus > 0 ? gpus : 2))}}")
 if [[ -n "${PET_NNODES:-}" ]]; then
   : # torchrun reads the hosts from PET_*
-elif ((${NNODES:-1} > 1)); then
+elif [[ ! "${NNODES:-1}" =~ ^[0-9]+$ ]]; then # bash would evaluate it
+  echo "error: NNODES is no number; set it to the number of hosts" >&2
+  exit 2
+elif ((10#${NNODES:-1} > 1)); then
   : "${NODE_RANK:?set NODE_RANK to the number of this host, 0 to NNODES - 1}"
   : "${MASTER_ADDR:?set MASTER_ADDR to the address of host 0}"
   options+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")

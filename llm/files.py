@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 import xxhash
 
@@ -34,6 +35,30 @@ LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionE
 WAITS = (0.1, 0.5, 2.0)  # seconds before a read that failed is tried again
 # torch's names, and those of safetensors.
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+
+
+def open_regular(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
+    """os.open of a regular file: OSError, at once, for a pipe, a device or a folder, and with O_NOFOLLOW for a link."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)  # else a pipe would wait for its other end
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
+def open_own(path: Path, mode: Literal["a", "w"]) -> io.FileIO:
+    """A file in a folder of ours, unbuffered, to append to or to write anew, 0600 if it is new; OSError for a link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_APPEND if mode == "a" else os.O_TRUNC)
+    return io.FileIO(open_regular(path, flags), mode)
+
+
+def read_up_to(path: Path | str, limit: int) -> bytes:
+    """The bytes of a regular file or of what a link leads to; OSError for another kind, or more than `limit` bytes."""
+    with open(open_regular(path), "rb") as file:
+        content = file.read(limit + 1)
+    if content is None or len(content) > limit:  # None: of /proc, and has nothing to read yet
+        raise OSError(errno.EFBIG, f"is no file of at most {limit} bytes", str(path))
+    return content
 
 
 def create(path: Path, parts: Iterable[bytes | memoryview], size: int, algorithm: str = "xxh128") -> str:
@@ -164,7 +189,7 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
     """A new file to write, which takes the place of `path`, fsynced, when the block ends without an exception."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -251,7 +276,7 @@ def hash_of(path: Path | str, algorithm: str, progress: Callable[[int], None] = 
     progress: called with the bytes read since its last call.
     """
     digest, buffer = HASHES[algorithm](), memoryview(bytearray(CHUNK))
-    with open(path, "rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             progress(count)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
+from llm import files
 from llm.cluster.failure import BAD_HOST, PASSING, record_failure, tell_start
 from llm.cluster.ranks import Ranks
 
@@ -209,12 +210,12 @@ class Heartbeat:
         record_failure(self.failed, verdict.code, verdict.reason, rank=verdict.rank, host=verdict.host)
         path = self.failed.parent / f"stalls/rank-{self.rank}.txt"
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with files.open_own(path, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         # NCCL's flight recorder: which collectives are under way. A torch without NCCL has none.
         recorded = getattr(_distributed_c10d, "_dump_nccl_trace_json", bytes)()
         if recorded:
-            path.with_suffix(".nccl.json").write_bytes(recorded)
+            files.replace(path.with_suffix(".nccl.json"), recorded)
 
 
 def _parsed(text: bytes) -> Beat:

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llm.errors import InputError, require
+from llm.files import read_up_to
 
 MAX_SLOTS = 64
+LARGEST = 1 << 20  # bytes of a hostfile or .deepspeed_env: 20,000 lines
 # What `deepspeed` exports from its own environment, on CPU and CUDA machines.
 EXPORTED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 # `host slots=8` (DeepSpeed), `host slots=8 max_slots=8` (Open MPI), `host:8` (MPICH); the host may be `user@host`.
@@ -30,7 +32,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
     entry), with a host name of letters, digits, dots, underscores and hyphens, N from 1 to 64, and no host twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # -sig: editors on Windows write a byte-order mark
+        lines = (
+            read_up_to(path, LARGEST).decode("utf-8-sig").splitlines()
+        )  # -sig: editors on Windows write a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"hostfile {path} cannot be read: {error}") from error
     hosts: dict[str, int] = {}
@@ -64,24 +68,30 @@ def check_remote_words(environ: Mapping[str, str], env_files: Sequence[Path], ar
     """Refuse what a remote shell would interpret in what `deepspeed` hands to it.
 
     `environ` is its environment, `env_files` the `.deepspeed_env` files that it reads, `arguments` those of the launch
-    script. Raises InputError naming the variable, line or argument; the values of variables are not shown, for they may
-    be secret.
+    script. Raises InputError naming the variable, line or argument; no value is shown, for it may be secret.
     """
     for name, value in environ.items():
         if name.startswith(EXPORTED_PREFIXES):
             _check_export(f"the environment variable {name}", f"{name}={value}")
+    for name, pattern in (("MASTER_ADDR", r"(?!-)[\w.:-]*"), ("MASTER_PORT", "[0-9]*")):
+        require(
+            re.fullmatch(pattern, environ.get(name, ""), re.ASCII) is not None,
+            f"the environment variable {name} is no {'host or address' if name == 'MASTER_ADDR' else 'number'}, and "
+            "DeepSpeed hands it to a shell on other hosts; set it anew or unset it",
+        )
     for path in filter(Path.is_file, env_files):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_up_to(path, LARGEST).decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}, whose variables DeepSpeed exports, cannot be read: {error}") from error
         for number, line in enumerate(lines, 1):
             _check_export(f"{path}:{number}", line)
-    for argument in arguments:
+    for i, argument in enumerate(arguments, 1):
+        name, equals, _ = argument.partition("=")
         require(
             re.fullmatch(SAFE_ARGUMENT, argument, re.ASCII) is not None,
-            f"argument {argument!r} has a character that a shell on another host would interpret; expected letters, "
-            "digits, spaces and _@+=:,./[]- (other values: in the config file)",
+            f"argument {repr(name) if equals else i} has a character that a shell on another host would interpret; "
+            "expected letters, digits, spaces and _@+=:,./[]- (other values: in the config file)",
         )
 
 

@@ -33,6 +33,7 @@ def run_script(action: Callable[..., None], stop: Stop | None = None) -> None:
         _leave(code if code == STOPPED else 0)  # 0: torchrun does not start it once more
     protect_streams()
     if stop is not None:
+        os.umask(0o077)  # the files that libraries write into the run's folder are the owner's too
         stop.start = os.environ.get("INGOT_START")
         stop.listen()
     done = watch_launcher(stop)

@@ -20,6 +20,7 @@ import psutil
 from llm.cluster.failure import BAD_HOST, BAD_INPUT, PASSING, STOPPED
 from llm.cluster.signals import LAUNCHER_DIED, REASONS, SIGNALS
 from llm.errors import InputError
+from llm.files import open_own
 
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 40.0  # ranks whose launcher has died save, and end within 30 s
@@ -224,8 +225,8 @@ class Supervisor:
 
     def _write(self, began: float, end: End, step: int) -> None:
         line = {"start": began, "end": time.time(), **end._asdict(), "step": step}
-        with suppress(OSError), open(self.folder.restarts, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with suppress(OSError), open_own(self.folder.restarts, "a") as file:
+            file.write(json.dumps(line).encode() + b"\n")
 
     def _choose(self, hosts: Hosts, end: End, environ: Mapping[str, str], path: Path) -> dict[str, str]:
         """The environment with a hostfile of the hosts that are left; nothing: there are none."""

@@ -9,19 +9,23 @@ import dataclasses
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias, TypeVar
 
 import yaml
 
+from llm import files
 from llm.config.help import help_text
+from llm.config.redact import hidden_keys, redacted
 from llm.config.run import RunConfig
 from llm.errors import InputError, require
 from llm.typed import alternatives, dotted_keys, read, shown, unknown_key
 
+LARGEST_FILE = 1 << 18  # bytes of a config: two seconds of PyYAML
+MOST_VALUES = 50_000  # in a config
 Config = TypeVar("Config")
 Complete: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 # As in YAML 1.2, and 1_000: YAML 1.1 takes 4e-3 for text, 010 for 8 and 1:30 for 90.
@@ -34,12 +38,28 @@ _NULLS = ("null", "Null", "NULL", "~")
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load with other numbers, that refuses a key given twice."""
+    """yaml.safe_load with other numbers, that refuses a key given twice, and too many values."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.sizes: dict[yaml.Node, int] = {}
+        """Values in each complete node, every alias counted as what it stands for."""
+        self.values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        before, is_alias = self.values, self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if node is not None:
+            require(not is_alias or node in self.sizes, "an alias (*name) stands in the value that it names")
+            self.values += self.sizes[node] if is_alias else 1
+            self.sizes.setdefault(node, self.values - before)
+        require(self.values <= MOST_VALUES, f"found more than {MOST_VALUES} values, those of aliases (*name) included")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            require(keys.count(key) == 1 or key == "<<", f"the key {shown(key)} is given twice")
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            require(count == 1 or key == "<<", f"the key {shown(key)} is given {'twice' if count == 2 else count}")
         return super().construct_mapping(node, deep)
 
 
@@ -77,12 +97,14 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str, complete: Complete
         raise SystemExit(0)
     keys = dotted_keys(kind)
     overrides = _overrides([part for part in argv if part != "--print-config"], keys)
-    files = [value for key, value in overrides if key == "config"]
-    require(len(files) <= 1, f"--config is given {len(files)} times ({', '.join(files)}); give one file")
-    mapping = _read_file(files[0]) if files else {}
+    paths = [value for key, value in overrides if key == "config"]
+    require(len(paths) <= 1, f"--config is given {len(paths)} times ({', '.join(paths)}); give one file")
+    mapping = _read_file(paths[0]) if paths else {}
     for key, value in overrides:
         if key not in ("config", "local_rank"):
             _assign(mapping, key, value, keys.get(key, Any))
+    hidden = ", ".join(hidden_keys(mapping)[:3])
+    require(not hidden, f"{hidden}: the value was left out when this config was written; give it again: --KEY=VALUE")
     config = read(kind, complete(mapping), "")
     if "--print-config" in argv:
         print(to_yaml(config), end="")
@@ -107,8 +129,8 @@ def changed_fields(before: Any, after: Any) -> dict[str, str]:
 
 
 def to_yaml(config: Any) -> str:
-    """The config as YAML, every field written out; parsing it gives an equal config back."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
+    """The config as YAML, every field written out; parsing it gives an equal config back, or asks for its secrets."""
+    return yaml.dump(redacted(to_dict(config)), Dumper=_Dumper, sort_keys=False)
 
 
 def _overrides(argv: Sequence[str], keys: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -149,7 +171,7 @@ def _assign(mapping: dict[str, Any], key: str, text: str, kind: Any) -> None:
 def _read_file(path: str) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = files.read_up_to(path, LARGEST_FILE).decode("utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the config file {path!r}: {error}") from error
     mapping = _load_yaml(text, path)

@@ -15,6 +15,7 @@ from llm.config.finetune import FinetuneConfig
 from llm.config.lora import LoRAConfig
 from llm.config.phases import Phase, phases_of
 from llm.errors import require
+from llm.typed import shown
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) is not None,
-            f"name is {self.name!r}; expected letters, digits, '_', '.' and '-', not first '_', '.' or '-': it "
+            f"name is {shown(self.name)}; expected letters, digits, '_', '.' and '-', not first '_', '.' or '-': it "
             "names the run's folder",
         )
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; expected 0 to 2^32 - 1")

@@ -32,6 +32,7 @@ DEFAULT = (
 )
 """Of a tokenizer that has no template."""
 FILES = "chat_template.jinja", "tokenizer_config.json"
+LARGEST = 1 << 20  # bytes of a template
 REFUSALS = TypeError, ValueError, ArithmeticError, LookupError, AttributeError
 """What Jinja's own filters raise for values that they are not made for."""
 MARK = "\ufdd0"  # in front of each character of a message that would spell a special token; no text has it
@@ -79,7 +80,7 @@ class Chat:
                 named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
                 template = next(named, {}).get("template")
             if jinja.is_file():
-                template = jinja.read_text(encoding="utf-8")
+                template = files.read_up_to(jinja, LARGEST).decode("utf-8")
             bos: Any = bos.get("content") if isinstance(bos, dict) else bos
             expected = f"expected text for chat_template and bos_token in {FILES[1]}"
             require(isinstance(template, str | None) and isinstance(bos, str), expected)

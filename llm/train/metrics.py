@@ -18,7 +18,7 @@ import torch
 
 from llm.config import RunConfig
 from llm.config.phases import consumed_samples, consumed_tokens
-from llm.files import write_all
+from llm.files import open_own, write_all
 from llm.plan import flops
 from llm.sinks import Say, Sink
 from llm.train.wandb_run import WandbRun
@@ -85,7 +85,7 @@ class MetricsWriter:
         self._to_file, self._to_events = Sink(str(path), say), Sink("TensorBoard", say)
         self._to_wandb = Sink("Weights & Biases", say)
         # Unbuffered: after a full disk nothing is left that closing the file would write.
-        self._file = self._to_file(lambda: path.open("ab", buffering=0)) if enabled else None
+        self._file = self._to_file(lambda: open_own(path, "a")) if enabled else None
         folder = tensorboard if enabled else None
         self._events = self._to_events(lambda: open_events(folder, first_step + 1)) if folder is not None else None
         self._wandb = self._to_wandb(wandb) if wandb is not None and enabled else None

@@ -15,6 +15,7 @@ from llm.checkpoint.writer import checkpoints, step_of
 from llm.config import ModelConfig, RunConfig
 from llm.config.parse import changed_fields, from_dict, to_dict
 from llm.config.phases import Phase, consumed_samples
+from llm.config.redact import hide, redacted
 from llm.data.corpora import Corpora, Known, blends_of
 from llm.data.identity import in_saved_order, known_corpora
 from llm.data.samples.schedule import corpus_names
@@ -47,11 +48,17 @@ def checkpoint_state(
         "step": step,
         "consumed_samples": consumed_samples(config.phases, step),
         "skipped_samples": skipped_samples,
-        "config": to_dict(config),
+        "config": kept_config(config),
         "data": data,
         "engine": engine,
         "setbacks": setbacks,
     }
+
+
+def kept_config(config: RunConfig) -> dict[str, Any]:
+    """The config as state.json keeps it: without secrets but in the names of corpora, whose order numbers them."""
+    whole = to_dict(config)
+    return redacted(whole) | {"data": whole["data"] | {"source": hide(config.data.source)}}
 
 
 def find_step(
@@ -125,7 +132,8 @@ def saved_config(state: dict[str, Any]) -> RunConfig:
 
 def resume_report(saved: RunConfig, config: RunConfig, step: int) -> str:
     """What to say when a run goes on after `step` steps: each field that changed, and how far the rate jumps."""
-    changed = [f"{key} {values}" for key, values in changed_fields(saved, config).items()]
+    kept = (from_dict(kept_config(each)) for each in (saved, config))
+    changed = [hide(f"{key} {values}") for key, values in changed_fields(*kept).items()]
     lines = [f"resumed from step {step} of {config.train.max_steps}" + "; changed since:" * bool(changed), *changed]
     before, now = (learning_rate(each.optim, step, each.train.max_steps) for each in (saved, config))
     if abs(now - before) > JUMP * before:

@@ -94,9 +94,14 @@ class RunFolder:
         return (self.checkpoints / f"step-{step:08d}").exists()
 
     def create(self) -> None:
-        """Make the folder where there is none; raises InputError where that cannot be."""
+        """Make the folder where there is none; raises InputError where that cannot be, or it leads elsewhere."""
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for entry in os.scandir(self.path):
+                own = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
+                found = f"{entry.path} is {'a link' if entry.is_symlink() else 'no regular file'}"
+                what = "expected files and folders of the run, and links of checkpoints alone"
+                require(own or entry.name == self.checkpoints.name, f"{found}; {what}: move it away")
         except OSError as error:
             raise InputError(f"the run's folder {self.path} cannot be made: {error}") from error
 
@@ -115,16 +120,14 @@ class RunFolder:
         """
         nonce = f"{secrets.token_hex(16)} {made}"
         # In place, not by a rename: opening the same file anew is what NFS keeps consistent.
-        descriptor = os.open(self.path / "nonce", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(nonce)
-            file.flush()
+        with files.open_own(self.path / "nonce", "w") as file:
+            file.write(nonce.encode())
             os.fsync(file.fileno())
         return nonce
 
     def nonce(self) -> str:
         """The nonce that is there; raises OSError."""
-        return (self.path / "nonce").read_text()
+        return files.read_up_to(self.path / "nonce", 100).decode(errors="replace")
 
     def check_nonce(self, nonce: str) -> None:
         """Every rank: raise InputError unless the folder here holds the nonce that rank 0 sent."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from llm.data.batch import Batch, Loader
 from llm.data.corpora import Corpora
 from llm.data.loader import open_loader, validation_batches
 from llm.data.tokens.hashes import HashCheck
+from llm.files import replace
 from llm.model.build import Model
 from llm.model.forms import Forms
 from llm.parallel.collectives import Waits
@@ -40,7 +40,7 @@ class Source(ABC):
 
     def save(self, folder: Path) -> None:
         """Write what reading the finished model needs into the run's folder."""
-        shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
+        replace(folder / "tokenizer.json", self.tokenizer.read_bytes())
 
     @abstractmethod
     def resumed(self, state: dict[str, Any]) -> Source:

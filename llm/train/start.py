@@ -27,7 +27,7 @@ from llm.config.phases import consumed_samples
 from llm.data.corpora import unprepared
 from llm.data.prepare.console import prepare_all
 from llm.errors import Stopped
-from llm.files import write_json
+from llm.files import replace, write_json
 from llm.model.forms import Forms
 from llm.parallel.agreement import broadcast, exchange, lead_first, together
 from llm.parallel.mesh import Mesh
@@ -215,6 +215,6 @@ def _engine_output(
 
 
 def _write_folder(run: Run) -> None:
-    run.folder.config.write_text(to_yaml(run.config))
+    replace(run.folder.config, to_yaml(run.config).encode())
     run.source.save(run.folder.path)
     truncate_metrics(run.folder.metrics, run.step)

@@ -11,6 +11,7 @@ from pathlib import Path
 from llm import files
 from llm.config import RunConfig
 from llm.config.parse import to_dict
+from llm.config.redact import redacted
 from llm.errors import require
 
 LOGIN_SECONDS, UPLOAD_SECONDS = 60, 300  # for a key to be typed at the start, and for the upload at the end
@@ -34,7 +35,7 @@ class WandbRun:
             limits = wandb.Settings(console="off", login_timeout=LOGIN_SECONDS, finish_timeout=UPLOAD_SECONDS)
             self.run = wandb.init(
                 id=_run_id(folder / "wandb_id"), resume="allow", name=config.name, dir=str(folder),
-                config=to_dict(config), allow_val_change=True, settings=limits,
+                config=redacted(to_dict(config)), allow_val_change=True, settings=limits,
             )  # fmt: skip
             # As a number of its own: W&B's own steps only grow, and steps after a checkpoint may be done again.
             self.run.define_metric("*", step_metric="step")
@@ -54,7 +55,7 @@ def _run_id(path: Path) -> str:
     """The id that the file holds; a new one is written to it first."""
     if not path.exists():
         files.replace(path, secrets.token_hex(4).encode())
-    return path.read_text(encoding="utf-8")
+    return files.read_up_to(path, 100).decode(errors="replace")
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def test_a_wrong_argument_is_named_with_what_was_expected(argument: str, words: 
         ("optim: {lr: yes}", ["optim.lr", "True", "float"]),
         ("deepspeed: 3", ["deepspeed", "3"]),
         ("deepspeed: {1: 2}", ["deepspeed", "text"]),
-        ("deepspeed: &a {b: *a}", ["deepspeed", "JSON"]),
+        ("deepspeed: &a {b: *a}", ["alias", "in the value that it names"]),
         ("x: !!python/object/apply:os.system [ls]", ["not valid YAML"]),
         ("x: !!bool maybe", ["not valid YAML"]),
         ("x: 2020-13-45", ["not valid YAML"]),

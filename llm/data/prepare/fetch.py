@@ -25,9 +25,9 @@ from llm.data.corpora import blends_of
 from llm.data.prepare.tokenise import Progress
 from llm.data.samples.schedule import corpus_names
 from llm.data.tokens.folder import copy_folder, is_url, lock
-from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest, read_manifest
+from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, check_links, parse_manifest, read_manifest
 from llm.errors import InputError, require
-from llm.files import sha256_of
+from llm.files import open_regular, sha256_of
 
 PIECE = 16 << 20  # bytes of one request
 STREAMS = 8  # files under way at a time: one stream seldom fills a line to an object store
@@ -65,7 +65,10 @@ def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total
             require(same, f"{url} is not what it was when {folder} was copied; remove that folder to copy it again")
             _check_sizes(folder, found)
             return found
-        _copy(remote, wanted, folder, progress)
+        try:
+            _copy(remote, wanted, folder, progress)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error}") from error
         wanted.save(folder)
         return wanted
 
@@ -105,6 +108,7 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 
 def _copy(remote: _Remote, manifest: Manifest, folder: Path, progress: Progress) -> None:
     files = manifest.all_files()
+    check_links(folder, [*files, *(f"{name}.part" for name in files)])
     total, done = sum(entry.bytes for entry in files.values()), 0
     counting, given_up = threading.Lock(), threading.Event()
 
@@ -137,7 +141,7 @@ def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: 
     part = path.with_name(path.name + ".part")
     kept = done = part.stat().st_size if part.exists() else 0
     count(done)
-    with part.open("ab") as file:
+    with open(open_regular(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "ab") as file:
         while done < entry.bytes:
             stop = min(done + PIECE, entry.bytes)
             piece = remote.read(name, done, stop)

@@ -6,7 +6,10 @@ If a text contains a special token, that is encoded as ordinary characters: no d
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import pairwise, repeat
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from llm.data.tokenizer.cuts import LONGEST_PIECE, LONGEST_WORD, pieces
 from llm.data.tokenizer.ranks import SUFFIXES, read_ranks
 from llm.data.tokenizer.spelling import BYTE_TOKEN, bytes_of, drop_prefix, keeps_text, prefixes_all, steps
 from llm.errors import InputError, require
+from llm.files import complete_file, read_up_to
 
 END_OF_DOCUMENT = "<|endoftext|>"
 END_TOKENS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
@@ -27,6 +31,7 @@ LEARNED = ("train", "char")
 """The values of data.tokenizer that name no file."""
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end-of-document token
 BATCH = 1_024  # pieces that the library encodes at a time: what it returns takes far more memory than the ids
+LARGEST = 1 << 26  # bytes of a file; the largest public ones have 35 MB
 SHOWN = 30  # tokens and characters that an error lists
 
 
@@ -107,9 +112,11 @@ class Tokenizer:
         end: as data.end_token. InputError when the file cannot be read, and as __init__.
         """
         try:
-            raw = path.read_bytes()
+            raw = read_up_to(path, LARGEST)
             if path.suffix in SUFFIXES:
                 raw = read_ranks(path.stem, raw).to_str(pretty=True).encode()
+            else:
+                _try_apart(raw)
             return cls(raw, end)
         except OSError as error:
             raise InputError(f"tokenizer {path} cannot be read: {error}") from error
@@ -118,7 +125,8 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json: of one that was loaded from such a file, the same bytes."""
-        path.write_bytes(self.raw)
+        with complete_file(path) as file:
+            file.write(self.raw)
 
     def unused(self, size: int) -> list[int]:
         """The ids below `size` that no token has."""
@@ -229,6 +237,16 @@ class TextStream:
         before = self._tokenizer.decode(self._tokens[: self._shown])
         self._tokens, self._shown = self._tokens[-1:], 1
         return text[len(before) :]
+
+
+@lru_cache(2)
+def _try_apart(raw: bytes) -> None:
+    """InputError unless a process of its own can load a tokenizer.json, and encode with it, in its limits."""
+    child = [sys.executable, "-I", str(Path(__file__).with_name("child.py"))]
+    done = subprocess.run(child, input=raw, capture_output=True, env={"TOKENIZERS_PARALLELISM": "false"})
+    why = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+    limits = "some seconds of the processor, 3 GiB and 100 tokens for a character"
+    require(done.returncode == 0, f"cannot be loaded and used as one that does no harm ({why}); expected {limits}")
 
 
 def _open(raw: bytes) -> tokenizers.Tokenizer:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llm.data.tokens.manifest import FileEntry, Manifest, locate
 from llm.errors import InputError, require
-from llm.files import sha256_of
+from llm.files import open_regular, sha256_of
 
 CHECKED_FILES = 64  # of each corpus when a run starts; the others are checked when they are first read
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # read of a file for sampled_hash()
@@ -54,7 +54,7 @@ def sampled_hash(paths: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:
-            with open(path, "rb", buffering=0) as file:
+            with open(open_regular(path), "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 digest.update(size.to_bytes(8, "little"))
                 for i in range(blocks):

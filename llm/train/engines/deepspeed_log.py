@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import TextIO
+
+from llm.files import open_own
 
 
 def divert(path: Path) -> TextIO:
@@ -12,8 +15,8 @@ def divert(path: Path) -> TextIO:
 
     To be called before deepspeed is imported, which logs. Returns the file, for what DeepSpeed prints.
     """
-    path.parent.mkdir(exist_ok=True)
-    log = path.open("a", encoding="utf-8")
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    log = io.TextIOWrapper(open_own(path, "a"), "utf-8", write_through=True)
     file, shown = logging.StreamHandler(log), logging.StreamHandler()
     shown.setLevel(logging.ERROR)
     for handler in (file, shown):

@@ -1,0 +1,45 @@
+"""Leaves secrets out of a config that is printed, kept or sent: text under keys that name one, and parts of URLs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "<redacted>"
+# Not tokens and tokenizer. Only in sections whose keys Ingot does not know: data.text_key is no secret.
+_SECRET = re.compile(r"token(?!s|iz)|key|secret|passw", re.IGNORECASE)
+# user:password@, of which a user alone may be a token, and the query, which may be a signature.
+_URL = re.compile(r"(?<=://)[^/\s]+(?=@)|(?<=\?)[^\s#]+")
+
+
+def hide(text: str) -> str:
+    """The text, in which URLs have neither a user nor a query."""
+    return _URL.sub(HIDDEN, text) if "://" in text else text
+
+
+def redacted(value: Any, *, is_open: bool = False, secret: bool = False) -> Any:
+    """A config as nested dicts of JSON types, without its secrets. is_open: of the deepspeed section."""
+    if isinstance(value, dict):
+        return {
+            hide(key): redacted(
+                item, is_open=is_open or key == "deepspeed", secret=secret or (is_open and bool(_SECRET.search(key)))
+            )
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [redacted(item, is_open=is_open, secret=secret) for item in value]
+    if secret and type(value) in (str, int):
+        return HIDDEN
+    return hide(value) if isinstance(value, str) else value
+
+
+def hidden_keys(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys whose values `redacted` has changed."""
+    found = list[str]()
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            found += hidden_keys(value, f"{prefix}{key}.")
+        if HIDDEN in f"{key}" or (not isinstance(value, dict) and HIDDEN in f"{value}"):
+            found.append(f"{prefix}{key}")
+    return found
