@@ -30,14 +30,16 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/sinks.py": set(),
     "llm/slices.py": {"torch"},
     "llm/files.py": {"torch", "xxhash", "llm.errors"},
-    "llm/locks.py": {"filelock", "llm.errors"},
+    "llm/locks.py": {"filelock", "llm.errors", "llm.files"},
     "llm/typed.py": {"llm.errors"},
     "llm/config": {"llm.config", "llm.errors", "llm.typed", "yaml"},
     "llm/model": {"torch", "kernels", "llm.config", "llm.errors", "llm.slices", "llm.model"},
     "llm/parallel": {
         "torch", "kernels", "llm.config", "llm.errors", "llm.slices", "llm.model", "llm.parallel",
     },
-    "llm/cluster": {"torch", "mpi4py", "packaging", "psutil", "llm.config", "llm.errors", "llm.sinks", "llm.cluster"},
+    "llm/cluster": {
+        "torch", "mpi4py", "packaging", "psutil", "llm.config", "llm.errors", "llm.files", "llm.sinks", "llm.cluster",
+    },
     "llm/plan": {"llm.config", "llm.model", "llm.plan"},
     "llm/page.py": set(),
     "llm/profile": {

@@ -28,6 +28,7 @@ def from_source(mapping: dict[str, Any]) -> dict[str, Any]:
     # Here, for they import torch: what is wrong with the arguments is said before.
     from llm.checkpoint.convert import open_hf
     from llm.checkpoint.reader import find_named, load_manifest, open_checkpoint, tokenizer_of
+    from llm.train.resume import saved_config
 
     path = Path(str(train["init_from"])).absolute()
     try:
@@ -36,7 +37,7 @@ def from_source(mapping: dict[str, Any]) -> dict[str, Any]:
             found, tokenizer, end = to_dict(source.config), path / "tokenizer.json", source.end
         else:
             folder, _ = find_named(path.resolve(), check=load_manifest)  # `start` looks at every byte
-            saved = open_checkpoint(folder).state["config"]
+            saved = to_dict(saved_config(open_checkpoint(folder).state))
             found, tokenizer, end = saved["model"], tokenizer_of(folder), saved["data"].get("end_token")
     except (CheckpointError, InputError) as error:
         raise InputError(f"train.init_from: {error}") from error

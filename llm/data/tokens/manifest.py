@@ -19,8 +19,8 @@ import numpy as np
 
 from llm.data.tokens.headers import DTYPES, header_bytes
 from llm.data.tokens.shards import ShardList
-from llm.errors import InputError, require
-from llm.files import complete_file
+from llm.errors import CheckpointError, InputError, require
+from llm.files import complete_file, parse_json
 from llm.typed import read, shown
 
 FILE_NAME = "manifest.json"
@@ -141,7 +141,7 @@ class Manifest:
         require("tokenizer.json" in self.files, "files lack tokenizer.json")
         check_files(list(self.files), *zip(*self.files.values(), strict=True))
         names = [*self.files, *chain(*(split.shards.paths for split in self.splits.values()))]
-        require(len(set(names)) == len(names), "a file is listed twice")
+        check_places(names)
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -194,6 +194,14 @@ def locate(folder: Path, name: str) -> str:
     return name if name.startswith("/") else f"{folder}/{name}"
 
 
+def check_places(names: Sequence[str]) -> None:
+    """InputError unless files of these names can lie in one folder: none twice, and none where another has a folder."""
+    require(len(set(names)) == len(names), "a file is listed twice")
+    folders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "/"}
+    both = sorted(folders.intersection(names))
+    require(not both, f"{both[:1]} is listed as a file, and others as lying in it")
+
+
 def check_files(names: Sequence[str], sizes: Sequence[int], hashes: Sequence[str]) -> None:
     """InputError unless names are safe (they never leave the folder, or are absolute), sizes and hashes possible."""
     for name in names:
@@ -224,11 +232,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def parse_manifest(raw: bytes) -> Manifest:
     """The manifest in the bytes of a manifest.json; InputError says what is wrong with it."""
+    require(len(raw) <= LARGEST_MANIFEST, f"has more than {LARGEST_MANIFEST} bytes")
     try:
-        values = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON: {error}") from error
-    require(isinstance(values, dict), f"found {shown(values)}; expected an object")
+        values = parse_json(raw, "the manifest")
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
     found = values.get("format")
     require(found == FORMAT, f"format is {shown(found)}; expected {FORMAT!r}")
     return read(Manifest, values, "")
