@@ -42,6 +42,8 @@ def load_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: {error}") from error
     if STEP_FOLDER.fullmatch(folder.name) and manifest.step != step_of(folder):
         raise CheckpointError(f"{folder} holds a checkpoint of step {manifest.step}")
+    if "state.json" not in manifest.files:
+        raise CheckpointError(f"{folder} has no state.json")
     manifest.check_sizes(folder)
     for path in (folder, folder / MANIFEST, *map(folder.joinpath, manifest.files)):
         if files.patiently(lambda path=path: os.lstat(path), path).st_mode & stat.S_IWOTH:
@@ -146,8 +148,6 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
     manifest = load_manifest(folder)
     if sha256 not in (None, manifest.sha256):
         raise CheckpointError(f"{folder} is not the checkpoint that rank 0 sees; is the folder shared by all nodes?")
-    if "state.json" not in manifest.files:
-        raise CheckpointError(f"{folder} has no state.json")
     path = folder / "state.json"
     _check_hash(path, manifest.files["state.json"])
     state = files.read_json(path, LARGEST_STATE)
