@@ -157,7 +157,10 @@ def flip(body: dict[str, Any]) -> None:
 
 
 def grow(body: dict[str, Any]) -> None:
-    body["files"]["state.json"]["size"] += 10**18
+    shard, piece = "rank-00000-00000.safetensors", {"dim": 0, "start": 0, "stop": 2**57, "offset": 0, "length": 2**57}
+    piece = piece | {"file": shard, "key": f"master/large/0:{2**57}/0"}
+    body["tensors"]["large"] = {"master": {"shape": [2**57], "pieces": [piece]}}
+    body["files"][shard]["size"] += 4 * 2**57
 
 
 def other_step(body: dict[str, Any]) -> None:
