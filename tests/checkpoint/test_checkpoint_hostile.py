@@ -13,6 +13,7 @@ import pytest
 from hostile import GOOD, SHARD, body_of, forge_state, seal
 
 from llm import files
+from llm.checkpoint.manifest import parse
 from llm.checkpoint.reader import find_latest, find_named, open_checkpoint, verify
 from llm.errors import CheckpointError, InputError
 from llm.train.resume import find_step
@@ -178,6 +179,15 @@ def test_a_forged_manifest_is_refused(folder: Path, name: str, change: Change, m
         return
     monkeypatch.setattr(files, "hash_of", lambda *_: pytest.fail("hashed what the manifest alone forbids"))
     refused(folder)
+
+
+@pytest.mark.parametrize(("name", "size"), [("spare", 8), (SHARD, 200 << 30), (SHARD, 8)])
+def test_a_file_is_as_large_as_its_tensors_need(whole: Path, name: str, size: int) -> None:
+    body = body_of(whole)
+    body["files"][name] = {"size": size, "xxh128": "0" * 32}
+    body.pop("sha256")
+    with pytest.raises(CheckpointError, match="holds no tensor|its tensors take"):
+        parse(body).check_coverage()
 
 
 def test_texts_of_manifests_are_refused(folder: Path) -> None:

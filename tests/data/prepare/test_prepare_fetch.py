@@ -224,7 +224,9 @@ def test_what_cannot_be_copied_is_explained(bucket: MemoryFileSystem, origin: Pa
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a/b/c/d"), ("a", "a.part"), ("a", "a.part/b"), ("manifest.json",)])
+@pytest.mark.parametrize(
+    "names", [("a", "a/b"), ("a/b", "a/b/c/d"), ("a", "a.part"), ("a", "a.part/b"), ("manifest.json",)]
+)
 def test_names_that_clash_are_refused_first(
     bucket: MemoryFileSystem, origin: Path, tmp_path: Path, names: tuple[str, ...]
 ):
@@ -236,7 +238,9 @@ def test_names_that_clash_are_refused_first(
     assert not (tmp_path / "copy").exists()
 
 
-@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"format": 1, "format": 2}', b'{"format": NaN}', b" " * (1 << 26) + b"{}"])
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b'{"format": 1, "format": 2}', b'{"format": NaN}', b" " * (1 << 26) + b"{}"]
+)
 def test_hostile_manifests_are_refused(bucket: MemoryFileSystem, tmp_path: Path, text: bytes):
     bucket.pipe_file("/bucket/corpus/manifest.json", text)
     with pytest.raises(InputError, match=r"manifest\.json"):
