@@ -7,13 +7,14 @@ import hashlib
 import io
 import json
 import os
+import reprlib
 import secrets
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from math import prod
+from contextlib import contextmanager, suppress
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
@@ -32,6 +33,10 @@ CHUNK = 1 << 20
 HASHES: dict[str, Callable[[], Any]] = {"xxh128": xxhash.xxh128, "sha256": hashlib.sha256}
 # What says that a file is not there, or not for us, whenever it is asked; all else may pass.
 LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+# Of JSON. Of a checkpoint's manifest, in which a piece has 8 values, that makes 125,000 pieces.
+MAX_VALUES, MAX_DEPTH = 1_000_000, 64
+SMALL_JSON = 1 << 24  # bytes of a file that a run writes
+LONGEST_LINE = 1 << 20  # bytes of a line of metrics
 WAITS = (0.1, 0.5, 2.0)  # seconds before a read that failed is tried again
 # torch's names, and those of safetensors.
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
@@ -248,26 +253,100 @@ def regular_size(path: Path) -> int:
     return status.st_size
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file; raises CheckpointError, ReadError."""
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes; raises CheckpointError, ReadError."""
 
     def read() -> bytes:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            return file.read()
+            return file.read(most + 1)
 
-    regular_size(path)
-    return patiently(read, path)
+    size = regular_size(path)
+    text = patiently(read, path) if size <= most else b""
+    if max(size, len(text)) > most:
+        raise CheckpointError(f"{path} has {max(size, len(text))} bytes; expected at most {most}")
+    return text
 
 
-def parse_json(text: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `text`; raises CheckpointError, naming `what`, on anything else."""
+def read_json(path: Path, most: int = SMALL_JSON) -> dict[str, Any]:
+    """`parse_json` of a regular file of at most `most` bytes; raises CheckpointError, ReadError."""
+    return parse_json(read_regular(path, most), str(path))
+
+
+def parse_json(text: bytes, what: str, values: int = MAX_VALUES) -> dict[str, Any]:
+    """The JSON object in `text`: no key twice, no NaN, at most MAX_DEPTH levels and about `values` values.
+
+    Raises CheckpointError, naming `what`, on anything else.
+    """
+    # Before it is parsed: a short text may hold many values, of which each takes 20 times the memory of its text.
+    if sum(map(text.count, (b",", b"[", b"{"))) > values:
+        raise CheckpointError(f"{what} holds more than {values} values")
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{what} is not a JSON object")
+    level: list[Any] = [found]
+    for _ in range(MAX_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    if level:
+        raise CheckpointError(f"{what} is nested more than {MAX_DEPTH} levels deep")
     return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set[str]()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {reprlib.repr(twice)} stands twice in an object")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no number of JSON")
+    return value
+
+
+def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file, each with its JSON object; None for one that is torn, longer than LONGEST_LINE, or no JSON.
+
+    One of those that are too long comes in parts. Raises InputError for what is no regular file, OSError.
+    """
+    torn = False  # whether the line goes on from the part before
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # which does not wait for a pipe's other end
+        require(stat.S_ISREG(os.fstat(file.fileno()).st_mode), f"{path} is not a regular file; move it away")
+        while line := file.readline(LONGEST_LINE):
+            whole, torn = not torn and line.endswith(b"\n"), not line.endswith(b"\n")
+            found = None
+            if whole:
+                with suppress(CheckpointError):
+                    found = parse_json(line, str(path))
+            yield line, found
+
+
+def remote_bytes(system: Any, path: str, most: int, start: int | None = None) -> bytes:
+    """The bytes of a file of an fsspec file system: all of them, or `most` from `start` on.
+
+    A web server may send more than it is asked for, and no end: one byte more is read then, and no other. Raises
+    CheckpointError for a whole file of more than `most` bytes, and what the file system raises.
+    """
+    if "http" not in system.protocol:  # what has told a size keeps to it
+        long, ends = start is None and system.info(path)["size"] > most, None if start is None else start + most
+        text = b"" if long else system.cat_file(path, start=start, end=ends)
+    else:
+        headers = {} if start is None else {"headers": {"Range": f"bytes={start}-{start + most - 1}"}}
+        parts, left = list[bytes](), most + 1
+        with system.open(path, block_size=0, size=1, **headers) as file:  # a stream; no size is asked for first
+            while left > 0 and (part := file.read(left)):
+                parts.append(part)
+                left -= len(part)
+        text, long = b"".join(parts), start is None and left <= 0
+    if long:
+        raise CheckpointError(f"{path} has more than {most} bytes")
+    return text
 
 
 def hash_of(path: Path | str, algorithm: str, progress: Callable[[int], None] = lambda count: None) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llm.errors import InputError
+from llm.errors import CheckpointError, InputError, ReadError
+from llm.files import read_json
 
 
 def lock(path: Path, patience: float = -1, advice: str = "") -> FileLock:
@@ -40,7 +41,7 @@ def lock(path: Path, patience: float = -1, advice: str = "") -> FileLock:
 def _holder(path: Path) -> str:
     """What the holder of a lock wrote of itself, in words."""
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
         return f"process {found['pid']} on {found['host']} since {found['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, ReadError, KeyError):
         return "a process that has not yet said who it is"

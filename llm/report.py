@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +13,7 @@ from llm.checkpoint.writer import checkpoints, step_of
 from llm.config.parse import parse_config
 from llm.data.tokens.folder import load_manifest
 from llm.errors import require
-from llm.files import complete_file
+from llm.files import complete_file, json_lines
 from llm.generate import stream
 from llm.sampling import SamplingConfig
 from llm.sinks import Say, Sink
@@ -56,9 +55,8 @@ def report(run: Path, say: Say = print) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without a line that a full disk cut short."""
-    whole = (line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
-    return [json.loads(line) for line in whole if line.strip()]
+    """The records of a metrics.jsonl, without a line that a full disk cut short or that is no record of a step."""
+    return [record for _, record in json_lines(path) if record is not None and type(record.get("step")) is int]
 
 
 def plot_loss(metrics_path: Path, out_path: Path, title: str, bigram: float | None = None) -> Path:

@@ -93,7 +93,8 @@ def load_trained(
     require(not (theirs and classifier), f"{path} is a language model; expected a classifier")
     reader, config, chat = open_hf_folder(path) if theirs else open_trained(path, classifier=classifier)
     state: dict[str, Any] = {"step": 0} if isinstance(reader, HuggingFaceReader) else reader.state
-    labels = tuple(state["data"]["labels"]) if classifier else ()
+    labels = tuple(state["data"].get("labels", ())) if classifier else ()
+    require(bool(labels) == classifier, f"{path}: its state.json is damaged, it names no labels; choose another")
     # The layout and kernels of the training run do not matter here.
     parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
     train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from states import state_of
 
 from llm.checkpoint.convert import open_hf
 from llm.checkpoint.writer import write_checkpoint
@@ -46,6 +47,6 @@ def step_on_ranks(folders: dict[str, Path], runs: Path) -> None:
         engine.set_lr(LR)
         engine.forward_backward(batches, G * (T - 1))
         engine.step()
-        state = {"step": 1, "config": to_dict(config), "data": {}}
+        state = state_of(1, config=to_dict(config))
         write_checkpoint(runs / form / "checkpoints", 1, engine.state_pieces(), state, keep_last=1)
         engine.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from states import state_of
 from thread_ranks import ranks_in_threads
 
 from llm.checkpoint.writer import write_checkpoint
@@ -217,8 +218,7 @@ def test_a_checkpoint_and_its_export_score_alike(
     made.tokenizer.save(run / "tokenizer.json")
     with ranks_in_threads(1):
         pieces = PlainEngine(made.config, made.model, None, CPU).state_pieces()
-        state = {"step": 7, "config": to_dict(made.config), "data": {}}
-        write_checkpoint(run / "checkpoints", 7, pieces, state, keep_last=1)
+        write_checkpoint(run / "checkpoints", 7, pieces, state_of(7, config=to_dict(made.config)), keep_last=1)
     export(run, tmp_path / "hf", dtype="float32", plain=False)
     peer = through_hf(*(kind.from_pretrained(tmp_path / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer)))
     names, manager = ("choice", "text"), TaskManager(include_path=str(folder), include_defaults=False)

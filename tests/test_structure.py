@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "llm/sinks.py": set(),
     "llm/slices.py": {"torch"},
     "llm/files.py": {"torch", "xxhash", "llm.errors"},
-    "llm/locks.py": {"filelock", "llm.errors"},
+    "llm/locks.py": {"filelock", "llm.errors", "llm.files"},
     "llm/typed.py": {"llm.errors"},
     "llm/config": {"llm.config", "llm.errors", "llm.files", "llm.typed", "yaml"},
     "llm/model": {"torch", "kernels", "llm.config", "llm.errors", "llm.slices", "llm.model"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from states import state_of
 from thread_ranks import ranks_in_threads
 
 from llm.checkpoint.writer import write_checkpoint
@@ -25,8 +26,7 @@ def write_run(folder: Path, config: RunConfig) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)), alpha=0.3)
-    state = {"step": 5, "config": to_dict(config), "data": {}}
     pieces = PlainEngine(config, model, None, torch.device("cpu")).state_pieces()
     with ranks_in_threads(1):
-        write_checkpoint(folder / "checkpoints", 5, pieces, state, keep_last=1)
+        write_checkpoint(folder / "checkpoints", 5, pieces, state_of(5, config=to_dict(config)), keep_last=1)
     return folder

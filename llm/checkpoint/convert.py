@@ -198,8 +198,5 @@ def _whole(source: CheckpointReader, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, which may be a link; raises CheckpointError."""
-    try:
-        return files.parse_json(path.read_bytes(), path.name)
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+    """The JSON object in a file, which may be a link; raises CheckpointError, ReadError."""
+    return files.read_json(path.resolve())

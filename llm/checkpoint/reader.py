@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm import files
-from llm.checkpoint.manifest import FileEntry, Manifest, Stored, TensorEntry
+from llm.checkpoint.manifest import LARGEST_MANIFEST, LARGEST_STATE, MANIFEST, FileEntry, Manifest, Stored, TensorEntry
+from llm.checkpoint.state import check_state
 from llm.checkpoint.writer import STEP_FOLDER, checkpoints, folder_name, step_of
 from llm.errors import CheckpointError, InputError, ReadError, require
 from llm.parallel.agreement import broadcast, patient_group, together
@@ -32,7 +34,7 @@ def load_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint whose files are there with the right sizes. Raises CheckpointError, ReadError."""
     if files.patiently(folder.is_symlink, folder):
         raise CheckpointError(f"{folder} is a link and not a folder")
-    text = files.read_regular(folder / "manifest.json")
+    text = files.read_regular(folder / MANIFEST, LARGEST_MANIFEST)
     try:
         manifest = Manifest.from_json(text)
         manifest.check_coverage()
@@ -40,18 +42,33 @@ def load_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: {error}") from error
     if STEP_FOLDER.fullmatch(folder.name) and manifest.step != step_of(folder):
         raise CheckpointError(f"{folder} holds a checkpoint of step {manifest.step}")
+    if "state.json" not in manifest.files:
+        raise CheckpointError(f"{folder} has no state.json")
     manifest.check_sizes(folder)
+    for path in (folder, folder / MANIFEST, *map(folder.joinpath, manifest.files)):
+        if files.patiently(lambda path=path: os.lstat(path), path).st_mode & stat.S_IWOTH:
+            advice = "its owner alone should write there: chmod -R o-w"
+            raise CheckpointError(f"{path} can be changed by every user of this machine; {advice} {folder}")
     return manifest
 
 
 def surplus(folder: Path, manifest: Manifest) -> list[str]:
-    """A warning of what else lies in a checkpoint's folder, if anything does. Raises CheckpointError, ReadError."""
+    """Warnings of what else lies in a checkpoint's folder, and of files of other users. CheckpointError, ReadError."""
     # Hidden files: file systems and desktops leave some. A copied checkpoint may have its tokenizer along.
-    ours = {*manifest.files, "manifest.json", "tokenizer.json"}
+    ours = {*manifest.files, MANIFEST, "tokenizer.json"}
     extra = sorted(set(files.patiently(lambda: os.listdir(folder), folder)) - ours)
     shown = [name for name in extra if not name.startswith(".")]
     more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-    return [f"{folder} also holds {', '.join(shown[:3])}{more}: not of the checkpoint, and not read"] if shown else []
+    told = [f"{folder} also holds {', '.join(shown[:3])}{more}: not of the checkpoint, and not read"] if shown else []
+    paths = [folder, folder / MANIFEST, *map(folder.joinpath, sorted(manifest.files))]
+    owners = {files.patiently(lambda path=path: os.lstat(path), path).st_uid: path for path in reversed(paths)}
+    trusted = {0, os.geteuid()} if hasattr(os, "geteuid") else owners
+    told += [
+        f"{path} belongs to another user (uid {uid}), who can change it"
+        for uid, path in owners.items()
+        if uid not in trusted
+    ]
+    return told
 
 
 def verify(folder: Path, first: int = 0, of: int = 1) -> Manifest:
@@ -141,11 +158,14 @@ def open_checkpoint(folder: Path, sha256: str | None = None) -> CheckpointReader
     manifest = load_manifest(folder)
     if sha256 not in (None, manifest.sha256):
         raise CheckpointError(f"{folder} is not the checkpoint that rank 0 sees; is the folder shared by all nodes?")
-    if "state.json" not in manifest.files:
-        raise CheckpointError(f"{folder} has no state.json")
     path = folder / "state.json"
     _check_hash(path, manifest.files["state.json"])
-    return CheckpointReader(folder, manifest, files.parse_json(files.read_regular(path), str(path)))
+    state = files.read_json(path, LARGEST_STATE)
+    try:
+        check_state(state, manifest.step)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return CheckpointReader(folder, manifest, state)
 
 
 def open_agreed(

@@ -6,7 +6,6 @@ there is trusted: names are checked before they reach a path, and every byte is 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -25,7 +24,7 @@ from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 
 from llm import files
-from llm.checkpoint.manifest import Manifest
+from llm.checkpoint.manifest import LARGEST_MANIFEST, LARGEST_STATE, MANIFEST, Manifest
 from llm.checkpoint.reader import load_manifest, verify
 from llm.checkpoint.writer import STEP_FOLDER, folder_name, outdated, put_aside, step_of
 from llm.errors import CheckpointError, InputError, ReadError
@@ -34,7 +33,6 @@ T = TypeVar("T")
 PIECE = 16 << 20  # bytes of one request
 STREAMS = 8  # files under way at a time
 WAITS = (1.0, 5.0, 25.0)  # seconds before a request that failed is made again
-MANIFEST = "manifest.json"
 POLL_SECONDS = 1.0
 
 
@@ -69,7 +67,7 @@ class Remote:
         """Copy a whole checkpoint, and keep there what is kept here. Raises CheckpointError, ReadError."""
         manifest, names, step = load_manifest(folder), self.names(), step_of(folder)
         text, target = (folder / MANIFEST).read_bytes(), f"{self.root}/{folder.name}"
-        if folder.name in names and self._read(f"{folder.name}/{MANIFEST}") == text:
+        if folder.name in names and self._read(f"{folder.name}/{MANIFEST}", LARGEST_MANIFEST) == text:
             return
         for name in self._folders():
             if name not in names:  # an earlier copy was not finished
@@ -80,7 +78,7 @@ class Remote:
         self._try(self.system.makedirs, target, exist_ok=True)
         in_daemons(lambda file: self._try(self.put_file, f"{folder}/{file}", f"{target}/{file}"), manifest.files)
         self._try(self.system.pipe_file, f"{target}/{MANIFEST}", text)
-        state = json.loads((folder / "state.json").read_bytes())
+        state = files.read_json(folder / "state.json", LARGEST_STATE)
         best = folder_name(state.get("best", {}).get("step", step))
         earlier = [name for name in names if step_of(Path(name)) < step]
         for name in (name for name in outdated(earlier, keep_last, keep_every) if name != best):
@@ -95,7 +93,7 @@ class Remote:
 
     def get(self, name: str, root: Path, say: Callable[[str], None]) -> None:
         """Copy a checkpoint to root/name. Raises CheckpointError where it is damaged there, ReadError."""
-        text = self._read(f"{name}/{MANIFEST}")
+        text = self._read(f"{name}/{MANIFEST}", LARGEST_MANIFEST)
         manifest = Manifest.from_json(text)  # which checks the names of the files
         manifest.check_coverage()
         if manifest.step != step_of(Path(name)):
@@ -109,7 +107,7 @@ class Remote:
         def fetch(file: str) -> None:
             entry = manifest.files[file]
             starts = range(0, entry.size, PIECE)
-            pieces = (self._read(f"{name}/{file}", start, min(start + PIECE, entry.size)) for start in starts)
+            pieces = (self._read(f"{name}/{file}", min(PIECE, entry.size - start), start) for start in starts)
             algorithm, expected = entry.hash
             if files.create(partial / file, pieces, entry.size, algorithm) != expected:
                 what = f"{self.url}/{name}/{file} is damaged"
@@ -142,9 +140,9 @@ class Remote:
             return True
         return False
 
-    def _read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+    def _read(self, name: str, most: int, start: int | None = None) -> bytes:
         try:
-            return self._try(self.system.cat_file, f"{self.root}/{name}", start=start, end=stop)
+            return self._try(files.remote_bytes, self.system, f"{self.root}/{name}", most, start)
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.url}/{name} is not there") from error
 
@@ -156,7 +154,7 @@ class Remote:
                 result = request(*arguments, **options)
                 self.answered.call()
                 return result
-            except FileNotFoundError:
+            except (FileNotFoundError, CheckpointError):
                 raise
             except Exception as error:  # each file system raises classes of its own
                 if not waits:

@@ -27,14 +27,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm import files
-from llm.checkpoint.manifest import FileEntry, Manifest, Piece, Stored, TensorEntry, merge
+from llm.checkpoint import manifest as tables
+from llm.checkpoint.manifest import FileEntry, Manifest, Piece, Stored, TensorEntry, key_of, merge
 from llm.errors import CheckpointError
 from llm.parallel.agreement import exchange, together
 
 Each: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
 # Pieces are gathered up to this many bytes before they are written: the most that a rank holds.
 SHARD_BYTES = 1 << 29
-STEP_FOLDER = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})(\.old)?")
+STEP_FOLDER = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})(\.old)?")
 
 
 def write_checkpoint(
@@ -140,7 +141,7 @@ def _entries(root: Path) -> list[Path]:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether `path` is a folder with a manifest; what cannot be reached is none."""
-    return os.path.isfile(path / "manifest.json") and not os.path.islink(path)
+    return os.path.isfile(path / tables.MANIFEST) and not os.path.islink(path)
 
 
 def _prepare(root: Path, step: int, needed: int, say: Callable[[str], None], each: Each) -> None:
@@ -231,7 +232,7 @@ def _write_shard(partial: Path, file: str, step: int, shard: list[Piece], tensor
     parts = []
     for piece in shard:
         part = piece.slice
-        key = f"{piece.kind}/{piece.name}/{part.start}:{part.stop}/{piece.start}"
+        key = key_of(piece.kind, piece.name, part.start, part.stop, piece.start)
         stored = Stored(file, key, part.dim, part.start, part.stop, offset=piece.start, length=len(piece.data))
         shapes[key] = [stored.length]
         parts.append(Manifest(step, {}, {(piece.name, piece.kind): TensorEntry(part.global_shape, (stored,))}))
@@ -242,12 +243,15 @@ def _write_shard(partial: Path, file: str, step: int, shard: list[Piece], tensor
 def _seal(partial: Path, world: int, state: dict[str, Any], each: Each) -> None:
     """Merge the ranks' reports into the manifest; then all of the folder is on the disk."""
     reports = [partial / f"rank-{rank:05d}.json" for rank in range(world)]
-    merged = merge(Manifest.from_json(files.read_regular(path)) for path in each(reports))
+    merged = merge(Manifest.from_json(files.read_regular(path, tables.LARGEST_MANIFEST)) for path in each(reports))
     merged.check_coverage()
     merged.check_sizes(partial, each)
-    entry = FileEntry(*files.create_bytes(partial / "state.json", json.dumps(state, indent=1).encode()))
+    known = json.dumps(state, indent=1, allow_nan=False).encode()
+    entry = FileEntry(*files.create_bytes(partial / "state.json", known))
     manifest = Manifest(merged.step, {**merged.files, "state.json": entry}, merged.tensors)
-    files.create_bytes(partial / "manifest.json", manifest.to_json().encode())
+    text = manifest.to_json().encode()
+    Manifest.from_json(text)  # what is saved can be read
+    files.create_bytes(partial / tables.MANIFEST, text)
     for path in each(reports):
         path.unlink()
     files.sync_folder(partial)

@@ -19,8 +19,8 @@ import psutil
 
 from llm.cluster.failure import BAD_HOST, BAD_INPUT, PASSING, STOPPED
 from llm.cluster.signals import LAUNCHER_DIED, REASONS, SIGNALS
-from llm.errors import InputError
-from llm.files import open_own
+from llm.errors import CheckpointError, InputError, ReadError
+from llm.files import open_own, read_json
 
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 40.0  # ranks whose launcher has died save, and end within 30 s
@@ -244,7 +244,6 @@ class Supervisor:
 
 def _read(path: Path) -> dict[str, Any]:
     """What a rank has written there; nothing where it died as it wrote."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+    with suppress(CheckpointError, ReadError):
+        return read_json(path)
     return {}

@@ -20,8 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 from llm.crawl.counts import Counts
 from llm.crawl.documents import Document, size_of, write_documents
 from llm.crawl.fetch import fetched
-from llm.errors import CheckpointError, InputError
-from llm.files import complete_file, parse_json, sync_folder
+from llm.errors import CheckpointError, InputError, ReadError
+from llm.files import complete_file, read_json, sync_folder
 
 Works = Callable[[str], "Work"]  # a stage by its name
 Tell = Callable[[int], None]  # called with the bytes of its input that a task has gone through
@@ -155,8 +155,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 def read_report(path: Path) -> dict[str, Any]:
     """A task's report; raises InputError."""
     try:
-        return parse_json(path.read_bytes(), str(path))
-    except (OSError, CheckpointError) as error:
+        return read_json(path)
+    except (CheckpointError, ReadError) as error:
         raise InputError(f"{path} cannot be read: {error}; remove it, and run its stage again") from error
 
 

@@ -74,7 +74,7 @@ class Chat:
         """
         jinja, settings = (folder / name for name in FILES)
         try:
-            found: dict[str, Any] = files.parse_json(settings.read_bytes(), FILES[1]) if settings.is_file() else {}
+            found: dict[str, Any] = files.read_json(settings.resolve()) if settings.is_file() else {}
             template, bos = found.get("chat_template"), found.get("bos_token") or ""
             if isinstance(template, list):  # several by name
                 named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")

@@ -28,6 +28,7 @@ def from_source(mapping: dict[str, Any]) -> dict[str, Any]:
     # Here, for they import torch: what is wrong with the arguments is said before.
     from llm.checkpoint.convert import open_hf
     from llm.checkpoint.reader import find_named, load_manifest, open_checkpoint, own_tokenizer
+    from llm.train.resume import saved_config
 
     path = Path(str(train["init_from"])).absolute()
     try:
@@ -37,7 +38,7 @@ def from_source(mapping: dict[str, Any]) -> dict[str, Any]:
         else:
             folder, _ = find_named(path.resolve(), check=load_manifest)  # `start` looks at every byte
             reader = open_checkpoint(folder)
-            saved, tokenizer = reader.state["config"], own_tokenizer(reader)
+            saved, tokenizer = to_dict(saved_config(reader.state)), own_tokenizer(reader)
             found, end = saved["model"], saved["data"].get("end_token")
     except (CheckpointError, InputError) as error:
         raise InputError(f"train.init_from: {error}") from error

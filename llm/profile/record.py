@@ -165,4 +165,4 @@ class Record:
     @staticmethod
     def load(path: Path) -> Record:
         """Raises CheckpointError or InputError if the file is no record, ReadError if it cannot be read."""
-        return read(Record, files.parse_json(files.read_regular(path), str(path)), str(path))
+        return read(Record, files.read_json(path), str(path))

@@ -91,7 +91,7 @@ def key_of(config: RunConfig, tp: int, dp: int, device: torch.device) -> dict[st
 
 def load(path: Path, key: dict[str, str]) -> Record:
     """The record; raises CheckpointError or InputError if the file is damaged, InputError if it has another key."""
-    record = read(Record, files.parse_json(files.read_regular(path), str(path)), str(path))
+    record = read(Record, files.read_json(path), str(path))
     for op, times in record.ms.items():
         require(bool(times) and {*times} <= {*FORMS.get(op, ())}, f"{path} has times of {op} by {[*times]}; damaged")
     changed = [name for name in sorted({*key, *record.key}) if record.key.get(name) != key.get(name)]

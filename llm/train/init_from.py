@@ -114,7 +114,7 @@ def compare_tokenizers(source: Path, run: Path, vocab_size: int) -> list[str]:
 
 def token_ids(path: Path) -> dict[str, int]:
     """The id of each token of a tokenizer.json; raises one of several errors for a kind without a table of them."""
-    parts = files.parse_json(path.read_bytes(), str(path))
+    parts = files.parse_json(path.read_bytes(), str(path), values=1 << 24)
     vocabulary, added = parts["model"]["vocab"], {token["content"]: token["id"] for token in parts["added_tokens"]}
     if isinstance(vocabulary, list):  # Unigram's: each token with its score, in the order of the ids
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}

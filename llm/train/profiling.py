@@ -272,9 +272,8 @@ class Profiler:
         if not run.lead or self.window is not None or run.ballot.wanted or not os.path.lexists(path):
             return
         try:
-            text = (
-                files.read_regular(path).decode(errors="replace").strip() if files.regular_size(path) < 100 else "..."
-            )
+            short = files.regular_size(path) < 100
+            text = files.read_regular(path, 100).decode(errors="replace").strip() if short else "..."
             path.unlink()
         except (CheckpointError, ReadError, OSError) as error:
             run.ballot.wanted = -1  # asked for no more

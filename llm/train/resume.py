@@ -87,8 +87,8 @@ def find_step(
 def _resume_step(checkpoint: Path) -> int | None:
     """checkpoint.resume_step of the process that saved a checkpoint, 0 for none; None if it is damaged."""
     try:
-        return open_checkpoint(checkpoint).state["config"]["checkpoint"].get("resume_step") or 0
-    except CheckpointError:
+        return saved_config(open_checkpoint(checkpoint).state).checkpoint.resume_step or 0
+    except (CheckpointError, InputError):
         return None
 
 
@@ -165,7 +165,7 @@ def _check_phases(config: RunConfig, saved: RunConfig, corpora: Corpora, state: 
     blends = [{now_called[name]: weight for name, weight in blend.items()} for blend in blends_of(saved)]
     saved_phases = _started_phases(saved, blends, state["consumed_samples"])
     started = _started_phases(config, corpora.blends, state["consumed_samples"])
-    changed = [] if state["data"]["tokenizer"] == corpora.manifest.tokenizer_sha256 else ["tokenizer.json"]
+    changed = [] if state["data"].get("tokenizer") == corpora.manifest.tokenizer_sha256 else ["tokenizer.json"]
     for name in corpus_names(corpora.blends[: len(started)]):
         old = known.get(corpora.first_names[name], Known(name, "", {}))
         plans = corpora.known(name, len(started)).plans.items()

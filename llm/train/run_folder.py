@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -150,17 +149,12 @@ def truncate_metrics(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _is_of_step(line, step)]
-    if len(kept) < len(lines):
+    kept, dropped = list[bytes](), 0
+    for line, record in files.json_lines(path):
+        if record is not None and type(record.get("step")) is int and record["step"] <= step:
+            kept.append(line)
+        else:
+            dropped += 1
+    if dropped:
         files.replace(path, b"".join(kept))
-    return len(lines) - len(kept)
-
-
-def _is_of_step(line: bytes, last: int) -> bool:
-    """Whether it is a whole metric line of a step up to `last`."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    return line.endswith(b"\n") and isinstance(step, int) and step <= last
+    return dropped

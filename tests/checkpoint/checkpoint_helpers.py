@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from states import state_of
 from thread_ranks import on_thread_ranks
 from torch import Tensor
 
@@ -82,7 +83,7 @@ def save(
             root,
             step,
             pieces(tensors, rank, tp, dp),
-            {"step": step, "rank": rank} if state is None else state,
+            state_of(step, skipped_samples=rank) if state is None else state,
             keep_last=keep_last,
             **options,
         ),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from checkpoint_helpers import make_tensors, pieces_of, same, save
+from states import state_of
 
 from llm import files
 from llm.checkpoint import background, writer
@@ -92,10 +93,10 @@ def save_twice(root: Path) -> bool:
         yield from pieces(NEW)
 
     with held() as gate:
-        ours.save(1, pieces(OLD), {})
+        ours.save(1, pieces(OLD), state_of(1))
         before = [buffer.data_ptr() for buffer in ours.buffers]
         threading.Timer(0.5, gate.set).start()
-        ours.save(2, second(), {})
+        ours.save(2, second(), state_of(2))
     ours.close()
     held_bytes = sum(buffer.nbytes for buffer in ours.buffers)
     assert held_bytes == sum(piece.data.nbytes for piece in pieces(OLD)), "more or less than one copy"
@@ -112,7 +113,7 @@ def wait_for_rank_1(root: Path) -> bool:
     """Whether there was no checkpoint while rank 1 had written nothing. Collective."""
     ours = saver(root)
     with held() as gate:
-        ours.save(1, pieces(OLD), {})
+        ours.save(1, pieces(OLD), state_of(1))
         deadline = time.monotonic() + 1
         early = False
         while time.monotonic() < deadline:
@@ -176,15 +177,15 @@ FAULTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]] = {
 
 
 def save_both(ours: Saver) -> None:
-    ours.save(2, pieces(NEW), {})
-    ours.save(3, pieces(OLD), {})
+    ours.save(2, pieces(NEW), state_of(2))
+    ours.save(3, pieces(OLD), state_of(3))
 
 
 def fail(root: Path, spoil: Callable[[pytest.MonkeyPatch], None]) -> tuple[str, int]:
     """The error of the second of two saves, and how often the run was told of a failure. Collective."""
     told: list[int] = []
     ours = saver(root, failed=lambda: told.append(1))
-    ours.save(1, pieces(OLD), {})
+    ours.save(1, pieces(OLD), state_of(1))
     ours.wait()
     ours.buffers.clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -218,7 +219,7 @@ def save_slowly(root: Path, asynchronous: bool) -> None:
             patch.setattr(module, name, partial(with_default_group, getattr(module, name), impatient))
         ours = saver(root, asynchronous=asynchronous)
         threading.Timer(3, gate.set).start()
-        ours.save(1, pieces(OLD), {})
+        ours.save(1, pieces(OLD), state_of(1))
         ours.close()
 
 

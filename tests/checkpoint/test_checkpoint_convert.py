@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hf_models import loaded, logits, make, save
 from hf_step import T, tokens
 from safetensors.torch import load_file, save_file
+from states import state_of
 from thread_ranks import ranks_in_threads
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
@@ -91,7 +92,7 @@ def test_any_part_of_a_weight_is_read(form: str, folders: dict[str, Path]) -> No
 
 def as_checkpoint(folder: Path, root: Path) -> CheckpointReader:
     with ranks_in_threads(1):
-        return open_checkpoint(write_checkpoint(root, 0, open_hf(folder).pieces(), {}, keep_last=1))
+        return open_checkpoint(write_checkpoint(root, 0, open_hf(folder).pieces(), state_of(0), keep_last=1))
 
 
 def exported(source: CheckpointReader, config: ModelConfig, folder: Path, **options: Any) -> Path:

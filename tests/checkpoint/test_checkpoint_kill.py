@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from checkpoint_helpers import make_tensors, pieces_of, same, save
+from states import state_of
 from thread_ranks import ranks_in_threads
 
 from chosen import slow_but
@@ -43,7 +44,7 @@ def killed_at(root: Path, point: int, step: int) -> bool:
         for name in CALLS:
             setattr(os, name, deadly(name, getattr(os, name)))
         with ranks_in_threads(1):
-            writer.write_checkpoint(root, step, pieces_of(NEW, 0, 1, 1), {}, keep_last=2)
+            writer.write_checkpoint(root, step, pieces_of(NEW, 0, 1, 1), state_of(step), keep_last=2)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)

@@ -23,7 +23,7 @@ FILE = {"size": 8, "xxh128": "0" * 32}
 def piece(dim: int, start: int, stop: int, offset: int, length: int) -> dict[str, Any]:
     return {
         "file": "a.safetensors",
-        "key": "k",
+        "key": f"master/w/{start}:{stop}/{offset}",
         "dim": dim,
         "start": start,
         "stop": stop,
@@ -37,7 +37,7 @@ def body_of(shape: list[int], pieces: list[dict[str, Any]]) -> dict[str, Any]:
         "format": "ingot-checkpoint",
         "version": 2,
         "step": 3,
-        "files": {"a.safetensors": FILE},
+        "files": {"a.safetensors": FILE | {"size": 4 * sum(each["length"] for each in pieces) + 300}},
         "tensors": {"w": {"master": {"shape": shape, "pieces": pieces}}},
     }
 
@@ -64,13 +64,13 @@ def covered_once(manifest: Manifest) -> bool:
 
 @pytest.mark.parametrize("hashed", [{"xxh128": "0" * 32}, {"sha256": "0" * 64}])
 def test_text_and_back(hashed: dict[str, str]) -> None:
-    body = VALID | {"files": {"a.safetensors": {"size": 8, **hashed}}}
+    body = VALID | {"files": {"a.safetensors": {"size": 400, **hashed}}}
     manifest = parse(body)
     manifest.check_coverage()
     assert Manifest.from_json(manifest.to_json().encode()) == manifest
     assert json.loads(manifest.to_json())["files"] == body["files"]
     other = copy.deepcopy(body)
-    other["tensors"]["w"]["master"]["pieces"][0]["key"] = "other"
+    other["files"]["a.safetensors"]["size"] += 1
     assert parse(other).sha256 != manifest.sha256
 
 
@@ -128,6 +128,8 @@ def changed(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
+    if path[-1] in ("start", "stop", "offset"):
+        place["key"] = f"master/w/{place['start']}:{place['stop']}/{place['offset']}"
     return body
 
 
@@ -182,7 +184,9 @@ def test_coverage_agrees_with_counting(data: st.DataObject) -> None:
         parse(body).check_coverage()
     else:
         field = data.draw(st.sampled_from(["start", "stop", "offset", "length"]))
-        pieces[data.draw(st.integers(0, len(pieces) - 1))][field] = data.draw(st.integers(0, 5))
+        changed = pieces[data.draw(st.integers(0, len(pieces) - 1))]
+        changed[field] = data.draw(st.integers(0, 5))
+        changed["key"] = piece(*(changed[each] for each in ("dim", "start", "stop", "offset", "length")))["key"]
         try:
             manifest = parse(body)
             manifest.check_coverage()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from states import state_of
 from thread_ranks import on_thread_ranks, ranks_in_threads
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -56,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, PlainEng
     adapted.mkdir()
     shutil.copy(base / "tokenizer.json", adapted)
     with ranks_in_threads(1):
-        state = {"step": 4, "config": to_dict(config), "data": {}}
+        state = state_of(4, config=to_dict(config))
         write_checkpoint(adapted / "checkpoints", 4, engine.state_pieces(), state, keep_last=1)
     return base, adapted, engine
 

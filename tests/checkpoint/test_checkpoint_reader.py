@@ -239,23 +239,20 @@ def test_a_pickle_is_not_executed(root: Path) -> None:
     assert not (root / "exploded").exists()
 
 
-@pytest.mark.parametrize(("field", "words"), [("key", "cannot be read"), ("length", "expected")])
-def test_a_manifest_that_misdescribes_its_shard(root: Path, field: str, words: str) -> None:
+def test_a_manifest_that_misdescribes_its_shard(root: Path) -> None:
     folder = root / "step-00000002"
 
     def change(body: dict[str, Any]) -> None:
         (first, second) = body["tensors"]["blocks.0.down.weight"]["master"]["pieces"]
-        if field == "key":
-            first["key"] = "nothing"
-        else:
-            first["length"] += 1
-            second["offset"] += 1
-            second["length"] -= 1
+        first["length"] += 1
+        second["offset"] += 1
+        second["length"] -= 1
+        second["key"] = f"master/blocks.0.down.weight/0:12/{second['offset']}"
 
     resealed(folder, change)
     reader = open_checkpoint(folder)
     assert torch.equal(reader.read("norm.weight"), NEW["norm.weight", "master"])
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match="expected"):
         reader.read("blocks.0.down.weight")
 
 

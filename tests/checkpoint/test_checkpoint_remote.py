@@ -15,6 +15,7 @@ import fsspec
 import pytest
 from checkpoint_helpers import make_tensors, same, save
 from fsspec.callbacks import Callback
+from states import state_of
 
 from llm.checkpoint import remote
 from llm.checkpoint.manifest import FileEntry, Manifest
@@ -77,7 +78,7 @@ def test_a_damaged_checkpoint_is_replaced_by_its_copy(all_are: bool, copies: Rem
 
 def test_a_step_that_is_asked_for_is_fetched(copies: Remote, tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        save(tmp_path / "here", step, OLD if step % 2 else NEW, keep_last=9, state={"config": {"checkpoint": {}}})
+        save(tmp_path / "here", step, OLD if step % 2 else NEW, keep_last=9, state=state_of(step))
         copies.put(tmp_path / "here" / NAMES[step], keep_last=9, keep_every=None)
     folder, _ = found(copies, tmp_path / "there", 1)
     assert folder == tmp_path / "there" / NAMES[1]
@@ -156,7 +157,10 @@ def flip(body: dict[str, Any]) -> None:
 
 
 def grow(body: dict[str, Any]) -> None:
-    body["files"]["state.json"]["size"] += 10**18
+    shard, piece = "rank-00000-00000.safetensors", {"dim": 0, "start": 0, "stop": 2**57, "offset": 0, "length": 2**57}
+    piece = piece | {"file": shard, "key": f"master/large/0:{2**57}/0"}
+    body["tensors"]["large"] = {"master": {"shape": [2**57], "pieces": [piece]}}
+    body["files"][shard]["size"] += 4 * 2**57
 
 
 def other_step(body: dict[str, Any]) -> None:

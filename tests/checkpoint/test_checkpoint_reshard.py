@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from states import state_of
 from thread_ranks import ranks_in_threads
 
 from chosen import slow_but
@@ -103,7 +104,7 @@ def canonical_pieces(config: RunConfig) -> list[Piece]:
 def canonical(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that no engine has written."""
     root = tmp_path_factory.mktemp("canonical")
-    state = {"engine": {"optimizer_step": 7, "loss_scale": None}}
+    state = state_of(BEFORE, engine={"optimizer_step": 7, "loss_scale": None})
     with ranks_in_threads(1):
         write_checkpoint(root, BEFORE, canonical_pieces(config_of("zero0-tp1-dp1")), state, keep_last=1)
     return root

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from states import state_of
 from thread_ranks import ranks_in_threads
 from torch import Tensor
 
@@ -37,7 +38,7 @@ LORA = dict(lora=dict(rank=4), train=dict(init_from="runs/base"))
 
 def save(folder: Path, config: RunConfig, source: Classification, engine: Engine) -> None:
     """Make `folder` a run with the engine's checkpoint of step 30. Collective."""
-    state = {"step": 30, "config": to_dict(config), "data": source.identity(), "engine": engine.scalar_state()}
+    state = state_of(30, config=to_dict(config), data=source.identity(), engine=engine.scalar_state())
     write_checkpoint(folder / "checkpoints", 30, engine.state_pieces(), state, keep_last=1)
     shutil.copy(config.data.tokenizer, folder / "tokenizer.json")
 

@@ -13,6 +13,7 @@ from typing import Any
 import hf_models
 import pytest
 import torch
+from states import state_of
 from thread_ranks import on_thread_ranks, ranks_in_threads
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def write_run(folder: Path, config: RunConfig, **data: str) -> dict[str, Tensor]
     folder.mkdir()
     write_tokenizer(folder / "tokenizer.json")
     with ranks_in_threads(1):
-        state = {"step": 7, "config": to_dict(config), "data": data}
+        state = state_of(7, config=to_dict(config), data=data)
         write_checkpoint(folder / "checkpoints", 7, engine.state_pieces(), state, keep_last=1)
     return weights
 

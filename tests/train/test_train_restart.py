@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from states import state_of
 
 from chosen import slow_but
 from llm.checkpoint.reader import find_latest, open_checkpoint
@@ -36,7 +37,7 @@ def steps(engine: Any, config: RunConfig, mesh: Mesh, first: int, count: int) ->
 
 
 def save(engine: Any, mesh: Mesh, root: Path, step: int) -> None:
-    write_checkpoint(root, step, engine.state_pieces(), {"engine": engine.scalar_state()}, keep_last=9)
+    write_checkpoint(root, step, engine.state_pieces(), state_of(step, engine=engine.scalar_state()), keep_last=9)
 
 
 def first_half(config: RunConfig, root: Path) -> list[float]:

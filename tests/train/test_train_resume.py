@@ -64,7 +64,9 @@ def opened(config: RunConfig, digests: dict[str, str]) -> Corpora:
 
 
 def saved(step: int, config: RunConfig) -> dict[str, Any]:
-    return checkpoint_state(config, opened(config, DIGESTS).identity(), step, 5, {}, {})
+    return checkpoint_state(
+        config, opened(config, DIGESTS).identity(), step, 5, {"optimizer_step": step, "loss_scale": None}, {}
+    )
 
 
 def resume(step: int, after: RunConfig, digests: dict[str, str] = DIGESTS, before: RunConfig | None = None) -> Corpora:

@@ -161,7 +161,7 @@ def open_signatures(path: Path, shape: Shape) -> SignatureFile:
             size = int.from_bytes(file.read(8), "little")
             file.seek(-CHECKSUM - 8 - size, 2)
             footer = json.loads(file.read(size))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}; {ADVICE}") from error
     found, expected = (footer["format"], footer["shape"]), (FORMAT, asdict(shape))
     if found != expected:

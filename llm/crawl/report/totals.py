@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any
 
 from llm.crawl.counts import DAMAGES, SAMPLES, Counts
 from llm.crawl.stages import CHAIN
-from llm.errors import InputError, require
+from llm.errors import CheckpointError, InputError, ReadError, require
+from llm.files import read_json
 
 
 @dataclass
@@ -46,10 +46,10 @@ def read_totals(out: Path) -> list[Totals]:
     paths = [path for path in out.glob("*/*.json") if path.stem.isdecimal()]  # a tokenizer is NNNNN.tokenizer.json
     for path in sorted(paths):
         try:
-            report = json.loads(path.read_bytes())
+            report = read_json(path)
             stage = str(report["stage"])
             found.setdefault(stage, Totals(stage=stage)).add(report)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (CheckpointError, ReadError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}; delete it and run its stage again"
             raise InputError(f"{path} is no report of a task: {what}") from error
     require(bool(found), f"{out} holds no reports of stages (extract/00000.json and so on): run prepare_data.py all")
@@ -64,6 +64,6 @@ def read_curve(out: Path) -> dict[str, Any]:
     """
     path = out / "cluster/curve.json"
     try:
-        return json.loads(path.read_bytes()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        return read_json(path) if path.exists() else {}
+    except (CheckpointError, ReadError) as error:
         raise InputError(f"{path} cannot be read: {error}; delete its folder and run dedup again") from error

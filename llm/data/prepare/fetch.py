@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,18 @@ from llm.data.corpora import blends_of
 from llm.data.prepare.tokenise import Progress
 from llm.data.samples.schedule import corpus_names
 from llm.data.tokens.folder import copy_folder, is_url, lock
-from llm.data.tokens.manifest import FILE_NAME, FileEntry, Manifest, check_links, parse_manifest, read_manifest
+from llm.data.tokens.manifest import (
+    FILE_NAME,
+    LARGEST_MANIFEST,
+    FileEntry,
+    Manifest,
+    check_links,
+    check_places,
+    parse_manifest,
+    read_manifest,
+)
 from llm.errors import InputError, require
-from llm.files import open_regular, sha256_of
+from llm.files import open_regular, remote_bytes, sha256_of
 
 PIECE = 16 << 20  # bytes of one request
 STREAMS = 8  # files under way at a time: one stream seldom fills a line to an object store
@@ -50,11 +60,12 @@ def fetch(url: str, folder: Path, progress: Progress = lambda stage, done, total
     except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
         raise InputError(f"{url} cannot be opened: {error}") from error
     remote = _Remote(url.rstrip("/"), system, root.rstrip("/"))
-    raw = remote.read(FILE_NAME)
+    raw = remote.read(FILE_NAME, LARGEST_MANIFEST)
     try:
         wanted = parse_manifest(raw)
         away = next((name for name in wanted.all_files() if name.startswith("/")), None)
         require(away is None, f"it lists {away}, which lies outside its folder: such a corpus cannot be copied")
+        check_places([FILE_NAME, *chain(*((name, f"{name}.part") for name in wanted.all_files()))])
     except InputError as error:
         raise InputError(f"{remote.url}/{FILE_NAME}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +92,9 @@ class _Remote:
     system: Any  # fsspec's AbstractFileSystem
     root: str
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+    def read(self, name: str, most: int, start: int | None = None) -> bytes:
         try:
-            return self.system.cat_file(f"{self.root}/{name}", start=start, end=stop)
+            return remote_bytes(self.system, f"{self.root}/{name}", most, start)
         except Exception as error:  # each file system raises classes of its own
             what = f"{type(error).__name__}: {error}; run again to go on from there"
             raise InputError(f"{self.url}/{name} cannot be read: {what}") from error
@@ -144,7 +155,7 @@ def _copy_file(remote: _Remote, name: str, entry: FileEntry, path: Path, count: 
     with open(open_regular(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "ab") as file:
         while done < entry.bytes:
             stop = min(done + PIECE, entry.bytes)
-            piece = remote.read(name, done, stop)
+            piece = remote.read(name, stop - done, done)
             require(
                 len(piece) == stop - done,
                 f"{remote.url}/{name}: {len(piece)} bytes came from {done} on, {stop - done} were asked for; its "

@@ -21,8 +21,8 @@ import numpy as np
 from llm.data.tokens.headers import DTYPES, header_bytes
 from llm.data.tokens.shards import ShardList
 from llm.data.tokens.sums import SumsFile, sums_name
-from llm.errors import InputError, require
-from llm.files import complete_file, read_up_to
+from llm.errors import CheckpointError, InputError, require
+from llm.files import complete_file, parse_json, read_up_to
 from llm.typed import read, shown
 
 FILE_NAME = "manifest.json"
@@ -143,7 +143,7 @@ class Manifest:
         require("tokenizer.json" in self.files, "files lack tokenizer.json")
         check_files(list(self.files), *zip(*self.files.values(), strict=True))
         names = [*self.files, *chain(*(split.shards.paths for split in self.splits.values()))]
-        require(len(set(names)) == len(names), "a file is listed twice")
+        check_places(names)
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -217,6 +217,14 @@ def check_links(folder: Path, names: Collection[str]) -> None:
             require(inside, f"{link} leads to {target}, out of its folder; copy that here, or register it by its path")
 
 
+def check_places(names: Sequence[str]) -> None:
+    """InputError unless files of these names can lie in one folder: none twice, and none where another has a folder."""
+    require(len(set(names)) == len(names), "a file is listed twice")
+    folders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "/"}
+    both = sorted(folders.intersection(names))
+    require(not both, f"{both[:1]} is listed as a file, and others as lying in it")
+
+
 def check_files(names: Sequence[str], sizes: Sequence[int], hashes: Sequence[str]) -> None:
     """InputError unless names are safe (they never leave the folder, or are absolute), sizes and hashes possible."""
     for name in names:
@@ -245,11 +253,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def parse_manifest(raw: bytes) -> Manifest:
     """The manifest in the bytes of a manifest.json; InputError says what is wrong with it."""
+    require(len(raw) <= LARGEST_MANIFEST, f"has more than {LARGEST_MANIFEST} bytes")
     try:
-        values = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON: {error}") from error
-    require(isinstance(values, dict), f"found {shown(values)}; expected an object")
+        values = parse_json(raw, "the manifest")
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
     found = values.get("format")
     require(found == FORMAT, f"format is {shown(found)}; expected {FORMAT!r}")
     return read(Manifest, values, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -221,6 +222,30 @@ def test_what_cannot_be_copied_is_explained(bucket: MemoryFileSystem, origin: Pa
     with pytest.raises(InputError, match="it lists /etc/passwd, which lies outside its folder"):
         fetch(URL, folder)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "names", [("a", "a/b"), ("a/b", "a/b/c/d"), ("a", "a.part"), ("a", "a.part/b"), ("manifest.json",)]
+)
+def test_names_that_clash_are_refused_first(
+    bucket: MemoryFileSystem, origin: Path, tmp_path: Path, names: tuple[str, ...]
+):
+    plain = json.loads((origin / "manifest.json").read_bytes())
+    plain["files"] |= {name: {"bytes": 1, "sha256": "ab" * 32} for name in names}
+    bucket.pipe_file("/bucket/corpus/manifest.json", json.dumps(plain).encode())
+    with pytest.raises(InputError, match="listed"):
+        fetch(URL, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b'{"format": 1, "format": 2}', b'{"format": NaN}', b" " * (1 << 26) + b"{}"]
+)
+def test_hostile_manifests_are_refused(bucket: MemoryFileSystem, tmp_path: Path, text: bytes):
+    bucket.pipe_file("/bucket/corpus/manifest.json", text)
+    with pytest.raises(InputError, match=r"manifest\.json"):
+        fetch(URL, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_damaged_remote_file_is_never_taken(bucket: MemoryFileSystem, tmp_path: Path):
