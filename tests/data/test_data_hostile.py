@@ -124,7 +124,6 @@ def test_a_copy_replaces_a_link_or_refuses_it(name: str, tmp_path: Path, bucket:
     folder, outside = tmp_path / "copy", tmp_path / "outside"
     folder.mkdir()
     (folder / name).symlink_to(outside / "new")
-    with bounded():
-        with suppress(InputError):
-            fetch(URL, folder)
+    with bounded(), suppress(InputError):
+        fetch(URL, folder)
     assert contents(outside) == {"file": b"a victim's"}
