@@ -21,9 +21,8 @@ def known_corpora(saved: RunConfig, data: dict[str, Any]) -> dict[str, Known]:
     for name in corpus_names(blends_of(saved)):
         key = name if name in data else "train"
         plans = {plan_name("train", phase.seq_len) for phase in saved.phases}
-        found[name] = Known(
-            name, str(data.get(key)), {plan: data[f"{key} {plan}"] for plan in plans if f"{key} {plan}" in data}
-        )
+        known = {plan: data[f"{key} {plan}"] for plan in plans if f"{key} {plan}" in data}
+        found[name] = Known(name, str(data.get(key)), known)
     return found
 
 

@@ -157,6 +157,7 @@ def test_a_header_that_is_no_header_is_refused(folder: Path) -> None:
 
 
 TORN = [
+    b'{"step": 1, "loss": 1e999}',
     b"[" * 100_000, b'{"step":' * 100_000, b'{"step": 1, "step": 1}', b'{"step": NaN}', b'{"step": 1e999}', b"[1]",
     b'{"step": true}', b'{"step": "1"}', b'{"step": 1.0}', b"{}", b"", b"\xff\xfe", b"\0" * 100, b'{"step": 1', b"null",
     b'{"step": 1, "a": "' + b"a" * files.LONGEST_LINE + b'"}', b'{"step": ' + b"1" * 5000 + b"}", b'{"step": 9}',

@@ -126,7 +126,7 @@ class Manifest:
     splits: dict[str, Split]
     """train, and validation where there is one."""
     files: dict[str, FileEntry]
-    """The other files: tokenizer.json, the indexes of the shards, packing plans (`plan_name`), checksums (`sums_name`)."""
+    """The others: tokenizer.json, the indexes of the shards, packing plans (`plan_name`), checksums (`sums_name`)."""
     bigram_nats_per_token: float | None
     """Validation loss of an interpolated bigram model; null on corpora too large for it."""
     bigram_seq_len: int | None

@@ -1,7 +1,7 @@
 """Checksums of the blocks of token files, by which a flipped bit is found when its block is first read.
 
-A file is cut from its first byte into blocks of 64 KiB and a last one of what is left. `<split>.sums` holds the XXH64 of
-each block of each file of the split, in order, as little-endian uint64. csrc/core/sums.h is the twin of BlockSums.
+A file is cut from its first byte into blocks of 64 KiB and a last one of what is left. `<split>.sums` holds the XXH64
+of each block of each file of the split, in order, as little-endian uint64. csrc/core/sums.h is the twin of BlockSums.
 """
 
 from __future__ import annotations
