@@ -32,6 +32,8 @@ FAULTS = {
     13: "a bit of the newest checkpoint is flipped",
     14: "a file of the newest checkpoint is missing, or is another step's",
     15: "a rank does not see the newest checkpoint",
+    16: "a bit of a token file is flipped",
+    17: "a token file is missing",
     18: "losses and gradients of one rank are not finite",
     19: "the loss spikes",
     20: "a rank does not come to a collective",
@@ -48,6 +50,8 @@ FAULTS = {
     31: "each start fails at the same step",
     32: "the clock jumps and folders of logs vanish",
     33: "a second job starts in the run's folder",
+    34: "a pickle that does harm lies in a checkpoint",
+    35: "a hostfile or a config is made to do harm",
 }
 
 
