@@ -28,6 +28,9 @@ def main() -> None:
     wanted = [chapter for chapter in CHAPTERS if chapter in (words.chapters or CHAPTERS)]
     modules = {chapter: import_module(f"docs.guide.pictures.{chapter}") for chapter in wanted}
     start = time.monotonic()
+    for module in modules.values():
+        if hasattr(module, "prepare"):  # texts of its own, before they are trained on
+            module.prepare()
     print("training", flush=True)
     folders = make([run for module in modules.values() for run in module.RUNS], words.quick)
     for chapter, module in modules.items():
