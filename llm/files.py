@@ -60,7 +60,8 @@ def open_own(path: Path, mode: Literal["a", "w"]) -> io.FileIO:
 def read_up_to(path: Path | str, limit: int) -> bytes:
     """The bytes of a regular file or of what a link leads to; OSError for another kind, or more than `limit` bytes."""
     with open(open_regular(path), "rb") as file:
-        content = file.read(limit + 1)
+        size = os.fstat(file.fileno()).st_size or limit  # /proc says 0
+        content = file.read(min(size, limit) + 1)
     if content is None or len(content) > limit:  # None: of /proc, and has nothing to read yet
         raise OSError(errno.EFBIG, f"is no file of at most {limit} bytes", str(path))
     return content

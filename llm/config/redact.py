@@ -40,6 +40,7 @@ def hidden_keys(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:
     for key, value in mapping.items():
         if isinstance(value, dict):
             found += hidden_keys(value, f"{prefix}{key}.")
-        if HIDDEN in f"{key}" or (not isinstance(value, dict) and HIDDEN in f"{value}"):
+        values = value if isinstance(value, list) else [value]
+        if HIDDEN in f"{key}" or any(isinstance(item, str) and HIDDEN in item for item in values):
             found.append(f"{prefix}{key}")
     return found

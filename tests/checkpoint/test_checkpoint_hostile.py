@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import GOOD, SHARD, body_of, forge_state, seal
+from forged import GOOD, SHARD, body_of, forge_state, seal
 
 from llm import files
 from llm.checkpoint.manifest import parse

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import GOOD, SHARD, STEP, body_of, forge_state, seal
+from forged import GOOD, SHARD, STEP, body_of, forge_state, seal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import os
 from collections.abc import Iterator
@@ -32,8 +31,8 @@ CALLS = {
     "stat": ("lstat", SHARD),
     "stat the manifest": ("lstat", MANIFEST),
     "read the manifest": ("open", MANIFEST),
-    "hash a shard": ("builtin open", SHARD),
-    "hash the state": ("builtin open", STATE),
+    "hash a shard": ("open", SHARD),
+    "hash the state": ("open", STATE),
     "map a shard": ("safe_open", SHARD),
 }
 
@@ -51,7 +50,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def failing(call: str, path: Path, number: int, times: int) -> Iterator[list[int]]:
     """`call` on `path` raises OSError(number) so many times; how often it did."""
     fired: list[int] = []
-    modules = {"builtin open": (builtins, "open"), "safe_open": (reader, "safe_open")}
+    modules = {"safe_open": (reader, "safe_open")}
     module, name = modules.get(call, (os, "listdir" if call == "scandir" else call))
     real = getattr(module, name)
 
@@ -120,7 +119,7 @@ def test_what_is_not_there_is_damage_at_once(root: Path, number: int) -> None:
 
 def test_a_good_one_is_not_put_aside_for_a_read_error(root: Path) -> None:
     """As a save does with what comes after it: the run must not have gone on from the one before."""
-    with failing("builtin open", root / SHARD, errno.EIO, times=1000), pytest.raises(ReadError):
+    with failing("open", root / SHARD, errno.EIO, times=1000), pytest.raises(ReadError):
         find_latest(root)
     save(root, 3, NEW)
     assert not list(root.glob("*.aside-*"))
