@@ -34,13 +34,14 @@ def redacted(value: Any, *, is_open: bool = False, secret: bool = False) -> Any:
     return hide(value) if isinstance(value, str) else value
 
 
-def hidden_keys(mapping: Mapping[str, Any], prefix: str = "") -> list[str]:
+def hidden_keys(mapping: Mapping[str, Any]) -> list[str]:
     """The dotted keys whose values `redacted` has changed."""
-    found = list[str]()
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            found += hidden_keys(value, f"{prefix}{key}.")
-        values = value if isinstance(value, list) else [value]
-        if HIDDEN in f"{key}" or any(isinstance(item, str) and HIDDEN in item for item in values):
-            found.append(f"{prefix}{key}")
+    found, waiting = list[str](), [("", mapping)]
+    while waiting:
+        prefix, inner = waiting.pop()
+        for key, value in inner.items():
+            waiting += [(f"{prefix}{key}.", value)] if isinstance(value, dict) else []
+            values = value if isinstance(value, list) else [value]
+            if HIDDEN in f"{key}" or any(isinstance(item, str) and HIDDEN in item for item in values):
+                found.append(f"{prefix}{key}")
     return found

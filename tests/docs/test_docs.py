@@ -174,6 +174,8 @@ def check_command(words: list[str], space: Workspace) -> None:
         return
     assert (ROOT / script).is_file(), script
     script = script if script.endswith(".py") else "launch/pretrain.py"  # to which the shell scripts pass everything
+    if script == "launch/mine_stdlib.py":  # needs no torch, so it runs
+        shutil.rmtree(space.path / words[words.index("--out") + 1], ignore_errors=True)
     takes_config = "parse_config" in (ROOT / script).read_text() and "--compare" not in words
     command = [sys.executable, "-c", PARSE_ONLY, script, *words, *["--print-config"] * takes_config]
     result = space.run(command)

@@ -167,11 +167,8 @@ def test_the_navigation_has_every_page_in_order():
     found = build_site.navigation({**build_site.pages_of(), **pages}, problems)
     assert problems == []
     assert [next(iter(section)) for section in found][:4] == ["Start", "Guide", "How to", "Reference"]
-    assert [next(iter(page.values())) for page in found[1]["Guide"]][:3] == [
-        "guide/index.md",
-        "guide/01-a.md",
-        "guide/02-b.md",
-    ]
+    guide = [next(iter(page.values())) for page in found[1]["Guide"]]
+    assert guide[:2] == ["guide/index.md", "guide/01-a.md"] and guide[1:] == sorted(guide[1:])
     listed = [next(iter(page.values())) for page in found[2]["How to"]]
     assert listed.index("howto/my-data.md") < listed.index("howto/profile.md") < listed.index("howto/another.md")
     assert {"Of guide/01-a": "guide/01-a.md"} in found[1]["Guide"]
