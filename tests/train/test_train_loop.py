@@ -294,7 +294,10 @@ def test_what_is_not_finite_rotates_no_good_checkpoint_out(
 
 
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(one_rank: RankPool, tmp_path: Path) -> None:
-    made = replace(config(train=dict(rollbacks=0, spike_patience=1)), checkpoint=CheckpointConfig(interval=3))
+    made = replace(
+        config(train=dict(rollbacks=0, spike_patience=1, state_check_interval=0)),
+        checkpoint=CheckpointConfig(interval=3),
+    )
     ((kind, message),) = one_rank.run(stopped, made, tmp_path, 0, spoil_a_weight)
     assert kind == "FloatingPointError" and "step 5: loss nan" in message
     assert f"the last good checkpoint is {tmp_path / 'run/checkpoints/step-00000003'}: lower optim.lr" in message
