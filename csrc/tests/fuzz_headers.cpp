@@ -1,6 +1,6 @@
 // A libFuzzer target over the headers and indexes of token files, and packing plans. `make fuzz`
 // (tests/data/test_data_fuzz.py) builds it with the sanitizers and runs it:
-//   clang++ -fsanitize=fuzzer,address,undefined -Icsrc csrc/core/{token_file,corpus,packing}.cpp <this>
+//   clang++ -fsanitize=fuzzer,address,undefined -Icsrc csrc/core/{token_file,corpus,packing,sums}.cpp <this>
 //
 // An input: format (or 4: a plan), item size (of a plan: T) and vocabulary (1 byte each), the claimed
 // count of tokens (8), the size of the token file (2), the token file, then its index file to the end.

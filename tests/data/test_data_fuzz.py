@@ -40,7 +40,7 @@ def write_seeds(folder: Path) -> None:
 @pytest.mark.slow
 def test_headers_and_indexes_under_libfuzzer(tmp_path: Path, request: pytest.FixtureRequest):
     wanted = request.config.getoption("--fuzz-seconds", default=None)
-    names = ("core/token_file.cpp", "core/corpus.cpp", "core/packing.cpp", "tests/fuzz_headers.cpp")
+    names = [*(f"core/{name}.cpp" for name in ("token_file", "corpus", "packing", "sums")), "tests/fuzz_headers.cpp"]
     why_not = build(tmp_path, names)
     if why_not:
         assert wanted is None, why_not

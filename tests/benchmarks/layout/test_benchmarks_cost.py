@@ -43,9 +43,11 @@ EXACT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", slow_but([], EXACT))
 def test_memory_of_the_state_is_what_theory_gives(name: str, four_ranks: RankPool) -> None:
     config = case(**EXACT[name], model=dict(vocab_size=64))
+    count = 8 * (config.train.engine == "deepspeed")  # the updates made, on the device
     for state, theory in four_ranks.run(measured, config):
-        assert (state.weights, state.gradients) == (theory.weights, theory.gradients)
-        assert 0 < state.moments - theory.moments <= 4 * PARAMETERS
+        assert (state.weights, state.gradients) == (theory.weights + count, theory.gradients)
+        judged = 5  # whether the step is left out, as a flag and as the optimizer has it
+        assert 0 < state.moments - theory.moments <= 4 * PARAMETERS + judged
 
 
 @pytest.mark.slow
@@ -55,7 +57,7 @@ def test_where_deepspeed_holds_more(four_ranks: RankPool) -> None:
     config = replace(config, deepspeed={"zero_optimization": AS_IN_THEORY})
     for state, theory in four_ranks.run(measured, config):
         buffers = theory.gradients + 4 * AS_IN_THEORY["reduce_bucket_size"]
-        assert state.weights == theory.weights + buffers + 1  # a flag
+        assert state.weights == theory.weights + buffers + 1 + 8  # a flag, and the updates made
         assert state.gradients == 0
 
 

@@ -87,7 +87,7 @@ def trained(folder: Path) -> dict[str, dict]:
             "documents": ends(Path(f"data-{name}"), manifest.eod_id) == manifest.splits["train"].documents,
             "text": text,
             "report": "\n".join(reported),
-            "show": show(run.corpora, 0),
+            "show": show(run.source.corpora, 0),
             "said": "\n".join(said),
         }
     return found
