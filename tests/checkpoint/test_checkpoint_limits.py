@@ -115,6 +115,25 @@ def large_shard(folder: Path) -> None:
     seal(folder, body)
 
 
+def large_tensor(folder: Path) -> None:
+    """A tensor that takes them: the manifest is right, and so is the header."""
+    body, count = body_of(folder), 50 << 30
+    (folder / SHARD).rename(folder / "other")
+    body["files"]["other"] = body["files"][SHARD]
+    for kinds in body["tensors"].values():
+        for entry in kinds.values():
+            for piece in entry["pieces"]:
+                piece["file"] = "other"
+    key = f"master/huge/0:{count}/0"
+    text = json.dumps({key: {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}).encode()
+    (folder / SHARD).write_bytes(len(text).to_bytes(8, "little") + text)
+    sparse(folder / SHARD, 8 + len(text) + 4 * count)
+    body["files"][SHARD] = {"size": 8 + len(text) + 4 * count, "xxh128": "0" * 32}
+    piece = {"file": SHARD, "key": key, "dim": 0, "start": 0, "stop": count, "offset": 0, "length": count}
+    body["tensors"]["huge"] = {"master": {"shape": [count], "pieces": [piece]}}
+    seal(folder, body)
+
+
 def large_spare(folder: Path) -> None:
     sparse(folder / "spare", 200 << 30)
     body = body_of(folder)
@@ -134,7 +153,7 @@ def large_header(folder: Path) -> None:
 
 LARGE = [
     spaces, just_short, empty_lists, many_keys, one_name, million_pieces, pieces_within_the_bytes, most_pieces,
-    large_state, state_of_one_text, large_shard, large_spare,
+    large_state, state_of_one_text, large_shard, large_tensor, large_spare,
 ]  # fmt: skip
 
 

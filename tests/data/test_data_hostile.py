@@ -15,8 +15,10 @@ from hostile import bounded, contents
 
 from llm.data.chat import Chat
 from llm.data.prepare.fetch import fetch
-from llm.data.tokens.hashes import check_hashes, sampled_hash
-from llm.data.tokens.manifest import read_manifest
+from llm.data.tokens.folder import open_folder
+from llm.data.tokens.hashes import check_hash, check_hashes, sampled_hash
+from llm.data.tokens.manifest import FileEntry, read_manifest
+from llm.data.tokens.sums import SumsFile
 from llm.errors import InputError
 
 TOKENS = np.arange(3000) % 500
@@ -83,6 +85,19 @@ def test_a_shard_that_is_none_is_not_waited_for(kind: str, data: Path) -> None:
     if kind != "200 GiB":
         with bounded(), pytest.raises(InputError, match=r"train\.bin"):
             sampled_hash([str(data / "train.bin")])
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.sums", "tokenizer.json"])
+def test_200_gib_that_the_manifest_has_too_are_not_hashed(name: str, data: Path, tmp_path: Path) -> None:
+    os.truncate(data / name, 200 << 30) if name != "train.sums" else KINDS["200 GiB"](data / name)
+    entry = FileEntry(200 << 30, "0" * 64)
+    check: dict[str, Callable[[], object]] = {
+        "train.bin": lambda: check_hash(str(data / name), entry),
+        "train.sums": SumsFile(str(data / name), "0" * 64).checked,
+        "tokenizer.json": lambda: open_folder(data),
+    }
+    with bounded(), pytest.raises(InputError, match=f"{name}.* most of which were never written"):
+        check[name]()
 
 
 def test_a_template_of_200_gib_is_refused(tmp_path: Path) -> None:
