@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from forged import GOOD, SHARD, body_of, forge_state, seal
+from hostile import bounded, check_count
 
 from llm import files
 from llm.checkpoint.manifest import parse
@@ -23,9 +24,9 @@ Change = Callable[[dict[str, Any]], Any]
 
 def refused(folder: Path) -> str:
     """What every way to open the checkpoint says, as none opens it."""
-    with pytest.raises(CheckpointError) as found:
+    with bounded(), pytest.raises(CheckpointError) as found:
         open_checkpoint(folder)
-    with pytest.raises((CheckpointError, InputError)):
+    with bounded(), pytest.raises((CheckpointError, InputError)):
         find_named(folder)[0] and open_checkpoint(folder)
     assert 0 < len(str(found.value)) < 1500
     assert sorted(path.name for path in folder.parents[2].iterdir()) == ["run"]
@@ -86,7 +87,7 @@ def test_a_forged_state_is_refused(folder: Path, name: str, change: Change) -> N
     change(state)
     forge_state(folder, json.dumps(state).encode())
     assert "state.json" in refused(folder)
-    with pytest.raises(InputError):  # there is nothing else to resume from
+    with bounded(), pytest.raises(InputError):  # there is nothing else to resume from
         find_step(folder.parent, 1)
 
 
@@ -204,7 +205,8 @@ def test_texts_of_manifests_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize("end", ["\u0966" * 7 + "\u0968", "0000000\uff12", "2", "9" * 19, "00000002.aside-1"])
 def test_other_names_are_no_steps(folder: Path, end: str) -> None:
     folder.rename(folder.with_name(f"step-{end}"))
-    assert find_latest(folder.parent) == (None, [])
+    with bounded():
+        assert find_latest(folder.parent) == (None, [])
 
 
 @pytest.mark.parametrize("name", [".", "manifest.json", "state.json", SHARD])
@@ -223,3 +225,7 @@ def test_another_owner_is_mentioned(folder: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
     found, (warning,) = find_latest(folder.parent)
     assert found == folder and "belongs to another user (uid" in warning
+
+
+def test_the_cases_are_counted() -> None:
+    check_count(__name__)

@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import write_shards
-from hostile import bounded, contents
+from hostile import bounded, check_count, contents
 
 from llm.data.chat import Chat
 from llm.data.prepare.fetch import fetch
@@ -129,7 +129,7 @@ def test_a_copy_writes_through_no_link(name: str, kind: str, tmp_path: Path, buc
         "folder": Path.mkdir,
     }
     make[kind](folder / name)
-    with bounded(), pytest.raises(InputError, match=f"{name} leads to|cannot be written: .*{name}"):
+    with bounded(folder), pytest.raises(InputError, match=f"{name} leads to|cannot be written: .*{name}"):
         fetch(URL, folder)
     assert contents(outside) == {"file": b"a victim's"} and not (folder / "manifest.json").exists()
 
@@ -139,6 +139,10 @@ def test_a_copy_replaces_a_link_or_refuses_it(name: str, tmp_path: Path, bucket:
     folder, outside = tmp_path / "copy", tmp_path / "outside"
     folder.mkdir()
     (folder / name).symlink_to(outside / "new")
-    with bounded(), suppress(InputError):
+    with bounded(folder), suppress(InputError):
         fetch(URL, folder)
     assert contents(outside) == {"file": b"a victim's"}
+
+
+def test_the_cases_are_counted() -> None:
+    check_count(__name__)

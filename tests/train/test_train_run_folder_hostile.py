@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hostile import bounded, contents
+from hostile import bounded, check_count, contents
 
 from llm import files
 from llm.cluster.failure import record_failure
@@ -50,7 +50,10 @@ def test_a_start_refuses_what_leads_elsewhere(name: str, kind: str, folder: RunF
     target = tmp_path / ("outside/folder" if name in FOLDERS else "outside/file")
     KINDS[kind](folder.path / name, target)
     before = contents(tmp_path)
-    with bounded(), pytest.raises(InputError, match=f"{name} is {'no regular file' if kind == 'pipe' else 'a link'}"):
+    with (
+        bounded(folder.path),
+        pytest.raises(InputError, match=f"{name} is {'no regular file' if kind == 'pipe' else 'a link'}"),
+    ):
         folder.claim()
     assert contents(tmp_path) == before
 
@@ -89,7 +92,7 @@ def test_no_write_follows_a_link_that_came_later(name: str, kind: str, folder: R
     path = folder.path / name
     path.parent.mkdir(exist_ok=True)
     KINDS[kind](path, tmp_path / "outside/file")
-    with bounded(), suppress(OSError, InputError):
+    with bounded(folder.path), suppress(OSError, InputError):
         WRITERS[name](folder)
     assert contents(tmp_path / "outside") == {"file": b"a victim's", "folder": None}
 
@@ -119,3 +122,7 @@ def test_files_of_a_run_are_its_owners_whatever_the_umask(tmp_path: Path) -> Non
     assert wrong == {}
     kinds = {"config.yaml", "metrics.jsonl", "tokenizer.json", "lock", "nonce", "manifest.json", "state.json"}
     assert {path.name for path in found} > kinds | {"tensorboard", "checkpoints", "loss.png"}
+
+
+def test_the_cases_are_counted() -> None:
+    check_count(__name__)
