@@ -6,6 +6,7 @@ import ctypes
 import inspect
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -119,6 +120,22 @@ def check_count(module: str) -> None:
     found = measured(module)
     assert found == MEASURED[module], found
     assert sum(MEASURED.values()) >= CASES
+
+
+@contextmanager
+def no_umask() -> Iterator[None]:
+    """Files get the modes that they are opened with."""
+    before = os.umask(0)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def open_to_others(folder: Path) -> dict[str, str]:
+    """The modes of all that is not its owner's alone: files 0600 and folders 0700, this folder too."""
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
+    return {str(path): oct(mode) for path, mode in modes.items() if mode != (0o700 if path.is_dir() else 0o600)}
 
 
 def contents(folder: Path) -> dict[str, object]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_helpers import make_tensors, save
 from forged import GOOD, SHARD, body_of, forge_state, seal
-from hostile import bounded, check_count
+from hostile import bounded, check_count, contents, no_umask, open_to_others
 
 from llm import files
 from llm.checkpoint.manifest import parse
 from llm.checkpoint.reader import find_latest, find_named, open_checkpoint, verify
+from llm.checkpoint.remote import Remote
 from llm.errors import CheckpointError, InputError
 from llm.train.resume import find_step
 
@@ -214,6 +216,17 @@ def test_what_every_user_can_change_is_refused(folder: Path, name: str) -> None:
     verify(folder)
     os.chmod(folder / name, 0o777)
     assert "can be changed by every user" in refused(folder)
+
+
+def test_a_checkpoint_and_its_copy_are_their_owners_whatever_the_umask(whole: Path, tmp_path: Path) -> None:
+    copies = Remote(f"memory://modes/{tmp_path.name}", "a")
+    copies.put(whole, keep_last=1, keep_every=None)
+    with no_umask():
+        save(tmp_path / "run/checkpoints", 2, make_tensors(1))
+        copies.get(whole.name, tmp_path / "copy/checkpoints", lambda text: None)
+    for name in ("run", "copy"):
+        assert open_to_others(tmp_path / name / "checkpoints") == {}
+        assert len(contents(tmp_path / name / "checkpoints")) > 3
 
 
 def test_another_owner_is_mentioned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
