@@ -134,7 +134,7 @@ def test_files_of_a_run_are_its_owners_whatever_the_umask(tmp_path: Path) -> Non
     done = space.run(["sh", "-c", 'umask 0; exec "$@"', "sh", *words])
     assert done.returncode == 0, done.stderr
     found = (space.path / "runs/mine").rglob("*")
-    assert open_to_others(space.path / "runs/mine") == {}
+    assert open_to_others(space.path / "runs/mine") == open_to_others(space.path / "data") == {}
     kinds = {"config.yaml", "metrics.jsonl", "tokenizer.json", "lock", "nonce", "manifest.json", "state.json"}
     assert {path.name for path in found} > kinds | {"tensorboard", "checkpoints", "loss.png"}
 
