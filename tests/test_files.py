@@ -105,6 +105,17 @@ def test_what_is_mostly_holes_is_not_hashed(tmp_path: Path) -> None:
         sha256_of(tmp_path / "file")
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "link to nothing"])
+def test_create_takes_no_place_that_is_taken(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"a victim's")
+    path = tmp_path / ("other" if kind == "file" else "link")
+    if kind != "file":
+        path.symlink_to(tmp_path / ("other" if kind == "link" else "new"))
+    with pytest.raises(FileExistsError):
+        create(path, [b"x"], 1)
+    assert (tmp_path / "other").read_bytes() == b"a victim's" and not (tmp_path / "new").exists()
+
+
 def test_a_file_of_at_most_so_many_bytes_is_read(tmp_path: Path) -> None:
     path, link = tmp_path / "file", tmp_path / "link"
     path.write_bytes(b"12345")

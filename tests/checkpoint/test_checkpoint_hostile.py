@@ -15,7 +15,7 @@ from forged import GOOD, SHARD, body_of, forge_state, seal
 from hostile import bounded, check_count, contents, no_umask, open_to_others
 
 from llm import files
-from llm.checkpoint.manifest import parse
+from llm.checkpoint.manifest import LARGEST_MANIFEST, LARGEST_STATE, Manifest, parse
 from llm.checkpoint.reader import find_latest, find_named, open_checkpoint, verify
 from llm.checkpoint.remote import Remote
 from llm.errors import CheckpointError, InputError
@@ -202,6 +202,19 @@ def test_texts_of_manifests_are_refused(folder: Path) -> None:
     ):  # fmt: skip
         (folder / "manifest.json").write_text(hostile)
         refused(folder)
+
+
+def test_the_manifest_alone_refuses_a_large_state(whole: Path) -> None:
+    body = body_of(whole)
+    body.pop("sha256")
+    body["files"]["state.json"]["size"] = LARGEST_STATE + 1
+    with pytest.raises(CheckpointError, match=r"state\.json has .* bytes in the manifest"):
+        parse(body)
+
+
+def test_a_manifest_that_is_too_long_is_not_parsed() -> None:
+    with bounded(), pytest.raises(CheckpointError, match=f"more than {LARGEST_MANIFEST} bytes"):
+        Manifest.from_json(b'"' * (LARGEST_MANIFEST + 1))
 
 
 @pytest.mark.parametrize("end", ["\u0966" * 7 + "\u0968", "0000000\uff12", "2", "9" * 19, "00000002.aside-1"])

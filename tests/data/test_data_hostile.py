@@ -17,7 +17,7 @@ from llm.data.chat import Chat
 from llm.data.prepare.fetch import fetch
 from llm.data.tokens.folder import open_folder
 from llm.data.tokens.hashes import check_hash, check_hashes, sampled_hash
-from llm.data.tokens.manifest import FileEntry, read_manifest
+from llm.data.tokens.manifest import LARGEST_MANIFEST, FileEntry, parse_manifest, read_manifest
 from llm.data.tokens.sums import SumsFile
 from llm.errors import InputError
 
@@ -73,6 +73,12 @@ def test_a_manifest_that_is_none_is_refused(kind: str, data: Path) -> None:
     KINDS[kind](data / "manifest.json")
     with bounded(), pytest.raises(InputError, match=r"manifest\.json"):
         read_manifest(data)
+
+
+def test_a_manifest_that_is_too_long_is_not_parsed() -> None:
+    raw = b"," * (LARGEST_MANIFEST + 1)
+    with bounded(), pytest.raises(InputError, match=f"more than {LARGEST_MANIFEST} bytes"):
+        parse_manifest(raw)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -80,7 +80,9 @@ def columns(spikes: Spikes) -> list[float]:
 
 def test_a_bad_step_does_not_join_the_window_and_a_good_one_replaces_the_oldest() -> None:
     spikes = watch()
+    assert spikes.usual() == ""
     judged(spikes, CALM)
+    assert spikes.usual() == " (of late 3.007 and 0.5092)"
     assert judged(spikes, [(9.0, 0.5), (9.0, 0.5), (math.nan, 0.5)]) == [True] * 3
     assert columns(spikes) == pytest.approx(sum(CALM, ()))
     judged(spikes, [(3.05, 0.51)])
@@ -97,6 +99,7 @@ def test_a_resumed_window_judges_as_the_whole_one() -> None:
         judged(first, numbers[:cut])
         again = Spikes(TrainConfig(spike_window=8, spike_sigmas=1.5, spike_patience=99), CPU, first.state())
         assert judged(again, numbers[cut:]) == expected[cut:]
+    assert columns(Spikes(TrainConfig(spike_window=4), CPU, whole.state())) == columns(whole)[-8:]  # the newest
 
 
 def test_after_too_many_bad_steps_all_are_left_out_until_the_run_resumes() -> None:
