@@ -17,6 +17,7 @@ from llm.config.sections import CheckpointConfig
 from llm.errors import CorruptError
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine
+from llm.train.engines.base import Engine
 from llm.train.loop import Trainer
 from llm.train.replay import replay
 from pool import RankPool
@@ -89,6 +90,12 @@ def test_where_nothing_flips_nothing_is_found(two_ranks: RankPool, tmp_path: Pat
     assert two_ranks.run(flipped, ours, tmp_path / "off", 3, "exp_avg", 0, "step") == [("", [])] * 2
 
 
+def hooked(engine: Engine) -> list[int]:
+    """How many hooks wait for a step, and for the gradient of each parameter."""
+    of_parameters = [parameter._backward_hooks or () for parameter in engine.parameters.values()]
+    return [len(hooks) for hooks in (engine.optimizer._optimizer_step_pre_hooks, *of_parameters)]
+
+
 def wrong_gradients(config: RunConfig, rank: int, wrong: list[int]) -> tuple[str, list[int] | None, bool]:
     """What a replay says when this rank's backward passes of these numbers are wrong, and whether it left a trace."""
     mesh = Mesh.create(config.parallel, "cpu")
@@ -104,7 +111,7 @@ def wrong_gradients(config: RunConfig, rank: int, wrong: list[int]) -> tuple[str
             output.register_hook(lambda grad: grad * (1 + 2.0**-5 * (1 + number)))
 
     before = {key: tensor.clone() for key, tensor in engine.optimizer_tensors().items()}
-    scalars, hooks = engine.scalar_state(), len(engine.optimizer._optimizer_step_pre_hooks)
+    scalars, hooks = engine.scalar_state(), hooked(engine)
     handle = engine.model.norm.register_forward_hook(spoil)
     try:
         told, odd = replay(engine, data, target_count(False)) or "", None
@@ -112,14 +119,17 @@ def wrong_gradients(config: RunConfig, rank: int, wrong: list[int]) -> tuple[str
         told, odd = str(error), sorted(error.odd)
     handle.remove()
     same = all(torch.equal(tensor, before[key]) for key, tensor in engine.optimizer_tensors().items())
-    same = same and engine.scalar_state() == scalars and len(engine.optimizer._optimizer_step_pre_hooks) == hooks
+    same = same and engine.scalar_state() == scalars and hooked(engine) == hooks
     engine.close()
     return told, odd, same
 
 
-@pytest.mark.parametrize("layout", slow_but(["zero1-bf16", "zero3", "fsdp"], LAYOUTS))
+WITH_FP16 = LAYOUTS | {"fp16": dict(train=dict(engine="plain", precision="fp16"))}
+
+
+@pytest.mark.parametrize("layout", slow_but(["fp16", "zero1-bf16", "zero3", "fsdp"], WITH_FP16))
 def test_a_wrong_gradient_is_found(layout: str, two_ranks: RankPool) -> None:
-    ours, named = case(**LAYOUTS[layout]), "rank 1"
+    ours, named = case(**WITH_FP16[layout]), "rank 1"
     if layout == "fsdp":
         named = "a rank, or the reduction,"
     if layout == "tp2":  # whose ranks add up gradients within the backward pass

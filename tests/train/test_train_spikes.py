@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from llm.train.engines.fsdp import FSDPEngine
 from llm.train.engines.plain import PlainEngine
 from llm.train.loop import Trainer
 from llm.train.optim import learning_rate
+from llm.train.rollback import Setbacks
 from llm.train.run_folder import truncate_metrics
 from llm.train.spikes import Spikes
 from pool import RankPool
@@ -192,6 +194,7 @@ def poisoned(config: RunConfig, root: Path, step: int, bad: Sequence[int], facto
         if trainer.run.step + 1 == end:
             trainer.finish_saving()
             raise Killed
+        assert trainer.run.feed.steps == config.train.max_steps - trainer.run.step
         healthy_step(trainer)
 
     said: list[str] = []
@@ -280,10 +283,20 @@ def test_a_stretch_of_bad_data_is_passed_over(
     state = open_checkpoint(tmp_path / "run/checkpoints/step-00000012").state
     assert state["setbacks"]["passed_samples"] == [[40, 72]] and state["setbacks"]["in_a_row"] == 0
     assert state["engine"]["optimizer_step"] == 8
-    assert steps(tmp_path)[-1]["skipped_steps"] == 4
+    last = steps(tmp_path)[-1]
+    assert last["skipped_steps"] == 4 and last["skipped_samples"] == 12 * sum(range(ranks + 1))
     expected = one_rank.run(without, plain(made(), micro_batch_size=4), GONE_BACK)[0]
     for key, tensor in final(tmp_path).items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0 if ranks == 1 else 1e-5)
+
+
+def test_setbacks_come_back_from_a_checkpoint() -> None:
+    setbacks = Setbacks(2, 4, ((40, 72), (80, 96)), ((3.0, 3.1), (0.5, 0.4)))
+    state = json.loads(json.dumps({"setbacks": setbacks._asdict()}))
+    found = Setbacks.of(state)
+    assert found._replace(recent=setbacks.recent) == setbacks
+    assert [tuple(each) for each in found.recent] == [*setbacks.recent]
+    assert Setbacks.of({}) == Setbacks()
 
 
 def test_a_run_that_goes_back_too_often_ends(one_rank: RankPool, tmp_path: Path) -> None:
