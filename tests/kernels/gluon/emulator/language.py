@@ -143,10 +143,10 @@ def tensors(machine: Machine) -> dict[str, Any]:
         return Value(np.expand_dims(input.data, axis), input.dtype, machine)
 
     def permute(input: Value, *dims: Any) -> Value:
-        return Value(np.transpose(input.data, *dims), input.dtype, machine)
+        return input.permute(*dims)
 
     def reshape(input: Value, *shape: Any, can_reorder: bool = False) -> Value:
-        return Value(np.reshape(input.data, *shape), input.dtype, machine)
+        return input.reshape(*shape)
 
     def convert_layout(value: Value, layout: Any, assert_trivial: bool = False) -> Value:
         if not isinstance(value, Value) or not value.shape:

@@ -1,11 +1,12 @@
 """Executes a kernel module's own source with the emulator's modules in place of Gluon's.
 
-Functions under @gluon.jit become Python functions that check their constants. What the module imports from elsewhere is
-the real thing, except for jit functions, which are executed in the same way from the source of their module.
+Functions under @gluon.jit or @triton.jit become Python functions that check their constants. What a module imports from
+elsewhere is the real thing, except for jit functions, which are executed in the same way from their module's source.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
 import functools
 import importlib
@@ -16,13 +17,15 @@ from typing import Any
 
 import triton
 from triton.experimental.gluon import language as real
-from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from .language import constant, language
 from .machine import Machine
 from .values import INT32, Value
 
 GLUON = "triton.experimental.gluon"
+KERNELS = (JITFunction, InterpretedFunction)  # the second where TRITON_INTERPRET is set
 
 
 class Loader:
@@ -36,7 +39,8 @@ class Loader:
         hopper = f"{GLUON}.language.nvidia.hopper"
         top = SimpleNamespace(gluon=gluon)
         self.fakes = {
-            "triton": _Delegate(triton, experimental=top),
+            "triton": _Delegate(triton, experimental=top, language=gl, jit=jit),
+            "triton.language": gl,
             "triton.experimental": top,
             GLUON: gluon,
             f"{GLUON}.language": gl,
@@ -69,11 +73,11 @@ class Loader:
 
     def replaced(self, found: Any) -> Any:
         """A jit function, a module that has some, or a constexpr as the emulator has it; others as they are."""
-        if isinstance(found, GluonJITFunction) and not found.fn.__module__.startswith("triton."):
+        if isinstance(found, KERNELS) and not found.fn.__module__.startswith("triton."):
             return getattr(self.module(found.fn.__module__), found.fn.__name__)
         if isinstance(found, real.constexpr):
             return found.value
-        if isinstance(found, ModuleType) and any(isinstance(x, GluonJITFunction) for x in vars(found).values()):
+        if isinstance(found, ModuleType) and any(isinstance(x, KERNELS) for x in vars(found).values()):
             return self.module(found.__name__)
         return found
 
@@ -96,11 +100,20 @@ class _Delegate:
 
 @functools.lru_cache(256)
 def compiled(text: str, name: str) -> CodeType:
-    return compile(text, f"<emulated {name}>", "exec")
+    """The code of a kernel module, without its classes and without functions that other decorators register."""
+    tree = ast.parse(text)
+    tree.body = [part for part in tree.body if not isinstance(part, (ast.ClassDef, ast.Expr)) and only_jit(part)]
+    return compile(tree, f"<emulated {name}>", "exec")
 
 
-def jit(function: Callable) -> Callable:
+def only_jit(part: ast.stmt) -> bool:
+    return all("jit" in ast.unparse(decorator) for decorator in getattr(part, "decorator_list", ()))
+
+
+def jit(function: Callable | None = None, **options: Any) -> Callable:
     """A kernel function: parameters annotated constexpr must be given constants."""
+    if function is None:
+        return jit
     signature = inspect.signature(function)
     names = [name for name, each in signature.parameters.items() if is_constant(each.annotation)]
 

@@ -177,6 +177,8 @@ class World:
             self.names.setdefault(key, name)
             kind = Pointer if tensor is value else Descriptor
             return kind(self, name, value)
+        if value is None:
+            return None
         if isinstance(value, bool):
             return Value(value, gl.int1, self.machine)
         if isinstance(value, int):

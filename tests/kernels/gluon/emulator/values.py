@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -77,8 +78,20 @@ class Value:
     def shape(self) -> list[int]:
         return list(np.shape(self.data))
 
+    @property
+    def type(self) -> SimpleNamespace:
+        """Its layout is a stand-in: the emulator keeps none."""
+        return SimpleNamespace(layout=gl.AutoLayout(), element_ty=self.dtype, scalar=self.dtype, shape=self.shape)
+
     def to(self, dtype: Any) -> Value:
+        self.machine.work(np.size(self.data))
         return made(rounded(self.data, dtype), dtype, self.machine)
+
+    def reshape(self, *shape: Any) -> Value:
+        return Value(np.reshape(self.data, *shape if np.ndim(shape[0]) else [shape]), self.dtype, self.machine)
+
+    def permute(self, *order: Any) -> Value:
+        return Value(np.transpose(self.data, *order if np.ndim(order[0]) else [order]), self.dtype, self.machine)
 
     def __bool__(self) -> bool:
         if np.ndim(self.data):
