@@ -75,3 +75,40 @@ def divide(x_ptr, q_ptr, r_ptr, T, by, SIZE: gl.constexpr):
     x = gl.load(x_ptr + at, mask=at < T, other=0)
     gl.store(q_ptr + at, x // by, mask=at < T)
     gl.store(r_ptr + at, x % by, mask=at < T)
+
+
+@gluon.jit
+def shift(x_ptr, T, SIZE: gl.constexpr):
+    """Each program but the last moves its tile of x [T] by one element, within the tile."""
+    at = gl.program_id(0) * SIZE + gl.arange(0, SIZE, gl.BlockedLayout([1], [32], [4], [0]))
+    x = gl.load(x_ptr + at, mask=at < T, other=0)
+    gl.store(x_ptr + at + 1, x, mask=(at % SIZE < SIZE - 1) & (at < T - 1))
+
+
+@gluon.jit
+def write(x_s, ready, value):
+    x_s.store(gl.full((16, 16), value, gl.float32, gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])))
+    mbarrier.arrive(ready.index(0))
+
+
+@gluon.jit
+def read(x_ptr, x_s, ready):
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+    mbarrier.wait(ready.index(0), 0)
+    x = x_s.load(L)
+    at = gl.arange(0, 16, gl.SliceLayout(1, L))[:, None] * 16 + gl.arange(0, 16, gl.SliceLayout(0, L))[None, :]
+    gl.store(x_ptr + at, x)
+    mbarrier.arrive(ready.index(1))
+
+
+@gluon.jit
+def handover(x_ptr, value):
+    """One partition writes 16 x 16 numbers to shared memory, another stores them."""
+    x_s = gl.allocate_shared_memory(gl.float32, [16, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready.index(0), count=1)
+    mbarrier.init(ready.index(1), count=1)
+    gl.warp_specialize([(read, (x_ptr, x_s, ready)), (write, (x_s, ready, value))], [4], [24])
+    mbarrier.wait(ready.index(1), 0)
+    mbarrier.invalidate(ready.index(0))
+    mbarrier.invalidate(ready.index(1))

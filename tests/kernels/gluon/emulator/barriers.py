@@ -25,6 +25,8 @@ class Barrier:
         """When init was over."""
         self.uses: dict[Any, int] = {}
         """The last use by each party."""
+        self.waiting: dict[str, int] = {}
+        """Partitions that wait, and the phase that each waits for."""
         self.passed = self.missing = self.bytes = 0
         """Phases over; arrivals and bytes that the current one lacks."""
         self.learned, self.known = Clock(), Clock()
@@ -79,6 +81,13 @@ class Barrier:
             self.passed, self.missing = self.passed + 1, self.count
             self.known.join(self.learned)
             self.known[self.key] = self.passed
+            for waiter, phase in self.waiting.items():
+                self.check_lapped(waiter, phase)
+
+    def check_lapped(self, waiter: str, phase: int) -> None:
+        if self.passed > phase + 1:
+            text = f"phase {self.passed - 1} of {self.name} is over before {waiter}'s wait for phase {phase} returns"
+            self.machine.report("lapped", text)
 
     def arrive(self, count: int) -> None:
         agent = self.machine.step()
@@ -100,9 +109,10 @@ class Barrier:
         self.use(agent.clock, agent.now)
         seen = agent.clock[self.key]
         wanted = seen - 1 if (seen - 1) % 2 == parity % 2 else seen
-        agent = machine.step(lambda: self.passed % 2 != parity % 2, lambda: f"parity {parity} of {self} at {line}")
-        if self.passed != wanted + 1:
-            machine.report("lapped", f"{self.name}: phase {self.passed - 1} is over before a wait for phase {wanted}")
+        self.check_lapped(agent.name, wanted)
+        self.waiting[agent.name] = wanted
+        machine.step(lambda: self.passed % 2 != parity % 2, lambda: f"parity {parity} of {self} at {line}")
+        del self.waiting[agent.name]
         agent.clock.join(self.known)
         self.uses[agent.name] = agent.now.time
         if self.time > agent.time:
