@@ -1,7 +1,9 @@
-"""The gradients of keys and values on Hopper: one program computes them for one tile of keys of one key/value head.
+"""The gradients of keys and values on Hopper: one program computes them for the keys of CONSUMERS tiles of N.
 
-A producer warp copies tiles of queries into a ring of STAGES slots. Each of CONSUMERS warpgroups owns N keys of the
-tile. Its scores stand transposed, [keys, queries], so that P and dS are left operands in registers.
+The producer copies tiles of M queries with their dO, lse and delta, head after head of those that share the keys. A
+consumer owns N keys. Its scores stand transposed, [keys, queries], so that P and dS are left operands in registers.
+The softmax runs beside dP = V dO^T, and the product dV = P dO beside what makes dS of dP. In between the other
+consumer's products keep the tensor cores busy: registers do not suffice for two tiles in flight.
 """
 
 from triton.experimental import gluon
@@ -15,155 +17,151 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.attention.gluon.parts import await_tile, release, ring, tile_of
 from kernels.attention.walk import last_query, queries_seeing, tile_and_head
+
+CONSUMERS = gl.constexpr(2)
 
 
 @gluon.jit
 def produce(
-    descriptors, memory, barriers, b, kv_head, key, begin, end, R,
-    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    inputs, memory, place, R,
+    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy each consumer's keys and values, then all tiles of queries of R heads, as slots become free."""
-    q_desc, k_desc, v_desc, do_desc, rows_desc = descriptors
-    q_s, k_s, v_s, do_s, rows_s, steps_s = memory
-    kv_full, full, empty = barriers
+    """Copy all keys and values, and R times, for each query head, the tiles of queries from `begin` to `end`."""
+    q_desc, k_desc, v_desc, do_desc, rows_desc = inputs
+    k_s, v_s, kv_full, queries, do_s, rows_s, _ = memory
+    b, kv_head, key, begin, end, _ = place
+    q_s, full, empty = queries
     for c in gl.static_range(CONSUMERS):
         mbarrier.expect(kv_full.index(c), 2 * k_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(k_desc, [b, kv_head, key + c * N, 0], kv_full.index(c), k_s.index(c))
         tma.async_copy_global_to_shared(v_desc, [b, kv_head, key + c * N, 0], kv_full.index(c), v_s.index(c))
     i = 0
     for h in range(kv_head * R, kv_head * R + R):
-        for position in range(begin, end, M):
+        for row in range(begin, end, M):
             s = i % STAGES
-            mbarrier.wait(empty.index(s), ((i // STAGES) & 1) ^ 1)
+            mbarrier.wait(empty.index(s), i // STAGES % 2 ^ 1)
             mbarrier.expect(full.index(s), 2 * q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [b, h, position, 0], full.index(s), q_s.index(s))
-            tma.async_copy_global_to_shared(rows_desc, [b, h, 0, position], full.index(s), rows_s.index(s))
-            tma.async_copy_global_to_shared(do_desc, [b, h, position, 0], full.index(s), do_s.index(s))
+            tma.async_copy_global_to_shared(q_desc, [b, h, row, 0], full.index(s), q_s.index(s))
+            tma.async_copy_global_to_shared(do_desc, [b, h, row, 0], full.index(s), do_s.index(s))
+            tma.async_copy_global_to_shared(rows_desc, [b, h, 0, row], full.index(s), rows_s.index(s))
             i += 1
 
 
 @gluon.jit
-def weights(
-    scores, lse, steps_s, scale, step, highs, full, M: gl.constexpr, N: gl.constexpr, BOUNDED: gl.constexpr,
-):
-    """P^T [N, M] of the keys from `first` and the queries from `position`."""
-    L: gl.constexpr = scores.type.layout
-    p = scores * scale - lse
-    crossed = step < N - 1
+def weights(scores, columns_s, row, full, highs, M: gl.constexpr, N: gl.constexpr, BOUNDED: gl.constexpr):
+    """2^scores [N, M] of the queries from `row` on, 0 where a query does not see a key. Rows count from the first key.
+
+    full: rows from N - 1 to before it see all keys. highs: the last row that sees each key.
+    """
+    partial = row < N - 1
     if BOUNDED:
-        crossed = crossed | (step + M > full)
-    if crossed:
-        keys = gl.arange(0, N, layout=gl.SliceLayout(1, L))
-        steps = steps_s.load(L)
-        seen = gl.expand_dims(keys - step, 1) <= steps
+        partial |= row + M > full
+    if partial:
+        keys = gl.arange(0, N, layout=gl.SliceLayout(1, scores.type.layout))
+        # Numbers that arange gives would stay in registers through the whole loop.
+        columns = columns_s.load(scores.type.layout)
+        seen = columns >= (keys - row)[:, None]
         if BOUNDED:
-            seen = seen & (steps <= gl.expand_dims(highs - step, 1))
-        p = gl.where(seen, p, -float("inf"))
-    return gl.exp2(p)
+            seen &= columns <= (highs - row)[:, None]
+        scores = gl.where(seen, scores, float("-inf"))
+    return gl.exp2(scores)
 
 
 @gluon.jit
 def consume(
-    outputs, memory, barriers, ends_ptr, window, T, b, kv_head, key, begin, end, full_end, R, scale, grad_scale,
+    outputs, memory, place, ends_ptr, T, R, window, scale, grad_scale,
     C: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BOUNDED: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the N keys of consumer C."""
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
-    q_s, k_s, v_s, do_s, rows_s, steps_s = memory
-    kv_full, full, empty = barriers
-    dtype: gl.constexpr = q_s.dtype
+    """Write dk and dv of the N keys of consumer C."""
+    k_s, v_s, kv_full, queries, do_s, rows_s, columns_s = memory
+    b, kv_head, key, begin, end, full = place
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    dtype: gl.constexpr = k_s.dtype
     first = key + C * N
-    keys = first + gl.arange(0, N, layout=gl.SliceLayout(1, S_L))
-    highs = last_query(ends_ptr, window, b, T, keys) - first if BOUNDED else keys
+    highs = gl.arange(0, N, layout=gl.SliceLayout(1, S_LAYOUT))
+    if BOUNDED:
+        highs = last_query(ends_ptr, window, b, T, first + highs) - first
     k = k_s.index(C).reshape((N, D))
     v = v_s.index(C).reshape((N, D))
-    zero = gl.zeros((N, M), gl.float32, S_L)
-    dk = warpgroup_mma_init(gl.zeros((N, D), gl.float32, O_L))
-    dv = warpgroup_mma_init(gl.zeros((N, D), gl.float32, O_L))
+    zero = gl.zeros((N, M), gl.float32, S_LAYOUT)
+    dk = warpgroup_mma_init(gl.zeros((N, D), gl.float32, O_LAYOUT))
+    dv = warpgroup_mma_init(gl.zeros((N, D), gl.float32, O_LAYOUT))
+    n = gl.cdiv(end - begin, M)
+    end -= first
+    begin -= first
+    full -= first
+    row = begin
 
     mbarrier.wait(kv_full.index(C), 0)
-    first_step = begin - first
-    end_step = end - first
-    seen_by_all = full_end - first
-    step = first_step
-    for i in range((end - begin + M - 1) // M * R):
-        s = i % STAGES
-        q = q_s.index(s).reshape((M, D))
-        do = do_s.index(s).reshape((M, D))
-        rows = rows_s.index(s).reshape((2, M))
-        mbarrier.wait(full.index(s), (i // STAGES) & 1)
-        st = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-        dpt = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-        st = warpgroup_mma_wait(1, deps=(st,))
-        p = weights(st, rows.slice(0, 1).load(S_L), steps_s, scale, step, highs, seen_by_all, M, N, BOUNDED)
-        step = gl.where(step + M < end_step, step + M, first_step)
-        p16 = gl.convert_layout(p.to(dtype), P_L)
+    for i in range(n * R):
+        await_tile(queries, i, STAGES)
+        q = tile_of(queries, i, M, D, STAGES)
+        do = do_s.index(i % STAGES).reshape((M, D))
+        rows = rows_s.index(i % STAGES).reshape((2, M))
+        scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=(scores,))
+        p = weights(scores * scale - rows.slice(0, 1).load(S_LAYOUT), columns_s, row, full, highs, M, N, BOUNDED)
+        p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
         dv = warpgroup_mma(p16, do, dv, is_async=True)
-        dpt = warpgroup_mma_wait(1, deps=(dpt,))
-        ds16 = gl.convert_layout((p * (dpt - rows.slice(1, 1).load(S_L))).to(dtype), P_L)
-        dk = warpgroup_mma(ds16, q, dk, is_async=True)
-        dk, dv, p16, ds16 = warpgroup_mma_wait(0, deps=(dk, dv, p16, ds16))
-        mbarrier.arrive(empty.index(s))
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        ds = gl.convert_layout((p * (dp - rows.slice(1, 1).load(S_LAYOUT))).to(dtype), P_LAYOUT)
+        dk = warpgroup_mma(ds, q, dk, is_async=True)
+        dk, dv, p16, ds = warpgroup_mma_wait(0, deps=(dk, dv, p16, ds))
+        release(queries, i, STAGES)
         dk = warpgroup_mma_init(dk)
         dv = warpgroup_mma_init(dv)
+        row = gl.where(row + M < end, row + M, begin)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-    # Its own keys and values have been read: the results take their place.
+
     dk_desc, dv_desc = outputs
-    k.store((dk * grad_scale).to(dtype))
+    k.store((dk * grad_scale).to(dtype))  # the keys and values have been read
     v.store(dv.to(dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(dk_desc, [b, kv_head, first, 0], k_s.index(C))
+    tma.async_copy_shared_to_global(dk_desc, [b, kv_head, first, 0], k_s.index(C))  # which leaves out rows from T on
     tma.async_copy_shared_to_global(dv_desc, [b, kv_head, first, 0], v_s.index(C))
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["T", "H", "R", "section", "window"])
+@gluon.jit(do_not_specialize=["T", "section", "window"])
 def gluon_dkdv_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc, ends_ptr, T, H, R, section, window, scale, grad_scale,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dk_desc, dv_desc, ends_ptr,
+    T, H, R, section, window, scale, grad_scale,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BOUNDED: gl.constexpr,
-    REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Write dk, dv [B, K, T, D] of a tile of 2 N keys, summed over R query heads in their order.
+    """Write dk and dv of CONSUMERS N keys of one key/value head, summed over its R query heads in their order.
 
-    Descriptors: of [B, heads, T, D] in blocks of M (q, do) or N (k, v, dk, dv) rows; of rows fp32 [B, H, 2, length].
+    Descriptors are of [B, heads, T, D]; that of rows, what attention_delta_kernel writes, is of fp32 [B, H, 2, length].
+    ends: int32 [B, T], the last token of each token's document, or None.
+    BOUNDED: whether there are documents or a window; else `window` is T.
     """
-    CONSUMERS: gl.constexpr = 2
     # Keys early in the sequence are seen by the most queries: the longest start first.
     tile, head = tile_and_head(gl.cdiv(T, CONSUMERS * N), section)
-    K = H // R
-    b = head // K
-    kv_head = head % K
+    b = head // (H // R)
+    kv_head = head % (H // R)
     key = tile * CONSUMERS * N
-    begin, far, end, full_end, block = queries_seeing(
-        ends_ptr, window, b, key, 0, T, M, CONSUMERS * N, BOUNDED, 0, 1, 1
-    )
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, M, D], q_desc.layout)
+    begin, _, end, full, _ = queries_seeing(ends_ptr, window, b, key, 0, T, M, CONSUMERS * N, BOUNDED, 0, 1, 1)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, 1, 1, N, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, 1, 1, N, D], k_desc.layout)
+    kv_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(kv_full.index(c), count=1)
+    queries = ring(q_desc, M, D, STAGES, CONSUMERS)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, M, D], q_desc.layout)
     rows_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, M], rows_desc.layout)
-    k_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, N, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, N, D], k_desc.layout)
-    steps_s = gl.allocate_shared_memory(gl.int32, [1, M], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    STEPS_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    steps_s.store(gl.expand_dims(gl.arange(0, M, layout=gl.SliceLayout(0, STEPS_L)), 0))
-    kv_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(kv_full.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
-    memory = (q_s, k_s, v_s, do_s, rows_s, steps_s)
-    barriers = (kv_full, full, empty)
-    outputs = (dk_desc, dv_desc)
+    columns_s = gl.allocate_shared_memory(gl.int32, [1, M], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16]))
+    columns_s.store(gl.arange(0, M, layout=COLUMNS)[None, :])
     inputs = (q_desc, k_desc, v_desc, do_desc, rows_desc)
+    outputs = (dk_desc, dv_desc)
+    memory = (k_s, v_s, kv_full, queries, do_s, rows_s, columns_s)
+    place = (b, kv_head, key, begin, end, full)
     gl.warp_specialize([
-        (consume, (outputs, memory, barriers, ends_ptr, window, T, b, kv_head, key, begin, end, full_end, R, scale,
-                   grad_scale, 0, M, N, D, STAGES, BOUNDED)),
-        (consume, (outputs, memory, barriers, ends_ptr, window, T, b, kv_head, key, begin, end, full_end, R, scale,
-                   grad_scale, 1, M, N, D, STAGES, BOUNDED)),
-        (produce, (inputs, memory, barriers, b, kv_head, key, begin, end, R, M, N, STAGES, CONSUMERS)),
-    ], [4, 1], [REGISTERS, 24])  # fmt: skip
+        (consume, (outputs, memory, place, ends_ptr, T, R, window, scale, grad_scale, 0, M, N, D, STAGES, BOUNDED)),
+        (consume, (outputs, memory, place, ends_ptr, T, R, window, scale, grad_scale, 1, M, N, D, STAGES, BOUNDED)),
+        (produce, (inputs, memory, place, R, M, N, STAGES)),
+    ], [4, 1], [240, 24])  # fmt: skip
