@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 
-import pytest
-
-from mutants import Mutant, helpers, mutants
-from trials import MODULES, Prepared, Trial, mutants_of, prepared, sources, survivors
+from mutants import helpers, mutants
+from trials import Prepared, Trial, mutants_of, prepared, sources
 
 CUTS = (100, 101, 450, 700)
 # More tiles than two rounds through the ring, and bounds that fall inside of tiles; the cheap ones first.
