@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 BARRIERS = ("init", "invalidate", "expect", "arrive", "wait")
 SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+SETS = {"mbarrier.init", "mbarrier.invalidate", "tma.async_copy_global_to_shared", "tma.async_copy_shared_to_global"}
 FIXED = ("desc", "tiles", "STAGES")  # of a helper's parameters: no numbers, or constants
 
 
@@ -226,11 +227,16 @@ def with_argument(node: ast.Call, i: int, text: str, around: str = "%s") -> ast.
     return node
 
 
+def alike(names: set[str]) -> bool:
+    """Calls whose order among each other changes nothing: to the same function, or arrivals at two barriers."""
+    return names <= {"mbarrier.arrive", "release"} or (len(names) == 1 and names <= SETS)
+
+
 def swaps(function: ast.FunctionDef, known: dict[str, list[str]]) -> Iterator[tuple[str, Path, list[ast.AST]]]:
     """Two neighbouring statements swapped, if the order of both matters to others."""
     for path, node in [((), function), *nodes(function, ())]:
         body = getattr(node, "body", None)
         for i, (first, second) in enumerate(itertools.pairwise(body)) if isinstance(body, list) else ():
-            same = called(first) == called(second) in ("mbarrier.init", "mbarrier.invalidate")
-            if all(synchronises(each) or called(each) in known for each in (first, second)) and not same:
+            names = {called(first), called(second)}
+            if all(synchronises(each) or called(each) in known for each in (first, second)) and not alike(names):
                 yield "neighbours swapped", (*path, ("body", i)), [copy.deepcopy(second), copy.deepcopy(first)]
