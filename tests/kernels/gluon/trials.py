@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -139,7 +140,9 @@ def sources() -> dict[str, str]:
     return {name: inspect.getsource(import_module(f"{PACKAGE}.{name}")) for name in MODULES}
 
 
+@cache
 def mutants_of(name: str) -> list[Mutant]:
+    """All mutants of one of MODULES."""
     texts = sources()
     return list(mutants(texts[name], helpers(*texts.values())))
 
