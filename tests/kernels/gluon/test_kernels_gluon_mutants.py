@@ -79,6 +79,7 @@ RIGHT = (
     ("dependency dropped", r"deps=\(dq, ds, ds16\)\) -> dq, ds16 =", "`ds` only keeps the compiler's order"),
     ("one dropped", r"(partial|full) = ", "a tile is masked that need not be"),
     ("comparison (changed|dropped)", r"partial (\|)?= ", "a tile is masked that need not be"),
+    ("comparison (changed|dropped)", r"consume: row > -M ", "a tile is computed of which no query sees a key"),
     ("bound moved", r"gluon_forward_kernel: last = .*\+ 1$", "one more tile, of which no query sees a key"),
     ("one dropped", r"gluon_forward_kernel: last = ", "one more tile, of which no query sees a key"),
 )
