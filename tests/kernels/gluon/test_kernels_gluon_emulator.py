@@ -159,6 +159,20 @@ def test_a_deadlock_names_who_waits_for_what():
     assert all(finding.line.startswith("toys:") for finding in found)
 
 
+def test_only_the_tensors_of_a_launch_must_be_stored_and_all_of_them():
+    """Two results lie in one piece of memory, which no launch stores as a whole."""
+    wanted, _, right = division()
+    both = torch.full((right.shape[1], 3), math.nan)
+    wanted.arguments |= {"q_ptr": both.T[1], "r_ptr": both.T[0]}
+    packed = SOURCE.replace("(q_ptr + at,", "(q_ptr + at * 3,").replace("(r_ptr + at,", "(r_ptr + at * 3,")
+    assert not emulator.run(wanted, 0, {"toys": packed}).findings
+    assert torch.equal(both[:, 1].int(), right[0].int()) and both[:, 2].isnan().all()
+    both.fill_(math.nan)
+    less = packed.replace("x % by, mask=at < T", "x % by, mask=at < T - 5")
+    (finding,) = emulator.run(wanted, 0, {"toys": less}).findings
+    assert finding.kind == "never stored" and finding.text.startswith("5 of 334 elements of r_ptr")
+
+
 def test_a_barrier_must_be_initialised_before_others_may_use_it():
     init = "    mbarrier.init(ready.index(0), count=1)\n"
     source = SOURCE.replace(init, "").replace("    x_s.store(", f"{init}    x_s.store(")
