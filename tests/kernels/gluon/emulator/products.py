@@ -96,7 +96,7 @@ def settled(machine: Machine, dep: Any, outstanding: int) -> Value:
         raise TypeError(f"deps of a wait are values, found {type(dep).__name__}")
     if dep.used:
         machine.report("accumulator", "registers that a later product adds to are used")
-    if dep.product is None:
+    if dep.value is not None:
         return dep.value
     if dep.product in machine.current.products:
         machine.report("early", f"wait({outstanding}) does not cover {dep.product.what}, whose result it returns")

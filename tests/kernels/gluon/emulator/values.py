@@ -69,7 +69,6 @@ class Value:
     """A scalar (`data` a Python or numpy number) or a tensor (an array) that a kernel holds in registers."""
 
     __slots__ = ("data", "dtype", "machine")
-    __hash__ = None
 
     def __init__(self, data: Any, dtype: Any, machine: Any) -> None:
         self.data, self.dtype, self.machine = data, dtype, machine
