@@ -14,7 +14,7 @@ CUTS = (100, 101, 450, 700)
 # More tiles than two rounds through the ring, bounds inside of tiles and at their ends, and the least ring.
 TRIALS = {
     kernel: (
-        Trial(kernel, 37),
+        Trial(kernel, 65),
         Trial(kernel, 256, window=1),
         Trial(kernel, 448, H=2, stages=least),
         Trial(kernel, 400, B=2, H=2, cuts=CUTS, stages=least + 1),
@@ -81,6 +81,7 @@ RIGHT = (
     ("comparison (changed|dropped)", r"partial (\|)?= ", "a tile is masked that need not be"),
     ("comparison (changed|dropped)", r"consume: row > -M ", "a tile is computed of which no query sees a key"),
     ("bound moved", r"gluon_forward_kernel: last = .*\+ 1$", "one more tile, of which no query sees a key"),
+    ("bound moved", r"gluon_forward_kernel: n -= .* - 1$", "one more tile, of which no query sees a key"),
     ("one dropped", r"gluon_forward_kernel: last = ", "one more tile, of which no query sees a key"),
 )
 
