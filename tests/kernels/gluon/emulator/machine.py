@@ -236,8 +236,8 @@ class Machine:
             frame = frame.f_back
         return "?", ""
 
-    def event(self, lane: str, kind: str, label: str, start: float, end: float) -> None:
-        self.events.append(Event(self.cta, lane, kind, label, start, end, self.where()[0]))
+    def event(self, lane: str, kind: str, label: str, start: float, end: float, of: str = "") -> None:
+        self.events.append(Event(self.cta, lane, kind, label, start, end, self.where()[0], of))
 
     def said(self, what: str) -> str:
         """A description of an access by the current partition."""

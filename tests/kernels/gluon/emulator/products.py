@@ -40,7 +40,7 @@ class Product:
         clocks = 2 * a.shape[0] * a.shape[1] * b.shape[1] / machine.costs.flop
         self.operation.time = machine.products_end = start + clocks
         left = a.name if isinstance(a, Shared) else "registers"
-        machine.event(f"{agent.name} products", f"product of {left}", b.name, start, start + clocks)
+        machine.event(f"{agent.name} products", "product", b.name, start, start + clocks, left)
         agent.products.append(self)
 
     def compute(self, operation: Operation) -> None:
