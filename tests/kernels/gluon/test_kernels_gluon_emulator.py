@@ -115,6 +115,7 @@ AFTER = "    mbarrier.invalidate(ready.index(1))\n    mbarrier.arrive(ready.inde
 OTHERS = [
     (division, "overflow", "x // by", "x * 100000"),
     (division, "overflow", "gl.program_id(0) * SIZE + gl", "gl.program_id(0) * SIZE * 2000000000 + gl"),
+    (division, "overflow", "x // by", "(gl.cast(x, gl.int64) * 100000).to(gl.int32)"),
     (division, "division", "x // by", "x // (by - 7)"),
     (division, "double store", "gl.program_id(0) * SIZE + gl", "gl.program_id(0) * (SIZE // 2) + gl"),
     (division, "bounds", "q_ptr + at, x // by, mask=at < T", "q_ptr + at, x // by"),
@@ -179,6 +180,11 @@ def test_a_barrier_must_be_initialised_before_others_may_use_it():
     found = [emulator.run(handover()[0], seed, {"toys": source}).findings for seed in range(6)]
     texts = "".join(finding.text for each in found for finding in each if finding.kind == "barrier")
     assert all(found) and "read uses ready[0] without being ordered after its init" in texts
+
+
+def test_a_choice_between_numbers_adds_none():
+    source = SOURCE.replace("x // by", "gl.where(at >= 0, x // by, 2147483647)")
+    assert not emulator.run(division()[0], 0, {"toys": source}).findings
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
