@@ -14,6 +14,7 @@ CUTS = (100, 101, 450, 700)
 # More tiles than two rounds through the ring, bounds inside of tiles and at their ends, and the least ring.
 TRIALS = {
     kernel: (
+        Trial(kernel, 37),
         Trial(kernel, 65),
         Trial(kernel, 256, window=1),
         Trial(kernel, 448, H=2, stages=least),
