@@ -33,10 +33,6 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
 
-    def run(self) -> None:
-        """Launch by Triton's own path, which compiles if it must, on the current device's current stream."""
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
-
 
 def launch_of(plan: Plan, *tensors: Tensor | None) -> Launch:
     """The launch that plan(*tensors) makes."""
@@ -52,12 +48,6 @@ def layout_of(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, 
     block = (1, 1, rows, D)
     shared = gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[dtype])
     return Layout((B, heads, T, D), (b, h, t, 1), block, partial(TensorDescriptor, layout=shared))
-
-
-def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor of x [B, T, heads, D], as [B, heads, T, D] in tiles [1, 1, rows, D]."""
-    shape, strides, block, kind = layout_of(x.shape, x.stride(), x.dtype, rows)
-    return kind(x, list(shape), list(strides), list(block))
 
 
 def described(x: Tensor) -> Tensor:
