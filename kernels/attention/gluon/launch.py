@@ -20,7 +20,7 @@ from kernels.attention.tiles import HOPPER
 from kernels.dispatch import cdiv
 from kernels.plan import Layout, Plan, planned
 
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 M, N = 64, 128  # rows of a consumer's tile of queries, and of a tile of keys
 STAGES = {64: (4, 4), 128: (2, 4)}  # of keys and of values, by head width: powers of two, for short address arithmetic
 
