@@ -28,7 +28,7 @@ def compile_for(arch: int, only: str, cache: Path) -> list[str]:
     """The report's lines."""
     command = ["-m", "benchmarks.kernels.aot", "--arch", str(arch), "--only", only]
     lines = without_interpreter(*command, TRITON_CACHE_DIR=str(cache)).splitlines()
-    return [line for line in lines if not line.startswith("        loop: ")]
+    return [line for line in lines if not line.startswith("        ")]
 
 
 def matrix_kernels(lines: list[str]) -> list[str]:

@@ -1,0 +1,138 @@
+"""Faults of a schedule are found in machine code: in listings by hand, and where the assembler itself makes one."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.kernels.sass import Code, loops
+from benchmarks.kernels.schedule import (
+    faults,
+    named,
+    not_overlapped,
+    parts,
+    registers_missing,
+    serialised,
+    spilled,
+    text,
+    too_long,
+    wide_barriers,
+)
+
+SCORES = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0"
+SUM = "HGMMA.64x64x16.F32.BF16 R88, R152, gdesc[UR8].tnspB, R88, gsb0"
+ONE, NONE = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+EXP = "MUFU.EX2 R25, R25"
+OWN, ALL = "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", "BAR.SYNC.DEFER_BLOCKING 0x1"
+GOOD = [SCORES, SUM, ONE, OWN, EXP, EXP, NONE]
+FORWARD = "kernels.attention.gluon.forward"
+
+
+def kernel(*body: str, registers: int = 0xF0) -> Code:
+    """A consumer with this loop, and a producer. "label NAME" is a place to branch to."""
+    lines = [
+        "USETMAXREG.DEALLOC.CTAPOOL 0x78", ALL, "@P0 BRA `(.L_x_9)", "label .L_x_0", f"USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {registers:#x}",
+        "@!P0 BRA `(.L_x_0)", ALL, "label .L_x_1", *body, "@P1 BRA `(.L_x_1)", ALL,
+        "USETMAXREG.DEALLOC.CTAPOOL 0x78", "EXIT",
+        "label .L_x_9", "USETMAXREG.DEALLOC.CTAPOOL 0x18", "MOV R17, R2", "EXIT",
+    ]  # fmt: skip
+    shown = [
+        line.removeprefix("label ") + ":" if line.startswith("label ") else f"        /*{at:04x}*/ {line} ;"
+        for at, line in enumerate(lines)
+    ]
+    return Code("\n".join(shown))
+
+
+def test_a_schedule_without_faults() -> None:
+    code = kernel(*GOOD)
+    assert faults(FORWARD, code, "ptxas info    : Used 168 registers") == []
+    assert text(code) == "registers named, of those set: consumers 156 of 240, producer 18 of 24"
+
+
+@pytest.mark.parametrize("turns", range(len(GOOD)))
+def test_a_loop_may_begin_anywhere(turns: int) -> None:
+    assert not_overlapped(list(loops(kernel(*GOOD[turns:], *GOOD[:turns])))) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "way"),
+    [
+        ([SCORES, SUM, ONE, NONE, EXP], "ss128 rs64 wait1 wait0 exp"),  # what ptxas makes within one basic block
+        ([SCORES, SUM, NONE, EXP], "ss128 rs64 wait0 exp"),
+        ([SCORES, ONE, SUM, EXP, NONE], "ss128 wait1 rs64 exp wait0"),
+        ([SUM, SCORES, ONE, EXP, NONE], "rs64 ss128 wait1 exp wait0"),
+        ([SCORES, SUM, ONE, EXP, NONE, EXP], "ss128 rs64 wait1 exp wait0 exp"),
+        ([SCORES, EXP, SUM, ONE, EXP, NONE], "ss128 exp rs64 wait1 exp wait0"),
+        ([SCORES, SUM, ONE.replace("1", "2"), EXP, NONE], "ss128 rs64 wait2 exp wait0"),
+        ([SCORES, SUM, EXP, NONE], "ss128 rs64 exp wait0"),
+        ([SCORES, SUM, ONE, EXP], "ss128 rs64 wait1 exp"),
+        ([SCORES, NONE, SUM, NONE, EXP], "ss128 wait0 rs64 wait0 exp"),
+    ],
+)
+def test_another_order_is_found(body: list[str], way: str) -> None:
+    (found,) = not_overlapped(list(loops(kernel(*body))))
+    assert found.startswith(f"a way round a loop is: {way};")
+
+
+def test_another_order_on_one_way_alone_is_found() -> None:
+    """The other way round is as it should be."""
+    late = kernel(SCORES, SUM, ONE, "@P2 BRA `(.L_x_2)", NONE, "label .L_x_2", EXP, NONE)
+    (found,) = not_overlapped(list(loops(late)))
+    assert ": ss128 rs64 wait1 wait0 exp wait0;" in found
+    skipped = kernel(SCORES, SUM, ONE, EXP, "@P2 BRA `(.L_x_2)", NONE, "label .L_x_2", "NOP")
+    assert len(not_overlapped(list(loops(skipped)))) == 1
+    nothing = kernel("@P2 BRA `(.L_x_2)", *GOOD, "label .L_x_2", "NOP")
+    assert not_overlapped(list(loops(nothing)))[0].startswith("a way round a loop is: ;")
+    masked = kernel(SCORES, SUM, ONE, "@P2 BRA `(.L_x_2)", "FSEL R24, R24, R3, P4", "label .L_x_2", EXP, NONE)
+    assert not_overlapped(list(loops(masked))) == []
+
+
+def test_a_kernel_without_both_products_is_found() -> None:
+    assert not_overlapped(list(loops(kernel(SCORES, ONE, EXP, NONE)))) == ["no loop has both products"]
+
+
+@pytest.mark.parametrize(
+    ("barrier", "shown"),
+    [
+        (ALL, "all"),
+        ("BAR.SYNC.DEFER_BLOCKING 0x1, 0x100", "256"),
+        ("@P3 BAR.SYNC.DEFER_BLOCKING R4, R5", "all"),
+        ("BAR.ARV 0x3, 0x180", "384"),
+        (OWN, ""),
+        ("BAR.SYNC.DEFER_BLOCKING 0x3, 0x20", ""),
+    ],
+)
+def test_barriers_that_others_wait_at_too(barrier: str, shown: str) -> None:
+    """Outside of the loop they are what begins and ends the parts."""
+    found = wide_barriers(list(loops(kernel(*GOOD, barrier))))
+    assert found == ([f"barriers of {shown} threads in loops, expected at most 128"] if shown else [])
+
+
+@pytest.mark.parametrize("move", ["LDL.64 R2, [R1+0x8]", "STL [R1], R2"])
+def test_spills_anywhere(move: str) -> None:
+    assert spilled(kernel(*GOOD, move)) == ["1 moves to and from spilled registers, expected none"]
+
+
+def test_registers() -> None:
+    assert registers_missing(list(parts(kernel(*GOOD, registers=0x98)))) == [
+        "156 registers named, expected at most the 152 set"
+    ]
+    assert registers_missing([]) == ["no warpgroup with products sets its number of registers"]
+    shown = {SCORES: 88, SUM: 156, "LDS.128 R20, [R4]": 24, "LDG.E.64 R20, desc[UR4][R2.64]": 22, "NOP": 0, ALL: 0}
+    shown |= {"R2UR UR4, R8": 9, "MOV R3, UR40": 4}
+    assert {instruction: named(instruction) for instruction in shown} == shown
+
+
+def test_length_and_the_assemblers_words() -> None:
+    found = list(loops(kernel(*GOOD)))
+    assert too_long(found, 8) == []
+    assert too_long(found, 7) == ["a loop of 8 instructions, expected at most 7"]
+    account = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    assert serialised("ptxas info : Used 168 registers\n" + account) == [account]
+
+
+def test_every_check_is_made() -> None:
+    """In the forward pass; of the backward pass order and length are not asked."""
+    bad = kernel(SCORES, SUM, NONE, EXP, ALL, "STL [R1], R2", *["NOP"] * 460, registers=0x50)
+    found = faults(FORWARD, bad, "serialized")
+    assert len(found) == 6
+    assert faults("kernels.attention.gluon.dq", bad, "serialized") == found[:4]
