@@ -90,5 +90,5 @@ def recorded(arch: int) -> Iterator[dict[Launch, None]]:
 def launches_of(case: Case, arch: int) -> list[Launch]:
     """What the case launches, forward and backward."""
     with recorded(arch) as launches, torch.autograd.set_multithreading_enabled(False):
-        case.results("triton")
+        case.results(case.impl)
     return list(launches)

@@ -18,7 +18,7 @@ from benchmarks.gpu_proof import __main__ as proof
 from benchmarks.gpu_proof import page, stage
 from benchmarks.gpu_proof.__main__ import LOG, RESULTS, SAMPLE
 from benchmarks.gpu_proof.stage import STAGES, items_of
-from benchmarks.report import Record
+from benchmarks.report import NONE, Record
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -63,6 +63,29 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     text, good = page.summary(*report.read(tmp_path / RESULTS))
     assert good
     assert "###" not in text
+
+
+def timed(ms: float, **more: Any) -> Record:
+    return {"ms": ms, "tflop_s": 1.0 / ms, **more}
+
+
+def test_attention_in_gluon_is_shown_beside_the_faster_stock_kernel(tmp_path: Path) -> None:
+    """A kernel with wrong results sets no goal. Both: the sums of milliseconds."""
+    forward = {"ingot, gluon": timed(2.0), "ingot": timed(4.0), "SDPA flash": timed(3.0), "SDPA cuDNN": timed(1.0)}
+    backward = {"ingot, gluon": timed(6.0), "SDPA flash": timed(9.0), "SDPA cuDNN": timed(3.0, wrong="differs")}
+    proof.begin(tmp_path, [])
+    outcomes = [
+        {"part": part, "shape": "T=2048", "flops": flops, "rivals": rivals}
+        for part, flops, rivals in (("forward", 1e12, forward), ("backward", 3e12, backward))
+    ]
+    report.append(tmp_path / RESULTS, {"stage": "gluon_speed", "item": "a", "status": "done", "outcomes": outcomes})
+    text, good = page.summary(*report.read(tmp_path / RESULTS))
+    assert good
+    assert "| TFLOP/s of | Gluon | Triton | flash | cuDNN | ratio |" in text
+    assert "| forward T=2048 | 0.5 | 0.25 | 0.3333 | 1 | 0.50 |" in text
+    assert f"| backward T=2048 | 0.1667 | {NONE} | 0.1111 | (0.3333) | 1.50 |" in text
+    assert f"| both T=2048 | 500 | {NONE} | 333.3 | {NONE} | 1.50 |" in text
+    assert page.FA3 in text
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, **actions: Any) -> None:

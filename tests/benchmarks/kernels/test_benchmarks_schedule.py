@@ -30,7 +30,8 @@ FORWARD = "kernels.attention.gluon.forward"
 def kernel(*body: str, registers: int = 0xF0) -> Code:
     """A consumer with this loop, and a producer. "label NAME" is a place to branch to."""
     lines = [
-        "USETMAXREG.DEALLOC.CTAPOOL 0x78", ALL, "@P0 BRA `(.L_x_9)", "label .L_x_0", f"USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {registers:#x}",
+        "USETMAXREG.DEALLOC.CTAPOOL 0x78", ALL, "@P0 BRA `(.L_x_9)",
+        "label .L_x_0", f"USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {registers:#x}",
         "@!P0 BRA `(.L_x_0)", ALL, "label .L_x_1", *body, "@P1 BRA `(.L_x_1)", ALL,
         "USETMAXREG.DEALLOC.CTAPOOL 0x78", "EXIT",
         "label .L_x_9", "USETMAXREG.DEALLOC.CTAPOOL 0x18", "MOV R17, R2", "EXIT",
