@@ -55,11 +55,12 @@ def planned(make: Callable[..., Made]) -> Callable[..., Made]:
 
 
 class Layout(NamedTuple):
-    """How a tensor lies that a kernel takes as a TMA descriptor. block: the shape of a tile."""
+    """How a tensor lies that a kernel takes as a TMA descriptor. block: the shape of a tile. kind: the descriptor's."""
 
     shape: Sequence[int]
     strides: Sequence[int]
     block: Sequence[int]
+    kind: Callable[..., Any] = TensorDescriptor
 
 
 def descriptor_of(layout: Layout, metadata: dict[str, Any]) -> tuple[Callable[..., Any], tuple, tuple[int, ...]]:
@@ -140,13 +141,17 @@ class Plan:
         stream = active.get_current_stream(here)
         run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *numbers, *self.last)
 
+    def arguments(self, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...] = ()) -> list[Any]:
+        """What the kernel takes, as Triton's own path wants it."""
+        described = [
+            kind(x, list(shape), list(strides), list(block))
+            for x, (shape, strides, block, kind) in zip(tensors, self.layouts, strict=False)
+        ]
+        return [*described, *tensors[len(described) :], *numbers, *self.last]
+
     def compile(self, aligned: Any, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> None:
         """Launch by Triton's own path, which compiles if it must, and keep what it ran."""
-        described = [
-            TensorDescriptor(x, list(shape), list(strides), list(block))
-            for x, (shape, strides, block) in zip(tensors, self.layouts, strict=False)
-        ]
-        arguments = [*described, *tensors[len(described) :], *numbers, *self.last]
+        arguments = self.arguments(tensors, numbers)
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
             compiled = self.kernel[(self.programs,)](*arguments, **self.options)
         if isinstance(compiled, CompiledKernel):

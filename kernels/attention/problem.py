@@ -91,8 +91,7 @@ class Problem(NamedTuple):
     def section(self, head_bytes: int, group: int) -> int:
         """How many heads run together, a multiple of `group`: those whose `head_bytes` fit the device's L2 cache."""
         l2 = tiles.INTERPRETER_L2 if INTERPRETED else tiles.tables_for(tiles.capability(self.device)).l2
-        fit = max(1, l2 // max(1, head_bytes))
-        return (1 << (fit.bit_length() - 1)) * group
+        return section_of(l2, head_bytes, group)
 
     def layouts(self, tile: Tile) -> list[Layout]:
         """How the inputs lie, if `tile` loads them through descriptors."""
@@ -105,6 +104,12 @@ class Problem(NamedTuple):
             # The sides of length 1 stand first: only then does Triton copy tiles straight to where the products read.
             found.append(Layout((B, heads, T, D), (sb, sh, st, sd), (1, 1, height, D)))
         return found
+
+
+def section_of(l2: int, head_bytes: int, group: int) -> int:
+    """`Problem.section` for a cache of l2 bytes."""
+    fit = max(1, l2 // max(1, head_bytes))
+    return (1 << (fit.bit_length() - 1)) * group
 
 
 def head_strides(*strides: tuple[int, ...]) -> list[int]:
