@@ -71,6 +71,16 @@ def padded_length(Tq: int) -> int:
     return cdiv(Tq, LONGEST_TILE) * LONGEST_TILE
 
 
+def delta_plan(problem: Problem, dlse_strides: tuple[int, ...]) -> Plan:
+    """Of attention_delta_kernel."""
+    B, Tq, _, H, _, D = problem.sizes
+    length = padded_length(Tq)
+    return Plan(
+        attention_delta_kernel, length // DELTA_ROWS * B * H, problem.device,
+        *head_strides(problem.strides[3]), *dlse_strides, Tq, H, length, LOG2_E, D, tile_width(D), DELTA_ROWS,
+    )  # fmt: skip
+
+
 @planned
 def plans_of(
     problem: Problem, dlse_strides: tuple[int, ...], out_strides: tuple[tuple[int, ...], ...],
@@ -83,10 +93,7 @@ def plans_of(
     B, Tq, Tk, H, K, D = problem.sizes
     device, length, fused = problem.device, padded_length(Tq), not problem.options.deterministic
     one, two = tiles or (problem.tile(kind) for kind in ("fused" if fused else "dkdv", "dq"))
-    delta = Plan(
-        attention_delta_kernel, length // DELTA_ROWS * B * H, device,
-        *head_strides(problem.strides[3]), *dlse_strides, Tq, H, length, LOG2_E, D, tile_width(D), DELTA_ROWS,
-    )  # fmt: skip
+    delta = delta_plan(problem, dlse_strides)
 
     def products(kernel: Any, programs: int, tile: Tile, out: tuple[int, ...], section: int, *form: bool) -> Plan:
         strides = head_strides(*problem.strides, out)
