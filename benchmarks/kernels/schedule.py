@@ -13,8 +13,12 @@ GLUON = "kernels.attention.gluon."
 WARPGROUP = 128  # threads
 # Of a consumer's warp for 64 queries and 128 keys at D = 128, so that they are issued while the products run.
 MOST_INSTRUCTIONS = 460
-# The next tile's scores and this tile's sum are begun; the softmax runs when the scores are there, beside the sum.
-OVERLAP = re.compile(r"ss\d+ rs\d+ wait1 exp wait0")
+# By module, the events of a way round the main loop (event_of). S = Q K^T, dP = dO V^T; "exp" is the softmax.
+SCHEDULES = {
+    "forward": r"ss\d+ rs\d+ wait1 exp wait0",  # S of the next tile, P V of this one, beside which the softmax runs
+    "dkdv": r"ss\d+ wait1 exp rs\d+ wait1 rs\d+ wait0",  # S and dP; the softmax beside dP; P dO; dP is there; dS Q
+    "dq": r"ss\d+ rs\d+ wait2 exp wait1 wait0",  # S and dP of the next tile, dS K of this one; beside it the softmax
+}
 SET_REGISTERS = re.compile(r"USETMAXREG\.(?:TRY_ALLOC|DEALLOC)\S* (?:UP\d, )?0x([0-9a-f]+)")
 
 
@@ -47,22 +51,19 @@ def parts(code: Code) -> Iterator[Part]:
             yield Part(int(found[1], 16), max(map(named, body)), any(map(PRODUCT.match, body)))
 
 
-def not_overlapped(loops: Sequence[Loop]) -> list[str]:
-    """Ways round a loop of the forward pass on which the softmax does not run beside a product."""
+def out_of_order(loops: Sequence[Loop], schedule: str) -> list[str]:
+    """Ways round a main loop, which has products of both kinds, that are not as the schedule says."""
     both = [loop for loop in loops if {shared for _, shared in loop.products} == {False, True}]
-    if not both:
-        return ["no loop has both products"]
-    return [
-        f"a way round a loop is: {way}; expected the scores' product (ss), the sum's (rs), wait1, exp, wait0"
-        for loop in both for way in sorted(loop.ways) if not is_overlapped(way)
-    ]  # fmt: skip
+    found = [way for loop in both for way in sorted(loop.ways) if not follows(way, schedule)]
+    missing = [] if both else ["no loop has products of both kinds"]
+    return missing + [f"a way round a loop is: {way}; expected {schedule}" for way in found]
 
 
-def is_overlapped(way: str) -> bool:
+def follows(way: str, schedule: str) -> bool:
     """Wherever the loop begins, be it within a run of equal events."""
     events = way.split()
     events = events[: len(events) - (events[:1] == events[-1:])]
-    return any(OVERLAP.fullmatch(" ".join(events[at:] + events[:at])) for at in range(len(events)))
+    return any(re.fullmatch(schedule, " ".join(events[at:] + events[:at])) for at in range(len(events)))
 
 
 def spilled(code: Code) -> list[str]:
@@ -100,9 +101,11 @@ def too_long(loops: Sequence[Loop], most: int = MOST_INSTRUCTIONS) -> list[str]:
 
 def faults(module: str, code: Code, account: str) -> list[str]:
     """All that a Gluon kernel of that module has. account: what the assembler prints."""
-    found = list(loops(code))
-    of_all = serialised(account) + spilled(code) + wide_barriers(found) + registers_missing(list(parts(code)))
-    return of_all + (not_overlapped(found) + too_long(found) if module == GLUON + "forward" else [])
+    found, name = list(loops(code)), module.removeprefix(GLUON)
+    return [
+        *serialised(account), *spilled(code), *wide_barriers(found), *registers_missing(list(parts(code))),
+        *out_of_order(found, SCHEDULES[name]), *(too_long(found) if name == "forward" else []),
+    ]  # fmt: skip
 
 
 def text(code: Code) -> str:

@@ -6,9 +6,10 @@ import pytest
 
 from benchmarks.kernels.sass import Code, loops
 from benchmarks.kernels.schedule import (
+    SCHEDULES,
     faults,
     named,
-    not_overlapped,
+    out_of_order,
     parts,
     registers_missing,
     serialised,
@@ -21,6 +22,7 @@ from benchmarks.kernels.schedule import (
 SCORES = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0"
 SUM = "HGMMA.64x64x16.F32.BF16 R88, R152, gdesc[UR8].tnspB, R88, gsb0"
 ONE, NONE = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+TWO = "WARPGROUP.DEPBAR.LE gsb0, 0x2"
 EXP = "MUFU.EX2 R25, R25"
 OWN, ALL = "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", "BAR.SYNC.DEFER_BLOCKING 0x1"
 GOOD = [SCORES, SUM, ONE, OWN, EXP, EXP, NONE]
@@ -43,6 +45,10 @@ def kernel(*body: str, registers: int = 0xF0) -> Code:
     return Code("\n".join(shown))
 
 
+def disorder(code: Code, of: str = "forward") -> list[str]:
+    return out_of_order(list(loops(code)), SCHEDULES[of])
+
+
 def test_a_schedule_without_faults() -> None:
     code = kernel(*GOOD)
     assert faults(FORWARD, code, "ptxas info    : Used 168 registers") == []
@@ -51,7 +57,7 @@ def test_a_schedule_without_faults() -> None:
 
 @pytest.mark.parametrize("turns", range(len(GOOD)))
 def test_a_loop_may_begin_anywhere(turns: int) -> None:
-    assert not_overlapped(list(loops(kernel(*GOOD[turns:], *GOOD[:turns])))) == []
+    assert disorder(kernel(*GOOD[turns:], *GOOD[:turns])) == []
 
 
 @pytest.mark.parametrize(
@@ -63,32 +69,32 @@ def test_a_loop_may_begin_anywhere(turns: int) -> None:
         ([SUM, SCORES, ONE, EXP, NONE], "rs64 ss128 wait1 exp wait0"),
         ([SCORES, SUM, ONE, EXP, NONE, EXP], "ss128 rs64 wait1 exp wait0 exp"),
         ([SCORES, EXP, SUM, ONE, EXP, NONE], "ss128 exp rs64 wait1 exp wait0"),
-        ([SCORES, SUM, ONE.replace("1", "2"), EXP, NONE], "ss128 rs64 wait2 exp wait0"),
+        ([SCORES, SUM, TWO, EXP, NONE], "ss128 rs64 wait2 exp wait0"),
         ([SCORES, SUM, EXP, NONE], "ss128 rs64 exp wait0"),
         ([SCORES, SUM, ONE, EXP], "ss128 rs64 wait1 exp"),
         ([SCORES, NONE, SUM, NONE, EXP], "ss128 wait0 rs64 wait0 exp"),
     ],
 )
 def test_another_order_is_found(body: list[str], way: str) -> None:
-    (found,) = not_overlapped(list(loops(kernel(*body))))
+    (found,) = disorder(kernel(*body))
     assert found.startswith(f"a way round a loop is: {way};")
 
 
 def test_another_order_on_one_way_alone_is_found() -> None:
     """The other way round is as it should be."""
     late = kernel(SCORES, SUM, ONE, "@P2 BRA `(.L_x_2)", NONE, "label .L_x_2", EXP, NONE)
-    (found,) = not_overlapped(list(loops(late)))
+    (found,) = disorder(late)
     assert ": ss128 rs64 wait1 wait0 exp wait0;" in found
     skipped = kernel(SCORES, SUM, ONE, EXP, "@P2 BRA `(.L_x_2)", NONE, "label .L_x_2", "NOP")
-    assert len(not_overlapped(list(loops(skipped)))) == 1
+    assert len(disorder(skipped)) == 1
     nothing = kernel("@P2 BRA `(.L_x_2)", *GOOD, "label .L_x_2", "NOP")
-    assert not_overlapped(list(loops(nothing)))[0].startswith("a way round a loop is: ;")
+    assert disorder(nothing)[0].startswith("a way round a loop is: ;")
     masked = kernel(SCORES, SUM, ONE, "@P2 BRA `(.L_x_2)", "FSEL R24, R24, R3, P4", "label .L_x_2", EXP, NONE)
-    assert not_overlapped(list(loops(masked))) == []
+    assert disorder(masked) == []
 
 
 def test_a_kernel_without_both_products_is_found() -> None:
-    assert not_overlapped(list(loops(kernel(SCORES, ONE, EXP, NONE)))) == ["no loop has both products"]
+    assert disorder(kernel(SCORES, ONE, EXP, NONE)) == ["no loop has products of both kinds"]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +137,19 @@ def test_length_and_the_assemblers_words() -> None:
     assert serialised("ptxas info : Used 168 registers\n" + account) == [account]
 
 
+def test_the_orders_of_the_backward_pass() -> None:
+    keys = [SCORES, SCORES, ONE, EXP, SUM, ONE, SUM, NONE]
+    queries = [SCORES, SCORES, SUM, TWO, EXP, ONE, NONE]
+    for body, of in ((keys, "dkdv"), (queries, "dq"), (GOOD, "forward")):
+        assert faults(f"kernels.attention.gluon.{of}", kernel(*body), "") == []
+        assert all(disorder(kernel(*body), other) for other in {*SCHEDULES} - {of})
+    assert disorder(kernel(*keys[:2], NONE, *keys[3:]), "dkdv")
+    assert disorder(kernel(*queries[:3], NONE, *queries[4:]), "dq")
+
+
 def test_every_check_is_made() -> None:
-    """In the forward pass; of the backward pass order and length are not asked."""
+    """The length is asked of the forward pass alone."""
     bad = kernel(SCORES, SUM, NONE, EXP, ALL, "STL [R1], R2", *["NOP"] * 460, registers=0x50)
     found = faults(FORWARD, bad, "serialized")
     assert len(found) == 6
-    assert faults("kernels.attention.gluon.dq", bad, "serialized") == found[:4]
+    assert len(faults("kernels.attention.gluon.dq", bad, "serialized")) == 5
