@@ -25,7 +25,7 @@ ERRORS = re.compile(r"[A-Z]\w*Error|BadHost|DamagedFile|Agreed|Stopped|SystemExi
 CHECKS = {"require": 1, "expect": 1, "_expect": 1, "Verdict": 1, "fail": 0, "error": 0, "_diverged": 0}
 # Functions that return messages, which others print or raise.
 WRITERS = {"surplus", "compare_tokenizers", "repetitions", "replica_message"}
-WRITERS |= {"limits", "no_triton", "why_not_triton", "wrong_documents", "wrong_options", "_fault"}
+WRITERS |= {"limits", "no_triton", "why_not_triton", "why_not_gluon", "wrong_documents", "wrong_options", "_fault"}
 SPOKEN = ("warning: ", "note: ", "error: ", "given up: ")  # a text that begins so is a message wherever it stands
 # A text without words of its own: what it is put together from is a message elsewhere.
 BARE = re.compile(rf"(?:(?:warning|note|error): )?(?:{HOLE}|\W|\b\w{{1,2}}\b)*")

@@ -2,6 +2,7 @@
 
 triton     the kernels of this package: on an NVIDIA GPU, or on any device if the process was started with
            TRITON_INTERPRET=1, which runs them in Triton's interpreter (slow; for tests)
+gluon      attention's kernels for Hopper GPUs (kernels/attention/gluon); no other operation has this form
 torch      the best operators that PyTorch has
 reference  the same operation in a few lines of PyTorch, fp32 inside, beside each kernel
 auto       triton on a GPU where it can run, else torch, else reference
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from triton import knobs
 
-IMPLS = ("auto", "triton", "torch", "reference")
+IMPLS = ("auto", "triton", "gluon", "torch", "reference")
 LEAST_CAPABILITY = (8, 0)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton fixes the mode when a kernel is decorated, on import; this constant is read on the same import.
@@ -47,11 +48,13 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 def choose(
     impl: str, op: str, *, device: torch.device, dtype: torch.dtype, no_triton: str | None = None,
     no_torch: str | None = None,
+    no_gluon: str | None = "found an operation that has no Gluon form: use impl=auto or triton",
 ) -> str:  # fmt: skip
-    """The form of `op` to run: "triton", "torch" or "reference". Pure: the caller logs it.
+    """The form of `op` to run: "triton", "gluon", "torch" or "reference". Pure: the caller logs it.
 
     no_triton, no_torch: why the arguments of this call, beyond device and dtype, rule that form out; None if they
-    do not. Raises KernelError if `impl` is unknown, or names a form that cannot run.
+    do not. no_gluon: why anything rules that form out. Raises KernelError if `impl` is unknown, or names a form that
+    cannot run. auto never chooses "gluon".
     """
     if impl not in IMPLS:
         raise KernelError(f"impl: found {impl!r}, expected one of {', '.join(IMPLS)}")
@@ -60,7 +63,7 @@ def choose(
         if device.type == "cuda" and no_triton is None:
             return "triton"
         return "torch" if no_torch is None else "reference"
-    reason = no_triton if impl == "triton" else no_torch if impl == "torch" else None
+    reason = {"triton": no_triton, "gluon": no_gluon, "torch": no_torch}.get(impl)
     if reason is not None:
         raise KernelError(f"{op} with impl={impl}: {reason}")
     return impl

@@ -15,6 +15,7 @@ from kernels.attention import reference
 from kernels.attention.backward import backward
 from kernels.attention.documents import document_bounds_op
 from kernels.attention.forward import forward
+from kernels.attention.gluon import why_not_gluon
 from kernels.attention.options import Options, Strided
 from kernels.attention.reference import visible
 from kernels.dispatch import KernelError, choose, expect
@@ -119,16 +120,17 @@ def wrong_options(
 # `attention`'s options as its operators take them. window 0: none; sparse: [] or [block, local, stride].
 OPTIONS = (
     "Tensor? samples, Tensor? bounds, SymInt window, SymInt[] sparse, float softcap, float p, SymInt seed, "
-    "SymInt site, SymInt head_offset, bool deterministic"
+    "SymInt site, SymInt head_offset, bool deterministic, bool gluon=False"
 )
 
 
 def options_of(
     window: int, sparse: Sequence[int], softcap: float, p: float, seed: int, site: int, head_offset: int,
-    deterministic: bool,
+    deterministic: bool, gluon: bool = False,
 ) -> Options:  # fmt: skip
     key = DropoutKey(p, seed, site) if p > 0 else None
-    return Options(window or None, Strided(*sparse) if sparse else None, softcap, key, head_offset, deterministic)
+    pattern = Strided(*sparse) if sparse else None
+    return Options(window or None, pattern, softcap, key, head_offset, deterministic, gluon)
 
 
 def _fake(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
@@ -164,7 +166,12 @@ def attention_op(
     q: Tensor, k: Tensor | None, v: Tensor | None, samples: Tensor | None, bounds: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """(o [B, Tq, H, D], lse in base 2, fp32 [B, H, Tq]). q alone, [B, T, H, 3, D], is all three."""
-    return forward(*parts_of(q, k, v), options_of(*options), samples, bounds)
+    chosen = options_of(*options)
+    if chosen.gluon:
+        from kernels.attention.gluon.launch import forward as gluon_forward  # only here: an older Triton has no Gluon
+
+        return gluon_forward(*parts_of(q, k, v), chosen, bounds)
+    return forward(*parts_of(q, k, v), chosen, samples, bounds)
 
 
 @operator(
@@ -194,7 +201,13 @@ def _attention(
         raise KernelError(f"attention: {wrong}")
     key = dropout if dropout is not None and dropout.p > 0 else None
     no_triton, no_torch = limits(q.shape[-1], 0.0 if key is None else key.p, sparse is not None, softcap, lse)
-    form = choose(impl, "attention", device=q.device, dtype=q.dtype, no_triton=no_triton, no_torch=no_torch)
+    no_gluon = None
+    if impl == "gluon":
+        p = 0.0 if key is None else key.p
+        decoding = q.shape[1] != k.shape[1]
+        no_gluon = why_not_gluon(q.device, q.dtype, q.shape[-1], p, sparse is not None, softcap, decoding)
+    limited = {"no_triton": no_triton, "no_torch": no_torch, "no_gluon": no_gluon}
+    form = choose(impl, "attention", device=q.device, dtype=q.dtype, **limited)
     if form == "torch":
         return stock(q, k, v, window=window, cu_seqlens=cu_seqlens), None
     if form == "reference":
@@ -207,7 +220,7 @@ def _attention(
     pattern = [] if sparse is None else [sparse.block, sparse.local, sparse.stride]
     drop = (0.0, 0, 0, 0) if key is None else (key.p, key.seed, key.site, head_offset)
     rest = (samples if key else None, bounds, window or 0, pattern, float(softcap), *drop, deterministic)
-    o, base_2 = call(attention_op, *heads, *rest)
+    o, base_2 = call(attention_op, *heads, *rest, form == "gluon")
     return o, base_2 * math.log(2) if lse else None
 
 
@@ -233,7 +246,8 @@ def attention(
     global sample numbers and head_offset is the global number of this rank's first query head.
     deterministic: gradients have the same bits on every run; False sums dq in any order, with fewer operations.
     Returns [B, Tq, H, D] in the dtype of q. Differentiable once. impl: see kernels/dispatch.py; the stock operator has
-    no sparse, softcap or dropout. Raises KernelError on arguments that do not fit together or a form that cannot run.
+    no sparse, softcap or dropout. gluon: on a Hopper GPU, for bf16 and fp16, D 64 and 128, Tq = Tk, and none of these
+    three. Raises KernelError on arguments that do not fit together or a form that cannot run.
     """
     return _attention(
         (q, k, v), window=window, sparse=sparse, cu_seqlens=cu_seqlens, bounds=bounds, softcap=softcap, dropout=dropout,

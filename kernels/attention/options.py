@@ -41,7 +41,7 @@ class Strided:
 
 
 class Options(NamedTuple):
-    """The arguments of `attention` that are not tensors. softcap 0: none."""
+    """The arguments of `attention` that are not tensors. softcap 0: none. gluon: the form, else Triton's."""
 
     window: int | None = None
     sparse: Strided | None = None
@@ -49,3 +49,4 @@ class Options(NamedTuple):
     key: DropoutKey | None = None
     head_offset: int = 0
     deterministic: bool = True
+    gluon: bool = False

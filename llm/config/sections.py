@@ -321,8 +321,8 @@ class TrainConfig:
     """How often it does so, passing over the samples in between, before it ends instead; 0: it ends at once."""
     init_from: str | None = None
     """A run's folder, a checkpoint or a Hugging Face folder whose weights a new run begins with; null: random ones."""
-    impl: Literal["auto", "triton", "torch", "reference"] = "auto"
-    """Kernel implementation; `auto`: on a GPU the faster of Triton's and PyTorch's, measured, on a CPU PyTorch's."""
+    impl: Literal["auto", "triton", "gluon", "torch", "reference"] = "auto"
+    """Kernels; `auto`: on a GPU the fastest, measured, on a CPU PyTorch's; `gluon`: Triton's, attention in Gluon."""
     deterministic: bool = True
     """On a GPU `auto` takes only forms whose results have the same bits on every run; false: the fastest of all."""
 

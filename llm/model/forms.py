@@ -16,7 +16,8 @@ class Forms(NamedTuple):
     """The form of each operation, as kernels/dispatch.py names them.
 
     Attention's may also be one of BACKENDS, or `atomic`: the Triton form with deterministic=False. The gradients of
-    `flash` have the same bits on every run where `deterministic` asks for it; those of `cudnn` and `atomic` never have.
+    `flash` have the same bits on every run where `deterministic` asks for it, those of `gluon` always; those of `cudnn`
+    and `atomic` never have.
     """
 
     attention: str = "auto"
@@ -36,8 +37,9 @@ class Forms(NamedTuple):
 
     @staticmethod
     def of(impl: str) -> Forms:
-        """`impl` for every operation."""
-        return Forms._make([*[impl] * 8, True])
+        """`impl` for every operation; "gluon", which only attention has, and Triton for the others."""
+        others = "triton" if impl == "gluon" else impl
+        return Forms._make([impl, *[others] * 7, True])
 
 
 def backend_attention(q: Tensor, k: Tensor, v: Tensor, forms: Forms) -> Tensor:

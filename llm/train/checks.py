@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kernels.attention.gluon import why_not_gluon
 from kernels.attention.op import limits as attention_limits
 from kernels.dispatch import IMPLS, KernelError, choose
 from kernels.norm.op import no_triton as norm_limit
@@ -26,9 +27,10 @@ def check_kernels(config: RunConfig, device: torch.device, forms: Forms | None =
     forms, model, dtype = forms or Forms.of(config.train.impl), config.model, DTYPES[config.train.precision]
     sparse = any(model.layer_sparse(layer) for layer in range(model.n_layer))
     no_triton, no_torch = attention_limits(model.head_dim, model.dropout, sparse, model.attention_softcap)
+    no_gluon = why_not_gluon(device, dtype, model.head_dim, model.dropout, sparse, model.attention_softcap)
     norm = "layer_norm" if model.norm == "layernorm" else "rms_norm"
     limits = {
-        "attention": {"no_triton": no_triton, "no_torch": no_torch},
+        "attention": {"no_triton": no_triton, "no_torch": no_torch, "no_gluon": no_gluon},
         norm: {"no_triton": norm_limit(model.d_model)},
     }
     rope, dropout = model.position == "rope", model.dropout > 0

@@ -85,7 +85,7 @@ def key_of(config: RunConfig, tp: int, dp: int, device: torch.device) -> dict[st
         **{f"model.{name}": str(value) for name, value in asdict(config.model).items()},
         "micro-batch": f"{train.micro_batch_size} x {[phase.seq_len for phase in config.phases]} in {train.precision}",
         "ranks": f"{tp} tensor-parallel, {dp} data-parallel, ZeRO {config.parallel.zero_stage}",
-        "forms": str(candidates(config)),
+        "forms": str(candidates(config, device)),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.attention.gluon import why_not_gluon
 from kernels.gelu import gelu
 from kernels.rope import rope_qkv
 from kernels.swiglu import swiglu
@@ -25,7 +26,7 @@ Turn = Callable[[Thunk], float]  # milliseconds of a call
 Times = dict[str, dict[str, float]]  # median milliseconds by operation and form
 # What may be chosen, the preferred form first: another is taken where it is faster by more than MARGIN.
 FORMS = {
-    "attention": ("triton", "atomic", "flash", "cudnn"),
+    "attention": ("triton", "atomic", "gluon", "flash", "cudnn"),
     **dict.fromkeys(("rope", "norm", "activation", "loss"), ("triton", "torch")),
     "adamw": ("torch", "triton"),
 }
@@ -36,7 +37,7 @@ MOST_TOKENS = 8192  # of the loss, which takes 4096 at a time
 MOST_ELEMENTS = 1 << 26  # that AdamW updates, with 16 bytes for each
 
 
-def candidates(config: RunConfig) -> dict[str, tuple[str, ...]]:
+def candidates(config: RunConfig, device: torch.device) -> dict[str, tuple[str, ...]]:
     """The forms to compare, of each operation that has several: those that keep the run's masks, and its bits."""
     model, longest = config.model, max(phase.seq_len for phase in config.phases)
     # PyTorch's operator has the others, if at all, by masks: of all scores, or of a dropout that follows the layout.
@@ -44,6 +45,11 @@ def candidates(config: RunConfig) -> dict[str, tuple[str, ...]]:
     masked = any([*masks, model.attention_softcap, model.dropout, config.data.document_masks])
     left_out = ["flash", "cudnn"] * (masked or config.train.precision == "fp32")
     left_out += ["atomic", "cudnn"] * config.train.deterministic
+    sparse = any(model.layer_sparse(i) for i in range(model.n_layer))
+    no_gluon = why_not_gluon(
+        device, DTYPES[config.train.precision], model.head_dim, model.dropout, sparse, model.attention_softcap
+    )
+    left_out += ["gluon"] * (no_gluon is not None)
     recurrent = model.family == "lstm"  # of which only the loss and AdamW have several forms
     absent = {"attention": recurrent, "activation": recurrent, "norm": recurrent or model.dropout > 0}
     absent |= {"rope": model.position != "rope", "adamw": config.parallel.offload != "none"}
@@ -120,7 +126,7 @@ def medians(thunks: dict[str, Thunk], turn: Turn, clock: Callable[[], float] = t
 def measure(config: RunConfig, tp: int, dp: int, device: torch.device) -> tuple[Times, list[str]]:
     """The times of the candidates on `device`, the current GPU, and which failed, and why; needs no process group."""
     found, failures = Times(), list[str]()
-    for op, forms in candidates(config).items():
+    for op, forms in candidates(config, device).items():
         make, thunks = operation(op, config, tp, dp, device), dict[str, Thunk]()
         for form in forms:
             try:

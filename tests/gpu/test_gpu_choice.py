@@ -44,7 +44,7 @@ def test_every_candidate_is_timed_within_two_seconds(model: ModelConfig, determi
     ms, failures = measure(config, 1, 1, GPU)
     assert time.perf_counter() - began < SECONDS
     assert failures == []
-    assert {op: set(times) for op, times in ms.items()} == {op: set(f) for op, f in candidates(config).items()}
+    assert {op: set(times) for op, times in ms.items()} == {op: set(f) for op, f in candidates(config, GPU).items()}
     assert all(0 < time < 100 for times in ms.values() for time in times.values()), ms
     assert fastest(ms).keys() == ms.keys()
     assert torch.cuda.memory_allocated() <= held and torch.cuda.max_memory_allocated() < held + 8 * 2**30
@@ -66,6 +66,8 @@ CHOICES = [(op, form) for op, forms in FORMS.items() for form in forms]
 
 @pytest.mark.parametrize(("op", "form"), CHOICES, ids=[f"{op}-{form}" for op, form in CHOICES])
 def test_a_model_trains_with_every_form_that_may_be_chosen(op: str, form: str) -> None:
+    if form == "gluon" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("Gluon's kernels need a Hopper GPU")
     small = replace(LLAMA, d_model=256, n_head=4, n_kv_head=2, vocab_size=500, max_seq_len=256)
     config = config_of(small, global_batch_size=16)
     expected = losses(config, Forms.of("torch"))

@@ -37,6 +37,7 @@ class Machine:
         self.name, self.ms, self.measured, self.said, self.kept = "one", ms, 0, list[str](), home / "kernels.json"
         patch.setenv("HOME", str(home))
         patch.setattr(torch.cuda, "get_device_name", lambda device: self.name)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         patch.setattr(choice, "measure", self.measure)
 
     def measure(self, *_: Any) -> tuple[Any, list[str]]:
@@ -181,11 +182,16 @@ def test_runs_that_start_at_once_leave_a_whole_file(machine: Machine) -> None:
     ]
 
 
-@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "gluon", "torch", "reference"])
 def test_a_form_that_is_asked_for_is_taken_unmeasured(machine: Machine, impl: str) -> None:
     pinned, mesh = replace(CONFIG, train=replace(CONFIG.train, impl=impl)), Any
     assert forms_of(pinned, mesh, GPU, machine.kept, machine.said.append) == (Forms.of(impl), None)
     assert machine.measured == 0 and machine.said == []
+
+
+def test_gluon_is_attentions_form_and_triton_that_of_the_rest() -> None:
+    forms = Forms.of("gluon")
+    assert forms.attention == forms.attention_impl == "gluon" and {*forms[1:-1]} == {"triton"}
 
 
 def test_a_cpu_measures_nothing(machine: Machine) -> None:

@@ -24,6 +24,11 @@ def bf16(**sections: Any) -> RunConfig:
     return case(**{**sections, "train": train | sections.get("train", {})})
 
 
+def candidates_of(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """On a GPU that is not Hopper."""
+    return candidates(config, CPU)
+
+
 class Clock:
     """A clock that a turn sets forward by what its thunk is said to take."""
 
@@ -67,10 +72,10 @@ def test_the_preferred_form_wins_unless_another_is_faster_by_more_than_the_margi
 
 
 def test_only_deterministic_forms_are_compared_unless_others_are_allowed() -> None:
-    assert candidates(bf16())["attention"] == ("triton", "flash")
-    assert candidates(bf16(train=dict(deterministic=False)))["attention"] == ("triton", "atomic", "flash", "cudnn")
-    assert "attention" not in candidates(case())  # fp32: PyTorch has neither backend
-    assert candidates(case(train=dict(deterministic=False)))["attention"] == ("triton", "atomic")
+    assert candidates_of(bf16())["attention"] == ("triton", "flash")
+    assert candidates_of(bf16(train=dict(deterministic=False)))["attention"] == ("triton", "atomic", "flash", "cudnn")
+    assert "attention" not in candidates_of(case())  # fp32: PyTorch has neither backend
+    assert candidates_of(case(train=dict(deterministic=False)))["attention"] == ("triton", "atomic")
 
 
 SPARSE = SparseAttention(64, 1, 2)
@@ -88,23 +93,40 @@ SPARSE = SparseAttention(64, 1, 2)
     ids=["window", "softcap", "sparse", "dropout", "documents"],
 )
 def test_the_stock_operator_is_left_out_where_it_would_need_a_mask(sections: dict[str, Any]) -> None:
-    assert "attention" not in candidates(bf16(**sections))
-    loose = candidates(bf16(**sections, train=dict(deterministic=False)))
+    assert "attention" not in candidates_of(bf16(**sections))
+    loose = candidates_of(bf16(**sections, train=dict(deterministic=False)))
     assert loose["attention"] == ("triton", "atomic")
 
 
 def test_a_window_that_hides_nothing_is_none() -> None:
-    assert candidates(bf16(model=dict(attention_window=16)))["attention"] == ("triton", "flash")
+    assert candidates_of(bf16(model=dict(attention_window=16)))["attention"] == ("triton", "flash")
     longer = dict(phases=(PhaseChange(samples=8, seq_len=32),))
-    assert "attention" not in candidates(bf16(model=dict(attention_window=16, max_seq_len=32), data=longer))
+    assert "attention" not in candidates_of(bf16(model=dict(attention_window=16, max_seq_len=32), data=longer))
+
+
+def test_gluon_is_compared_on_hopper_where_its_options_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(capability: tuple[int, int], **sections: Any) -> tuple[str, ...]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        sections["model"] = dict(d_model=256, n_head=4) | sections.get("model", {})
+        return candidates(bf16(**sections), torch.device("cuda")).get("attention", ())
+
+    assert on((9, 0)) == ("triton", "gluon", "flash") and on((8, 0)) == on((10, 0)) == ("triton", "flash")
+    assert on((9, 0), train=dict(deterministic=False)) == ("triton", "atomic", "gluon", "flash", "cudnn")
+    assert (
+        on((9, 0), model=dict(attention_window=4)) == on((9, 0), data=dict(document_masks=True)) == ("triton", "gluon")
+    )
+    for options in (dict(attention_softcap=5.0), dict(attention_sparse=SPARSE), dict(dropout=0.1)):
+        assert on((9, 0), model=options) == ()
+    assert on((9, 0), train=dict(precision="fp32")) == () and "gluon" not in on((9, 0), model=dict(n_head=8))
+    assert on((9, 0), model=dict(d_model=512)) == ("triton", "gluon", "flash")  # D = 128
 
 
 def test_what_the_run_does_not_have_is_not_timed() -> None:
-    assert [*candidates(bf16(model=GPT2))] == ["attention", "norm", "activation", "loss", "adamw"]
-    assert [*candidates(bf16(model=LLAMA))] == ["attention", "rope", "norm", "activation", "loss", "adamw"]
-    assert [*candidates(bf16(model=GPT2 | dict(dropout=0.1)))] == ["activation", "loss", "adamw"]
+    assert [*candidates_of(bf16(model=GPT2))] == ["attention", "norm", "activation", "loss", "adamw"]
+    assert [*candidates_of(bf16(model=LLAMA))] == ["attention", "rope", "norm", "activation", "loss", "adamw"]
+    assert [*candidates_of(bf16(model=GPT2 | dict(dropout=0.1)))] == ["activation", "loss", "adamw"]
     offloaded = bf16(model=GPT2, parallel=dict(zero_stage=2, offload="optimizer"))
-    assert "adamw" not in candidates(offloaded)
+    assert "adamw" not in candidates_of(offloaded)
 
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -113,7 +135,7 @@ def test_every_operation_can_be_called_in_the_shapes_of_a_run(
     model: dict[str, Any], zero_stage: int, tp: int, dp: int
 ) -> None:
     config = bf16(model=model, parallel=dict(zero_stage=zero_stage, tensor_parallel=tp))
-    for op in candidates(config):
+    for op in candidates_of(config):
         make = operation(op, config, tp, dp, CPU)
         for form in ("torch", "torch" if op == "adamw" else "reference"):
             thunk = make(form)
@@ -140,7 +162,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_candidate_is_timed_and_one_that_fails_is_left_out_and_said() -> None:
     config = bf16(model=LLAMA, train=dict(deterministic=False))
     ms, failures = measure(config, 1, 1, CPU)
-    timed = {op: dict.fromkeys(forms, 1.0) for op, forms in candidates(config).items()}
+    timed = {op: dict.fromkeys(forms, 1.0) for op, forms in candidates_of(config).items()}
     del timed["attention"]["cudnn"]  # which no CPU has
     assert ms == timed
     assert len(failures) == 1 and failures[0].startswith("attention by cudnn failed: RuntimeError: ")

@@ -147,7 +147,7 @@ def consume(
 
 
 @gluon.jit(do_not_specialize=["T", "section", "window"])
-def attention_forward_kernel(
+def gluon_forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, starts_ptr, T, H, R, section, window, scale,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BOUNDED: gl.constexpr,

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.attention.gluon.forward import CONSUMERS, attention_forward_kernel
+from kernels.attention.gluon.forward import CONSUMERS, gluon_forward_kernel
 from kernels.attention.options import Options
 from kernels.attention.problem import Problem, section_of
 from kernels.attention.tiles import HOPPER
@@ -80,7 +80,7 @@ def plan_of(problem: Problem) -> Plan:
     ]
     layouts.append(layout_of(problem.q, (T * H * D, H * D, D, 1), problem.dtype, M))
     return Plan(
-        attention_forward_kernel, cdiv(T, CONSUMERS.value * M) * B * H, problem.device,
+        gluon_forward_kernel, cdiv(T, CONSUMERS.value * M) * B * H, problem.device,
         T, H, H // K, section, window, scale, M, N, D, *STAGES[D], bounded,
         warps=4, layouts=layouts,
     )  # fmt: skip
@@ -94,9 +94,7 @@ def forward_launch(
     return launch_of(plan, q, k, v, o, lse, None if bounds is None else bounds[0])
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, samples: None = None, bounds: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, bounds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As kernels.attention.forward.forward, for what `why_not_gluon` permits."""
     q, k, v = map(described, (q, k, v))
     B, T, H, _ = q.shape
