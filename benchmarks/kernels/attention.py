@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.case import Case, Contest, Function, Loader, loaders, normal, sequence, setups, timed_dtype
 from kernels.attention import Strided, attention, attention_with_lse
+from kernels.attention.gluon import why_not_gluon
 from kernels.philox import DropoutKey
 
 LONGEST_REFERENCE = 2048  # it stores every weight in fp32
@@ -178,8 +179,8 @@ def found(shape: Shape, part: str, given: Case) -> dict[str, Loader]:
 
 def on_hopper(shape: Shape, device: torch.device) -> bool:
     """Whether the Gluon kernels take this shape there."""
-    plain = shape.D in (64, 128) and not (shape.sparse or shape.softcap or shape.dropout)
-    return plain and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    p = shape.dropout.p if shape.dropout else 0.0
+    return why_not_gluon(device, torch.bfloat16, shape.D, p, shape.sparse is not None, shape.softcap) is None
 
 
 def stock(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ def pretended(arch: int) -> Iterator[None]:
     with (
         patch.object(driver, "_active", driver_of(arch)),
         patch("kernels.dispatch.why_not_triton", lambda device, dtype: None),
+        patch("kernels.attention.op.why_not_gluon", lambda *_: None),
         patch("kernels.attention.tiles.capability", lambda device: arch // 10),
     ):
         made.cache_clear()  # of plans for another architecture
