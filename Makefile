@@ -122,9 +122,11 @@ gpu-cache: $(OLD_TRITON)/.packages ## compile here what gpu-proof launches there
 gpu-report: $(SETUP) ## what gpu-proof has found, into docs/benchmarks.md (FILE=runs/gpu-proof/results.jsonl)
 	@$(PY) -m benchmarks.gpu_proof.page $(FILE)
 
-fuzz: setup ## csrc/ under the sanitizers, then libFuzzer over token files, plans and pages (clang, libclang-rt; FUZZ_SECONDS=60)
+fuzz: setup ## csrc/ under sanitizers, then fuzzers: token files, plans, pages (clang, libclang-rt; FUZZ_SECONDS=60), Gluon kernels (SEED=n)
 	@$(PYTEST) -s tests/data/test_data_sanitizers.py tests/data/test_data_fuzz.py tests/crawl/test_crawl_fuzz.py -k "core_is_clean or libfuzzer" --fuzz-seconds $(FUZZ_SECONDS)
+	@$(PYTEST) -s tests/kernels/gluon/test_kernels_gluon_fuzz.py --fuzz-seconds $(GLUON_SECONDS) $(if $(SEED),--fuzz-seed $(SEED))
 FUZZ_SECONDS ?= 60
+GLUON_SECONDS ?= 180
 
 SECONDS ?= 600
 soak: setup ## a run through kills, stops, damaged checkpoints and full disks (SECONDS=600 SEED=n)

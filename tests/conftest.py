@@ -30,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-in", type=int, default=1, help="run one in so many of the selected tests")
     parser.addoption("--chosen-by", default="", help="a text, such as a commit's hash, that says which ones")
+    parser.addoption("--fuzz-seconds", help="run fuzzers so long, and fail where libFuzzer cannot be run (make fuzz)")
+    parser.addoption("--fuzz-seed", type=int, help="the Gluon kernels' first case; else the time chooses it")
     parser.addoption("--write-table", action="store_true", help="write what faults cost into docs/reliability.md")
 
 

@@ -18,10 +18,6 @@ from llm.data.tokens.megatron import TokenWriter, token_dtype
 MakeData = Callable[..., RunConfig]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-seconds", help="run libFuzzer so long, and fail where it cannot be run (make fuzz)")
-
-
 def write_shards(folder: Path, tokens: dict[str, NDArray], vocab_size: int) -> Manifest:
     """A folder as prepare() leaves it, each split one document of the given tokens."""
     folder.mkdir(exist_ok=True)

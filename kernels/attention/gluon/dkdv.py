@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -24,10 +23,7 @@ CONSUMERS = gl.constexpr(2)
 
 
 @gluon.jit
-def produce(
-    inputs, memory, place, R,
-    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def produce(inputs, memory, place, R, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
     """Copy all keys and values, and R times, for each query head, the tiles of queries from `begin` to `end`."""
     q_desc, k_desc, v_desc, do_desc, rows_desc = inputs
     k_s, v_s, kv_full, queries, do_s, rows_s, _ = memory
@@ -88,8 +84,8 @@ def consume(
     k = k_s.index(C).reshape((N, D))
     v = v_s.index(C).reshape((N, D))
     zero = gl.zeros((N, M), gl.float32, S_LAYOUT)
-    dk = warpgroup_mma_init(gl.zeros((N, D), gl.float32, O_LAYOUT))
-    dv = warpgroup_mma_init(gl.zeros((N, D), gl.float32, O_LAYOUT))
+    dk = gl.zeros((N, D), gl.float32, O_LAYOUT)
+    dv = gl.zeros((N, D), gl.float32, O_LAYOUT)
     n = gl.cdiv(end - begin, M)
     end -= first
     begin -= first
@@ -99,24 +95,22 @@ def consume(
     mbarrier.wait(kv_full.index(C), 0)
     for i in range(n * R):
         await_tile(queries, i, STAGES)
-        q = tile_of(queries, i, M, D, STAGES)
-        do = do_s.index(i % STAGES).reshape((M, D))
-        rows = rows_s.index(i % STAGES).reshape((2, M))
-        scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=(scores,))
-        p = weights(scores * scale - rows.slice(0, 1).load(S_LAYOUT), columns_s, row, full, highs, M, N, BOUNDED)
-        p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
-        dv = warpgroup_mma(p16, do, dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=(dp,))
-        ds = gl.convert_layout((p * (dp - rows.slice(1, 1).load(S_LAYOUT))).to(dtype), P_LAYOUT)
-        dk = warpgroup_mma(ds, q, dk, is_async=True)
-        dk, dv, p16, ds = warpgroup_mma_wait(0, deps=(dk, dv, p16, ds))
+        if row > -M:  # else none sees a key
+            q = tile_of(queries, i, M, D, STAGES)
+            do = do_s.index(i % STAGES).reshape((M, D))
+            rows = rows_s.index(i % STAGES).reshape((2, M))
+            scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            p = weights(scores * scale - rows.slice(0, 1).load(S_LAYOUT), columns_s, row, full, highs, M, N, BOUNDED)
+            p16 = gl.convert_layout(p.to(dtype), P_LAYOUT)
+            dv = warpgroup_mma(p16, do, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            ds = gl.convert_layout((p * (dp - rows.slice(1, 1).load(S_LAYOUT))).to(dtype), P_LAYOUT)
+            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            dk, dv, p16, ds = warpgroup_mma_wait(0, deps=(dk, dv, p16, ds))
         release(queries, i, STAGES)
-        dk = warpgroup_mma_init(dk)
-        dv = warpgroup_mma_init(dv)
         row = gl.where(row + M < end, row + M, begin)
-    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
 
     dk_desc, dv_desc = outputs
     k.store((dk * grad_scale).to(dtype))  # the keys and values have been read

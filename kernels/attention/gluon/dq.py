@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -22,10 +21,7 @@ CONSUMERS = gl.constexpr(2)
 
 
 @gluon.jit
-def produce(
-    inputs, memory, place, R,
-    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def produce(inputs, memory, place, R, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
     """Copy all queries with their dO, and the tiles of keys and values from `begin` to `end`."""
     q_desc, k_desc, v_desc, do_desc = inputs
     q_s, do_s, q_full, keys, v_s = memory
@@ -84,7 +80,7 @@ def consume(
     q = q_s.index(C).reshape((M, D))
     do = do_s.index(C).reshape((M, D))
     zero = gl.zeros((M, N), gl.float32, S_LAYOUT)
-    dq = warpgroup_mma_init(gl.zeros((M, D), gl.float32, O_LAYOUT))
+    dq = gl.zeros((M, D), gl.float32, O_LAYOUT)
     n = gl.cdiv(gl.minimum(first + M, T) - begin, N)
 
     mbarrier.wait(q_full.index(C), 0)
@@ -111,7 +107,6 @@ def consume(
         await_tile(keys, i + 1, STAGES, i + 1 < n)
         dq, ds, ds16 = warpgroup_mma_wait(0, deps=(dq, ds, ds16))
         release(keys, i - 1, STAGES)
-        dq = warpgroup_mma_init(dq)
     ds16 = gl.convert_layout(ds.to(dtype), P_LAYOUT)
     dq = warpgroup_mma(ds16, tile_of(keys, n - 1, N, D, STAGES), dq, is_async=True)
     dq, ds16 = warpgroup_mma_wait(0, deps=(dq, ds16))

@@ -1,7 +1,7 @@
 """Kernels with one fault each, made by rule from a kernel module's source.
 
-Each mutant changes one place: a barrier call is removed, a phase flipped, a stage or a count shifted, a wait for products
-weakened, a dependency or a fence dropped, a comparison changed, a bound moved, or two neighbouring calls swapped.
+Each mutant changes one place: a barrier call is removed, a phase flipped, a stage or a count shifted, a wait for
+products weakened, a dependency or a fence dropped, a comparison changed, a bound moved, or two neighbours swapped.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import ast
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 BARRIERS = ("init", "invalidate", "expect", "arrive", "wait")
 SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
-Change = Callable[[ast.AST], ast.AST]
+SETS = {"mbarrier.init", "mbarrier.invalidate", "tma.async_copy_global_to_shared", "tma.async_copy_shared_to_global"}
+FIXED = ("desc", "tiles", "STAGES")  # of a helper's parameters: no numbers, or constants
 
 
 class Mutant(NamedTuple):
@@ -181,7 +182,7 @@ def helper_changes(node: ast.Call, parameters: list[str]) -> Iterator[tuple[str,
             changed = copy.deepcopy(node)
             del changed.args[i]
             yield "no pred", changed
-        elif isinstance(node.args[i], (ast.Name, ast.Constant, ast.BinOp)) and parameter == parameter.lower():
+        elif isinstance(node.args[i], (ast.Name, ast.Constant, ast.BinOp)) and parameter not in FIXED:
             yield "argument moved", with_argument(node, i, "({}) + 1")
 
 
@@ -226,11 +227,16 @@ def with_argument(node: ast.Call, i: int, text: str, around: str = "%s") -> ast.
     return node
 
 
+def alike(names: set[str]) -> bool:
+    """Calls whose order among each other changes nothing: to the same function, or arrivals at two barriers."""
+    return names <= {"mbarrier.arrive", "release"} or (len(names) == 1 and names <= SETS)
+
+
 def swaps(function: ast.FunctionDef, known: dict[str, list[str]]) -> Iterator[tuple[str, Path, list[ast.AST]]]:
     """Two neighbouring statements swapped, if the order of both matters to others."""
     for path, node in [((), function), *nodes(function, ())]:
         body = getattr(node, "body", None)
-        for i, (first, second) in enumerate(zip(body, body[1:], strict=False)) if isinstance(body, list) else ():
-            same = called(first) == called(second) in ("mbarrier.init", "mbarrier.invalidate")
-            if all(synchronises(each) or called(each) in known for each in (first, second)) and not same:
+        for i, (first, second) in enumerate(itertools.pairwise(body)) if isinstance(body, list) else ():
+            names = {called(first), called(second)}
+            if all(synchronises(each) or called(each) in known for each in (first, second)) and not alike(names):
                 yield "neighbours swapped", (*path, ("body", i)), [copy.deepcopy(second), copy.deepcopy(first)]

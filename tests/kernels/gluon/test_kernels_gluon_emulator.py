@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import toys
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import emulator
+import toys
 from emulator.language import language
 from emulator.machine import Machine
 from emulator.schedule import Random

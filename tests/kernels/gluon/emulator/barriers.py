@@ -31,7 +31,8 @@ class Barrier:
         """Phases over; arrivals and bytes that the current one lacks."""
         self.learned, self.known = Clock(), Clock()
         """What the arrivals of the current phase know; what those of all phases before knew."""
-        self.time = 0.0
+        self.time = self.over_at = 0.0
+        """By assumed costs: of the last arrival or copy, and when the last phase was over."""
         self.generation = 0
 
     @property
@@ -79,6 +80,7 @@ class Barrier:
             self.missing = 0
         if self.missing == 0 and self.bytes == 0 and self.count is not None:
             self.passed, self.missing = self.passed + 1, self.count
+            self.over_at = self.time
             self.known.join(self.learned)
             self.known[self.key] = self.passed
             for waiter, phase in self.waiting.items():
@@ -115,8 +117,8 @@ class Barrier:
         del self.waiting[agent.name]
         agent.clock.join(self.known)
         self.uses[agent.name] = agent.now.time
-        if self.time > agent.time:
-            agent.time = self.time
+        if self.over_at > agent.time:
+            agent.wait_until(self.over_at)
             machine.event(agent.name, "wait", self.name, began, agent.time)
 
     def check_end(self) -> None:

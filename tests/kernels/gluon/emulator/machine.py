@@ -34,7 +34,8 @@ class Agent:
         self.weight = machine.schedule.agent_weight()
         self.ready: Callable[[], bool] | None = None
         self.waits_for: Callable[[], str] = str
-        self.finished = False
+        self.finished = self.exponentials = False
+        self.since = time
         self.result: Any = None
         self.products: list[Any] = []
         self.stores: list[Any] = []
@@ -47,6 +48,10 @@ class Agent:
     @property
     def now(self) -> Moment:
         return Moment(self.name, self.clock[self.name])
+
+    def wait_until(self, time: float) -> None:
+        """By assumed costs, what it waits for comes at `time`."""
+        self.time = self.since = max(self.time, time)
 
     def can_go(self) -> bool:
         return not self.finished and (self.ready is None or self.ready())
@@ -105,12 +110,12 @@ class Machine:
         self.grid, self.schedule, self.lines, self.costs = (*grid, 1, 1)[:3], schedule, lines, costs
         self.found: dict[Finding, None] = {}
         self.events: list[Event] = []
-        self.steps, self.cta = 0, -1
-        self.begin((0, 0, 0))
+        self.steps = 0
+        self.begin((0, 0, 0), -1)
 
-    def begin(self, program: tuple[int, int, int]) -> None:
-        """Clear what belongs to one CTA."""
-        self.program, self.cta = program, self.cta + 1
+    def begin(self, program: tuple[int, int, int], number: int) -> None:
+        """Clear what belongs to one CTA, the `number`-th of the launch."""
+        self.program, self.cta = program, number
         self.agents: list[Agent] = []
         self.operations: list[Operation] = []
         self.logs: list[Log] = []
@@ -126,7 +131,7 @@ class Machine:
 
     def run(self, body: Callable[[], Any], program: tuple[int, int, int]) -> bool:
         """Run one CTA; whether it came to its end."""
-        self.begin(program)
+        self.begin(program, self.cta + 1)
         main = Agent(self, "main", body, Clock(), 0.0)
         self.agents.append(main)
         self.hand_over()
@@ -175,6 +180,7 @@ class Machine:
         """Called by a partition before each operation; returns once it is chosen, and `ready()` holds."""
         me = self.current
         me.ready, me.waits_for = ready, waits_for
+        self.worked(me)
         chosen = self.next_agent()
         if chosen is not me:
             if chosen is not None:
@@ -187,12 +193,21 @@ class Machine:
         self.current, me.ready = me, None
         me.clock[me.name] += 1
         me.time += self.costs.step
+        me.since = me.time
         return me
+
+    def worked(self, agent: Agent) -> None:
+        """Note what a partition has done in registers since its last access to memory."""
+        if agent.time > agent.since:
+            kind = "exponentials" if agent.exponentials else "arithmetic"
+            self.event(agent.name, kind, "", agent.since, agent.time)
+        agent.exponentials = False
 
     def work(self, elements: int, clocks: float = 0) -> None:
         """Account for an operation on so many elements; clocks: of each element, beyond those of any operation."""
         if self.current is not None:
             self.current.time += elements * (clocks + 1 / self.costs.lanes)
+            self.current.exponentials |= clocks > 0
 
     def report(self, kind: str, text: str) -> None:
         """Record a finding of the kernel's current line."""

@@ -99,7 +99,7 @@ class Pointer:
         if other is None:
             other = np.nan if storage.dtype.is_floating() else 0x5A5A5A5A
         other = other.data if isinstance(other, Value) else other
-        agent.time += machine.costs.latency
+        agent.wait_until(agent.time + machine.costs.latency)
         return made(np.where(keep, storage.values[at], np.asarray(other, storage.values.dtype)), storage.dtype, machine)
 
     def store(self, value: Any, mask: Any) -> None:

@@ -39,7 +39,8 @@ class Product:
         start = max(agent.time, machine.products_end)
         clocks = 2 * a.shape[0] * a.shape[1] * b.shape[1] / machine.costs.flop
         self.operation.time = machine.products_end = start + clocks
-        machine.event(f"{agent.name} products", "product", b.name, start, start + clocks)
+        left = a.name if isinstance(a, Shared) else "registers"
+        machine.event(f"{agent.name} products", f"product of {left}", b.name, start, start + clocks)
         agent.products.append(self)
 
     def compute(self, operation: Operation) -> None:
@@ -56,7 +57,7 @@ class Product:
         machine = self.operation.machine
         for access in self.reads:
             access.end = machine.current.now
-        machine.current.time = max(machine.current.time, self.operation.time)
+        machine.current.wait_until(self.operation.time)
 
 
 def checked(a: Any, b: Any, acc: Any) -> None:
