@@ -45,9 +45,9 @@ class Code:
 
 @dataclass(frozen=True)
 class Loop:
-    """instructions: of each warp on the shortest way round. Of all ways: products by their N, and whether the left
-    operand comes from shared memory; waits for products; the threads of each barrier, 0 for all of the program's;
-    exponentials; moves to and from spilled registers. ways: what happens in which order, of each way round (event_of).
+    """instructions: of each warp on the shortest way round with a product. Of all ways: products by their N and whether
+    the left operand comes from shared memory; waits for products; the threads of each barrier, 0 for all of the
+    program's; exponentials; moves to and from spilled registers. ways: the events of each way round (event_of).
     """
 
     instructions: int
@@ -73,7 +73,7 @@ class Loop:
         return (
             f"{self.instructions} instructions, products {shapes}, {self.waits} waits, {len(self.barriers)} barriers, "
             f"{self.exponentials} exp2, {self.spills} spill moves: {low:.0%} to {high:.0%} of peak; "
-            f"{', or '.join(sorted(self.ways))}"
+            f"{', or '.join(sorted(filter(None, self.ways)))}"
         )
 
 
@@ -125,11 +125,13 @@ def bodies(code: Code) -> dict[int, set[int]]:
     return found
 
 
-def shortest(following: Edges, first: int, body: set[int]) -> int:
-    """Instructions of the shortest way round."""
-    reached, steps = {first}, 1
-    while not any(first in following[at] for at in reached):
-        reached = {to for at in reached for to in following[at] if to in body}
+def shortest(code: Code, first: int, body: set[int]) -> int:
+    """Instructions of the shortest way round with a product: other ways may leave a tile out."""
+    products = {at for at in body if PRODUCT.match(code.instructions[at])}
+    reached, steps = {(first, first in products)}, 1
+    while not any(passed and first in code.following[at] for at, passed in reached):
+        pairs = ((to, passed) for at, passed in reached for to in code.following[at] if to in body)
+        reached = {(to, passed or to in products) for to, passed in pairs}
         steps += 1
     return steps
 
@@ -160,7 +162,7 @@ def loops(code: Code) -> Iterator[Loop]:
         body = [code.instructions[at] for at in sorted(places)]
         products = Counter((int(hit[1]), bool(hit[2])) for text in body if (hit := PRODUCT.match(text)))
         yield Loop(
-            shortest(code.following, first, places), products,
+            shortest(code, first, places), products,
             waits=sum(bool(WAIT.match(text)) for text in body),
             barriers=tuple(int(hit[1] or "0", 16) for text in body if (hit := BARRIER.match(text))),
             exponentials=sum(text.startswith("MUFU.EX2") for text in body),

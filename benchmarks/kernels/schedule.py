@@ -52,9 +52,9 @@ def parts(code: Code) -> Iterator[Part]:
 
 
 def out_of_order(loops: Sequence[Loop], schedule: str) -> list[str]:
-    """Ways round a main loop, which has products of both kinds, that are not as the schedule says."""
+    """Ways round a main loop, which has products of both kinds, that neither follow the schedule nor do nothing."""
     both = [loop for loop in loops if {shared for _, shared in loop.products} == {False, True}]
-    found = [way for loop in both for way in sorted(loop.ways) if not follows(way, schedule)]
+    found = [way for loop in both for way in sorted(loop.ways) if way and not follows(way, schedule)]
     missing = [] if both else ["no loop has products of both kinds"]
     return missing + [f"a way round a loop is: {way}; expected {schedule}" for way in found]
 

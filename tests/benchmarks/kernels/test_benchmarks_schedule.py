@@ -87,8 +87,10 @@ def test_another_order_on_one_way_alone_is_found() -> None:
     assert ": ss128 rs64 wait1 wait0 exp wait0;" in found
     skipped = kernel(SCORES, SUM, ONE, EXP, "@P2 BRA `(.L_x_2)", NONE, "label .L_x_2", "NOP")
     assert len(disorder(skipped)) == 1
-    nothing = kernel("@P2 BRA `(.L_x_2)", *GOOD, "label .L_x_2", "NOP")
-    assert disorder(nothing)[0].startswith("a way round a loop is: ;")
+    left_out = kernel("@P2 BRA `(.L_x_2)", *GOOD, "label .L_x_2", "NOP")
+    assert disorder(left_out) == [] and [loop.instructions for loop in loops(left_out)] == [len(GOOD) + 3]
+    empty = kernel("@P2 BRA `(.L_x_2)", *GOOD, "BRA `(.L_x_3)", "label .L_x_2", EXP, "label .L_x_3", "NOP")
+    assert disorder(empty)[0].startswith("a way round a loop is: exp;")
     masked = kernel(SCORES, SUM, ONE, "@P2 BRA `(.L_x_2)", "FSEL R24, R24, R3, P4", "label .L_x_2", EXP, NONE)
     assert disorder(masked) == []
 
