@@ -75,6 +75,20 @@ def softmax(scores, high, scale, M: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
+def write(acc, high, total, place, o_desc, lse_ptr, b, h, positions, first, T, H, M: gl.constexpr, D: gl.constexpr):
+    """Write o and lse of the queries from `first` on; o by way of `place`, whose queries have been read."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    total = gl.convert_layout(gl.sum(total, 1), high.type.layout)
+    o = acc * gl.convert_layout(1 / total, ROWS)[:, None]
+    place.reshape((M, D)).store(o.to(place.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [b, h, first, 0], place)  # which leaves out rows from T on
+    lse = lse_ptr + (gl.cast(b, gl.int64) * H + h) * T + positions
+    gl.store(lse, high + gl.log2(total), mask=positions < T)
+    tma.store_wait(0)
+
+
+@gluon.jit
 def consume(
     memory, place, o_desc, lse_ptr, starts_ptr, T, H, window, scale,
     C: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, K_STAGES: gl.constexpr,
@@ -136,14 +150,7 @@ def consume(
     await_tile(values, n - 1, V_STAGES)
     acc = warpgroup_mma(p, tile_of(values, n - 1, N, D, V_STAGES), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-
-    total = gl.convert_layout(gl.sum(total, 1), S_ROWS)
-    q.store((acc * gl.convert_layout(1 / total, O_ROWS)[:, None]).to(q_s.dtype))  # the queries have been read
-    fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [b, h, first, 0], q_s.index(C))  # which leaves out rows from T on
-    lse = lse_ptr + (gl.cast(b, gl.int64) * H + h) * T + positions
-    gl.store(lse, high + gl.log2(total), mask=positions < T)
-    tma.store_wait(0)
+    write(acc, high, total, q_s.index(C), o_desc, lse_ptr, b, h, positions, first, T, H, M, D)
 
 
 @gluon.jit(do_not_specialize=["T", "section", "window"])
