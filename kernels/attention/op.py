@@ -184,7 +184,12 @@ def attention_backward_op(
     samples: Tensor | None, bounds: Tensor | None, *options: Any,
 ) -> list[Tensor]:  # fmt: skip
     """[dq, dk, dv], contiguous; of q alone [dq]."""
-    return backward(do, dlse, *parts_of(q, k, v), o, lse, options_of(*options), samples, bounds, packed=k is None)
+    chosen, packed = options_of(*options), k is None
+    if chosen.gluon:
+        from kernels.attention.gluon.backward import backward as gluon_backward  # only here: see attention_op
+
+        return gluon_backward(do, dlse, *parts_of(q, k, v), o, lse, chosen, bounds, packed)
+    return backward(do, dlse, *parts_of(q, k, v), o, lse, chosen, samples, bounds, packed=packed)
 
 
 def _attention(

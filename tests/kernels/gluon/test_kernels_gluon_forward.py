@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import KEY, SAMPLES, Case
+from emulated import emulated as on_a_cpu
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -144,14 +145,9 @@ def test_longest_rows_start_first_and_heads_of_a_group_run_together() -> None:
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls on a CPU pass as calls on a Hopper GPU, and run in the emulator."""
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
-        return emulated(described(q), described(k), described(v), options, bounds)
-
-    monkeypatch.setattr("kernels.attention.op.why_not_gluon", lambda *_: None)
-    monkeypatch.setattr(gluon, "forward", forward)
+def hopper() -> Iterator[None]:
+    with on_a_cpu():
+        yield
 
 
 def gradients(function: Callable[..., Tensor], leaves: list[Tensor], do: Tensor) -> list[Tensor]:
