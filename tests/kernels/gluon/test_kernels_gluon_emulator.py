@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from triton.experimental.gluon import language as gl
@@ -20,6 +21,7 @@ from emulator.language import language
 from emulator.machine import Machine
 from emulator.schedule import Random
 from emulator.trace import Costs
+from emulator.values import rounded
 
 ROWS, WIDTH, STAGES = 64, 64, 2
 SOURCE = inspect.getsource(toys)
@@ -163,6 +165,16 @@ def test_a_barrier_must_be_initialised_before_others_may_use_it():
     found = [emulator.run(handover()[0], seed, {"toys": source}).findings for seed in range(6)]
     texts = "".join(finding.text for each in found for finding in each if finding.kind == "barrier")
     assert all(found) and "read uses ready[0] without being ordered after its init" in texts
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_numbers_are_rounded_as_pytorch_rounds_them(dtype: str):
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-9, 9, 20_000)
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, math.inf, -math.inf, math.nan, -0.0])
+    x = torch.cat([x, ties])
+    with np.errstate(over="ignore"):
+        found = torch.from_numpy(rounded(x.numpy(), getattr(gl, dtype)))
+    assert torch.equal(found.nan_to_num(7.0), x.to(getattr(torch, dtype)).float().nan_to_num(7.0))
 
 
 def parameters(function: Callable) -> list[tuple[str, Any]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+import re
+from functools import cache, partial
 
-from mutants import helpers, mutants
-from trials import Prepared, Trial, mutants_of, prepared, sources
+import pytest
+
+from mutants import Mutant, helpers, mutants
+from trials import MODULES, Prepared, Trial, mutants_of, prepared, sources, survivors
 
 CUTS = (100, 101, 450, 700)
 # More tiles than two rounds through the ring, and bounds that fall inside of tiles; the cheap ones first.
@@ -62,3 +65,51 @@ def test_calls_of_functions_that_synchronise_are_changed_as_well() -> None:
 @cache
 def kept(trial: Trial) -> Prepared:
     return prepared(trial)
+
+
+# Mutants that are right programs: (rule, what the mutant is like, why). Only these may go unfound.
+RIGHT = (
+    ("neighbours swapped", r"expect\(.*copy_global", "the phase cannot end before the bytes are expected"),
+    ("neighbours swapped", r"(wait|await_tile)\([^;]*; (mbarrier\.wait|await_tile)\([^;]* -> ", "two waits"),
+    ("neighbours swapped", r"warpgroup_mma_wait\(\d, .*turn", "turns order the consumers' products, not memory"),
+    ("dependency dropped", r"deps=\(acc, p, weights\)\) -> acc, p =", "`weights` only keep the compiler's order"),
+    ("dependency dropped", r"deps=\(dq, ds, ds16\)\) -> ds, ds16 =", "the sums are waited for after the loop"),
+    ("dependency dropped", r"deps=\(dq, ds, ds16\)\) -> dq, ds16 =", "`ds` only keeps the compiler's order"),
+    ("one dropped", r"(partial|full) = ", "a tile is masked that need not be"),
+    ("comparison (changed|dropped)", r"partial (\|)?= ", "a tile is masked that need not be"),
+    ("bound moved", r"gluon_forward_kernel: last = .*\+ 1$", "one more tile, of which no query sees a key"),
+    ("one dropped", r"gluon_forward_kernel: last = ", "one more tile, of which no query sees a key"),
+)
+
+
+def why_right(mutant: Mutant) -> str:
+    found = (why for kind, like, why in RIGHT if re.fullmatch(kind, mutant.kind) and re.search(like, str(mutant)))
+    return next(found, "")
+
+
+def check(name: str, chosen: list[Mutant]) -> None:
+    """Every chosen mutant of a module is found, unless it is a right program."""
+    trials = [partial(kept, trial) for kernel in TRIALS for trial in TRIALS[kernel] if name in (kernel, "parts")]
+    wrong = [mutant for mutant in chosen if not why_right(mutant)]
+    missed = [str(mutant) for mutant, found in survivors(name, wrong, trials, SEEDS) if not found]
+    assert not missed, "\n".join(missed)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_some_mutants_are_found(name: str) -> None:
+    check(name, mutants_of(name)[5::40])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("name", MODULES)
+def test_all_mutants_are_found(name: str, part: int) -> None:
+    check(name, mutants_of(name)[part::4])
+
+
+def test_the_kernels_are_right_where_their_mutants_are_tried() -> None:
+    for kernel in TRIALS:
+        assert not [fault for trial in TRIALS[kernel][:4] if (fault := kept(trial).fault(0))]
+    for name in MODULES:
+        right = [mutant for mutant in mutants_of(name) if why_right(mutant)]
+        assert len(right) < 0.15 * len(mutants_of(name)), right
