@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu_proof import __main__ as proof
-from benchmarks.gpu_proof import page, stage
+from benchmarks.gpu_proof import correctness, page, speed, stage
 from benchmarks.gpu_proof.__main__ import LOG, RESULTS, SAMPLE
 from benchmarks.gpu_proof.stage import STAGES, items_of
 from benchmarks.report import NONE, Record
@@ -63,6 +64,19 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     text, good = page.summary(*report.read(tmp_path / RESULTS))
     assert good
     assert "###" not in text
+
+
+def test_the_gluon_stages_have_their_items_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert correctness.gluon(CPU) == speed.gluon_speed(CPU) == stage.NO_HOPPER
+    monkeypatch.setattr(correctness.attention, "on_hopper", lambda shape, device: True)
+    monkeypatch.setattr(speed, "on_hopper", lambda shape, device: True)
+    found = list(correctness.gluon(CPU))
+    for part in ("float16", "window=256", "documents=9", "T=1000", "T=1 ", "K=2", "D=64", "D=128"):
+        assert any(part in name for name in found), part
+    assert all("gluon" in name and "atomics" not in name for name in found)
+    assert correctness.gluon_cases(CPU)[found[0]]().impl == "gluon"
+    lengths = {length for name in speed.gluon_speed(CPU) for length in re.findall(r"T=(\d+)", name)}
+    assert lengths == {"2048", "4096", "8192", "16384"}
 
 
 def timed(ms: float, **more: Any) -> Record:
