@@ -33,10 +33,13 @@ CHUNK = 1 << 20
 HASHES: dict[str, Callable[[], Any]] = {"xxh128": xxhash.xxh128, "sha256": hashlib.sha256}
 # What says that a file is not there, or not for us, whenever it is asked; all else may pass.
 LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+UNFIT = (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EFBIG)  # a link, no regular file, a socket, too large
 # Of JSON. Of a checkpoint's manifest, in which a piece has 8 values, that makes 125,000 pieces.
 MAX_VALUES, MAX_DEPTH = 1_000_000, 64
 SMALL_JSON = 1 << 24  # bytes of a file that a run writes
 LONGEST_LINE = 1 << 20  # bytes of a line of metrics
+SPARSE_FROM, SPARSE = 1 << 30, 16  # bytes, hashed in a second or two; no files of weights, ids or text are so empty
+HOLES = "most of which were never written to the disk"
 WAITS = (0.1, 0.5, 2.0)  # seconds before a read that failed is tried again
 # torch's names, and those of safetensors.
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
@@ -57,9 +60,12 @@ def open_own(path: Path, mode: Literal["a", "w"]) -> io.FileIO:
     return io.FileIO(open_regular(path, flags), mode)
 
 
-def read_up_to(path: Path | str, limit: int) -> bytes:
-    """The bytes of a regular file or of what a link leads to; OSError for another kind, or more than `limit` bytes."""
-    with open(open_regular(path), "rb") as file:
+def read_up_to(path: Path | str, limit: int, flags: int = os.O_RDONLY) -> bytes:
+    """The bytes of a regular file or of what a link leads to; OSError for another kind, or more than `limit` bytes.
+
+    With O_NOFOLLOW among `flags`, a link is another kind.
+    """
+    with open(open_regular(path, flags), "rb") as file:
         size = os.fstat(file.fileno()).st_size or limit  # /proc says 0
         content = file.read(min(size, limit) + 1)
     if content is None or len(content) > limit:  # None: of /proc, and has nothing to read yet
@@ -239,7 +245,7 @@ def patiently(read: Callable[[], T], path: Path) -> T:
             return read()
         except OSError as error:
             why, tries = error.strerror or error, len(WAITS) + 1
-            if isinstance(error, LASTING) or error.errno == errno.ELOOP:
+            if isinstance(error, LASTING) or error.errno in UNFIT:
                 raise CheckpointError(f"{path} cannot be read: {why}") from error
             if not waits:
                 raise ReadError(f"{path} could not be read in {tries} attempts: {why}; it may be whole") from error
@@ -255,17 +261,9 @@ def regular_size(path: Path) -> int:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of a regular file of at most `most` bytes; raises CheckpointError, ReadError."""
-
-    def read() -> bytes:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            return file.read(most + 1)
-
-    size = regular_size(path)
-    text = patiently(read, path) if size <= most else b""
-    if max(size, len(text)) > most:
-        raise CheckpointError(f"{path} has {max(size, len(text))} bytes; expected at most {most}")
-    return text
+    """`read_up_to`, patiently and not through a link; raises CheckpointError, ReadError."""
+    regular_size(path)
+    return patiently(lambda: read_up_to(path, most, os.O_NOFOLLOW), path)
 
 
 def read_json(path: Path, most: int = SMALL_JSON) -> dict[str, Any]:
@@ -363,8 +361,32 @@ def hash_of(path: Path | str, algorithm: str, progress: Callable[[int], None] = 
     return digest.hexdigest()
 
 
+def mostly_holes(paths: Sequence[Path | str]) -> bool:
+    """Whether files of SPARSE_FROM bytes or more, taken together, have data in less than a SPARSE-th; raises OSError.
+
+    The rest was never written: it takes no room on a disk, but time to hash. A file system that compresses may say so
+    of zeros that were written; one that cannot tell says that all is data.
+    """
+    total, data = sum(os.stat(path).st_size for path in paths), 0
+    for path in paths if total >= SPARSE_FROM else ():
+        with open(open_regular(path), "rb", buffering=0) as file:
+            end = 0
+            while data * SPARSE < total:
+                try:
+                    begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno != errno.ENXIO:  # no data from `end` on
+                        raise
+                    break
+                end = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+                data += end - begin
+    return total >= SPARSE_FROM and data * SPARSE < total
+
+
 def sha256_of(path: Path | str, progress: Callable[[int], None] = lambda count: None) -> str:
-    """`hash_of` by SHA-256: what data is known by."""
+    """`hash_of` by SHA-256: what data is known by. OSError too for a file that is `mostly_holes`."""
+    if mostly_holes([path]):
+        raise OSError(errno.EFBIG, f"has {os.stat(path).st_size} bytes, {HOLES}", str(path))
     return hash_of(path, "sha256", progress)
 
 

@@ -12,6 +12,9 @@ namespace {
 constexpr uint64_t kPrimes[] = {0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
                                 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5};
 
+constexpr char kAdvice[] =
+    "restore the file from its source, or run python launch/prepare_data.py again with another data.path";
+
 uint64_t rotated(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
 
 uint64_t mixed(uint64_t lane, uint64_t word) {
@@ -84,7 +87,7 @@ void BlockSums::verify(size_t shard, const TokenFile& file, int64_t begin, int64
     const uint64_t found = xxh64(file.data() + at, static_cast<size_t>(size));
     if (found != expected)
       throw DamagedFile(text(file.path(), ": the ", size, " bytes from byte ", at, " on have the xxh64 ",
-                             std::hex, found, ", expected ", expected, " (", sums_.path(), ")"));
+                             std::hex, found, ", expected ", expected, " (", sums_.path(), "): ", kAdvice));
     verified_[static_cast<size_t>(i / 64)].fetch_or(uint64_t{1} << i % 64, std::memory_order_relaxed);
   }
 }

@@ -49,6 +49,10 @@ def load_manifest(folder: Path) -> Manifest:
         if files.patiently(lambda path=path: os.lstat(path), path).st_mode & stat.S_IWOTH:
             advice = "its owner alone should write there: chmod -R o-w"
             raise CheckpointError(f"{path} can be changed by every user of this machine; {advice} {folder}")
+    paths = [folder / name for name in manifest.files]
+    if files.patiently(lambda: files.mostly_holes(paths), folder):
+        size = sum(entry.size for entry in manifest.files.values())
+        raise CheckpointError(f"{folder} has {size} bytes, {files.HOLES}: copy it again from its source")
     return manifest
 
 
@@ -141,10 +145,10 @@ def tokenizer_of(checkpoint: Path) -> Path | None:
 
 
 def own_tokenizer(reader: CheckpointReader) -> Path | None:
-    """`tokenizer_of` its folder; InputError where that is another than the run was trained with."""
+    """`tokenizer_of` its folder; InputError where the run was trained with another, CheckpointError, ReadError."""
     path, expected = tokenizer_of(reader.folder), reader.state["data"].get("tokenizer")
     if path is not None and expected is not None:  # what was imported says nothing of it
-        found = files.sha256_of(path)
+        found = files.patiently(lambda: files.sha256_of(path), path)
         told = f"{path}: sha256 {found}, the run of {reader.folder} was trained with {expected}"
         require(found == expected, f"{told}: copy that run's tokenizer.json there")
     return path

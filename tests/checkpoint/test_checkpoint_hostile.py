@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_helpers import make_tensors, save
 from forged import GOOD, SHARD, body_of, forge_state, seal
+from hostile import bounded, check_count, contents, no_umask, open_to_others
 
 from llm import files
-from llm.checkpoint.manifest import parse
+from llm.checkpoint.manifest import LARGEST_MANIFEST, LARGEST_STATE, Manifest, parse
 from llm.checkpoint.reader import find_latest, find_named, open_checkpoint, verify
+from llm.checkpoint.remote import Remote
 from llm.errors import CheckpointError, InputError
 from llm.train.resume import find_step
 
@@ -23,9 +26,9 @@ Change = Callable[[dict[str, Any]], Any]
 
 def refused(folder: Path) -> str:
     """What every way to open the checkpoint says, as none opens it."""
-    with pytest.raises(CheckpointError) as found:
+    with bounded(), pytest.raises(CheckpointError) as found:
         open_checkpoint(folder)
-    with pytest.raises((CheckpointError, InputError)):
+    with bounded(), pytest.raises((CheckpointError, InputError)):
         find_named(folder)[0] and open_checkpoint(folder)
     assert 0 < len(str(found.value)) < 1500
     assert sorted(path.name for path in folder.parents[2].iterdir()) == ["run"]
@@ -86,7 +89,7 @@ def test_a_forged_state_is_refused(folder: Path, name: str, change: Change) -> N
     change(state)
     forge_state(folder, json.dumps(state).encode())
     assert "state.json" in refused(folder)
-    with pytest.raises(InputError):  # there is nothing else to resume from
+    with bounded(), pytest.raises(InputError):  # there is nothing else to resume from
         find_step(folder.parent, 1)
 
 
@@ -201,10 +204,24 @@ def test_texts_of_manifests_are_refused(folder: Path) -> None:
         refused(folder)
 
 
+def test_the_manifest_alone_refuses_a_large_state(whole: Path) -> None:
+    body = body_of(whole)
+    body.pop("sha256")
+    body["files"]["state.json"]["size"] = LARGEST_STATE + 1
+    with pytest.raises(CheckpointError, match=r"state\.json has .* bytes in the manifest"):
+        parse(body)
+
+
+def test_a_manifest_that_is_too_long_is_not_parsed() -> None:
+    with bounded(), pytest.raises(CheckpointError, match=f"more than {LARGEST_MANIFEST} bytes"):
+        Manifest.from_json(b'"' * (LARGEST_MANIFEST + 1))
+
+
 @pytest.mark.parametrize("end", ["\u0966" * 7 + "\u0968", "0000000\uff12", "2", "9" * 19, "00000002.aside-1"])
 def test_other_names_are_no_steps(folder: Path, end: str) -> None:
     folder.rename(folder.with_name(f"step-{end}"))
-    assert find_latest(folder.parent) == (None, [])
+    with bounded():
+        assert find_latest(folder.parent) == (None, [])
 
 
 @pytest.mark.parametrize("name", [".", "manifest.json", "state.json", SHARD])
@@ -212,6 +229,17 @@ def test_what_every_user_can_change_is_refused(folder: Path, name: str) -> None:
     verify(folder)
     os.chmod(folder / name, 0o777)
     assert "can be changed by every user" in refused(folder)
+
+
+def test_a_checkpoint_and_its_copy_are_their_owners_whatever_the_umask(whole: Path, tmp_path: Path) -> None:
+    copies = Remote(f"memory://modes/{tmp_path.name}", "a")
+    copies.put(whole, keep_last=1, keep_every=None)
+    with no_umask():
+        save(tmp_path / "run/checkpoints", 2, make_tensors(1))
+        copies.get(whole.name, tmp_path / "copy/checkpoints", lambda text: None)
+    for name in ("run", "copy"):
+        assert open_to_others(tmp_path / name / "checkpoints") == {}
+        assert len(contents(tmp_path / name / "checkpoints")) > 3
 
 
 def test_another_owner_is_mentioned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,3 +251,7 @@ def test_another_owner_is_mentioned(folder: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
     found, (warning,) = find_latest(folder.parent)
     assert found == folder and "belongs to another user (uid" in warning
+
+
+def test_the_cases_are_counted() -> None:
+    check_count(__name__)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile import bounded
+from hostile import bounded, check_count
 
 from llm.config.parse import LARGEST_FILE, MOST_VALUES, parse_config
 from llm.errors import InputError
@@ -162,3 +162,7 @@ def test_aliases_within_the_limit_are_read(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("deepspeed: {a: &a {x: [1, 2]}, b: *a, c: {<<: *a, y: 3}}")
     found = parse_config([f"--config={tmp_path / 'run.yaml'}"]).deepspeed
     assert found == {"a": {"x": [1, 2]}, "b": {"x": [1, 2]}, "c": {"x": [1, 2], "y": 3}}
+
+
+def test_the_cases_are_counted() -> None:
+    check_count(__name__)

@@ -26,6 +26,7 @@ URLS = {
     f"s3://a:{SECRET}@b@host:9000/x": f"s3://{HIDDEN}@host:9000/x",
     f"https://host/x?sig={SECRET}&y=1": f"https://host/x?{HIDDEN}",
     f"simplecache::ftp://u:{SECRET}@host": f"simplecache::ftp://{HIDDEN}@host",
+    f"https://{SECRET}@a/x, https://{SECRET}@b/y?k={SECRET}": f"https://{HIDDEN}@a/x, https://{HIDDEN}@b/y?{HIDDEN}",
 }
 PLAIN = ("s3://bucket/x", "hf://datasets/a/b@main/c", "/data/a@b", "is it? yes", "a:b@c", "https://host/a@b")
 
@@ -67,6 +68,14 @@ def test_urls_have_no_user_and_no_query(url: str) -> None:
 @pytest.mark.parametrize("text", PLAIN)
 def test_other_text_stays(text: str) -> None:
     assert hide(text) == text
+
+
+def test_every_place_of_what_was_hidden_is_known() -> None:
+    url = f"https://me:{SECRET}@host/x"
+    found = {"deepspeed": {"a": {"key": SECRET, "open": 1}, "b": [1, url], "c": url, url: 2}, "name": "x"}
+    hidden = hide(url)
+    assert sorted(hidden_keys(redacted(found))) == [f"deepspeed.{key}" for key in ("a.key", "b", "c", hidden)]
+    assert hidden_keys(found) == []
 
 
 SECRETS = with_deepspeed({"wandb": {"api_key": SECRET}})

@@ -11,12 +11,14 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import write_shards
-from hostile import bounded, contents
+from hostile import bounded, check_count, contents
 
 from llm.data.chat import Chat
 from llm.data.prepare.fetch import fetch
-from llm.data.tokens.hashes import check_hashes, sampled_hash
-from llm.data.tokens.manifest import read_manifest
+from llm.data.tokens.folder import open_folder
+from llm.data.tokens.hashes import check_hash, check_hashes, sampled_hash
+from llm.data.tokens.manifest import LARGEST_MANIFEST, FileEntry, parse_manifest, read_manifest
+from llm.data.tokens.sums import SumsFile
 from llm.errors import InputError
 
 TOKENS = np.arange(3000) % 500
@@ -73,6 +75,12 @@ def test_a_manifest_that_is_none_is_refused(kind: str, data: Path) -> None:
         read_manifest(data)
 
 
+def test_a_manifest_that_is_too_long_is_not_parsed() -> None:
+    raw = b"," * (LARGEST_MANIFEST + 1)
+    with bounded(), pytest.raises(InputError, match=f"more than {LARGEST_MANIFEST} bytes"):
+        parse_manifest(raw)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shard_that_is_none_is_not_waited_for(kind: str, data: Path) -> None:
     manifest = read_manifest(data)
@@ -83,6 +91,19 @@ def test_a_shard_that_is_none_is_not_waited_for(kind: str, data: Path) -> None:
     if kind != "200 GiB":
         with bounded(), pytest.raises(InputError, match=r"train\.bin"):
             sampled_hash([str(data / "train.bin")])
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.sums", "tokenizer.json"])
+def test_200_gib_that_the_manifest_has_too_are_not_hashed(name: str, data: Path, tmp_path: Path) -> None:
+    os.truncate(data / name, 200 << 30) if name != "train.sums" else KINDS["200 GiB"](data / name)
+    entry = FileEntry(200 << 30, "0" * 64)
+    check: dict[str, Callable[[], object]] = {
+        "train.bin": lambda: check_hash(str(data / name), entry),
+        "train.sums": SumsFile(str(data / name), "0" * 64).checked,
+        "tokenizer.json": lambda: open_folder(data),
+    }
+    with bounded(), pytest.raises(InputError, match=f"{name}.* most of which were never written"):
+        check[name]()
 
 
 def test_a_template_of_200_gib_is_refused(tmp_path: Path) -> None:
@@ -114,7 +135,7 @@ def test_a_copy_writes_through_no_link(name: str, kind: str, tmp_path: Path, buc
         "folder": Path.mkdir,
     }
     make[kind](folder / name)
-    with bounded(), pytest.raises(InputError, match=f"{name} leads to|cannot be written: .*{name}"):
+    with bounded(folder), pytest.raises(InputError, match=f"{name} leads to|cannot be written: .*{name}"):
         fetch(URL, folder)
     assert contents(outside) == {"file": b"a victim's"} and not (folder / "manifest.json").exists()
 
@@ -124,6 +145,10 @@ def test_a_copy_replaces_a_link_or_refuses_it(name: str, tmp_path: Path, bucket:
     folder, outside = tmp_path / "copy", tmp_path / "outside"
     folder.mkdir()
     (folder / name).symlink_to(outside / "new")
-    with bounded(), suppress(InputError):
+    with bounded(folder), suppress(InputError):
         fetch(URL, folder)
     assert contents(outside) == {"file": b"a victim's"}
+
+
+def test_the_cases_are_counted() -> None:
+    check_count(__name__)

@@ -104,6 +104,7 @@ def wrong_gradients(config: RunConfig, rank: int, wrong: list[int]) -> tuple[str
             output.register_hook(lambda grad: grad * (1 + 2.0**-5 * (1 + number)))
 
     before = {key: tensor.clone() for key, tensor in engine.optimizer_tensors().items()}
+    scalars, hooks = engine.scalar_state(), len(engine.optimizer._optimizer_step_pre_hooks)
     handle = engine.model.norm.register_forward_hook(spoil)
     try:
         told, odd = replay(engine, data, target_count(False)) or "", None
@@ -111,6 +112,7 @@ def wrong_gradients(config: RunConfig, rank: int, wrong: list[int]) -> tuple[str
         told, odd = str(error), sorted(error.odd)
     handle.remove()
     same = all(torch.equal(tensor, before[key]) for key, tensor in engine.optimizer_tensors().items())
+    same = same and engine.scalar_state() == scalars and len(engine.optimizer._optimizer_step_pre_hooks) == hooks
     engine.close()
     return told, odd, same
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hostile import bounded, contents
+from hostile import bounded, check_count, contents, no_umask, open_to_others
 
 from llm import files
 from llm.cluster.failure import record_failure
+from llm.cluster.heartbeat import Heartbeat, Verdict
 from llm.cluster.supervise import Command, End, Supervisor
 from llm.errors import InputError
 from llm.train.engines.deepspeed_log import divert
 from llm.train.metrics import MetricsWriter
+from llm.train.profiling import empty_folder
 from llm.train.run_folder import RunFolder
 from runs import ROOT, Workspace
 
@@ -50,7 +51,10 @@ def test_a_start_refuses_what_leads_elsewhere(name: str, kind: str, folder: RunF
     target = tmp_path / ("outside/folder" if name in FOLDERS else "outside/file")
     KINDS[kind](folder.path / name, target)
     before = contents(tmp_path)
-    with bounded(), pytest.raises(InputError, match=f"{name} is {'no regular file' if kind == 'pipe' else 'a link'}"):
+    with (
+        bounded(folder.path),
+        pytest.raises(InputError, match=f"{name} is {'no regular file' if kind == 'pipe' else 'a link'}"),
+    ):
         folder.claim()
     assert contents(tmp_path) == before
 
@@ -89,7 +93,7 @@ def test_no_write_follows_a_link_that_came_later(name: str, kind: str, folder: R
     path = folder.path / name
     path.parent.mkdir(exist_ok=True)
     KINDS[kind](path, tmp_path / "outside/file")
-    with bounded(), suppress(OSError, InputError):
+    with bounded(folder.path), suppress(OSError, InputError):
         WRITERS[name](folder)
     assert contents(tmp_path / "outside") == {"file": b"a victim's", "folder": None}
 
@@ -104,18 +108,36 @@ def test_the_nonce_is_not_waited_for(kind: str, folder: RunFolder) -> None:
         folder.check_nonce("x")
 
 
+def stalled(folder: RunFolder) -> None:
+    Heartbeat(failed=folder.failed)._record(Verdict(1, "stalls", 0, "here"))
+
+
+MAKERS = {name: write for name, write in WRITERS.items() if name not in ("lock", "stalls/rank-0.txt")}
+MAKERS |= {"stalls/rank-0.txt": stalled, "profile-3-5": lambda folder: empty_folder(folder.path / "profile-3-5")}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_each_file_is_made_for_its_owner(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what writes it: a library, which does not, is what launch/pretrain.py changes the umask for."""
+    monkeypatch.delenv("INGOT_START", raising=False)
+    folder = RunFolder(tmp_path, "mine")
+    with no_umask():
+        folder.create()
+        MAKERS[name](folder)
+    assert open_to_others(folder.path) == {} and len(contents(folder.path)) > 0
+
+
 def test_files_of_a_run_are_its_owners_whatever_the_umask(tmp_path: Path) -> None:
     space = Workspace(tmp_path / "space")
     settings = {"train.max_steps": 2, "train.eval_interval": 2, "logging.tensorboard": "true", "name": "mine"}
     words = [sys.executable, str(ROOT / "launch/pretrain.py"), *space.arguments(**settings), "--prepare"]
     done = space.run(["sh", "-c", 'umask 0; exec "$@"', "sh", *words])
     assert done.returncode == 0, done.stderr
-    found = [space.path / "runs/mine", *(space.path / "runs/mine").rglob("*")]
-    wrong = {
-        str(path): oct(stat.S_IMODE(path.stat().st_mode))
-        for path in found
-        if stat.S_IMODE(path.stat().st_mode) != (0o700 if path.is_dir() else 0o600)
-    }
-    assert wrong == {}
+    found = (space.path / "runs/mine").rglob("*")
+    assert open_to_others(space.path / "runs/mine") == open_to_others(space.path / "data") == {}
     kinds = {"config.yaml", "metrics.jsonl", "tokenizer.json", "lock", "nonce", "manifest.json", "state.json"}
     assert {path.name for path in found} > kinds | {"tensorboard", "checkpoints", "loss.png"}
+
+
+def test_the_cases_are_counted() -> None:
+    check_count(__name__)

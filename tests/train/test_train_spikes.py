@@ -58,6 +58,15 @@ def test_a_spike_is_so_many_deviations_above_the_mean_of_a_full_window() -> None
             assert not any(judged(watch(spike_sigmas=0), [*CALM, tuple(number.tolist())]))
 
 
+def test_numbers_that_hardly_vary_have_a_least_deviation() -> None:
+    """A thousandth of the mean: six of them are 0.6 %."""
+    for which in (0, 1):
+        for part, bad in ((0.005, False), (0.007, True)):
+            numbers = [2.0, 0.5]
+            numbers[which] *= 1 + part
+            assert judged(watch(), [(2.0, 0.5)] * 8 + [tuple(numbers)]) == [*[False] * 8, bad]
+
+
 @pytest.mark.parametrize("bad", [(math.nan, 0.5), (3.0, math.inf), (-math.inf, 0.5), (3.0, math.nan)])
 def test_what_is_not_finite_is_bad_from_the_first_step_on(bad: tuple[float, float]) -> None:
     assert judged(watch(), [bad, *CALM, bad, CALM[0]]) == [True, *[False] * 8, True, False]
@@ -71,7 +80,9 @@ def columns(spikes: Spikes) -> list[float]:
 
 def test_a_bad_step_does_not_join_the_window_and_a_good_one_replaces_the_oldest() -> None:
     spikes = watch()
+    assert spikes.usual() == ""
     judged(spikes, CALM)
+    assert spikes.usual() == " (of late 3.007 and 0.5092)"
     assert judged(spikes, [(9.0, 0.5), (9.0, 0.5), (math.nan, 0.5)]) == [True] * 3
     assert columns(spikes) == pytest.approx(sum(CALM, ()))
     judged(spikes, [(3.05, 0.51)])
@@ -88,13 +99,14 @@ def test_a_resumed_window_judges_as_the_whole_one() -> None:
         judged(first, numbers[:cut])
         again = Spikes(TrainConfig(spike_window=8, spike_sigmas=1.5, spike_patience=99), CPU, first.state())
         assert judged(again, numbers[cut:]) == expected[cut:]
+    assert columns(Spikes(TrainConfig(spike_window=4), CPU, whole.state())) == columns(whole)[-8:]  # the newest
 
 
 def test_after_too_many_bad_steps_all_are_left_out_until_the_run_resumes() -> None:
     spikes = watch(spike_patience=2)
     nan = (math.nan, 0.5)
     assert judged(spikes, [nan, CALM[0], nan, nan, CALM[0], CALM[1]]) == [True, False, True, True, True, True]
-    assert len(spikes.state()[0]) == 1
+    assert len(spikes.state()[0]) == 1 and int(spikes.in_a_row) == 2  # those left out since then do not count
     spikes.resume(4)
     assert judged(spikes, [CALM[0], nan, CALM[0]]) == [False, True, False]
     assert judged(spikes, [nan, nan, CALM[0]]) == [True, True, True]  # one that is good ends the patience
@@ -109,8 +121,10 @@ def test_bad_steps_that_go_on_are_suffered_longer() -> None:
     again.resume(4)
     assert judged(again, [nan] * 3) == [True] * 3
     saved = Spikes(TrainConfig(spike_window=8, spike_patience=2), CPU, again.state(), 3, 4)
+    longer = Spikes(TrainConfig(spike_window=8, spike_patience=2), CPU, again.state(), 3, 5)
     for each in (again, saved):
         assert judged(each, [nan, CALM[0]]) == [True, True]
+    assert judged(longer, [nan, CALM[0]]) == [True, False]
 
 
 def test_overflows_in_fp16_are_the_loss_scales() -> None:

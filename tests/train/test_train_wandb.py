@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from llm.config import RunConfig
+from llm.config import DataConfig, RunConfig, TrainConfig
 from llm.config.reports import LoggingConfig
 from llm.errors import InputError
 from llm.train import wandb_run
@@ -96,6 +97,15 @@ def test_a_run_that_fails_is_marked_so(tmp_path: Path) -> None:
     assert [code for _, _, code in sent(tmp_path)] == [1]
 
 
+def test_no_secret_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+    monkeypatch.setattr(wandb, "init", lambda **options: given.update(options) or Mock())
+    section = {"monitor": {"api_key": "hunter2", "many": [{"token": "hunter2"}]}}
+    data = DataConfig(path="s3://me:hunter2@host/x?sig=hunter2")
+    WandbRun(tmp_path, replace(CONFIG, train=TrainConfig(engine="deepspeed"), deepspeed=section, data=data))
+    assert "hunter2" not in repr(given) and given["config"]["name"] == "tiny"
+
+
 def test_a_rank_that_does_not_report_opens_none(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "m.jsonl", None, wandb=open_run(tmp_path), enabled=False) as writer:
         writer.write({"step": 1, "loss": 1.0})
@@ -116,8 +126,9 @@ def test_what_wandb_refuses_is_a_warning(tmp_path: Path, monkeypatch: pytest.Mon
 DIES = """
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 import psutil
-from llm.config import RunConfig
+from llm.config import DataConfig, RunConfig, TrainConfig
 from llm.train.metrics import MetricsWriter
 from llm.train.wandb_run import WandbRun
 folder = Path(sys.argv[1])

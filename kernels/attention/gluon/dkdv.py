@@ -87,7 +87,7 @@ def consume(
     dk = gl.zeros((N, D), gl.float32, O_LAYOUT)
     dv = gl.zeros((N, D), gl.float32, O_LAYOUT)
     n = gl.cdiv(end - begin, M)
-    end -= first
+    end -= first  # from here on rows count from the consumer's first key
     begin -= first
     full -= first
     row = begin

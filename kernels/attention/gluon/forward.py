@@ -19,12 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.attention.gluon.parts import await_tile, fetch, release, ring, tile_of
+from kernels.attention.parts import UNSEEN
 from kernels.attention.walk import first_key, tile_and_head
 
 CONSUMERS = gl.constexpr(2)
-# Stands for minus infinity where a row may meet tiles of which it sees nothing: differences stay finite, and what such
-# a tile added is multiplied by zero once the row sees a key. A power of two, whose product with any scale is exact.
-UNSEEN = gl.constexpr(-(2.0**126))
 
 
 @gluon.jit
@@ -41,23 +39,23 @@ def produce(
         tma.async_copy_global_to_shared(q_desc, [b, h, row + c * M, 0], q_full.index(c), q_s.index(c))
     fetch(k_desc, b, kv_head, last * N, keys, 0, K_STAGES)
     for i in range(1, n):
-        # Consumers wait for K(i) before they release V(i - 1): in the other order both might wait for ever.
+        # Consumers wait for K(i), then release V(i - 2): with one stage the other order here would wait for ever.
         fetch(k_desc, b, kv_head, (last - i) * N, keys, i, K_STAGES)
         fetch(v_desc, b, kv_head, (last - i + 1) * N, values, i - 1, V_STAGES)
     fetch(v_desc, b, kv_head, (last - n + 1) * N, values, n - 1, V_STAGES)
 
 
 @gluon.jit
-def masked(scores, key, first, full, positions, lows, N: gl.constexpr, BOUNDED: gl.constexpr):
-    """Scores [M, N] of the keys from `key` on: those of keys that a query does not see become UNSEEN.
+def masked(scores, i, last, near, far, positions, lows, N: gl.constexpr, BOUNDED: gl.constexpr):
+    """Scores [M, N] of the i-th tile: those of keys that a query does not see become UNSEEN.
 
-    positions: of the queries, from `first` on. All of them see the keys from `full` to `first`.
+    Tiles before the near-th hold keys after the first query, tiles after the far-th keys that not all queries see.
     """
-    partial = key + N - 1 > first
+    partial = i < near
     if BOUNDED:
-        partial |= key < full
+        partial |= i > far
     if partial:
-        cols = key + gl.arange(0, N, layout=gl.SliceLayout(0, scores.type.layout))
+        cols = (last - i) * N + gl.arange(0, N, layout=gl.SliceLayout(0, scores.type.layout))
         seen = cols[None, :] <= positions[:, None]
         if BOUNDED:
             seen &= cols[None, :] >= lows[:, None]
@@ -105,10 +103,11 @@ def consume(
     first = row + C * M
     positions = first + gl.arange(0, M, layout=S_ROWS)
     lows = positions
-    full = 0
+    near = last + 1 - (first + 1) // N
+    far = last
     if BOUNDED:
         lows = first_key(starts_ptr, window, b, T, positions)
-        full = first_key(starts_ptr, window, b, T, gl.minimum(first + M, T) - 1)
+        far -= gl.cdiv(first_key(starts_ptr, window, b, T, gl.minimum(first + M, T) - 1), N)
     q = q_s.index(C).reshape((M, D))
     zero = gl.zeros((M, N), gl.float32, S_LAYOUT)
     high = gl.full((M,), float("-inf"), gl.float32, S_ROWS)
@@ -122,7 +121,7 @@ def consume(
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(turn.index(1 - C))
     release(keys, 0, K_STAGES)
-    scores = masked(scores, last * N, first, full, positions, lows, N, BOUNDED)
+    scores = masked(scores, 0, last, near, far, positions, lows, N, BOUNDED)
     weights, high, total = softmax(scores, high, scale, M, N)
     T_ROWS: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     p = gl.convert_layout(weights.to(q_s.dtype), P_LAYOUT)
@@ -136,7 +135,7 @@ def consume(
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(turn.index(1 - C))  # the other's products follow P V
         release(keys, i, K_STAGES)
-        scores = masked(scores, (last - i) * N, first, full, positions, lows, N, BOUNDED)
+        scores = masked(scores, i, last, near, far, positions, lows, N, BOUNDED)
         weights, higher, sums = softmax(scores, high, scale, M, N)
         shrink = gl.exp2(high - higher)
         total = total * gl.convert_layout(shrink, T_ROWS)[:, None] + sums

@@ -20,7 +20,7 @@ from kernels.attention.tiles import HOPPER
 from kernels.dispatch import cdiv
 from kernels.plan import Layout, Plan, planned
 
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 M, N = 64, 128  # rows of a consumer's tile of queries, and of a tile of keys
 STAGES = {64: (4, 4), 128: (2, 4)}  # of keys and of values, by head width: powers of two, for short address arithmetic
 
@@ -32,10 +32,6 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int
-
-    def run(self) -> None:
-        """Launch by Triton's own path, which compiles if it must, on the current device's current stream."""
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
 
 
 def launch_of(plan: Plan, *tensors: Tensor | None) -> Launch:
@@ -52,12 +48,6 @@ def layout_of(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, 
     block = (1, 1, rows, D)
     shared = gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[dtype])
     return Layout((B, heads, T, D), (b, h, t, 1), block, partial(TensorDescriptor, layout=shared))
-
-
-def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor of x [B, T, heads, D], as [B, heads, T, D] in tiles [1, 1, rows, D]."""
-    shape, strides, block, kind = layout_of(x.shape, x.stride(), x.dtype, rows)
-    return kind(x, list(shape), list(strides), list(block))
 
 
 def described(x: Tensor) -> Tensor:

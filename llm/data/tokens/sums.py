@@ -20,6 +20,7 @@ from llm.errors import DamagedFile, InputError, require
 from llm.files import complete_file, sha256_of
 
 BLOCK = 1 << 16  # bytes
+ADVICE = "restore the file from its source, or run python launch/prepare_data.py again with another data.path"
 
 
 class SumsFile(NamedTuple):
@@ -88,6 +89,6 @@ class BlockSums:
             if found != expected:
                 raise DamagedFile(
                     f"{path}: the {content.size} bytes from byte {at} on have the xxh64 {found:x}, "
-                    f"expected {expected:x} ({self._path})"
+                    f"expected {expected:x} ({self._path}): {ADVICE}"
                 )
             self._verified[i] = True

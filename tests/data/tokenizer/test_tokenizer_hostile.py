@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import bounded
+from hostile import bounded, check_count
 
 from llm.data.tokenizer import LARGEST, Tokenizer
 from llm.errors import InputError
@@ -53,7 +53,7 @@ CASES: dict[str, bytes] = {
 def test_a_hostile_tokenizer_is_refused(case: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(CASES[case])
-    with bounded(), pytest.raises(InputError, match=r"tokenizer\.json") as refusal:
+    with bounded(children=True), pytest.raises(InputError, match=r"tokenizer\.json") as refusal:
         Tokenizer.load(path)
     assert len(str(refusal.value)) < 2000
 
@@ -68,5 +68,9 @@ def test_what_is_no_tokenizer_is_not_read(kind: str, tmp_path: Path) -> None:
     else:
         path.touch()
         os.truncate(path, LARGEST + 1)
-    with bounded(), pytest.raises(InputError, match=r"tokenizer\.json"):
+    with bounded(children=True), pytest.raises(InputError, match=r"tokenizer\.json"):
         Tokenizer.load(path)
+
+
+def test_the_cases_are_counted() -> None:
+    check_count(__name__)

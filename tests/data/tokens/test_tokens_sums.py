@@ -78,7 +78,8 @@ def test_a_flipped_bit_is_found_where_its_block_is_read(tmp_path: Path, format: 
             for start, count in ((bad[-1], 1), (bad[0], 1), (0, total)):
                 assert said(reader, start, count) == (
                     f"{path}: the {end - begin} bytes from byte {begin} on have the xxh64 {found:x}, "
-                    f"expected {expected:x} ({tmp_path / 'sums'})"
+                    f"expected {expected:x} ({tmp_path / 'sums'}): restore the file from its source, "
+                    "or run python launch/prepare_data.py again with another data.path"
                 )
             with open(path, "r+b") as file_again:  # the same file: a reader has it mapped
                 file_again.write(good)

@@ -49,10 +49,10 @@ def boxes(events: list[emulator.Event]) -> Iterator[Box]:
         consumer = 1 if event.lane.startswith("consume 1") else 0
         kind = ""
         if event.lane == "copies":
-            kind = event.kind.removeprefix("copy of ")[0].upper()
+            kind = event.of[0].upper()
             row = int(kind == "V")
         elif event.lane.endswith("products"):
-            kind = "PV" if event.kind == "product of registers" else "QK"
+            kind = "PV" if event.of == "registers" else "QK"
             row = 2 + 2 * consumer
         elif event.lane.startswith("consume"):
             kind = {"exponentials": "softmax", "arithmetic": "rescale", "wait": "wait"}[event.kind]

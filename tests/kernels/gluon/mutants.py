@@ -74,13 +74,15 @@ def blocks(node: ast.AST) -> bool:
 def mutants(source: str, known: dict[str, list[str]]) -> Iterator[Mutant]:
     """Every mutant of the jit functions of a module; known: the `helpers` of its kernels."""
     tree = ast.parse(source)
+    texts = [ast.unparse(part) for part in tree.body]
     for index, function in functions(tree).items():
         for kind, path, changed in changes(function, known):
-            other = copy.deepcopy(tree)
-            before, after = replaced(other.body[index], path, changed)
+            other = copy.deepcopy(function)
+            before, after = replaced(other, path, changed)
             if kind == "stage shifted" and before.startswith("mbarrier.init("):
                 continue  # a loop initialises all of them, in whichever order
-            yield Mutant(kind, f"{function.name}: {before}", after, ast.unparse(other))
+            text = "\n".join([*texts[:index], ast.unparse(other), *texts[index + 1 :]])
+            yield Mutant(kind, f"{function.name}: {before}", after, text)
 
 
 Path = tuple[tuple[str, int | None], ...]

@@ -115,6 +115,7 @@ AFTER = "    mbarrier.invalidate(ready.index(1))\n    mbarrier.arrive(ready.inde
 OTHERS = [
     (division, "overflow", "x // by", "x * 100000"),
     (division, "overflow", "gl.program_id(0) * SIZE + gl", "gl.program_id(0) * SIZE * 2000000000 + gl"),
+    (division, "overflow", "x // by", "(gl.cast(x, gl.int64) * 100000).to(gl.int32)"),
     (division, "division", "x // by", "x // (by - 7)"),
     (division, "double store", "gl.program_id(0) * SIZE + gl", "gl.program_id(0) * (SIZE // 2) + gl"),
     (division, "bounds", "q_ptr + at, x // by, mask=at < T", "q_ptr + at, x // by"),
@@ -159,12 +160,31 @@ def test_a_deadlock_names_who_waits_for_what():
     assert all(finding.line.startswith("toys:") for finding in found)
 
 
+def test_only_the_tensors_of_a_launch_must_be_stored_and_all_of_them():
+    """Two results lie in one piece of memory, which no launch stores as a whole."""
+    wanted, _, right = division()
+    both = torch.full((right.shape[1], 3), math.nan)
+    wanted.arguments |= {"q_ptr": both.T[1], "r_ptr": both.T[0]}
+    packed = SOURCE.replace("(q_ptr + at,", "(q_ptr + at * 3,").replace("(r_ptr + at,", "(r_ptr + at * 3,")
+    assert not emulator.run(wanted, 0, {"toys": packed}).findings
+    assert torch.equal(both[:, 1].int(), right[0].int()) and both[:, 2].isnan().all()
+    both.fill_(math.nan)
+    less = packed.replace("x % by, mask=at < T", "x % by, mask=at < T - 5")
+    (finding,) = emulator.run(wanted, 0, {"toys": less}).findings
+    assert finding.kind == "never stored" and finding.text.startswith("5 of 334 elements of r_ptr")
+
+
 def test_a_barrier_must_be_initialised_before_others_may_use_it():
     init = "    mbarrier.init(ready.index(0), count=1)\n"
     source = SOURCE.replace(init, "").replace("    x_s.store(", f"{init}    x_s.store(")
     found = [emulator.run(handover()[0], seed, {"toys": source}).findings for seed in range(6)]
     texts = "".join(finding.text for each in found for finding in each if finding.kind == "barrier")
     assert all(found) and "read uses ready[0] without being ordered after its init" in texts
+
+
+def test_a_choice_between_numbers_adds_none():
+    source = SOURCE.replace("x // by", "gl.where(at >= 0, x // by, 2147483647)")
+    assert not emulator.run(division()[0], 0, {"toys": source}).findings
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

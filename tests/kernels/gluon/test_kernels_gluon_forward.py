@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 import emulator
 from kernels.attention import Strided, attention, attention_packed, attention_with_lse, document_bounds
 from kernels.attention.gluon import launch as gluon
-from kernels.attention.gluon.launch import Launch, described, descriptor, forward_launch
+from kernels.attention.gluon.launch import Launch, described, forward_launch, layout_of
 from kernels.attention.options import Options
 from kernels.dispatch import KernelError, choose
 from kernels.norm import layer_norm
@@ -59,6 +59,11 @@ def check(case: Case, dtype: torch.dtype, tensors: list[Tensor] | None = None, s
     allowed = 2 * (plain.double() - true).abs().max() + 2 * torch.finfo(dtype).eps * v.double().abs().max()
     assert (o.double() - true).abs().max() <= allowed
     torch.testing.assert_close(lse.double() * math.log(2), true_lse, rtol=1e-6, atol=2e-6)
+
+
+def descriptor(x: Tensor, rows: int) -> Any:
+    shape, strides, block, kind = layout_of(x.shape, x.stride(), x.dtype, rows)
+    return kind(x, list(shape), list(strides), list(block))
 
 
 DOCUMENTS = (0, 0, 1, 5, 130, 131, 131, 400, 500)  # empty ones, and some of length 1

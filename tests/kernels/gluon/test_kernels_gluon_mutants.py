@@ -11,17 +11,18 @@ from mutants import Mutant, helpers, mutants
 from trials import MODULES, Prepared, Trial, mutants_of, prepared, sources, survivors
 
 CUTS = (100, 101, 450, 700)
-# More tiles than two rounds through the ring, and bounds that fall inside of tiles; the cheap ones first.
+# More tiles than two rounds through the ring, bounds inside of tiles and at their ends, and the least ring.
 TRIALS = {
     kernel: (
         Trial(kernel, 37),
+        Trial(kernel, 65),
         Trial(kernel, 256, window=1),
-        Trial(kernel, 450, H=2, stages=stages),
-        Trial(kernel, 400, B=2, H=2, cuts=CUTS, stages=stages),
-        Trial(kernel, 900, window=300, stages=stages),
+        Trial(kernel, 448, H=2, stages=least),
+        Trial(kernel, 400, B=2, H=2, cuts=CUTS, stages=least + 1),
+        Trial(kernel, 900, window=300, stages=least + 1),
         Trial(kernel, 1500),
     )
-    for kernel, stages in (("forward", 2), ("dkdv", 2), ("dq", 3))
+    for kernel, least in (("forward", 1), ("dkdv", 1), ("dq", 3))
 }
 SEEDS = 3
 TOY = """
@@ -68,16 +69,20 @@ def kept(trial: Trial) -> Prepared:
 
 
 # Mutants that are right programs: (rule, what the mutant is like, why). Only these may go unfound.
+A_WAIT = r"([\w, ]+ = )?(mbarrier\.wait|await_tile|warpgroup_mma_wait)\(.*\)"
 RIGHT = (
     ("neighbours swapped", r"expect\(.*copy_global", "the phase cannot end before the bytes are expected"),
-    ("neighbours swapped", r"(wait|await_tile)\([^;]*; (mbarrier\.wait|await_tile)\([^;]* -> ", "two waits"),
+    ("stage shifted", r"produce: mbarrier.expect\(k?[qv]_full.index\(c\)", "a loop expects both barriers' equal bytes"),
+    ("neighbours swapped", f": {A_WAIT}; {A_WAIT} -> ", "two waits"),
     ("neighbours swapped", r"warpgroup_mma_wait\(\d, .*turn", "turns order the consumers' products, not memory"),
     ("dependency dropped", r"deps=\(acc, p, weights\)\) -> acc, p =", "`weights` only keep the compiler's order"),
     ("dependency dropped", r"deps=\(dq, ds, ds16\)\) -> ds, ds16 =", "the sums are waited for after the loop"),
     ("dependency dropped", r"deps=\(dq, ds, ds16\)\) -> dq, ds16 =", "`ds` only keeps the compiler's order"),
     ("one dropped", r"(partial|full) = ", "a tile is masked that need not be"),
     ("comparison (changed|dropped)", r"partial (\|)?= ", "a tile is masked that need not be"),
+    ("comparison (changed|dropped)", r"consume: row > -M ", "a tile is computed of which no query sees a key"),
     ("bound moved", r"gluon_forward_kernel: last = .*\+ 1$", "one more tile, of which no query sees a key"),
+    ("bound moved", r"gluon_forward_kernel: n -= .* - 1$", "one more tile, of which no query sees a key"),
     ("one dropped", r"gluon_forward_kernel: last = ", "one more tile, of which no query sees a key"),
 )
 
@@ -97,7 +102,7 @@ def check(name: str, chosen: list[Mutant]) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_some_mutants_are_found(name: str) -> None:
-    check(name, mutants_of(name)[5::40])
+    check(name, mutants_of(name)[5::50])
 
 
 @pytest.mark.slow
@@ -109,7 +114,7 @@ def test_all_mutants_are_found(name: str, part: int) -> None:
 
 def test_the_kernels_are_right_where_their_mutants_are_tried() -> None:
     for kernel in TRIALS:
-        assert not [fault for trial in TRIALS[kernel][:4] if (fault := kept(trial).fault(0))]
+        assert not [fault for trial in TRIALS[kernel][:3] if (fault := kept(trial).fault(0))]
     for name in MODULES:
         right = [mutant for mutant in mutants_of(name) if why_right(mutant)]
         assert len(right) < 0.15 * len(mutants_of(name)), right

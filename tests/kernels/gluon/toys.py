@@ -1,5 +1,7 @@
 """Small Gluon kernels for the emulator's own tests: right ones, which the tests break."""
 
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

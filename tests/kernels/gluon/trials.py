@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib import import_module
 from typing import Any
 
@@ -46,13 +47,13 @@ class Trial:
     stages: int | None = None
     packed: bool = False
 
-    @property
+    @cached_property
     def cu_seqlens(self) -> Tensor | None:
         return None if self.cuts is None else torch.tensor([0, *self.cuts, self.B * self.T], dtype=torch.int32)
 
     def bounds(self) -> Tensor | None:
         """The first and the last token of each token's document, as kernels.attention.documents finds them."""
-        if self.cuts is None:
+        if self.cu_seqlens is None:
             return None
         tokens = torch.arange(self.B * self.T)
         document, row = torch.searchsorted(self.cu_seqlens, tokens, right=True), tokens // self.T * self.T
@@ -139,7 +140,9 @@ def sources() -> dict[str, str]:
     return {name: inspect.getsource(import_module(f"{PACKAGE}.{name}")) for name in MODULES}
 
 
+@cache
 def mutants_of(name: str) -> list[Mutant]:
+    """All mutants of one of MODULES."""
     texts = sources()
     return list(mutants(texts[name], helpers(*texts.values())))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -14,7 +15,19 @@ from triton.experimental.gluon import language as real
 from . import barriers, products, shared, tma
 from .machine import Agent, Machine
 from .memory import Pointer
-from .values import Value, array_type, binary, data_as, dtype_of, elementwise, made, result, rounded
+from .values import (
+    Value,
+    array_type,
+    binary,
+    check_shapes,
+    common,
+    data_as,
+    dtype_of,
+    elementwise,
+    made,
+    result,
+    rounded,
+)
 
 SAME = (  # of the real language: types and layouts, which the emulator passes on and does not interpret
     *("int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "bfloat16"),
@@ -173,9 +186,11 @@ def arithmetic(machine: Machine) -> dict[str, Any]:
         return x if isinstance(x, Value) else Value(x, dtype_of(x), machine)
 
     def where(condition: Any, x: Any, y: Any) -> Value:
-        both = binary("add", as_value(x), y) if isinstance(x, Value) or isinstance(y, Value) else as_value(x)
-        chosen = np.where(condition.data, data_as(x, both.dtype), data_as(y, both.dtype))
-        return result(chosen, both.dtype, machine)
+        dtype = common(x, y)
+        sides = [condition.data, data_as(x, dtype), data_as(y, dtype)]
+        for one, other in itertools.combinations(sides, 2):
+            check_shapes(np.shape(one), np.shape(other))
+        return result(np.where(*sides), dtype, machine)
 
     def fma(x: Any, y: Any, z: Any) -> Value:
         exact = (np.asarray(data_as(v, real.float32), np.float64) for v in (x, y, z))

@@ -215,10 +215,10 @@ class Machine:
 
     def fail(self, error: Exception) -> None:
         """A Python error in the kernel ends the run."""
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if SOURCE.match(frame.filename)]
-        name = SOURCE.match(frames[-1].filename)[1] if frames else "?"
-        number = frames[-1].lineno if frames else 0
-        source = self.lines[name][number - 1].strip() if frames else ""
+        frames = [(SOURCE.match(each.filename), each.lineno or 1) for each in traceback.extract_tb(error.__traceback__)]
+        places = [(found[1], number) for found, number in frames if found]
+        name, number = places[-1] if places else ("?", 1)
+        source = self.lines.get(name, [""])[number - 1].strip()
         text = f"{type(error).__name__}: {error}"
         self.found[Finding("error", text, f"{name}:{number}", source)] = None
         self.over = self.broken = True
@@ -236,8 +236,8 @@ class Machine:
             frame = frame.f_back
         return "?", ""
 
-    def event(self, lane: str, kind: str, label: str, start: float, end: float) -> None:
-        self.events.append(Event(self.cta, lane, kind, label, start, end, self.where()[0]))
+    def event(self, lane: str, kind: str, label: str, start: float, end: float, of: str = "") -> None:
+        self.events.append(Event(self.cta, lane, kind, label, start, end, self.where()[0], of))
 
     def said(self, what: str) -> str:
         """A description of an access by the current partition."""

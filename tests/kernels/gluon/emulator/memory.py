@@ -162,7 +162,7 @@ class World:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.storages: dict[int, Storage] = {}
-        self.names: dict[int, str] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
 
     def storage(self, tensor: torch.Tensor) -> Storage:
         return self.storages[tensor.untyped_storage().data_ptr()]
@@ -174,7 +174,7 @@ class World:
             key = tensor.untyped_storage().data_ptr()
             if key not in self.storages:
                 self.storages[key] = Storage(tensor)
-            self.names.setdefault(key, name)
+            self.tensors[name] = tensor
             kind = Pointer if tensor is value else Descriptor
             return kind(self, name, value)
         if value is None:
@@ -189,10 +189,15 @@ class World:
 
     def check_end(self) -> None:
         """Report what was NaN and was not stored in a tensor that the kernel stores to."""
-        for key, storage in self.storages.items():
-            never = storage.unset & (storage.owner == 0)
-            if storage.owner.any() and never.any():
-                text = f"{never.sum()} of {never.size} elements of {self.names[key]}, the first {never.argmax()}"
+        for name, tensor in self.tensors.items():
+            storage, first = self.storage(tensor), tensor.storage_offset()
+            owner, unset = (
+                as_strided(flat[first:], tensor.shape, [flat.itemsize * step for step in tensor.stride()])
+                for flat in (storage.owner, storage.unset)
+            )
+            never = unset & (owner == 0)
+            if owner.any() and never.any():
+                text = f"{never.sum()} of {never.size} elements of {name}, the first {never.argmax()}"
                 self.machine.report("never stored", text)
 
     def write_back(self) -> None:

@@ -40,7 +40,7 @@ class Product:
         clocks = 2 * a.shape[0] * a.shape[1] * b.shape[1] / machine.costs.flop
         self.operation.time = machine.products_end = start + clocks
         left = a.name if isinstance(a, Shared) else "registers"
-        machine.event(f"{agent.name} products", f"product of {left}", b.name, start, start + clocks)
+        machine.event(f"{agent.name} products", "product", b.name, start, start + clocks, left)
         agent.products.append(self)
 
     def compute(self, operation: Operation) -> None:
@@ -96,7 +96,7 @@ def settled(machine: Machine, dep: Any, outstanding: int) -> Value:
         raise TypeError(f"deps of a wait are values, found {type(dep).__name__}")
     if dep.used:
         machine.report("accumulator", "registers that a later product adds to are used")
-    if dep.product is None:
+    if dep.value is not None:
         return dep.value
     if dep.product in machine.current.products:
         machine.report("early", f"wait({outstanding}) does not cover {dep.product.what}, whose result it returns")

@@ -22,7 +22,11 @@ class Finding(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that took time: times in clocks by the assumed costs of `trace.Costs`."""
+    """Something that took time: times in clocks by the assumed costs of `trace.Costs`.
+
+    kind: copy, product, wait, exponentials or arithmetic; label: the shared memory or barrier; of: a copy's source, or
+    a product's left operand.
+    """
 
     cta: int
     lane: str
@@ -31,6 +35,7 @@ class Event(NamedTuple):
     start: float
     end: float
     line: str
+    of: str = ""
 
 
 @dataclass

@@ -29,7 +29,7 @@ class Load:
         start = max(agent.time + machine.costs.latency, machine.copies_end)
         size = source.block_type.nbytes
         machine.copies_end = start + size / machine.costs.bandwidth
-        machine.event("copies", f"copy of {source.name}", to.name, start, machine.copies_end)
+        machine.event("copies", "copy", to.name, start, machine.copies_end, source.name)
         half = to.view.shape[-1] // 2
         self.pieces = [slice(0, half), slice(half, None)]
         if machine.schedule.flip():

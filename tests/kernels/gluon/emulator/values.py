@@ -69,7 +69,6 @@ class Value:
     """A scalar (`data` a Python or numpy number) or a tensor (an array) that a kernel holds in registers."""
 
     __slots__ = ("data", "dtype", "machine")
-    __hash__ = None
 
     def __init__(self, data: Any, dtype: Any, machine: Any) -> None:
         self.data, self.dtype, self.machine = data, dtype, machine
@@ -84,8 +83,7 @@ class Value:
         return SimpleNamespace(layout=gl.AutoLayout(), element_ty=self.dtype, scalar=self.dtype, shape=self.shape)
 
     def to(self, dtype: Any) -> Value:
-        self.machine.work(np.size(self.data))
-        return made(rounded(self.data, dtype), dtype, self.machine)
+        return result(rounded(self.data, dtype), dtype, self.machine, narrow=True)
 
     def reshape(self, *shape: Any) -> Value:
         return Value(np.reshape(self.data, *shape if np.ndim(shape[0]) else [shape]), self.dtype, self.machine)
@@ -187,10 +185,10 @@ def binary(name: str, x: Any, y: Any) -> Any:
     return result(table[name](a, b), gl.int1 if name in COMPARISON else dtype, machine)
 
 
-def result(data: Any, dtype: Any, machine: Any) -> Value:
-    """A computed value: narrow floats rounded, int32 checked."""
+def result(data: Any, dtype: Any, machine: Any, narrow: bool = False) -> Value:
+    """A computed value: narrow floats rounded, unless they are `narrow` already, and int32 checked."""
     machine.work(np.size(data))
-    if dtype.name in NARROW:
+    if dtype.name in NARROW and not narrow:
         data = rounded(data, dtype)
     elif dtype.name == "int32" and np.size(data):
         low, high = (data.min(), data.max()) if isinstance(data, np.ndarray) else (data, data)
