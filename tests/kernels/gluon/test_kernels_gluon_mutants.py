@@ -114,7 +114,7 @@ def test_all_mutants_are_found(name: str, part: int) -> None:
 
 def test_the_kernels_are_right_where_their_mutants_are_tried() -> None:
     for kernel in TRIALS:
-        assert not [fault for trial in TRIALS[kernel][:3] if (fault := kept(trial).fault(0))]
+        assert not [fault for trial in TRIALS[kernel][:4] if (fault := kept(trial).fault(0))]
     for name in MODULES:
         right = [mutant for mutant in mutants_of(name) if why_right(mutant)]
         assert len(right) < 0.15 * len(mutants_of(name)), right
