@@ -145,6 +145,7 @@ $(OLD_TRITON)/.packages: constraints.txt
 
 test-triton-3.6: $(OLD_TRITON)/.packages ## the kernels under Triton 3.6: interpreted, and compiled for every GPU (40 min; ARGS="--only regex")
 	@$(TEST_ENV) $(OLD_TRITON)/bin/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" tests/kernels
+	@$(OLD_TRITON)/bin/python tests/kernels/gluon/machine_code.py
 	@$(OLD_TRITON)/bin/python -m benchmarks.kernels.aot $(ARGS)
 
 check: setup ## lint, formatting, types

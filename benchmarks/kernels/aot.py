@@ -1,9 +1,8 @@
 """`python -m benchmarks.kernels.aot`: compile every kernel for every architecture, without a GPU.
 
 Prints a line per kernel: registers per thread, bytes spilled, shared memory, and its matrix and bulk-copy instructions.
-Under it, for Hopper, a line per loop with matrix products (benchmarks/kernels/sass.py). Exits with 1 if a kernel spills
-or needs more shared memory than its architecture has, or if the machine code of one in Gluon has not the schedule that
-it was written for (benchmarks/kernels/schedule.py, a line for each fault). Triton's cache (the folder
+Under it, for Hopper, a line per loop with matrix products (benchmarks/kernels/sass.py).
+Exits with 1 if a kernel spills or needs more shared memory than its architecture has. Triton's cache (the folder
 TRITON_CACHE_DIR) then holds what a GPU machine with the same Triton and Python would compile.
 """
 
@@ -22,7 +21,6 @@ from pathlib import Path
 
 from triton import knobs
 
-from benchmarks.kernels import schedule
 from benchmarks.kernels.case import DTYPES, FAMILIES
 from benchmarks.kernels.launches import Launch, launches_of
 from benchmarks.kernels.sass import Code, listing_of, loops
@@ -37,18 +35,17 @@ INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk")
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a launch. spill: bytes per thread; shared: bytes per block; lines: more about it."""
+    """What the compiler made of a launch. spill: bytes per thread; shared: bytes per block."""
 
     arch: int
     registers: int
     spill: int
     shared: int
     instructions: tuple[str, ...]
-    lines: tuple[str, ...] = ()
-    faults: tuple[str, ...] = ()
+    loops: tuple[str, ...] = ()
 
     def fits(self, may_spill: bool) -> bool:
-        return not self.faults and (self.spill == 0 or may_spill) and self.shared <= SHARED_MEMORY[self.arch]
+        return (self.spill == 0 or may_spill) and self.shared <= SHARED_MEMORY[self.arch]
 
     def __str__(self) -> str:
         return (
@@ -70,33 +67,34 @@ def jobs(architectures: Sequence[int], only: str) -> dict[Launch, tuple[str, boo
     return found
 
 
-def report_of(launch: Launch) -> Report:
-    """Compile, and read the assembler's account."""
-    compiled = launch.compile()
-    ptx, tools = compiled.asm["ptx"], knobs.nvidia
-    ptxas = (tools.ptxas_blackwell if launch.arch >= 100 else tools.ptxas).path
+def account_of(ptx: str, arch: int) -> str:
+    """What the assembler says of registers, spills and its difficulties."""
+    tools = knobs.nvidia
+    ptxas = (tools.ptxas_blackwell if arch >= 100 else tools.ptxas).path
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target, "the PTX names its target"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx, encoding="utf-8")
-        account = subprocess.run(
+        return subprocess.run(
             [ptxas, "-v", f"-arch={target[1]}", str(path), "-o", str(path.with_suffix(".cubin"))],
             check=True, capture_output=True, text=True,
         ).stderr  # fmt: skip
+
+
+def report_of(launch: Launch) -> Report:
+    """Compile, and read the assembler's account."""
+    compiled = launch.compile()
+    account = account_of(compiled.asm["ptx"], launch.arch)
     registers = re.search(r"Used (\d+) registers", account)
     spill = re.findall(r"(\d+) bytes spill", account)
     assert registers, account
     assert spill, account
-    lines, faults = list[str](), list[str]()
-    if launch.arch == 90:
-        code = Code(listing_of(compiled.asm["cubin"]))
-        lines = [f"loop: {loop.text(compiled.metadata.num_warps)}" for loop in loops(code)]
-        if launch.module.startswith(schedule.GLUON):
-            lines, faults = [schedule.text(code), *lines], schedule.faults(launch.module, code, account)
     return Report(
         launch.arch, int(registers[1]), sum(map(int, spill)), compiled.metadata.shared,
-        tuple(word for word in INSTRUCTIONS if word in ptx), tuple(lines), tuple(faults),
+        tuple(word for word in INSTRUCTIONS if word in compiled.asm["ptx"]),
+        tuple(loop.text(compiled.metadata.num_warps) for loop in loops(Code(listing_of(compiled.asm["cubin"]))))
+        if launch.arch == 90 else (),
     )  # fmt: skip
 
 
@@ -114,8 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         for (name, may_spill), report in zip(found.values(), workers.map(report_of, found), strict=True):
             fits = report.fits(may_spill)
             print(f"{report} {name}{'' if fits else '  DOES NOT FIT'}", flush=True)
-            for line in [*report.lines, *(f"FAULT: {fault}" for fault in report.faults)]:
-                print(f"        {line}", flush=True)
+            for loop in report.loops:
+                print(f"        loop: {loop}", flush=True)
             all_fit &= fits
     return 0 if all_fit else 1
 

@@ -17,8 +17,6 @@ from pathlib import Path
 from triton import knobs
 
 PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16\S* \w+, (gdesc)?")
-WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)")
-BARRIER = re.compile(r"BAR\.\S+ [^,]+(?:, (0x[0-9a-f]+))?")
 LINE = re.compile(r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]+\*/\s+((?:@!?U?P\w+ )?)([A-Z][^;]*);)", re.MULTILINE)
 Edges = list[list[int]]
 
@@ -46,17 +44,15 @@ class Code:
 @dataclass(frozen=True)
 class Loop:
     """instructions: of each warp on the shortest way round with a product. Of all ways: products by their N and whether
-    the left operand comes from shared memory; waits for products; the threads of each barrier, 0 for all of the
-    program's; exponentials; moves to and from spilled registers. ways: the events of each way round (event_of).
+    the left operand comes from shared memory; waits for products; barriers; exponentials; spilled registers' moves.
     """
 
     instructions: int
     products: Counter[tuple[int, bool]]
     waits: int
-    barriers: tuple[int, ...]
+    barriers: int
     exponentials: int
     spills: int
-    ways: frozenset[str]
 
     def of_peak(self, warps: int) -> tuple[float, float]:
         """Of the tensor cores' peak by the model: where nothing overlaps, and where all does."""
@@ -71,21 +67,9 @@ class Loop:
         )
         low, high = self.of_peak(warps)
         return (
-            f"{self.instructions} instructions, products {shapes}, {self.waits} waits, {len(self.barriers)} barriers, "
-            f"{self.exponentials} exp2, {self.spills} spill moves: {low:.0%} to {high:.0%} of peak; "
-            f"{', or '.join(sorted(filter(None, self.ways)))}"
+            f"{self.instructions} instructions, products {shapes}, {self.waits} waits, {self.barriers} barriers, "
+            f"{self.exponentials} exp2, {self.spills} spill moves: {low:.0%} to {high:.0%} of peak"
         )
-
-
-def event_of(instruction: str) -> str:
-    """ss128, rs128: a product of N = 128 whose left operand comes from shared memory, from registers; wait1: until at
-    most one group of products is in flight; exp: an exponential; "": anything else.
-    """
-    if found := PRODUCT.match(instruction):
-        return f"{'ss' if found[2] else 'rs'}{found[1]}"
-    if found := WAIT.match(instruction):
-        return f"wait{found[1]}"
-    return "exp" if instruction.startswith("MUFU.EX2") else ""
 
 
 def walked(following: Edges, start: int, within: Collection[int]) -> tuple[list[tuple[int, int]], list[int]]:
@@ -136,39 +120,22 @@ def shortest(code: Code, first: int, body: set[int]) -> int:
     return steps
 
 
-def ways(code: Code, first: int, body: set[int]) -> frozenset[str]:
-    """The events of every way from the first place to where it is reached again; of a run of equal ones the first."""
-    back, order = walked(code.following, first, body)
-    known: dict[int, set[tuple[str, ...]]] = {}
-    for at in order:
-        event = event_of(code.instructions[at])
-        after = [known[to] for to in code.following[at] if to in body and (at, to) not in back]
-        after += [{()}] * (first in code.following[at])
-        known[at] = {
-            way if not event or way[:1] == (event,) else (event, *way) for found in after for way in found
-        }  # fmt: skip
-    return frozenset(" ".join(way) for way in known[first])
+def innermost(code: Code) -> dict[int, set[int]]:
+    """The places of the innermost loops with products, in their order, by the first of each."""
+    products = {at for at, text in enumerate(code.instructions) if PRODUCT.match(text)}
+    found = {first: body for first, body in sorted(bodies(code).items()) if body & products}
+    return {first: body for first, body in found.items() if not any(other < body for other in found.values())}
 
 
 def loops(code: Code) -> Iterator[Loop]:
-    """The innermost loops with products, in their order."""
-    found = {
-        first: body for first, body in sorted(bodies(code).items())
-        if any(PRODUCT.match(code.instructions[at]) for at in body)
-    }  # fmt: skip
-    for first, places in found.items():
-        if any(other < places for other in found.values()):
-            continue
+    for first, places in innermost(code).items():
         body = [code.instructions[at] for at in sorted(places)]
         products = Counter((int(hit[1]), bool(hit[2])) for text in body if (hit := PRODUCT.match(text)))
-        yield Loop(
-            shortest(code, first, places), products,
-            waits=sum(bool(WAIT.match(text)) for text in body),
-            barriers=tuple(int(hit[1] or "0", 16) for text in body if (hit := BARRIER.match(text))),
-            exponentials=sum(text.startswith("MUFU.EX2") for text in body),
-            spills=sum(text.startswith(("LDL", "STL")) for text in body),
-            ways=ways(code, first, places),
-        )  # fmt: skip
+        waits, barriers, exponentials = (
+            sum(x.startswith(word) for x in body) for word in ("WARPGROUP.DEPBAR", "BAR.", "MUFU.EX2")
+        )
+        spills = sum(x.startswith(("LDL", "STL")) for x in body)
+        yield Loop(shortest(code, first, places), products, waits, barriers, exponentials, spills)
 
 
 def listing_of(cubin: bytes) -> str:
