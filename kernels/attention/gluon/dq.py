@@ -129,6 +129,7 @@ def gluon_dq_kernel(
     starts: int32 [B, T], the first token of each token's document, or None.
     BOUNDED: whether there are documents or a window; else `window` is T.
     """
+    gl.static_assert(STAGES >= 3, "a consumer waits for tile i + 1 before it releases tile i - 1")
     tiles = gl.cdiv(T, CONSUMERS * M)
     tile, head = tile_and_head(tiles, section)
     b = head // H

@@ -103,7 +103,7 @@ def consume(
     first = row + C * M
     positions = first + gl.arange(0, M, layout=S_ROWS)
     lows = positions
-    near = last + 1 - (first + 1) // N
+    near = last + 1 - first // N
     far = last
     if BOUNDED:
         lows = first_key(starts_ptr, window, b, T, positions)

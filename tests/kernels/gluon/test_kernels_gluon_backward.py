@@ -35,8 +35,10 @@ CASES = {
 }
 
 
-def found(case: Case, dtype: torch.dtype, packed: bool = False, dlse: bool = True) -> tuple[list[Tensor], list[Tensor]]:
-    """(dq, dk, dv of `backward`, those of the reference in float64)."""
+def found(
+    case: Case, dtype: torch.dtype, strided: bool = False, packed: bool = False, dlse: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(dq, dk, dv of `backward`, those of the reference in float64). strided: q, k, v lie in one tensor."""
     qkv, (do, gradient) = case.inputs(dtype)
     if not dlse:
         gradient.zero_()
@@ -45,7 +47,7 @@ def found(case: Case, dtype: torch.dtype, packed: bool = False, dlse: bool = Tru
     bounds = None
     if case.cuts is not None:
         bounds = document_bounds(options["cu_seqlens"], case.B, case.Tk, impl="triton")
-    q, k, v = torch.stack(qkv, 3).unbind(3) if packed else qkv
+    q, k, v = torch.stack(qkv, 3).unbind(3) if strided else qkv
     saved = q, k, v, o.to(dtype), (lse * LOG2_E).float()
     results = backward(do, gradient / LOG2_E if dlse else None, *saved, Options(window=case.window), bounds, packed)
     return list(results[0].unbind(3)) if packed else results, true
@@ -77,9 +79,9 @@ def test_no_schedule_changes_a_bit() -> None:
 def test_packed_gradients_have_the_same_bits() -> None:
     case = Case(2, 70, 70, 2, 2, 64, cuts=(30, 100))
     with emulated():
-        packed, apart = (found(case, FP16, packed)[0] for packed in (True, False))
-    assert packed[0].stride() == (70 * 2 * 3 * 64, 2 * 3 * 64, 3 * 64, 1)
-    assert all(torch.equal(a, b) for a, b in zip(packed, apart, strict=True))
+        packed, apart, contiguous = (found(case, FP16, *form)[0] for form in ((True, True), (True, False), ()))
+    assert packed[0].stride() == (70 * 2 * 3 * 64, 2 * 3 * 64, 3 * 64, 1) and apart[0].is_contiguous()
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(packed, apart, contiguous, strict=True))
 
 
 def launches(T: int, H: int, K: int, window: int | None = None) -> tuple[Launch, Launch]:
@@ -107,3 +109,4 @@ def test_the_longest_start_first_and_leave_out_what_is_not_seen() -> None:
         done = Counter(event[:2] for event in emulator.run(launch, 0).trace if event.kind == "product")
         ctas = sorted({cta for cta, _ in done})
         assert [done[cta, f"consume {c} products"] for cta in ctas for c in range(2)] == counts
+    assert launches(64, 6, 2)[1].arguments["section"] % 3 == 0  # heads that share keys run together
