@@ -140,11 +140,12 @@ OLD_PIP := $(OLD_TRITON)/bin/python -m pip install -q --disable-pip-version-chec
 $(OLD_TRITON)/.packages: constraints.txt
 	@test -x $(OLD_TRITON)/bin/python || $(PYTHON) -m venv $(OLD_TRITON)
 	@$(OLD_PIP) "$(TORCH)+cpu" 2>/dev/null || $(OLD_PIP) "$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
-	@$(OLD_PIP) triton==3.6.0 'numpy<2.4' pytest pytest-xdist hypothesis
+	@$(OLD_PIP) triton==3.6.0 'numpy<2.4' pytest pytest-xdist hypothesis matplotlib PyYAML safetensors xxhash
 	@touch $@
 
 test-triton-3.6: $(OLD_TRITON)/.packages ## the kernels under Triton 3.6: interpreted, and compiled for every GPU (40 min; ARGS="--only regex")
 	@$(TEST_ENV) $(OLD_TRITON)/bin/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" tests/kernels
+	@$(OLD_TRITON)/bin/python tests/kernels/gluon/machine_code.py
 	@$(OLD_TRITON)/bin/python -m benchmarks.kernels.aot $(ARGS)
 
 check: setup ## lint, formatting, types

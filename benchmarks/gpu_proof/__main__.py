@@ -31,7 +31,8 @@ STOP_SECONDS = 8.0  # from the interrupt to the kill
 TAIL = 1500  # characters of the log that tell how a process ended
 SAMPLE = "sample"
 # Tests that need no package beyond PyTorch and Triton, and no program; the run's date chooses one in twelve.
-TESTS = ("adamw", "attention", "cross_entropy", "dropout", "embedding", "gelu", "norm", "rope", "swiglu")
+TESTS = ("adamw", "attention", "attention_gluon", "cross_entropy", "dropout", "embedding", "gelu", "norm", "rope",
+         "swiglu")  # fmt: skip
 PYTEST = ["pytest", "-m", "gpu", "-q", "--tb=line", "-p", "no:cacheprovider", "--one-in", "12"]
 
 

@@ -37,6 +37,7 @@ from triton.runtime.cache import get_cache_key, get_cache_manager, triton_key
 from benchmarks.gpu_proof import correctness, speed, training
 from benchmarks.gpu_proof.stage import Compilations, measured
 from benchmarks.kernels.attention import case
+from benchmarks.kernels.case import Case
 from benchmarks.kernels.launches import pretended
 from benchmarks.kernels.tune import pass_of
 from benchmarks.report import Record
@@ -72,16 +73,21 @@ def hashed(source: str, options: str) -> str:
 
 def work() -> dict[str, Callable[[], Any]]:
     """By name, calls that launch what the stages do."""
-    found: dict[str, Callable[[], Any]] = {}
-    for name, make in correctness.cases(CPU, small=False, layer_rows=64).items():
-        found[name] = lambda make=make: make().results("triton")
-    for shape in (replace(shape, atomics=atomics) for shape in speed.SHAPES for atomics in (False, True)):
-        found[f"timed {shape}"] = lambda shape=shape: case(CPU, BF16, shape).results("triton")
+    made = correctness.cases(CPU, small=False, layer_rows=64) | correctness.gluon_cases(CPU)
+    timed = [replace(shape, atomics=atomics) for shape in speed.SHAPES for atomics in (False, True)]
+    timed += [replace(shape, gluon=True) for shape in speed.GLUON_SHAPES]
+    made |= {f"timed {shape}": partial(case, CPU, BF16, shape) for shape in timed}
+    found: dict[str, Callable[[], Any]] = {name: partial(results, make) for name, make in made.items()}
     for kind, shape, tile in speed.candidates(CPU, small=False):
         found[f"{kind} {shape} {tile}"] = lambda *a, tile=tile, of=(kind, shape): pass_of(*of, case(CPU, BF16, of[1]))(
             tile
         )
     return found | {f"step of {name}": partial(short_step, model) for name, model in training.MODELS.items()}
+
+
+def results(make: Callable[[], Case]) -> list[torch.Tensor]:
+    case = make()
+    return case.results(case.impl)
 
 
 def short_step(model: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Stage `correctness`: every kernel of a training step, in the types it is trained in, against float64 on the same GPU.
+"""Stages `correctness` and `gluon`: every kernel of a training step, in the types it is trained in, against float64 on
+the same GPU. Attention's Gluon kernels come apart: a fault of their barriers would hang.
 
 The rule is FlashAttention's, as in tests/gpu: an error is at most twice that of PyTorch's own form of the operation in
 the same type, plus one rounding of the largest value. Then the kernel runs REPEATS times, and must give the same bits.
@@ -11,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_proof.stage import Items
+from benchmarks.gpu_proof.stage import NO_HOPPER, Items
 from benchmarks.kernels import activations, adamw, attention, cross_entropy, embedding, norm, rope
 from benchmarks.kernels.attention import Shape
-from benchmarks.kernels.case import Case
+from benchmarks.kernels.case import Case, name_of
 from benchmarks.report import Record
 from kernels.dispatch import INTERPRETED, KernelError
 from kernels.gelu import gelu
@@ -64,9 +65,26 @@ def correctness(device: torch.device) -> Items:
     return {name: partial(check, make, device) for name, make in found.items()}
 
 
+def gluon_cases(device: torch.device) -> dict[str, Make]:
+    """Attention's sizes for the Gluon kernels, then parts of a tile and of several, and fp16."""
+    found: dict[str, Make] = {}
+    for D in (64, 128):
+        sizes = [shape for shape in shapes(D) if not shape.atomics] + [Shape(2, T, 4, D, K=2) for T in (1, 129, 700)]
+        for shape, dtype in [*((shape, BF16) for shape in sizes), (sizes[0], torch.float16)]:
+            shape = replace(shape, gluon=True)
+            found[f"attention {name_of(dtype)} {shape}"] = partial(attention.case, device, dtype, shape)
+    return found
+
+
+def gluon(device: torch.device) -> Items:
+    if not attention.on_hopper(Shape(1, 1, 1, 64), device):
+        return NO_HOPPER
+    return {name: partial(check, make, device) for name, make in gluon_cases(device).items()}
+
+
 def check(make: Make, device: torch.device) -> Record:
     """share: the largest error of any result, of what is allowed; repeats: how many runs gave the same bits."""
-    impl = "triton" if device.type == "cuda" or INTERPRETED else "torch"
+    impl = make().impl if device.type == "cuda" or INTERPRETED else "torch"
     mine = results(make, impl)
     triples = zip(mine, plainly(make), results(make, "reference", torch.float64), strict=True)
     shares = [share(*triple) for triple in triples]
@@ -90,7 +108,7 @@ def share(ours: Tensor, plain: Tensor, true: Tensor) -> float:
 def results(make: Make, impl: str, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Of a case made anew, since some overwrite their tensors."""
     case = make()
-    if impl == "triton" or case.tensors[0].dim() < 4:
+    if impl not in ("torch", "reference") or case.tensors[0].dim() < 4:
         return [t.detach() for t in case.results(impl, dtype)]
     # Attention's other forms store every weight: a row at a time.
     parts = [

@@ -3,13 +3,15 @@
 What was not measured is left out.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import report
 from benchmarks.gpu_proof.stage import STAGES, items_of, tail_of
-from benchmarks.kernels.tables import unit
+from benchmarks.kernels.attention import GLUON
+from benchmarks.kernels.tables import rate, unit
 from benchmarks.report import NONE, Record, number
 
 PAGE = Path("docs/benchmarks.md")
@@ -33,6 +35,16 @@ TILES: Columns = {
     "its ms": lambda r: f"{r['present_ms']:.4g}",
     "ratio": lambda r: f"{r['present_ms'] / r['ms']:.2f}",
 }
+STOCK = {"SDPA flash": "flash", "SDPA cuDNN": "cuDNN"}
+FA3 = "*ratio*: to PyTorch's faster one; the goal is 1. FlashAttention-3 on an H100, D=128, by others: 660 and 575."
+GLUON_RATES: Columns = {
+    "TFLOP/s of": lambda r: f"{r['part']} {r['shape']}",
+    **{
+        title: lambda r, name=name: rate(r["rivals"].get(name, {}), "tflop_s")
+        for name, title in {GLUON: "Gluon", "ingot": "Triton", **STOCK}.items()
+    },
+    "ratio": lambda r: f"{of_stock(r):.2f}",
+}
 STEPS: Columns = {
     "step": lambda r: r["item"],
     "ms": lambda r: spread(r),
@@ -55,6 +67,25 @@ ERRORS: Columns = {
 }
 
 
+def right(outcome: Record) -> dict[str, float]:
+    """ms of the rivals whose results count."""
+    return {name: x["ms"] for name, x in outcome["rivals"].items() if "ms" in x and "wrong" not in x}
+
+
+def of_stock(outcome: Record) -> float:
+    """The time of PyTorch's faster attention over that of Gluon's; NaN where one of these has no right result."""
+    times = right(outcome)
+    return min([times[name] for name in STOCK if name in times], default=math.nan) / times.get(GLUON, math.nan)
+
+
+def both(passes: list[Record]) -> list[Record]:
+    """Forward and backward, and their sum for those that ran in both."""
+    names = set.intersection(*({*right(r)} for r in passes))
+    ms = {name: sum(right(r)[name] for r in passes) for name in names}
+    rivals = {name: {"ms": x, "tflop_s": sum(r["flops"] for r in passes) / x / 1e9} for name, x in ms.items()}
+    return [*passes, {"part": "both", "shape": passes[0]["shape"], "rivals": rivals}]
+
+
 def spread(figures: Record) -> str:
     return f"{figures['ms']:.4g} ({figures['ms_p20']:.4g} to {figures['ms_p80']:.4g})"
 
@@ -69,15 +100,18 @@ def tables(head: Record, records: list[Record]) -> list[str]:
     found = {name: items_of(records, name) for name in STAGES}
     done = {name: [r for r in items.values() if r["status"] in ("done", "wrong")] for name, items in found.items()}
     lines, limits = [report.heading(head | found["machine"].get("versions", {}))], found["machine"].get("limits", {})
-    lines += table("Results against float64", ERRORS, [r for r in done["correctness"] if "share" in r])
+    compared = [r for r in done["correctness"] + done["gluon"] if "share" in r]
+    lines += table("Results against float64", ERRORS, compared)
     if limits.get("status") == "done":
         lines += ["", "Copy {copy_gb_s:,.0f} GB/s, matmul {matmul_tflop_s:,.0f} TFLOP/s.".format(**limits)]
         contests = [x for stage in ("attention", "kernels") for r in done[stage] for x in r["outcomes"]]
         for x in (contests := [x for x in contests if "ms" in x["rivals"]["ingot"]]):
             key, name, limit_name, limit = unit([x], limits)
-            rate = x["rivals"]["ingot"][key]
-            x["rate"] = f"{rate:,.0f} {name}, {rate / limit:.0%} of {limit_name}"
+            reached = x["rivals"]["ingot"][key]
+            x["rate"] = f"{reached:,.0f} {name}, {reached / limit:.0%} of {limit_name}"
         lines += table("Kernels beside others", CONTESTS, contests)
+    pairs = [x for r in done["gluon_speed"] if "outcomes" in r for x in both(r["outcomes"])]
+    lines += table("Attention in Gluon", GLUON_RATES, pairs) + ["", FA3] * bool(pairs)
     lines += table("Training steps", STEPS, done["training"])
     for record in [r for r in done["training"] if r["form"] == "triton"]:
         lines += table(f"Kernels of a step: {record['item']}", LAUNCHED, record["top"])

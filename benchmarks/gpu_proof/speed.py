@@ -1,15 +1,15 @@
-"""Stages `attention`, `kernels` and `tiles`: times beside those of others, with the cases of benchmarks.kernels."""
+"""Stages `gluon_speed`, `attention`, `kernels`, `tiles`: times beside those of others, of benchmarks.kernels' cases."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 
 from benchmarks.clock import clock_of
-from benchmarks.gpu_proof.stage import Items
-from benchmarks.kernels.attention import SMALL, Shape, contests_of
+from benchmarks.gpu_proof.stage import NO_HOPPER, Items
+from benchmarks.kernels.attention import GLUON, SMALL, Shape, contests_of, on_hopper
 from benchmarks.kernels.case import timed_dtype
-from benchmarks.kernels.runner import OURS, Outcome, benchmark, ours_failed, run_contest
+from benchmarks.kernels.runner import Outcome, benchmark, failures_of, run_contest
 from benchmarks.kernels.tune import cell, present, tune
 from benchmarks.report import Record
 from kernels.attention.tiles import Tile
@@ -21,6 +21,7 @@ SHAPES = [
     *(Shape(16384 // T, T, 2048 // D, D) for T in (1024, 4096, 8192) for D in (64, 128)),
     Shape(16, 1024, 12, 64), Shape(4, 4096, 32, 128),
 ]  # fmt: skip
+GLUON_SHAPES = [Shape(16384 // T, T, 2048 // D, D) for T in (4096, 16384, 8192, 2048) for D in (128, 64)]
 # Family, kernel, and the part, group and shape to find.
 KERNELS = [
     ("cross_entropy", "linear_cross_entropy", "step .*N=16384 C=768"),
@@ -48,13 +49,20 @@ TILES = {
 SMALL_TILES = {("forward", 16): "32x16x4x1"}
 
 
-def attention(device: torch.device) -> Items:
-    def timed(shape: Shape) -> Record:
-        contests = contests_of(device, timed_dtype(small), f"D={shape.D}", shape, RIVALS)
-        return record_of(run_contest(contest, device, clock_of(device)) for contest in contests)
+def contest(device: torch.device, shape: Shape, rivals: Sequence[str] = RIVALS) -> Record:
+    contests = contests_of(device, timed_dtype(device.type == "cpu"), f"D={shape.D}", shape, rivals)
+    return record_of(run_contest(contest, device, clock_of(device)) for contest in contests)
 
-    small = device.type == "cpu"
-    return {str(shape): partial(timed, shape) for shape in (SMALL[""] if small else SHAPES)}
+
+def attention(device: torch.device) -> Items:
+    shapes = SMALL[""] if device.type == "cpu" else SHAPES
+    return {str(shape): partial(contest, device, shape) for shape in shapes}
+
+
+def gluon_speed(device: torch.device) -> Items:
+    if not on_hopper(GLUON_SHAPES[0], device):
+        return NO_HOPPER
+    return {str(shape): partial(contest, device, shape, (GLUON, *RIVALS)) for shape in GLUON_SHAPES}
 
 
 def kernels(device: torch.device) -> Items:
@@ -68,7 +76,7 @@ def kernels(device: torch.device) -> Items:
 def record_of(found: Iterable[Outcome]) -> Record:
     """The outcomes of an item, and what is wrong with our part of them."""
     outcomes = list(found)
-    wrong = [str(outcome["rivals"][OURS]) for outcome in outcomes if ours_failed(outcome)]
+    wrong = [failure for outcome in outcomes for failure in failures_of(outcome)]
     return {"outcomes": outcomes} | ({"wrong": "; ".join(wrong)} if wrong else {})
 
 

@@ -25,11 +25,14 @@ Items = dict[str, Callable[[], Record]]
 STAGES = {
     "machine": ("machine", 60, 50),
     "correctness": ("correctness", 80, 40),
-    "attention": ("speed", 90, 40),
+    "gluon": ("correctness", 60, 15),
+    "gluon_speed": ("speed", 80, 25),
+    "attention": ("speed", 60, 40),
     "tiles": ("speed", 60, 30),
     "kernels": ("speed", 60, 40),
     "training": ("training", 140, 90),
 }
+NO_HOPPER: Items = {"no Hopper GPU, nothing to do": dict}  # of the stages of Gluon kernels
 TAIL = 1200  # characters of a traceback
 
 

@@ -23,7 +23,7 @@ from triton import knobs
 
 from benchmarks.kernels.case import DTYPES, FAMILIES
 from benchmarks.kernels.launches import Launch, launches_of
-from benchmarks.kernels.sass import listing_of, loops
+from benchmarks.kernels.sass import Code, listing_of, loops
 from kernels.dispatch import INTERPRETED, expect
 
 # Shared memory that one block may ask for, in bytes (CUDA programming guide, compute capabilities).
@@ -59,35 +59,41 @@ def jobs(architectures: Sequence[int], only: str) -> dict[Launch, tuple[str, boo
     found: dict[Launch, tuple[str, bool]] = {}
     for family, (dtype, kind) in itertools.product(FAMILIES, DTYPES.items()):
         for case in import_module(f"benchmarks.kernels.{family}").compiled(kind):
-            for launch in [launch for arch in architectures for launch in launches_of(case, arch)]:
+            suited = [arch for arch in architectures if arch == 90 or case.impl != "gluon"]
+            for launch in [launch for arch in suited for launch in launches_of(case, arch)]:
                 name = f"{launch.kernel.removesuffix('_kernel')} {dtype} {launch.constants} of {case.name}"
                 if launch not in found and re.search(only, name):
                     found[launch] = name, case.may_spill
     return found
 
 
-def report_of(launch: Launch) -> Report:
-    """Compile, and read the assembler's account."""
-    compiled = launch.compile()
-    ptx, tools = compiled.asm["ptx"], knobs.nvidia
-    ptxas = (tools.ptxas_blackwell if launch.arch >= 100 else tools.ptxas).path
+def account_of(ptx: str, arch: int) -> str:
+    """What the assembler says of registers, spills and its difficulties."""
+    tools = knobs.nvidia
+    ptxas = (tools.ptxas_blackwell if arch >= 100 else tools.ptxas).path
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target, "the PTX names its target"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx, encoding="utf-8")
-        account = subprocess.run(
+        return subprocess.run(
             [ptxas, "-v", f"-arch={target[1]}", str(path), "-o", str(path.with_suffix(".cubin"))],
             check=True, capture_output=True, text=True,
         ).stderr  # fmt: skip
+
+
+def report_of(launch: Launch) -> Report:
+    """Compile, and read the assembler's account."""
+    compiled = launch.compile()
+    account = account_of(compiled.asm["ptx"], launch.arch)
     registers = re.search(r"Used (\d+) registers", account)
     spill = re.findall(r"(\d+) bytes spill", account)
     assert registers, account
     assert spill, account
     return Report(
         launch.arch, int(registers[1]), sum(map(int, spill)), compiled.metadata.shared,
-        tuple(word for word in INSTRUCTIONS if word in ptx),
-        tuple(loop.text(compiled.metadata.num_warps) for loop in loops(listing_of(compiled.asm["cubin"])))
+        tuple(word for word in INSTRUCTIONS if word in compiled.asm["ptx"]),
+        tuple(loop.text(compiled.metadata.num_warps) for loop in loops(Code(listing_of(compiled.asm["cubin"]))))
         if launch.arch == 90 else (),
     )  # fmt: skip
 

@@ -17,11 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.case import Case, Contest, Function, Loader, loaders, normal, sequence, setups, timed_dtype
 from kernels.attention import Strided, attention, attention_with_lse
+from kernels.attention.gluon import why_not_gluon
 from kernels.philox import DropoutKey
 
 LONGEST_REFERENCE = 2048  # it stores every weight in fp32
 FLEX_LENGTHS = (2048, 8192)  # FlexAttention compiles for seconds at each shape
 FLASH = {"FA2": "flash_attn.flash_attn_interface", "FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
+GLUON = "ingot, gluon"
 KEY = DropoutKey(0.1, 1, 2)
 
 
@@ -30,6 +32,7 @@ class Shape:
     """Sizes, and what is switched on. K: key/value heads, 0 for as many as H. window: keys seen by a query. documents:
     how many are packed into the B * T tokens, 0 for one a row. atomics: the backward pass that is not deterministic.
     lse: whether it is a result too. expanded: the batch is one row seen B times, which no TMA descriptor can stand for.
+    gluon: the kernels for Hopper alone.
     """
 
     B: int
@@ -45,6 +48,7 @@ class Shape:
     atomics: bool = False
     lse: bool = False
     expanded: bool = False
+    gluon: bool = False
 
     def __str__(self) -> str:
         return " ".join(f"{name}={x}" if type(x) is int else name for name, x in vars(self).items() if x)
@@ -68,6 +72,7 @@ HEAD_WIDTHS = (16, 32, 40, 64, 80, 96, 128, 192, 256)
 PLAIN = Shape(2, 528, 6, 64, K=2)
 ALL = replace(PLAIN, documents=3, softcap=30.0, dropout=KEY)
 SOME_FORMS = [PLAIN, replace(PLAIN, dropout=KEY), ALL, replace(ALL, sparse=Strided(64, 2, 4))]
+HOPPER = [replace(PLAIN, gluon=True), replace(PLAIN, window=100, documents=3, gluon=True)]
 FORMS = [
     *SOME_FORMS, replace(PLAIN, softcap=30.0), replace(PLAIN, window=100), replace(PLAIN, documents=3),
     replace(PLAIN, T=256), replace(ALL, T=256), replace(PLAIN, sparse=Strided(64, 2, 4)),
@@ -80,7 +85,8 @@ def case(device: torch.device, dtype: torch.dtype, shape: Shape) -> Case:
     q, k, v, do = (tensor.expand(shape.B, -1, -1, -1) for tensor in tensors)
     function = partial(attention_with_lse if shape.lse else attention, **options_of(shape, device))
     gradients = (do, torch.randn(shape.B, H, T, device=device)) if shape.lse else (do,)
-    return Case(str(shape), function, (q, k, v), gradients, may_spill=dtype == torch.float32)
+    impl = "gluon" if shape.gluon else "triton"
+    return Case(str(shape), function, (q, k, v), gradients, may_spill=dtype == torch.float32, impl=impl)
 
 
 def options_of(shape: Shape, device: torch.device) -> dict[str, Any]:
@@ -110,6 +116,8 @@ def compiled(dtype: torch.dtype) -> Iterator[Case]:
                 for expanded in (False, True):
                     yield case(torch.device("cpu"), dtype, replace(form, atomics=atomics, expanded=expanded))
         yield case(torch.device("cpu"), dtype, replace(PLAIN, D=D, lse=True))
+    for form in [replace(form, D=D) for form in HOPPER for D in (64, 128) if dtype != torch.float32]:
+        yield case(torch.device("cpu"), dtype, form)
 
 
 def contests(device: torch.device, small: bool) -> Iterator[Contest]:
@@ -152,6 +160,8 @@ def found(shape: Shape, part: str, given: Case) -> dict[str, Loader]:
     ours = {"ingot": loaders(given)["ingot"]}
     if part == "backward" and device.type == "cuda":
         ours["ingot, atomics"] = lambda: partial(given.function, impl="triton", deterministic=False)
+    if on_hopper(shape, device):
+        ours[GLUON] = lambda: partial(given.function, impl="gluon")
     if shape.T <= LONGEST_REFERENCE:
         ours["reference"] = loaders(given)["reference"]
     if device.type != "cuda":
@@ -165,6 +175,12 @@ def found(shape: Shape, part: str, given: Case) -> dict[str, Loader]:
     if shape.T in FLEX_LENGTHS or options:
         others["FlexAttention"] = lambda: flex(shape.T, device, **options)
     return ours | others | {name: partial(flash_attention, module, **options) for name, module in FLASH.items()}
+
+
+def on_hopper(shape: Shape, device: torch.device) -> bool:
+    """Whether the Gluon kernels take this shape there."""
+    p = shape.dropout.p if shape.dropout else 0.0
+    return why_not_gluon(device, torch.bfloat16, shape.D, p, shape.sparse is not None, shape.softcap) is None
 
 
 def stock(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Case:
 
     name: its sizes and options. function(*tensors, impl=...): the public function, which returns a tensor or several.
     gradients: of the results, one each; none for an operation without a backward pass. may_spill: whether a few bytes
-    spilled are accepted of its kernels (in fp32, to have more blocks on a multiprocessor).
+    spilled are accepted of its kernels (in fp32, to have more blocks on a multiprocessor). impl: of its kernels.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Case:
     tensors: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...] = ()
     may_spill: bool = False
+    impl: str = "triton"
 
     def results(self, impl: str, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The results, and the gradient of each tensor, in `dtype`; by default in the tensors' own."""

@@ -67,6 +67,7 @@ def pretended(arch: int) -> Iterator[None]:
     with (
         patch.object(driver, "_active", driver_of(arch)),
         patch("kernels.dispatch.why_not_triton", lambda device, dtype: None),
+        patch("kernels.attention.op.why_not_gluon", lambda *_: None),
         patch("kernels.attention.tiles.capability", lambda device: arch // 10),
     ):
         made.cache_clear()  # of plans for another architecture
@@ -90,5 +91,5 @@ def recorded(arch: int) -> Iterator[dict[Launch, None]]:
 def launches_of(case: Case, arch: int) -> list[Launch]:
     """What the case launches, forward and backward."""
     with recorded(arch) as launches, torch.autograd.set_multithreading_enabled(False):
-        case.results("triton")
+        case.results(case.impl)
     return list(launches)

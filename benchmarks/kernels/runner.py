@@ -151,8 +151,14 @@ def outcome(contest: Contest, found: Mapping[str, Found]) -> Outcome:
 
 
 def ours_failed(result: Outcome) -> bool:
-    """Whether our kernel did not run, or gave another result than the reference."""
-    return bool({"error", "wrong"} & result["rivals"][OURS].keys())
+    """Whether a kernel of ours did not run, or gave another result than the reference."""
+    return bool(failures_of(result))
+
+
+def failures_of(result: Outcome) -> list[str]:
+    """What is wrong with each of ours."""
+    found = {name: record for name, record in result["rivals"].items() if name.startswith(OURS)}
+    return [f"{name}: {record}" for name, record in found.items() if {"error", "wrong"} & record.keys()]
 
 
 def limits_of(device: torch.device, clock: Clock) -> dict[str, float]:

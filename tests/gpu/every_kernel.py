@@ -30,6 +30,15 @@ def of_attention(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         yield Case("decoding", attend, (q, k, v), (torch.randn_like(q),))
 
 
+def of_hopper(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Attention in Gluon, where it runs: fewer tiles than stages, and more."""
+    for D in (64, 128):
+        for T, options in ((67, {}), (700, {"window": 9}), (700, {"documents": 5}), (700, {"lse": True})):
+            shape = Shape(2, T, 4, D, K=2, gluon=True, **options)
+            if attention.on_hopper(shape, device) and dtype != torch.float32:
+                yield attention.case(device, dtype, shape)
+
+
 def of_rows(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Norms, dropout, activations, rotation."""
     for C in (40, 770, 10_000):
@@ -57,9 +66,9 @@ def of_vocabulary(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
 def main(device: torch.device) -> None:
     for dtype in DTYPES.values():
-        for cases in (of_attention, of_rows, of_vocabulary):
+        for cases in (of_attention, of_hopper, of_rows, of_vocabulary):
             for case in cases(device, dtype):
-                case.results("triton")
+                case.results(case.impl)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,10 +16,10 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu_proof import __main__ as proof
-from benchmarks.gpu_proof import page, stage
+from benchmarks.gpu_proof import correctness, page, speed, stage
 from benchmarks.gpu_proof.__main__ import LOG, RESULTS, SAMPLE
 from benchmarks.gpu_proof.stage import STAGES, items_of
-from benchmarks.report import Record
+from benchmarks.report import NONE, Record
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -63,6 +64,42 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     text, good = page.summary(*report.read(tmp_path / RESULTS))
     assert good
     assert "###" not in text
+
+
+def test_the_gluon_stages_have_their_items_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert correctness.gluon(CPU) == speed.gluon_speed(CPU) == stage.NO_HOPPER
+    monkeypatch.setattr(correctness.attention, "on_hopper", lambda shape, device: True)
+    monkeypatch.setattr(speed, "on_hopper", lambda shape, device: True)
+    found = list(correctness.gluon(CPU))
+    for part in ("float16", "window=256", "documents=9", "T=1000", "T=1 ", "K=2", "D=64", "D=128"):
+        assert any(part in name for name in found), part
+    assert all("gluon" in name and "atomics" not in name for name in found)
+    assert correctness.gluon_cases(CPU)[found[0]]().impl == "gluon"
+    lengths = {length for name in speed.gluon_speed(CPU) for length in re.findall(r"T=(\d+)", name)}
+    assert lengths == {"2048", "4096", "8192", "16384"}
+
+
+def timed(ms: float, **more: Any) -> Record:
+    return {"ms": ms, "tflop_s": 1.0 / ms, **more}
+
+
+def test_attention_in_gluon_is_shown_beside_the_faster_stock_kernel(tmp_path: Path) -> None:
+    """A kernel with wrong results sets no goal. Both: the sums of milliseconds."""
+    forward = {"ingot, gluon": timed(2.0), "ingot": timed(4.0), "SDPA flash": timed(3.0), "SDPA cuDNN": timed(1.0)}
+    backward = {"ingot, gluon": timed(6.0), "SDPA flash": timed(9.0), "SDPA cuDNN": timed(3.0, wrong="differs")}
+    proof.begin(tmp_path, [])
+    outcomes = [
+        {"part": part, "shape": "T=2048", "flops": flops, "rivals": rivals}
+        for part, flops, rivals in (("forward", 1e12, forward), ("backward", 3e12, backward))
+    ]
+    report.append(tmp_path / RESULTS, {"stage": "gluon_speed", "item": "a", "status": "done", "outcomes": outcomes})
+    text, good = page.summary(*report.read(tmp_path / RESULTS))
+    assert good
+    assert "| TFLOP/s of | Gluon | Triton | flash | cuDNN | ratio |" in text
+    assert "| forward T=2048 | 0.5 | 0.25 | 0.3333 | 1 | 0.50 |" in text
+    assert f"| backward T=2048 | 0.1667 | {NONE} | 0.1111 | (0.3333) | 1.50 |" in text
+    assert f"| both T=2048 | 500 | {NONE} | 333.3 | {NONE} | 1.50 |" in text
+    assert page.FA3 in text
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, **actions: Any) -> None:
