@@ -16,7 +16,8 @@ from llm.parallel.collectives import UNTIMED
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import Engine, Measure, MicroBatch, Refuse, StepResult, not_finite, sum_over
 from llm.train.engines.shared import DynamicLossScale, clip, measure_batches
-from llm.train.optim import adamw, parameter_groups, skip_where
+from llm.train.muon import optimizer_of
+from llm.train.optim import parameter_groups, skip_where
 
 
 class MasterWeightsEngine(Engine):
@@ -29,10 +30,10 @@ class MasterWeightsEngine(Engine):
         super().__init__(config, model, mesh, device)
         self.masters, self.replicated_state = masters, self.replicated
         master_of = {id(parameter): masters[name] for name, parameter in self.parameters.items()}
-        groups = parameter_groups(model, config.optim.weight_decay)
+        groups = parameter_groups(model, config.optim.weight_decay, muon=config.optim.name == "muon")
         for group in groups:
             group["params"] = [master_of[id(parameter)] for parameter in group["params"]]
-        self.optimizer = adamw(groups, config.optim, model.forms.adamw)
+        self.optimizer = optimizer_of(config, groups, model.forms.adamw, self.slices, self._fragments, mesh)
         self.scale = DynamicLossScale() if config.train.precision == "fp16" else None
 
     @abstractmethod
