@@ -1,8 +1,11 @@
-"""The hidden matrices of a model by their names, and the matrices whose rows one weight holds."""
+"""The hidden matrices of a model by name, those that one weight holds, and what optimizers keep of them."""
 
 from __future__ import annotations
 
-from llm.config.sections import ModelConfig
+from llm.config.sections import ModelConfig, OptimConfig
+
+# By the names that checkpoints, torch and DeepSpeed use.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_hidden(name: str) -> bool:
@@ -22,3 +25,8 @@ def fused(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     queries = model.n_head // model.kv_heads
     pairs = {"up": (1, 1)} if model.activation == "swiglu" else {}
     return {"qkv": (queries * model.head_dim, model.head_dim, model.head_dim), **pairs}
+
+
+def moments_of(name: str, optim: OptimConfig) -> tuple[str, ...]:
+    """What the optimizer keeps of a trained parameter: Adam's moments, and of a matrix that Muon updates the first."""
+    return MOMENTS[:1] if optim.name == "muon" and is_hidden(name) else MOMENTS

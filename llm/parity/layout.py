@@ -14,12 +14,13 @@ from torch import Tensor
 
 from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
+from llm.config.matrices import moments_of
 from llm.parallel.agreement import backend_device, exchange
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import micro_batches, target_count
 from llm.slices import Slice, slice_of
 from llm.train.build import build_engine, build_model
-from llm.train.engines.base import MicroBatch, moments_of
+from llm.train.engines.base import MicroBatch
 from llm.train.guard import compare_replicas
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from llm.config import RunConfig
 from llm.config.matrices import fused, is_hidden
+from llm.model.build import Model
 from llm.parallel.collectives import all_gather, all_to_all
 from llm.parallel.mesh import Mesh
-from llm.slices import Slice
+from llm.slices import Slice, slice_of
 from llm.train.engines.base import Fragment
 from llm.train.optim import adamw
 
@@ -251,15 +252,22 @@ class Muon(torch.optim.Optimizer):
 
 def optimizer_of(
     config: RunConfig,
+    model: Model,
     groups: list[dict[str, Any]],
-    impl: str,
-    slices: Mapping[str, Slice],
+    weights: Mapping[str, Tensor],
     fragments: Callable[[], dict[str, Fragment]],
     mesh: Mesh | None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of optim.name over `parameter_groups`; the rest as Muon takes it, for all parameters."""
+    """The optimizer of optim.name over the groups of `parameter_groups`.
+
+    weights: what it updates, by the parameter's name. fragments: as Muon takes them.
+    """
     if config.optim.name == "adamw":
-        return adamw(groups, config.optim, impl)
-    hidden = {name: cut for name, cut in slices.items() if is_hidden(name)}
+        return adamw(groups, config.optim, model.forms.adamw)
+    slices = {name: slice_of(parameter) for name, parameter in model.named_parameters() if is_hidden(name)}
+    hidden = [weights[name] for name in slices]
+    known = {id(weight) for weight in hidden}
+    rest = [each | {"params": [p for p in each["params"] if id(p) not in known]} for each in groups]
+    groups = [{"params": hidden, "weight_decay": config.optim.weight_decay, "hidden": True}, *rest]
     group = dist.group.WORLD if mesh is not None and mesh.world_size > 1 else None
-    return Muon(groups, config, impl, hidden, fragments, group)
+    return Muon([each for each in groups if each["params"]], config, model.forms.adamw, slices, fragments, group)

@@ -12,7 +12,6 @@ from kernels.adamw import adamw_
 from kernels.dispatch import why_not_triton
 from llm.config import OptimConfig
 from llm.config.lora import FACTORS
-from llm.config.matrices import is_hidden
 
 
 def decays(name: str) -> bool:
@@ -25,19 +24,15 @@ def decays(name: str) -> bool:
     return kind in ("weight", *FACTORS) and not (owners and owners[-1].startswith("norm"))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, muon: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters of `model` as groups for `adamw`: those that decay, then the others.
 
-    muon: the hidden matrices, which all decay, are a group of their own before these.
     The order within a group is that of `named_parameters`; a shared parameter comes once; a group
     without parameters is left out.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = {name: p for name, p in named.items() if muon and is_hidden(name)}
-    groups = {decay: [p for n, p in named.items() if n not in hidden and decays(n) == decay] for decay in (True, False)}
-    found: list[dict[str, Any]] = [{"params": list(hidden.values()), "weight_decay": weight_decay, "hidden": True}]
-    found += [{"params": group, "weight_decay": weight_decay * decay} for decay, group in groups.items()]
-    return [group for group in found if group["params"]]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = {decay: [p for name, p in named if decays(name) == decay] for decay in (True, False)}
+    return [{"params": found, "weight_decay": weight_decay * decay} for decay, found in groups.items() if found]
 
 
 class KernelAdamW(torch.optim.AdamW):

@@ -21,10 +21,10 @@ from torch import Tensor
 from chosen import slow_but
 from llm.checkpoint.reader import open_checkpoint
 from llm.config import RunConfig
+from llm.config.matrices import moments_of
 from llm.parallel.mesh import Mesh
 from llm.train import muon
 from llm.train.build import build_engine
-from llm.train.engines.base import moments_of
 from llm.train.muon import Muon, Part, Plan, orthogonalised
 from llm.train.state_hashes import StateHashes
 from matrix import verified

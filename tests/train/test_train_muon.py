@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from llm.config import ParallelConfig, RunConfig
 from llm.config.lora import LoRAConfig
-from llm.config.matrices import fused, is_hidden
+from llm.config.matrices import fused, is_hidden, moments_of
 from llm.errors import InputError
-from llm.slices import Slice, slice_of
+from llm.slices import Slice
 from llm.train import muon
 from llm.train.build import build_model
-from llm.train.engines.base import Fragment, moments_of
+from llm.train.engines.base import Fragment
 from llm.train.muon import Muon, Part, factor, optimizer_of, orthogonalised, owners, transfers
 from llm.train.optim import parameter_groups, skip_where
 from tiny_run import case
@@ -37,10 +37,9 @@ def made(config: RunConfig) -> tuple[dict[str, nn.Parameter], torch.optim.Optimi
     """Parameters by name, and the optimizer of a process that holds all of them."""
     model = build_model(config, None)
     parameters = dict(model.named_parameters())
-    groups = parameter_groups(model, config.optim.weight_decay, muon=True)
-    slices = {name: slice_of(p) for name, p in parameters.items()}
+    groups = parameter_groups(model, config.optim.weight_decay)
     fragments = {name: Fragment(p, 0, 0, p.numel()) for name, p in parameters.items()}
-    return parameters, optimizer_of(config, groups, "auto", slices, lambda: fragments, None)
+    return parameters, optimizer_of(config, model, groups, parameters, lambda: fragments, None)
 
 
 def rows_of(name: str, weight: Tensor, config: RunConfig) -> list[Tensor]:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from llm.checkpoint.manifest import Piece
 from llm.checkpoint.reader import CheckpointReader
-from llm.config import OptimConfig, RunConfig
-from llm.config.matrices import is_hidden
+from llm.config import RunConfig
+from llm.config.matrices import MOMENTS, moments_of
 from llm.data.batch import Batch
 from llm.model.layers import IGNORED_TARGET, Documents
 from llm.parallel.agreement import patient_group, together
@@ -22,8 +22,6 @@ from llm.parallel.mesh import Mesh
 from llm.slices import Slice, slice_of
 from llm.train.stragglers import Stopwatch
 
-# Adam's moments, by the names that checkpoints, torch and DeepSpeed use.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Of the model's own weights and activations, by train.precision.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,11 +65,6 @@ Measure: TypeAlias = Callable[[nn.Module, MicroBatch], Tensor]
 def loss_and_count(model: nn.Module, batch: MicroBatch) -> Tensor:
     """The sum of the losses of a batch and the count of its targets, fp64 [2]."""
     return torch.stack([model(*batch).double(), (batch.targets != IGNORED_TARGET).sum().double()])
-
-
-def moments_of(name: str, optim: OptimConfig) -> tuple[str, ...]:
-    """The moments of a trained parameter: under Muon a hidden matrix has no second one."""
-    return MOMENTS[:1] if optim.name == "muon" and is_hidden(name) else MOMENTS
 
 
 Refuse: TypeAlias = Callable[[Tensor], Tensor]

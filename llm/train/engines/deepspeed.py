@@ -58,8 +58,8 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             partition(model, generated, mesh, device, DTYPES[config.train.precision])
         # ZeRO will replace its parameters by flat fp32 tensors.
-        groups = parameter_groups(model, config.optim.weight_decay, muon=config.optim.name == "muon")
-        self.optimizer = optimizer_of(config, groups, model.forms.adamw, self.slices, self._fragments, mesh)
+        groups = parameter_groups(model, config.optim.weight_decay)
+        self.optimizer = optimizer_of(config, model, groups, self.parameters, self._fragments, mesh)
         # ZeRO computes the norm within its step, and then calls the optimizer: here alone both can be had.
         self.optimizer.register_step_pre_hook(self._before_update)
         self.engine: deepspeed.DeepSpeedEngine

@@ -30,10 +30,10 @@ class MasterWeightsEngine(Engine):
         super().__init__(config, model, mesh, device)
         self.masters, self.replicated_state = masters, self.replicated
         master_of = {id(parameter): masters[name] for name, parameter in self.parameters.items()}
-        groups = parameter_groups(model, config.optim.weight_decay, muon=config.optim.name == "muon")
+        groups = parameter_groups(model, config.optim.weight_decay)
         for group in groups:
             group["params"] = [master_of[id(parameter)] for parameter in group["params"]]
-        self.optimizer = optimizer_of(config, groups, model.forms.adamw, self.slices, self._fragments, mesh)
+        self.optimizer = optimizer_of(config, model, groups, masters, self._fragments, mesh)
         self.scale = DynamicLossScale() if config.train.precision == "fp16" else None
 
     @abstractmethod
