@@ -209,6 +209,9 @@ def test_the_work_is_spread_by_its_cost() -> None:
     costs = [sum(min(s) ** 2 * (2 * max(s) + min(s)) for n, s in weights.items() if owner[n] == r) for r in range(4)]
     assert max(costs) - min(costs) <= 16 * 16 * (2 * 64 + 16)
     assert max(costs) < 1.1 * min(costs)
+    uneven = {"large": (64, 64)} | {str(i): (16, 16) for i in range(12)}  # the large one costs as much as 64 others
+    alone = owners(uneven, lambda name: (1,), 2)
+    assert {alone[str(i)] for i in range(12)} == {1 - alone["large"]}
     assert set(owners({"a": (4, 4)}, lambda name: (1,), 8).values()) == {0}
 
 
