@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llm.config import ModelConfig
+from llm.config.matrices import fused
 from llm.errors import InputError, require
 from llm.typed import dotted_keys, read, shown
 
@@ -213,12 +214,11 @@ class Weight:
 def weights(form: Form, config: ModelConfig) -> dict[str, Weight]:
     """Where each of the model's parameters, by name, lies in a folder of the form."""
     C, D, K, F, V = config.d_model, config.head_dim, config.kv_heads, config.ff_dim, config.vocab_size
-    R = config.n_head // K
-    sizes = {"qkv": (R * D, D, D), "up": (1, 1) if config.activation == "swiglu" else (1,)}
+    R, sizes = config.n_head // K, fused(config)
     outer = {"embedding": (V, C), "norm": (C,), "position_table": (config.max_seq_len, C), "head": (V, C)}
     block = {
         "norm_1": (C,), "norm_2": (C,), "qkv": ((R + 2) * K * D, C), "attention_output": (C, R * K * D),
-        "up": (len(sizes["up"]) * F, C), "down": (C, F),
+        "up": (len(sizes.get("up", (1,))) * F, C), "down": (C, F),
     }  # fmt: skip
     absent = {"position_table": config.position != "learned", "head": config.tie_embeddings}
     outer = {name: shape for name, shape in outer.items() if not absent.get(name)}

@@ -7,7 +7,7 @@ from typing import Any
 from llm.config.finetune import FinetuneConfig
 from llm.config.lora import LoRAConfig
 from llm.config.phases import Phase
-from llm.config.sections import DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from llm.config.sections import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from llm.errors import InputError, require
 
 
@@ -86,6 +86,19 @@ def check_lora(lora: LoRAConfig, model: ModelConfig, train: TrainConfig) -> None
         lora.rank == 0 or train.init_from is not None,
         f"lora.rank is {lora.rank} and train.init_from null: LoRA keeps the weights, which would be random; set "
         "train.init_from to a run, a checkpoint or a Hugging Face folder",
+    )
+
+
+def check_muon(optim: OptimConfig, parallel: ParallelConfig, lora: LoRAConfig) -> None:
+    """Refuse Muon where its matrices are not on the devices, or are not trained."""
+    require(
+        optim.name == "adamw" or parallel.offload == "none",
+        f"optim.name muon multiplies matrices on the device; found parallel.offload {parallel.offload}, use "
+        "parallel.offload=none or optim.name=adamw",
+    )
+    require(
+        optim.name == "adamw" or lora.rank == 0,
+        f"optim.name muon updates the matrices of the blocks, which lora.rank {lora.rank} keeps; use optim.name=adamw",
     )
 
 

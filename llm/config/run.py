@@ -52,6 +52,7 @@ class RunConfig:
         found = f"profile.steps ends with {last}, the run with train.max_steps {self.train.max_steps}"
         require(last < self.train.max_steps, f"{found}; expected less: the step after a profile measures memory")
         checks.check_lora(self.lora, self.model, self.train)
+        checks.check_muon(self.optim, self.parallel, self.lora)
         checks.check_engine(self.train, self.parallel, self.deepspeed)
         checks.check_finetune(self.finetune, self.data)
         checks.check_lstm(self.model, self.data, self.parallel, self.train)

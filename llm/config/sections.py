@@ -228,8 +228,10 @@ def check_blend(key: str, blend: dict[str, float] | None) -> None:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019); `muon` updates the matrices of the blocks by Muon (Jordan et al. 2024)."""
     lr: float = 4e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
@@ -246,6 +248,8 @@ class OptimConfig:
     """Adam's decay rates of the first and second moments."""
     eps: float = 1e-8
     """Adam's denominator term."""
+    momentum: float = 0.95
+    """Muon's decay rate of the mean gradient, with Nesterov's look ahead."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
@@ -256,6 +260,7 @@ class OptimConfig:
         require(0 < self.decay_fraction <= 1, f"optim.decay_fraction is {self.decay_fraction}; expected in (0, 1]")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}; expected each in [0, 1)")
         require(self.eps > 0, f"optim.eps is {self.eps}; expected above 0")
+        require(0 <= self.momentum < 1, f"optim.momentum is {self.momentum}; expected in [0, 1)")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,11 @@ def all_gather(x: Tensor, size: int, group: str, waits: Waits = UNTIMED) -> Tens
     return wait(start_all_gather(x.unsqueeze(0), size, group), waits)
 
 
+def all_to_all(x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
+    """x [sum(sent)], of which the ranks of `group` get `sent` elements in turn -> what they send, [sum(received)]."""
+    return wait(torch.ops._c10d_functional.all_to_all_single(x, received, sent, group))
+
+
 def sequence_first(x: Tensor, size: int) -> Tensor:
     """[B, T, C] -> [size B, T / size, C]: one part of the sequence after the other, as a reduce-scatter cuts them."""
     return torch.cat(x.chunk(size, dim=1))

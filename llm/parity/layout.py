@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, TypeAlias
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from llm.checkpoint.manifest import Piece
 from llm.config import RunConfig
+from llm.config.matrices import moments_of
 from llm.parallel.agreement import backend_device, exchange
 from llm.parallel.mesh import Mesh
 from llm.parity.batches import micro_batches, target_count
 from llm.slices import Slice, slice_of
 from llm.train.build import build_engine, build_model
-from llm.train.engines.base import MOMENTS, MicroBatch
+from llm.train.engines.base import MicroBatch
 from llm.train.guard import compare_replicas
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -103,8 +103,9 @@ class Layout:
         return micro_batches(self.config, number, self.device, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
 
     def _gather(self) -> State:
-        kinds = ("master", *MOMENTS) if self.updates else ("master",)
-        state, problems = gather_state(self.engine.state_pieces(), self.shapes, kinds, self.frozen)
+        trained = (name for name in self.shapes if name not in self.frozen)
+        moments = {name: moments_of(name, self.config.optim) for name in trained} if self.updates else {}
+        state, problems = gather_state(self.engine.state_pieces(), self.shapes, moments)
         self.note(problems)
         return state
 
@@ -136,11 +137,11 @@ def shared_names(names: Iterable[str], expected: Iterable[str]) -> tuple[list[st
 
 
 def gather_state(
-    pieces: Iterable[Piece], shapes: Shapes, kinds: Sequence[str], frozen: Collection[str] = ()
+    pieces: Iterable[Piece], shapes: Shapes, moments: Mapping[str, Sequence[str]]
 ) -> tuple[State, list[str]]:
     """Master weights and moments on rank 0 (nothing on the others), and what is wrong with the ranks' pieces of them.
 
-    frozen: the parameters that are not trained and have no moments.
+    moments: their kinds, by the name of each parameter that has any.
     Every element of every tensor must be in exactly one piece. A sum over ranks of tensors that are zero elsewhere is
     then exact; a second sum counts. Collective.
     """
@@ -148,9 +149,8 @@ def gather_state(
     for piece in pieces:
         held[piece.name, piece.kind].append(piece)
     state, problems = State(), list[str]()
-    for name, kind in product(shapes, kinds):
-        if kind != "master" and name in frozen:
-            continue
+    expected = [(name, kind) for name in shapes for kind in ("master", *moments.get(name, ()))]
+    for name, kind in expected:
         values, counts = torch.zeros(shapes[name]), torch.zeros(shapes[name], dtype=torch.uint8)
         for piece in held.pop((name, kind), []):
             problem = _add_piece(piece, values, counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,18 @@ import torch
 
 from llm.config import ParallelConfig, RunConfig
 from llm.parity.batches import micro_batches, target_count
-from llm.parity.compare import Check, Scalar, gradient_check, norm_check, scalar_checks, size, state_check
+from llm.parity.compare import (
+    LOW_PRECISION,
+    ORTHOGONALISED,
+    Check,
+    Scalar,
+    distance,
+    gradient_check,
+    norm_check,
+    scalar_checks,
+    size,
+    state_check,
+)
 from llm.parity.layout import Gathered, State, StepRecord
 from llm.train.build import build_model
 from llm.train.engines.plain import PlainEngine
@@ -55,10 +67,12 @@ class Oracle:
         if not record.skipped:  # what overflowed cannot be compared
             self._check_gradients(record, losses)
         self.exact.optimizer.zero_grad()
-        for name, gradient in record.gradients.items():
-            self.own.masters[name].grad = gradient
-        self.own.step()
-        self._check_state(record.number, record.after, self.own, same=record.skipped)
+        for engine in self.engines if self.config.optim.name == "muon" else (self.own,):
+            for name, gradient in record.gradients.items():
+                engine.masters[name].grad = gradient.clone()  # which the step clips
+            engine.step()
+        more = self._orthogonalised(record.before)
+        self._check_state(record.number, record.after, self.own, same=record.skipped, more=more)
 
     def check_validation(self, number: int, state: State, found: float) -> None:
         """Compare the validation loss at the layout's weights."""
@@ -88,11 +102,27 @@ class Oracle:
         self.scalars.append(Scalar("loss", number, record.loss, losses[0], losses[-1]))
         self.scalars.append(Scalar("gradient norm", number, record.grad_norm, norms[0], norms[-1]))
 
-    def _check_state(self, number: int, state: State, expected: PlainEngine, *, same: bool) -> None:
-        """`same`: no bit may differ."""
+    def _orthogonalised(self, before: State) -> dict[str, float]:
+        """By how much more Muon's matrices may differ after the step that was just made."""
+        more = {}
+        for name in (name for name, kinds in self.own.moments.items() if len(kinds) == 1):
+            weight, exact = self.own.masters[name].detach(), self.exact.masters[name].detach()
+            if self.own is self.exact:
+                more[name] = ORTHOGONALISED * distance(weight, before[name, "master"].to(weight.device))
+            else:
+                more[name] = LOW_PRECISION * distance(weight, exact)
+        return more
+
+    def _check_state(
+        self, number: int, state: State, expected: PlainEngine, *, same: bool, more: Mapping[str, float] | None = None
+    ) -> None:
+        """`same`: no bit may differ. more: of a weight's bound, by name."""
         for piece in expected.state_pieces():
             found = state.get((piece.name, piece.kind))
             if found is not None:  # else the layout has a problem of its own
                 tensor = piece.data.cpu().view(piece.slice.global_shape)
                 unchanged = same or piece.name not in expected.trained
-                self.checks.append(state_check(piece.kind, piece.name, number, found, tensor, same=unchanged))
+                extra = (more or {}).get(piece.name, 0.0) if piece.kind == "master" else 0.0
+                self.checks.append(
+                    state_check(piece.kind, piece.name, number, found, tensor, same=unchanged, more=extra)
+                )

@@ -7,6 +7,7 @@ section 4; docs/parallelism.md has both, and how they differ from what was measu
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 from llm.config import ModelConfig, RunConfig
@@ -70,6 +71,13 @@ def block_parameters(model: ModelConfig, tp: int = 1) -> int:
     return inside + 2 * model.n_layer * norm_parameters(model)
 
 
+def hidden_parameters(model: ModelConfig, tp: int = 1) -> int:
+    """Elements of the blocks' matrices on one of `tp` ranks, of which Muon keeps one moment."""
+    plain = replace(model, bias=False)
+    norms = 2 * model.n_layer * norm_parameters(plain) if model.family == "gpt" else 0
+    return block_parameters(plain, tp) - norms
+
+
 def position_parameters(model: ModelConfig) -> int:
     """Elements of the table of learned positions; 0 where positions are rotary."""
     return model.max_seq_len * model.d_model if model.position == "learned" else 0
@@ -103,7 +111,7 @@ class TrainingState(NamedTuple):
     weights: int
     """Parameters and, where they are other tensors, fp32 masters."""
     moments: int
-    """Adam's two."""
+    """Adam's two; Muon has one."""
     gradients: int
     """What is alive between the backward pass and the step and not after it."""
 
@@ -120,17 +128,18 @@ def training_state(config: RunConfig, world_size: int) -> TrainingState:
         3       (w + 4) N / d    8 N / d   4 N / d
 
     FSDP2 has 4 N / d of weights at either stage: the masters' shards are the parameters. With LoRA, moments, gradients
-    and the masters of stages 1 to 3 are the factors'. docs/parallelism.md says in which cases DeepSpeed differs.
+    and the masters of stages 1 to 3 are the factors'. Muon has one moment of a block's matrix. docs/parallelism.md says
+    in which cases DeepSpeed differs.
     """
     tp, stage = config.parallel.tensor_parallel, config.parallel.zero_stage
     (n, trained), w, d = held_and_trained(config), weight_bytes(config), world_size // tp
-    masters = FP32 * trained // d
+    masters, spared = FP32 * trained // d, FP32 * hidden_parameters(config.model, tp) * (config.optim.name == "muon")
     if config.train.engine == "fsdp":
-        return TrainingState(FP32 * n // d, 2 * masters, masters)
+        return TrainingState(FP32 * n // d, 2 * masters - spared // d, masters)
     if stage == 0:
-        return TrainingState(w * n + (0 if w == FP32 else FP32 * n), 2 * FP32 * trained, FP32 * trained)
+        return TrainingState(w * n + (0 if w == FP32 else FP32 * n), 2 * FP32 * trained - spared, FP32 * trained)
     weights = w * n // d if stage == 3 else w * n
-    return TrainingState(weights + masters, 2 * masters, FP32 * trained if stage == 1 else masters)
+    return TrainingState(weights + masters, 2 * masters - spared // d, FP32 * trained if stage == 1 else masters)
 
 
 def offloaded(config: RunConfig, world_size: int) -> TrainingState:

@@ -24,7 +24,7 @@ from llm.train.optim import learning_rate
 
 # What a restart may not change, beside the model, the phases that have begun and their data.
 FIXED = (
-    "seed", "finetune.task", "lora.rank", "lora.alpha", "lora.targets",
+    "seed", "optim.name", "finetune.task", "lora.rank", "lora.alpha", "lora.targets",
     "data.seq_len", "data.packing", "data.document_masks",
 )  # fmt: skip
 # Fields of the model that do not say what its weights mean.

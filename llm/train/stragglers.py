@@ -1,8 +1,8 @@
 """Tells which rank is slower than the others, and in what, by times that hold no waiting for other ranks.
 
 Ranks that wait for one another take the same time for a step. So only that is compared in which a rank is alone: the
-wait for its loader, the forward passes, the update. Where tensor parallelism, ZeRO 3 or FSDP communicate in one of
-these, the others wait there, the times are alike, and nobody is named.
+wait for its loader, the forward passes, the update. Where tensor parallelism, ZeRO 3, FSDP or Muon communicate in one
+of these, the others wait there, the times are alike, and nobody is named.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ COMMON = {
     "family": tuple(FAMILIES),
     "z_loss": (0.0, 1e-3),
     "documents": (False, True),
+    "optimizer": ("adamw", "muon"),
 }
 DEEPSPEED = {"engine": ("deepspeed",), "layout": tuple(LAYOUTS), "zero": (0, 1, 2, 3), **COMMON}
 FSDP = {"engine": ("fsdp",), "layout": ("dp2", "dp4", "tp2-dp2", "tp2-sp-dp2"), "zero": (2, 3), **COMMON}
@@ -119,6 +120,7 @@ def config_of(chosen: Case) -> RunConfig:
             **FAMILIES[chosen["family"]],
         ),
         data=dict(document_masks=chosen["documents"]),
+        optim=dict(name=chosen["optimizer"]),
         parallel=dict(tensor_parallel=tp, sequence_parallel=sequence_parallel, zero_stage=chosen["zero"]),
         train=dict(
             engine=chosen["engine"],

@@ -168,7 +168,7 @@ def gathered(fault: str) -> tuple[Any, list[str]]:
         pieces.append(Piece("a", "master", rows, 3, torch.ones(2)))
     elif fault == "name":
         pieces.append(Piece("c", "master", rows, 0, torch.ones(4)))
-    state, problems = gather_state(pieces, SHAPES, ("master",))
+    state, problems = gather_state(pieces, SHAPES, {})
     return {key: value.tolist() for key, value in state.items()}, problems
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from llm.config import RunConfig
+from llm.config import ParallelConfig, RunConfig
 from llm.config.lora import is_factor
+from llm.config.matrices import moments_of
 from llm.model.parts import PART_OF_LAYER
 from llm.plan.memory import (
     LOGITS,
@@ -20,6 +21,7 @@ from llm.plan.memory import (
     frozen_masters,
     gathered,
     held_and_trained,
+    hidden_parameters,
     offloaded,
     parameters,
     parameters_by_part,
@@ -49,6 +51,19 @@ def test_the_formulas_count_the_models_parameters(name: str) -> None:
     assert replicated_parameters(config.model) == sum(
         n for key, n in sizes.items() if any(word in key for word in replicated)
     )
+
+
+@pytest.mark.parametrize("name", [*MODELS, "lstm"])
+def test_muon_has_one_moment_of_the_blocks_matrices(name: str) -> None:
+    lstm = dict(family="lstm", n_head=4, n_kv_head=None, position="learned")
+    config = case(model=MODELS.get(name, lstm), optim=dict(name="muon"), train=dict(engine="plain"))
+    sizes = {key: p.numel() for key, p in build_model(config, None).named_parameters()}
+    kept = sum(4 * n * len(moments_of(key, config.optim)) for key, n in sizes.items())
+    assert kept == training_state(config, 1).moments < training_state(case(model=MODELS.get(name, lstm)), 1).moments
+    if name != "lstm":
+        assert hidden_parameters(config.model, 2) * 2 == hidden_parameters(config.model)
+        sharded = replace(config, train=replace(config.train, engine="fsdp"), parallel=ParallelConfig(zero_stage=3))
+        assert training_state(sharded, 4).moments == pytest.approx(kept / 4, abs=8)
 
 
 ACTIVATIONS: dict[str, dict[str, Any]] = {

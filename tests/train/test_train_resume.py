@@ -138,6 +138,8 @@ def test_samples_are_cut_as_before(change: dict[str, Any], said: str) -> None:
         resume(3, config(**change))
     with pytest.raises(InputError, match=r"seed 1234, the config has 5"):
         resume(3, replace(config(), seed=5))
+    with pytest.raises(InputError, match=r"optim\.name adamw, the config has muon; restore it"):
+        resume(3, replace(config(), optim=replace(config().optim, name="muon")))
 
 
 def test_the_data_of_phases_that_have_begun_is_as_it_was() -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from llm.checkpoint.manifest import Piece
 from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
+from llm.config.matrices import MOMENTS, moments_of
 from llm.data.batch import Batch
 from llm.model.layers import IGNORED_TARGET, Documents
 from llm.parallel.agreement import patient_group, together
@@ -21,8 +22,6 @@ from llm.parallel.mesh import Mesh
 from llm.slices import Slice, slice_of
 from llm.train.stragglers import Stopwatch
 
-# Adam's moments, by the names that checkpoints, torch and DeepSpeed use.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Of the model's own weights and activations, by train.precision.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,21 +98,20 @@ class Fragment(NamedTuple):
     """`numel` elements from `offset` of `flat` are those from `start` of the flattened slice of a parameter.
 
     `flat` holds fp32 weights and is a key of the optimizer's state. A vocabulary's padding rows are not counted.
-    trained: else there are no moments.
     """
 
     flat: Tensor
     offset: int
     start: int
     numel: int
-    trained: bool = True
 
-    def tensors(self, optimizer: Optimizer, *, moments: bool) -> dict[str, Tensor]:
-        """Views [numel] of the master weights, and of the moments if asked for."""
-        tensors = {"master": self.flat.detach()}
-        if moments and self.trained:
-            tensors |= {kind: optimizer.state[self.flat][kind] for kind in MOMENTS}
-        return {kind: tensor.view(-1).narrow(0, self.offset, self.numel) for kind, tensor in tensors.items()}
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view [numel] of a tensor that is laid out as `flat`."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+    def tensors(self, optimizer: Optimizer, moments: Iterable[str]) -> dict[str, Tensor]:
+        """Views [numel] of the master weights and of these moments."""
+        return {"master": self.of(self.flat)} | {kind: self.of(optimizer.state[self.flat][kind]) for kind in moments}
 
 
 class Engine(ABC):
@@ -123,7 +121,7 @@ class Engine(ABC):
     """
 
     optimizer: Optimizer
-    """AdamW over the fp32 masters."""
+    """Of optim.name, over the fp32 masters."""
     replicated: bool
     """Whether every data-parallel rank holds the same weights, rather than a part of them."""
     replicated_state: bool
@@ -139,6 +137,8 @@ class Engine(ABC):
         self.slices = {name: slice_of(parameter) for name, parameter in self.parameters.items()}
         self.trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         """Those that steps change: all, or with LoRA few of them."""
+        self.moments = {name: moments_of(name, config.optim) for name in self.trained}
+        """What the optimizer keeps of each of them."""
         self.forward_time = Stopwatch(device)  # of steps, not of validations
         self.pieces_read = 0
         """By load_pieces, for who watches its progress."""
@@ -216,7 +216,8 @@ class Engine(ABC):
             part = self.slices[name]
             if fragment.numel == 0 or (part.is_full and self.tp_rank != 0):
                 continue
-            for kind, tensor in fragment.tensors(self.optimizer, moments=self.updates > 0).items():
+            kinds = self.moments.get(name, ()) if self.updates else ()
+            for kind, tensor in fragment.tensors(self.optimizer, kinds).items():
                 yield Piece(name, kind, part, fragment.start, tensor.float())
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -225,7 +226,7 @@ class Engine(ABC):
         By what they are, such as "exp_avg of blocks.0.qkv.weight": under ZeRO a tensor has many parameters, of which
         it is the first.
         """
-        first = {fragment.flat: name for name, fragment in reversed(self._fragments().items()) if fragment.trained}
+        first = {fragment.flat: name for name, fragment in reversed(self._fragments().items()) if name in self.moments}
         states = {flat: {"weights": flat.detach(), **self.optimizer.state.get(flat, {})} for flat in first}
         return {
             f"{kind} of {name}": states[flat][kind]
@@ -251,11 +252,12 @@ class Engine(ABC):
         for name, fragment in self._fragments().items():
             self.pieces_read += 1
             flat, state = fragment.flat, self.optimizer.state
-            if optimizer_step and fragment.trained:
+            kinds = self.moments.get(name, ()) if optimizer_step else ()
+            if kinds:
                 if flat not in state:  # several fragments may lie in one tensor
-                    state[flat] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+                    state[flat] = {kind: torch.zeros_like(flat, requires_grad=False) for kind in kinds}
                 state[flat]["step"] = torch.tensor(float(optimizer_step), device=flat.device)
-            tensors = fragment.tensors(self.optimizer, moments=optimizer_step > 0) if fragment.numel else {}
+            tensors = fragment.tensors(self.optimizer, kinds) if fragment.numel else {}
             for kind, tensor in tensors.items():
                 part, start, numel = self.slices[name], fragment.start, fragment.numel
                 if isinstance(source, CheckpointReader):  # which may be of many ranks: each reads its own part

@@ -35,7 +35,8 @@ from llm.train.engines.base import (
 from llm.train.engines.deepspeed_config import deepspeed_config
 from llm.train.engines.shared import DynamicLossScale, clip, gather_slices, global_norm, measure_batches
 from llm.train.engines.zero_state import fragments, frozen_parts, publish
-from llm.train.optim import adamw, parameter_groups, skip_where
+from llm.train.muon import optimizer_of
+from llm.train.optim import parameter_groups, skip_where
 
 
 class DeepSpeedEngine(Engine):
@@ -57,7 +58,8 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             partition(model, generated, mesh, device, DTYPES[config.train.precision])
         # ZeRO will replace its parameters by flat fp32 tensors.
-        self.optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim, model.forms.adamw)
+        groups = parameter_groups(model, config.optim.weight_decay)
+        self.optimizer = optimizer_of(config, model, groups, self.parameters, self._fragments, mesh)
         # ZeRO computes the norm within its step, and then calls the optimizer: here alone both can be had.
         self.optimizer.register_step_pre_hook(self._before_update)
         self.engine: deepspeed.DeepSpeedEngine

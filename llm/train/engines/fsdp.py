@@ -64,7 +64,7 @@ class FSDPEngine(MasterWeightsEngine):
             rows, *rest = self.parameters[name].shape
             start = self.mesh.dp_rank * -(-rows // self.mesh.dp_size) * torch.Size(rest).numel()
             numel = max(0, min(master.numel(), self.slices[name].numel - start))
-            found[name] = Fragment(master, 0, start, numel, master.requires_grad)
+            found[name] = Fragment(master, 0, start, numel)
         return found
 
     @torch.no_grad()  # which spares each parameter an autograd function

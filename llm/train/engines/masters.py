@@ -16,7 +16,8 @@ from llm.parallel.collectives import UNTIMED
 from llm.parallel.mesh import Mesh
 from llm.train.engines.base import Engine, Measure, MicroBatch, Refuse, StepResult, not_finite, sum_over
 from llm.train.engines.shared import DynamicLossScale, clip, measure_batches
-from llm.train.optim import adamw, parameter_groups, skip_where
+from llm.train.muon import optimizer_of
+from llm.train.optim import parameter_groups, skip_where
 
 
 class MasterWeightsEngine(Engine):
@@ -32,7 +33,7 @@ class MasterWeightsEngine(Engine):
         groups = parameter_groups(model, config.optim.weight_decay)
         for group in groups:
             group["params"] = [master_of[id(parameter)] for parameter in group["params"]]
-        self.optimizer = adamw(groups, config.optim, model.forms.adamw)
+        self.optimizer = optimizer_of(config, model, groups, masters, self._fragments, mesh)
         self.scale = DynamicLossScale() if config.train.precision == "fp16" else None
 
     @abstractmethod

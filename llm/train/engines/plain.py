@@ -33,9 +33,7 @@ class PlainEngine(MasterWeightsEngine):
             self.waits["dp"] = Stopwatch(device, running=False)
 
     def _fragments(self) -> dict[str, Fragment]:
-        return {
-            name: Fragment(master, 0, 0, master.numel(), master.requires_grad) for name, master in self.masters.items()
-        }
+        return {name: Fragment(master, 0, 0, master.numel()) for name, master in self.masters.items()}
 
     def _accumulate(self) -> None:
         """Add the low-precision gradients of one micro-batch to the fp32 ones of the masters."""

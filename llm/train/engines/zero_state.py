@@ -54,7 +54,7 @@ def fragments(
         # Less what pads the last partition and the vocabulary, both of which come last in the flat order.
         numel = min(numel, slice_of(parameter).numel - start)
         if numel > 0:
-            found[name] = Fragment(flat, offset, start, numel, parameter.requires_grad)
+            found[name] = Fragment(flat, offset, start, numel)
     return found
 
 
