@@ -10,6 +10,7 @@ from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.model.build import Model, model_of
 from llm.model.forms import Forms
+from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, give_memory
 from llm.model.lora import freeze
 from llm.parallel.collectives import UNTIMED, Waits
@@ -53,7 +54,8 @@ def build_engine(
 
     build: builds the model, as build_model does.
     """
-    waits = Stopwatch(device, running=False)
+    compiles = config.train.compile == "blocks"
+    waits = UNTIMED if compiles else Stopwatch(device, running=False)  # no clock is read within a graph
     with torch.device("meta"):  # load_pieces fills the weights: they are drawn, or read, once
         model = build(config, mesh, forms, waits)
     # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
@@ -67,8 +69,15 @@ def build_engine(
         from llm.train.engines.fsdp import FSDPEngine as Kind
     else:
         from llm.train.engines.deepspeed import DeepSpeedEngine as Kind
+    compiled = None
+    if compiles and isinstance(model, GPT):
+        from llm.train.compiled import CompiledBlocks
+
+        lengths = dict.fromkeys(phase.seq_len for phase in config.phases)
+        compiled = CompiledBlocks(model, lengths, deterministic=config.train.deterministic)
     engine = Kind(config, model, mesh, device)
-    if mesh.tp_size > 1:
+    engine.compiled = compiled
+    if mesh.tp_size > 1 and isinstance(waits, Stopwatch):
         engine.waits["tp"] = waits
     if isinstance(source, CheckpointReader):
         engine.load_scalar_state(source.state["engine"])

@@ -44,6 +44,8 @@ def candidates(config: RunConfig) -> dict[str, tuple[str, ...]]:
     masked = any([*masks, model.attention_softcap, model.dropout, config.data.document_masks])
     left_out = ["flash", "cudnn"] * (masked or config.train.precision == "fp32")
     left_out += ["atomic", "cudnn"] * config.train.deterministic
+    # Deterministic, flash is switched by hooks of autograd, which no graph can have.
+    left_out += ["flash"] * (config.train.deterministic and config.train.compile != "none")
     recurrent = model.family == "lstm"  # of which only the loss and AdamW have several forms
     absent = {"attention": recurrent, "activation": recurrent, "norm": recurrent or model.dropout > 0}
     absent |= {"rope": model.position != "rope", "adamw": config.parallel.offload != "none"}
