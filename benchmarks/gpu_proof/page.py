@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.contenders import COMPILED
 from benchmarks.gpu_proof.stage import STAGES, items_of, tail_of
 from benchmarks.kernels.tables import unit
 from benchmarks.report import NONE, Record, number
@@ -42,6 +43,8 @@ STEPS: Columns = {
     "kernels": lambda r: str(r["kernels"]),
     "their ms": lambda r: f"{r['busy_ms']:.4g}",
     "GB": lambda r: number(r["memory_gb"]) if "memory_gb" in r else NONE,
+    "start, s": lambda r: f"{r['start_s']:.1f}",
+    "of plain, compiled": lambda r: f"{r['ratio']:.2f} x" if "ratio" in r else NONE,
 }
 LAUNCHED: Columns = {
     "kernel": lambda r: f"`{r['name']}`",
@@ -78,7 +81,10 @@ def tables(head: Record, records: list[Record]) -> list[str]:
             rate = x["rivals"]["ingot"][key]
             x["rate"] = f"{rate:,.0f} {name}, {rate / limit:.0%} of {limit_name}"
         lines += table("Kernels beside others", CONTESTS, contests)
-    lines += table("Training steps", STEPS, done["training"])
+    base = {r["model"]: r["tokens_s"] for r in done["training"] if r["form"] == COMPILED}
+    ratios = [{"ratio": r["tokens_s"] / base[r["model"]]} if r["model"] in base else {} for r in done["training"]]
+    steps = [record | ratio for record, ratio in zip(done["training"], ratios, strict=True)]
+    lines += table("Training steps", STEPS, steps)
     for record in [r for r in done["training"] if r["form"] == "triton"]:
         lines += table(f"Kernels of a step: {record['item']}", LAUNCHED, record["top"])
     lines += table("Tiles of attention", TILES, done["tiles"])

@@ -28,7 +28,7 @@ STAGES = {
     "attention": ("speed", 90, 40),
     "tiles": ("speed", 60, 30),
     "kernels": ("speed", 60, 40),
-    "training": ("training", 140, 90),
+    "training": ("training", 400, 90),
 }
 TAIL = 1200  # characters of a traceback
 

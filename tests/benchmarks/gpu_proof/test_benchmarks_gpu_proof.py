@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks import report
+from benchmarks.contenders import COMPILED
 from benchmarks.gpu_proof import __main__ as proof
-from benchmarks.gpu_proof import page, stage
+from benchmarks.gpu_proof import page, stage, training
 from benchmarks.gpu_proof.__main__ import LOG, RESULTS, SAMPLE
 from benchmarks.gpu_proof.stage import STAGES, items_of
 from benchmarks.report import Record
@@ -63,6 +64,16 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     text, good = page.summary(*report.read(tmp_path / RESULTS))
     assert good
     assert "###" not in text
+
+
+def test_steps_are_related_to_the_compiled_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm.train.compiled.BACKEND", "aot_eager")
+    ours = training.measure(CPU, "tiny", "blocks") | {"item": "tiny blocks", "tokens_s": 600.0}
+    assert ours["start_s"] > 0 and len(ours["losses"]) == 2
+    peer = ours | {"form": COMPILED, "item": f"tiny {COMPILED}", "tokens_s": 500.0}
+    head = report.header("benchmarks.gpu_proof", [], CPU, ("torch",))
+    lines = page.tables(head, [record | {"stage": "training", "status": "done"} for record in (ours, peer)])
+    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| tiny")] == ["1.20 x", "1.00 x"]
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, **actions: Any) -> None:
