@@ -42,9 +42,12 @@ class Key(NamedTuple):
     window: int | None
     sparse: Strided | None
     recompute: str
+    grad: bool
+    """Whether the block's input has a gradient; that of the first block has none where the embedding is frozen."""
 
     def __str__(self) -> str:
         kind = "".join(f", {name} {value}" for name, value in zip(self._fields[2:4], self[2:4], strict=True) if value)
+        kind += ", input without a gradient" * (self.training and not self.grad)
         return f"{'training' if self.training else 'evaluation'} with {self.seq_len} positions{kind}"
 
 
@@ -99,7 +102,7 @@ class CompiledBlocks:
         if documents is not None:  # whose number is another in each batch
             torch._dynamo.mark_dynamic(documents.cu_seqlens, 0)
         attention = block.attention
-        key = Key(block.training, len(positions), attention.window, attention.sparse, block.recompute)
+        key = Key(block.training, len(positions), attention.window, attention.sparse, block.recompute, x.requires_grad)
         if key not in self.graphs:
             lengths = ", ".join(map(str, self.seq_lens))
             found = f"found {key.seq_len} positions, expected those of the run's phases ({lengths})"

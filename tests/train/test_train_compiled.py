@@ -14,6 +14,7 @@ import torch
 
 from chosen import slow_but
 from llm.config import RunConfig
+from llm.config.lora import LoRAConfig
 from llm.config.reports import ProfileConfig
 from llm.config.sections import PhaseChange
 from llm.errors import InputError
@@ -144,6 +145,42 @@ def test_each_phase_has_one_graph_for_training() -> None:
     assert engine.compiled is not None
     assert [(key.training, key.seq_len) for key in engine.compiled.graphs] == [(True, T), (False, T), (True, T // 2)]
     assert {graph.count for graph in engine.compiled.graphs.values()} == {1}
+
+
+def test_every_block_runs_in_a_graph() -> None:
+    config = plain(train=dict(micro_batch_size=G // 2))
+    engine, calls = engine_of(config), 0
+    engine.forward_backward(batches(config, 0, 0, 1, False), target_count(False))
+    assert engine.compiled is not None
+    (graph,) = engine.compiled.graphs.values()
+    honest = graph.call
+
+    def counted(*inputs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return honest(*inputs)
+
+    graph.call = counted
+    engine.forward_backward(batches(config, 1, 0, 1, False), target_count(False))
+    assert calls == 2 * config.model.n_layer  # by two micro-batches
+
+
+def losses(engine: PlainEngine, config: RunConfig) -> list[float]:
+    found = []
+    for step in range(STEPS):
+        found.append(float(engine.forward_backward(batches(config, step, 0, 1, False), target_count(False))))
+        engine.step()
+    return found
+
+
+def test_a_block_whose_input_has_no_gradient_has_its_own_graph() -> None:
+    """With LoRA the embedding is frozen, so only the first block's input has none."""
+    config = replace(plain(train=dict(init_from="any")), lora=LoRAConfig(rank=2))
+    engine = engine_of(config)
+    assert losses(engine, config) == losses(engine_of(config, compiles=False), config)
+    assert engine.compiled is not None
+    news = f"training with {T} positions, input without a gradient; training with {T} positions"
+    assert (engine.compiled.news() or "").endswith(news)
 
 
 def test_news_are_told_once() -> None:
