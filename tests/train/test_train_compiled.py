@@ -197,6 +197,7 @@ def test_a_second_graph_is_an_error_that_says_what_changed() -> None:
     config = plain()
     engine = engine_of(config)
     engine.forward_backward(batches(config, 0, 0, 1, False), target_count(False))
+    engine.evaluate(batches(config, 0, 0, 1, False))  # what has changed since its graph is no news
     wider = replace(config, train=replace(config.train, micro_batch_size=4))
     with pytest.raises(InputError, match=r"found 2 graphs, expected 1; what has changed: .* expected 2, actual 4"):
         engine.forward_backward(batches(wider, 1, 0, 1, False), target_count(False))
