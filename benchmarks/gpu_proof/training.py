@@ -20,7 +20,6 @@ from benchmarks.gpu_proof.stage import Items, wait
 from benchmarks.report import Record
 from llm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from llm.model.forms import Forms
-from llm.model.gpt import GPT
 from llm.plan.flops import flops_per_token, peak_tflops
 from llm.train.build import build_model
 from llm.train.engines.base import MicroBatch
@@ -69,10 +68,10 @@ def engine_of(device: torch.device, model: dict[str, Any], form: str) -> tuple[P
         train=TrainConfig(global_batch_size=B, micro_batch_size=B, **train),
     )
     built = build_model(config, None, forms)
-    if isinstance(built, GPT) and "compile" in train:
+    if "compile" in train:
         from llm.train.compiled import CompiledBlocks
 
-        CompiledBlocks(built, [T], deterministic=True)
+        CompiledBlocks.of(config, built)
     engine = PlainEngine(config, built, None, device)
     tokens = torch.randint(0, model["vocab_size"], (B, T + 1), device=device)
     positions, samples = torch.arange(T, device=device), torch.arange(B, device=device)

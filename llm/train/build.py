@@ -10,7 +10,6 @@ from llm.checkpoint.reader import CheckpointReader
 from llm.config import RunConfig
 from llm.model.build import Model, model_of
 from llm.model.forms import Forms
-from llm.model.gpt import GPT
 from llm.model.init import InitialWeights, give_memory
 from llm.model.lora import freeze
 from llm.parallel.collectives import UNTIMED, Waits
@@ -69,14 +68,11 @@ def build_engine(
         from llm.train.engines.fsdp import FSDPEngine as Kind
     else:
         from llm.train.engines.deepspeed import DeepSpeedEngine as Kind
-    compiled = None
-    if compiles and isinstance(model, GPT):
+    engine = Kind(config, model, mesh, device)
+    if compiles:
         from llm.train.compiled import CompiledBlocks
 
-        lengths = dict.fromkeys(phase.seq_len for phase in config.phases)
-        compiled = CompiledBlocks(model, lengths, deterministic=config.train.deterministic)
-    engine = Kind(config, model, mesh, device)
-    engine.compiled = compiled
+        engine.compiled = CompiledBlocks.of(config, model)
     if mesh.tp_size > 1 and isinstance(waits, Stopwatch):
         engine.waits["tp"] = waits
     if isinstance(source, CheckpointReader):

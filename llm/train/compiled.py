@@ -26,7 +26,9 @@ from torch.fx.experimental.sym_node import DynamicInt
 
 from kernels.attention import Strided
 from kernels.philox import DropoutKey
+from llm.config import RunConfig
 from llm.errors import InputError, require
+from llm.model.build import Model
 from llm.model.cache import KVCache
 from llm.model.gpt import GPT, Block
 from llm.model.layers import Documents
@@ -86,6 +88,13 @@ class CompiledBlocks:
                 module.key = replace(key, site=DynamicInt(key.site))  # else each block would need its own graph
         for block in cast("Iterable[Block]", model.blocks.values()):
             block.forward = partial(self._call, block)
+
+    @staticmethod
+    def of(config: RunConfig, model: Model) -> CompiledBlocks:
+        """Of the model of a run, which is a GPT (llm/config/checks.py)."""
+        assert isinstance(model, GPT), "an LSTM has no blocks of a transformer"
+        lengths = dict.fromkeys(phase.seq_len for phase in config.phases)
+        return CompiledBlocks(model, lengths, deterministic=config.train.deterministic)
 
     def _call(
         self,

@@ -42,10 +42,8 @@ def backend() -> Iterator[None]:
 
 def engine_of(config: RunConfig, *, compiles: bool = True, forms: Forms | None = None) -> PlainEngine:
     model = build_model(config, None, forms)
-    lengths = [phase.seq_len for phase in config.phases]
-    blocks = CompiledBlocks(model, lengths, deterministic=True) if compiles else None
     engine = PlainEngine(config, model, None, CPU)
-    engine.compiled = blocks
+    engine.compiled = CompiledBlocks.of(config, model) if compiles else None
     return engine
 
 
@@ -251,7 +249,7 @@ def test_what_cannot_be_traced_is_told() -> None:
     config = plain()
     engine = engine_of(config)
     with patch.object(Block, "core_attention", lambda self, qkv, *_: qkv.tolist()):
-        engine.compiled = CompiledBlocks(engine.model, [T], deterministic=True)  # pyright: ignore
+        engine.compiled = CompiledBlocks.of(config, engine.model)  # pyright: ignore[reportArgumentType]
         with pytest.raises(InputError, match=r"train\.compile blocks, training with 16 positions: "):
             engine.forward_backward(batches(config, 0, 0, 1, False), target_count(False))
 
