@@ -31,13 +31,21 @@ LAYOUTS: dict[str, tuple[str, int, int]] = {
     "Ingot, plain": ("plain", 0, 1),
     **{f"Ingot, DeepSpeed ZeRO {stage}": ("deepspeed", stage, 1) for stage in range(4)},
     "Ingot, FSDP": ("fsdp", 3, 1),
+    "Ingot, plain, compiled": ("plain", 0, 1),
+    "Ingot, DeepSpeed ZeRO 1, compiled": ("deepspeed", 1, 1),
+    "Ingot, FSDP, compiled": ("fsdp", 3, 1),
 }
 TWO_RANKS: dict[str, tuple[str, int, int]] = {
     "Ingot, DeepSpeed ZeRO 0, 2 ranks": ("deepspeed", 0, 1),
     "Ingot, DeepSpeed ZeRO 1, 2 ranks": ("deepspeed", 1, 1),
     "Ingot, DeepSpeed ZeRO 1, TP 2": ("deepspeed", 1, 2),
+    "Ingot, DeepSpeed ZeRO 1, TP 2, compiled": ("deepspeed", 1, 2),
 }
 PLAIN, COMPILED, TRANSFORMERS, LIGER = "plain PyTorch", "plain PyTorch, compiled", "transformers", "transformers, Liger"
+
+
+def is_compiled(name: str) -> bool:
+    return name.endswith(", compiled")
 
 
 def config_of(size: str, form: str, batch: int, precision: Literal["fp32", "bf16"]) -> RunConfig:
@@ -50,7 +58,9 @@ def config_of(size: str, form: str, batch: int, precision: Literal["fp32", "bf16
 def layout(config: RunConfig, name: str, ranks: int) -> RunConfig:
     """The config of an Ingot contender: a rank's share of the global batch is one micro-batch."""
     engine, stage, tp = (LAYOUTS | TWO_RANKS)[name]
-    train = replace(config.train, engine=engine, micro_batch_size=config.train.global_batch_size * tp // ranks)
+    compile = "blocks" if is_compiled(name) else "none"
+    micro_batch_size = config.train.global_batch_size * tp // ranks
+    train = replace(config.train, engine=engine, micro_batch_size=micro_batch_size, compile=compile)
     parallel = replace(config.parallel, zero_stage=stage, tensor_parallel=tp)
     # By default DeepSpeed allocates a bucket for reductions of 500 million elements, however small the model.
     section = {"zero_optimization": {"reduce_bucket_size": 10_000_000}} if engine == "deepspeed" and stage else {}

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.clock import alternate
-from benchmarks.contenders import LAYOUTS, config_of
+from benchmarks.contenders import LAYOUTS, config_of, is_compiled
 from benchmarks.report import NONE, header, heading, table
 from benchmarks.step import PACKAGES, Process, Turn
 
 BASE = "Ingot, plain"
-NAMES = [BASE, *(name for name in LAYOUTS if "DeepSpeed" in name)]
+NAMES = [BASE, *(name for name in LAYOUTS if "DeepSpeed" in name and not is_compiled(name))]
 HEAD = ["", "CPU-ms", "beyond plain, ms", "least to most", "in DeepSpeed, ms", "in Ingot, ms", "in torch, ms"]
 
 

@@ -33,6 +33,7 @@ from benchmarks.contenders import (
     Step,
     absent,
     config_of,
+    is_compiled,
     make,
 )  # fmt: skip
 from benchmarks.host import by_package
@@ -62,6 +63,8 @@ class Made(NamedTuple):
     """The most bytes of tensors alive, on rank 0."""
     communication: float
     """Seconds of a step in collectives of rank 0, waits for the other rank among them."""
+    start: float
+    """Seconds until it was built and had made two steps."""
 
 
 @contextlib.contextmanager
@@ -96,16 +99,17 @@ class Contenders:
 
     def make(self, name: str, contender: str, config: RunConfig) -> Made:
         gc.collect()
-        found: list[int] = []
+        found, began = list[int](), time.perf_counter()
         # The counter and torch.compile do not go together on a CPU.
-        counts = self.device.type == "cuda" or contender != COMPILED
+        counts = self.device.type == "cuda" or not is_compiled(contender)
         with peak(self.device, found) if counts else contextlib.nullcontext(found.append(0)):
             self.steps[name] = make(contender, config, self.device, self.ranks)
             for _ in range(2):
                 float(self.steps[name]())
+        start = time.perf_counter() - began
         for _ in range(WARM_UP):
             float(self.steps[name]())
-        return Made(found[0], in_collectives(self.steps[name]) if self.ranks > 1 else 0.0)
+        return Made(found[0], in_collectives(self.steps[name]) if self.ranks > 1 else 0.0, start)
 
     def host(self, name: str, count: int) -> dict[str, float]:
         """Seconds of a step in the code of each package (benchmarks/overhead.py)."""
@@ -199,11 +203,11 @@ def rows(config: RunConfig, turns: Mapping[str, list[Turn]], made: Mapping[str, 
         of, base = ([getattr(turn, kind) for turn in turns[key]] for key in (name, PLAIN))
         rate = tokens / wall
         mfu = flops_per_token(config.model, config.data.seq_len) * rate / peak_rate / 1e12 if peak_rate else None
-        memory, communication = made[name]
+        memory, communication, start = made[name]
         found.append([
             name, f"{wall * 1e3:.1f}", NONE if gpu else f"{cpu * 1e3:.1f}", f"{rate:,.0f}",
             NONE if mfu is None else f"{mfu:.1%}", f"{memory / 2**20:,.1f}" if memory else NONE,
-            f"{communication * 1e3:.1f}" if communication else NONE, str(paired(of, base)),
+            f"{communication * 1e3:.1f}" if communication else NONE, f"{start:.1f}", str(paired(of, base)),
         ])  # fmt: skip
     return found
 
@@ -235,7 +239,7 @@ def measure(config: RunConfig, names: Sequence[str], rounds: int, steps: int) ->
     return rows(config, turns, made, torch.cuda.get_device_name() if on_gpu else None), left_out
 
 
-HEAD = ["", "ms", "CPU-ms", "tokens/s", "MFU", "MiB of tensors", "in collectives, ms", "against plain"]
+HEAD = ["", "ms", "CPU-ms", "tokens/s", "MFU", "MiB of tensors", "in collectives, ms", "start, s", "against plain"]
 
 
 def main(arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import expect
+from kernels.registration import call, operator
 
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 WEYL_A, WEYL_B = 0x9E3779B9, 0xBB67AE85
@@ -76,6 +77,19 @@ def keep_mask(key: DropoutKey, samples: Tensor, rows: Tensor, n_cols: int, heads
     samples int64 [B], global sample numbers under 2^48; rows int64 [R] under 2^32; heads int64 [H], global head numbers
     under 2^16 (head 0 if None); columns are 0 to n_cols - 1.
     """
+    return call(keep_mask_op, samples, rows, heads, n_cols, key.p, key.seed, key.site)
+
+
+def _fake(samples: Tensor, rows: Tensor, heads: Tensor | None, n_cols: int, *_: object) -> Tensor:
+    middle = [] if heads is None else [len(heads)]
+    return samples.new_empty([len(samples), *middle, len(rows), n_cols], dtype=torch.bool)
+
+
+# An operator for what torch.compile makes of it on a CPU: C++ that shifts 64-bit words as floats (PyTorch 2.13).
+@operator("keep_mask", fake=_fake)
+def keep_mask_op(
+    samples: Tensor, rows: Tensor, heads: Tensor | None, n_cols: int, p: float, seed: int, site: int
+) -> Tensor:
     groups = torch.arange((n_cols + 3) // 4, device=samples.device)
     samples = samples[:, None, None]
     if heads is None:
@@ -84,8 +98,8 @@ def keep_mask(key: DropoutKey, samples: Tensor, rows: Tensor, n_cols: int, heads
         samples = samples[:, None]
         head_word = (heads[:, None, None] << 16) | (samples >> 32)
     counter = (groups, rows[:, None], samples & WORD, head_word)
-    words = philox(counter, (key.seed, key.site))
-    return torch.stack([w >= key.threshold for w in words], dim=-1).flatten(-2)[..., :n_cols]
+    words, threshold = philox(counter, (seed, site)), DropoutKey(p, seed, site).threshold
+    return torch.stack([w >= threshold for w in words], dim=-1).flatten(-2)[..., :n_cols].contiguous()
 
 
 def dropout(x: Tensor, key: DropoutKey, samples: Tensor, positions: Tensor) -> Tensor:

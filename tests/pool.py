@@ -19,7 +19,7 @@ from typing import Any
 from llm.cluster.preflight import remove_abandoned_locks
 from llm.cluster.ranks import Ranks, export, free_port, operator_folder
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300  # of two graphs of Inductor on a busy machine
 
 
 def serve(rank: int, world_size: int, port: int, path: list[str], connection: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.contenders import COMPILED
 from benchmarks.gpu_proof.stage import STAGES, items_of, tail_of
 from benchmarks.kernels.attention import GLUON
 from benchmarks.kernels.tables import rate, unit
@@ -54,6 +55,8 @@ STEPS: Columns = {
     "kernels": lambda r: str(r["kernels"]),
     "their ms": lambda r: f"{r['busy_ms']:.4g}",
     "GB": lambda r: number(r["memory_gb"]) if "memory_gb" in r else NONE,
+    "start, s": lambda r: f"{r['start_s']:.1f}",
+    "of plain, compiled": lambda r: f"{r['ratio']:.2f} x" if "ratio" in r else NONE,
 }
 LAUNCHED: Columns = {
     "kernel": lambda r: f"`{r['name']}`",
@@ -112,7 +115,10 @@ def tables(head: Record, records: list[Record]) -> list[str]:
         lines += table("Kernels beside others", CONTESTS, contests)
     pairs = [x for r in done["gluon_speed"] if "outcomes" in r for x in both(r["outcomes"])]
     lines += table("Attention in Gluon", GLUON_RATES, pairs) + ["", FA3] * bool(pairs)
-    lines += table("Training steps", STEPS, done["training"])
+    base = {r["model"]: r["tokens_s"] for r in done["training"] if r["form"] == COMPILED}
+    ratios = [{"ratio": r["tokens_s"] / base[r["model"]]} if r["model"] in base else {} for r in done["training"]]
+    steps = [record | ratio for record, ratio in zip(done["training"], ratios, strict=True)]
+    lines += table("Training steps", STEPS, steps)
     for record in [r for r in done["training"] if r["form"] == "triton"]:
         lines += table(f"Kernels of a step: {record['item']}", LAUNCHED, record["top"])
     lines += table("Tiles of attention", TILES, done["tiles"])

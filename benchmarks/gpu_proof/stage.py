@@ -30,7 +30,7 @@ STAGES = {
     "attention": ("speed", 60, 40),
     "tiles": ("speed", 60, 30),
     "kernels": ("speed", 60, 40),
-    "training": ("training", 140, 90),
+    "training": ("training", 400, 90),
 }
 NO_HOPPER: Items = {"no Hopper GPU, nothing to do": dict}  # of the stages of Gluon kernels
 TAIL = 1200  # characters of a traceback

@@ -109,12 +109,14 @@ def export(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
     DeepSpeed looks for MPI unless all of these are set. The folder of the Python in use comes first in PATH, because
     DeepSpeed compiles an operator with the `ninja` that pip put there, and neither ssh nor an environment that was not
     activated has it; another version of ninja would compile it anew. LOCAL_SIZE goes: where it equals the world size,
-    DeepSpeed leaves 66 MB per rank in /dev/shm for an all-reduce that training does not use.
+    DeepSpeed leaves 66 MB per rank in /dev/shm for an all-reduce that training does not use. What train.compile keeps
+    goes to the user's own folder: torch would read it back, code included, from one in /tmp that anyone can make first.
     """
     for name in ("rank", "local_rank", "world_size", "local_world_size", "master_addr", "master_port"):
         environ[name.upper()] = str(getattr(ranks, name))
     environ.pop("LOCAL_SIZE", None)
     environ.setdefault("TORCH_EXTENSIONS_DIR", str(operator_folder()))
+    environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/ingot/inductor"))
     python = str(Path(sys.executable).parent)
     others = [folder for folder in environ.get("PATH", os.defpath).split(os.pathsep) if folder != python]
     environ["PATH"] = os.pathsep.join([python, *others])

@@ -7,6 +7,7 @@ from typing import Any
 from llm.config.finetune import FinetuneConfig
 from llm.config.lora import LoRAConfig
 from llm.config.phases import Phase
+from llm.config.reports import ProfileConfig
 from llm.config.sections import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from llm.errors import InputError, require
 
@@ -74,6 +75,21 @@ def check_engine(train: TrainConfig, parallel: ParallelConfig, deepspeed: dict[s
         engine != "fsdp" or offload != "optimizer",
         "train.engine fsdp offloads parameters with the optimizer's state; use parallel.offload=all",
     )
+
+
+def check_compile(train: TrainConfig, parallel: ParallelConfig, model: ModelConfig, profile: ProfileConfig) -> None:
+    """Refuse compiled blocks where they would not be whole graphs, or where their parts must be told apart."""
+    refused = {
+        "parallel.zero_stage 3 of DeepSpeed, which gathers weights within a block; use train.engine=fsdp": (
+            train.engine == "deepspeed" and parallel.zero_stage == 3
+        ),
+        "model.family lstm, which has no blocks of a transformer; use train.compile=none": model.family == "lstm",
+        f"profile.steps {profile.steps}, which names the parts of a block; profile with train.compile=none": (
+            profile.steps is not None
+        ),
+    }
+    for found, given in refused.items():
+        require(train.compile == "none" or not given, f"train.compile {train.compile} does not go with {found}")
 
 
 def check_lora(lora: LoRAConfig, model: ModelConfig, train: TrainConfig) -> None:

@@ -54,6 +54,7 @@ class RunConfig:
         checks.check_lora(self.lora, self.model, self.train)
         checks.check_muon(self.optim, self.parallel, self.lora)
         checks.check_engine(self.train, self.parallel, self.deepspeed)
+        checks.check_compile(self.train, self.parallel, self.model, self.profile)
         checks.check_finetune(self.finetune, self.data)
         checks.check_lstm(self.model, self.data, self.parallel, self.train)
         checks.check_tensor_parallel(self.model, self.parallel, self.phases)

@@ -306,6 +306,8 @@ class TrainConfig:
     """What the backward pass computes again: nothing, whole blocks (`full`), or attention between its products."""
     checkpoint_every: int = 1
     """Activation checkpointing applies to every n-th block."""
+    compile: Literal["none", "blocks"] = "none"
+    """Compile each transformer block with torch.compile (`blocks`): blocks of a kind share one graph."""
     z_loss: float = 0.0
     """Weight of the mean of log(Z)^2 added to the training loss, Z being the softmax's denominator; PaLM: 1e-4."""
     guard_interval: int = 100

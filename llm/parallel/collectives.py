@@ -26,6 +26,8 @@ UNTIMED = nullcontext()
 
 def start_all_reduce_(x: Tensor, group: str) -> Tensor:
     """The sum of x, contiguous, over the ranks of `group`, once waited for, in the memory of x."""
+    if torch.compiler.is_compiling():  # which makes it in place again, and cannot trace one that is
+        return torch.ops._c10d_functional.all_reduce(x, "sum", group)
     return torch.ops._c10d_functional.all_reduce_(x, "sum", group)
 
 

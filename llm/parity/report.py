@@ -65,6 +65,7 @@ class Report:
             "precision": train.precision,
             "gradient_accumulation": train.global_batch_size // (dp * train.micro_batch_size),
             "activation_checkpointing": train.activation_checkpointing,
+            "compile": train.compile,
         }
 
     def of(self, quantity: str, group: str | None = None) -> list[Check]:

@@ -53,7 +53,8 @@ def build_engine(
 
     build: builds the model, as build_model does.
     """
-    waits = Stopwatch(device, running=False)
+    compiles = config.train.compile == "blocks"
+    waits = UNTIMED if compiles else Stopwatch(device, running=False)  # no clock is read within a graph
     with torch.device("meta"):  # load_pieces fills the weights: they are drawn, or read, once
         model = build(config, mesh, forms, waits)
     # Engines that give each rank a part of every weight take them without memory, so that the model never exists whole.
@@ -68,7 +69,11 @@ def build_engine(
     else:
         from llm.train.engines.deepspeed import DeepSpeedEngine as Kind
     engine = Kind(config, model, mesh, device)
-    if mesh.tp_size > 1:
+    if compiles:
+        from llm.train.compiled import CompiledBlocks
+
+        engine.compiled = CompiledBlocks.of(config, model)
+    if mesh.tp_size > 1 and isinstance(waits, Stopwatch):
         engine.waits["tp"] = waits
     if isinstance(source, CheckpointReader):
         engine.load_scalar_state(source.state["engine"])

@@ -50,6 +50,8 @@ def candidates(config: RunConfig, device: torch.device) -> dict[str, tuple[str, 
         device, DTYPES[config.train.precision], model.head_dim, model.dropout, sparse, model.attention_softcap
     )
     left_out += ["gluon"] * (no_gluon is not None)
+    # Deterministic, flash is switched by hooks of autograd, which no graph can have.
+    left_out += ["flash"] * (config.train.deterministic and config.train.compile != "none")
     recurrent = model.family == "lstm"  # of which only the loss and AdamW have several forms
     absent = {"attention": recurrent, "activation": recurrent, "norm": recurrent or model.dropout > 0}
     absent |= {"rope": model.position != "rope", "adamw": config.parallel.offload != "none"}

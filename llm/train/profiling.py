@@ -284,6 +284,8 @@ class Profiler:
         left = run.config.train.max_steps - run.step
         if not 1 <= steps <= MAX_STEPS:
             self.say(f"warning: {path}: found {text!r}; expected a number of steps, 1 to {MAX_STEPS}, or nothing")
+        elif run.config.train.compile != "none":
+            self.say(f"warning: {path}: no profile: train.compile hides the parts of a block; use train.compile=none")
         elif left < needed:
             self.say(f"warning: {path}: {steps} steps need {needed} steps of the run, and {left} are left")
         else:

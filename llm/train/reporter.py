@@ -65,6 +65,8 @@ class Reporter:
         record |= self.feed.record() | self.gpu.record()
         self.metrics.write(record)
         self.console.step(record)
+        if run.engine.compiled is not None and (news := run.engine.compiled.news()) is not None:
+            self.say(f"step {run.step}: {news}")
 
     def validation(self, measures: dict[str, float]) -> None:
         """Report what was measured after the steps made so far: `val_loss`, in nats per token, and maybe more."""

@@ -167,6 +167,7 @@ def test_export_is_what_discovery_reads():
     assert "LOCAL_SIZE" not in environ  # DeepSpeed would leave 66 MB per rank in /dev/shm
     assert place(discover_ranks(environ)) == place(ranks)
     assert environ["PATH"].split(":") == [str(BIN), "/bin"]
+    assert environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(Path.home()))  # never in /tmp, which others share
     export(ranks, environ)
     assert environ["PATH"].split(":") == [str(BIN), "/bin"]
 

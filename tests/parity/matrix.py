@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations, product
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import torch
 
@@ -44,6 +46,7 @@ COMMON = {
     "z_loss": (0.0, 1e-3),
     "documents": (False, True),
     "optimizer": ("adamw", "muon"),
+    "compile": ("none", "blocks"),
 }
 DEEPSPEED = {"engine": ("deepspeed",), "layout": tuple(LAYOUTS), "zero": (0, 1, 2, 3), **COMMON}
 FSDP = {"engine": ("fsdp",), "layout": ("dp2", "dp4", "tp2-dp2", "tp2-sp-dp2"), "zero": (2, 3), **COMMON}
@@ -51,6 +54,9 @@ FSDP = {"engine": ("fsdp",), "layout": ("dp2", "dp4", "tp2-dp2", "tp2-sp-dp2"), 
 IMPOSSIBLE: dict[Options, str] = {
     frozenset({("engine", "deepspeed"), ("zero", 0), ("precision", "bf16")}): (
         "without ZeRO DeepSpeed accumulates gradients in bf16"
+    ),
+    frozenset({("engine", "deepspeed"), ("zero", 3), ("compile", "blocks")}): (
+        "DeepSpeed's ZeRO 3 gathers weights within a block"
     ),
 }
 BATCH = 16  # four data-parallel ranks with four micro-batches each
@@ -129,10 +135,17 @@ def config_of(chosen: Case) -> RunConfig:
             micro_batch_size=BATCH // (dp * chosen["accumulation"]),
             activation_checkpointing=chosen["checkpointing"],
             z_loss=chosen["z_loss"],
+            compile=chosen["compile"],
         ),
     )
 
 
-def verified(config: RunConfig, steps: int = 2) -> Report:
+def graphs_by(backend: str, config: RunConfig) -> AbstractContextManager:
+    """What torch.compile makes of the traced operators: `aot_eager` runs them as they are, `inductor` compiles them."""
+    return patch("llm.train.compiled.BACKEND", backend) if config.train.compile == "blocks" else nullcontext()
+
+
+def verified(config: RunConfig, steps: int = 2, backend: str = "aot_eager") -> Report:
     """`verify` on this rank of a pool, on the CPU. Collective."""
-    return check_parity(config, Mesh.create(config.parallel, "cpu"), torch.device("cpu"), steps)
+    with graphs_by(backend, config):
+        return check_parity(config, Mesh.create(config.parallel, "cpu"), torch.device("cpu"), steps)

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.ranks
 
 POOLS = {1: "one_rank", 2: "two_ranks", 4: "four_ranks"}
 ZERO_0_BF16 = frozenset({("zero", 0), ("precision", "bf16")})
+ZERO_3_COMPILED = frozenset({("zero", 3), ("compile", "blocks")})
 
 
 def by_world(cases: list[Case]) -> list[Case]:
@@ -109,18 +110,21 @@ def every(axes: dict, strength: int) -> set[frozenset]:
 @pytest.mark.parametrize("axes", [DEEPSPEED, FSDP], ids=["deepspeed", "fsdp"])
 def test_every_pair_meets(axes: dict) -> None:
     seen = set().union(*(met(chosen, 2) for chosen in PAIRS if chosen["engine"] in axes["engine"]))
-    assert every(axes, 2) - seen == ({ZERO_0_BF16} if axes is DEEPSPEED else set())
+    assert every(axes, 2) - seen == ({ZERO_0_BF16, ZERO_3_COMPILED} if axes is DEEPSPEED else set())
 
 
 @pytest.mark.parametrize("axes", [DEEPSPEED, FSDP], ids=["deepspeed", "fsdp"])
 def test_every_triple_meets(axes: dict) -> None:
     seen = set().union(*(met(chosen, 3) for chosen in PAIRS + TRIPLES if chosen["engine"] in axes["engine"]))
-    assert {options for options in every(axes, 3) - seen if not options >= ZERO_0_BF16} == set()
+    unseen = every(axes, 3) - seen
+    if axes is DEEPSPEED:
+        unseen = {options for options in unseen if not (options >= ZERO_0_BF16 or options >= ZERO_3_COMPILED)}
+    assert unseen == set()
 
 
 @pytest.mark.parametrize("impossible", IMPOSSIBLE.items(), ids=lambda item: item[1])
 def test_what_cannot_be_is_refused(impossible: tuple[frozenset, str]) -> None:
     chosen = {name: options[0] for name, options in DEEPSPEED.items()} | dict(impossible[0])
     assert not possible(frozenset(chosen.items()))
-    with pytest.raises(InputError, match="would accumulate gradients"):
+    with pytest.raises(InputError, match=r"would accumulate gradients|gathers weights within a block"):
         config_of(chosen)

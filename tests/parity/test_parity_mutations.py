@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -154,6 +156,15 @@ def other_initial_weights() -> AbstractContextManager:
     return patch.object(Layout, "__init__", other)
 
 
+def stale_graph() -> AbstractContextManager:
+    """The place of the first block's dropouts is a constant of the graph, and nothing looks whether it still holds."""
+    unguarded = partial(torch.compile, options={"guard_filter_fn": lambda guards: [False] * len(guards)})
+    stack = ExitStack()
+    stack.enter_context(patch("llm.train.compiled.DynamicInt", int))
+    stack.enter_context(patch.object(torch, "compile", unguarded))
+    return stack
+
+
 @dataclass(frozen=True)
 class Mutation:
     fault: Callable[[], AbstractContextManager]
@@ -224,6 +235,11 @@ MUTATIONS = {
     "replica-not-updated": Mutation(replica_not_updated, case(parallel=DP2), ("blocks.1.up.weight differs",)),
     "piece-not-saved": Mutation(
         piece_not_saved, case(parallel=TP2), ("blocks.0.up.weight (exp_avg): 2048 of 4096 elements are in no rank",)
+    ),
+    "stale-graph": Mutation(
+        stale_graph,
+        case(parallel=TP2, model=dict(dropout=0.1), train=dict(compile="blocks")),
+        ("loss", "blocks.1.down.weight gradient"),
     ),
     "other-initial-weights": Mutation(other_initial_weights, case(parallel=TP2), ("embedding.weight weight, step 0",)),
 }

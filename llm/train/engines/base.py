@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from llm.parallel.agreement import patient_group, together
 from llm.parallel.mesh import Mesh
 from llm.slices import Slice, slice_of
 from llm.train.stragglers import Stopwatch
+
+if TYPE_CHECKING:  # it imports much of torch that other runs never need
+    from llm.train.compiled import CompiledBlocks
 
 # Of the model's own weights and activations, by train.precision.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -126,6 +129,8 @@ class Engine(ABC):
     """Whether every data-parallel rank holds the same weights, rather than a part of them."""
     replicated_state: bool
     """Whether every data-parallel rank holds the same masters and moments."""
+    compiled: CompiledBlocks | None = None
+    """The graphs of the model's blocks, with train.compile."""
 
     def __init__(self, config: RunConfig, model: nn.Module, mesh: Mesh | None, device: torch.device) -> None:
         """mesh: None for a process alone, which only the plain engine can be."""

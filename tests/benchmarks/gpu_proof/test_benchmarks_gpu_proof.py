@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from benchmarks import report
+from benchmarks.contenders import COMPILED
 from benchmarks.gpu_proof import __main__ as proof
-from benchmarks.gpu_proof import correctness, page, speed, stage
+from benchmarks.gpu_proof import correctness, page, speed, stage, training
 from benchmarks.gpu_proof.__main__ import LOG, RESULTS, SAMPLE
 from benchmarks.gpu_proof.stage import STAGES, items_of
 from benchmarks.report import NONE, Record
@@ -100,6 +101,16 @@ def test_attention_in_gluon_is_shown_beside_the_faster_stock_kernel(tmp_path: Pa
     assert f"| backward T=2048 | 0.1667 | {NONE} | 0.1111 | (0.3333) | 1.50 |" in text
     assert f"| both T=2048 | 500 | {NONE} | 333.3 | {NONE} | 1.50 |" in text
     assert page.FA3 in text
+
+
+def test_steps_are_related_to_the_compiled_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm.train.compiled.BACKEND", "aot_eager")
+    ours = training.measure(CPU, "tiny", "blocks") | {"item": "tiny blocks", "tokens_s": 600.0}
+    assert ours["start_s"] > 0 and len(ours["losses"]) == 2
+    peer = ours | {"form": COMPILED, "item": f"tiny {COMPILED}", "tokens_s": 500.0}
+    head = report.header("benchmarks.gpu_proof", [], CPU, ("torch",))
+    lines = page.tables(head, [record | {"stage": "training", "status": "done"} for record in (ours, peer)])
+    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| tiny")] == ["1.20 x", "1.00 x"]
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, **actions: Any) -> None:
