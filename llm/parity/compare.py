@@ -25,7 +25,7 @@ UPDATE = 1e-6
 SCALARS = {"loss": 1e-6, "gradient norm": 1e-5, "validation loss": 1e-6}
 LOW_PRECISION = 4.0
 # Half the distance from 1 to the next number.
-UNIT_ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11}
+UNIT_ROUNDOFF = {"fp8": 2.0**-4, "bf16": 2.0**-8, "fp16": 2.0**-11}
 
 
 @dataclass(frozen=True)
