@@ -78,11 +78,11 @@ class Oracle:
             engine.load_pieces(Gathered(state), scalars["optimizer_step"])
 
     def _check_gradients(self, record: StepRecord, losses: list[float]) -> None:
-        number, names = record.number, record.gradients
+        number, names, fp8 = record.number, record.gradients, self.precision == "fp8"
         all_gradients = math.hypot(*(size(self.exact.gradient(name)) for name in names))
         for name, gradient in record.gradients.items():
             own, exact = self.own.gradient(name), self.exact.gradient(name)
-            self.checks.append(gradient_check(name, number, gradient, own, exact, all_gradients))
+            self.checks.append(gradient_check(name, number, gradient, own, exact, all_gradients, fp8=fp8))
         self.checks.append(norm_check(number, record.grad_norm, record.gradients.values()))
         norms = [float(global_norm(list(engine.masters.values()), None)) for engine in self.engines]
         self.scalars.append(Scalar("loss", number, record.loss, losses[0], losses[-1]))
