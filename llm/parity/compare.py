@@ -9,6 +9,8 @@ tensor or of a scalar. g_all is all gradients together, o the oracle's result in
     gradient norm               1e-5 |e|                       4 |o - e|, the largest over the steps (scalar_checks)
     gradient norm, with e that of the layout's own gradients:  1e-5 |e| in every precision
     weight, moment, made from equal gradients:                 1e-6 |e| in every precision, for all of them are fp32
+    second moment, likewise:                                   2e-6 |e|: the norm by which gradients are clipped, with
+                                                               its rounding, counts twice in their squares
 
 With train.fp8 in any precision |g - o| <= 3 |o - e| + 1e-7 |g_all| for a gradient g (docs/parallelism.md says why), and
 for scalars the bounds of bf16.
@@ -107,7 +109,8 @@ def norm_check(step: int, found: float, gradients: Iterable[Tensor]) -> Check:
 def state_check(kind: str, name: str, step: int, found: Tensor, expected: Tensor, *, same: bool) -> Check:
     """A weight (`kind` "master") or moment after an update; `same`: there was none, so that no bit may change."""
     quantity, norm = {"master": "weight"}.get(kind, kind), size(expected)
-    return Check(quantity, name, step, distance(found, expected), 0.0 if same else UPDATE * norm, norm)
+    bound = 0.0 if same else UPDATE * norm * (2 if kind == "exp_avg_sq" else 1)
+    return Check(quantity, name, step, distance(found, expected), bound, norm)
 
 
 @dataclass(frozen=True)

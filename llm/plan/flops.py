@@ -21,8 +21,8 @@ Formula = Literal["causal", "non-causal"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets, without structured sparsity, by torch.cuda.get_device_name. bf16 and
-# fp16: tensor cores with fp32 accumulation; fp32: no tensor cores (TF32 is off by default). With train.fp8 the peak is
-# still that of train.precision, in which the rest of the model computes: so MFU compares with that of a run without FP8.
+# fp16: tensor cores with fp32 accumulation; fp32: no tensor cores (TF32 is off by default). With train.fp8 the peak
+# stays that of train.precision, in which the rest of the model computes, so that MFU compares with runs without FP8.
 PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
     r"Tesla T4": {"fp16": 65, "fp32": 8.1},
     r"Tesla V100-SXM2-(16|32)GB": {"fp16": 125, "fp32": 15.7},
