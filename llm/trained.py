@@ -97,7 +97,7 @@ def load_trained(
     require(bool(labels) == classifier, f"{path}: its state.json is damaged, it names no labels; choose another")
     # The layout and kernels of the training run do not matter here.
     parallel = ParallelConfig(tensor_parallel=mesh.tp_size if mesh is not None else 1)
-    train = replace(config.train, engine="deepspeed", precision="fp32", impl="auto")
+    train = replace(config.train, engine="deepspeed", precision="fp32", fp8="none", impl="auto")
     config = replace(config, parallel=parallel, train=train)
     with torch.device("meta"):
         model = model_of(config.model, choose_layers(config, mesh), labels=len(labels) or None)

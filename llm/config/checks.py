@@ -146,6 +146,44 @@ def check_lstm(model: ModelConfig, data: DataConfig, parallel: ParallelConfig, t
         require(model.family != "lstm" or not given, f"model.family lstm does not go with {found}")
 
 
+def check_fp8(
+    model: ModelConfig, lora: LoRAConfig, parallel: ParallelConfig, train: TrainConfig, phases: tuple[Phase, ...]
+) -> None:
+    """Refuse products that a GPU does not have in FP8, on a CPU too, and what Ingot does not have with them."""
+    if train.fp8 == "none":
+        return
+    found, instead = f"train.fp8 {train.fp8}", "or train.fp8=none"
+    require(model.family == "gpt", f"{found} is of a transformer's blocks; found model.family lstm: use train.fp8=none")
+    require(lora.rank == 0, f"{found} does not go with lora.rank {lora.rank}; use lora.rank=0, {instead}")
+    require(
+        train.fp8 != "rowwise" or train.precision != "fp32",
+        f"{found} gives 16 bits; found train.precision fp32: use train.precision=bf16, or train.fp8=tensorwise",
+    )
+    for name, side in fp8_sides(model, parallel.tensor_parallel).items():
+        require(
+            side % 16 == 0,
+            f"{found} multiplies matrices with sides that are multiples of 16; {name} is {side}: change it, {instead}",
+        )
+    for tokens in (train.micro_batch_size * phase.seq_len for phase in phases):
+        require(
+            train.fp8_weight_grad == "high" or tokens % 16 == 0,
+            f"{found} sums a weight's gradient over a multiple of 16 tokens; train.micro_batch_size times data.seq_len "
+            f"is {tokens}: change it, or use train.fp8_weight_grad=high",
+        )
+
+
+def fp8_sides(model: ModelConfig, tp: int) -> dict[str, int]:
+    """The sides of the matrices that each of `tp` ranks multiplies in FP8, by what makes them; tp divides them."""
+    shared = f" / parallel.tensor_parallel {tp}" if tp > 1 else ""
+    qkv = (model.n_head + 2 * model.kv_heads) * model.head_dim
+    return {
+        "model.d_model": model.d_model,
+        f"model.d_model{shared}": model.d_model // tp,
+        f"the width of queries, keys and values{shared}": qkv // tp,
+        f"the width of the feed-forward layer, model.d_ff{shared}": model.ff_dim // tp,
+    }
+
+
 def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig, phases: tuple[Phase, ...]) -> None:
     """Refuse a degree that does not cut heads, feed-forward width and shared sequences into equal parts."""
     tp = parallel.tensor_parallel

@@ -58,6 +58,7 @@ class RunConfig:
         checks.check_finetune(self.finetune, self.data)
         checks.check_lstm(self.model, self.data, self.parallel, self.train)
         checks.check_tensor_parallel(self.model, self.parallel, self.phases)
+        checks.check_fp8(self.model, self.lora, self.parallel, self.train, self.phases)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:

@@ -290,6 +290,10 @@ class TrainConfig:
     """DeepSpeed, PyTorch's FSDP2, or a short plain engine (one process or data parallel), the oracle of `verify`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of parameters and activations; bf16 and fp16 keep fp32 master weights, moments and accumulation."""
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Operands of the products of the blocks' linear layers are in FP8, with a scale for a tensor or for each row."""
+    fp8_weight_grad: Literal["fp8", "high"] = "fp8"
+    """With train.fp8, the operands of a weight's gradient: in FP8 too, or in train.precision."""
     global_batch_size: int = 32
     """Samples per step over all ranks."""
     micro_batch_size: int = 16

@@ -29,11 +29,11 @@ from llm.train.engines.plain import PlainEngine
 from llm.train.engines.shared import global_norm
 
 
-def oracle_config(config: RunConfig, precision: str) -> RunConfig:
-    """The same run for one process, without recomputation."""
-    train = replace(
-        config.train, engine="plain", precision=precision, activation_checkpointing="none", checkpoint_every=1
-    )
+def oracle_config(config: RunConfig, *, exact: bool) -> RunConfig:
+    """The same run for one process, without recomputation; exact: in fp32."""
+    train = replace(config.train, engine="plain", activation_checkpointing="none", checkpoint_every=1)
+    if exact:
+        train = replace(train, precision="fp32", fp8="none")
     return replace(config, train=train, parallel=ParallelConfig(), deepspeed={})
 
 
@@ -42,15 +42,15 @@ class Oracle:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.precision = config.train.precision
-        self.own = self._engine(self.precision)
-        self.exact = self.own if self.precision == "fp32" else self._engine("fp32")
+        self.precision = config.train.precision if config.train.fp8 == "none" else "fp8"
+        self.own = self._engine(exact=False)
+        self.exact = self.own if self.precision == "fp32" else self._engine(exact=True)
         self.engines = (self.own,) if self.own is self.exact else (self.own, self.exact)
         self.checks: list[Check] = []
         self.scalars: list[Scalar] = []
 
-    def _engine(self, precision: str) -> PlainEngine:
-        config = oracle_config(self.config, precision)
+    def _engine(self, *, exact: bool) -> PlainEngine:
+        config = oracle_config(self.config, exact=exact)
         engine = PlainEngine(config, build_model(config, None), None, self.device)
         engine.set_lr(config.optim.lr)
         return engine
@@ -92,11 +92,11 @@ class Oracle:
             engine.load_pieces(Gathered(state), scalars["optimizer_step"])
 
     def _check_gradients(self, record: StepRecord, losses: list[float]) -> None:
-        number, names = record.number, record.gradients
+        number, names, fp8 = record.number, record.gradients, self.precision == "fp8"
         all_gradients = math.hypot(*(size(self.exact.gradient(name)) for name in names))
         for name, gradient in record.gradients.items():
             own, exact = self.own.gradient(name), self.exact.gradient(name)
-            self.checks.append(gradient_check(name, number, gradient, own, exact, all_gradients))
+            self.checks.append(gradient_check(name, number, gradient, own, exact, all_gradients, fp8=fp8))
         self.checks.append(norm_check(number, record.grad_norm, record.gradients.values()))
         norms = [float(global_norm(list(engine.masters.values()), None)) for engine in self.engines]
         self.scalars.append(Scalar("loss", number, record.loss, losses[0], losses[-1]))

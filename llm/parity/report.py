@@ -63,6 +63,7 @@ class Report:
             "sequence_parallel": parallel.sequence_parallel,
             "data_parallel": dp,
             "precision": train.precision,
+            "fp8": train.fp8,
             "gradient_accumulation": train.global_batch_size // (dp * train.micro_batch_size),
             "activation_checkpointing": train.activation_checkpointing,
             "compile": train.compile,

@@ -21,7 +21,8 @@ Formula = Literal["causal", "non-causal"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets, without structured sparsity, by torch.cuda.get_device_name. bf16 and
-# fp16: tensor cores with fp32 accumulation; fp32: no tensor cores (TF32 is off by default).
+# fp16: tensor cores with fp32 accumulation; fp32: no tensor cores (TF32 is off by default). With train.fp8 the peak
+# stays that of train.precision, in which the rest of the model computes, so that MFU compares with runs without FP8.
 PEAK_TFLOPS: dict[str, dict[Precision, float]] = {
     r"Tesla T4": {"fp16": 65, "fp32": 8.1},
     r"Tesla V100-SXM2-(16|32)GB": {"fp16": 125, "fp32": 15.7},
@@ -84,7 +85,7 @@ def recomputed_flops(config: RunConfig, seq_len: int, formula: Formula = "causal
     """FLOPs per token that the backward pass spends on activations again, by train.activation_checkpointing.
 
     Not those of scores within fused attention. Of a block, all is computed again but its last product, whose result
-    nothing needs; dropout behind it does.
+    nothing needs; dropout behind it does, and an operator of Ingot's own, as in FP8, is computed whole.
     """
     model, train = config.model, config.train
     layers = range(0, model.n_layer, train.checkpoint_every)
@@ -93,7 +94,8 @@ def recomputed_flops(config: RunConfig, seq_len: int, formula: Formula = "causal
     attention = attention_flops(model, seq_len, formula, layers) / 3
     if train.activation_checkpointing == "selective":
         return attention
-    last = 0 if model.dropout > 0 else model.ff_dim * model.d_model + int(model.bias) * model.d_model
+    whole = model.dropout > 0 or train.fp8 != "none"
+    last = 0 if whole else model.ff_dim * model.d_model + int(model.bias) * model.d_model
     block = (block_parameters(model) + factors_by_part(model, config.lora).total()) / model.n_layer
     return attention + 2 * len(layers) * (block - last)
 

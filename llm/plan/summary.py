@@ -22,8 +22,9 @@ def summary(
     run reads each corpus; None where the data is not prepared.
     """
     parallel, train = config.parallel, config.train
+    fp8 = "" if train.fp8 == "none" else f" with {train.fp8} FP8"
     dp = gpus // parallel.tensor_parallel
-    layout = [f"{train.engine}, {train.precision}, ZeRO {parallel.zero_stage}", f"TP {parallel.tensor_parallel}"]
+    layout = [f"{train.engine}, {train.precision}{fp8}, ZeRO {parallel.zero_stage}", f"TP {parallel.tensor_parallel}"]
     layout += ["sequence parallel"] * parallel.sequence_parallel + [f"DP {dp}"]
     micro_batches = train.global_batch_size // (dp * train.micro_batch_size)
     layout += [f"{micro_batches} micro-batches of {train.micro_batch_size}"]

@@ -23,7 +23,14 @@ EPOCHS = 4
 
 
 def check_kernels(config: RunConfig, device: torch.device, forms: Forms | None = None) -> str:
-    """Say which of `forms` (None: train.impl) each kernel will take; InputError if one cannot run there."""
+    """Say which of `forms` (None: train.impl) each kernel will take; InputError if one cannot run there, or FP8."""
+    if config.train.fp8 != "none" and device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        require(
+            found >= (8, 9),
+            f"train.fp8 {config.train.fp8} needs a GPU of compute capability 8.9 or more, which multiplies FP8 (Ada, "
+            f"Hopper, Blackwell); {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use train.fp8=none",
+        )
     forms, model, dtype = forms or Forms.of(config.train.impl), config.model, DTYPES[config.train.precision]
     sparse = any(model.layer_sparse(layer) for layer in range(model.n_layer))
     no_triton, no_torch = attention_limits(model.head_dim, model.dropout, sparse, model.attention_softcap)

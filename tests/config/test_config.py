@@ -13,6 +13,7 @@ from llm.config import DataConfig, ModelConfig, ParallelConfig, PhaseChange, Run
 from llm.config.parse import from_dict, parse_config, to_dict, to_yaml
 from llm.errors import InputError
 
+FP8 = "--train.fp8=tensorwise"
 PRESETS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.yaml"))
 
 
@@ -242,6 +243,15 @@ def test_a_key_that_is_near_none_gets_no_suggestion(key: str) -> None:
         (["--train.engine=plain", "--deepspeed.steps_per_print=1"], ["plain", "steps_per_print"]),
         (["--train.checkpoint_every=2"], ["checkpoint_every is 2", "use train.activation_checkpointing=full"]),
         (["--train.z_loss=-1"], ["train.z_loss is -1", "at least 0"]),
+        ([FP8, "--model.d_model=40"], ["multiples of 16", "model.d_model is 40"]),
+        ([FP8, "--model.d_ff=136"], ["model.d_ff is 136"]),
+        ([FP8, "--model.d_model=48", "--model.n_kv_head=1"], ["queries, keys and values is 72"]),
+        ([FP8, "--model.d_model=32", "--parallel.tensor_parallel=4"], ["d_model / parallel.tensor_parallel 4 is 8"]),
+        ([FP8, "--train.micro_batch_size=1", "--data.seq_len=24"], ["16 tokens", "is 24", "fp8_weight_grad=high"]),
+        ([FP8, "--train.micro_batch_size=2", "--data.phases=[{samples: 320, seq_len: 20}]"], ["is 40"]),
+        ([FP8, "--lora.rank=4", "--train.init_from=runs/a"], ["train.fp8 tensorwise", "lora.rank 4"]),
+        ([FP8, "--model.family=lstm"], ["train.fp8 tensorwise", "model.family lstm"]),
+        (["--train.fp8=rowwise"], ["gives 16 bits", "train.precision=bf16"]),
         (["--train.z_loss=.inf"], ["train.z_loss", "finite"]),
         (["--train.guard_interval=-1"], ["train.guard_interval is -1", "at least 0"]),
     ],
@@ -328,6 +338,15 @@ def test_layouts_that_are_allowed() -> None:
         parse_config(["--train.engine=fsdp", f"--parallel.zero_stage={stage}", "--train.precision=bf16"])
     parse_config(["--parallel.offload=all", "--parallel.zero_stage=3"])
     parse_config(["--train.activation_checkpointing=selective", "--train.checkpoint_every=3", "--train.z_loss=1e-4"])
+
+
+def test_fp8_of_every_kind() -> None:
+    sixteen_bits = ["--train.precision=bf16", "--parallel.zero_stage=1"]
+    for fp8 in ("tensorwise", "rowwise"):
+        for grad in ("fp8", "high"):
+            parse_config([f"--train.fp8={fp8}", f"--train.fp8_weight_grad={grad}", *sixteen_bits])
+    parse_config([FP8, "--train.fp8_weight_grad=high", "--train.micro_batch_size=1", "--data.seq_len=24"])
+    parse_config(["--model.d_model=40"])
 
 
 def layout(tp: int = 1, batch: int = 32, micro: int = 16) -> RunConfig:

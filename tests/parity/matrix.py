@@ -47,6 +47,7 @@ COMMON = {
     "documents": (False, True),
     "optimizer": ("adamw", "muon"),
     "compile": ("none", "blocks"),
+    "fp8": ("none", "tensorwise", "tensorwise-high", "rowwise", "rowwise-high"),
 }
 DEEPSPEED = {"engine": ("deepspeed",), "layout": tuple(LAYOUTS), "zero": (0, 1, 2, 3), **COMMON}
 FSDP = {"engine": ("fsdp",), "layout": ("dp2", "dp4", "tp2-dp2", "tp2-sp-dp2"), "zero": (2, 3), **COMMON}
@@ -58,6 +59,10 @@ IMPOSSIBLE: dict[Options, str] = {
     frozenset({("engine", "deepspeed"), ("zero", 3), ("compile", "blocks")}): (
         "DeepSpeed's ZeRO 3 gathers weights within a block"
     ),
+    **{
+        frozenset({("fp8", fp8), ("precision", "fp32")}): "scales for rows give 16 bits"
+        for fp8 in ("rowwise", "rowwise-high")
+    },
 }
 BATCH = 16  # four data-parallel ranks with four micro-batches each
 
@@ -118,8 +123,10 @@ def world_size(chosen: Case) -> int:
 def config_of(chosen: Case) -> RunConfig:
     """The tiny run of tests/tiny_run.py under the options of a case."""
     tp, dp, sequence_parallel = LAYOUTS[chosen["layout"]]
+    fp8, _, weight_grad = chosen["fp8"].partition("-")
     return case(
         model=dict(
+            d_model=64 if fp8 != "none" and tp == 4 else 32,  # in FP8 a multiple of 16 on each rank
             n_kv_head=4 if tp == 4 else 2,
             tie_embeddings=chosen["embeddings"] == "tied",
             dropout=chosen["dropout"],
@@ -131,6 +138,8 @@ def config_of(chosen: Case) -> RunConfig:
         train=dict(
             engine=chosen["engine"],
             precision=chosen["precision"],
+            fp8=fp8,
+            fp8_weight_grad=weight_grad or "fp8",
             global_batch_size=BATCH,
             micro_batch_size=BATCH // (dp * chosen["accumulation"]),
             activation_checkpointing=chosen["checkpointing"],

@@ -231,7 +231,7 @@ def test_the_oracle_knows_no_layout() -> None:
         parallel=dict(tensor_parallel=2, sequence_parallel=True, zero_stage=3),
         train=dict(activation_checkpointing="full", checkpoint_every=2, precision="bf16", z_loss=1e-4),
     )
-    oracle = oracle_config(config, "fp32")
+    oracle = oracle_config(config, exact=True)
     train = replace(config.train, engine="plain", precision="fp32", activation_checkpointing="none", checkpoint_every=1)
     assert oracle == replace(case(train={}), train=train, parallel=oracle.parallel)
     assert oracle.parallel.tensor_parallel == 1 and not oracle.parallel.sequence_parallel

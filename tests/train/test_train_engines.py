@@ -103,6 +103,32 @@ def test_a_kernel_that_lacks_an_option_of_attention_is_refused() -> None:
         check_kernels(case(train=dict(impl="gluon")), CPU)
 
 
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    gpu, config = torch.device("cuda"), case(train=dict(fp8="tensorwise"))
+    capability = (8, 0)
+    with pytest.raises(InputError, match=r"capability 8\.9 or more.*A100-SXM4-80GB has 8\.0: use train\.fp8=none"):
+        check_kernels(config, gpu)
+    check_kernels(case(), gpu)
+    capability = (8, 9)
+    check_kernels(config, gpu)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("fp8", ["tensorwise", "rowwise"])
+def test_what_is_not_finite_passes_fp8_and_is_refused(fp8: str, bad: float) -> None:
+    config = plain(case(parallel=dict(zero_stage=1), train=dict(fp8=fp8, precision="bf16")), micro_batch_size=8)
+    engine = PlainEngine(config, build_model(config, None), None, CPU)
+
+    def spoil(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(output.numel()).view(output.shape) == 5, bad, output)
+
+    engine.model.blocks["0"].norm_1.register_forward_hook(spoil)
+    loss = engine.forward_backward(batches(config, 0, 0, 1, False), target_count(False))
+    assert not math.isfinite(loss) and engine.step().left_out and engine.updates == 0
+
+
 def poison(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
     output.register_hook(lambda grad: grad * float("nan"))
 
