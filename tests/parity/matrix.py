@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations, product
 from typing import Any, TypeAlias
@@ -82,31 +82,35 @@ def wanted(axes: Mapping[str, Sequence[Any]], strength: int) -> list[Options]:
         frozenset(zip(names, options, strict=True))
         for names in combinations(axes, strength)
         for options in product(*(axes[name] for name in names))
-        if any(True for _ in completions(dict(zip(names, options, strict=True)), axes))
+        if completed(dict(zip(names, options, strict=True)), axes, {}, 1)
     ]
 
 
-def completions(chosen: Case, axes: Mapping[str, Sequence[Any]]) -> Iterator[Case]:
-    """Every possible case with these options."""
-    rest = [name for name in axes if name not in chosen]
-    for options in product(*(axes[name] for name in rest)):
-        whole = {**chosen, **dict(zip(rest, options, strict=True))}
-        if possible(frozenset(whole.items())):
-            yield {name: whole[name] for name in axes}
+def completed(chosen: Case, axes: Mapping[str, Sequence[Any]], left: Mapping[Options, Any], strength: int) -> Case:
+    """A possible case with these options, or {} if there is none.
+
+    Of each other axis in turn it has the option with which most of `left` meet, unless that one ends in no case.
+    """
+    if not possible(frozenset(chosen.items())):
+        return {}
+    name = next((name for name in axes if name not in chosen), None)
+    if name is None:
+        return {name: chosen[name] for name in axes}
+    others = list(combinations(chosen.items(), strength - 1))
+    options = sorted(axes[name], key=lambda option: -sum(frozenset({*o, (name, option)}) in left for o in others))
+    return next((case for each in options if (case := completed({**chosen, name: each}, axes, left, strength))), {})
 
 
 def sample(axes: Mapping[str, Sequence[Any]], strength: int) -> list[Case]:
-    """A small list of cases in which all `wanted` options meet: greedily the case that adds most to the first one left.
+    """A small list of cases in which all `wanted` options meet: greedily those that complete the first one left.
 
     The same list every time.
     """
     left = dict.fromkeys(wanted(axes, strength))
     cases = []
     while left:
-        candidates = completions(dict(next(iter(left))), axes)
-        best = max(candidates, key=lambda chosen: sum(options in left for options in met(chosen, strength)))
-        cases.append(best)
-        for options in met(best, strength):
+        cases.append(completed(dict(next(iter(left))), axes, left, strength))
+        for options in met(cases[-1], strength):
             left.pop(options, None)
     return cases
 
