@@ -23,7 +23,7 @@ from llm.data.corpora import unprepared
 from llm.data.prepare.console import prepare_all
 
 OPTIMIZERS = ("adamw", "muon")
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def configs(steps: int, validation_samples: int, seed: int, rates: Sequence[float]) -> dict[str, RunConfig]:
