@@ -17,10 +17,10 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 15
 # Lines of code of a part, tests apart, at most. A new capability raises its number in a commit of its own.
-BUDGETS = {"llm": 26_000, "kernels": 5_200, "csrc": 3_500, "launch": 1_020, "benchmarks": 8_200}
+BUDGETS = {"llm": 26_100, "kernels": 5_200, "csrc": 3_500, "launch": 1_020, "benchmarks": 8_200}
 MAX_PRODUCT_LINES = 35_720  # all of these but the benchmarks
 # What one has to read to follow one DeepSpeed step from a shard to a weight: docs/architecture.md lists it.
-MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_530
+MAX_PATH_FILES, MAX_PATH_LINES = 16, 2_540
 
 # Longest matching prefix wins. None: anything. Names are import prefixes beyond the standard library.
 MAY_IMPORT: dict[str, set[str] | None] = {
