@@ -46,20 +46,37 @@ def produce(
 
 
 @gluon.jit
-def masked(scores, i, last, near, far, positions, lows, N: gl.constexpr, BOUNDED: gl.constexpr):
-    """Scores [M, N] of the i-th tile: those of keys that a query does not see become UNSEEN.
+def seen_by(
+    starts_ptr, window, b, T, first, last,
+    M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, BOUNDED: gl.constexpr,
+):  # fmt: skip
+    """What the M queries from `first` on see of the tiles, for `masked`: (last, near, far, positions, first keys).
 
     Tiles before the near-th hold keys after the first query, tiles after the far-th keys that not all queries see.
     """
+    positions = first + gl.arange(0, M, layout=ROWS)
+    lows = positions
+    near = last + 1 - first // N
+    far = last
+    if BOUNDED:
+        lows = first_key(starts_ptr, window, b, T, positions)
+        far -= gl.cdiv(first_key(starts_ptr, window, b, T, gl.minimum(first + M, T) - 1), N)
+    return last, near, far, positions, lows
+
+
+@gluon.jit
+def masked(scores, i, seen, N: gl.constexpr, BOUNDED: gl.constexpr):
+    """Scores [M, N] of the i-th tile: those of keys that a query does not see become UNSEEN. seen: see seen_by."""
+    last, near, far, positions, lows = seen
     partial = i < near
     if BOUNDED:
         partial |= i > far
     if partial:
         cols = (last - i) * N + gl.arange(0, N, layout=gl.SliceLayout(0, scores.type.layout))
-        seen = cols[None, :] <= positions[:, None]
+        visible = cols[None, :] <= positions[:, None]
         if BOUNDED:
-            seen &= cols[None, :] >= lows[:, None]
-        scores = gl.where(seen, scores, UNSEEN)
+            visible &= cols[None, :] >= lows[:, None]
+        scores = gl.where(visible, scores, UNSEEN)
     return scores
 
 
@@ -73,7 +90,7 @@ def softmax(scores, high, scale, M: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def write(acc, high, total, place, o_desc, lse_ptr, b, h, positions, first, T, H, M: gl.constexpr, D: gl.constexpr):
+def write(acc, high, total, place, o_desc, lse_ptr, b, h, first, T, H, M: gl.constexpr, D: gl.constexpr):
     """Write o and lse of the queries from `first` on; o by way of `place`, whose queries have been read."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     total = gl.convert_layout(gl.sum(total, 1), high.type.layout)
@@ -81,6 +98,7 @@ def write(acc, high, total, place, o_desc, lse_ptr, b, h, positions, first, T, H
     place.reshape((M, D)).store(o.to(place.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(o_desc, [b, h, first, 0], place)  # which leaves out rows from T on
+    positions = first + gl.arange(0, M, layout=high.type.layout)
     lse = lse_ptr + (gl.cast(b, gl.int64) * H + h) * T + positions
     gl.store(lse, high + gl.log2(total), mask=positions < T)
     tma.store_wait(0)
@@ -101,13 +119,7 @@ def consume(
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     first = row + C * M
-    positions = first + gl.arange(0, M, layout=S_ROWS)
-    lows = positions
-    near = last + 1 - first // N
-    far = last
-    if BOUNDED:
-        lows = first_key(starts_ptr, window, b, T, positions)
-        far -= gl.cdiv(first_key(starts_ptr, window, b, T, gl.minimum(first + M, T) - 1), N)
+    seen = seen_by(starts_ptr, window, b, T, first, last, M, N, S_ROWS, BOUNDED)
     q = q_s.index(C).reshape((M, D))
     zero = gl.zeros((M, N), gl.float32, S_LAYOUT)
     high = gl.full((M,), float("-inf"), gl.float32, S_ROWS)
@@ -121,7 +133,7 @@ def consume(
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(turn.index(1 - C))
     release(keys, 0, K_STAGES)
-    scores = masked(scores, 0, last, near, far, positions, lows, N, BOUNDED)
+    scores = masked(scores, 0, seen, N, BOUNDED)
     weights, high, total = softmax(scores, high, scale, M, N)
     T_ROWS: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     p = gl.convert_layout(weights.to(q_s.dtype), P_LAYOUT)
@@ -135,7 +147,7 @@ def consume(
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(turn.index(1 - C))  # the other's products follow P V
         release(keys, i, K_STAGES)
-        scores = masked(scores, i, last, near, far, positions, lows, N, BOUNDED)
+        scores = masked(scores, i, seen, N, BOUNDED)
         weights, higher, sums = softmax(scores, high, scale, M, N)
         shrink = gl.exp2(high - higher)
         total = total * gl.convert_layout(shrink, T_ROWS)[:, None] + sums
@@ -149,7 +161,7 @@ def consume(
     await_tile(values, n - 1, V_STAGES)
     acc = warpgroup_mma(p, tile_of(values, n - 1, N, D, V_STAGES), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-    write(acc, high, total, q_s.index(C), o_desc, lse_ptr, b, h, positions, first, T, H, M, D)
+    write(acc, high, total, q_s.index(C), o_desc, lse_ptr, b, h, first, T, H, M, D)
 
 
 @gluon.jit(do_not_specialize=["T", "section", "window"])
