@@ -97,9 +97,7 @@ def test_a_kernel_that_lacks_an_option_of_attention_is_refused() -> None:
         assert check_kernels(case(model=option), CPU).startswith("reference: attention;")
         with pytest.raises(InputError, match=f"train.impl: attention with impl=torch: found {found}"):
             check_kernels(case(model=option, train=dict(impl="torch")), CPU)
-    with pytest.raises(
-        InputError, match="attention with impl=gluon: found tensors on 'cpu', expected them on"
-    ):
+    with pytest.raises(InputError, match="attention with impl=gluon: found tensors on 'cpu', expected them on"):
         check_kernels(case(train=dict(impl="gluon")), CPU)
 
 
