@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -186,7 +186,9 @@ class Muon(torch.optim.Optimizer):
             state["exp_avg"].lerp_(gradient, (1 - self.momentum) * keep)
             flat.mul_(torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"]))
         mean = {
-            name: each.of(each.flat.grad).lerp(each.of(self.state[each.flat]["exp_avg"]), self.momentum).to(self.dtype)
+            name: each.of(cast("Tensor", each.flat.grad))
+            .lerp(each.of(self.state[each.flat]["exp_avg"]), self.momentum)
+            .to(self.dtype)
             for name, each in plan.local.items()
         }
         for part, update in self._orthogonalised(plan, mean):
@@ -217,9 +219,9 @@ class Muon(torch.optim.Optimizer):
         if self.group is None:
             return [(part, data(part)) for part in sent[0]]
         flat = torch.cat([plan.nothing, *(data(part) for parts in sent for part in parts)])
-        counts = [[sum(part.numel for part in parts) for parts in way] for way in (received, sent)]
+        gets, gives = ([sum(part.numel for part in parts) for parts in way] for way in (received, sent))
         parts = [part for parts in received for part in parts]
-        pieces = all_to_all(flat, *counts, self.group.group_name).split([part.numel for part in parts])
+        pieces = all_to_all(flat, gets, gives, self.group.group_name).split([part.numel for part in parts])
         return list(zip(parts, pieces, strict=True))
 
     def _plan(self, flats: Sequence[Tensor]) -> Plan:
@@ -243,7 +245,8 @@ class Muon(torch.optim.Optimizer):
                     part = Part(name, Slice(cut.global_shape, dim, start, stop), offset, numel)
                     held.setdefault(name, {})[rank] = part
         owner = owners({name: self.slices[name].global_shape for name in held}, self._sizes, self.world)
-        return Plan(local, *transfers(held, owner, self.world), flats[0].new_empty(0, dtype=self.dtype))
+        gathered, returned = transfers(held, owner, self.world)
+        return Plan(local, gathered, returned, flats[0].new_empty(0, dtype=self.dtype))
 
     def _sizes(self, name: str) -> tuple[int, ...]:
         """Rows in turn of each matrix that a weight holds (llm.config.matrices)."""

@@ -29,7 +29,7 @@ def refused(folder: Path) -> str:
     with bounded(), pytest.raises(CheckpointError) as found:
         open_checkpoint(folder)
     with bounded(), pytest.raises((CheckpointError, InputError)):
-        find_named(folder)[0] and open_checkpoint(folder)
+        assert find_named(folder)[0] and open_checkpoint(folder)
     assert 0 < len(str(found.value)) < 1500
     assert sorted(path.name for path in folder.parents[2].iterdir()) == ["run"]
     return str(found.value)

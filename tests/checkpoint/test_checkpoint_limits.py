@@ -144,7 +144,7 @@ LARGE = [
 def test_what_is_large_is_refused_early(folder: Path, make: Callable[[Path], None]) -> None:
     make(folder)
     with bounded(), pytest.raises(CheckpointError) as found:
-        verify(folder) and open_checkpoint(folder)
+        assert verify(folder) and open_checkpoint(folder)
     assert str(folder) in str(found.value) and len(str(found.value)) < 1500
 
 

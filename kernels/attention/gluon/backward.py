@@ -100,7 +100,7 @@ def backward(
         found = [q.new_empty(B, T, H, 3, D)]
         dq, dk, dv = found[0].unbind(3)
     else:
-        found = dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+        dq, dk, dv = found = [empty_like(x) for x in (q, k, v)]
     problem = Problem.of(options, bounds is not None, q, k, v, do)
     rows = q.new_empty(B, H, 2, padded_length(T), dtype=torch.float32)
     delta_plan(problem, (0, 0, 0) if dlse is None else dlse.stride())(o.contiguous(), do, lse, dlse, rows)
