@@ -150,7 +150,7 @@ def fake_run(root: Path, tensorboard: bool) -> Any:
     return SimpleNamespace(
         config=config, folder=RunFolder(root, "run"), step=0, lead=True, device=torch.device("cpu"),
         feed=SimpleNamespace(wait_seconds=0.0, record=dict), mesh=SimpleNamespace(world_size=1),
-        engine=object(),
+        engine=SimpleNamespace(compiled=None),
         source=SimpleNamespace(bits_per_byte=lambda nats: None),
         ballot=Ballot(), heartbeat=Heartbeat(),
     )  # fmt: skip

@@ -23,7 +23,7 @@ uint64_t mix(uint64_t hash, uint64_t value) {
 }
 
 uint64_t hash_of(std::string_view bytes) {
-  uint64_t hash = bytes.size();
+  uint64_t hash = mix(0, bytes.size());  // as it is, "a\0" would be "b": the last bytes of a chunk are zero where it ends
   for (size_t at = 0; at < bytes.size(); at += 8) {
     uint64_t chunk = 0;
     std::memcpy(&chunk, bytes.data() + at, std::min<size_t>(8, bytes.size() - at));

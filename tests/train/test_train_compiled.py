@@ -275,8 +275,9 @@ def test_flash_is_no_candidate_where_it_must_be_deterministic() -> None:
     blocks, free = (
         replace(config, train=replace(config.train, compile="blocks", deterministic=x)) for x in (True, False)
     )
-    assert "flash" in candidates(config)["attention"]
-    assert "attention" not in candidates(blocks) and "flash" in candidates(free)["attention"]
+    cpu = torch.device("cpu")
+    assert "flash" in candidates(config, cpu)["attention"]
+    assert "attention" not in candidates(blocks, cpu) and "flash" in candidates(free, cpu)["attention"]
 
 
 REFUSED = {
