@@ -101,7 +101,9 @@ def test_two_processes_under_zero_report_the_losses_of_one(folder: Path, tmp_pat
     zero = ["--train.engine=deepspeed", "--parallel.zero_stage=2"]
     refused = finetune(2, *zero, "--data.source=bad.jsonl", "--name=bad")
     assert refused.returncode and "line 1: the last message is of the user" in refused.stderr
-    assert f'File "{ROOT}' not in refused.stderr and not (tmp_path / "runs").exists()
+    for ours in ("llm", "launch"):  # torchrun's own traceback, of .venv, follows every rank that fails
+        assert f'File "{ROOT / ours}' not in refused.stderr
+    assert not (tmp_path / "runs").exists()
     for done in (finetune(2, *zero, "--name=two"), finetune(1, "--name=one", "--train.micro_batch_size=8")):
         assert done.returncode == 0, done.stderr
     for key, steps in (("loss", [1, 2, 3, 4]), ("val_loss", [0, 2, 4])):
