@@ -170,7 +170,7 @@ def test_equal_nans_are_replicas(two_ranks: RankPool) -> None:
 
 
 def faulty_run(space: Workspace, name: str, **overrides: Any) -> Any:
-    """A real run whose rank 1 suffers one flipped bit, in a norm's weight, after step 6; without hashes of its state."""
+    """A real run whose rank 1 suffers one flipped bit, in a norm's weight, after step 6; no hashes of state."""
     launcher = [*DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port())]
     script = Path(__file__).resolve().parents[1] / "faults/faulty_memory.py"
     overrides |= {"train__state_check_interval": 0}  # else they find it first
