@@ -206,6 +206,7 @@ def stream(
     begun = [tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt] for prompt in typed]
     texts = [prompt if isinstance(prompt, str) else "" for prompt in typed]
     ids = [tokens or [tokenizer.eod_id] for tokens in begun]  # which in training stands before the next document
+    room(model, ids, max_new_tokens)  # what cannot be is refused before the prompt is shown
     rows, ended, alone = [Growing(tokenizer.stream(tokens), stop) for tokens in begun], set[int](), len(texts) == 1
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end": tokenizer.eod_id, "sampling": sampling}
     options |= {"banned": tokenizer.unused(trained.config.model.vocab_size), "ended": ended}
