@@ -1,4 +1,4 @@
-"""Muon beyond the matrix of layouts: parts of matrices at a time, checkpoints, and faults that `verify` finds.
+"""Muon beyond the matrix of layouts: parts of matrices at a time, and faults that `verify` finds.
 
 The oracle runs the same code on rank 0 in one process. So these faults are of what only several ranks do; those of one
 matrix are compared with torch's Muon (tests/train/test_train_muon.py).
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -19,17 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chosen import slow_but
-from llm.checkpoint.reader import open_checkpoint
 from llm.config import RunConfig
 from llm.config.matrices import moments_of
 from llm.parallel.mesh import Mesh
 from llm.train import muon
 from llm.train.build import build_engine
 from llm.train.muon import Muon, Part, Plan, orthogonalised
-from llm.train.state_hashes import StateHashes
 from matrix import verified
 from pool import RankPool
-from test_train_restart import save, steps
+from test_train_restart import steps
 from tiny_run import case
 
 pytestmark = pytest.mark.ranks
@@ -156,50 +153,3 @@ def test_a_fault_is_found_and_named(fault: str, two_ranks: RankPool) -> None:
     assert any(named in failure for failure in results[0][1]), results[0][1]
     with_moments = [f for f in results[0][1] if "exp_avg" in f and "step 1" in f]
     assert not with_moments, "the momentum is what it was"
-
-
-# Checkpoints.
-
-
-def trained(config: RunConfig, root: Path) -> list[str]:
-    """Save after three steps; what the comparison of states then finds. Collective."""
-    mesh = Mesh.create(config.parallel, "cpu")
-    engine = build_engine(config, mesh, torch.device("cpu"))
-    hashes = StateHashes(engine)
-    steps(engine, config, mesh, 0, 3)
-    hashes.after_step(due=True)
-    hashes.compare()
-    save(engine, mesh, root, 3)
-    engine.close()
-    return hashes.found()
-
-
-def again(config: RunConfig, root: Path, other: Path) -> None:
-    """Read that checkpoint, and save what was read. Collective."""
-    mesh = Mesh.create(config.parallel, "cpu")
-    reader = open_checkpoint(root / "step-00000003")
-    engine = build_engine(config, mesh, torch.device("cpu"), reader)
-    save(engine, mesh, other, 3)
-    engine.close()
-
-
-def tensors(root: Path) -> dict[tuple[str, str], Tensor]:
-    reader = open_checkpoint(root / "step-00000003")
-    return {key: reader.read(*key) for key in reader.manifest.tensors}
-
-
-READ = ["plain", "fsdp", "zero1-tp2", "zero1", "zero2-bf16", "zero3", "zero3-sub-groups"]
-
-
-@pytest.mark.parametrize("second", slow_but(["plain", "fsdp"], READ))
-@pytest.mark.parametrize("first", slow_but(["zero1-tp2"], ["plain", "fsdp", "zero1-tp2", "zero2-bf16", "zero3"]))
-def test_every_layout_reads_what_another_wrote(first: str, second: str, two_ranks: RankPool, tmp_path: Path) -> None:
-    one, other = (replace(config_of(name), model=config_of("fsdp").model) for name in (first, second))
-    assert two_ranks.run(trained, one, tmp_path / "a") == [[], []]
-    two_ranks.run(again, other, tmp_path / "a", tmp_path / "b")
-    before, after = tensors(tmp_path / "a"), tensors(tmp_path / "b")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
-    names = {name for name, kind in before if kind == "master"}
-    second_moments = {name for name, kind in before if kind == "exp_avg_sq"}
-    assert second_moments == {name for name in names if len(moments_of(name, one.optim)) == 2} != names
