@@ -43,7 +43,7 @@ def in_linears_of_several_ranks(name: str, faulty: Callable[..., Any]) -> Iterat
 def own_largest() -> AbstractContextManager:
     """The scale of a rank's part, not of the whole tensor."""
     honest = Cut.largest
-    return patch.object(Cut, "largest", lambda self, *arguments: honest(replace(self, tp=None), *arguments))
+    return patch.object(Cut, "largest", lambda self, *how, **parts: honest(replace(self, tp=None), *how, **parts))
 
 
 def scale_of_the_wrong_tensor() -> AbstractContextManager:

@@ -40,9 +40,9 @@ from llm.parallel.collectives import (
 )
 from llm.parallel.layers import TensorParallel, TensorParallelLayers
 
-Operand = Literal["x", "weight", "dy"]
 Dim = Literal["T", "I", "O"]
-LAST: dict[Operand, Dim] = {"x": "I", "weight": "I", "dy": "O"}
+LAST: dict[str, Dim] = {"x": "I", "weight": "I", "dy": "O"}
+DIMS = ("T", "I", "O")
 
 
 class FP8(NamedTuple):
@@ -68,14 +68,24 @@ class Cut:
         tokens = "T" if tp.sequence_parallel else None
         return Cut(tp, tokens, "O", "O") if role in ("qkv", "up") else Cut(tp, "I", "I", tokens)
 
-    def largest(self, of: Operand, part: Tensor, along: Dim, rowwise: bool) -> Tensor:
-        """max |operand| over what shares a scale in a product along `along`; `part`: what this rank has of it."""
-        last = (part.dim() - 1,)
-        dims = () if not rowwise else last if along == LAST[of] else tuple(range(part.dim() - 1))
-        found, cut = largest(part, dims), getattr(self, of)
-        if self.tp is None or cut is None or (rowwise and cut != along):
-            return found
-        return all_reduce(found, "max", self.tp.name, self.tp.waits)
+    def largest(self, along: Dim, rowwise: bool, **parts: Tensor) -> tuple[Tensor, ...]:
+        """max |operand| over what shares a scale in a product along `along`; parts: what this rank has of each operand.
+
+        One all-reduce joins all that are cut there.
+        """
+        found, cut = {}, []
+        for of, part in parts.items():
+            last = (part.dim() - 1,)
+            dims = () if not rowwise else last if along == LAST[of] else tuple(range(part.dim() - 1))
+            found[of] = largest(part, dims)
+            if getattr(self, of) in ((along,) if rowwise else DIMS):
+                cut.append(of)
+        if self.tp is not None and cut:
+            joined = torch.cat([found[of].flatten() for of in cut])
+            joined = all_reduce(joined, "max", self.tp.name, self.tp.waits)
+            pieces = joined.split([found[of].numel() for of in cut])
+            found |= {of: piece.view_as(found[of]) for of, piece in zip(cut, pieces, strict=True)}
+        return tuple(found.values())
 
     def start_gather(self, x: Tensor) -> Tensor:
         """Start to join x [B, T / tp, ...] along T; FP8 travels as bytes."""
@@ -114,8 +124,8 @@ class FP8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, how: FP8, cut: Cut) -> Tensor:
         ctx.how, ctx.cut = how, cut
-        x8 = quantise(x, E4M3, cut.largest("x", x, "I", how.rowwise))
-        largest_weight = cut.largest("weight", weight, "I", how.rowwise)
+        largest_x, largest_weight = cut.largest("I", how.rowwise, x=x, weight=weight)
+        x8 = quantise(x, E4M3, largest_x)
         kept = (x,) if how.high or how.rowwise else x8
         ctx.save_for_backward(weight, largest_weight, *kept)
         if cut.x == "T":
@@ -129,17 +139,18 @@ class FP8Product(torch.autograd.Function):
         weight, largest_weight, *kept = ctx.saved_tensors
         how, cut, (needs_x, needs_weight, *_) = ctx.how, ctx.cut, ctx.needs_input_grad
         if how.rowwise and not how.high and needs_weight:
-            kept = quantise(kept[0], E4M3, cut.largest("x", kept[0], "T", True))
+            kept = quantise(kept[0], E4M3, *cut.largest("T", True, x=kept[0]))
         pending = cut.start_gather(kept[0]) if cut.x == "T" and needs_weight else None
         if cut.dy == "T" and needs_weight and (how.rowwise or how.high):
             grad, cut = cut.gathered(cut.start_gather(grad), grad.dtype), replace(cut, dy=None)
-        dy = quantise(grad, E5M2, cut.largest("dy", grad, "O", how.rowwise))
+        rows = {"weight": weight} if how.rowwise and needs_x else {}
+        largest_dy, *largest_rows = cut.largest("O", how.rowwise, dy=grad, **rows)
+        dy = quantise(grad, E5M2, largest_dy)
         if cut.dy == "T":
             dy = cut.gather(dy)
         grad_x = grad_weight = None
         if needs_x:
-            if how.rowwise:
-                largest_weight = cut.largest("weight", weight, "O", True)
+            (largest_weight,) = largest_rows or (largest_weight,)
             grad_x = product(dy.rows(), quantise(weight, E4M3, largest_weight).columns(), grad.dtype)
             grad_x = grad_x.unflatten(0, dy.values.shape[:-1])
             grad_x = cut.start_sum(grad_x) if cut.weight == "O" else grad_x
@@ -148,7 +159,7 @@ class FP8Product(torch.autograd.Function):
             if how.high:
                 grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
             else:
-                dy = quantise(grad, E5M2, cut.largest("dy", grad, "T", True)) if how.rowwise else dy
+                dy = quantise(grad, E5M2, *cut.largest("T", True, dy=grad)) if how.rowwise else dy
                 grad_weight = product(dy.columns(), Quantised(x, kept[1]).columns(), grad.dtype)
         grad_x = cut.summed(grad_x) if grad_x is not None and cut.weight == "O" else grad_x
         return grad_x, grad_weight, None, None

@@ -178,39 +178,48 @@ def test_a_fault_is_found(name: str, two_ranks: RankPool) -> None:
 # -- What is sent --
 
 
-def gathered_bytes(role: LinearRole, name: str, dtype: torch.dtype) -> list[int]:
-    """Bytes that this rank gives to each all-gather, in the forward and then in the backward pass. Collective."""
-    sent: list[int] = []
-    honest = fp8.start_all_gather
+def bytes_given(collective: str, role: LinearRole, name: str) -> list[int]:
+    """What this rank gives to each call of a collective under SP: forward, -1, and the backward pass. Collective."""
+    given: list[int] = []
+    honest = getattr(fp8, collective)
 
-    def start(x: Tensor, *arguments: Any) -> Tensor:
-        sent.append(x.nbytes)
+    def noting(x: Tensor, *arguments: Any) -> Tensor:
+        given.append(x.nbytes)
         return honest(x, *arguments)
 
     group = Mesh.create(ParallelConfig(tensor_parallel=2), "cpu").tp_group
     layers = TensorParallelFP8Layers(HOWS[name], TensorParallel.of(group, True), seed=0)
-    column = role == "up"
-    linear = layers.linear(role, I, O, bias=False).to(dtype)
-    x = torch.ones(B, T // 2, I, dtype=dtype) if column else torch.ones(B, T, I // 2, dtype=dtype)
-    with patch.object(fp8, "start_all_gather", start):
+    linear = layers.linear(role, I, O, bias=False).to(torch.bfloat16)
+    x = torch.ones((B, T // 2, I) if role == "up" else (B, T, I // 2), dtype=torch.bfloat16)
+    with patch.object(fp8, collective, noting):
         y = linear(x.requires_grad_())
-        sent.append(-1)
+        given.append(-1)
         y.sum().backward()
-    return sent
+    return given
 
 
-def all_gathers() -> list[list[int]]:
-    return [gathered_bytes(role, name, torch.bfloat16) for role in ("up", "down") for name in HOWS]
+def all_given(collective: str) -> dict[tuple[str, str], list[int]]:
+    roles: tuple[LinearRole, ...] = ("up", "down")
+    return {(role, name): bytes_given(collective, role, name) for role in roles for name in HOWS}
 
 
 def test_a_byte_is_sent_for_an_element(two_ranks: RankPool) -> None:
     x, dy, rows = B * T // 2 * I, B * T // 2 * O, 4 * B * T // 2
-    found = dict(
-        zip([(role, name) for role in ("up", "down") for name in HOWS], two_ranks.run(all_gathers)[0], strict=True)
-    )
+    found = two_ranks.run(all_given, "start_all_gather")[0]
     assert found["up", "tensorwise"] == [x, -1, x]
     assert found["up", "tensorwise-high"] == [x, -1, 2 * x]
     assert found["up", "rowwise"] == [x, rows, -1, x]  # in the backward pass with scales of columns, which none cuts
     assert found["up", "rowwise-high"] == [x, rows, -1, 2 * x]
     assert found["down", "tensorwise"] == [-1, dy]
     assert found["down", "tensorwise-high"] == found["down", "rowwise"] == found["down", "rowwise-high"] == [-1, 2 * dy]
+
+
+def test_one_all_reduce_joins_the_largest_numbers_of_a_product(two_ranks: RankPool) -> None:
+    """4 bytes for a tensor, a row or a column."""
+    found = two_ranks.run(all_given, "all_reduce")[0]
+    assert found["up", "tensorwise"] == found["up", "tensorwise-high"] == [4 + 4, -1, 4]
+    assert found["up", "rowwise"] == [-1, 4 * I, 4 * (B * T + I)]
+    assert found["up", "rowwise-high"] == [-1, 4 * (B * T + I)]
+    assert found["down", "tensorwise"] == [4 + 4, -1, 4]
+    assert found["down", "tensorwise-high"] == [4 + 4, -1]  # dy is gathered first
+    assert found["down", "rowwise"] == found["down", "rowwise-high"] == [4 * (B * T + O), -1]
