@@ -11,11 +11,14 @@ import torch
 
 from kernels.cross_entropy.linear import GPU_CHUNK
 from llm.config import ModelConfig, RunConfig
+from llm.config.checks import fp8_sides
 from llm.errors import InputError
+from llm.model.fp8 import MULTIPLE
 from llm.plan.memory import parameters
 
 # Bytes per parameter. Of the oracle: weights, gradients and moments; in bf16 and fp16 their masters and low-precision
-# copies, and a second oracle. Gathered: weights and moments before and after a step, gradients. Of the layout: at most.
+# copies, and a second oracle, as with train.fp8. Gathered: weights and moments before and after a step, gradients. Of
+# the layout: at most.
 ORACLE = {"fp32": 16, "bf16": 36, "fp16": 36}
 GATHERED = 28
 LAYOUT = 32
@@ -51,7 +54,8 @@ def needed_bytes(config: RunConfig, world_size: int) -> int:
     weights = 5 * model.n_head * T if model.dropout or model.attention_softcap or model.attention_sparse else 0
     activations = 2 * model.n_layer * tokens * (34 * model.d_model + weights)
     logits = 3 * 4 * min(tokens, GPU_CHUNK) * model.vocab_size
-    states = parameters(model) * (ORACLE[config.train.precision] + GATHERED + LAYOUT // ranks)
+    oracle = ORACLE["bf16" if config.train.fp8 != "none" else config.train.precision]
+    states = parameters(model) * (oracle + GATHERED + LAYOUT // ranks)
     return states + activations + logits
 
 
@@ -59,13 +63,16 @@ def shrink(config: RunConfig, available: int, world_size: int) -> RunConfig:
     """`config` itself if `verify` can hold its model in `available` bytes, else with the largest model that fits.
 
     Norms, activation, positions, tying, biases, dropout, query heads per key/value head, attention's window, pattern
-    and softcap, sequence and batch stay. Raises InputError if not even the smallest fits.
+    and softcap, sequence and batch stay. With train.fp8 all sides are such as FP8 multiplies. Raises InputError if not
+    even the smallest fits.
     """
     limit = int(USABLE * available)
     if needed_bytes(config, world_size) <= limit:
         return config
-    smallest = config
-    for model in smaller(config.model, config.parallel.tensor_parallel):
+    smallest, tp = config, config.parallel.tensor_parallel
+    for model in smaller(config.model, tp):
+        if config.train.fp8 != "none" and any(side % MULTIPLE for side in fp8_sides(model, tp).values()):
+            continue  # which the config refuses
         smallest = replace(config, model=model)
         if needed_bytes(smallest, world_size) <= limit:
             return smallest
@@ -105,5 +112,6 @@ def smaller(model: ModelConfig, tp: int) -> Iterator[ModelConfig]:
 def _narrower(model: ModelConfig, kv_heads: int, head_dim: int, tp: int) -> ModelConfig:
     n_head = model.n_head // model.kv_heads * kv_heads
     d_model = n_head * head_dim
-    d_ff = max(tp, model.ff_dim * d_model // model.d_model // tp * tp)
+    wanted, unit = model.ff_dim * d_model // model.d_model, MULTIPLE * tp  # in FP8 each rank's part is a multiple
+    d_ff = max(tp, wanted // unit * unit or wanted // tp * tp)
     return replace(model, n_kv_head=kv_heads, n_head=n_head, d_model=d_model, d_ff=d_ff)

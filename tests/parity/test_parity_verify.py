@@ -18,6 +18,7 @@ from rich.console import Console
 
 from llm.checkpoint.manifest import Piece
 from llm.config import ModelConfig, RunConfig
+from llm.config.checks import fp8_sides
 from llm.config.sections import SparseAttention
 from llm.errors import InputError
 from llm.files import claim, write_json
@@ -355,6 +356,20 @@ def test_the_largest_that_fits_is_taken() -> None:
     assert needs == sorted(needs, reverse=True)
     for i in (0, len(needs) // 2, len(needs) - 1):
         assert shrink(config, math.ceil(needs[i] / 0.8) + 1, 4).model == models[i]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_a_shrunk_model_is_one_that_fp8_multiplies(tp: int) -> None:
+    config = large(tp)
+    config = replace(config, train=replace(config.train, fp8="tensorwise"))
+    assert needed_bytes(config, 8 * tp) > needed_bytes(large(tp), 8 * tp), "the oracle without FP8"
+    models = list(smaller(config.model, tp))
+    refused = {m for m in models if any(side % 16 for side in fp8_sides(m, tp).values())}
+    assert len(refused) <= 1, "heads of 8 alone: d_ff is chosen for FP8"
+    found = [shrink(config, gigabytes << 30, 8 * tp).model for gigabytes in (16, 64, 200)]
+    assert len({*found} - refused) == 3
+    with pytest.raises(InputError, match="even for a model of"):
+        shrink(config, 1 << 20, 8 * tp)
 
 
 def test_options_of_attention_survive_and_all_that_alternate() -> None:
