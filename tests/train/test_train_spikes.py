@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ LAYOUTS = {
     "fsdp": dict(parallel=dict(zero_stage=3), train=dict(engine="fsdp")),
     "tp2": dict(parallel=dict(tensor_parallel=2, sequence_parallel=True)),
 }
+LAYOUTS |= {f"{name}-muon": LAYOUTS[name] | dict(optim=dict(name="muon")) for name in (*LAYOUTS,)}
 
 
 def state_after(config: RunConfig, refused: Sequence[int], taken: Sequence[int]) -> list[Any]:
@@ -160,7 +162,7 @@ def state_after(config: RunConfig, refused: Sequence[int], taken: Sequence[int])
     return [updates, pieces]
 
 
-@pytest.mark.parametrize("name", slow_but(["plain", "zero0", "zero2", "zero1-bf16", "zero3"], LAYOUTS))
+@pytest.mark.parametrize("name", slow_but(["plain", "zero0", "zero2", "zero1-bf16", "zero3", "tp2-muon"], LAYOUTS))
 def test_a_refused_step_leaves_no_trace(name: str, two_ranks: RankPool) -> None:
     made = case(**LAYOUTS[name])
     found = two_ranks.run(state_after, made, (1, 3), (0, 1, 2, 3, 4))
@@ -263,14 +265,17 @@ GONE_BACK = (6, 7, 8, 9)  # to step 5, when 8 and 9 are bad
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("killed", slow_but([None, 9], [None, 7, 9, 10, 12]))
+@pytest.mark.parametrize(
+    ("killed", "optimizer"),
+    slow_but([(None, "muon"), (9, "adamw")], product([None, 7, 9, 10, 12], ["adamw", "muon"]), several=True),
+)
 def test_a_stretch_of_bad_data_is_passed_over(
-    killed: int | None, ranks: int, one_rank: RankPool, two_ranks: RankPool, tmp_path: Path
+    killed: int | None, optimizer: str, ranks: int, one_rank: RankPool, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     """From the last checkpoint on; and so it is when the run is killed before, between, or after it went back."""
-    pool, ours = (
-        (one_rank, plain(made(), micro_batch_size=4)) if ranks == 1 else (two_ranks, made(parallel=dict(zero_stage=2)))
-    )
+    optim = dict(name=optimizer)
+    alone = plain(made(optim=optim), micro_batch_size=4)
+    pool, ours = (one_rank, alone) if ranks == 1 else (two_ranks, made(optim=optim, parallel=dict(zero_stage=2)))
     bad = samples(8, 9)
     if killed is not None:
         assert pool.run(poisoned, ours, tmp_path, 0, bad, math.nan, killed) == ["killed"] * ranks
@@ -285,7 +290,7 @@ def test_a_stretch_of_bad_data_is_passed_over(
     assert state["engine"]["optimizer_step"] == 8
     last = steps(tmp_path)[-1]
     assert last["skipped_steps"] == 4 and last["skipped_samples"] == 12 * sum(range(ranks + 1))
-    expected = one_rank.run(without, plain(made(), micro_batch_size=4), GONE_BACK)[0]
+    expected = one_rank.run(without, alone, GONE_BACK)[0]
     for key, tensor in final(tmp_path).items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0 if ranks == 1 else 1e-5)
 
