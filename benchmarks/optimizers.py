@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--validation-samples", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help='as --only "adamw 0.004" "muon 0.016"')
     parser.add_argument("--results", type=Path, default=Path("runs/optimizers"), help="a folder, of one run's files")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,6 +90,9 @@ def main() -> None:
         path = args.results / f"{seed}.jsonl"
         if not path.exists():
             runs = configs(args.steps, args.validation_samples, seed, args.rates)
+            if unknown := {*args.only} - {*runs}:
+                parser.error(f"--only: found {sorted(unknown)}, expected some of {[*runs]}")
+            runs = {name: run for name, run in runs.items() if name in (args.only or runs)}
             if unprepared(next(iter(runs.values()))):
                 print(prepare_all(next(iter(runs.values()))), file=sys.stderr)
             partial = path.with_suffix(".part")
