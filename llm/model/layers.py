@@ -93,9 +93,7 @@ class LanguageModelHead(nn.Module):
 
         A loss is -log p(target), 0 for IGNORED_TARGET; in training with z-loss (kernels/cross_entropy/linear.py).
         """
-        if targets is None:
-            return F.linear(x, self.weight).float()
-        return self.loss(x, targets)
+        return F.linear(x, self.weight).float() if targets is None else self.loss(x, targets)
 
     def loss(self, x: Tensor, targets: Tensor, vocabulary: Vocabulary | None = None) -> Tensor:
         """The sum of the losses; `vocabulary`: which part of it `weight` has, padding included (None: all)."""

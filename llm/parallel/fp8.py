@@ -42,7 +42,6 @@ from llm.parallel.layers import TensorParallel, TensorParallelLayers
 
 Dim = Literal["T", "I", "O"]
 LAST: dict[str, Dim] = {"x": "I", "weight": "I", "dy": "O"}
-DIMS = ("T", "I", "O")
 
 
 class FP8(NamedTuple):
@@ -68,24 +67,22 @@ class Cut:
         tokens = "T" if tp.sequence_parallel else None
         return Cut(tp, tokens, "O", "O") if role in ("qkv", "up") else Cut(tp, "I", "I", tokens)
 
-    def largest(self, along: Dim, rowwise: bool, **parts: Tensor) -> tuple[Tensor, ...]:
+    def largest(self, along: Dim, rowwise: bool, **parts: Tensor) -> list[Tensor]:
         """max |operand| over what shares a scale in a product along `along`; parts: what this rank has of each operand.
 
         One all-reduce joins all that are cut there.
         """
-        found, cut = {}, []
+        found, cut = [], []
         for of, part in parts.items():
-            last = (part.dim() - 1,)
-            dims = () if not rowwise else last if along == LAST[of] else tuple(range(part.dim() - 1))
-            found[of] = largest(part, dims)
-            if getattr(self, of) in ((along,) if rowwise else DIMS):
-                cut.append(of)
+            rows, columns = (part.dim() - 1,), tuple(range(part.dim() - 1))
+            found.append(largest(part, (rows if along == LAST[of] else columns) if rowwise else ()))
+            if getattr(self, of) in ((along,) if rowwise else ("T", "I", "O")):
+                cut.append(found[-1])
         if self.tp is not None and cut:
-            joined = torch.cat([found[of].flatten() for of in cut])
-            joined = all_reduce(joined, "max", self.tp.name, self.tp.waits)
-            pieces = joined.split([found[of].numel() for of in cut])
-            found |= {of: piece.view_as(found[of]) for of, piece in zip(cut, pieces, strict=True)}
-        return tuple(found.values())
+            joined = all_reduce(torch.cat([each.flatten() for each in cut]), "max", self.tp.name, self.tp.waits)
+            for each, whole in zip(cut, joined.split([each.numel() for each in cut]), strict=True):
+                each.copy_(whole.view_as(each))
+        return found
 
     def start_gather(self, x: Tensor) -> Tensor:
         """Start to join x [B, T / tp, ...] along T; FP8 travels as bytes."""
@@ -143,15 +140,13 @@ class FP8Product(torch.autograd.Function):
         pending = cut.start_gather(kept[0]) if cut.x == "T" and needs_weight else None
         if cut.dy == "T" and needs_weight and (how.rowwise or how.high):
             grad, cut = cut.gathered(cut.start_gather(grad), grad.dtype), replace(cut, dy=None)
-        rows = {"weight": weight} if how.rowwise and needs_x else {}
-        largest_dy, *largest_rows = cut.largest("O", how.rowwise, dy=grad, **rows)
+        largest_dy, *anew = cut.largest("O", how.rowwise, dy=grad, **({"weight": weight} if how.rowwise else {}))
         dy = quantise(grad, E5M2, largest_dy)
         if cut.dy == "T":
             dy = cut.gather(dy)
         grad_x = grad_weight = None
         if needs_x:
-            (largest_weight,) = largest_rows or (largest_weight,)
-            grad_x = product(dy.rows(), quantise(weight, E4M3, largest_weight).columns(), grad.dtype)
+            grad_x = product(dy.rows(), quantise(weight, E4M3, *anew or (largest_weight,)).columns(), grad.dtype)
             grad_x = grad_x.unflatten(0, dy.values.shape[:-1])
             grad_x = cut.start_sum(grad_x) if cut.weight == "O" else grad_x
         if needs_weight:

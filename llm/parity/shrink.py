@@ -16,9 +16,8 @@ from llm.errors import InputError
 from llm.model.fp8 import MULTIPLE
 from llm.plan.memory import parameters
 
-# Bytes per parameter. Of the oracle: weights, gradients and moments; in bf16 and fp16 their masters and low-precision
-# copies, and a second oracle, as with train.fp8. Gathered: weights and moments before and after a step, gradients. Of
-# the layout: at most.
+# Bytes per parameter. Of the oracle: weights, gradients and moments; in bf16, fp16 and FP8 their masters and low-precision
+# copies, and a second oracle. Gathered: weights and moments before and after a step, gradients. Of the layout: at most.
 ORACLE = {"fp32": 16, "bf16": 36, "fp16": 36}
 GATHERED = 28
 LAYOUT = 32
@@ -63,8 +62,7 @@ def shrink(config: RunConfig, available: int, world_size: int) -> RunConfig:
     """`config` itself if `verify` can hold its model in `available` bytes, else with the largest model that fits.
 
     Norms, activation, positions, tying, biases, dropout, query heads per key/value head, attention's window, pattern
-    and softcap, sequence and batch stay. With train.fp8 all sides are such as FP8 multiplies. Raises InputError if not
-    even the smallest fits.
+    and softcap, sequence and batch stay. Raises InputError if not even the smallest fits.
     """
     limit = int(USABLE * available)
     if needed_bytes(config, world_size) <= limit:

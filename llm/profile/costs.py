@@ -41,9 +41,7 @@ LOOKUPS = {"embedding", "index_select", "gather", "index"}
 def matmul_flops(name: str, dims: Sequence[Any]) -> float:
     """2 m k n of each product of [..., m, k] and [..., k, n]; 0 for all that is none."""
     at = PRODUCTS.get(name)
-    if at is None or len(dims) < at + 2:
-        return 0.0
-    return 2.0 * prod(dims[at]) * dims[at + 1][-1]
+    return 0.0 if at is None or len(dims) < at + 2 else 2.0 * prod(dims[at]) * dims[at + 1][-1]
 
 
 def fused_attention(name: str) -> float:

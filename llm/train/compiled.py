@@ -133,6 +133,4 @@ class CompiledBlocks:
         """What was compiled since the last call, and in how many seconds of this process; None if nothing was."""
         new, start = [*self.graphs][self.said :], self.start
         self.said, self.start = len(self.graphs), calculate_time_spent()["total_wall_time"]
-        if not new:
-            return None
-        return f"blocks compiled in {self.start - start:.1f} s: {'; '.join(map(str, new))}"
+        return f"blocks compiled in {self.start - start:.1f} s: {'; '.join(map(str, new))}" if new else None

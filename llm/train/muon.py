@@ -226,11 +226,10 @@ class Muon(torch.optim.Optimizer):
 
     def _plan(self, flats: Sequence[Tensor]) -> Plan:
         """Ask all ranks what they hold of the weights in `flats`."""
-        here = {id(flat) for flat in flats}
         local = {
             name: each
             for name, each in self.fragments().items()
-            if name in self.slices and id(each.flat) in here and each.numel
+            if name in self.slices and each.numel and any(each.flat is flat for flat in flats)
         }
         rows = torch.zeros(self.world, len(self.slices), 5, dtype=torch.int64, device=flats[0].device)
         for row, (name, cut) in zip(rows[self.rank], self.slices.items(), strict=True):
