@@ -16,8 +16,8 @@ from llm.errors import InputError
 from llm.model.fp8 import MULTIPLE
 from llm.plan.memory import parameters
 
-# Bytes per parameter. Of the oracle: weights, gradients and moments; in bf16, fp16 and FP8 their masters and low-precision
-# copies, and a second oracle. Gathered: weights and moments before and after a step, gradients. Of the layout: at most.
+# Bytes per parameter. Of the oracle: weights, gradients, moments; in bf16, fp16 and FP8 masters and 16-bit copies, and
+# a second oracle. Gathered: weights and moments before and after a step, gradients. Of the layout: at most.
 ORACLE = {"fp32": 16, "bf16": 36, "fp16": 36}
 GATHERED = 28
 LAYOUT = 32
