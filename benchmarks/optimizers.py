@@ -90,8 +90,8 @@ def main() -> None:
         path = args.results / f"{seed}.jsonl"
         if not path.exists():
             runs = configs(args.steps, args.validation_samples, seed, args.rates)
-            if unknown := {*args.only} - {*runs}:
-                parser.error(f"--only: found {sorted(unknown)}, expected some of {[*runs]}")
+            if args.only and ({*args.only} - {*runs} or {name.split()[0] for name in args.only} != {*OPTIMIZERS}):
+                parser.error(f"--only: found {args.only}, expected some of each optimizer of {[*runs]}")
             runs = {name: run for name, run in runs.items() if name in (args.only or runs)}
             if unprepared(next(iter(runs.values()))):
                 print(prepare_all(next(iter(runs.values()))), file=sys.stderr)

@@ -107,7 +107,7 @@ class Oracle:
         more = {}
         for name in (name for name, kinds in self.own.moments.items() if len(kinds) == 1):
             weight, exact = self.own.masters[name].detach(), self.exact.masters[name].detach()
-            if self.own is self.exact:
+            if self.config.train.precision == "fp32":
                 more[name] = ORTHOGONALISED * distance(weight, before[name, "master"].to(weight.device))
             else:
                 more[name] = LOW_PRECISION * distance(weight, exact)

@@ -123,8 +123,8 @@ class CompiledBlocks:
         except TorchDynamoException as error:
             raise InputError(f"train.compile blocks, {key}: {error}; use train.compile=none") from error
         if graph.count != 1:
-            reasons = [metrics.recompile_reason or ": unknown" for metrics in get_compilation_metrics()[-1:]]
-            changed = "; ".join(reason.partition(": ")[2].splitlines()[0].strip() for reason in reasons)
+            reason = next((metrics.recompile_reason or "" for metrics in get_compilation_metrics()[-1:]), "")
+            changed = (reason.partition(": ")[2].splitlines() or ["unknown"])[0].strip()
             found = f"train.compile blocks, {key}: found {graph.count} graphs, expected 1"
             raise InputError(f"{found}; what has changed: {changed}; use train.compile=none")
         return result

@@ -120,11 +120,12 @@ def transfers(held: Mapping[str, Mapping[int, Part]], owner: Mapping[str, int], 
     gathered, returned = ([[[] for _ in range(world)] for _ in range(world)] for _ in range(2))
     for name, parts in held.items():
         to = owner[name]
-        for part in dict.fromkeys(parts.values()):
-            holders = [rank for rank in parts if parts[rank] == part]
-            gathered[min(holders, key=lambda rank, to=to: abs(rank - to))][to].append(part)
+        holders: dict[Part, list[int]] = {}
         for rank, part in parts.items():
+            holders.setdefault(part, []).append(rank)
             returned[to][rank].append(part)
+        for part, ranks in holders.items():
+            gathered[min(ranks, key=lambda rank, to=to: abs(rank - to))][to].append(part)
     return [gathered, returned]
 
 
@@ -185,33 +186,30 @@ class Muon(torch.optim.Optimizer):
             state["step"] += keep
             state["exp_avg"].lerp_(gradient, (1 - self.momentum) * keep)
             flat.mul_(torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"]))
-        mean = {
-            name: each.of(cast("Tensor", each.flat.grad))
-            .lerp(each.of(self.state[each.flat]["exp_avg"]), self.momentum)
-            .to(self.dtype)
-            for name, each in plan.local.items()
-        }
-        for part, update in self._orthogonalised(plan, mean):
+        for part, update in self._orthogonalised(plan):
             each, rate = plan.local[part.name], group["lr"] * factor(part.slice.global_shape, self._sizes(part.name))
             each.of(each.flat).add_(update.masked_fill(skip, 0), alpha=-rate)
 
-    def _orthogonalised(self, plan: Plan, mean: dict[str, Tensor]) -> list[tuple[Part, Tensor]]:
-        """This rank's parts of the orthogonal matrices, from its parts of the mean gradients."""
+    def _orthogonalised(self, plan: Plan) -> list[tuple[Part, Tensor]]:
+        """This rank's parts of the orthogonal matrices, of which it computes those that it owns."""
+
+        def mean(part: Part) -> Tensor:
+            each = plan.local[part.name]
+            gradient, momentum = cast("Tensor", each.flat.grad), self.state[each.flat]["exp_avg"]
+            return each.of(gradient).lerp(each.of(momentum), self.momentum).to(self.dtype)
+
         flat: dict[str, dict[Slice, Tensor]] = {}
-        for part, data in self._exchange(plan, plan.gathered, lambda part: mean[part.name]):
+        for part, data in self._exchange(plan, plan.gathered, mean):
             whole = flat.setdefault(part.name, {}).setdefault(part.slice, data.new_empty(part.slice.numel))
             whole[part.start : part.start + part.numel] = data
-        owned: dict[str, Tensor] = {}
         for name, slices in flat.items():
-            owned[name] = next(iter(slices.values())).new_empty(self.slices[name].global_shape)
+            matrix = plan.nothing.new_empty(self.slices[name].global_shape)
             for cut, data in slices.items():
-                cut.take(owned[name]).copy_(data.view(cut.shape))
-            orthogonalise_(owned[name], self._sizes(name))
-
-        def share(part: Part) -> Tensor:
-            return part.slice.take(owned[part.name]).flatten().narrow(0, part.start, part.numel)
-
-        return self._exchange(plan, plan.returned, share)
+                cut.take(matrix).copy_(data.view(cut.shape))
+            orthogonalise_(matrix, self._sizes(name))
+            for cut, data in slices.items():
+                data.view(cut.shape).copy_(cut.take(matrix))
+        return self._exchange(plan, plan.returned, lambda p: flat[p.name][p.slice].narrow(0, p.start, p.numel))
 
     def _exchange(self, plan: Plan, transfers: Transfers, data: Callable[[Part], Tensor]) -> list[tuple[Part, Tensor]]:
         """Send each rank its parts, of which `data` gives [numel] in `dtype`, and get those for this one."""

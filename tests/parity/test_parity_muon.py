@@ -88,13 +88,17 @@ def test_sub_groups_are_calls_of_their_own(two_ranks: RankPool) -> None:
 def iterations_of_a_slice() -> AbstractContextManager:
     """Each rank orthogonalises what it holds."""
 
-    def alone(self: Muon, plan: Plan, mean: dict[str, Tensor]) -> list[tuple[Part, Tensor]]:
-        parts = [part for row in plan.returned for part in row[self.rank]]
-        return [(p, orthogonalised(mean[p.name].view(p.slice.shape)).flatten()) for p in parts]
+    def alone(self: Muon, plan: Plan) -> list[tuple[Part, Tensor]]:
+        found = []
+        for part in (part for row in plan.returned for part in row[self.rank]):
+            each = plan.local[part.name]
+            mean = each.of(each.flat.grad).lerp(each.of(self.state[each.flat]["exp_avg"]), self.momentum).to(self.dtype)
+            found.append((part, orthogonalised(mean.view(part.slice.shape)).flatten()))
+        return found
 
     honest = Muon._orthogonalised
     return patch.object(
-        Muon, "_orthogonalised", lambda self, *rest: (honest if self.group is None else alone)(self, *rest)
+        Muon, "_orthogonalised", lambda self, plan: (honest if self.group is None else alone)(self, plan)
     )
 
 
