@@ -50,7 +50,8 @@ def case(dtype: torch.dtype, targets: Tensor, V: int, **options: Any) -> Case:
 
     named = [f"{name}={value}" for name, value in options.items() if name != "vocabulary"]
     named += ["part"] * ("vocabulary" in options)
-    return Case(" ".join([f"N={N} V={V}", *named]), function, (logits,), (torch.ones(N, device=targets.device),))
+    gradients = (torch.ones(N, device=targets.device),)
+    return Case(" ".join([f"N={N} V={V}", *named]), function, (logits,), gradients, may_spill=dtype == torch.float32)
 
 
 def layer_case(dtype: torch.dtype, targets: Tensor, C: int, V: int, **options: Any) -> Case:
