@@ -51,10 +51,12 @@ class Block:
 def live_blocks(known: Iterable[tuple[str, str, Tensor]], device: torch.device) -> dict[int, Block]:
     """The storages that live on `device`, by address: of (category, owner, tensor), and all others as "buffers".
 
-    Others are those that Python can reach, but memory that is only borrowed, such as the loader's. The first has it.
+    Others are those that Python can reach, but memory that is only borrowed, such as the loader's, and the tensors
+    without memory that torch.compile traces with. The first has it.
     """
     tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
-    here = [each for each in tensors if each.device.type == device.type and each.layout == torch.strided]
+    real = [each for each in tensors if not torch._is_functional_tensor(each)]
+    here = [each for each in real if each.device.type == device.type and each.layout == torch.strided]
     buffers = (("temporary", "buffers", each) for each in here if each.untyped_storage().resizable())
     found: dict[int, Block] = {}
     for category, owner, tensor in (*known, *buffers):

@@ -99,6 +99,13 @@ def test_what_lives_is_counted_once_and_what_is_borrowed_is_not() -> None:
     assert live_blocks([], CPU)[tensor.data_ptr()].owner == "buffers"
 
 
+def test_tensors_that_a_compiler_traces_with_are_left_out() -> None:
+    traced = torch._to_functional_tensor(torch.zeros(1_000))
+    with pytest.raises(RuntimeError, match="invalid python storage"):
+        traced.untyped_storage().data_ptr()
+    assert live_blocks([], CPU)
+
+
 def test_a_wait_is_placed_where_a_number_is_read() -> None:
     x = torch.ones(3)
     with WaitPlaces() as found:

@@ -40,7 +40,7 @@ def flipped(config: RunConfig, root: Path, at: int, kind: str, rank: int, where:
     def flip(trainer: Trainer) -> None:
         if trainer.run.step == at and trainer.run.mesh.rank == rank:
             tensors = trainer.engine.optimizer_tensors()
-            name = next(name for name in reversed(tensors) if name.startswith(kind))
+            name = next(name for name in reversed(tensors) if name.startswith(f"{kind} of "))
             tensors[name].view(-1)[:1].view(torch.int32).bitwise_xor_(1)  # the lowest of the mantissa
 
     def then(healthy: Callable[..., Any]) -> Callable[..., Any]:
