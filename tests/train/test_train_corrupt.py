@@ -129,11 +129,9 @@ WITH_FP16 = LAYOUTS | {"fp16": dict(train=dict(engine="plain", precision="fp16")
 
 @pytest.mark.parametrize("layout", slow_but(["fp16", "zero1-bf16", "zero3", "fsdp"], WITH_FP16))
 def test_a_wrong_gradient_is_found(layout: str, two_ranks: RankPool) -> None:
-    ours, named = case(**WITH_FP16[layout]), "rank 1"
-    if layout == "fsdp":
-        named = "a rank, or the reduction,"
-    if layout == "tp2":  # whose ranks add up gradients within the backward pass
-        named = "ranks 0, 1"
+    ours, of = case(**WITH_FP16[layout]), layout.removesuffix("-muon")
+    # Ranks of tp2 add up gradients within the backward pass.
+    named = {"fsdp": "a rank, or the reduction,", "tp2": "ranks 0, 1"}.get(of, "rank 1")
     for wrong, expected in (
         ([], ""),
         ([0], f"{named} gave other gradients the second time, and the third and fourth agree: a passing fault"),
@@ -145,7 +143,7 @@ def test_a_wrong_gradient_is_found(layout: str, two_ranks: RankPool) -> None:
         told, odd, same = found[0]
         assert told.startswith(expected) and bool(told) == bool(wrong), told
         assert same
-        assert odd == (None if len(wrong) < 4 else {"fsdp": [], "tp2": [0, 1]}.get(layout, [1]))
+        assert odd == (None if len(wrong) < 4 else {"fsdp": [], "tp2": [0, 1]}.get(of, [1]))
 
 
 def test_a_run_with_replays_is_the_run_without(two_ranks: RankPool, tmp_path: Path) -> None:
