@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,9 @@ from benchmarks.gpu_proof import correctness, page, speed, stage, training
 from benchmarks.gpu_proof.__main__ import LOG, RESULTS, SAMPLE
 from benchmarks.gpu_proof.stage import STAGES, items_of
 from benchmarks.report import NONE, Record
+from chosen import slow_but
+from llm.parallel.fp8 import FP8Linear
+from llm.train.muon import Muon
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -111,6 +116,18 @@ def test_steps_are_related_to_the_compiled_peer(monkeypatch: pytest.MonkeyPatch)
     head = report.header("benchmarks.gpu_proof", [], CPU, ("torch",))
     lines = page.tables(head, [record | {"stage": "training", "status": "done"} for record in (ours, peer)])
     assert [line.split("|")[-2].strip() for line in lines if line.startswith("| tiny")] == ["1.20 x", "1.00 x"]
+
+
+@pytest.mark.parametrize("form", slow_but(["blocks, FP8, Muon"], training.FEATURES))
+def test_a_step_of_each_feature_is_measured(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm.train.compiled.BACKEND", "aot_eager")
+    engine, _ = training.engine_of(CPU, training.SMALL["tiny"], form)
+    block = engine.model.blocks["0"]
+    assert isinstance(block.qkv, FP8Linear) == ("FP8" in form)
+    assert isinstance(engine.optimizer, Muon) == ("Muon" in form)
+    assert isinstance(block.forward, partial) == ("blocks" in form)
+    found = training.measure(CPU, "tiny", form)
+    assert found["ms"] > 0 and found["kernels"] > 0 and all(map(math.isfinite, found["losses"]))
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, **actions: Any) -> None:
@@ -223,6 +240,7 @@ FILL = ["-m", "benchmarks.gpu_proof.cache", "--processes", "1", "--only", "^gelu
 USE = """
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from triton import knobs
 from triton.runtime import cache as of_triton
