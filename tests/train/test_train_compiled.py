@@ -19,6 +19,7 @@ from llm.config.reports import ProfileConfig
 from llm.config.sections import PhaseChange
 from llm.errors import InputError
 from llm.model.forms import Forms
+from llm.model.fp8 import Quantised
 from llm.model.gpt import Block
 from llm.parity.compare import GRADIENT
 from llm.train import compiled
@@ -292,6 +293,24 @@ def test_refused(name: str) -> None:
     config = case(**sections)
     with pytest.raises(InputError, match=f"train.compile blocks does not go with .*{advice}"):
         replace(config, train=replace(config.train, compile="blocks"))
+
+
+def test_a_graph_keeps_activations_in_fp8_and_no_copy_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of weights would outlive a block's forward pass, after which FSDP holds a part of each weight alone."""
+
+    def scaled_mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
+        return torch._scaled_mm(a.values, b.values.t(), scale_a=a.scale, scale_b=b.scale, out_dtype=dtype)
+
+    monkeypatch.setattr("llm.parallel.fp8.product", scaled_mm)  # as on a GPU, where no product takes wider operands
+    config = plain(train=dict(fp8="tensorwise", precision="bf16"))
+    engine, kept = engine_of(config), list[torch.Tensor]()
+    micro_batch = batches(config, 0, 0, 1, True)[0]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        engine.forward_backward([micro_batch], target_count(True))
+    model = config.model
+    in_fp8 = [tensor.numel() for tensor in kept if tensor.itemsize == 1 and tensor.is_floating_point()]
+    widths = sorted(3 * [model.d_model] + [model.ff_dim]) * model.n_layer
+    assert sorted(in_fp8) == sorted(micro_batch.tokens.numel() * width for width in widths)
 
 
 def test_no_profile_of_what_is_inside_of_a_graph() -> None:
