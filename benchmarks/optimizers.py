@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.optimizers --steps 100      writes runs/optimizers/<seed>.jsonl
 
 One process and thread. Seconds are the processor's, within forward and backward pass and update. A seed draws initial
-weights and the order of samples; one that was measured before is not measured again.
+weights and the order of samples; one that was measured before, in as many steps, is not measured again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,12 +32,10 @@ def configs(steps: int, validation_samples: int, seed: int, rates: Sequence[floa
     common = {"train.engine": "plain", "train.max_steps": steps, "optim.warmup_steps": max(1, steps // 10)}
     common |= {"data.validation_samples": validation_samples, "seed": seed}
     found = {}
-    for optimizer in OPTIMIZERS:
-        for rate in rates:
-            options = common | {"optim.name": optimizer, "optim.lr": rate}
-            words = [f"--{key}={value}" for key, value in options.items()]
-            config = parse_config(["--config", "launch/configs/tiny-cpu.yaml", *words], prog="benchmarks.optimizers")
-            found[f"{optimizer} {rate:g}"] = config
+    for optimizer, rate in product(OPTIMIZERS, rates):
+        options = {**common, "optim.name": optimizer, "optim.lr": rate}
+        words = ["--config", "launch/configs/tiny-cpu.yaml", *(f"--{key}={value}" for key, value in options.items())]
+        found[f"{optimizer} {rate:g}"] = parse_config(words, prog="benchmarks.optimizers")
     return found
 
 
@@ -53,9 +52,8 @@ def best(seeds: dict[int, list[Record]], optimizer: str) -> str:
 
 def verdict(seeds: dict[int, list[Record]]) -> list[str]:
     """Lines of the page: last losses at every rate, and what Muon needs for AdamW's, each at its best rate."""
-    names = [record["name"] for record in next(iter(seeds.values()))]
     rows = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(record["name"] for record in next(iter(seeds.values()))):
         ends = [last(records, name) for records in seeds.values()]
         losses = [f"{end['loss']:.4f}" for end in ends]
         seconds = sum(end["seconds"] / end["step"] for end in ends) / len(ends)
@@ -100,6 +98,8 @@ def main() -> None:
             measure(runs, partial)
             partial.rename(path)
         head, seeds[seed] = read(path)
+        if (steps := seeds[seed][-1]["step"]) != args.steps:
+            parser.error(f"--steps: {path} has {steps}, expected {args.steps}; use another --results")
         heads.append(head)
     print("\n".join([heading(heads[0]), "", *verdict(seeds)]))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.optimizers import OPTIMIZERS, best, configs, verdict
-from benchmarks.report import Record
+from benchmarks.optimizers import OPTIMIZERS, best, configs, main, verdict
+from benchmarks.report import Record, append, begin
 
 
 def records(name: str, *losses: float) -> list[Record]:
@@ -39,3 +39,17 @@ def test_the_runs_differ_in_optimizer_and_rate_alone(monkeypatch: pytest.MonkeyP
     assert all(
         replace(config, optim=replace(config.optim, name="adamw", lr=1e-3)) == first for config in found.values()
     )
+
+
+def test_results_of_fewer_steps_are_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tmp_path / "1.jsonl", {})
+    for record in SEEDS[1]:
+        append(tmp_path / "1.jsonl", record)
+    command = ["optimizers", "--results", str(tmp_path), "--seeds", "1", "--steps"]
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setattr("sys.argv", [*command, "40"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"--steps: {tmp_path / '1.jsonl'} has 30, expected 40; use another --results" in capsys.readouterr().err
