@@ -98,16 +98,16 @@ def factor(weight: tuple[int, ...], sizes: Sequence[int]) -> float:
     return RMS * math.sqrt(found)
 
 
-def owners(weights: Mapping[str, tuple[int, ...]], sizes: Callable[[str], Sequence[int]], world: int) -> dict[str, int]:
-    """The rank that orthogonalises each weight: the most costly ones first, each to the rank with least to do."""
-    costs = {
-        # n^2 (2 m + n): half the multiplications of an iteration for n x m, n <= m.
-        name: sum(min(each) ** 2 * (2 * max(each) + min(each)) for each in shapes_of(shape, sizes(name)))
-        for name, shape in weights.items()
-    }
-    load, owner = [0] * world, {}
+def cost(weight: tuple[int, ...], sizes: Sequence[int]) -> int:
+    """Half the multiplications of an iteration: n^2 (2 m + n) for each matrix n x m, n <= m."""
+    return sum(min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes_of(weight, sizes))
+
+
+def owners(costs: Mapping[str, int], load: list[int]) -> dict[str, int]:
+    """Each weight's rank, the most costly first: that with the least of `load` [rank], which grows by the cost."""
+    owner = dict[str, int]()
     for name in sorted(costs, key=lambda name: -costs[name]):
-        owner[name] = min(range(world), key=load.__getitem__)
+        owner[name] = min(range(len(load)), key=load.__getitem__)
         load[owner[name]] += costs[name]
     return owner
 
@@ -155,7 +155,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
         self.fragments, self.group = fragments, group
         self.rank, self.world = (group.rank(), group.size()) if group is not None else (0, 1)
-        self.plans: dict[tuple[Tensor, ...], Plan] = {}
+        self.plans, self.load = dict[tuple[Tensor, ...], Plan](), [0] * self.world
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -241,7 +241,7 @@ class Muon(torch.optim.Optimizer):
                 if numel:
                     part = Part(name, Slice(cut.global_shape, dim, start, stop), offset, numel)
                     held.setdefault(name, {})[rank] = part
-        owner = owners({name: self.slices[name].global_shape for name in held}, self._sizes, self.world)
+        owner = owners({n: cost(self.slices[n].global_shape, self._sizes(n)) for n in held}, self.load)
         gathered, returned = transfers(held, owner, self.world)
         return Plan(local, gathered, returned, flats[0].new_empty(0, dtype=self.dtype))
 

@@ -21,7 +21,7 @@ from llm.slices import Slice
 from llm.train import muon
 from llm.train.build import build_model
 from llm.train.engines.base import Fragment
-from llm.train.muon import Muon, Part, factor, optimizer_of, orthogonalised, owners, transfers
+from llm.train.muon import Muon, Part, cost, factor, optimizer_of, orthogonalised, owners, transfers
 from llm.train.optim import parameter_groups, skip_where
 from tiny_run import case
 
@@ -202,17 +202,21 @@ def test_a_weight_s_matrices_have_one_scale() -> None:
 
 
 def test_the_work_is_spread_by_its_cost() -> None:
-    weights = {f"{i}.{name}": shape for i in range(12) for name, shape in (("up", (64, 16)), ("down", (16, 64)))}
-    weights |= {f"{i}.out": (16, 16) for i in range(12)}
-    owner = owners(weights, lambda name: (1,), 4)
-    assert owner.keys() == weights.keys()
-    costs = [sum(min(s) ** 2 * (2 * max(s) + min(s)) for n, s in weights.items() if owner[n] == r) for r in range(4)]
-    assert max(costs) - min(costs) <= 16 * 16 * (2 * 64 + 16)
-    assert max(costs) < 1.1 * min(costs)
-    uneven = {"large": (64, 64)} | {str(i): (16, 16) for i in range(12)}  # the large one costs as much as 64 others
-    alone = owners(uneven, lambda name: (1,), 2)
+    shapes = {f"{i}.{name}": shape for i in range(12) for name, shape in (("up", (64, 16)), ("down", (16, 64)))}
+    shapes |= {f"{i}.out": (16, 16) for i in range(12)}
+    costs = {name: cost(shape, (1,)) for name, shape in shapes.items()}
+    assert costs["0.up"] == costs["0.down"] == 16 * 16 * (2 * 64 + 16)
+    load = [0] * 4
+    owner = owners(costs, load)
+    assert load == [sum(costs[name] for name in owner if owner[name] == rank) for rank in range(4)]
+    assert owner.keys() == shapes.keys()
+    assert max(load) - min(load) <= costs["0.up"]
+    assert max(load) < 1.1 * min(load)
+    uneven = {"large": 64} | dict.fromkeys(map(str, range(12)), 1)
+    alone = owners(uneven, [0] * 2)
     assert {alone[str(i)] for i in range(12)} == {1 - alone["large"]}
-    assert set(owners({"a": (4, 4)}, lambda name: (1,), 8).values()) == {0}
+    load = [0] * 3
+    assert [owners({name: 5}, load)[name] for name in "abcd"] == [0, 1, 2, 0], "as of four sub-groups of ZeRO 3"
 
 
 def test_each_element_goes_to_the_owner_once_and_back_to_all() -> None:
