@@ -57,7 +57,7 @@ def largest(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def quantise(x: Tensor, form: torch.dtype, largest: Tensor) -> Quantised:
     """x [..., K] in E4M3 or E5M2, with scales of the shape of `largest`, which is max |x| of what shares a scale."""
-    least = (largest / torch.finfo(form).max).clamp(min=LEAST_SCALE)
+    least = (largest * (1 / torch.finfo(form).max)).clamp(min=LEAST_SCALE)  # no quotient, which graphs approximate
     # The least power of two that is no smaller: a mantissa that is not 0 carries into the exponent.
     scale = (least.view(torch.int32) + 0x7FFFFF & ~0x7FFFFF).view(torch.float32)
     return Quantised((x.float() / scale).to(form).contiguous(), scale)

@@ -68,6 +68,15 @@ def test_scales_at_the_edges(form: torch.dtype, share: float) -> None:
     assert found.values.float().isfinite().all()
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_scale_is_that_of_the_quotient_for_every_mantissa(form: torch.dtype) -> None:
+    """quantise multiplies by the rounded reciprocal of the largest number."""
+    mantissas = (torch.arange(2**23, dtype=torch.int32) + (127 << 23)).view(torch.float32)
+    found = quantise(torch.zeros(()), form, mantissas).scale
+    quotient = (mantissas.double() / FORMATS[form][2]).float()
+    assert ((found >= quotient) & (found < 2 * quotient)).all()
+
+
 def test_a_scale_changes_no_number_that_is_not_small() -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 64)
