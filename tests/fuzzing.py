@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -41,9 +42,12 @@ def build(folder: Path, sources: Sequence[str], flags: Sequence[str] = (), libra
 
 def fuzz(folder: Path, seconds: int, *options: str, **environment: str) -> int:
     """Run FOLDER/fuzz from the inputs in FOLDER/seeds on; how many inputs it has tried. It must find no defect."""
+    # The kernel counts what this process once had among the new one's most memory (ru_maxrss), which libFuzzer limits.
+    limit = 2048 + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    limits = [f"-rss_limit_mb={limit}", f"-max_total_time={seconds}", "-max_len=2048"]
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as temporary:  # no disk
         result = subprocess.run(
-            ["./fuzz", f"-max_total_time={seconds}", "-max_len=2048", "-print_final_stats=1", *options, "seeds"],
+            ["./fuzz", *limits, "-print_final_stats=1", *options, "seeds"],
             cwd=folder,  # an input that fails is left there
             env={**os.environ, "TMPDIR": temporary, **environment},
             capture_output=True,
