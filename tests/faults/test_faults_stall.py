@@ -137,5 +137,5 @@ def test_a_slow_rank_is_named_within_20_steps_and_goes_on(workspace: Workspace, 
     assert any(21 <= step <= 41 for step in named), said
     records = [line["slowest"] for line in workspace.metrics("slow") if "slowest" in line]
     assert [record["forward_rank"] for record in records][-2:] == [1, 1]
-    assert all(record["forward_factor"] > 2.5 for record in records[-2:])
+    assert all(record["forward_factor"] > 1.5 for record in records[-2:])
     row(23, "torchrun")
