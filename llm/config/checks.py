@@ -156,8 +156,9 @@ def check_fp8(
     require(model.family == "gpt", f"{found} is of a transformer's blocks; found model.family lstm: use train.fp8=none")
     require(lora.rank == 0, f"{found} does not go with lora.rank {lora.rank}; use lora.rank=0, {instead}")
     require(
-        train.fp8 != "rowwise" or train.precision != "fp32",
-        f"{found} gives 16 bits; found train.precision fp32: use train.precision=bf16, or train.fp8=tensorwise",
+        train.fp8 != "rowwise" or train.precision == "bf16",
+        f"{found} gives bf16; found train.precision {train.precision}: use train.precision=bf16, or "
+        "train.fp8=tensorwise",
     )
     for name, side in fp8_sides(model, parallel.tensor_parallel).items():
         require(

@@ -68,7 +68,7 @@ def product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
 
     On a GPU by torch._scaled_mm, elsewhere as the fp32 product of values * scale; under the same rules, which are the
     GPU's: ValueError if K or N is no multiple of 16, if b is not in E4M3, if one has a scale and the other many, if
-    many are to give fp32, or if one is not contiguous.
+    many are to give another dtype than bf16, or if one is not contiguous.
     """
     (M, K), (N, contracted) = a.values.shape, b.values.shape
     shapes, scales = f"[{M}, {K}] and [{N}, {contracted}]", (a.scale.shape, b.scale.shape)
@@ -78,8 +78,8 @@ def product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"the right FP8 operand is in {b.values.dtype}; expected {E4M3}")
     if scales not in (((), ()), ((M, 1), (N, 1))):
         raise ValueError(f"FP8 operands {shapes} with scales of {scales}; expected one for each, or for every row")
-    if a.scale.dim() and dtype == torch.float32:
-        raise ValueError("an FP8 product with scales for rows gives 16 bits; found fp32")
+    if a.scale.dim() and dtype != torch.bfloat16:
+        raise ValueError(f"an FP8 product with scales for rows gives torch.bfloat16; found {dtype}")
     if not (a.values.is_contiguous() and b.values.is_contiguous()):
         raise ValueError("an FP8 operand is not contiguous")
     if a.values.is_cuda:

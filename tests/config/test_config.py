@@ -14,6 +14,7 @@ from llm.config.parse import from_dict, parse_config, to_dict, to_yaml
 from llm.errors import InputError
 
 FP8 = "--train.fp8=tensorwise"
+FP16 = ("--train.precision=fp16", "--parallel.zero_stage=1")
 PRESETS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.yaml"))
 
 
@@ -251,7 +252,8 @@ def test_a_key_that_is_near_none_gets_no_suggestion(key: str) -> None:
         ([FP8, "--train.micro_batch_size=2", "--data.phases=[{samples: 320, seq_len: 20}]"], ["is 40"]),
         ([FP8, "--lora.rank=4", "--train.init_from=runs/a"], ["train.fp8 tensorwise", "lora.rank 4"]),
         ([FP8, "--model.family=lstm"], ["train.fp8 tensorwise", "model.family lstm"]),
-        (["--train.fp8=rowwise"], ["gives 16 bits", "train.precision=bf16"]),
+        (["--train.fp8=rowwise"], ["gives bf16", "found train.precision fp32", "train.precision=bf16"]),
+        ([*FP16, "--train.fp8=rowwise"], ["gives bf16", "found train.precision fp16"]),
         (["--train.z_loss=.inf"], ["train.z_loss", "finite"]),
         (["--train.guard_interval=-1"], ["train.guard_interval is -1", "at least 0"]),
     ],
@@ -341,10 +343,10 @@ def test_layouts_that_are_allowed() -> None:
 
 
 def test_fp8_of_every_kind() -> None:
-    sixteen_bits = ["--train.precision=bf16", "--parallel.zero_stage=1"]
+    bf16 = ["--train.precision=bf16", "--parallel.zero_stage=1"]
     for fp8 in ("tensorwise", "rowwise"):
         for grad in ("fp8", "high"):
-            parse_config([f"--train.fp8={fp8}", f"--train.fp8_weight_grad={grad}", *sixteen_bits])
+            parse_config([f"--train.fp8={fp8}", f"--train.fp8_weight_grad={grad}", *bf16])
     parse_config([FP8, "--train.fp8_weight_grad=high", "--train.micro_batch_size=1", "--data.seq_len=24"])
     parse_config(["--model.d_model=40"])
 

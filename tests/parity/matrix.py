@@ -60,7 +60,7 @@ IMPOSSIBLE: dict[Options, str] = {
         "DeepSpeed's ZeRO 3 gathers weights within a block"
     ),
     **{
-        frozenset({("fp8", fp8), ("precision", "fp32")}): "scales for rows give 16 bits"
+        frozenset({("fp8", fp8), ("precision", "fp32")}): "scales for rows give bf16"
         for fp8 in ("rowwise", "rowwise-high")
     },
 }

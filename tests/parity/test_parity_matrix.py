@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ranks
 POOLS = {1: "one_rank", 2: "two_ranks", 4: "four_ranks"}
 ZERO_0_BF16 = frozenset({("zero", 0), ("precision", "bf16")})
 ZERO_3_COMPILED = frozenset({("zero", 3), ("compile", "blocks")})
-ROWWISE = [("fp8", "rowwise"), ("fp8", "rowwise-high")]  # in 16 bits alone
+ROWWISE = [("fp8", "rowwise"), ("fp8", "rowwise-high")]  # in bf16 alone
 
 
 def never(axes: dict) -> set[frozenset]:
@@ -133,5 +133,5 @@ def test_every_triple_meets(axes: dict) -> None:
 def test_what_cannot_be_is_refused(impossible: tuple[frozenset, str]) -> None:
     chosen = {name: options[0] for name, options in DEEPSPEED.items()} | dict(impossible[0])
     assert not possible(frozenset(chosen.items()))
-    with pytest.raises(InputError, match=r"would accumulate gradients|gathers weights within a block|gives 16 bits"):
+    with pytest.raises(InputError, match=r"would accumulate gradients|gathers weights within a block|gives bf16"):
         config_of(chosen)
