@@ -14,6 +14,7 @@ from llm.data.corpora import Corpora
 from llm.data.tokenizer import Tokenizer
 from llm.errors import InputError, require
 from llm.model.forms import Forms
+from llm.model.fp8 import E4M3, E5M2, largest, product, quantise
 from llm.plan.budget import far_off
 from llm.train.engines.base import DTYPES
 
@@ -31,6 +32,7 @@ def check_kernels(config: RunConfig, device: torch.device, forms: Forms | None =
             f"train.fp8 {config.train.fp8} needs a GPU of compute capability 8.9 or more, which multiplies FP8 (Ada, "
             f"Hopper, Blackwell); {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use train.fp8=none",
         )
+        try_fp8(config, device)
     forms, model, dtype = forms or Forms.of(config.train.impl), config.model, DTYPES[config.train.precision]
     sparse = any(model.layer_sparse(layer) for layer in range(model.n_layer))
     no_triton, no_torch = attention_limits(model.head_dim, model.dropout, sparse, model.attention_softcap)
@@ -54,6 +56,18 @@ def check_kernels(config: RunConfig, device: torch.device, forms: Forms | None =
     except KernelError as error:
         raise InputError(f"train.impl: {error}") from error
     return "; ".join(f"{form}: {', '.join(ops)}" for form, ops in chosen.items())
+
+
+def try_fp8(config: RunConfig, device: torch.device) -> None:
+    """Multiply two small matrices as train.fp8 does: some GPUs have scales for rows only with newer libraries."""
+    x, dims = torch.ones(16, 16, device=device), (1,) if config.train.fp8 == "rowwise" else ()
+    for form in (E4M3, E5M2):
+        a, b = (quantise(x, each, largest(x, dims)) for each in (form, E4M3))
+        try:
+            product(a, b, DTYPES[config.train.precision])
+        except RuntimeError as error:
+            found = f"PyTorch {torch.__version__} does not multiply {form} by {E4M3} on {device}: {error}"
+            raise InputError(f"train.fp8 {config.train.fp8}: {found}; use train.fp8=tensorwise or none") from error
 
 
 def check_tokenizer(corpora: Corpora) -> str:

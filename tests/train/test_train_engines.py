@@ -11,9 +11,10 @@ from chosen import slow_but
 from llm.config import RunConfig
 from llm.config.sections import SparseAttention
 from llm.errors import InputError
+from llm.model.fp8 import E4M3, E5M2, Quantised, product
 from llm.parallel.mesh import Mesh
 from llm.train.build import build_engine, build_model
-from llm.train.checks import check_kernels
+from llm.train.checks import check_kernels, try_fp8
 from llm.train.engines.plain import PlainEngine
 from pool import RankPool
 from tiny_run import BASE, batches, case, plain, target_count
@@ -108,9 +109,31 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (8, 0)
     with pytest.raises(InputError, match=r"capability 8\.9 or more.*A100-SXM4-80GB has 8\.0: use train\.fp8=none"):
         check_kernels(config, gpu)
+    tried: list[torch.device] = []
+    monkeypatch.setattr("llm.train.checks.try_fp8", lambda config, device: tried.append(device))
     check_kernels(case(), gpu)
     capability = (8, 9)
     check_kernels(config, gpu)
+    assert tried == [gpu]
+
+
+@pytest.mark.parametrize("fp8", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("form", [E4M3, E5M2])
+def test_a_gpu_whose_libraries_lack_a_product_is_refused(
+    fp8: str, form: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = case(parallel=dict(zero_stage=1), train=dict(fp8=fp8, precision="bf16"))
+    try_fp8(config, CPU)
+
+    def lacking(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
+        if a.values.dtype == form:
+            assert a.scale.dim() == b.scale.dim() == (2 if fp8 == "rowwise" else 0)
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return product(a, b, dtype)
+
+    monkeypatch.setattr("llm.train.checks.product", lacking)
+    with pytest.raises(InputError, match=rf"train.fp8 {fp8}: PyTorch .* multiply {form} .*NOT_SUPPORTED; use train"):
+        try_fp8(config, CPU)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
