@@ -198,9 +198,10 @@ class Profiler:
                 if master.grad is not None:
                     yield "gradients", "fp32 masters", master.grad
         for state in engine.optimizer.state.values():
+            owner = "AdamW" if "exp_avg_sq" in state else "Muon"
             for tensor in state.values():
                 if isinstance(tensor, Tensor):
-                    yield "moments", "AdamW", tensor
+                    yield "moments", owner, tensor
 
     def _record(self, window: Window, places: list[str], memory: Any) -> Record:
         run, phase = self.run, self._phase(window.first)

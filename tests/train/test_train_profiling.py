@@ -5,26 +5,32 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from chosen import slow_but
 from llm.cluster.signals import Stop
 from llm.config import RunConfig
+from llm.config.matrices import is_hidden
 from llm.config.reports import LoggingConfig, ProfileConfig
 from llm.config.sections import CheckpointConfig
 from llm.model.parts import GPT_PARTS
 from llm.profile.record import Record
+from llm.train.build import build_model
+from llm.train.engines.plain import PlainEngine
 from llm.train.loop import Trainer
-from llm.train.profiling import MAX_STEPS
+from llm.train.profiling import MAX_STEPS, Profiler
 from pool import RankPool
 from test_train_loop import trained
-from tiny_run import case
+from tiny_run import batches, case, plain, target_count
 
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": dict(train=dict(engine="plain")),
@@ -117,6 +123,22 @@ def check(record: Record, rank: int, settings: dict[str, Any]) -> None:
     assert min(memory.categories[name] for name in ("weights", "moments", "activations")) > 0
     assert record.machine.matmul_tflops > 0 and record.machine.copy_gbs > 0
     assert record.unprofiled_step_ms > 0 and record.host_time.launches > 0 and record.ops
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_bear_the_name_of_their_optimizer(name: str) -> None:
+    config = plain(case(optim=dict(name=name)), micro_batch_size=8)
+    engine = PlainEngine(config, build_model(config, None), None, torch.device("cpu"))
+    engine.forward_backward(batches(config, 0, 0, 1, False), target_count(False))
+    engine.step()
+    profiler = SimpleNamespace(run=SimpleNamespace(engine=engine))
+    numbers = Counter[str]()
+    for category, owner, tensor in Profiler._known(profiler):
+        numbers[owner] += tensor.numel() * (category == "moments" and tensor.dim() > 0)
+    hidden = sum(weight.numel() for name, weight in engine.parameters.items() if is_hidden(name))
+    total = sum(weight.numel() for weight in engine.parameters.values())
+    muon = hidden if name == "muon" else 0
+    assert (numbers["Muon"], numbers["AdamW"]) == (muon, 2 * (total - muon))
 
 
 def test_a_file_asks_a_running_job_for_a_profile(one_rank: RankPool, tmp_path: Path) -> None:
