@@ -34,7 +34,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     yield f"{'':28}{'A, ms':>10}{'B, ms':>10}{'change':>10}{'':>9}"
     yield change("step", before["step_ms"], after["step_ms"])
     yield change("step without the profiler", before["unprofiled_step_ms"], after["unprofiled_step_ms"])
-    yield change("for 1000 tokens", *(per_thousand(report) for report in (before, after)))
+    thousands = [ratio(report["unprofiled_step_ms"] * 1000, report["tokens_per_step"]) for report in (before, after)]
+    yield change("for 1000 tokens", *thousands)
     yield from table("", [{row["name"]: row["ms"] for row in report["parts"]} for report in (before, after)])
     yield change("unattributed", before["unattributed_ms"], after["unattributed_ms"])
     yield change("waits for the loader", before["loader_wait_ms"], after["loader_wait_ms"])
@@ -44,10 +45,6 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
     for name in dict.fromkeys([*kinds[0], *kinds[1]]):
         old, new = (kind.get(name, 0) for kind in kinds)
         yield f"memory: {name:20}{in_bytes(old):>10}{in_bytes(new):>10}{ratio(new - old, old):>+19.1%}"
-
-
-def per_thousand(report: dict[str, Any]) -> float:
-    return ratio(report["unprofiled_step_ms"] * 1000, report["tokens_per_step"])
 
 
 def exposed_name(row: dict[str, Any]) -> str:

@@ -23,17 +23,8 @@ VIEWS = {
 }  # fmt: skip
 # They write no tensor beside their inputs, or a small one.
 NO_OUTPUT = {
-    "copy_",
-    "fill_",
-    "zero_",
-    "sum",
-    "mean",
-    "amax",
-    "logsumexp",
-    "linalg_vector_norm",
-    "norm",
-    "_foreach_norm",
-}
+    "copy_", "fill_", "zero_", "sum", "mean", "amax", "logsumexp", "linalg_vector_norm", "norm", "_foreach_norm",
+}  # fmt: skip
 # They read the chosen rows of a table, which are as many as the result.
 LOOKUPS = {"embedding", "index_select", "gather", "index"}
 

@@ -20,11 +20,7 @@ from llm.train.stragglers import Stopwatch
 
 
 def build_model(
-    config: RunConfig,
-    mesh: Mesh | None,
-    forms: Forms | None = None,
-    waits: Waits = UNTIMED,
-    labels: int | None = None,
+    config: RunConfig, mesh: Mesh | None, forms: Forms | None = None, waits: Waits = UNTIMED, labels: int | None = None
 ) -> Model:
     """This rank's slices of the model, fp32 on the CPU, with their initial weights (on the meta device: none).
 
