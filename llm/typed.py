@@ -42,8 +42,7 @@ def read(kind: Any, value: Any, where: str) -> Any:
             if len(each) == len(value):
                 return tuple(read(each[i], item, f"{where}[{i}]") for i, item in enumerate(value))
         if isinstance(value, dict) and (origin is dict or _is_record(origin)):
-            wrong = [key for key in value if not isinstance(key, str)]
-            if wrong:
+            if wrong := [key for key in value if not isinstance(key, str)]:
                 raise InputError(f"{where}: found the key {shown(wrong[0])}; expected text (in quotes, if a number)")
             if origin is dict:
                 return {key: read(parts[1], item, f"{where}.{key}") for key, item in value.items()}
@@ -54,12 +53,15 @@ def read(kind: Any, value: Any, where: str) -> Any:
 def _read_record(kind: Any, value: dict[str, Any], prefix: str) -> Any:
     """Read a dataclass or NamedTuple from its fields, whose keys follow `prefix`."""
     hints, required = _fields(kind)
-    unknown = [key for key in value if key not in hints]
-    if unknown:
-        raise unknown_key(prefix + unknown[0], [prefix + name for name in {**hints, **dotted_keys(kind)}])
+    if not value.keys() <= hints.keys():
+        unknown = next(key for key in value if key not in hints)
+        raise unknown_key(prefix + unknown, [prefix + name for name in {**hints, **dotted_keys(kind)}])
     if missing := required - value.keys():
         raise InputError(f"found no {', '.join(prefix + name for name in sorted(missing))}; expected {describe(kind)}")
-    fields = {key: read(hints[key], item, prefix + key) for key, item in value.items()}
+    fields = {  # most of the million in a large manifest are scalars, which need no call
+        key: item if type(item) is hints[key] and _is_possible(item) else read(hints[key], item, prefix + key)
+        for key, item in value.items()
+    }
     try:
         return kind(**fields)
     except InputError as error:

@@ -204,7 +204,8 @@ class Profiler:
                     yield "moments", owner, tensor
 
     def _record(self, window: Window, places: list[str], memory: Any) -> Record:
-        run, phase = self.run, self._phase(window.first)
+        run = self.run
+        phase = [phase for phase in run.config.phases if phase.first_step < window.first][-1]
         sizes = {"tp": run.mesh.tp_size, "dp": run.mesh.dp_size, "world": run.mesh.world_size}
         events = load(trace_path(window.folder, run.mesh.rank))
         found = analyse(events, sizes, self._attention_flops(phase), places)
@@ -233,9 +234,6 @@ class Profiler:
             "precision": train.precision, "impl": train.impl, "n_layer": model.n_layer, "d_model": model.d_model,
             "vocab_size": model.vocab_size,
         }  # fmt: skip
-
-    def _phase(self, step: int) -> Phase:
-        return [phase for phase in self.run.config.phases if phase.first_step < step][-1]
 
     def _attention_flops(self, phase: Phase) -> float:
         """Of a layer's forward pass for one micro-batch on this rank, mean over layers; masks of documents apart."""
