@@ -58,7 +58,7 @@ def _read_record(kind: Any, value: dict[str, Any], prefix: str) -> Any:
         raise unknown_key(prefix + unknown, [prefix + name for name in {**hints, **dotted_keys(kind)}])
     if missing := required - value.keys():
         raise InputError(f"found no {', '.join(prefix + name for name in sorted(missing))}; expected {describe(kind)}")
-    fields = {  # most of the million in a large manifest are scalars, which need no call
+    fields = {  # a large manifest has a million, mostly scalars: these need no call
         key: item if type(item) is hints[key] and _is_possible(item) else read(hints[key], item, prefix + key)
         for key, item in value.items()
     }

@@ -68,7 +68,7 @@ def product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
 
     On a GPU by torch._scaled_mm, elsewhere as the fp32 product of values * scale; under the same rules, which are the
     GPU's: ValueError if K or N is no multiple of 16, if b is not in E4M3, if one has a scale and the other many, if
-    many are to give another dtype than bf16, or if one is not contiguous.
+    scales for rows are to give anything but bf16, or if one is not contiguous.
     """
     (M, K), (N, contracted) = a.values.shape, b.values.shape
     shapes, scales = f"[{M}, {K}] and [{N}, {contracted}]", (a.scale.shape, b.scale.shape)
