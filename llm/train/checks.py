@@ -62,12 +62,12 @@ def try_fp8(config: RunConfig, device: torch.device) -> None:
     """Multiply two small matrices as train.fp8 does: some GPUs have scales for rows only with newer libraries."""
     x, dims = torch.ones(16, 16, device=device), (1,) if config.train.fp8 == "rowwise" else ()
     for form in (E4M3, E5M2):
+        a, b = (quantise(x, each, largest(x, dims)) for each in (form, E4M3))
         try:
-            product(*(quantise(x, each, largest(x, dims)) for each in (form, E4M3)), DTYPES[config.train.precision])
+            product(a, b, DTYPES[config.train.precision])
         except RuntimeError as error:
             found = f"PyTorch {torch.__version__} does not multiply {form} by {E4M3} on {device}: {error}"
-            instead = "use train.fp8=" + ("tensorwise or none" if dims else "none")
-            raise InputError(f"train.fp8 {config.train.fp8}: {found}; {instead}") from error
+            raise InputError(f"train.fp8 {config.train.fp8}: {found}; use another train.fp8, or none") from error
 
 
 def check_tokenizer(corpora: Corpora) -> str:
